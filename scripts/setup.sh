@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# setup.sh PYTHON VENV: make the virtual environment and install the package with its development tools.
+set -euo pipefail
+python=$1 venv=$2
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or newer is needed; $("$python" --version 2>&1) was found. Choose another: make … PYTHON=python3.12" >&2
+    exit 1
+}
+
+# Debian ships venv as a package of its own.
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+    command -v apt-get >/dev/null || { echo "This Python has no venv module: install it with your system's packages." >&2; exit 1; }
+    echo "Installing Debian's python3-venv ..."
+    $sudo apt-get update -qq
+    $sudo apt-get install -y -qq --no-install-recommends python3-venv
+fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+echo "Installing calib-prune and what it needs into $venv (a few minutes the first time) ..."
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[dev]"

@@ -1,0 +1,6 @@
+import os
+
+# Tests never reach a hub: what is not local is an error at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,126 @@
+"Calibration sets: exact shares, disjoint windows, the same bytes for ever, provenance that can be checked."
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib_prune.calibration import (allocate, build_calibration, load_calibration, parse_mix, save_calibration, token_stream,
+                                     uniform_mixes, window_starts)
+from calib_prune.core import CalibPruneError, cache_dir, content_hash
+from calib_prune.models import tiny_tokenizer
+from calib_prune.sources import SOURCES
+
+TOKENIZER = tiny_tokenizer()
+
+
+@dataclass
+class Texts:
+    texts: list = field(default_factory=lambda: [chr(97 + i) * (10 + i) for i in range(26)])
+    name: str = "texts"
+
+
+    @property
+    def revision(self): return content_hash(self.texts)
+
+    def documents(self): return self.texts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    "Token streams of these tests go to a cache of their own; what was fetched stays in reach."
+    with pytest.MonkeyPatch.context() as m:
+        fetched = cache_dir()
+        here = tmp_path_factory.mktemp("cache")
+        for name in ("models", "sources", "benchmarks", "manifest.json"): (here / name).symlink_to(fetched / name)
+        m.setenv("CALIB_PRUNE_CACHE", str(here))
+        yield
+
+
+@given(st.lists(st.integers(1, 10 ** 6), min_size=1, max_size=20), st.integers(1, 500))
+def test_allocation_is_exact_and_fair(weights, n):
+    mix = {str(i): w for i, w in enumerate(weights)}
+    counts = allocate(mix, n)
+    assert sum(counts.values()) == n
+    for k, w in mix.items(): assert abs(counts[k] - n * w / sum(weights)) < 1 + 1e-9
+
+
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(0, 99))
+def test_windows_are_disjoint_and_inside(n_tokens, length, seed):
+    starts = np.sort(window_starts(n_tokens, length, seed, "x"))
+    assert len(starts) == n_tokens // length
+    assert (np.diff(starts) == length).all()
+    assert not len(starts) or (starts[0] >= 0 and starts[-1] + length <= n_tokens)
+
+
+def test_same_bytes_for_ever():
+    cal = build_calibration(Texts(), TOKENIZER, n_windows=8, length=16, seed=3)
+    assert cal.content == "8d836f861d94d44e", "released sets must never change"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=12), st.integers(0, 5))
+def test_provenance_leads_back_to_the_text(texts, seed):
+    stream, starts = token_stream(texts, TOKENIZER)
+    length = 5
+    if len(stream) < length: return
+    cal = build_calibration(Texts(texts), TOKENIZER, len(stream) // length, length, seed)
+    for row, window in zip(cal.provenance.itertuples(), cal.tokens.numpy(), strict=True):
+        at = starts[row.first_document] + row.offset
+        assert (stream[at:at + length] == window).all()
+        ids = TOKENIZER(texts[row.first_document], split_special_tokens=True)["input_ids"] + [0]
+        inside = ids[row.offset:row.offset + length]
+        assert list(window[:len(inside)]) == inside
+        assert row.first_document <= row.last_document < len(texts)
+
+
+def test_a_mix_shares_its_draw_with_its_parts(tmp_path):
+    (tmp_path / "a.txt").write_text("alpha beta gamma " * 40)
+    (tmp_path / "b.txt").write_text("0123456789 " * 60)
+    a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    alone = build_calibration(a, TOKENIZER, 8, 20, seed=1)
+    mixed = build_calibration({a: 3, b: 1}, TOKENIZER, 8, 20, seed=1)
+    assert list(mixed.counts.values()) == [6, 2]
+    assert torch.equal(mixed.tokens[:6], alone.tokens[:6])
+
+
+def test_uniform_mixes_are_uniform():
+    mixes = uniform_mixes()
+    assert set(mixes["uniform"].values()) == {1.0} and len(mixes["uniform"]) == 15
+    by_dimension = {}
+    for k, w in mixes["uniform-dimensions"].items():
+        by_dimension[SOURCES[k].dimension] = by_dimension.get(SOURCES[k].dimension, 0) + w
+    assert len(by_dimension) == 4 and len(set(by_dimension.values())) == 1
+
+
+def test_too_little_text_says_how_much():
+    with pytest.raises(CalibPruneError, match=r"(?s)'texts' has 611 tokens.*39 windows of 16 tokens need 624.*at most 38"):
+        build_calibration(Texts(), TOKENIZER, 39, 16)
+
+
+@pytest.mark.parametrize("wrong", ["c4=0", "c4=inf", "=1", "c4,,math", "c4=half"])
+def test_unreadable_mixes(wrong):
+    with pytest.raises(CalibPruneError, match="Cannot read"): parse_mix(wrong)
+
+
+def test_unknown_source_suggests():
+    with pytest.raises(CalibPruneError, match="Did you mean 'wikipedia'"): build_calibration("wikipeda", TOKENIZER)
+
+
+def test_damaged_file_is_noticed(tmp_path):
+    cal = build_calibration(Texts(), TOKENIZER, 4, 16)
+    path = save_calibration(cal, tmp_path / "set.parquet")
+    assert load_calibration(path).content == cal.content
+    (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CalibPruneError, match="cut.parquet"): load_calibration(tmp_path / "cut.parquet")
+
+
+@pytest.mark.real
+def test_packaged_sources_fill_a_smoke_set():
+    from calib_prune.models import load_model
+    _, tokenizer = load_model("smollm2-135m")
+    cal = build_calibration("uniform", tokenizer, 32, 512)
+    assert cal.tokens.shape == (32, 512) and set(cal.counts.values()) == {2, 3}
+    assert cal.content == build_calibration("uniform", tokenizer, 32, 512).content

@@ -1,0 +1,136 @@
+"Loading and saving: nothing from a model folder is executed, nothing half-written stays."
+import pickle
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calib_prune.core import CalibPruneError
+from calib_prune.models import convert_gguf, end_of_text_id, load_model, model_revision, save_model, tiny_llama, tiny_tokenizer
+
+
+def test_round_trip_through_plain_transformers(tmp_path):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    folder = save_model(model, tokenizer, tmp_path / "out", {"why": "test"})
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Grüße, 世界", return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, tokenizer("Grüße, 世界", return_tensors="pt")["input_ids"])
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16", "fp16"])
+def test_number_formats(tmp_path, dtype):
+    folder = str(save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {}))
+    model, _ = load_model(folder, dtype)
+    assert {p.dtype for p in model.parameters()} == {dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[dtype]}
+
+
+def test_revision_follows_the_weights(tmp_path):
+    first = save_model(tiny_llama(0), tiny_tokenizer(), tmp_path / "a", {})
+    same = save_model(tiny_llama(0), tiny_tokenizer(), tmp_path / "b", {"other": "record"})
+    other = save_model(tiny_llama(1), tiny_tokenizer(), tmp_path / "c", {})
+    assert model_revision(str(first)) == model_revision(str(same)) != model_revision(str(other))
+
+
+class Bomb:
+    def __reduce__(self): return (open, ("exploded", "w"))
+
+
+def test_pickles_are_never_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CalibPruneError, match="only as a pickle"): load_model(str(folder))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    config = (folder / "config.json").read_text()
+    (folder / "modeling_evil.py").write_text("open('exploded', 'w')\nclass Evil: pass\n")
+    (folder / "config.json").write_text(config.replace('"model_type": "llama"', '"model_type": "evil", "auto_map": '
+                                                       '{"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}'))
+    with pytest.raises(CalibPruneError, match="Cannot load model"): load_model(str(folder))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda d: (d / "x").mkdir(), "no config.json"),
+    (lambda d: ((d / "x").mkdir(), (d / "x/config.json").write_text("{}")), "no weights"),
+    (lambda d: ((d / "x").mkdir(), (d / "x/config.json").write_text('{"model_type": "llama"}'),
+                (d / "x/model.safetensors").write_bytes(b"half a file")), "Cannot load model"),
+    (lambda d: (d / "x").write_text("hello"), "not a GGUF file"),
+    (lambda d: (d / "x.gguf").write_text("hello"), "Cannot load model"),
+])
+def test_broken_models(tmp_path, make, message):
+    make(tmp_path)
+    (path,) = tmp_path.glob("x*")
+    with pytest.raises(CalibPruneError, match=message): load_model(str(path))
+
+
+def test_occupied_output_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(CalibPruneError, match="not empty"): save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
+    assert [o.name for o in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from calib_prune.core import CalibPruneError
+from calib_prune.models import save_model, tiny_llama, tiny_tokenizer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+try: save_model(tiny_llama(), tiny_tokenizer(), sys.argv[1], {})
+except CalibPruneError as e: print(e)
+"""
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "out")], capture_output=True, text=True)
+    assert "Cannot save the model to" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_gguf(path, model):
+    "A LLaMA as llama.cpp writes it: rotary rows of q and k interleaved, tensors renamed, a byte-level vocabulary."
+    config, out = model.config, gguf.GGUFWriter(path, "llama")
+    out.add_context_length(512), out.add_embedding_length(32), out.add_block_count(2), out.add_feed_forward_length(48)
+    out.add_head_count(4), out.add_head_count_kv(2), out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_rope_freq_base(10000.0), out.add_vocab_size(264), out.add_rope_dimension_count(8)
+    vocab = sorted(tiny_tokenizer().get_vocab().items(), key=lambda kv: kv[1])
+    tokens = [t for t, _ in vocab] + ["ab"] + [f"<unused{i}>" for i in range(263 - len(vocab))]
+    out.add_tokenizer_model("gpt2"), out.add_token_list(tokens), out.add_token_merges(["a b"])
+    out.add_token_types([3] + [1] * 263), out.add_bos_token_id(0), out.add_eos_token_id(0), out.add_unk_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, p in model.state_dict().items():
+        heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
+        if heads: p = p.reshape(heads, 2, p.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(p.shape)
+        out.add_tensor(names.get_name(name, try_suffixes=(".weight",)), p.numpy().astype(np.float32).copy())
+    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file(), out.close()
+
+
+def test_gguf_loads_and_converts_to_the_same_model(tmp_path):
+    model, ids = tiny_llama(), torch.arange(1, 20)[None]
+    write_gguf(tmp_path / "m.gguf", model)
+    loaded, tokenizer = load_model(str(tmp_path / "m.gguf"))
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+    assert end_of_text_id(tokenizer) == 0
+    folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "converted")
+    again, _ = load_model(str(folder))
+    assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.real
+def test_the_default_model_speaks():
+    model, tokenizer = load_model("smollm2-135m")
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    assert "Paris" in tokenizer.decode(out[0])
+    assert end_of_text_id(tokenizer) == 0 != tokenizer.eos_token_id

@@ -1,0 +1,128 @@
+"The walker against a slow walker that assumes nothing, and the promises it makes for every family."
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calib_prune.core import CalibPruneError
+from calib_prune.models import TINY_FAMILIES, tiny_llama, tiny_model
+from calib_prune.pruning import METHODS, decoder_layers, prunable, prune
+from calib_prune.sparsegpt import sparsegpt
+from calib_prune.wanda import wanda
+
+KERNELS = {"sparsegpt": sparsegpt, "wanda": wanda}
+
+
+def windows(n=7, length=24, seed=0):
+    return torch.randint(1, 264, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def slow_prune(model, tokens, kernel, sparsity):
+    "Run the whole model anew for every layer, see every linear's inputs in float64, prune one by one."
+    for layer in decoder_layers(model):
+        inputs = {}
+        hooks = [m.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
+                 for name, m in prunable(layer).items()]
+        model(tokens, use_cache=False)
+        for h in hooks: h.remove()
+        for name, linear in prunable(layer).items():
+            x = torch.cat([o.flatten(0, -2) for o in inputs[name]]).double()
+            linear.weight.copy_(kernel(linear.weight.data, (x.T @ x / len(x)).float(), sparsity).weight)
+    return model
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("method", KERNELS)
+def test_same_as_slow_walk(family, method):
+    fast, slow = tiny_model(family), tiny_model(family)
+    prune(fast, windows(), method, 0.5, batch_tokens=72)  # three windows a batch, and one left over
+    slow_prune(slow, windows(), KERNELS[method], 0.5)
+    for (name, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        # Batching moves sums in the last bits, which can swap two weights of nearly equal score.
+        assert ((a == 0) == (b == 0)).float().mean() > 0.99, name
+        assert torch.linalg.norm(a - b) <= 0.03 * torch.linalg.norm(b), name
+
+
+def test_conv1d_layers_are_pruned_along_their_input():
+    def gpt2():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64, initializer_range=0.2)
+        return AutoModelForCausalLM.from_config(config).eval()
+    model = gpt2()
+    report = prune(model, windows(), "wanda", pattern=(2, 4))
+    assert len(report) == 8 and (report["sparsity"] == 0.5).all()
+    fc = model.transformer.h[0].mlp.c_fc
+    assert tuple(fc.weight.shape) == (32, 128)  # stored as [d_in, d_out]
+    assert ((fc.weight.T.reshape(128, 8, 4) == 0).sum(-1) == 2).all()
+    assert list(report.query("name == 'mlp.c_fc'")[["d_out", "d_in"]].iloc[0]) == [128, 32]
+
+
+def test_embeddings_head_and_norms_are_never_touched():
+    model, dense = tiny_llama(), tiny_llama()
+    prune(model, windows(), sparsity=0.9)
+    linears = {f"model.layers.{i}.{n}.weight" for i, layer in enumerate(decoder_layers(model)) for n in prunable(layer)}
+    for (name, a), b in zip(model.named_parameters(), dense.parameters(), strict=True):
+        assert torch.equal(a, b) == (name not in linears), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pattern_holds_in_every_linear(method):
+    model = tiny_llama()
+    prune(model, windows(), method, pattern=(2, 4))
+    for layer in decoder_layers(model):
+        for m in prunable(layer).values():
+            assert ((m.weight.reshape(m.weight.shape[0], -1, 4) == 0).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_stay_low_precision(dtype):
+    model = tiny_llama().to(dtype)
+    report = prune(model, windows(), sparsity=0.6)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert (report["sparsity"] >= 0.6 - 1 / 48 ** 2).all() and report["error"].between(0, 1).all()
+
+
+def test_same_result_again_and_offloaded():
+    a, b = tiny_llama(), tiny_llama()
+    reports = [prune(a, windows()), prune(b, windows(), offload=True, device="cpu")]
+    assert reports[0].equals(reports[1])
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_magnitude_ignores_the_calibration_data():
+    a, b = tiny_llama(), tiny_llama()
+    prune(a, windows(seed=0), "magnitude"), prune(b, windows(seed=1), "magnitude")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_fewer_tokens_than_dimensions():
+    report = prune(tiny_llama(), windows(1, 4))
+    assert (report["tokens"] == 4).all() and report["error"].between(0, 1).all()
+
+
+def test_an_input_that_is_always_zero_is_dead():
+    model = tiny_llama()
+    with torch.no_grad(): decoder_layers(model)[0].input_layernorm.weight[3] = 0
+    report = prune(model, windows()).set_index(["layer", "name"])
+    assert report.loc[(0, "self_attn.q_proj"), "dead"] == 1 and report.loc[(0, "mlp.up_proj"), "dead"] == 0
+    assert (decoder_layers(model)[0].self_attn.q_proj.weight[:, 3] == 0).all()
+
+
+def test_not_a_number_names_the_layer():
+    model = tiny_llama()
+    with torch.no_grad(): decoder_layers(model)[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(CalibPruneError, match="Layer 1, mlp"): prune(model, windows())
+
+
+def test_progress_is_reported_to_the_end():
+    seen = []
+    prune(tiny_llama(num_hidden_layers=3), windows(), progress=lambda *state: seen.append(state))
+    assert seen == [("pruning", i, 3) for i in range(4)]
+
+
+def test_layers_work_again_after_an_error():
+    model = tiny_llama()
+    with pytest.raises(CalibPruneError): prune(model, windows(), sparsity=1.5)
+    assert torch.isfinite(model(windows()).logits).all()
+    assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Linear))

