@@ -83,7 +83,7 @@ def tree_mask(rows: list[Row],
     if window is not None: sees &= depth[:, :, None] - depth[:, None, :] < window
     return sees[:, None]
 
-# %% ../nbs/12_evaluation.ipynb #ac06d540
+# %% ../nbs/12_evaluation.ipynb #ba1cbc66
 PACKABLE = {  # model type → the masks that its decoder takes
     "llama": "full", "gemma": "full", "opt": "full", "gpt_neox": "full", "mistral": "sliding",
     "qwen2": "both", "qwen3": "both", "gemma2": "both", "gemma3_text": "both"}
@@ -91,8 +91,8 @@ PACKABLE = {  # model type → the masks that its decoder takes
 def unpackable(model) -> str:  # empty if the model can be packed
     "Why a model has to be scored by lm-eval's own path."
     if model.config.model_type not in PACKABLE: return f"model type {model.config.model_type} is not among {', '.join(PACKABLE)}"
-    if (attention := model.config._attn_implementation) not in ("sdpa", "eager"): return f"attention {attention} takes no tree mask"
-    return ""
+    attention = model.config._attn_implementation
+    return "" if attention in ("sdpa", "eager") else f"attention {attention} takes no tree mask"
 
 def model_masks(model, rows: list[Row], length: int):  # a mask, or one for each kind of layer
     "The attention mask in the form that the model's decoder takes: 0 where it may look, very negative elsewhere."
@@ -213,18 +213,18 @@ def likelihood_rows(task: Task,
     return [dict(task=task.name, dimension=task.dimension, item=sample["doc"]["id"], metric=m, value=v, bytes=b)
             for m, v, b in found]
 
-# %% ../nbs/12_evaluation.ipynb #f6a2c752
-def last_number(text: str) -> str:
-    "The number after `####`, else the last one, without thousands separators; empty if there is none."
-    marked = re.search(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
-    found = [marked[1]] if marked else re.findall(r"-?\d[\d,]*\.?\d*", text)
-    return found[-1].replace(",", "").rstrip(".") if found else ""
+# %% ../nbs/12_evaluation.ipynb #dc1fe16a
+def last_number(text: str) -> float | None:
+    "The number after `####`, else the last one; None if there is none. Thousands may be separated by commas."
+    number = r"-?\d[\d,]*(?:\.\d+)?"
+    found = re.findall(rf"####\s*\$?({number})", text)[:1] or re.findall(number, text)[-1:]
+    return float(found[0].replace(",", "")) if found else None
 
 def generated_rows(task: Task, samples: list[dict], timeout: float = 10.0) -> list[dict]:
     "The rows of a generate task: exact match of a number, or pass@1 in the sandbox."
     def right(sample):
         answer, doc = sample["filtered_resps"][0], sample["doc"]
-        if not task.program: return last_number(answer) == last_number(doc["target"])
+        if not task.program: return last_number(answer) == float(doc["target"].replace(",", ""))
         return run_sandboxed(doc["program"].replace("\0", answer), timeout).ok
     with ThreadPoolExecutor(2) as pool: found = list(pool.map(right, samples))
     return [dict(task=task.name, dimension=task.dimension, item=o["doc"]["id"], metric=task.metric, value=float(v), bytes=0)
@@ -304,16 +304,16 @@ def scores(items: pd.DataFrame  # from `evaluate`
         return dict(dimension=task.dimension, task=task.name, metric=task.scored_by, score=score, standard_error=spread, n=n)
     return pd.DataFrame([one(o) for _, o in own_metric(items).groupby("task", sort=False)])
 
-# %% ../nbs/12_evaluation.ipynb #6ce4269b
+# %% ../nbs/12_evaluation.ipynb #d338d904
 def paired_values(dense: pd.DataFrame, pruned: pd.DataFrame  # from `evaluate`
                  ) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # task → values of the dense and of the pruned model
     "The two models' values, item by item; an error if they did not answer the same items."
     a, b = own_metric(dense), own_metric(pruned)
     for task in dict.fromkeys([*a.task, *b.task]):
         x, y = (set(o.item[o.task == task]) for o in (a, b))
-        if x != y: raise CalibPruneError(f"Retention needs the same items for both models, but task {task!r} has {len(x)} for the "
-                                         f"dense and {len(y)} for the pruned model, {len(x & y)} of them shared. Score both with "
-                                         "the same tasks and limit.")
+        if x != y: raise CalibPruneError(f"Retention needs the same items for both models, but task {task!r} has {len(x)} for "
+                                         f"the dense and {len(y)} for the pruned model, {len(x & y)} of them shared. Score both "
+                                         "with the same tasks and limit.")
     return {task: (mine.value.to_numpy(), b.value.to_numpy()[mine.index]) for task, mine in a.groupby("task", sort=False)}
 
 # %% ../nbs/12_evaluation.ipynb #f7d3560e

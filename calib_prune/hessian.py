@@ -67,7 +67,7 @@ class SecondMoment:
         lower = self._lower.tril().div_(self.n_tokens)
         return lower + lower.tril(-1).T
 
-# %% ../nbs/06_hessian.ipynb #93bf3f9e
+# %% ../nbs/06_hessian.ipynb #ae88c37b
 @torch.no_grad()
 def energy(weight: Tensor,     # [d_out, d_in] float32
            hessian: Tensor,    # [d_in, d_in] float32, symmetric
@@ -80,5 +80,5 @@ def energy(weight: Tensor,     # [d_out, d_in] float32
             own, left = weight[:, i:i + panel], weight[:, :i]
             product = own @ hessian[i:i + panel, i:i + panel]
             if i: product.addmm_(left, hessian[:i, i:i + panel], alpha=2)
-            total += (product * own).sum(dtype=torch.float64).item()
+            total += product.mul_(own).sum().item()
     return total

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'missing_layers', 'readable_paths', 'collect', 'SandboxResult', 'verdict', 'launch', 'run_sandboxed']
 
-# %% ../nbs/11_sandbox.ipynb #8bdb7c30
+# %% ../nbs/11_sandbox.ipynb #159d0e88
 import ctypes
 import importlib.util
 import json
@@ -21,7 +21,6 @@ import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from .core import CalibPruneError
 

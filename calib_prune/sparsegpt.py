@@ -135,7 +135,7 @@ def sweep_compiled(weight: Tensor, mask: Tensor, inverse: Tensor, pattern: tuple
     "`sweep_torch` for tensors on the CPU."
     return _sweep(weight.numpy(), mask.numpy(), inverse.numpy(), *(pattern or (0, 0)))
 
-# %% ../nbs/07_sparsegpt.ipynb #bccede13
+# %% ../nbs/07_sparsegpt.ipynb #e9376685
 def _sweep_blocks(weight: Tensor,     # [d_in, d_out] float32: the transposed weight, pruned in place
                   factor: Factor,     # of the layer's Hessian
                   counts: list[int],  # weights to prune in each block
@@ -155,7 +155,7 @@ def _sweep_blocks(weight: Tensor,     # [d_in, d_out] float32: the transposed we
         errors += sweep(current, mask, inverse, pattern)
         change[b] = weight[b] - current
         weight[b] = current
-    return errors, change.square().sum(dtype=torch.float64).item()
+    return errors, change.square().sum().item()
 
 # %% ../nbs/07_sparsegpt.ipynb #06ccaaa4
 @torch.no_grad()

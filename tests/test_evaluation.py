@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib_prune import evaluation, tasks
 from calib_prune.core import CalibPruneError
-from calib_prune.evaluation import (batches, commonsense_accuracy, difference, evaluate, interval, language_model, last_number, limit_of,
-                                    loglikelihoods, pack, perplexity, retention, scores, text_windows, tree_mask, unpackable)
+from calib_prune.evaluation import (batches, commonsense_accuracy, difference, draws, evaluate, interval, language_model,
+                                    last_number, limit_of, loglikelihoods, pack, perplexity, retained, retention, scores, text_windows,
+                                    tree_mask, unpackable)
 from calib_prune.fetch import write_jsonl
 from calib_prune.models import TINY_FAMILIES, load_model, tiny_llama, tiny_model, tiny_tokenizer
 from calib_prune.tasks import TASKS
@@ -73,7 +74,7 @@ def test_batches_keep_rows_and_budget(sequences, budget):
 
 
 BOTH = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
-MORE = {"gemma3_text": BOTH, "gemma2": BOTH, "qwen2": BOTH | dict(use_sliding_window=True), "qwen3": BOTH | dict(use_sliding_window=True)}
+MORE = {"gemma3_text": BOTH, "gemma2": BOTH, **dict.fromkeys(("qwen2", "qwen3"), BOTH | dict(use_sliding_window=True))}
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
@@ -92,7 +93,8 @@ def test_every_family_scores_as_lm_eval_does(family, attention):
         stock = lm._loglikelihood_tokens([(None, *o) for o in asked], disable_tqdm=True)
         packed = loglikelihoods(model, asked, 256, max_length)
         # The eager path takes its softmax in float32 whatever the model's type.
-        np.testing.assert_allclose([o for o, _ in packed], [o for o, _ in stock], rtol=0, atol=1e-10 if attention == "sdpa" else 1e-5)
+        np.testing.assert_allclose([o for o, _ in packed], [o for o, _ in stock], rtol=0,
+                                   atol=1e-10 if attention == "sdpa" else 1e-5)
         assert [o for _, o in packed] == [o for _, o in stock]
 
 
@@ -164,8 +166,8 @@ def test_evaluate_equals_lm_eval_item_by_item(benchmarks):
     pd.testing.assert_frame_equal(items, stock, rtol=1e-5, check_exact=False)
     assert list(items.columns) == ["task", "dimension", "item", "metric", "value", "bytes"]
     assert items.groupby(["task", "metric"]).size().to_dict() == {
-        ("sciq", "acc"): 12, ("sciq", "acc_norm"): 12, ("sciq", "bits"): 12, ("hellaswag", "acc"): 12, ("hellaswag", "acc_norm"): 12,
-        ("hellaswag", "bits"): 12, ("lambada", "bits"): 12, ("gsm8k", "bits"): 12}
+        **{(task, metric): 12 for task in ("sciq", "hellaswag") for metric in ("acc", "acc_norm", "bits")},
+        ("lambada", "bits"): 12, ("gsm8k", "bits"): 12}
 
 
 def test_bits_and_accuracy_by_hand(benchmarks):
@@ -192,7 +194,8 @@ def test_another_architecture_goes_through_lm_eval_and_says_so(benchmarks):
     model = AutoModelForCausalLM.from_config(config).eval()
     items = evaluate(model, TOKENIZER, "sciq", limit=3)
     assert items.attrs["scoring"].startswith("lm-eval (model type gpt2") and len(items) == 9
-    with pytest.raises(CalibPruneError, match="Perplexity cannot be measured: model type gpt2"): perplexity(model, TOKENIZER, ["a"])
+    with pytest.raises(CalibPruneError, match="Perplexity cannot be measured: model type gpt2"):
+        perplexity(model, TOKENIZER, ["a"])
 
 
 def test_generated_answers_are_checked(benchmarks, monkeypatch):
@@ -212,24 +215,27 @@ def test_generated_answers_are_checked(benchmarks, monkeypatch):
     assert [o["value"] for o in right] == [1, 0, 0] * 6
 
 
-@pytest.mark.parametrize("text, number", [("#### 42", "42"), ("1 2\n#### -1,234.5 apples 7", "-1234.5"), ("a 3 b 4.", "4"), ("", ""),
-                                          ("#### $18", "18"), ("####", ""), ("so the answer is 1,000", "1000")])
+@pytest.mark.parametrize("text, number", [
+    ("#### 42", 42), ("1 2\n#### -1,234.5 apples 7", -1234.5), ("a 3 b 4.", 4), ("", None), ("#### $18.00", 18), ("####", None),
+    ("so the answer is 1,000", 1000), ("#### 5\n\n#### 6", 5)])
 def test_last_number(text, number): assert last_number(text) == number
 
 
 def test_limits():
     assert limit_of(TASKS["piqa"], {"choice": 5, "piqa": 2}) == 2 and limit_of(TASKS["piqa"], None) is None
-    with pytest.raises(CalibPruneError, match="Unknown limit 'chioce'. Did you mean 'choice'"): limit_of(TASKS["piqa"], {"chioce": 2})
+    with pytest.raises(CalibPruneError, match="Unknown limit 'chioce'. Did you mean 'choice'"):
+        limit_of(TASKS["piqa"], {"chioce": 2})
     with pytest.raises(CalibPruneError, match="Unknown task"): evaluate(tiny_llama(), TOKENIZER, "nothing")
 
 
 # --- scores and retention
 
 
-def items_of(task, values, sizes=None, names=None):
+def items_of(task, values, sizes=None):
     n = len(values)
-    return pd.DataFrame(dict(task=task, dimension=TASKS[task].dimension, item=names or [str(i) for i in range(n)],
-                             metric=TASKS[task].metric, value=np.asarray(values, float), bytes=sizes if sizes is not None else [0] * n))
+    return pd.DataFrame(dict(task=task, dimension=TASKS[task].dimension, item=[str(i) for i in range(n)],
+                             metric=TASKS[task].metric, value=np.asarray(values, float),
+                             bytes=sizes if sizes is not None else [0] * n))
 
 
 def study(seed=0, n=60, lost=0.4):
@@ -259,7 +265,8 @@ def test_standard_error_of_bits_per_byte_matches_resampling():
     sizes = rng.integers(5, 100, 200)
     bits = sizes * rng.gamma(4, 0.25, 200)
     i = rng.integers(0, 200, (4000, 200))
-    assert scores(items_of("mbpp", bits, sizes)).standard_error[0] == pytest.approx((bits[i].sum(1) / sizes[i].sum(1)).std(), rel=0.05)
+    resampled = (bits[i].sum(1) / sizes[i].sum(1)).std()
+    assert scores(items_of("mbpp", bits, sizes)).standard_error[0] == pytest.approx(resampled, rel=0.05)
 
 
 def test_a_model_keeps_all_of_itself():
@@ -291,25 +298,25 @@ def test_total_needs_all_four_dimensions():
 def test_interval_agrees_with_scipy(task):
     dense, pruned = (o[o.task == task] for o in study(3, n=80))
     ratio = lambda x, y, axis=-1: y.mean(axis) / x.mean(axis) if task == "sciq" else x.mean(axis) / y.mean(axis)
-    reference = bootstrap((dense.value.to_numpy(), pruned.value.to_numpy()), ratio, paired=True, vectorized=True, n_resamples=20000,
-                          method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    both, ways = (dense.value.to_numpy(), pruned.value.to_numpy()), dict(vectorized=True, method="percentile")
+    reference = bootstrap(both, ratio, paired=True, n_resamples=20000, rng=np.random.default_rng(0), **ways).confidence_interval
     ours = retention(dense, pruned, n_boot=20000).set_index("level").loc["task"]
     assert (ours.ci_low, ours.ci_high) == pytest.approx(tuple(reference), abs=0.006)
     width = ours.ci_high - ours.ci_low
-    apart = bootstrap((dense.value.to_numpy(), pruned.value.to_numpy()), ratio, paired=False, vectorized=True, n_resamples=5000,
-                      method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    apart = bootstrap(both, ratio, paired=False, n_resamples=5000, rng=np.random.default_rng(0), **ways).confidence_interval
     assert width < 0.9 * (apart.high - apart.low)  # pairing is what makes it narrow
 
 
 def test_intervals_cover():
-    "Of 100 studies whose true retention is 0.6 (plus luck on the wrong ones), about 95% of the intervals hold the truth."
-    truth = (0.7 * 0.6 + 0.3 * 0.1) / 0.7
-    inside = 0
-    for seed in range(100):
-        dense, pruned = (o[o.task == "sciq"] for o in study(seed, n=150))
-        row = retention(dense, pruned, n_boot=400).set_index("level").loc["task"]
-        inside += row.ci_low <= truth <= row.ci_high
-    assert 89 <= inside <= 99
+    "Of 2000 studies whose true retention is known, about 95% of the intervals hold it."
+    truth, weights, inside = (0.7 * 0.6 + 0.3 * 0.1) / 0.7, draws(150, 400, 0, "sciq"), 0
+    for seed in range(2000):
+        rng = np.random.default_rng(seed)
+        dense = (rng.random(150) < 0.7).astype(float)
+        pruned = dense * (rng.random(150) > 0.4) + (1 - dense) * (rng.random(150) < 0.1)
+        low, high = interval(retained("sciq", dense, pruned, weights)[1:])
+        inside += low <= truth <= high
+    assert 0.93 < inside / 2000 < 0.97
 
 
 def test_draws_belong_to_the_task_and_the_seed():
@@ -385,7 +392,8 @@ def test_units_share_one_likelihood():
     assert found["word"].words == 10 + 16 + 1 and len({o.nll for o in found.values()}) == 1
     for unit, o in found.items(): assert o.unit == unit and math.log(o.value) * getattr(o, f"{unit}s") == pytest.approx(o.nll)
     assert found["token"].value == pytest.approx(found["byte"].value)  # this tokenizer has one token a byte
-    with pytest.raises(CalibPruneError, match="Unknown unit 'wrod'. Did you mean 'word'"): perplexity(model, TOKENIZER, ["a"], unit="wrod")
+    with pytest.raises(CalibPruneError, match="Unknown unit 'wrod'. Did you mean 'word'"):
+        perplexity(model, TOKENIZER, ["a"], unit="wrod")
     with pytest.raises(CalibPruneError, match="every document is empty"): perplexity(model, TOKENIZER, ["", ""])
 
 
@@ -400,6 +408,15 @@ def test_perplexity_equals_lm_evals_rolling_likelihood():
     for text, value in zip(texts, lm.loglikelihood_rolling(asked, disable_tqdm=True), strict=True):
         assert len(text.encode()) % 12 == 0
         assert -value == pytest.approx(perplexity(model, TOKENIZER, [text], window=12).nll, rel=1e-5)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["gsm8k_generate", "humaneval_generate", "mbpp_generate"])
+def test_reference_solutions_pass(name):
+    task = TASKS[name]
+    docs = [tasks.render(task, o) for o in tasks.choose(tasks.read_jsonl(tasks.cached("benchmarks", task.benchmark)), 60)]
+    found = evaluation.generated_rows(task, [dict(doc=o, filtered_resps=[o["target"]]) for o in docs])
+    assert len(found) == 60 and all(o["value"] == 1 for o in found)
 
 
 @pytest.mark.real

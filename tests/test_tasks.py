@@ -10,8 +10,8 @@ from calib_prune.tasks import DIMENSIONS, KINDS, TASK_SETS, TASKS, choose, get_t
 
 RECORDS = {
     "sciq": {"id": "0", "question": "Who {x}?", "choices": ["a", "b'\"", "c", "d"], "gold": 1},
-    "mbpp": {"id": "3", "task_id": 11, "text": "Add {a}.", "code": "def f(a): return {1: a}", "test_list": ["assert f(1)", "assert f(2)"],
-             "test_setup_code": "import math", "challenge_test_list": []},
+    "mbpp": {"id": "3", "task_id": 11, "text": "Add {a}.", "code": "def f(a): return {1: a}",
+             "test_list": ["assert f(1)", "assert f(2)"], "test_setup_code": "import math", "challenge_test_list": []},
     "humaneval": {"id": "0", "prompt": "def f(x):\n", "canonical_solution": "    return x\n", "entry_point": "f",
                   "test": "def check(c):\n    assert c(1) == 1"},
     "gsm8k": {"id": "1", "question": "How many?", "answer": "#### 18", "short_answer": "18", "solution": "So the answer is 18."}}
@@ -90,7 +90,8 @@ def test_lm_eval_reads_what_was_written(benchmarks, tmp_path):
     folders = [str(write_task(TASKS[o], 4, tmp_path / "t")) for o in ("sciq", "mbpp", "gsm8k_generate")]
     loaded = TaskManager(include_path=folders, include_defaults=False).load(["sciq", "mbpp", "gsm8k_generate"])["tasks"]
     doc = list(loaded["sciq"].test_docs())[0]
-    assert loaded["sciq"].doc_to_text(doc) == "Question: Who {x}?\nAnswer:" and loaded["sciq"].doc_to_choice(doc) == RECORDS["sciq"]["choices"]
+    assert loaded["sciq"].doc_to_text(doc) == "Question: Who {x}?\nAnswer:"
+    assert loaded["sciq"].doc_to_choice(doc) == RECORDS["sciq"]["choices"]
     loaded["mbpp"].build_all_requests(rank=0, world_size=1)
     assert loaded["mbpp"].instances[0].args == ('"""\nAdd {a}.\nassert f(1)\n"""\n', "def f(a): return {1: a}")
     loaded["gsm8k_generate"].build_all_requests(rank=0, world_size=1)
