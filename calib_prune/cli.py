@@ -61,10 +61,12 @@ def fetch(as_json: JsonOption = False) -> None:
     if as_json: print(json.dumps(asdict(report), default=str))
     else: Console().print(str(report), highlight=False)
 
-# %% ../nbs/18_cli.ipynb #f7e2a360
+# %% ../nbs/18_cli.ipynb #53919ce7
 @app.command()
-def sources(suite: Annotated[str, typer.Option(help="`packaged` (the 15 that `fetch` brings) or `paper` (15 hub data sets).")] = "packaged",
-            as_json: JsonOption = False) -> None:
+def sources(
+    suite: Annotated[str, typer.Option(help="`packaged` (the 15 that `fetch` brings) or `paper` (15 hub data sets).")] = "packaged",
+    as_json: JsonOption = False,
+) -> None:
     "List the calibration sources: dimension, licence, where they come from."
     from calib_prune.core import unknown_name
     from calib_prune.sources import PAPER_SOURCES, SOURCES
@@ -84,12 +86,13 @@ def tasks(as_json: JsonOption = False) -> None:
     if as_json: print(json.dumps({"tasks": rows, "sets": TASK_SETS}))
     else: show_table(rows)
 
-# %% ../nbs/18_cli.ipynb #1d53cbbe
+# %% ../nbs/18_cli.ipynb #8475fd0c
 @app.command()
 def prune(
     model: Annotated[str, typer.Option(help="`smollm2-135m`, a local folder, a .gguf file, or a hub id `owner/name`.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
-    calibration: Annotated[str, typer.Option(help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own .txt/.jsonl/.parquet files.")] = "uniform",
+    calibration: Annotated[str, typer.Option(
+        help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own .txt/.jsonl/.parquet files.")] = "uniform",
     method: Annotated[str, typer.Option(help="`sparsegpt`, `wanda` or `magnitude`.")] = "sparsegpt",
     sparsity: Annotated[str, typer.Option(help="Share of weights to remove, in [0, 1), or a pattern such as `2:4`.")] = "0.6",
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
@@ -97,7 +100,8 @@ def prune(
     seed: Annotated[int, typer.Option(help="Which draw of windows.")] = 0,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`; the saved model has the same.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep the model and the windows' activations on the CPU; one layer at a time goes to the device.")] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep the model and the windows' activations on the CPU; "
+                                                            "one layer at a time goes to the device.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through a layer at a time.")] = 4096,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     as_json: JsonOption = False,
@@ -122,18 +126,19 @@ def prune(
                   achieved_sparsity=float((report["sparsity"] * weights).sum() / weights.sum()),
                   mean_error=float(report["error"].mean()), layers=report.to_dict("records"))
     save_model(net, tokenizer, output, record)
-    brief = {k: v for k, v in record.items() if k != "layers"} | dict(output=str(output), seconds=round(time.perf_counter() - began, 1))
-    if as_json: print(json.dumps(brief))
-    else: show_table([dict(output=str(output), method=method, sparsity=brief["achieved_sparsity"], mean_error=brief["mean_error"],
-                           windows=windows, seconds=brief["seconds"])])
+    brief = dict(output=str(output), method=method, sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],
+                 windows=windows, seconds=round(time.perf_counter() - began, 1))
+    if as_json: print(json.dumps({k: v for k, v in record.items() if k != "layers"} | brief))
+    else: show_table([brief])
 
-# %% ../nbs/18_cli.ipynb #d371c730
+# %% ../nbs/18_cli.ipynb #24da83e8
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Model to score: a folder made by `prune`, or any model that `prune` takes.")],
-    dense: Annotated[Optional[str], typer.Option(help="The model before pruning: adds retention per dimension, with 95% intervals.")] = None,
+    dense: Annotated[Optional[str], typer.Option(
+        help="The model before pruning: adds retention per dimension, with 95% intervals.")] = None,
     tasks: Annotated[str, typer.Option(help="A task set (see `calib-prune tasks`) or task names, comma separated.")] = "default",
-    limit: Annotated[Optional[int], typer.Option(help="Items per task, a fixed random subset; all items if not given.")] = 100,
+    limit: Annotated[int, typer.Option(help="Items per task, a fixed random subset; 0 for all items.")] = 100,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
     as_json: JsonOption = False,
@@ -146,7 +151,7 @@ def evaluate(
     with bars(as_json) as progress:
         for name in [model] + [dense] * (dense is not None):
             net, tokenizer = load_model(name, dtype, device)
-            items[name] = run(net, tokenizer, names, limit=limit, progress=progress)
+            items[name] = run(net, tokenizer, names, limit=limit or None, progress=progress)
     out: dict[str, list] = {"scores": scores(items[model]).to_dict("records")}
     if dense: out["retention"] = retention(items[dense], items[model]).to_dict("records")
     if as_json: print(json.dumps(out))
@@ -174,7 +179,7 @@ class Lock:
             raise CalibPruneError(f"Another run is working on {self.folder}: wait for it, or stop it first.") from None
     def __exit__(self, *_): self.file.close()
 
-# %% ../nbs/18_cli.ipynb #cacb74bf
+# %% ../nbs/18_cli.ipynb #910cabbc
 def _watch(process: subprocess.Popen, names: list[str], results: Path, console: Console) -> None:
     "Draw the study's progress until its process ends."
     finished = lambda: sum((results / f"{n}.json").is_file() for n in names)
@@ -187,20 +192,22 @@ def _watch(process: subprocess.Popen, names: list[str], results: Path, console: 
                 over = state is None or (results / f"{name}.json").is_file()
                 if name in stages and (over or stages[name][1] != state["stage"]): show.remove_task(stages.pop(name)[0])
                 if over: continue
-                if name not in stages: stages[name] = show.add_task(f"{name}: {state['stage']}", total=state["total"]), state["stage"]
+                if name not in stages:
+                    stages[name] = show.add_task(f"{name}: {state['stage']}", total=state["total"]), state["stage"]
                 show.update(stages[name][0], completed=state["done"], total=state["total"])
             time.sleep(0.5)
         for task, _ in stages.values(): show.remove_task(task)
         show.update(total, completed=finished())
 
-# %% ../nbs/18_cli.ipynb #58c40e04
+# %% ../nbs/18_cli.ipynb #63b692e7
 def failure_report(names: list[str], results: Path, log: Path) -> str:
     "What failed and where to read about it."
     failed = [n for n in names if not (results / f"{n}.json").is_file()] or ["summary"]
     lines = [f"These did not finish: {', '.join(failed)}. Everything else is kept. Snakemake's log: {log}"]
     for name in failed:
         text = results / "notebooks" / f"{name}.log"
-        if text.is_file(): lines.append(f"- {name}: {text.read_text().strip().splitlines()[-1]}\n  notebook: {text.with_suffix('.ipynb')}")
+        if text.is_file():
+            lines += [f"- {name}: {text.read_text().strip().splitlines()[-1]}", f"  notebook: {text.with_suffix('.ipynb')}"]
     return "\n".join(lines)
 
 # %% ../nbs/18_cli.ipynb #9a43ddd2

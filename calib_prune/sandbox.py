@@ -116,7 +116,7 @@ def launch(task: dict,        # what the jail is to do: code, limits, layers
             if proc.poll() is None: os.killpg(proc.pid, signal.SIGKILL)
     return got, cut, secret, proc.returncode
 
-# %% ../nbs/11_sandbox.ipynb #23481bc0
+# %% ../nbs/11_sandbox.ipynb #4f54bf78
 def run_sandboxed(code: str,                   # an untrusted Python program: an answer followed by its tests
                   timeout: float = 10.0,       # wall time, seconds (ours; HumanEval's own harness allows 3)
                   memory_mb: int = 1024,       # address space, MiB (ours)
@@ -126,7 +126,7 @@ def run_sandboxed(code: str,                   # an untrusted Python program: an
     "Run an untrusted program without files, network or further processes, and say whether it reached its end."
     missing = tuple(missing_layers())
     if missing and not allow_weaker:
-        raise CalibPruneError(f"This machine cannot isolate generated code: its kernel lacks {' and '.join(missing)} "
+        raise CalibPruneError(f"This machine cannot isolate generated code: its kernel does not offer {' and '.join(missing)} "
                               "(Linux 5.13 or newer on x86-64 or 64-bit ARM has both). Use a machine that does, or "
                               "pass allow_weaker=True and accept that the code can reach what you can reach.")
     start = time.monotonic()

@@ -47,11 +47,11 @@ class Factor:
     ridge: float            # the same, as the number added to the diagonal
     block: int              # columns per block
 
-# %% ../nbs/07_sparsegpt.ipynb #25b6b104
+# %% ../nbs/07_sparsegpt.ipynb #5c66dba3
 @torch.no_grad()
 def factorise(hessian: Tensor,         # [d_in, d_in] float32, the second moment of the inputs
-              damping: float = 0.01,   # share of the mean diagonal added to it ("dampening" of 1%, section 4)
-              block: int = 128         # columns per block (Algorithm 1: B = 128)
+              damping: float = 0.01,   # share of the mean diagonal added to it (reference code: 0.01)
+              block: int = 128         # columns per block (reference code: 128)
              ) -> Factor:
     "Damp and factor a Hessian, once for all layers that share it."
     dead = check_hessian(hessian, len(hessian))
@@ -157,14 +157,14 @@ def _sweep_blocks(weight: Tensor,     # [d_in, d_out] float32: the transposed we
         weight[b] = current
     return errors, change.square().sum().item()
 
-# %% ../nbs/07_sparsegpt.ipynb #06ccaaa4
+# %% ../nbs/07_sparsegpt.ipynb #63b13e51
 @torch.no_grad()
 def sparsegpt(weight: Tensor,            # [d_out, d_in], any float type; left as it is
               hessian: Tensor,           # [d_in, d_in] second moment of the inputs
               sparsity: float = 0.6,     # share of weights to prune, in [0, 1); an n:m pattern has its own
               pattern: str | tuple[int, int] | None = None,  # "2:4" or (2, 4) keeps 2 of every 4
-              block: int = 128,          # columns per block (Algorithm 1: B = 128)
-              damping: float = 0.01,     # share of the mean diagonal added to it (section 4: 1%)
+              block: int = 128,          # columns per block (reference code: 128)
+              damping: float = 0.01,     # share of the mean diagonal added to it (reference code: 0.01)
               factor: Factor | None = None  # of this very Hessian, if it is already at hand
              ) -> PrunedWeight:          # exactly floor(sparsity × weights) pruned, in the type of `weight`
     "Prune a layer with SparseGPT."

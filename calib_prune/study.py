@@ -73,7 +73,7 @@ def find_cell(preset: dict[str, Any], name: str) -> Cell:
     if name not in known: raise unknown_name("cell", name, known)
     return known[name]
 
-# %% ../nbs/13_study.ipynb #8d6fd25e
+# %% ../nbs/13_study.ipynb #ffc215ef
 def parse_sparsity(value: float | str  # a number in [0, 1), or n:m with n of every m weights kept
                   ) -> tuple[float, tuple[int, int] | None]:  # share removed; the pattern, if there is one
     "Read a sparsity as it stands in a preset or on a command line."
@@ -82,8 +82,8 @@ def parse_sparsity(value: float | str  # a number in [0, 1), or n:m with n of ev
         n, m = as_pattern(text)
         return 1 - n / m, (n, m)
     try: return check_sparsity(float(text)), None
-    except ValueError: raise CalibPruneError(f"Sparsity {text!r} is neither a number in [0, 1), such as 0.6, nor a pattern n:m, "
-                                             "such as 2:4.") from None
+    except ValueError: pass
+    raise CalibPruneError(f"Sparsity {text!r} is neither a number in [0, 1), such as 0.6, nor a pattern n:m, such as 2:4.")
 
 # %% ../nbs/13_study.ipynb #3e8c947d
 def code_version() -> str:

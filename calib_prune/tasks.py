@@ -45,7 +45,7 @@ class Task:
         "How its score reads: a share of items right, or bits per byte (lower is better)."
         return "bits per byte" if self.kind == "bpb" else "accuracy"
 
-# %% ../nbs/10_tasks.ipynb #150fe6e8
+# %% ../nbs/10_tasks.ipynb #ab757cc6
 _QA = "Question: {question}\nAnswer:"
 _DOCSTRING = '"""\n{text}\n{test_list[0]}\n"""\n'
 _SUMS = "6 + 7 = 13\n\n58 - 23 = 35\n\n9 * 3 = 27\n\n84 / 4 = 21\n\n5 + 2 * 6 = 17\n\n"
@@ -65,7 +65,7 @@ _SCORED = [
     _bpb("squad", "General", "{context}\n" + _QA, "{answer}", "answers found in a given paragraph"),
     _choice("hellaswag", "Commonsense", "{query}", "how an everyday scene goes on, four endings", "acc_norm"),
     _choice("piqa", "Commonsense", "Question: {goal}\nAnswer:", "which of two ways reaches a practical goal", "acc_norm"),
-    _choice("arc_easy", "Commonsense", _QA, "grade-school science, easy set", "acc_norm"),
+    _choice("arc_easy", "Commonsense", _QA, "grade-school science, easy set"),
     _choice("arc_challenge", "Commonsense", _QA, "grade-school science, hard set", "acc_norm"),
     _choice("openbookqa", "Commonsense", _QA, "elementary science facts combined with common knowledge", "acc_norm"),
     _choice("csqa", "Commonsense", _QA, "everyday concepts, five answers"),
@@ -111,9 +111,9 @@ _GENERATED = [
 ]
 TASKS: dict[str, Task] = {o.name: o for o in _SCORED + _GENERATED}
 
-# %% ../nbs/10_tasks.ipynb #6d2f2f1b
+# %% ../nbs/10_tasks.ipynb #4bc1782e
 TASK_SETS: dict[str, tuple[str, ...]] = {
-    "default": ("lambada", "sciq", "jeopardy", "triviaqa", "hellaswag", "piqa", "arc_easy", "csqa",
+    "default": ("lambada", "sciq", "jeopardy", "triviaqa", "hellaswag", "piqa", "arc_easy",
                 "humaneval", "mbpp", "basic_skills_coding", "gsm8k", "math500", "basic_skills_arithmetic"),
     "generate": ("gsm8k_generate", "humaneval_generate", "mbpp_generate"),
     "candidates": tuple(o.name for o in _SCORED)}

