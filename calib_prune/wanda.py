@@ -43,7 +43,7 @@ def wanda(weight: Tensor,         # [d_out, d_in], any float type; left as it is
     mask = smallest_of_groups(scores, pattern) if pattern else smallest(scores, share(sparsity, d_in))
     return _masked(weight, mask, hessian, int(dead.sum()))
 
-# %% ../nbs/08_wanda.ipynb #02139990
+# %% ../nbs/08_wanda.ipynb #55701744
 @torch.no_grad()
 def magnitude(weight: Tensor,                 # [d_out, d_in], any float type; left as it is
               hessian: Tensor | None = None,  # only to report the error
@@ -59,5 +59,5 @@ def magnitude(weight: Tensor,                 # [d_out, d_in], any float type; l
         dead = int(check_hessian(hessian, d_in).sum())
     scores = weight.abs().float()
     if pattern: mask = smallest_of_groups(scores, pattern)
-    else: mask = smallest(scores.view(1, -1), share(sparsity, weight.numel())).view(weight.shape)
+    else: mask = smallest(scores.reshape(1, -1), share(sparsity, weight.numel())).view(weight.shape)
     return _masked(weight, mask, hessian, dead)

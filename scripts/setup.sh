@@ -12,9 +12,10 @@ python=$1 venv=$2
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     sudo=$([ "$(id -u)" = 0 ] || echo sudo)
     command -v apt-get >/dev/null || { echo "This Python has no venv module: install it with your system's packages." >&2; exit 1; }
-    echo "Installing Debian's python3-venv ..."
+    echo "Installing Debian's venv package for it ..."
     $sudo apt-get update -qq
-    $sudo apt-get install -y -qq --no-install-recommends python3-venv
+    version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+    $sudo apt-get install -y -qq --no-install-recommends "$version-venv"
 fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"

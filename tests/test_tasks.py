@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from calib_prune import tasks
-from calib_prune.core import CalibPruneError
+from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.fetch import write_jsonl
-from calib_prune.tasks import DIMENSIONS, KINDS, TASK_SETS, TASKS, choose, get_tasks, render, task_config, write_task
+from calib_prune.tasks import KINDS, TASK_SETS, TASKS, choose, get_tasks, render, task_config, write_task
 
 RECORDS = {
     "sciq": {"id": "0", "question": "Who {x}?", "choices": ["a", "b'\"", "c", "d"], "gold": 1},
@@ -83,6 +83,22 @@ def test_files_for_lm_eval(benchmarks, tmp_path):
     assert write_task(TASKS["sciq"], limit=6, folder=tmp_path / "t") != out
     assert task_config(TASKS["gsm8k_generate"], tmp_path)["generation_kwargs"] == {
         "until": ["\n\n", "Question:"], "max_gen_toks": 320, "do_sample": False}
+
+
+def test_files_are_mended_after_a_move(benchmarks, tmp_path):
+    old = write_task(TASKS["sciq"], limit=5, folder=tmp_path / "old")
+    want = (old / "items.jsonl").read_text()
+    (tmp_path / "old").rename(tmp_path / "new")
+    out = tmp_path / "new" / old.name
+    data = out / "items.jsonl"
+    def mended():
+        assert write_task(TASKS["sciq"], limit=5, folder=tmp_path / "new") == out and data.read_text() == want
+        return yaml.safe_load((out / "sciq.yaml").read_text())["dataset_kwargs"]["data_files"]["test"] == str(data)
+    assert mended()
+    data.unlink()
+    assert mended()
+    data.write_text(want[:-20])  # a copy that was cut short
+    assert mended()
 
 
 def test_lm_eval_reads_what_was_written(benchmarks, tmp_path):

@@ -25,12 +25,12 @@ def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
     for name in ("nbs/paper", "calib_prune"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
-    save_model(tiny_llama(), tiny_tokenizer(), root / "tiny", {})
+    save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
     (root / "a.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(500)))
     preset = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()) | dict(
         name="tiny", model=str(root / "tiny"), calibration=dict(windows=4, length=64),
         strategies=dict(own=str(root / "a.txt"), c4="c4"), methods=["wanda"], sparsities=["2:4"],
-        scoring=dict(tasks="sciq,piqa,basic_skills_coding,basic_skills_arithmetic", limit=8, batch_tokens=512),
+        scoring=dict(tasks="jeopardy,piqa,mbpp,gsm8k", limit=8, batch_tokens=1024),
         heldout=dict(source="coqa", documents=1, window=64))
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     return root
@@ -55,17 +55,19 @@ def cells(root):
 
 def test_interrupted_then_finished_then_reused(checkout):
     process = start(checkout)
-    while not (checkout / "results/tiny/dense.json").exists():
+    while not cells(checkout):
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)  # everything at once, as a power cut would
     process.wait()
     first = cells(checkout)
-    assert set(first) == {"dense"}
+    assert 1 <= len(first) < 3
 
     out, err = reproduce(checkout)
     done = cells(checkout)
-    assert set(done) == {"dense", "own-wanda-2of4-s0", "c4-wanda-2of4-s0"} and done["dense"] == first["dense"]
+    assert set(done) == {"dense", "own-wanda-2of4-s0", "c4-wanda-2of4-s0"}
+    for name, before in first.items():  # whether it was run again or not
+        assert (done[name]["record"], done[name]["rows"]) == (before["record"], before["rows"])
     assert "retention.png" in out and "3/3" in err
     assert (checkout / "figures/tiny/retention.png").stat().st_size > 10_000
     table = pd.read_csv(checkout / "figures/tiny/retention.csv")
@@ -84,7 +86,7 @@ def test_a_failing_model_does_not_stop_the_others(checkout):
     hidden.write_text("too short")
     try:
         _, err = reproduce(checkout, code=1)
-        assert "own-wanda-2of4-s0" in err and "8 windows" not in err and "tokens" in err
+        assert "own-wanda-2of4-s0" in err and "4 windows of 64 tokens need 256" in err
         assert set(cells(checkout)) == {"dense", "c4-wanda-2of4-s0"}
         failed = nbformat.read(checkout / "results/tiny/notebooks/own-wanda-2of4-s0.ipynb", 4)
         assert any(o.output_type == "error" for c in failed.cells if c.cell_type == "code" for o in c.outputs)
