@@ -14,7 +14,7 @@ test: .venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
-	$(BIN)/nbdev_test --do_print --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 
 # notebooks are the source: write calib_prune/ from them, strip what is not worth keeping
 export: .venv/installed

@@ -1,4 +1,5 @@
 "Write README.md from nbs/index.ipynb: its text and outputs, without code; --check only compares."
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ root = Path(__file__).resolve().parent.parent
 
 def render() -> str:
     text, _ = MarkdownExporter(exclude_input=True).from_filename(str(root / "nbs/index.ipynb"))
-    return text.replace("](../", "](").strip() + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", text.replace("](../", "]("))
+    return text.strip() + "\n"
 
 
 if __name__ == "__main__":
