@@ -31,11 +31,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
                   help="Prune a language model and see which ability its calibration data costs.")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables and bars.")]
 
-# %% ../nbs/18_cli.ipynb #313d7a78
+# %% ../nbs/18_cli.ipynb #4182f4da
 def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
     "Print rows as a table."
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for key in rows[0]: table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for key in rows[0]: table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right", overflow="fold")
     for row in rows: table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
     Console().print(table)
 
@@ -236,8 +236,8 @@ def check_names(study: dict[str, Any]) -> None:
     get_source(study["heldout"]["source"])
     get_tasks(study["scoring"]["tasks"])
 
-# %% ../nbs/18_cli.ipynb #1e4d4d35
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+# %% ../nbs/18_cli.ipynb #586bb54b
+@app.command(context_settings={"allow_extra_args": True})
 def reproduce(
     context: typer.Context,
     preset: Annotated[str, typer.Option(help="`smoke`, or the path of a preset file.")] = "smoke",

@@ -474,7 +474,7 @@ def place(root: Path, entry: Entry, wheel: Wheel, file: zipfile.ZipFile, work: P
     manifest = {**read_manifest(root), entry.path: said}
     write_atomic(root / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
 
-# %% ../nbs/01_fetch.ipynb #8a7358d0
+# %% ../nbs/01_fetch.ipynb #275424c0
 def lock(root: Path, tell: Callable[[str], None]) -> FileLock:
     "The cache's lock, taken; says so if another fetch has to end first."
     try: root.mkdir(parents=True, exist_ok=True)
@@ -485,6 +485,8 @@ def lock(root: Path, tell: Callable[[str], None]) -> FileLock:
     except Timeout:
         tell(f"Another fetch is at work in {root}; waiting for it to end.")
         held.acquire()
+    except OSError as e: raise CalibPruneError(f"Cannot write in the cache folder {root}: {e.strerror}. Set CALIB_PRUNE_CACHE "
+                                               "to a folder that can be written.") from e
     return held
 
 def unpack(root: Path, wheel: Wheel, path: Path, entries: list[Entry], console: Console) -> None:

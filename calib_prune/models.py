@@ -186,7 +186,7 @@ def check_output(folder: str | Path) -> Path:
         raise CalibPruneError(f"Output {folder} cannot be made: {above} is not a folder that can be written.")
     return folder
 
-# %% ../nbs/02_models.ipynb #bac631b0
+# %% ../nbs/02_models.ipynb #46538bab
 def save_model(model: PreTrainedModel, tokenizer,
                folder: str | Path,     # must be absent or empty
                record: dict[str, Any]  # how the model was made; saved as `calib_prune.json`
@@ -199,8 +199,9 @@ def save_model(model: PreTrainedModel, tokenizer,
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         write_atomic(part / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
-        if folder.is_dir(): folder.rmdir()
-        part.rename(folder)
+        if folder.is_dir():  # it may be where the user stands: fill it, do not replace it
+            for file in sorted(part.iterdir(), key=lambda o: o.name == RECORD): file.rename(folder / file.name)
+        else: part.rename(folder)
     except (OSError, ValueError, SafetensorError) as e:
         raise CalibPruneError(f"Cannot save the model to {folder}: {e}. Nothing was left there.") from e
     finally:

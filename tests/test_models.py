@@ -94,7 +94,8 @@ def test_the_current_folder_is_a_fine_output(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     save_model(tiny_llama(), tiny_tokenizer(), ".", {})
-    load_model(str(tmp_path / "here"))
+    load_model(".")
+    assert [o.name for o in tmp_path.iterdir()] == ["here"], "the folder was filled, not replaced"
 
 
 def test_an_output_below_a_file_is_refused_at_once(tmp_path):
