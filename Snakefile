@@ -1,60 +1,122 @@
-# The study as a graph of papermill runs: cells → rows → table and figure.
-#   snakemake --cores 2 --configfile presets/smoke.yaml
+# The study as a graph of papermill runs: own text → metrics; cells → rows; rows and metrics → tables and figures.
+#   snakemake --cores 2 --configfile presets/smoke.yaml --rerun-triggers mtime
 # `calib-prune reproduce --preset smoke` wraps this with progress bars and a lock.
 import re
 import shlex
 import sys
 
-from calib_prune.study import cell_files, cells, settings_hash
+from calib_prune.core import write_atomic
+from calib_prune.identity import metrics_identities, unfinished, unfinished_metrics
+from calib_prune.study import cells
+from pathlib import Path
 
 NAME, PRESET = config["name"], workflow.configfiles[0]
 RESULTS, FIGURES = f"results/{NAME}", f"figures/{NAME}"
-CELLS = {c.name: c for c in cells(config)}
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar"
-# What a cell's numbers depend on; a package imported inside a notebook is invisible to Snakemake.
-MODULES = [f"calib_prune/{m}.py" for m in ("core", "fetch", "models", "sources", "calibration", "hessian", "masks", "sparsegpt",
-                                           "wanda", "pruning", "tasks", "sandbox", "jail", "evaluation", "study")]
-SUMMARY = [f"{FIGURES}/{name}" for name in ("retention.csv", "retention.md", "retention.tex", "retention.pdf", "retention.png",
-                                            "differences.csv", "differences.md", "differences.tex")]
+
+# What each notebook of nbs/paper leaves in the figures folder.
+TABLES = {"summary": ["retention", "differences"], "sources": ["T1-sources"], "main": ["T2-retention", "T2-differences"],
+          "correlations": ["T3-correlations"], "sweep": ["T4-sparsity"], "draws": ["T5-draws", "T5-sizes"],
+          "contamination": ["T6-contamination"], "claims": ["T7-claims"]}
+PICTURES = {"summary": ["retention"], "main": ["F1-retention", "F6-strategies"], "correlations": ["F2-perplexity", "F3-correlations"],
+            "sweep": ["F4-margin"], "draws": ["F5-averaging"]}
+FILES = {book: [f"{FIGURES}/{stem}.{end}" for stems, ends in ((TABLES[book], ("csv", "md", "tex")), (PICTURES.get(book, []), ("pdf", "png")))
+                for stem in stems for end in ends] for book in TABLES}
+MEASURED = {"sources", "correlations", "claims"}  # notebooks that read the calibration sets' metrics
+
+# File times say nothing in a fresh clone: what is finished is decided by the identity in each result (nbs/13a_identity). With
+# `--config tables_only=1` the results there are taken as they are, and what is missing is left out.
+TABLES_ONLY = bool(config.get("tables_only"))
+LEFT = {} if TABLES_ONLY else unfinished(config, RESULTS)
+LEFT_METRICS = {} if TABLES_ONLY else unfinished_metrics(config, RESULTS)
+for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items()}).items():
+    stamp = Path(RESULTS, ".identity", name)
+    if not stamp.is_file() or stamp.read_text() != identity: write_atomic(stamp, identity)
+
+ROWS = [f for c in cells(config) if (f := f"{RESULTS}/{c.name}.json") and (not TABLES_ONLY or Path(f).is_file())]
+METRICS = [f for k in metrics_identities(config) if (f := f"{RESULTS}/metrics/{k}.json") and (not TABLES_ONLY or Path(f).is_file())]
 
 
 rule all:
     input:
-        SUMMARY,
+        [f for book in config["tables"] for f in FILES[book]],
 
 
-rule cell:
+rule rows:
     input:
-        notebook="nbs/paper/prune_and_score.ipynb",
-        modules=MODULES,
-        files=lambda w: cell_files(config, CELLS[w.cell]),
-    output:
-        f"{RESULTS}/{{cell}}.json",
-    log:
-        # A failed job's outputs are deleted, its logs are kept: the notebook that failed can be read.
-        notebook=f"{RESULTS}/notebooks/{{cell}}.ipynb",
-        text=f"{RESULTS}/notebooks/{{cell}}.log",
-    params:
-        settings=settings_hash(config),
-        cell=lambda w: repr(CELLS[w.cell]),
-    wildcard_constraints:
-        cell="|".join(map(re.escape, CELLS)),
-    threads: workflow.cores
-    shell:
-        "CALIB_PRUNE_PROGRESS={RESULTS}/.progress/{wildcards.cell}.json {PAPERMILL} {input.notebook} {log.notebook} "
-        "-r preset {PRESET:q} -r cell {wildcards.cell} -r results {RESULTS} > {log.text} 2>&1"
+        ROWS,
 
 
-rule summary:
-    input:
-        notebook="nbs/paper/summary.ipynb",
-        modules=[f"calib_prune/{m}.py" for m in ("tables", "plots")],
-        cells=[f"{RESULTS}/{name}.json" for name in CELLS],
-    output:
-        SUMMARY,
-    log:
-        notebook=f"{RESULTS}/notebooks/summary.ipynb",
-        text=f"{RESULTS}/notebooks/summary.log",
-    shell:
-        "{PAPERMILL} {input.notebook} {log.notebook} "
-        "-r preset {PRESET:q} -r results {RESULTS} -r figures {FIGURES} > {log.text} 2>&1"
+# One rule a cell, because a priority belongs to a rule: cells run in the order of the preset's grid.
+for rank, name in enumerate(LEFT):
+
+    rule:
+        name:
+            "cell_" + re.sub(r"\W", "_", name)
+        input:
+            f"{RESULTS}/.identity/{name}",
+        output:
+            f"{RESULTS}/{name}.json",
+        log:
+            # A failed job's outputs are deleted, its logs are kept: the notebook that failed can be read.
+            notebook=f"{RESULTS}/notebooks/{name}.ipynb",
+            text=f"{RESULTS}/notebooks/{name}.log",
+        params:
+            cell=name,
+        priority: len(LEFT) - rank
+        threads: workflow.cores
+        shell:
+            "CALIB_PRUNE_PROGRESS={RESULTS}/.progress/{params.cell}.json {PAPERMILL} nbs/paper/prune_and_score.ipynb {log.notebook} "
+            "-r preset {PRESET:q} -r cell {params.cell} -r results {RESULTS} > {log.text} 2>&1"
+
+
+if LEFT_METRICS:
+
+    rule own_text:
+        output:
+            f"{RESULTS}/metrics/own-text.jsonl",
+        log:
+            notebook=f"{RESULTS}/notebooks/own_text.ipynb",
+            text=f"{RESULTS}/notebooks/own_text.log",
+        priority: 1000
+        threads: workflow.cores
+        shell:
+            "{PAPERMILL} nbs/paper/own_text.ipynb {log.notebook} -r preset {PRESET:q} -r output {output} > {log.text} 2>&1"
+
+    rule measure:
+        input:
+            f"{RESULTS}/.identity/metrics-{{strategy}}",
+            ancient(f"{RESULTS}/metrics/own-text.jsonl"),
+        output:
+            f"{RESULTS}/metrics/{{strategy}}.json",
+        log:
+            notebook=f"{RESULTS}/notebooks/measure-{{strategy}}.ipynb",
+            text=f"{RESULTS}/notebooks/measure-{{strategy}}.log",
+        wildcard_constraints:
+            strategy="|".join(map(re.escape, LEFT_METRICS)),
+        priority: 500
+        threads: workflow.cores
+        shell:
+            "{PAPERMILL} nbs/paper/measure.ipynb {log.notebook} -r preset {PRESET:q} -r strategy {wildcards.strategy} "
+            "-r results {RESULTS} > {log.text} 2>&1"
+
+
+for book in config["tables"]:
+
+    rule:
+        name:
+            book
+        input:
+            notebook=f"nbs/paper/{book}.ipynb",
+            modules=[f"calib_prune/{m}.py" for m in ("analysis", "claims", "contamination", "evaluation", "oit", "plots", "study", "tables")],
+            rows=ROWS,
+            metrics=METRICS if book in MEASURED else [],
+        output:
+            FILES[book],
+        log:
+            notebook=f"{RESULTS}/notebooks/{book}.ipynb",
+            text=f"{RESULTS}/notebooks/{book}.log",
+        params:
+            book=book,
+        shell:
+            "{PAPERMILL} {input.notebook} {log.notebook} -r preset {PRESET:q} -r results {RESULTS} -r figures {FIGURES} > {log.text} 2>&1"

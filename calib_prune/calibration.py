@@ -128,12 +128,14 @@ def tokenizer_identity(tokenizer) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return content_hash(json.loads(backend.to_str()) if backend else tokenizer.get_vocab())
 
-# %% ../nbs/04_calibration.ipynb #78112446
+# %% ../nbs/04_calibration.ipynb #bbcb78f3
 STREAM = 1  # raise it when `token_stream` would return something else
 
-def source_stream(source: DocumentSource, tokenizer) -> tuple[np.ndarray, np.ndarray]:  # as `token_stream`
+def source_stream(source: DocumentSource, tokenizer,
+                  identity: str | None = None  # `tokenizer_identity(tokenizer)`, where it is at hand
+                 ) -> tuple[np.ndarray, np.ndarray]:  # as `token_stream`
     "A source's tokens, kept on disk: tokenising fifty megabytes again for every set would take longer than pruning."
-    key = content_hash([STREAM, source.name, source.revision, tokenizer_identity(tokenizer), end_of_text_id(tokenizer)])
+    key = content_hash([STREAM, source.name, source.revision, identity or tokenizer_identity(tokenizer), end_of_text_id(tokenizer)])
     files = [cache_dir() / "tokens" / f"{key}.{part}.npy" for part in ("tokens", "documents")]
     try: tokens, documents = (np.load(f, mmap_mode="r") for f in files)
     except (OSError, ValueError, EOFError):  # absent, or cut short
@@ -144,11 +146,12 @@ def source_stream(source: DocumentSource, tokenizer) -> tuple[np.ndarray, np.nda
             except CalibPruneError: break  # a cache that cannot be written costs time, nothing else
     return tokens, np.asarray(documents, np.int64)
 
-# %% ../nbs/04_calibration.ipynb #136fbe05
+# %% ../nbs/04_calibration.ipynb #f116e8e8
 def _windows_of(label: str,               # what the user calls the source
-                source: DocumentSource, tokenizer, n: int, length: int, seed: int) -> tuple[np.ndarray, pd.DataFrame]:
+                source: DocumentSource, tokenizer, identity: str, n: int, length: int, seed: int
+               ) -> tuple[np.ndarray, pd.DataFrame]:
     "The first n windows of one source's seeded order, int64 [n, L], and where they came from."
-    stream, documents = source_stream(source, tokenizer)
+    stream, documents = source_stream(source, tokenizer, identity)
     if len(stream) < n * length:
         raise CalibPruneError(f"Source {label!r} has {len(stream):,} tokens, but {n} windows of {length} tokens need "
                               f"{n * length:,}: ask for at most {len(stream) // length} windows, shorter ones, or a smaller "
@@ -158,7 +161,7 @@ def _windows_of(label: str,               # what the user calls the source
     return stream[at[:, None] + np.arange(length)].astype(np.int64), pd.DataFrame(
         dict(source=label, first_document=first, offset=at - documents[first], last_document=last))
 
-# %% ../nbs/04_calibration.ipynb #08f604f4
+# %% ../nbs/04_calibration.ipynb #4b00c98c
 def build_calibration(mix: str | Mapping[str, float] | DocumentSource,  # see `parse_mix`; or any object with documents
                       tokenizer,
                       n_windows: int = 32,   # N; the field's usual is 128
@@ -173,10 +176,11 @@ def build_calibration(mix: str | Mapping[str, float] | DocumentSource,  # see `p
         weights = parse_mix(mix) if isinstance(mix, str) else mix
         sources, counts = {k: get_source(k) for k in weights}, allocate(weights, n_windows)
     drawn = {k: s for k, s in sources.items() if counts[k]}
-    parts = [_windows_of(k, s, tokenizer, counts[k], length, seed) for k, s in drawn.items()]
+    identity = tokenizer_identity(tokenizer)
+    parts = [_windows_of(k, s, tokenizer, identity, counts[k], length, seed) for k, s in drawn.items()]
     return CalibrationSet(tokens=torch.from_numpy(np.concatenate([p[0] for p in parts])),
                           provenance=pd.concat([p[1] for p in parts], ignore_index=True),
-                          tokenizer=tokenizer_identity(tokenizer), seed=seed,
+                          tokenizer=identity, seed=seed,
                           sources={k: s.revision for k, s in drawn.items()})
 
 # %% ../nbs/04_calibration.ipynb #5bfb49c6

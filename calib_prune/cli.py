@@ -223,20 +223,20 @@ def failure_report(names: list[str], results: Path, log: Path) -> str:
             lines += [f"- {name}: {said.splitlines()[-1]}", f"  notebook: {text.with_suffix('.ipynb')}"]
     return "\n".join(lines)
 
-# %% ../nbs/18_cli.ipynb #68f34316
+# %% ../nbs/18_cli.ipynb #029f0687
 def check_names(study: dict[str, Any]) -> None:
     "Refuse a preset that names a source, method or task that does not exist, before hours of work."
     from calib_prune.calibration import parse_mix
     from calib_prune.pruning import check_method
     from calib_prune.sources import get_source
     from calib_prune.tasks import get_tasks
-    for method in study["methods"]: check_method(method)
+    for method in {m for block in study["grid"] for m in block["methods"]}: check_method(method)
     for mix in study["strategies"].values():
         for name in parse_mix(mix): get_source(name)
     get_source(study["heldout"]["source"])
     get_tasks(study["scoring"]["tasks"])
 
-# %% ../nbs/18_cli.ipynb #586bb54b
+# %% ../nbs/18_cli.ipynb #004e0448
 @app.command(context_settings={"allow_extra_args": True})
 def reproduce(
     context: typer.Context,
@@ -252,7 +252,8 @@ def reproduce(
     check_names(study)
     names, results = [c.name for c in cells(study)], root / "results" / study["name"]
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path.resolve()), "--cores",
-               str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--nolock", *context.args]
+               str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--nolock",
+               "--rerun-triggers", "mtime", *context.args]
     if dry_run: raise typer.Exit(subprocess.run([*command, "--dry-run"], cwd=root).returncode)
     console, log = Console(stderr=True), results / "snakemake.log"
     with Lock(results) as lock:

@@ -9,7 +9,7 @@ __all__ = ['PACKABLE', 'Request', 'Limit', 'UNITS', 'Row', 'common_prefix', 'pac
            'draws', 'retained', 'retention_draws', 'interval', 'retention', 'difference', 'commonsense_accuracy',
            'Perplexity', 'text_windows', 'perplexity']
 
-# %% ../nbs/12_evaluation.ipynb #6339a4e8
+# %% ../nbs/12_evaluation.ipynb #7b606bb5
 import logging
 import math
 import re
@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 
 from .core import DIMENSIONS, CalibPruneError, unknown_name
+from .memory import reused_memory
 from .models import end_of_text_id
 from .progress import ProgressFn
 from .pruning import check_window
@@ -265,7 +266,8 @@ def limit_of(task: Task,
         if o not in TASKS and o not in KINDS: raise unknown_name("limit", o, [*KINDS, *TASKS])
     return limit.get(task.name, limit.get(task.kind))
 
-# %% ../nbs/12_evaluation.ipynb #26d512d1
+# %% ../nbs/12_evaluation.ipynb #9105a13b
+@reused_memory()
 def evaluate(model, tokenizer,
              tasks: str | list[str] = "default",  # names of tasks and sets
              limit: Limit = None,                 # items a task, see `limit_of`; a fixed subset, the same for every model
@@ -417,7 +419,8 @@ def text_windows(ids: list[int],  # a document
     stream = [start, *ids]
     return [(stream[i:i + 1], stream[i + 1:i + 1 + window]) for i in range(0, len(ids), window)]
 
-# %% ../nbs/12_evaluation.ipynb #b94588b6
+# %% ../nbs/12_evaluation.ipynb #f0947290
+@reused_memory()
 def perplexity(model, tokenizer,
                texts: list[str],          # documents
                window: int = 512,         # tokens predicted in one pass; at most the model's context

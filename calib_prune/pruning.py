@@ -4,21 +4,27 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'decoder_layers', 'prunable', 'get_weight', 'check_layers', 'Call', 'capture', 'share_groups',
-           'layer_statistics', 'LinearReport', 'prune_layer', 'check_method', 'check_window', 'check_tokens', 'prune']
+           'layer_statistics', 'LinearReport', 'prune_layer', 'fingerprint', 'Checkpoint', 'check_method',
+           'check_window', 'check_tokens', 'prune']
 
-# %% ../nbs/09_pruning.ipynb #664ed3f9
+# %% ../nbs/09_pruning.ipynb #76e21198
+import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .core import CalibPruneError, unknown_name
+from .core import CalibPruneError, content_hash, unknown_name, write_atomic
 from .hessian import SecondMoment
+from .memory import reused_memory
 from .models import as_device
 from .progress import ProgressFn
 from .sparsegpt import factorise, sparsegpt
@@ -208,6 +214,43 @@ def prune_layer(index: int, layer: nn.Module, groups: list[list[str]], moments: 
                                         new.dead))
     return reports
 
+# %% ../nbs/09_pruning.ipynb #7ae8d20d
+def fingerprint(model: PreTrainedModel) -> str:
+    "A hash that changes with any weight of a model."
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = lambda p: p.detach().contiguous().view(whole[p.element_size()]).sum(dtype=torch.int64).item()
+    return content_hash([[name, list(p.shape), str(p.dtype), bits(p)] for name, p in model.named_parameters()])
+
+# %% ../nbs/09_pruning.ipynb #1fe3b90f
+class Checkpoint:
+    "The finished layers of one prune, in a folder."
+    def __init__(self, folder: str | Path,
+                 run: dict[str, Any]  # everything that the result depends on
+                ):
+        self.folder, marker = Path(folder), Path(folder) / "run.json"
+        if marker.is_file() and (other := json.loads(marker.read_text())) != run:
+            differs = ", ".join(k for k in run if run[k] != other.get(k))
+            raise CalibPruneError(f"Checkpoint {folder} belongs to another run (it differs in: {differs}). Remove the folder or "
+                                  "choose another one.")
+        write_atomic(marker, json.dumps(run))
+
+    def _file(self, index: int) -> Path: return self.folder / f"layer-{index:04d}.safetensors"
+
+    def save(self, index: int, layer: nn.Module, reports: list[LinearReport]) -> None:
+        "Keep a layer that has just been pruned."
+        weights = {name: get_weight(m).contiguous().cpu() for name, m in prunable(layer).items()}
+        write_atomic(self._file(index), save(weights, {"reports": json.dumps([asdict(r) for r in reports])}))
+
+    def load(self, index: int, layer: nn.Module) -> list[LinearReport] | None:
+        "Restore a layer that an earlier run has pruned, or return None."
+        if not self._file(index).is_file(): return None
+        try:
+            with safe_open(self._file(index), "pt") as file:
+                for name, m in prunable(layer).items(): get_weight(m).copy_(file.get_tensor(name))
+                return [LinearReport(**r) for r in json.loads(file.metadata()["reports"])]
+        except SafetensorError as e:
+            raise CalibPruneError(f"{self._file(index)} is damaged ({e}): remove it, and that layer is pruned again.") from e
+
 # %% ../nbs/09_pruning.ipynb #14a80909
 def _to(value: Any, device: torch.device,
         moved: dict[int, torch.Tensor]  # by the id of the original
@@ -241,8 +284,9 @@ def check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
                               "the set was made with another model's tokenizer.")
     check_window(model, tokens.shape[1])
 
-# %% ../nbs/09_pruning.ipynb #f3febd28
+# %% ../nbs/09_pruning.ipynb #39d786ef
 @torch.no_grad()
+@reused_memory()
 def prune(model: PreTrainedModel,              # pruned in place
           tokens: torch.Tensor,                # calibration windows, int64 [N, L]
           method: str = "sparsegpt",           # sparsegpt, wanda or magnitude
@@ -253,6 +297,7 @@ def prune(model: PreTrainedModel,              # pruned in place
           batch_tokens: int = 4096,            # tokens that pass through a layer at a time
           device: str | torch.device | None = None,  # where layers work; default: where the model is
           offload: bool = False,               # keep the windows' activations on the CPU
+          checkpoint: str | Path | None = None,  # folder for finished layers: the same call again goes on from them
           progress: ProgressFn | None = None   # called as progress("pruning", layers done, layers)
          ) -> pd.DataFrame:                    # one row per linear: see `LinearReport`
     "Prune every linear map of every decoder layer, sequentially."
@@ -260,6 +305,9 @@ def prune(model: PreTrainedModel,              # pruned in place
     check_layers(model)
     check_tokens(model, tokens)
     layers, home, work = decoder_layers(model), model.device, as_device(str(device)) if device else model.device
+    saved = checkpoint and Checkpoint(checkpoint, dict(
+        model=fingerprint(model), tokens=content_hash(tokens.tolist()), method=method, sparsity=sparsity,
+        pattern=pattern and list(pattern), block=block, damping=damping, batch_tokens=batch_tokens, device=work.type))
     hidden, calls = capture(model, list(tokens.split(max(1, batch_tokens // tokens.shape[1]))))
     hidden = [x.to("cpu" if offload else work) for x in hidden]
     groups: dict[tuple, list[list[str]]] = {}  # by the layer's make-up: layers of the same make share the same way
@@ -269,10 +317,13 @@ def prune(model: PreTrainedModel,              # pruned in place
         layer.to(work)
         moved: dict[int, torch.Tensor] = {}
         here = [Call(_to(c.args, work, moved), _to(c.kwargs, work, moved), c.by_name) for c in calls[i]]
-        make = (type(layer), *prunable(layer))
-        if make not in groups: groups[make] = share_groups(layer, here[0], hidden[0].to(work))
-        moments = layer_statistics(layer, here, hidden, groups[make])
-        reports += prune_layer(i, layer, groups[make], moments, method, sparsity, pattern, block, damping)
+        if not (done := saved and saved.load(i, layer)):
+            make = (type(layer), *prunable(layer))
+            if make not in groups: groups[make] = share_groups(layer, here[0], hidden[0].to(work))
+            moments = layer_statistics(layer, here, hidden, groups[make])
+            done = prune_layer(i, layer, groups[make], moments, method, sparsity, pattern, block, damping)
+            if saved: saved.save(i, layer, done)
+        reports += done
         if i + 1 < len(layers):
             for x, call in zip(hidden, here, strict=True): x.copy_(call(layer, x.to(work)))
         layer.to(home)

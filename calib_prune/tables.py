@@ -15,12 +15,12 @@ from .evaluation import difference, retention
 from .study import Result
 from .tasks import TASKS
 
-# %% ../nbs/15_tables.ipynb #7858ee73
+# %% ../nbs/15_tables.ipynb #c1679053
 def _labels(study: dict[str, Result]) -> dict[str, str]:
     "A short name for each pruned cell: the strategy, and whatever else differs between cells."
     records = {k: r.record for k, r in study.items() if r.record["strategy"] != "dense"}
-    varied = [k for k in ("method", "sparsity", "seed") if len({str(r[k]) for r in records.values()}) > 1]
-    name = lambda r: " ".join([r["strategy"], *(f"seed {r[o]}" if o == "seed" else str(r[o]) for o in varied)])
+    varied = [k for k in ("method", "sparsity", "windows", "seed") if len({str(r[k]) for r in records.values()}) > 1]
+    name = lambda r: " ".join([r["strategy"], *(f"{o} {r[o]}" if o in ("seed", "windows") else str(r[o]) for o in varied)])
     return {k: name(r) for k, r in records.items()}
 
 # %% ../nbs/15_tables.ipynb #2f16c525
@@ -34,12 +34,13 @@ def retention_table(study: dict[str, Result],
     frame = pd.concat(parts, ignore_index=True).replace({"name": {"total": "Total"}})
     return frame.assign(dimension=frame["name"])[["strategy", "dimension", "retention", "ci_low", "ci_high"]]
 
-# %% ../nbs/15_tables.ipynb #c4b7f48e
+# %% ../nbs/15_tables.ipynb #a7706d09
 def contrast_table(study: dict[str, Result], n_boot: int = 2000, seed: int = 0
                   ) -> pd.DataFrame:  # strategy ("last − each other"), dimension, difference, ci_low, ci_high; fractions
     "How much more the last strategy of a study kept than each other one, method, sparsity and draw being equal."
     labels, dense = _labels(study), study["dense"].items
-    coordinates = {k: tuple(study[k].record[o] for o in ("method", "sparsity", "seed")) for k in labels}
+    coordinates = {k: tuple(study[k].record[o] for o in ("method", "sparsity", "windows", "seed"))
+                   for k in labels}
     last = study[list(labels)[-1]].record["strategy"]
     pairs = [(mine, k) for mine in labels for k in labels if coordinates[mine] == coordinates[k]
              and study[mine].record["strategy"] == last != study[k].record["strategy"]]
@@ -49,7 +50,7 @@ def contrast_table(study: dict[str, Result], n_boot: int = 2000, seed: int = 0
     frame = frame.replace({"name": {"total": "Total"}})
     return frame.assign(dimension=frame["name"]).reindex(columns=["strategy", "dimension", "difference", "ci_low", "ci_high"])
 
-# %% ../nbs/15_tables.ipynb #3408536e
+# %% ../nbs/15_tables.ipynb #ac8b535d
 def overlap_notes(study: dict[str, Result]) -> list[str]:
     "One sentence for each strategy whose calibration sources share problems with a scored benchmark."
     notes = {}
@@ -57,7 +58,8 @@ def overlap_notes(study: dict[str, Result]) -> list[str]:
         used = set((r.record.get("calibration") or {}).get("counts", {}))
         pairs = [f"{o} with {task}" for task in r.items["task"].unique() for o in TASKS[task].overlaps if o in used]
         if pairs: notes[r.record["strategy"]] = ", ".join(pairs)
-    return [f"{strategy} calibrates on sources that share problems with a benchmark: {what}." for strategy, what in notes.items()]
+    said = "calibrates on sources that share problems, or their wording, with a benchmark"
+    return [f"{strategy} {said}: {what}." for strategy, what in notes.items()]
 
 # %% ../nbs/15_tables.ipynb #e10479e2
 def percent_table(table: pd.DataFrame, value: str = "retention") -> pd.DataFrame:

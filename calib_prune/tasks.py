@@ -17,7 +17,7 @@ import yaml
 from .core import CalibPruneError, cache_dir, content_hash, unknown_name, write_atomic
 from .fetch import cached, read_jsonl, write_jsonl
 
-# %% ../nbs/10_tasks.ipynb #211bf96e
+# %% ../nbs/10_tasks.ipynb #7870dfd4
 KINDS = ("choice", "bpb", "generate")
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Task:
     until: tuple[str, ...] = ()  # generate: what ends an answer
     max_tokens: int = 0          # generate: the longest answer
     program: str = ""            # generate: what is run to check the answer; empty for an exact match
-    overlaps: tuple[str, ...] = ()  # calibration sources that share problems with it
+    overlaps: tuple[str, ...] = ()  # calibration sources that share problems, or their wording, with it
 
     @property
     def scored_by(self) -> str:
         "How its score reads: a share of items right, or bits per byte (lower is better)."
         return "bits per byte" if self.kind == "bpb" else "accuracy"
 
-# %% ../nbs/10_tasks.ipynb #ab757cc6
+# %% ../nbs/10_tasks.ipynb #0fc1166f
 _QA = "Question: {question}\nAnswer:"
 _DOCSTRING = '"""\n{text}\n{test_list[0]}\n"""\n'
 _SUMS = "6 + 7 = 13\n\n58 - 23 = 35\n\n9 * 3 = 27\n\n84 / 4 = 21\n\n5 + 2 * 6 = 17\n\n"
@@ -75,7 +75,8 @@ _SCORED = [
          delimiter="", overlaps=("polyglot",)),
     _choice("basic_skills_coding", "Code", "{question}", "the next expression of a short piece of Python, five answers"),
     _bpb("gsm8k", "Math", _QA, "{solution}", "worked solutions of school word problems", overlaps=("gsm-symbolic",)),
-    _bpb("math500", "Math", "Problem:\n{problem}\n\nSolution:", "{solution}", "worked solutions of competition problems"),
+    _bpb("math500", "Math", "Problem:\n{problem}\n\nSolution:", "{solution}", "worked solutions of competition problems",
+         overlaps=("math",)),
     _choice("basic_skills_arithmetic", "Math", _SUMS + "{question}", "small sums and products, ten answers"),
 ]
 

@@ -27,7 +27,17 @@ def _masked(weight: Tensor,          # [d_out, d_in]
         error = max(lost, 0.0) / dense if dense > 0 else 0.0
     return counted(weight.masked_fill(mask, 0), error=error, dead=dead)
 
-# %% ../nbs/08_wanda.ipynb #0b608a1a
+# %% ../nbs/08_wanda.ipynb #38d4360a
+def _wanda_mask(weight: Tensor, norms: Tensor, k: int, pattern: tuple[int, int] | None) -> Tensor:
+    "What goes, by weight times norm: exact counts, of equal scores those with the lowest index."
+    if weight.device.type == "cuda":
+        # Imported here: Triton takes a while to import, and only a GPU needs it.
+        from calib_prune.triton_kernels import runs_on, wanda_mask_triton
+        if runs_on(weight.device): return wanda_mask_triton(weight, norms, k, pattern)
+    scores = weight.abs().float() * norms
+    return smallest_of_groups(scores, pattern) if pattern else smallest(scores, k)
+
+# %% ../nbs/08_wanda.ipynb #63b05413
 @torch.no_grad()
 def wanda(weight: Tensor,         # [d_out, d_in], any float type; left as it is
           hessian: Tensor,        # [d_in, d_in] second moment of the inputs; its diagonal decides
@@ -39,8 +49,7 @@ def wanda(weight: Tensor,         # [d_out, d_in], any float type; left as it is
     d_in, sparsity, pattern = weight.shape[1], check_sparsity(sparsity), as_pattern(pattern, weight.shape[1])
     hessian = hessian.to(weight.device, torch.float32)
     dead = check_hessian(hessian, d_in)
-    scores = weight.abs().float() * hessian.diagonal().sqrt()
-    mask = smallest_of_groups(scores, pattern) if pattern else smallest(scores, share(sparsity, d_in))
+    mask = _wanda_mask(weight, hessian.diagonal().sqrt(), share(sparsity, d_in), pattern)
     return _masked(weight, mask, hessian, int(dead.sum()))
 
 # %% ../nbs/08_wanda.ipynb #55701744

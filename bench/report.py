@@ -1,0 +1,170 @@
+"""From bench/results/*.json to the tables and charts of nbs/paper/bench.ipynb."""
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+FILES = ("errors", "growth", "kernel", "limit", "memory", "prune", "score")
+COLUMNS = ("ours", "plain", "llm-compressor", "lm-eval", "limit")
+COLOURS = dict(zip(COLUMNS, sns.color_palette("colorblind", len(COLUMNS)), strict=True))
+NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda"}
+EQUAL = 1.01  # errors within 1% count as equal (ours): the peer prunes one weight more in each block
+
+
+def load_results(folder: str | Path) -> dict[str, pd.DataFrame]:
+    "The rows of every measurement by its name."
+    return {o: pd.DataFrame(json.loads((Path(folder) / f"{o}.json").read_text())["rows"]) for o in FILES}
+
+
+def describe_machine(folder: str | Path) -> str:
+    "One sentence about what everything ran on."
+    o = json.loads((Path(folder) / "prune.json").read_text())["machine"]
+    return (f"{o['cpu']}, {o['cores']} cores ({', '.join(o['vectors'])}), {o['memory_gib']} GiB, {o['threads']} threads a "
+            f"measurement; Python {o['python']}, torch {o['torch']}, transformers {o['transformers']}.")
+
+
+def by_who(frame: pd.DataFrame, value: str) -> dict[str, float]:
+    "Median over rounds of a value, by implementation."
+    return frame.groupby("who")[value].median().to_dict()
+
+
+def times_faster(frame: pd.DataFrame, peer: str) -> float:
+    "Median over rounds of peer's seconds / our seconds in the same round."
+    wide = frame.pivot(index="turn", columns="who", values="seconds")
+    return float((wide[peer] / wide["ours"]).median())
+
+
+def limit_seconds(results: dict[str, pd.DataFrame], method: str) -> float:
+    "Seconds that a prune's unavoidable work takes at the best rate seen before or after the measurements."
+    best = results["limit"].sort_values("rate").iloc[-1]
+    return best["flops"][method] / best["rate"]
+
+
+def kernel_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
+    return [{"measure": f"SparseGPT, {o['what'].replace('layer', 'one decoder layer')}", "unit": "s",
+             **{who: float(np.median(s)) for who, s in o["seconds"].items()}} for _, o in results["kernel"].iterrows()]
+
+
+def prune_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
+    rows = []
+    for method, name in NAMES.items():
+        mine, errors = (o[o["method"] == method] for o in (results["prune"], results["errors"]))
+        limit = dict(limit=limit_seconds(results, method))
+        rows += [{"measure": f"{name}, whole prune", "unit": "s", **by_who(mine, "seconds"), **limit},
+                 {"measure": f"{name}, whole process", "unit": "s", **by_who(mine, "process_seconds")},
+                 {"measure": f"{name}, peak memory of the process", "unit": "MB",
+                  **{k: v / 1e6 for k, v in by_who(mine, "peak_bytes").items()}},
+                 {"measure": f"{name}, mean reconstruction error", "unit": "%",
+                  **{k: 100 * v for k, v in by_who(errors, "mean").items()}},
+                 {"measure": f"{name}, weights pruned", "unit": "%",
+                  **{k: 100 * v for k, v in by_who(errors, "sparsity").items()}}]
+    return rows
+
+
+def score_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
+    mine = results["score"].query("who != 'agreement'")
+    what = f"Scoring, {int(mine['items'].iloc[0])} items"
+    return [{"measure": what, "unit": "s", **by_who(mine, "seconds")},
+            {"measure": f"{what}, whole process", "unit": "s", **by_who(mine, "process_seconds")},
+            {"measure": f"{what}, peak memory of the process", "unit": "MB",
+             **{k: v / 1e6 for k, v in by_who(mine, "peak_bytes").items()}}]
+
+
+def memory_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
+    return [{"measure": f"SparseGPT on {o['what']} tokens, memory above the interpreter's", "unit": "MB",
+             "ours": o["peak_bytes"] / 1e6, "limit": o["needed_bytes"] / 1e6} for _, o in results["memory"].iterrows()]
+
+
+def measure_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    "Medians of everything measured, one column an implementation."
+    rows = kernel_rows(results) + prune_rows(results) + score_rows(results) + memory_rows(results)
+    return pd.DataFrame(rows).reindex(columns=["measure", "unit", *COLUMNS])
+
+
+def target_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    "Every target with what was measured, reached or not."
+    prune, errors, score = results["prune"], results["errors"].set_index(["method", "who"])["mean"], results["score"]
+    sparse, agreement = prune.query("method == 'sparsegpt'"), score.query("who == 'agreement'").iloc[0]
+    gain = {o["what"]: float(np.median(np.divide(o["seconds"]["plain"], o["seconds"]["ours"])))
+            for _, o in results["kernel"].iterrows()}
+    rows = [(f"solve {k.replace('layer', 'one decoder layer')}: plain / ours", ">=", 6.0, v) for k, v in gain.items()]
+    exact = results["kernel"].query("what == 'layer'")["ours_from_exact"].iloc[0]
+    rows += [("one decoder layer: share of masks unlike the algorithm in float64", "<=", 0.0, exact["masks"]),
+             ("one decoder layer: largest relative difference of weights from it", "<=", 1e-4, exact["weights"]),
+             ("whole prune, SparseGPT: llm-compressor / ours", ">=", 2.0, times_faster(sparse, "llm-compressor")),
+             ("mean reconstruction error, SparseGPT: ours / llm-compressor", "<=", EQUAL,
+              errors["sparsegpt", "ours"] / errors["sparsegpt", "llm-compressor"]),
+             ("whole prune, SparseGPT: ours / limit", "<=", 1.4,
+              by_who(sparse, "seconds")["ours"] / limit_seconds(results, "sparsegpt")),
+             ("scoring: lm-eval / ours", ">=", 2.0, times_faster(score.query("who != 'agreement'"), "lm-eval")),
+             ("scoring: accuracies that differ", "<=", 0.0, float(agreement["accuracies_that_differ"]))]
+    rows += [(f"peak memory, {o['what']} tokens: ours / needed", "<=", 1.15, o["ratio"]) for _, o in results["memory"].iterrows()]
+    table = pd.DataFrame(rows, columns=["target", "sense", "wanted", "measured"])
+    return table.assign(reached=np.where(table["sense"] == ">=", table["measured"] >= table["wanted"],
+                                         table["measured"] <= table["wanted"]))
+
+
+def growth_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:  # axis, value, seconds, power
+    "Our seconds against tokens, layers and width; `power`: of the growth since the value before."
+    seconds = [o if np.isscalar(o) else float(np.median(o["ours"])) for o in results["growth"]["seconds"]]
+    frame = results["growth"].assign(seconds=seconds)
+    parts = [o.assign(power=np.log(o["seconds"]).diff() / np.log(o["value"]).diff())
+             for _, o in frame.sort_values("value").groupby("axis", sort=False)]
+    return pd.concat(parts)[["axis", "value", "seconds", "power"]]
+
+
+def shown_measures(table: pd.DataFrame) -> pd.DataFrame:
+    "For people: three significant digits, nothing where nothing was measured."
+    text = table.astype({o: object for o in COLUMNS})
+    for o in COLUMNS: text[o] = ["" if pd.isna(v) else f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" for v in table[o]]
+    return text
+
+
+def shown_targets(table: pd.DataFrame) -> pd.DataFrame:
+    "For people: the wanted number with its sense, yes or no."
+    wanted = [f"{'at least' if s == '>=' else 'at most'} {w:g}" for s, w in zip(table["sense"], table["wanted"])]
+    return pd.DataFrame(dict(target=table["target"], wanted=wanted, measured=[f"{v:.3g}" for v in table["measured"]],
+                             reached=np.where(table["reached"], "yes", "no")))
+
+
+def prune_chart(results: dict[str, pd.DataFrame]) -> Figure:
+    "Seconds of every round of a whole prune, the median as a bar, the limit as a line."
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6))
+    for ax, (method, name) in zip(axes, NAMES.items(), strict=True):
+        mine = results["prune"].query("method == @method")
+        order = [o for o in COLUMNS if o in set(mine["who"])]
+        sns.barplot(mine, x="seconds", y="who", hue="who", order=order, palette=COLOURS, estimator="median", errorbar=None, ax=ax)
+        sns.stripplot(mine, x="seconds", y="who", order=order, color="black", size=3, jitter=False, ax=ax)
+        limit = limit_seconds(results, method)
+        ax.axvline(limit, color=COLOURS["limit"], linestyle="--")
+        ax.set(title=f"{name} (dashed: the limit, {limit:.3g} s)", xlabel="whole prune (s)", ylabel="")
+    figure.tight_layout()
+    return figure
+
+
+def growth_chart(results: dict[str, pd.DataFrame]) -> Figure:
+    "Our seconds against tokens and layers, and against width on logarithmic axes with a cubic beside."
+    labels = dict(tokens="calibration tokens (thousands)", layers="layers", width="hidden size")
+    figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.6))
+    table = growth_table(results)
+    for ax, (axis, label) in zip(axes, labels.items(), strict=True):
+        mine = table.query("axis == @axis")
+        x, seconds = mine["value"].to_numpy() / (1000 if axis == "tokens" else 1), mine["seconds"].to_numpy()
+        ax.plot(x, seconds, marker="o", color=COLOURS["ours"], label="measured")
+        if axis == "width":
+            ax.plot(x, seconds[-1] * (x / x[-1])**3, linestyle="--", color="grey", label="cubic")
+            ax.set(xscale="log", yscale="log")
+            ax.set_xticks(x, [f"{o:g}" for o in x])
+            ax.minorticks_off()
+        else:
+            a, b = np.polyfit(x, seconds, 1)
+            ax.plot(x, a * x + b, linestyle="--", color="grey", label="straight line")
+            ax.set(xlim=(0, 1.05 * x[-1]), ylim=(0, 1.1 * seconds.max()))
+        ax.set(xlabel=label, ylabel="solve one layer (s)" if axis == "width" else "prune (s)")
+        ax.legend(loc="lower right")
+    figure.tight_layout()
+    return figure

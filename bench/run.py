@@ -1,0 +1,394 @@
+"""Side-by-side measurements. `python -m bench.run all` runs every one that bench/results lacks, each in its own process."""
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Iterator
+
+import typer
+
+from bench.machine import describe, peak, reset_peak, resident, threads_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, WORK, PEERS = ROOT / "bench" / "results", ROOT / "build" / "bench", ROOT / "bench" / ".venv" / "bin" / "python"
+WHO, METHODS, SPARSITY, BATCH_TOKENS = ("ours", "plain", "llm-compressor"), ("sparsegpt", "wanda"), 0.6, 4096
+MEASURED = tuple(f"{folder}/{o}.py" for folder, names in {
+    "calib_prune": ("memory", "hessian", "masks", "sparsegpt", "wanda", "pruning", "tasks", "evaluation"),
+    "bench": ("machine", "plain", "limit", "peer", "run")}.items() for o in names)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+Model = Annotated[str, typer.Option(help="as for `calib-prune prune`")]
+Layers = Annotated[int, typer.Option(help="keep only so many of the model's first layers")]
+
+
+# --- what every measurement starts from
+
+def window_file(source: str, windows: int, length: int) -> Path:
+    "Where the tokens of a calibration set lie, for every implementation to read."
+    return WORK / f"{source}-{windows}x{length}.npy"
+
+
+def weight_file(method: str, who: str) -> Path:
+    "Where the pruned weights of an implementation lie, for the common check."
+    return WORK / f"{method}-{who}.safetensors"
+
+
+def load(model: str, layers: int):
+    "The model, cut to its first layers, and its tokenizer."
+    from calib_prune.models import load_model
+    loaded, tokenizer = load_model(model)
+    loaded.model.layers = loaded.model.layers[:layers]
+    loaded.config.num_hidden_layers = len(loaded.model.layers)
+    return loaded, tokenizer
+
+
+def load_tokens(path: Path):
+    "Token windows, int64 [N, L]."
+    import numpy as np
+    import torch
+    return torch.from_numpy(np.load(path))
+
+
+def warm_up(method: str) -> None:
+    "Prune a tiny model, so that all that is loaded or compiled once is there."
+    import torch
+
+    from calib_prune.models import tiny_llama
+    from calib_prune.pruning import prune as our_prune
+    our_prune(tiny_llama(), torch.ones(2, 16, dtype=torch.int64), method, SPARSITY)
+
+
+def put(row: dict | list[dict]) -> None:
+    "Hand a child's result to its parent: the last line that it prints."
+    print(json.dumps(row), flush=True)
+
+
+@app.command()
+def tokens(source: str, windows: int, length: int, model: Model = "smollm2-135m") -> None:
+    "Write a calibration set's tokens to a file."
+    import numpy as np
+
+    from calib_prune.calibration import build_calibration
+    from calib_prune.models import load_model
+    path = window_file(source, windows, length)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, build_calibration(source, load_model(model)[1], windows, length).tokens.numpy())
+    put({})
+
+
+# --- measurements
+
+def wishart(d: int, seed: int):
+    "A second moment like a layer's: correlated inputs of unequal size, its spectrum falling as 1/k."
+    import torch
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2 * d, d, generator=rng) / torch.arange(1, d + 1) ** 0.5
+    x = x @ torch.randn(d, d, generator=rng) * torch.exp(torch.randn(d, generator=rng) / 2)
+    return x.T @ x / len(x)
+
+
+def groups(hidden: int, intermediate: int, kv: int, square: int, seed: int = 0) -> list[tuple]:
+    "Weights by the Hessian that they share: those of one decoder layer, or one square matrix."
+    import torch
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(square, [square])] if square else [
+        (hidden, [hidden, kv, kv]), (hidden, [hidden]), (hidden, [intermediate, intermediate]), (intermediate, [hidden])]
+    return [(wishart(d_in, seed + n), [torch.randn(d_out, d_in, generator=rng) for d_out in outs])
+            for n, (d_in, outs) in enumerate(shapes)]
+
+
+def distance(a: list, b: list) -> dict:
+    "The share of weights that only one of two solutions prunes, and the largest relative difference of a matrix."
+    import torch
+    pairs = [pair for A, B in zip(a, b, strict=True) for pair in zip(A, B, strict=True)]
+    differ = sum(int(((x == 0) != (y == 0)).sum()) for x, y in pairs)
+    return dict(masks=differ / sum(x.numel() for x, _ in pairs),
+                weights=max(float(torch.norm(x - y) / torch.norm(y)) for x, y in pairs))
+
+
+def mean_error(problem: list[tuple], solution: list) -> float:
+    "The mean reconstruction error of a solution."
+    from calib_prune.hessian import energy
+    return statistics.mean(energy(w - new, h) / energy(w, h)
+                           for (h, ws), news in zip(problem, solution, strict=True) for w, new in zip(ws, news, strict=True))
+
+
+@app.command()
+def kernel(hidden: int = 576, intermediate: int = 1536, kv: int = 192, square: int = 0, rounds: int = 5,
+           plain: bool = True) -> None:
+    "Solve all linears of one decoder layer with SparseGPT, ours and plain in turn."
+    import torch
+
+    from bench.plain import plain_sparsegpt
+    from calib_prune.memory import reused_memory
+    from calib_prune.pruning import METHODS as OURS
+    problem = groups(hidden, intermediate, kv, square)
+    solve = dict(ours=lambda h, ws: [o.weight for o in OURS["sparsegpt"](ws, h, SPARSITY, None, 128, 0.01)])
+    if plain: solve["plain"] = lambda h, ws: [plain_sparsegpt(w, h, SPARSITY) for w in ws]
+    seconds, found = {who: [] for who in solve}, {}
+    with torch.no_grad(), reused_memory():  # as in a prune; it helps both
+        for f in solve.values(): f(*groups(128, 128, 128, 0)[0])  # compiled and warm
+        for _ in range(rounds):
+            for who, f in solve.items():
+                start = time.perf_counter()
+                found[who] = [f(h, ws) for h, ws in problem]
+                seconds[who].append(time.perf_counter() - start)
+    row = dict(shape=f"{square}×{square}" if square else f"layer {hidden}/{intermediate}/{kv}", width=square or hidden,
+               seconds=seconds)
+    row |= dict(error={who: mean_error(problem, o) for who, o in found.items()})
+    if plain: row |= dict(ours_from_plain=distance(found["ours"], found["plain"]))
+    if plain and not square:  # who is nearer to the algorithm in float64?
+        exact = [[plain_sparsegpt(w.double(), h.double(), SPARSITY).float() for w in ws] for h, ws in problem]
+        row |= {f"{who}_from_exact": distance(o, exact) for who, o in found.items()}
+    put(row)
+
+
+@app.command()
+def prune(who: str, method: str, source: str = "c4", windows: int = 32, length: int = 512, layers: Layers = 30,
+          model: Model = "smollm2-135m", save: bool = False,
+          warm: Annotated[bool, typer.Option(help="compile before the clock starts")] = False) -> None:
+    "Prune the model with ours or the plain walk."
+    from safetensors.torch import save_file
+
+    from bench.plain import plain_prune
+    from calib_prune.pruning import prune as our_prune
+    if warm: warm_up(method)
+    loaded, _ = load(model, layers)
+    ids = load_tokens(window_file(source, windows, length))
+    run = dict(ours=our_prune, plain=plain_prune)[who]
+    start = time.perf_counter()
+    run(loaded, ids, method, SPARSITY, batch_tokens=BATCH_TOKENS)
+    seconds = time.perf_counter() - start
+    weights = {k: v for k, v in loaded.state_dict().items() if ".layers." in k and v.ndim == 2}
+    if save: save_file(weights, weight_file(method, who))
+    put(dict(seconds=seconds, peak_bytes=peak()))
+
+
+@app.command()
+def errors(source: str = "c4", windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = "smollm2-135m") -> None:
+    "Reconstruction error of every saved result, ‖(W−W′)X‖² / ‖WX‖² with the dense model's inputs X: one check for all."
+    import torch
+    from safetensors.torch import load_file
+
+    from calib_prune.hessian import SecondMoment, energy
+    loaded, _ = load(model, layers)
+    linears = {f"{k}.weight": m for k, m in loaded.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in k}
+    moments = {k: SecondMoment(m.weight.shape[1]) for k, m in linears.items()}
+    for k, m in linears.items(): m.register_forward_pre_hook(lambda _, args, k=k: moments[k].update(args[0]))
+    with torch.no_grad():
+        ids = load_tokens(window_file(source, windows, length))
+        for batch in ids.split(max(1, BATCH_TOKENS // length)): loaded.model(batch, use_cache=False)
+        hessians = {k: o.matrix() for k, o in moments.items()}
+        dense = {k: energy(m.weight, hessians[k]) for k, m in linears.items()}
+        rows = []
+        for method in METHODS:
+            for who in WHO:
+                new = load_file(weight_file(method, who))
+                found = [energy(m.weight - new[k], hessians[k]) / dense[k] for k, m in linears.items()]
+                zeros = sum(int((new[k] == 0).sum()) for k in linears) / sum(m.weight.numel() for m in linears.values())
+                rows.append(dict(who=who, method=method, sparsity=zeros, linears=len(found), mean=statistics.mean(found),
+                                 median=statistics.median(found), largest=max(found)))
+    put(rows)
+
+
+@app.command()
+def score(who: str, choice: int = 12, bpb: int = 6, model: Model = "smollm2-135m") -> None:
+    "Score the default task set, ours or by lm-eval's own path (\"lm-eval\")."
+    from calib_prune.evaluation import evaluate
+    loaded, tokenizer = load(model, 10**6)
+    stock = dict(ours=False, **{"lm-eval": True})[who]
+    evaluate(loaded, tokenizer, "sciq", limit=2, stock=stock)  # imports and first-use costs that no study repeats
+    start = time.perf_counter()
+    items = evaluate(loaded, tokenizer, "default", limit=dict(choice=choice, bpb=bpb), stock=stock)
+    seconds = time.perf_counter() - start
+    WORK.mkdir(parents=True, exist_ok=True)
+    items.to_parquet(WORK / f"score-{who}.parquet")
+    put(dict(seconds=seconds, peak_bytes=peak(), items=len(items[["task", "item"]].drop_duplicates())))
+
+
+@app.command()
+def agree() -> None:
+    "Compare the item scores of ours with those of lm-eval's own path."
+    import math
+
+    import pandas as pd
+    a, b = (pd.read_parquet(WORK / f"score-{who}.parquet").set_index(["task", "item", "metric"]).value
+            for who in ("ours", "lm-eval"))
+    gap = (a - b.loc[a.index]).abs()
+    bits = gap.index.get_level_values("metric") == "bits"
+    put(dict(values=len(gap), same_items=sorted(a.index) == sorted(b.index), accuracies_that_differ=int((gap[~bits] != 0).sum()),
+             largest_gap_nats=float(gap[bits].max() * math.log(2)), largest_relative_gap=float((gap / a.abs())[bits].max())))
+
+
+@app.command()
+def limit(windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = "smollm2-135m") -> None:
+    "This machine's rate of matrix products, and the seconds that a prune's unavoidable work takes at it."
+    from bench.limit import Shape, product_rate, prune_flops
+    shape, rates = Shape.of(load(model, layers)[0].config), product_rate()
+    rate = max(rates.values())
+    flops = {o: prune_flops(shape, layers, windows * length, length, moments=o == "sparsegpt") for o in METHODS}
+    put(dict(rates=rates, rate=rate, flops=flops, seconds={k: v / rate for k, v in flops.items()}))
+
+
+@app.command()
+def memory(source: str = "papers", windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = "smollm2-135m",
+           method: str = "sparsegpt") -> None:
+    "Peak memory of our prune above that of the interpreter and its libraries, beside what a prune has to hold."
+    from bench.limit import Shape, prune_bytes
+    from calib_prune.pruning import prune as our_prune
+    ids = load_tokens(window_file(source, windows, length))
+    warm_up(method)
+    before = resident()
+    loaded, _ = load(model, layers)
+    start = time.perf_counter()
+    reset_peak()  # what loading took beside the model is given back by now
+    our_prune(loaded, ids, method, SPARSITY, batch_tokens=BATCH_TOKENS)
+    parts = prune_bytes(Shape.of(loaded.config), sum(p.numel() for p in loaded.parameters()), ids.numel(),
+                        max(BATCH_TOKENS, length))
+    put(dict(windows=windows, length=length, seconds=time.perf_counter() - start, interpreter_bytes=before,
+             peak_bytes=peak() - before, parts=parts, needed_bytes=sum(parts.values()),
+             ratio=(peak() - before) / sum(parts.values())))
+
+
+# --- the whole
+
+@dataclass(frozen=True)
+class Plan:
+    "How much is measured."
+    layers: int = 30
+    windows: int = 32
+    length: int = 512
+    rounds: int = 3
+    peer_rounds: int = 2      # of the slow peer, and of everybody's Wanda
+    squares: tuple[int, ...] = (4096,)
+    items: tuple[int, int] = (12, 6)  # of each choice and bpb task
+    growth_windows: tuple[int, ...] = (4, 8, 16, 32, 64)
+    growth_layers: int = 6            # while windows grow
+    growth_depths: tuple[int, ...] = (2, 4, 8, 15, 30)
+    growth_depth_windows: int = 4
+    growth_widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    memories: tuple[tuple[int, int], ...] = ((32, 512), (8, 2048))
+
+
+QUICK = Plan(layers=2, windows=2, length=64, rounds=1, peer_rounds=1, squares=(256,), items=(1, 1), growth_windows=(1, 2),
+             growth_layers=2, growth_depths=(1, 2), growth_depth_windows=1, growth_widths=(64, 128), memories=((2, 64),))
+
+
+@dataclass(frozen=True)
+class Step:
+    "One measurement: where its row goes, what tells it apart there, and the command."
+    file: str
+    about: dict = field(hash=False)
+    command: list[str]
+    python: Path = Path(sys.executable)
+
+
+def own(file: str, about: dict, *command) -> Step:
+    "A step that is a command of this file."
+    return Step(file, about, ["-m", "bench.run", *map(str, command)])
+
+
+def prune_step(plan: Plan, who: str, method: str, turn: int) -> Step:
+    "A whole prune of the model by any of the implementations."
+    about = dict(who=who, method=method, turn=turn)
+    if who != "llm-compressor":
+        return own("prune", about, "prune", who, method, "--windows", plan.windows, "--length", plan.length,
+                   "--layers", plan.layers, "--save")
+    from calib_prune.fetch import cached
+    arguments = (cached("models", "smollm2-135m"), window_file("c4", plan.windows, plan.length), method, SPARSITY,
+                 max(1, BATCH_TOKENS // plan.length), plan.layers, weight_file(method, who))
+    return Step("prune", about, ["-m", "bench.peer", *map(str, arguments)], PEERS)
+
+
+def steps(plan: Plan) -> Iterator[Step]:
+    "Every measurement, rounds interleaved: A B C A B C."
+    size = ["--windows", plan.windows, "--length", plan.length, "--layers", plan.layers]
+    yield own("limit", dict(turn=1), "limit", *size)
+    yield own("kernel", dict(what="layer"), "kernel")
+    for d in plan.squares: yield own("kernel", dict(what=f"square {d}"), "kernel", "--square", d, "--rounds", plan.rounds)
+    for method in METHODS:
+        for turn in range(1, plan.rounds + 1):
+            for who in WHO:
+                slow = who == "llm-compressor" or method == "wanda"
+                if turn <= (plan.peer_rounds if slow else plan.rounds): yield prune_step(plan, who, method, turn)
+    yield own("errors", dict(what="saved results"), "errors", *size)
+    for turn in range(1, plan.rounds + 1):
+        for who in ("ours", "lm-eval"):
+            yield own("score", dict(who=who, turn=turn), "score", who, "--choice", plan.items[0], "--bpb", plan.items[1])
+    yield own("score", dict(who="agreement", turn=0), "agree")
+    for n, length in plan.memories:
+        yield own("memory", dict(what=f"{n}×{length}"), "memory", "--windows", n, "--length", length, "--layers", plan.layers)
+    for n in plan.growth_windows:
+        yield own("growth", dict(axis="tokens", value=n * plan.length), "prune", "ours", "sparsegpt", "--source", "papers",
+                  "--windows", n, "--length", plan.length, "--layers", plan.growth_layers, "--warm")
+    for layers in plan.growth_depths:
+        yield own("growth", dict(axis="layers", value=layers), "prune", "ours", "sparsegpt", "--source", "papers",
+                  "--windows", plan.growth_depth_windows, "--length", plan.length, "--layers", layers, "--warm")
+    for d in plan.growth_widths:
+        yield own("growth", dict(axis="width", value=d), "kernel", "--hidden", d, "--intermediate", 8 * d // 3, "--kv", d,
+                  "--rounds", plan.rounds, "--no-plain")
+    yield own("limit", dict(turn=2), "limit", *size)  # the machine is still the one it was
+
+
+def token_sets(plan: Plan) -> set[tuple[str, int, int]]:
+    "The calibration sets that the steps read."
+    papers = {(n, plan.length) for n in (*plan.growth_windows, plan.growth_depth_windows)} | set(plan.memories)
+    return {("c4", plan.windows, plan.length)} | {("papers", *o) for o in papers}
+
+
+def code_hash() -> str:
+    "What was measured: a hash of the modules that do the work."
+    from calib_prune.core import content_hash, file_sha256
+    return content_hash([file_sha256(ROOT / o) for o in MEASURED])
+
+
+def run_child(step: Step, threads: int) -> dict | list[dict]:
+    "Run a measurement in its own process."
+    quiet = dict(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", LLM_COMPRESSOR_LOG_LEVEL="WARNING")
+    env = os.environ | threads_environment(threads) | quiet
+    start = time.perf_counter()
+    done = subprocess.run([step.python, *step.command], cwd=ROOT, env=env, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode: sys.exit(f"{' '.join(step.command)} failed:\n{done.stderr[-3000:]}")
+    row = json.loads(done.stdout.splitlines()[-1])
+    return row if isinstance(row, list) else row | dict(process_seconds=seconds)
+
+
+def read(path: Path) -> dict:
+    "A file of results, or an empty one."
+    return json.loads(path.read_text()) if path.is_file() else dict(rows=[])
+
+
+@app.command(name="all")
+def run_all(threads: Annotated[int, typer.Option(help="threads of each measurement")] = 2,
+            results: Annotated[Path, typer.Option(help="folder of the JSON files")] = RESULTS,
+            fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False,
+            quick: Annotated[bool, typer.Option(help="a tiny plan that checks the benchmark, not the speed")] = False) -> None:
+    "Run what is missing. Stop it at any time: what is finished stays, and the next call goes on."
+    from calib_prune.core import write_atomic
+    plan = QUICK if quick else Plan()
+    head = dict(machine=describe(threads), code=code_hash(), plan=json.loads(json.dumps(asdict(plan))))
+    todo, files = list(steps(plan)), {}
+    for name in dict.fromkeys(o.file for o in todo):
+        files[name] = dict(rows=[]) if fresh else read(results / f"{name}.json")
+        if files[name]["rows"] and {k: files[name].get(k) for k in head} != head:
+            sys.exit(f"{results / name}.json was measured on another machine, by another plan, or the code has changed since: "
+                     "results of one table must come from one state. Start anew with --fresh (make bench FRESH=--fresh).")
+    if not PEERS.is_file(): sys.exit(f"{PEERS} is missing: run bash bench/setup_peers.sh first.")
+    started = time.perf_counter()
+    for name, windows, length in sorted(token_sets(plan)):
+        if not window_file(name, windows, length).is_file(): run_child(own("", {}, "tokens", name, windows, length), threads)
+    for n, step in enumerate(todo, 1):
+        file = files[step.file]
+        if any(step.about.items() <= o.items() for o in file["rows"]): continue
+        minutes = (time.perf_counter() - started) / 60
+        print(f"[{n}/{len(todo)}, {minutes:.1f} min] {step.file} {step.about}", file=sys.stderr, flush=True)
+        found = run_child(step, threads)
+        file |= head | dict(rows=[*file["rows"], *(step.about | o for o in (found if isinstance(found, list) else [found]))])
+        write_atomic(results / f"{step.file}.json", json.dumps(file, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__": app()

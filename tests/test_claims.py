@@ -1,0 +1,145 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calib_prune.analysis import bootstrap_retention, correlate, example_study, strategy_retention
+from calib_prune.claims import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimates, ledger, power,
+                                save_ledger, strategy_for, study_ledger, verdict)
+from calib_prune.core import CalibPruneError
+from calib_prune.sources import SOURCES
+
+ENDS = st.tuples(st.integers(-20, 20), st.integers(-20, 20)).map(sorted)
+
+
+@given(ENDS, st.integers(1, 15) | st.none(), st.sampled_from([1, -1]))
+def test_the_rule(ends, size, sign):
+    low, high = ends
+    paper = None if size is None else sign * size
+    found = verdict(low, high, paper, sign)
+    right = low > 0 if sign > 0 else high < 0
+    wrong = high <= 0 if sign > 0 else low >= 0
+    holds = paper is not None and low <= paper <= high
+    assert (found in (SIZE, SIGN)) == right and (found == SIZE) == (right and holds)
+    if wrong: assert found == NOT
+    if found == UNCLEAR: assert not right and not wrong and (holds or paper is None)
+    assert found == verdict(-high, -low, None if paper is None else -paper, -sign)
+
+
+@pytest.mark.parametrize("low,high", [(math.nan, 1), (0, math.nan), (2, 1)])
+def test_no_verdict_without_an_interval(low, high):
+    with pytest.raises(CalibPruneError, match="interval"): verdict(low, high, 1, 1)
+
+
+def like_paper(sign=1):
+    "Perplexity goes with General and against Code and Math; the mix keeps everything; 30% costs nothing."
+    steps = np.random.default_rng(0).permutation(np.linspace(0, 1, 15))
+    kept = {o: (0.45 + 0.3 * s, 0.6, 0.75 - 0.5 * s, 0.65 - 0.3 * s) for o, s in zip(SOURCES, steps)}
+    kept["c4"] = (0.75, 0.6, 0.25, 0.35)
+    study = example_study(kept | {"uniform": (0.75, 0.65, 0.8, 0.65), "igsp": (0.7,) * 4, "sgs": (0.6,) * 4},
+                          ("sparsegpt", "wanda"), seeds=(0, 1), n=200)
+    study |= example_study({o: (0.9,) * 4 for o in ("c4", "uniform")}, sparsities=(0.3,), n=200)
+    measured = pd.DataFrame([dict(strategy=o, seed=s, metric="distortion", value=math.exp(sign * 4 * v[0]))
+                             for o, v in kept.items() for s in (0, 1)])
+    return study, measured
+
+
+@pytest.fixture(scope="module")
+def right():
+    return study_ledger(*like_paper(), n_boot=300, n_perm=999).set_index(pd.Index(CHECKS))
+
+
+def test_every_claim_has_its_checks_and_a_verdict(right):
+    assert set(right["claim"]) == set(CLAIMS) and set(right["verdict"]) <= set(VERDICTS)
+    assert right["why"].str.len().min() > 20 and not right["why"].str.contains("nan").any()
+
+
+def test_a_study_in_which_the_paper_is_right(right):
+    for name in ("C1 wanda", "C1 sparsegpt", "C2", "C3", "C4", "C4 corrected", "C5", "C6", "C6 c4", "C6 single", "C8", "C8 same unit", "C9"):
+        assert right.loc[name, "verdict"] in (SIZE, SIGN), (name, right.loc[name, "why"])
+    assert right.loc["C9 low", "verdict"] == NOT and right.loc["C9 low", "ours"] == 0  # both keep 90% at 30%
+
+
+def test_the_numbers_are_those_of_the_study(right):
+    assert np.isclose(right.loc["C6 c4", "ours"], 100 * (0.7125 - 0.4875), atol=0.2)
+    assert np.isclose(right.loc["C9", "ours"], right.loc["C6 c4", "ours"])
+    assert np.isclose(right.loc["C7 sgs", "ours"], 10) and right.loc["C7 self-cal", "verdict"] == YET
+    assert "self-cal" in right.loc["C7 self-cal", "why"] and math.isnan(right.loc["C7 self-cal", "ours"])
+    assert np.isclose(right.loc["C5 c4", "ours"], 50, atol=0.3) and "bits per byte" in right.loc["C5 c4", "why"]
+    assert right.loc["C4", "ours"] == 4 and right.loc["C1 wanda", "n"] == 15 and right.loc["C8", "n_of"] == "strategies"
+
+
+def test_a_study_in_which_it_is_wrong():
+    study, measured = like_paper(sign=-1)
+    for r in study.values():  # the mix and the default change places
+        r.record["strategy"] = {"c4": "uniform", "uniform": "c4"}.get(r.record["strategy"], r.record["strategy"])
+        r.record["mix"] = r.record["strategy"]
+    found = study_ledger(study, measured, n_boot=200, n_perm=499).set_index(pd.Index(CHECKS))
+    for name in ("C1 wanda", "C2", "C3", "C4", "C6", "C6 c4", "C9"): assert found.loc[name, "verdict"] == NOT, found.loc[name, "why"]
+
+
+def test_equal_strategies_win_nothing():
+    wrong = {o: 0 for o in ("C5", "C6", "C6 single", "C8 same unit")}
+    for s in range(12):
+        study = example_study(dict.fromkeys((*SOURCES, "uniform"), (0.5,) * 4), n=80, seed=s)
+        found = ledger(estimates(strategy_retention(bootstrap_retention(study, 150)), pd.DataFrame())).set_index(pd.Index(CHECKS))
+        for name in wrong: wrong[name] += found.loc[name, "verdict"] in (SIZE, SIGN)
+    assert max(wrong.values()) <= 3, wrong
+
+
+def test_a_preset_without_the_cells():
+    found = study_ledger(example_study({"stdlib": (0.5,) * 4, "hellaswag": (0.6,) * 4}), None, n_boot=50).set_index(pd.Index(CHECKS))
+    assert set(found["verdict"]) <= {PRESET, YET, SIZE, SIGN, NOT, UNCLEAR}
+    for name in ("C1 wanda", "C4", "C5 c4", "C6", "C6 c4", "C9 low", "C9"): assert found.loc[name, "verdict"] == PRESET
+    assert "uniform" in found.loc["C6 c4", "why"] and "30%" in found.loc["C9 low", "why"]
+
+
+def test_a_model_without_the_number():
+    study, measured = like_paper()
+    for r in study.values(): r.items = r.items[r.items.dimension != "Math"]
+    found = study_ledger(study, measured.assign(value=1.0), n_boot=50, n_perm=99).set_index(pd.Index(CHECKS))
+    for name in ("C1 wanda", "C2", "C4", "C5", "C6", "C9"): assert found.loc[name, "verdict"] == MODEL
+    assert "same for every source" in found.loc["C1 wanda", "why"] and found.loc["C8", "verdict"] in (SIZE, SIGN)
+
+
+def test_a_dense_model_with_one_right_answer_gives_no_interval():
+    study = example_study({"c4": (0.5,) * 4, "uniform": (0.6,) * 4}, n=40)
+    for r in study.values(): r.items.loc[(r.items["task"] == "sciq") & (r.items["item"] > "0000"), "value"] = 0.0
+    found = study_ledger(study, None, n_boot=100).set_index(pd.Index(CHECKS))
+    assert found.loc["C6 c4", "verdict"] == MODEL and "more items" in found.loc["C6 c4", "why"]
+
+
+def test_of_several_calibration_sizes_the_one_with_most_strategies_counts():
+    study, measured = like_paper()
+    extra = {k + "w": r for k, r in example_study({"c4": (0.1,) * 4, "uniform": (0.9,) * 4}, n=200).items() if k != "dense"}
+    for k, r in (study | extra).items(): r.record["windows"] = 16 if k in extra else 128
+    found = strategy_retention(bootstrap_retention(study | extra, 50))
+    table = ledger(estimates(found, correlate(measured, found, 99))).set_index(pd.Index(CHECKS))
+    assert table.loc["C6 c4", "ours"] < 30
+
+
+def test_wrong_input_is_named():
+    found = strategy_retention(bootstrap_retention(example_study({"c4": (0.5,) * 4}), 20))
+    with pytest.raises(CalibPruneError, match="'mixx'.*'mix'"): strategy_for(found, "mixx")
+    with pytest.raises(CalibPruneError, match="C9"): ledger(estimates(found, pd.DataFrame()).iloc[:-1])
+
+
+@pytest.mark.parametrize("rho,n,chance", [(0.71, 15, 0.85), (0.55, 15, 0.55)])
+def test_power_is_that_of_a_simulation(rho, n, chance):
+    from scipy.stats import spearmanr
+    rng, r = np.random.default_rng(0), 2 * math.sin(math.pi * rho / 6)  # Pearson's r that has this Spearman ρ
+    x = rng.normal(size=(n, 1500))
+    y = r * x + math.sqrt(1 - r**2) * rng.normal(size=x.shape)
+    seen = np.mean([spearmanr(x[:, i], y[:, i]).pvalue < 0.05 for i in range(x.shape[1])])
+    assert abs(power(rho, n) - seen) < 0.05 and abs(power(rho, n) - chance) < 0.03
+
+
+def test_the_saved_ledger_is_the_same_every_time(right, tmp_path):
+    for name in ("a", "b"): save_ledger(right.reset_index(drop=True), tmp_path / name, "Preset x.")
+    for suffix in (".csv", ".md", ".tex"): assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+    back, text = pd.read_csv(tmp_path / "a.csv"), (tmp_path / "a.md").read_text()
+    assert back["verdict"].tolist() == right["verdict"].tolist() and "nan" not in text
+    assert all(f"**{claim}**" in text for claim in CLAIMS) and "Preset x." in text and "+18.8" in text
