@@ -1,20 +1,31 @@
-# make reproduce   everything from nothing to the table and heat map (PRESET=smoke)
+# make reproduce   everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
+# make figures     tables and figures from committed rows alone (PRESET=default): no model is run
 # make test        everything that must hold: style, notebooks, export, README, tests
+# make bench       side by side with peers and with the limit (FRESH=--fresh to start anew)
 PYTHON ?= python3
 PRESET ?= smoke
 BIN    := .venv/bin
 
-.PHONY: reproduce test export readme
+.PHONY: reproduce figures test bench export readme
 
 reproduce: .venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/calib-prune reproduce --preset $(PRESET)
 
+figures: .venv/installed
+	$(BIN)/calib-prune reproduce --preset $(PRESET) --tables-only
+
 test: .venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+
+bench: .venv/installed bench/.venv/installed
+	$(BIN)/calib-prune fetch
+	$(BIN)/python -m bench.run all $(FRESH)
+	mkdir -p build/bench
+	$(BIN)/python -m papermill --no-progress-bar nbs/paper/bench.ipynb build/bench/bench.ipynb
 
 # notebooks are the source: write calib_prune/ from them, strip what is not worth keeping
 export: .venv/installed
@@ -27,4 +38,8 @@ readme: .venv/installed
 
 .venv/installed: pyproject.toml scripts/setup.sh
 	bash scripts/setup.sh $(PYTHON) .venv
+	touch $@
+
+bench/.venv/installed: bench/setup_peers.sh
+	bash bench/setup_peers.sh $(PYTHON)
 	touch $@

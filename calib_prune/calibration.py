@@ -128,14 +128,15 @@ def tokenizer_identity(tokenizer) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return content_hash(json.loads(backend.to_str()) if backend else tokenizer.get_vocab())
 
-# %% ../nbs/04_calibration.ipynb #bbcb78f3
+# %% ../nbs/04_calibration.ipynb #6e75df06
 STREAM = 1  # raise it when `token_stream` would return something else
 
 def source_stream(source: DocumentSource, tokenizer,
                   identity: str | None = None  # `tokenizer_identity(tokenizer)`, where it is at hand
                  ) -> tuple[np.ndarray, np.ndarray]:  # as `token_stream`
     "A source's tokens, kept on disk: tokenising fifty megabytes again for every set would take longer than pruning."
-    key = content_hash([STREAM, source.name, source.revision, identity or tokenizer_identity(tokenizer), end_of_text_id(tokenizer)])
+    key = content_hash([STREAM, source.name, source.revision, identity or tokenizer_identity(tokenizer),
+                        end_of_text_id(tokenizer)])
     files = [cache_dir() / "tokens" / f"{key}.{part}.npy" for part in ("tokens", "documents")]
     try: tokens, documents = (np.load(f, mmap_mode="r") for f in files)
     except (OSError, ValueError, EOFError):  # absent, or cut short

@@ -1,6 +1,7 @@
 "The study from preset to figure, through Snakemake and papermill, on a tiny model: reuse, failure, interruption."
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,8 @@ def checkout(tmp_path_factory):
     (root / "a.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(500)))
     preset = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()) | dict(
         name="tiny", model=str(root / "tiny"), calibration=dict(windows=4, length=64),
-        strategies=dict(own=str(root / "a.txt"), c4="c4"), methods=["wanda"], sparsities=["2:4"],
+        strategies=dict(own=str(root / "a.txt"), c4="c4"),
+        grid=[dict(strategies="all", methods=["wanda"], sparsities=["2:4"], seeds=[0], windows=["usual"])],
         scoring=dict(tasks="jeopardy,piqa,mbpp,gsm8k", limit=8, batch_tokens=1024),
         heldout=dict(source="coqa", documents=1, window=64))
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
@@ -53,22 +55,20 @@ def cells(root):
     return {p.stem: json.loads(p.read_text()) for p in (root / "results/tiny").glob("*.json")}
 
 
-def test_interrupted_then_finished_then_reused(checkout):
-    process = start(checkout)
-    while not cells(checkout):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.2)
+def kill(process):
     os.killpg(process.pid, signal.SIGKILL)  # everything at once, as a power cut would
     process.wait()
-    first = cells(checkout)
-    assert 1 <= len(first) < 3
 
+
+def comparable(found):
+    return {k: (v["record"], v["rows"]) for k, v in found.items()}
+
+
+def test_finished_then_reused_then_tables_alone(checkout):
     out, err = reproduce(checkout)
     done = cells(checkout)
-    assert set(done) == {"dense", "own-wanda-2of4-s0", "c4-wanda-2of4-s0"}
-    for name, before in first.items():  # whether it was run again or not
-        assert (done[name]["record"], done[name]["rows"]) == (before["record"], before["rows"])
-    assert "retention.png" in out and "3/3" in err
+    assert set(done) == {"dense", "own-wanda-2of4-n4-s0", "c4-wanda-2of4-n4-s0"}
+    assert "Retention, % of the dense model's score" in out and "figures/tiny" in out and "3/3" in err
     assert (checkout / "figures/tiny/retention.png").stat().st_size > 10_000
     table = pd.read_csv(checkout / "figures/tiny/retention.csv")
     assert set(table["strategy"]) == {"own", "c4"} and len(table) == 10
@@ -78,6 +78,54 @@ def test_interrupted_then_finished_then_reused(checkout):
     reproduce(checkout)
     assert times == {p: p.stat().st_mtime_ns for p in times}, "a second run reuses what is done"
 
+    # A fresh clone: rows with new file times, no workflow memory, no figures. Nothing is run again, and tables come out the same.
+    before = {p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")}
+    for waste in (".snakemake", "figures/tiny", "results/tiny/.identity", "results/tiny/notebooks"): shutil.rmtree(checkout / waste)
+    for p in (checkout / "results/tiny").glob("*.json"): os.utime(p)
+    times = {p: p.stat().st_mtime_ns for p in times}
+    reproduce(checkout, "--tables-only")
+    assert {p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")} == before
+    listed, _ = reproduce(checkout, "--dry-run")
+    assert "cell_" not in listed
+    reproduce(checkout)
+    assert times == {p: p.stat().st_mtime_ns for p in times}, "identities, not file times, decide"
+
+    preset = yaml.safe_load((checkout / "tiny.yaml").read_text())
+    (checkout / "other.yaml").write_text(yaml.safe_dump(preset | dict(pruning=preset["pruning"] | dict(batch_tokens=2048))))
+    listed, _ = reproduce(checkout, "--dry-run", "--preset", "other.yaml")
+    assert listed.count("rule cell_") >= 3, "other settings, other results"
+
+
+def test_ten_power_cuts_change_nothing(checkout):
+    shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
+    reproduce(checkout, "--", "rows")
+    undisturbed = comparable(cells(checkout))
+    assert len(undisturbed) == 3
+    shutil.rmtree(checkout / "results/tiny")
+    rng = random.Random(0)
+    for _ in range(10):
+        process = start(checkout, "--", "rows")
+        try: process.communicate(timeout=rng.uniform(3, 12))
+        except subprocess.TimeoutExpired: kill(process)
+        else: shutil.rmtree(checkout / "results/tiny")  # it had finished: begin again, to be cut off again
+        now = comparable(cells(checkout))
+        assert now == {k: undisturbed[k] for k in now}
+    reproduce(checkout, "--", "rows")
+    assert comparable(cells(checkout)) == undisturbed
+
+
+def test_two_runs_at_once_do_not_meet(checkout):
+    shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
+    first = start(checkout, "--", "rows")
+    while not (checkout / "results/tiny/snakemake.log").is_file():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.1)
+    _, err = reproduce(checkout, "--", "rows", code=1)
+    assert "Another run is working on" in err
+    out, err = first.communicate(timeout=300)
+    assert first.returncode == 0, out + err
+    assert len(cells(checkout)) == 3
+
 
 def test_a_failing_model_does_not_stop_the_others(checkout):
     shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
@@ -86,9 +134,9 @@ def test_a_failing_model_does_not_stop_the_others(checkout):
     hidden.write_text("too short")
     try:
         _, err = reproduce(checkout, code=1)
-        assert "own-wanda-2of4-s0" in err and "4 windows of 64 tokens need 256" in err
-        assert set(cells(checkout)) == {"dense", "c4-wanda-2of4-s0"}
-        failed = nbformat.read(checkout / "results/tiny/notebooks/own-wanda-2of4-s0.ipynb", 4)
+        assert "own-wanda-2of4-n4-s0" in err and "4 windows of 64 tokens need 256" in err
+        assert set(cells(checkout)) == {"dense", "c4-wanda-2of4-n4-s0"}
+        failed = nbformat.read(checkout / "results/tiny/notebooks/own-wanda-2of4-n4-s0.ipynb", 4)
         assert any(o.output_type == "error" for c in failed.cells if c.cell_type == "code" for o in c.outputs)
     finally: hidden.write_text(content)
 
