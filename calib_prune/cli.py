@@ -320,7 +320,7 @@ def check_names(study: dict[str, Any]) -> None:
     get_source(study["heldout"]["source"])
     get_tasks(study["scoring"]["tasks"])
 
-# %% ../nbs/18_cli.ipynb #c9ce633c
+# %% ../nbs/18_cli.ipynb #16c2e87b
 @app.command(context_settings={"allow_extra_args": True})
 def reproduce(
     context: typer.Context,
@@ -339,8 +339,8 @@ def reproduce(
     check_names(study)
     names, results = [c.name for c in cells(study)], root / "results" / study["name"]
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path.resolve()), "--cores",
-               str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--nolock",
-               "--rerun-triggers", "mtime", *(["--config", "tables_only=1", "--forceall"] if tables_only else []), *context.args]
+               str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--rerun-triggers",
+               "mtime", "--nolock", *(["--config", "tables_only=1", "--forceall"] if tables_only else []), *context.args]
     if dry_run: raise typer.Exit(subprocess.run([*command, "--dry-run"], cwd=root).returncode)
     console, log = Console(stderr=True), results / "snakemake.log"
     with Lock(results) as lock:
