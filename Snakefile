@@ -6,13 +6,16 @@ import shlex
 import sys
 
 from calib_prune.core import write_atomic
-from calib_prune.identity import metrics_identities, unfinished, unfinished_metrics
-from calib_prune.study import cells
+from calib_prune.identity import measured_strategies, seeds_of, unfinished, unfinished_metrics
+from calib_prune.study import cells, mix_of
 from pathlib import Path
 
 NAME, PRESET = config["name"], workflow.configfiles[0]
 RESULTS, FIGURES = f"results/{NAME}", f"figures/{NAME}"
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar"
+
+GENERATED = f"{RESULTS}/generated"
+CELLS = {c.name: c for c in cells(config)}
 
 # What each notebook of nbs/paper leaves in the figures folder.
 TABLES = {"summary": ["retention", "differences"], "sources": ["T1-sources"], "main": ["T2-retention", "T2-differences"],
@@ -33,8 +36,8 @@ for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items(
     stamp = Path(RESULTS, ".identity", name)
     if not stamp.is_file() or stamp.read_text() != identity: write_atomic(stamp, identity)
 
-ROWS = [f for c in cells(config) if (f := f"{RESULTS}/{c.name}.json") and (not TABLES_ONLY or Path(f).is_file())]
-METRICS = [f for k in metrics_identities(config) if (f := f"{RESULTS}/metrics/{k}.json") and (not TABLES_ONLY or Path(f).is_file())]
+ROWS = [f for c in CELLS if (f := f"{RESULTS}/{c}.json") and (not TABLES_ONLY or Path(f).is_file())]
+METRICS = [f for k in measured_strategies(config) if (f := f"{RESULTS}/metrics/{k}.json") and (not TABLES_ONLY or Path(f).is_file())]
 
 
 rule all:
@@ -47,6 +50,20 @@ rule rows:
         ROWS,
 
 
+rule generate:
+    output:
+        f"{GENERATED}/{{protocol}}-s{{seed}}.jsonl",
+    log:
+        notebook=f"{RESULTS}/notebooks/generate-{{protocol}}-s{{seed}}.ipynb",
+        text=f"{RESULTS}/notebooks/generate-{{protocol}}-s{{seed}}.log",
+    wildcard_constraints:
+        seed=r"\d+",
+    threads: workflow.cores
+    shell:
+        "{PAPERMILL} nbs/paper/generate.ipynb {log.notebook} -r preset {PRESET:q} -r protocol {wildcards.protocol} "
+        "-p seed {wildcards.seed} -r output {output} > {log.text} 2>&1"
+
+
 # One rule a cell, because a priority belongs to a rule: cells run in the order of the preset's grid.
 for rank, name in enumerate(LEFT):
 
@@ -55,6 +72,7 @@ for rank, name in enumerate(LEFT):
             "cell_" + re.sub(r"\W", "_", name)
         input:
             f"{RESULTS}/.identity/{name}",
+            [ancient(o) for o in CELLS[name].mix.split(",") if o.startswith(GENERATED)],
         output:
             f"{RESULTS}/{name}.json",
         log:
@@ -87,6 +105,8 @@ if LEFT_METRICS:
         input:
             f"{RESULTS}/.identity/metrics-{{strategy}}",
             ancient(f"{RESULTS}/metrics/own-text.jsonl"),
+            lambda w: [ancient(o) for seed in seeds_of(config, w.strategy)
+                       if (o := mix_of(config, w.strategy, seed)).startswith(GENERATED)],
         output:
             f"{RESULTS}/metrics/{{strategy}}.json",
         log:

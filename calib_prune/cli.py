@@ -6,7 +6,7 @@
 __all__ = ['app', 'JsonOption', 'show_table', 'bars', 'main', 'fetch', 'sources', 'tasks', 'prune', 'evaluate', 'measure',
            'generate', 'repository', 'Lock', 'failure_report', 'check_names', 'reproduce']
 
-# %% ../nbs/18_cli.ipynb #9513d442
+# %% ../nbs/18_cli.ipynb #e276c030
 import json
 import os
 import re
@@ -25,7 +25,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
-from .core import CalibPruneError
+from .core import CalibPruneError, unknown_name
 from .progress import ProgressFn, new_bars, read_progress, terminal_bars
 
 # %% ../nbs/18_cli.ipynb #8511968f
@@ -64,14 +64,13 @@ def fetch(as_json: JsonOption = False) -> None:
     if as_json: print(json.dumps(asdict(report), default=str))
     else: Console().print(escape(str(report)), highlight=False, soft_wrap=True)
 
-# %% ../nbs/18_cli.ipynb #5f4bd9bc
+# %% ../nbs/18_cli.ipynb #26bd9693
 @app.command()
 def sources(
     suite: Annotated[str, typer.Option(help="`packaged` (15 that `fetch` brings) or `paper` (15 hub data sets).")] = "packaged",
     as_json: JsonOption = False,
 ) -> None:
     "List the calibration sources: dimension, licence, where they come from."
-    from calib_prune.core import unknown_name
     from calib_prune.sources import PAPER_SOURCES, SOURCES
     suites = {"packaged": SOURCES, "paper": PAPER_SOURCES}
     if suite not in suites: raise unknown_name("suite", suite, suites)
@@ -208,7 +207,7 @@ def measure(
         for row in found[found.note != ""].itertuples():
             Console().print(escape(f"{row.metric}: {row.note}"), highlight=False, soft_wrap=True)
 
-# %% ../nbs/18_cli.ipynb #01f2b5cc
+# %% ../nbs/18_cli.ipynb #e1f8263b
 @app.command()
 def generate(
     model: Annotated[str, typer.Option(help="The dense model that writes: `smollm2-135m`, a folder, a .gguf file, or a hub id.")],
@@ -231,7 +230,6 @@ def generate(
 ) -> None:
     "Let the dense model write its own calibration text. Interrupted, the same command goes on."
     from dataclasses import replace
-    from calib_prune.core import unknown_name
     from calib_prune.generation import check_target, write
     from calib_prune.igsp import PROTOCOLS
     from calib_prune.models import load_model, model_revision
@@ -243,11 +241,11 @@ def generate(
     net, tokenizer = load_model(model, dtype, device, revision)
     about, journal = dict(model=model, model_revision=model_revision(model, net)), path.with_name(f"{path.name}.partial")
     with bars(as_json) as progress:
-        made = run(net, tokenizer, budget=windows * length, seed=seed, sampling=sampling, batch=batch, journal=journal, about=about,
-                   progress=progress, **own)
+        made = run(net, tokenizer, budget=windows * length, seed=seed, sampling=sampling, batch=batch, journal=journal,
+                   about=about, progress=progress, **own)
     write(made, path)
     journal.unlink()
-    brief = {k: made.report[k] for k in ("documents", "tokens", "perplexity", "repeated_4grams", "seconds")}
+    brief = {k: made.report[k] for k in ("documents", "tokens", "perplexity", "repeated_4grams")}
     if as_json: print(json.dumps(made.report | dict(output=str(path))))
     else: show_table([dict(output=str(path)) | brief])
 
@@ -307,20 +305,23 @@ def failure_report(log: Path  # Snakemake's
             lines += [f"- {notebook.stem}: {said.splitlines()[-1]}", f"  notebook: {text.with_suffix('.ipynb')}"]
     return "\n".join(lines)
 
-# %% ../nbs/18_cli.ipynb #029f0687
+# %% ../nbs/18_cli.ipynb #40c4998e
 def check_names(study: dict[str, Any]) -> None:
     "Refuse a preset that names a source, method or task that does not exist, before hours of work."
     from calib_prune.calibration import parse_mix
+    from calib_prune.igsp import PROTOCOLS
     from calib_prune.pruning import check_method
     from calib_prune.sources import get_source
     from calib_prune.tasks import get_tasks
     for method in {m for block in study["grid"] for m in block["methods"]}: check_method(method)
     for mix in study["strategies"].values():
-        for name in parse_mix(mix): get_source(name)
+        protocol = mix.removeprefix("generated:")
+        if protocol == mix: [get_source(name) for name in parse_mix(mix)]
+        elif protocol not in PROTOCOLS: raise unknown_name("protocol", protocol, PROTOCOLS)
     get_source(study["heldout"]["source"])
     get_tasks(study["scoring"]["tasks"])
 
-# %% ../nbs/18_cli.ipynb #16c2e87b
+# %% ../nbs/18_cli.ipynb #acb7e443
 @app.command(context_settings={"allow_extra_args": True})
 def reproduce(
     context: typer.Context,
@@ -331,6 +332,7 @@ def reproduce(
         "--tables-only", help="Tables and figures from the rows there are; runs no model.")] = False,
 ) -> None:
     "Run a whole study and make its tables and figures. What follows `--` goes to Snakemake."
+    from calib_prune.cost import estimate
     from calib_prune.identity import unfinished
     from calib_prune.study import cells, load_preset
     root = repository()
@@ -341,7 +343,10 @@ def reproduce(
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path.resolve()), "--cores",
                str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--rerun-triggers",
                "mtime", "--nolock", *(["--config", "tables_only=1", "--forceall"] if tables_only else []), *context.args]
-    if dry_run: raise typer.Exit(subprocess.run([*command, "--dry-run"], cwd=root).returncode)
+    if dry_run:
+        done = subprocess.run([*command, "--dry-run"], cwd=root)
+        show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")
+        raise typer.Exit(done.returncode)
     console, log = Console(stderr=True), results / "snakemake.log"
     with Lock(results) as lock:
         left = set() if tables_only else set(unfinished(study, results))

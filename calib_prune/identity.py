@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'settings_hash', 'code_hash', 'cell_modules', 'model_identity', 'data_identity', 'cell_identity',
-           'environment', 'describe_run', 'unfinished', 'seeds_of', 'metrics_identities', 'unfinished_metrics']
+           'environment', 'describe_run', 'unfinished', 'seeds_of', 'metrics_identity', 'measured_strategies',
+           'unfinished_metrics']
 
-# %% ../nbs/13a_identity.ipynb #9e2dba0a
+# %% ../nbs/13a_identity.ipynb #252cf624
 import ast
 import json
 import platform
@@ -21,7 +22,7 @@ from .calibration import parse_mix
 from .core import cache_dir, content_hash
 from .fetch import read_manifest
 from .sources import get_source
-from .study import Cell, cells, load_cell
+from .study import Cell, cells, load_record, mix_of
 from .tasks import get_tasks
 
 # %% ../nbs/13a_identity.ipynb #940ee9ca
@@ -105,33 +106,41 @@ def describe_run(preset: dict[str, Any], cell: Cell, model_revision: str,
                 **asdict(cell), model=preset["model"], dtype=preset["dtype"], model_revision=model_revision,
                 calibration=calibration, **environment())
 
-# %% ../nbs/13a_identity.ipynb #7932c340
+# %% ../nbs/13a_identity.ipynb #38331e17
 def unfinished(preset: dict[str, Any],
                folder: str | Path  # of the study's results
-              ) -> dict[str, str]: # name → identity, of cells without a result or with one of other settings, code or data
+              ) -> dict[str, str]: # name → identity that a result there should have had; empty where there is none
     "The cells of a study that have to be run."
     left = {}
     for cell in cells(preset):
-        path, wanted = Path(folder) / f"{cell.name}.json", cell_identity(preset, cell)
-        if not path.is_file() or load_cell(path).record.get("identity") != wanted: left[cell.name] = wanted
+        path = Path(folder) / f"{cell.name}.json"
+        if not path.is_file(): left[cell.name] = ""  # without asking what it would depend on: a hub may be out of reach
+        elif load_record(path).get("identity") != (wanted := cell_identity(preset, cell)): left[cell.name] = wanted
     return left
 
-# %% ../nbs/13a_identity.ipynb #5c569e88
+# %% ../nbs/13a_identity.ipynb #0d664f6d
 def seeds_of(preset: dict[str, Any], strategy: str) -> list[int]:
     "The draws of a strategy at the usual size, over all blocks of the grid."
     usual = preset["calibration"]["windows"]
     return sorted({c.seed for c in cells(preset) if c.strategy == strategy and c.windows == usual})
 
-def metrics_identities(preset: dict[str, Any]) -> dict[str, str]:  # by strategy
-    "A hash of everything that the metrics of each strategy's sets depend on."
+def metrics_identity(preset: dict[str, Any], strategy: str) -> str:
+    "A hash of everything that the metrics of a strategy's sets depend on."
     code = code_hash({"core", "models", "sources", "calibration", "oit", "evaluation", "tasks", "generation"})
     settings = [preset[k] for k in ("model", "revision", "dtype", "calibration")] + [preset["scoring"]["tasks"]]
-    return {name: content_hash([code, settings, mix, seeds_of(preset, name), data_identity(preset, Cell(name, mix))])
-            for name, mix in preset["strategies"].items() if seeds_of(preset, name)}
+    data = [data_identity(preset, Cell(strategy, mix_of(preset, strategy, seed))) for seed in seeds_of(preset, strategy)]
+    return content_hash([code, settings, preset["strategies"][strategy], seeds_of(preset, strategy), data])
 
-def unfinished_metrics(preset: dict[str, Any], folder: str | Path) -> dict[str, str]:  # strategy → identity
-    "The strategies whose sets have to be measured; none where no table of the preset shows metrics."
-    if not {"sources", "correlations", "claims"} & set(preset["tables"]): return {}
-    file = lambda name: Path(folder) / "metrics" / f"{name}.json"
-    return {name: wanted for name, wanted in metrics_identities(preset).items()
-            if not file(name).is_file() or json.loads(file(name).read_text()).get("identity") != wanted}
+def measured_strategies(preset: dict[str, Any]) -> list[str]:
+    "The strategies whose sets are measured: those of the usual size, if a table of the preset shows metrics."
+    shown = {"sources", "correlations", "claims"} & set(preset["tables"])
+    return [name for name in preset["strategies"] if shown and seeds_of(preset, name)]
+
+def unfinished_metrics(preset: dict[str, Any], folder: str | Path) -> dict[str, str]:  # as `unfinished`, by strategy
+    "The strategies whose sets have to be measured."
+    left = {}
+    for name in measured_strategies(preset):
+        path = Path(folder) / "metrics" / f"{name}.json"
+        if not path.is_file(): left[name] = ""
+        elif json.loads(path.read_text())["identity"] != (wanted := metrics_identity(preset, name)): left[name] = wanted
+    return left

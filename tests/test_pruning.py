@@ -1,4 +1,5 @@
 "The walker against a slow walker that assumes nothing, and the promises it makes for every family."
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -6,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib_prune.core import CalibPruneError
 from calib_prune.models import TINY_FAMILIES, tiny_llama, tiny_model
-from calib_prune.pruning import METHODS, decoder_layers, prunable, prune
+from calib_prune.pruning import METHODS, decoder_layers, fingerprint, prunable, prune
 from calib_prune.sparsegpt import sparsegpt
 from calib_prune.wanda import wanda
 
@@ -150,3 +151,43 @@ def test_layers_work_again_after_an_error():
     with pytest.raises(CalibPruneError): prune(model, windows(), sparsity=1.5)
     assert torch.isfinite(model(windows()).logits).all()
     assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Linear))
+
+
+class Stop(Exception): pass
+
+
+def stopping(at):
+    "A progress function that stops the work before layer `at`."
+    def show(stage, done, total):
+        if done == at: raise Stop
+    return show
+
+
+@pytest.mark.parametrize("method,family,at", [("sparsegpt", "llama", 0), ("sparsegpt", "llama", 2), ("wanda", "gpt_neox", 1), ("sparsegpt", "qwen2", 1)])
+def test_interrupted_prune_resumes_to_the_same_bits(tmp_path, method, family, at):
+    make = lambda: tiny_model(family, num_hidden_layers=3)
+    tokens = torch.randint(1, 200, (6, 20), generator=torch.Generator().manual_seed(1))
+    whole = make()
+    expected = prune(whole, tokens, method, 0.5, batch_tokens=40)
+    with pytest.raises(Stop): prune(make(), tokens, method, 0.5, batch_tokens=40, checkpoint=tmp_path, progress=stopping(at))
+    assert len(list(tmp_path.glob("*.safetensors"))) == at
+    resumed = make()
+    found = prune(resumed, tokens, method, 0.5, batch_tokens=40, checkpoint=tmp_path)
+    pd.testing.assert_frame_equal(found, expected)
+    assert fingerprint(resumed) == fingerprint(whole)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_checkpoint_serves_its_own_run_only(tmp_path):
+    tokens = torch.randint(1, 200, (4, 20), generator=torch.Generator().manual_seed(1))
+    run = dict(sparsity=0.5, checkpoint=tmp_path)
+    with pytest.raises(Stop): prune(tiny_llama(), tokens, progress=stopping(1), **run)
+    for other, named in ((dict(sparsity=0.6), "sparsity"), (dict(method="wanda"), "method"), (dict(damping=0.1), "damping")):
+        with pytest.raises(CalibPruneError, match=f"another run.*{named}"): prune(tiny_llama(), tokens, **(run | other))
+    with pytest.raises(CalibPruneError, match="another run.*tokens"): prune(tiny_llama(), tokens + 1, **run)
+    with pytest.raises(CalibPruneError, match="another run.*model"): prune(tiny_llama(seed=5), tokens, **run)
+    file = next(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CalibPruneError, match="is damaged.*pruned again"): prune(tiny_llama(), tokens, **run)
+    file.unlink()
+    prune(tiny_llama(), tokens, **run)

@@ -1,0 +1,170 @@
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calib_prune.analysis import paired_difference
+from calib_prune.core import CalibPruneError
+from calib_prune.figures import (averaging_figure, caption, carries, differences, example_results, figure_of, footnote, main_cells,
+                                 main_sparsity, margin_figure, margin_rows, mix_differences, over_best, range_rows,
+                                 retention_panels, retention_rows, sd_interval, size_cells, spread_rows, strategy_figure,
+                                 sweep_cells, take)
+from calib_prune.plots import save_figure
+from calib_prune.study import load_preset, save_cell
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"main": ["T2-retention", "T2-differences", "F1-retention", "F6-strategies"], "sweep": ["T4-sparsity", "F4-margin"],
+         "draws": ["T5-draws", "T5-sizes", "F5-averaging"]}
+KEPT = {"c4": (0.8, 0.6, 0.5, 0.3), "stdlib": (0.4, 0.6, 0.8, 0.2), "math": (0.5, 0.55, 0.5, 0.7), "uniform": (0.75, 0.65, 0.7, 0.6)}
+SWEPT = {"strategies": ["c4", "math", "uniform"], "methods": ["sparsegpt"], "seeds": [0]}
+
+
+@functools.cache
+def small_preset():
+    "The default preset with a smaller grid."
+    preset = load_preset(ROOT / "presets/default.yaml")
+    preset["strategies"] = {o: o for o in KEPT}
+    preset["grid"] = [
+        {"strategies": "all", "methods": ["sparsegpt", "wanda"], "sparsities": [0.6], "seeds": [0, 1], "windows": ["usual"]},
+        SWEPT | {"sparsities": [0.3, 0.5, "2:4"], "windows": ["usual"]}, SWEPT | {"sparsities": [0.6], "windows": [8]}]
+    return preset
+
+
+@functools.cache
+def study(): return example_results(small_preset(), KEPT, n=60)
+
+
+def part(cells=main_cells, keep=lambda o: True): return take(small_preset(), {k: v for k, v in study().items() if keep(k)}, cells(small_preset()), 200)
+
+
+def run_notebook(name, folder, keep):
+    "Execute a notebook of nbs/paper in this process, on those cells of the study."
+    import nbformat
+    results, figures = folder / "results", folder / "figures"
+    (folder / "preset.yaml").write_text(yaml.safe_dump(small_preset(), sort_keys=False))
+    for k, r in study().items():
+        if keep(k): save_cell(results, r.record | {"cell": k, "calibration": None}, pd.DataFrame(), r.items, pd.DataFrame(), {})
+    space = {}
+    for cell in nbformat.read(ROOT / f"nbs/paper/{name}.ipynb", 4).cells:
+        if cell.cell_type != "code": continue
+        exec(cell.source, space)
+        if "parameters" in cell.metadata.get("tags", []):
+            space |= dict(preset=folder / "preset.yaml", results=results, figures=str(figures))
+    return {p.name: p.read_bytes() for p in figures.iterdir()}
+
+
+# --- the notebooks
+
+
+@pytest.fixture(autouse=True)
+def no_windows():
+    import matplotlib.pyplot as plt
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_notebook_writes_its_files_and_writes_them_again(name, tmp_path):
+    files = run_notebook(name, tmp_path, lambda o: True)
+    assert set(files) == {f"{o}.{end}" for o in FILES[name] for end in (("csv", "md", "tex") if o[0] == "T" else ("pdf", "png"))}
+    again = run_notebook(name, tmp_path, lambda o: True)
+    for file in files: assert files[file] == again[file], file
+    assert "Not complete" not in "".join(v.decode() for k, v in files.items() if k.endswith(".md"))
+
+
+@pytest.mark.parametrize("keep", [lambda o: o == "dense" or "stdlib" in o and "s0" in o, lambda o: False], ids=["one", "none"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_study_that_is_hardly_run_says_so(name, keep, tmp_path):
+    files = run_notebook(name, tmp_path, keep)
+    assert {o.split(".")[0] for o in files} == set(FILES[name])
+    for file, text in files.items():
+        if file.endswith(".md"): assert "Not complete" in text.decode(), file
+
+
+# --- which cells
+
+
+def test_cells_of_each_question():
+    preset = small_preset()
+    assert main_sparsity(preset) == 0.6 and len(main_cells(preset)) == 16
+    assert {c.sparsity for c in sweep_cells(preset)} == {0.3, 0.5, 0.6} and {c.method for c in sweep_cells(preset)} == {"sparsegpt"}
+    assert {(c.strategy, c.windows) for c in size_cells(preset)} == {(o, w) for o in SWEPT["strategies"] for w in (8, 32)}
+
+
+def test_other_sizes_and_sparsities_stay_out_of_the_main_table():
+    rows = retention_rows(part())
+    assert set(rows["windows"]) == {32} and set(rows["sparsity"]) == {0.6} and set(rows["draws"]) == {2}
+
+
+# --- numbers
+
+
+def test_numbers_are_those_of_the_analysis():
+    mine, found = differences(part(), "uniform", "c4"), part().found
+    theirs = paired_difference(found, "uniform", "c4")
+    np.testing.assert_array_equal(mine[["value", "ci_low", "ci_high"]], theirs[["difference", "ci_low", "ci_high"]])
+
+
+def test_the_best_source_is_the_best():
+    best, found = over_best(part(), "uniform").set_index(["method", "dimension"]), part()
+    for (method, dimension), row in best.iterrows():
+        each = [o.set_index(["method", "dimension"]).loc[(method, dimension), "value"] for s in ("c4", "stdlib", "math")
+                for o in [differences(found, "uniform", s)]]
+        assert row["value"] == min(each) and row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_a_mix_that_is_not_there_has_no_margin():
+    assert margin_rows(part(sweep_cells), "nobody", "c4", "sparsity").empty
+    assert mix_differences(part(keep=lambda o: "uniform" not in o)).empty
+
+
+@given(st.floats(0.001, 1), st.floats(0, 1), st.integers(1, 60))
+def test_an_interval_of_a_spread_holds_it_and_shrinks_with_draws(sd, noise, freedom):
+    low, high = sd_interval(sd, noise, freedom)
+    assert 0 <= low < sd < high or freedom < 3
+    wider = sd_interval(sd, noise, max(freedom // 2, 1))
+    assert wider[1] >= high * (1 - 1e-9)
+
+
+def test_degrees_of_freedom():
+    rows = spread_rows(part()).groupby("between")["freedom"].agg(lambda o: set(o))
+    assert rows["draws"] == {4} and rows["sources"] == {2}
+    assert set(spread_rows(part(keep=lambda o: not o.endswith("s1")))["between"]) == {"sources"}
+
+
+# --- captions
+
+
+def test_captions_say_what_is_missing_and_what_intervals_carry():
+    full, one_draw, one_method = part(), part(keep=lambda o: not o.endswith("s1")), part(keep=lambda o: not o.endswith("wanda-0.6-n32-s1"))
+    assert "items only" not in caption(full, "x") and "smollm2-135m; 32 windows of 512 tokens; SparseGPT and Wanda" in caption(full, "x")
+    assert "8 of 16 cells" in footnote(one_draw) and "SparseGPT 1 of 2" in footnote(one_draw) and "only" in carries(one_draw.found)
+    assert "(SparseGPT 60%)" in carries(one_method.found) and "Wanda 1 of 2" in footnote(one_method)
+
+
+# --- figures
+
+
+@pytest.mark.parametrize("draw,rows", [(retention_panels, retention_rows), (strategy_figure, retention_rows), (averaging_figure, range_rows),
+                                       (margin_figure, lambda o: margin_rows(o, "uniform", "c4", "sparsity"))])
+def test_figures_refuse_nothing(draw, rows):
+    empty = rows(part(keep=lambda o: False))
+    with pytest.raises(CalibPruneError, match="nothing to draw"): draw(empty)
+    assert figure_of(draw, empty, "why").texts
+
+
+def test_figures_have_no_small_print(tmp_path):
+    for draw, rows in ((retention_panels, retention_rows(part())), (strategy_figure, retention_rows(part())),
+                       (averaging_figure, range_rows(part())), (margin_figure, margin_rows(part(sweep_cells), "uniform", "c4", "sparsity"))):
+        figure = draw(rows, "note")
+        import matplotlib.text
+        small = [o.get_text() for o in figure.findobj(matplotlib.text.Text) if o.get_text() and o.get_fontsize() < 7]
+        assert not small
+        assert all(os.path.getsize(o) for o in save_figure(figure, tmp_path / draw.__name__))
