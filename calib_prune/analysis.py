@@ -44,7 +44,7 @@ def example_items(kept: Sequence[float],                  # retention of the fou
                                       metric=TASKS[task].metric, value=value.astype(float), bytes=int(wide))))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/16_analysis.ipynb #0fd461a6
+# %% ../nbs/16_analysis.ipynb #9da2c34b
 def example_study(kept: dict[str, Sequence[float]],  # strategy → retention of the four dimensions
                   methods: Sequence[str] = ("sparsegpt",), sparsities: Sequence[float] = (0.6,),
                   seeds: Sequence[int] = (0,), n: int = 40,
@@ -55,7 +55,7 @@ def example_study(kept: dict[str, Sequence[float]],  # strategy → retention of
     rng, noise = (np.random.default_rng(seed or 0), None) if seed is None else [np.random.default_rng(seed)] * 2
     study = {"dense": Result(asdict(Cell("dense")), pd.DataFrame(), example_items([1] * 4, n), {})}
     for method, sparsity, s, o in itertools.product(methods, sparsities, seeds, kept):
-        cell = Cell(strategy=o, mix=o, method=method, sparsity=sparsity, seed=s)
+        cell = Cell(strategy=o, mix=o, method=method, sparsity=sparsity, seed=s, windows=32)
         mine = np.clip(kept[o] + draw_sd * rng.normal(size=4), 0.01, 1)
         study[cell.name] = Result(asdict(cell), pd.DataFrame(), example_items(mine, n, noise), {})
     return study

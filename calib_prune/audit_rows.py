@@ -20,10 +20,11 @@ from .identity import code_hash
 from .progress import ProgressFn
 from .sources import get_source
 
-# %% ../nbs/13d_audit_rows.ipynb #de4bff27
+# %% ../nbs/13d_audit_rows.ipynb #2cf22403
 def sources_in(preset: dict[str, Any]) -> list[str]:
-    "Every source of a preset's strategies, each once."
-    return list(dict.fromkeys(name for mix in preset["strategies"].values() for name in parse_mix(mix)))
+    "Every source of a preset's strategies, each once; what the dense model writes itself is not a source (ours)."
+    mixes = [o for o in preset["strategies"].values() if not o.startswith("generated:")]
+    return list(dict.fromkeys(name for mix in mixes for name in parse_mix(mix)))
 
 def audit_identity(preset: dict[str, Any], rule: OverlapRule = DEFAULT_RULE) -> str:
     "A hash of everything that the audit of a preset depends on."

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MARKERS', 'Relations', 'lacking', 'usual_size', 'unmeasured', 'studied', 'whole_metrics', 'relate_study',
-           'setting_label', 'main_settings', 'span', 'study_caption', 'missing_note', 'probability', 'is_main',
-           'correlation_cell', 'status', 'correlation_grid', 'correlation_note', 'overlap', 'place_labels',
+           'setting_label', 'main_settings', 'span', 'study_caption', 'unmeasured_note', 'missing_note', 'probability',
+           'is_main', 'correlation_cell', 'status', 'correlation_grid', 'correlation_note', 'overlap', 'place_labels',
            'sentence_figure', 'metric_panel', 'panel_points', 'metric_figure', 'finish_panels', 'mark_cells',
            'correlation_heat_map', 'heat_map_key', 'without_overlaps', 'given_away', 'overlap_retention',
            'overlap_grid']
 
-# %% ../nbs/14b_relations.ipynb #9d7ffe89
+# %% ../nbs/14b_relations.ipynb #b0f09353
 import textwrap
 from dataclasses import dataclass, replace
 from typing import Any, Iterable
@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from .analysis import (COLUMNS, KEPT, MIN_SOURCES, OUTCOMES, Replicates, bootstrap_retention, correlate,
+from .analysis import (COLUMNS, KEPT, MIN_SOURCES, Replicates, bootstrap_retention, correlate,
                                   retention_summary, strategy_retention)
 from .calibration import parse_mix
 from .contamination import Audit, drop_overlapping
@@ -66,7 +66,7 @@ def whole_metrics(study: dict[str, Result], metrics: pd.DataFrame) -> pd.DataFra
     "The metrics, if every single source that was pruned is measured: a verdict should not rest on part of them."
     return None if unmeasured(studied(study), metrics) else metrics
 
-# %% ../nbs/14b_relations.ipynb #87ceea4d
+# %% ../nbs/14b_relations.ipynb #2de7dfcb
 def relate_study(preset: dict[str, Any], study: dict[str, Result],
                  metrics: pd.DataFrame,  # from `metric_rows.load_metrics`
                  n_boot: int = 2000, n_perm: int = 19999, seed: int = 0) -> Relations:
@@ -80,9 +80,12 @@ def relate_study(preset: dict[str, Any], study: dict[str, Result],
     if most < MIN_SOURCES:
         return Relations(found, empty, f"{most} single sources are pruned in one setting and measured so far. A correlation "
                                        f"needs {MIN_SOURCES} or more.")
-    return Relations(found, correlate(metrics, found, n_perm, seed))
+    table = correlate(metrics, found, n_perm, seed)
+    settings = set(table[found.coordinates].itertuples(index=False, name=None))
+    keep = np.array([o in settings for o in found.cells[found.coordinates].itertuples(index=False, name=None)])
+    return Relations(replace(found, cells=found.cells[keep].reset_index(drop=True), values=found.values[:, keep]), table)
 
-# %% ../nbs/14b_relations.ipynb #37c53a09
+# %% ../nbs/14b_relations.ipynb #facf446d
 METHODS = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "Magnitude"}
 
 def setting_label(at: dict[str, Any]  # with method and sparsity
@@ -113,14 +116,17 @@ def study_caption(preset: dict[str, Any], found: Replicates | None) -> str:
     return (f"{said}, {span(found.cells['draws'])} draws a strategy; items: {items}. Retention is in percent of the dense "
             f"model's score. 95% intervals carry {found.noise}.")
 
+def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
+    "Which strategies have not been measured yet; empty if none."
+    left = [o for o in preset["strategies"] if o not in set(metrics["strategy"])]
+    return f"Not measured yet: {', '.join(left)}." if left else ""
+
 def missing_note(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame | None = None) -> str:
     "What is not there yet; empty for a finished study."
-    every, said = cells(preset), []
-    if left := [c.name for c in every if c.name not in study]:
-        said.append(f"Not run yet: {len(left)} of {len(every)} models.")
-    lack = [] if metrics is None else [o for o in preset["strategies"] if o not in set(metrics["strategy"])]
-    if lack: said.append(f"Not measured yet: {', '.join(lack)}.")
-    return " ".join(said)
+    every = [c for c in cells(preset) if metrics is not None or c.windows in (0, preset["calibration"]["windows"])]
+    left = [c.name for c in every if c.name not in study]
+    said = f"Not run yet: {len(left)} of {len(every)} models." if left else ""
+    return f"{said} {'' if metrics is None else unmeasured_note(preset, metrics)}".strip()
 
 # %% ../nbs/14b_relations.ipynb #5cffd8a3
 def probability(value: float) -> str:
@@ -165,7 +171,7 @@ def correlation_note(related: Relations) -> str:
     said += [f"n/a: {', '.join(metric_label(m) for m in names)} ({reason.rstrip('.')})." for reason, names in reasons.items()]
     return " ".join(said)
 
-# %% ../nbs/14b_relations.ipynb #392b3048
+# %% ../nbs/14b_relations.ipynb #d4ff2e01
 def overlap(a: np.ndarray, b: np.ndarray  # boxes [..., 4]: left, bottom, right, top
            ) -> np.ndarray:
     "The area that two boxes share."
@@ -178,22 +184,24 @@ def place_labels(ax: Axes, points: pd.DataFrame,  # x, y, name
     "Write the names of points. The layout must be final: places are looked for on the canvas."
     renderer, unit = ax.figure.canvas.get_renderer(), ax.figure.dpi / 72
     at = ax.transData.transform(points[["x", "y"]].to_numpy(float))
-    taken, frame = np.hstack([at - 3 * unit, at + 3 * unit]), np.array(ax.bbox.extents)
+    taken, frame = np.hstack([at - 4 * unit, at + 4 * unit]), np.array(ax.bbox.extents)
     places = [(r, np.array([np.cos(a), np.sin(a)])) for r in (5, 9, 14, 20, 27) for a in np.arange(16) * np.pi / 8]
-    for (x, y, name), here in zip(points[["x", "y", "name"]].itertuples(index=False), at):
-        text = ax.annotate(name, (x, y), fontsize=size, ha="center", va="center", color="0.15", zorder=4)
-        half = np.array(text.get_window_extent(renderer).size) / 2
-        centres = np.array([here + d * (r * unit + half) for r, d in places])
+    far, chosen = np.array([r for r, _ in places]), {}
+    texts = [ax.annotate(o, (x, y), fontsize=size, ha="center", va="center", color="0.15", zorder=4)
+             for x, y, o in points[["x", "y", "name"]].itertuples(index=False)]
+    for i in [*range(len(texts))] * 3:  # the first names do not know of the others, so all get a second and third chance
+        half = np.array(texts[i].get_window_extent(renderer).size) / 2
+        centres = np.array([at[i] + d * (r * unit + half) for r, d in places])
         boxes = np.hstack([centres - half, centres + half])
-        cost = overlap(boxes[:, None], taken).sum(1) + 4 * (half.prod() * 4 - overlap(boxes, frame)) \
-            + np.array([r for r, _ in places]) * unit
-        best = cost.argmin()
-        taken = np.vstack([taken, boxes[best]])
-        text.set(position=(centres[best] - here) / unit, anncoords="offset points")
-        if places[best][0] > 9:
-            edge = np.clip(here, boxes[best, :2], boxes[best, 2:])
-            ax.annotate("", (x, y), xytext=(edge - here) / unit, textcoords="offset points", zorder=1,
-                        arrowprops=dict(arrowstyle="-", lw=0.4, color="0.5", shrinkA=0, shrinkB=2))
+        others = np.vstack([taken, *(box for k, box in chosen.items() if k != i)])
+        cost = overlap(boxes[:, None], others).sum(1) + 4 * (half.prod() * 4 - overlap(boxes, frame)) + 3 * far * unit
+        chosen[i] = boxes[cost.argmin()]
+    for i, box in chosen.items():
+        texts[i].set(position=((box[:2] + box[2:]) / 2 - at[i]) / unit, anncoords="offset points")
+        edge = np.clip(at[i], box[:2], box[2:]) - at[i]
+        if np.hypot(*edge) > 6 * unit:
+            ax.annotate("", texts[i].xy, xytext=edge / unit, textcoords="offset points", zorder=1,
+                        arrowprops=dict(arrowstyle="-", lw=0.5, color="0.4", shrinkA=0, shrinkB=2))
 
 # %% ../nbs/14b_relations.ipynb #ace1d1f1
 MARKERS = dict(zip(DIMENSIONS, "osD^", strict=True))
@@ -264,7 +272,7 @@ def finish_panels(figure: Figure, axes: np.ndarray, name: str) -> None:
     figure.legend(handles=handles, loc="lower center", ncol=4, fontsize=7.5, frameon=False)
     figure.tight_layout(rect=(0, 0.03, 1, 1), h_pad=0.9, w_pad=1.2)
 
-# %% ../nbs/14b_relations.ipynb #3506662a
+# %% ../nbs/14b_relations.ipynb #8b5fbc18
 def mark_cells(ax: Axes, rows: pd.DataFrame,  # of `correlate`, one setting
                metrics: list[str]) -> None:
     "Significance in the corner of each cell, and hatching where there is none."
@@ -291,7 +299,7 @@ def correlation_heat_map(related: Relations) -> Figure:
         ax.set_xticklabels(KEPT, rotation=30, ha="right", rotation_mode="anchor", fontsize=7)
         ax.tick_params(length=0, pad=1)
     axes[0, 0].set_yticks(np.arange(len(metrics)) + 0.5, [metric_label(m) for m in metrics], fontsize=7, rotation=0)
-    figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1), w_pad=0.8)
+    figure.tight_layout(rect=(0, 0.2 / figure.get_figheight(), 1, 1), w_pad=0.8)
     heat_map_key(figure, axes, int(related.table["p"].count()))
     return figure
 
@@ -307,7 +315,7 @@ def heat_map_key(figure: Figure, axes: np.ndarray, tests: int) -> None:
                            Patch(fc="0.93", ec="0.65", hatch="////", lw=0, label="not applicable, or the same for all")],
                   loc="lower center", ncol=3, fontsize=7, frameon=False)
 
-# %% ../nbs/14b_relations.ipynb #20c3673c
+# %% ../nbs/14b_relations.ipynb #9a76d925
 def without_overlaps(study: dict[str, Result], audit: Audit) -> dict[str, Result]:
     "A study without the items that any audited source gives away."
     return {k: replace(r, items=drop_overlapping(r.items, audit, audit.sources)) for k, r in study.items()}
@@ -329,8 +337,8 @@ def overlap_retention(study: dict[str, Result], audit: Audit, n_boot: int = 2000
     every, clean = (retention_summary(o) for o in pair)
     clean = clean[[*at, *numbers]].rename(columns={o: f"clean_{o}" for o in numbers})
     both = every[[*at, "mix", "draws", "noise", *numbers]].merge(clean, on=at)
-    both = both[[bool(hit & set(parse_mix(o))) for o in both["mix"]] & (both["n_items"] > both["clean_n_items"])]
-    return both[both["dimension"].isin(OUTCOMES[:-1])].drop(columns="mix").reset_index(drop=True)
+    affected = both["mix"].map(lambda o: bool(hit & set(parse_mix(o)))) & both["dimension"].isin(KEPT)
+    return both[affected & (both["n_items"] > both["clean_n_items"])].drop(columns="mix").reset_index(drop=True)
 
 def overlap_grid(table: pd.DataFrame  # from `overlap_retention`
                 ) -> pd.DataFrame:

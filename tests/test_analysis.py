@@ -55,7 +55,7 @@ def test_bad_studies_are_named():
     study = example_study(SOME)
     with pytest.raises(CalibPruneError, match="'dense'"): bootstrap_retention({k: r for k, r in study.items() if k != "dense"}, 5)
     with pytest.raises(CalibPruneError, match="no pruned model"): bootstrap_retention({"dense": study["dense"]}, 5)
-    cell = study["c4-sparsegpt-0.6-s0"]
+    cell = study["c4-sparsegpt-0.6-n32-s0"]
     cell.items = cell.items.iloc[:-1]
     with pytest.raises(CalibPruneError, match="basic_skills_arithmetic"): bootstrap_retention(study, 5)
     zero = example_study(SOME)
@@ -135,7 +135,7 @@ def test_same_seed_same_numbers():
 def test_a_difference_is_that_of_evaluation():
     study = example_study(SOME, seed=2)
     mine = paired_difference(bootstrap_retention(study, 80), "uniform", "c4").set_index("dimension")
-    theirs = difference(study["dense"].items, study["uniform-sparsegpt-0.6-s0"].items, study["c4-sparsegpt-0.6-s0"].items, 80).set_index("name")
+    theirs = difference(study["dense"].items, study["uniform-sparsegpt-0.6-n32-s0"].items, study["c4-sparsegpt-0.6-n32-s0"].items, 80).set_index("name")
     for name, other in (("Total", "total"), *((d, d) for d in DIMENSIONS)):
         expected = theirs[theirs["level"] != "task"].loc[other, ["difference", "ci_low", "ci_high"]].astype(float)
         np.testing.assert_allclose(mine.loc[name, ["difference", "ci_low", "ci_high"]].astype(float), expected, rtol=1e-9)

@@ -103,6 +103,14 @@ def test_other_sizes_and_sparsities_stay_out_of_the_main_table():
     assert set(rows["windows"]) == {32} and set(rows["sparsity"]) == {0.6} and set(rows["draws"]) == {2}
 
 
+def test_own_text_is_not_a_mix():
+    preset = small_preset() | {"strategies": small_preset()["strategies"] | {"uniform": "generated:igsp"}}
+    found = take(preset, study(), main_cells(small_preset()), 50)
+    assert set(retention_rows(found).query("strategy == 'uniform'")["source"]) == {"own text"}
+    assert set(mix_differences(found)["over"]) == {"best single source"}
+    assert set(mix_differences(part())["over"]) == {"best single source", "c4", "stdlib", "math"}
+
+
 # --- numbers
 
 

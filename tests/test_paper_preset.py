@@ -1,0 +1,88 @@
+"The paper's preset end to end on a tiny random model and local data in the hub's layout: only the weights are missing."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from calib_prune.models import save_model, tiny_llama, tiny_tokenizer
+from calib_prune.sources import PAPER_SOURCES
+from calib_prune.study import cells, load_preset
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = {  # of the data sets that are not a plain column of text
+    "paper:hellaswag": lambda i: dict(ctx=f"Line {i} begins", endings=[f"and ends {i} times", "badly"], label="0"),
+    "paper:csqa": lambda i: dict(question=f"What follows {i}?", choices=dict(label=["A", "B"], text=[str(i + 1), "a dog"]), answerKey="A"),
+    "paper:socialiqa": lambda i: dict(context=f"Ann counts to {i}.", question="Why?", answerA=f"for {i} sheep", answerB="b", answerC="c", label="1"),
+    "paper:winogrande": lambda i: dict(sentence=f"Bob gave Tim {i} pens because _ had many.", option1="Bob", option2="Tim", answer="1"),
+    "paper:gsm8k": lambda i: dict(question=f"What is {i} + 1?", answer=f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}")}
+
+
+def record(source, i):
+    "A made-up record with the columns that a data set of the hub has."
+    if source.name in COLUMNS: return COLUMNS[source.name](i)
+    fields = re.findall(r"\{(\w+)\}", source.text) if "{" in source.text else [source.text]
+    return {o: f"The {o} number {i} of {source.name} tells how {i} times {i} makes {i * i}." for o in fields}
+
+
+def hub_folder(root, source):
+    "A data set in the hub's layout, where the hub's name for it leads."
+    folder = root / source.path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(record(source, i)) + "\n" for i in range(120)))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {source.config or 'default'}\n  data_files:\n"
+                                      "  - split: train\n    path: train.jsonl\n---\n")
+
+
+def run(root, *args):
+    env = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1", COLUMNS="120")
+    return subprocess.run([sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", *args], cwd=root, env=env,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("paper")
+    for name in ("nbs/paper", "calib_prune", "presets"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", root)
+    return root
+
+
+@pytest.mark.real
+def test_it_lists_its_cells_and_hours_without_a_hub(root):
+    done = run(root, "--preset", "paper", "--dry-run")
+    preset = load_preset(root / "presets/paper.yaml")
+    assert done.returncode == 0, done.stderr
+    listed = set(re.findall(r"^cell_\w+", done.stdout, re.M))
+    assert len(listed) == len(cells(preset)) > 100
+    assert re.search(r"sparsegpt\s+128\s+\d+\s+\d", done.stdout)
+
+
+@pytest.mark.real  # scores on the fetched benchmarks
+def test_it_runs_to_its_tables(root):
+    for source in PAPER_SOURCES.values(): hub_folder(root, source)
+    save_model(tiny_llama(max_position_embeddings=4096), tiny_tokenizer(), root / "tiny", {})
+    preset = yaml.safe_load((root / "presets/paper.yaml").read_text())
+    few = ["c4", "hellaswag", "gsm8k", "codealpaca", "metamath", "uniform"]
+    preset |= dict(name="paper-tiny", model=str(root / "tiny"), revision=None, dtype="float32", device="cpu",
+                   calibration=dict(windows=15, length=32), heldout=preset["heldout"] | dict(documents=1, window=64),
+                   scoring=preset["scoring"] | dict(limit=2, batch_tokens=1024),
+                   strategies={k: preset["strategies"][k] for k in few},
+                   grid=[dict(strategies="all", methods=["wanda"], sparsities=[0.6], seeds=[0], windows=["usual"]),
+                         dict(strategies=["c4"], methods=["sparsegpt"], sparsities=[0.3], seeds=[0], windows=["usual"])])
+    (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
+    done = run(root, "--preset", "tiny.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {p.stem: json.loads(p.read_text())["rows"] for p in (root / "results/paper-tiny").glob("*-s0.json")}
+    assert len(rows) == 7 and all(any(r["task"] == "gsm8k_generate" for r in o) for o in rows.values())
+    figures = root / "figures/paper-tiny"
+    assert len(list(figures.glob("*.csv"))) >= 8 and len(list(figures.glob("*.png"))) >= 6
+    verdicts = pd.read_csv(figures / "T7-claims.csv")
+    assert set(verdicts["claim"]) == {f"C{i}" for i in range(1, 10)}

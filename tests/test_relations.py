@@ -1,0 +1,102 @@
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from calib_prune.analysis import example_study
+from calib_prune.audit_rows import load_audit, save_audit
+from calib_prune.contamination import DEFAULT_RULE, Audit, contamination_table
+from calib_prune.core import CalibPruneError
+from calib_prune.metric_rows import ROW_COLUMNS, load_metrics, metrics_summary, save_metrics
+from calib_prune.relations import (correlation_grid, correlation_heat_map, lacking, main_settings, metric_figure, overlap,
+                                   overlap_retention, place_labels, relate_study, whole_metrics)
+from calib_prune.sources import SOURCES
+
+PRESET = dict(model="tiny", calibration=dict(windows=32, length=512), strategies={o: o for o in SOURCES})
+
+
+@pytest.fixture(scope="module")
+def study():
+    kept = {o: np.random.default_rng(i).uniform(0.2, 0.9, 4) for i, o in enumerate(SOURCES)}
+    made = example_study(kept, ("sparsegpt", "wanda"), n=60, seed=0)
+    for k, r in made.items(): r.record["windows"] = 0 if k == "dense" else 32
+    return made
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    rng = np.random.default_rng(1)
+    rows = [dict(strategy=o, seed=s, metric=m, value=rng.lognormal(), unit="u", ci_low=np.nan, ci_high=np.nan, applicable=True, note="",
+                 content="") for o in SOURCES for s in (0, 1) for m in ("distortion", "aggregation")]
+    return pd.DataFrame(rows)
+
+
+def test_rho_is_that_of_scipy_on_means_over_draws(study, metrics):
+    related = relate_study(PRESET, study, metrics, 20, 99)
+    row = related.table.query("method == 'wanda' and metric == 'distortion' and dimension == 'Code'").iloc[0]
+    x = metrics_summary(metrics).query("metric == 'distortion'").set_index("strategy")["value"]
+    mine = related.found.where(method="wanda")
+    assert np.isclose(row["rho"], spearmanr([x[o] for o in mine.cells["strategy"]], mine.values[0, :, 2]).statistic)
+    assert f"{row['rho']:+.2f} [" in correlation_grid(related).query("setting == 'Wanda 60%' and metric == 'distortion (perplexity)'")["Code"].item()
+
+
+def test_other_sizes_and_unmeasured_sources_are_left_out(study, metrics):
+    for r in (more := example_study({"c4": (0.1,) * 4}, n=60)).values(): r.record["windows"] = 8
+    both = study | {"small": more["c4-sparsegpt-0.6-s0"]}
+    one, other = (relate_study(PRESET, o, metrics[metrics["strategy"] != "news"], 20, 99) for o in (study, both))
+    pd.testing.assert_frame_equal(one.table, other.table)
+    assert one.table["n"].eq(14).all()
+
+
+def test_a_study_that_has_hardly_begun_gives_sentences(study, metrics):
+    few = {k: study[k] for k in list(study)[:4]}
+    for part in ({}, {"dense": study["dense"]}, few):
+        related = relate_study(PRESET, part, metrics, 5, 9)
+        assert related.note and related.table.empty and correlation_grid(related)["status"].item() == related.note
+        for figure in (metric_figure(related, metrics), correlation_heat_map(related)): plt.close(figure)
+    assert lacking({}) and lacking({"dense": study["dense"]}) and not lacking(few)
+
+
+def test_verdicts_do_not_rest_on_part_of_the_metrics(study, metrics):
+    assert whole_metrics(study, metrics) is metrics and whole_metrics(study, metrics[metrics["strategy"] != "c4"]) is None
+
+
+def test_main_settings_have_the_most_sources():
+    table = pd.DataFrame([dict(method=m, sparsity=s, n=n) for m, s, n in (("a", 0.3, 15), ("a", 0.6, 15), ("a", 0.7, 5), ("b", "2:4", 6))])
+    assert main_settings(table) == [dict(method="a", sparsity=0.6), dict(method="b", sparsity="2:4")]
+
+
+def test_names_do_not_cover_each_other():
+    figure, ax = plt.subplots(figsize=(3.5, 2))
+    points = pd.DataFrame(dict(x=[1, 1.02, 1.04, 3], y=[1, 1.02, 1, 3], name=["wikipedia", "openwebtext", "news", "c4"]))
+    ax.plot(points["x"], points["y"], "o")
+    place_labels(ax, points)
+    names = [t for t in ax.texts if t.get_text()]
+    boxes = np.array([t.get_window_extent(figure.canvas.get_renderer()).extents for t in names])
+    shared = overlap(boxes[:, None], boxes)
+    assert len(names) == 4 and np.allclose(shared - np.diag(np.diag(shared)), 0)
+    plt.close(figure)
+
+
+def test_metrics_come_back_as_they_were(metrics, tmp_path):
+    mine = metrics[metrics["strategy"] == "c4"][ROW_COLUMNS].reset_index(drop=True)
+    path = save_metrics(tmp_path, "c4", "abc", mine, [])
+    assert "NaN" not in path.read_text() and json.loads(path.read_text())["seeds"] == [0, 1]
+    pd.testing.assert_frame_equal(load_metrics(PRESET, tmp_path, partial=True), mine, check_dtype=False)
+    with pytest.raises(CalibPruneError, match="openwebtext"): load_metrics(PRESET, tmp_path)
+
+
+def test_audits_come_back_and_leave_items_out_for_all_alike(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("calib_prune.audit_rows.get_source", lambda _: type("S", (), dict(revision="1")))
+    found = pd.DataFrame([dict(source="c4", task="sciq", item=f"{i:04}", covered=0.5, document=3, match="é a") for i in range(7)])
+    items = study["dense"].items[["task", "item"]].assign(checked=lambda o: o["item"] != "0001")
+    audit = Audit(found, items, ("c4", "math"), DEFAULT_RULE)
+    back = load_audit(save_audit(audit, tmp_path / "a.json", "abc"))
+    pd.testing.assert_frame_equal(contamination_table(back), contamination_table(audit))
+    assert back.rule == DEFAULT_RULE and "é a" in (tmp_path / "a.json").read_text()
+    table = overlap_retention(study, back, 20)
+    assert set(table["strategy"]) == {"c4"} and set(table["dimension"]) == {"General", "Total"}
+    assert set(table["n_items"] - table["clean_n_items"]) == {7}
