@@ -20,7 +20,7 @@ CELLS = {c.name: c for c in cells(config)}
 # What each notebook of nbs/paper leaves in the figures folder.
 TABLES = {"summary": ["retention", "differences"], "sources": ["T1-sources"], "main": ["T2-retention", "T2-differences"],
           "correlations": ["T3-correlations"], "sweep": ["T4-sparsity"], "draws": ["T5-draws", "T5-sizes"],
-          "contamination": ["T6-contamination"], "claims": ["T7-claims"]}
+          "contamination": ["T6-contamination", "T6-retention"], "claims": ["T7-claims"]}
 PICTURES = {"summary": ["retention"], "main": ["F1-retention", "F6-strategies"], "correlations": ["F2-perplexity", "F3-correlations"],
             "sweep": ["F4-margin"], "draws": ["F5-averaging"]}
 FILES = {book: [f"{FIGURES}/{stem}.{end}" for stems, ends in ((TABLES[book], ("csv", "md", "tex")), (PICTURES.get(book, []), ("pdf", "png")))
@@ -128,7 +128,7 @@ for book in config["tables"]:
             book
         input:
             notebook=f"nbs/paper/{book}.ipynb",
-            modules=[f"calib_prune/{m}.py" for m in ("analysis", "claims", "contamination", "evaluation", "oit", "plots", "study", "tables")],
+            modules=[f"calib_prune/{m}.py" for m in ("analysis", "claims", "contamination", "evaluation", "figures", "metric_rows", "audit_rows", "relations", "oit", "plots", "study", "tables")],
             rows=ROWS,
             metrics=METRICS if book in MEASURED else [],
         output:
