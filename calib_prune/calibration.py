@@ -114,6 +114,12 @@ class CalibrationSet:
         object.__setattr__(self, "content", hashlib.sha256(repr(tuple(self.tokens.shape)).encode() + data).hexdigest()[:16])
 
     @property
+    def parts(self) -> list[str]:
+        "What each window stands for: the dimension of its source, or the source itself if it is your own text."
+        known = {o: dimension if (dimension := get_source(o).dimension) in DIMENSIONS else o for o in self.sources}
+        return self.provenance["source"].map(known).to_list()
+
+    @property
     def counts(self) -> dict[str, int]: return self.provenance["source"].value_counts(sort=False).to_dict()
 
     def record(self) -> dict[str, Any]:

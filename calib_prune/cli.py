@@ -101,7 +101,8 @@ def prune(
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     calibration: Annotated[str, typer.Option(
         help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own .txt/.jsonl/.parquet files.")] = "uniform",
-    method: Annotated[str, typer.Option(help="`sparsegpt`, `wanda` or `magnitude`.")] = "sparsegpt",
+    method: Annotated[str, typer.Option(help="`sparsegpt`, `wanda`, `magnitude`; `minimax` or `balanced`: SparseGPT for "
+                                             "the worst dimension of a mix, or for all alike.")] = "sparsegpt",
     sparsity: Annotated[str, typer.Option(help="Share of weights to remove, in [0, 1), or a pattern such as `2:4`.")] = "0.6",
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
@@ -134,7 +135,7 @@ def prune(
     settings = dict(batch_tokens=batch_tokens, block=block, damping=damping)
     with bars(as_json) as progress:
         report = run(net, cal.tokens, method, number, pattern, device=device, offload=offload, checkpoint=checkpoint,
-                     progress=progress, **settings)
+                     parts=cal.parts, progress=progress, **settings)
     weights = report["d_out"] * report["d_in"]
     record = dict(model=model, model_revision=model_revision(model, net), method=method, sparsity=sparsity,
                   calibration=dict(mix=calibration, **cal.record()), dtype=dtype, device=device, **settings,

@@ -26,6 +26,7 @@ import torch
 from .core import DIMENSIONS, CalibPruneError, unknown_name
 from .memory import reused_memory
 from .models import end_of_text_id
+from .products import fast_products
 from .progress import ProgressFn
 from .pruning import check_window
 from .sandbox import run_sandboxed
@@ -131,6 +132,7 @@ def token_scores(logits: torch.Tensor,   # [n, vocabulary]
 Request = tuple[list[int], list[int]]  # tokens of the context and of the continuation
 
 @torch.inference_mode()
+@fast_products()
 def score_batch(model, rows: list[Row],
                 requests: list[Request]            # all of them; the rows say which are theirs
                ) -> dict[int, tuple[float, bool]]: # request → log-likelihood, is it the greedy continuation

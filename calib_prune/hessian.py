@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .core import CalibPruneError
+from .products import add_product, prefers_onednn
 
 # %% ../nbs/06_hessian.ipynb #b3373625
 @contextmanager
@@ -48,10 +49,11 @@ class SecondMoment:
             raise CalibPruneError(f"Inputs of shape {list(x.shape)} and type {x.dtype} do not fit a layer with "
                                   f"{self.d_in} inputs: [..., {self.d_in}] in a float type is needed.")
         x = x.reshape(-1, self.d_in).to(self._lower.device, torch.float32)
+        rows = x.T.contiguous() if prefers_onednn() else x.T  # oneDNN would copy every panel
         with exact_float32():
             for i in range(0, self.d_in, self.panel):
                 j = min(i + self.panel, self.d_in)
-                self._lower[i:j, :j].addmm_(x[:, i:j].T, x[:, :j])
+                add_product(self._lower[i:j, :j], rows[i:j], rows[:j])
         self.n_tokens += len(x)
 
     @torch.no_grad()

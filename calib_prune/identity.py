@@ -21,6 +21,7 @@ import calib_prune
 from .calibration import parse_mix
 from .core import cache_dir, content_hash
 from .fetch import read_manifest
+from .pruning import BY_PART
 from .sources import get_source
 from .study import Cell, cells, load_record, mix_of
 from .tasks import get_tasks
@@ -53,11 +54,12 @@ def code_hash(modules: Iterable[str]  # names of modules of this package
 # %% ../nbs/13a_identity.ipynb #62d983ff
 def cell_modules(preset: dict[str, Any], cell: Cell) -> set[str]:
     "The modules that decide a cell's numbers."
-    used = {"core", "models", "tasks", "evaluation"}
+    used = {"core", "models", "tasks", "evaluation", "products"}
     if any(t.program for t in get_tasks(preset["scoring"]["tasks"])): used |= {"sandbox", "jail"}
     if cell.strategy == "dense": return used
-    kernel = {"sparsegpt": "sparsegpt"}.get(cell.method, "wanda")
-    return used | {"sources", "calibration", "hessian", "masks", "pruning", kernel}
+    kernels = {"wanda"} if cell.method in ("wanda", "magnitude") else {"sparsegpt"}
+    if cell.method in BY_PART: kernels |= {"minimax"}
+    return used | {"sources", "calibration", "hessian", "masks", "pruning"} | kernels
 
 # %% ../nbs/13a_identity.ipynb #91ec56f1
 def _outline(path: Path) -> list[Any]:

@@ -266,7 +266,8 @@ def text_metrics(cal: CalibrationSet, tokenizer,
     if parts.empty: raise CalibPruneError("The calibration set holds no text, only end-of-text tokens.")
     size, compressed = volume(piece_texts(tokens, parts, tokenizer))
     counts = np.bincount(tokens.ravel())
-    sentences = max(sentence_count(tokens, tokenizer, end), 1)  # nothing but white space is one line
+    # A window of nothing but white space is one line.
+    sentences = max(sentence_count(tokens, tokenizer, end), int((tokens != end).any(1).sum()))
     return document_metrics(parts) | dict(
         volume_tokens=tokens.size, volume_bytes=size, volume_compressed=compressed, scope_vocabulary=int((counts > 0).sum()),
         granularity_sentence=float(parts.length.sum() / sentences), variety_ngrams=distinct_ngrams(tokens),

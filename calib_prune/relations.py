@@ -190,7 +190,7 @@ def place_labels(ax: Axes, points: pd.DataFrame,  # x, y, name
     texts = [ax.annotate(o, (x, y), fontsize=size, ha="center", va="center", color="0.15", zorder=4)
              for x, y, o in points[["x", "y", "name"]].itertuples(index=False)]
     for i in [*range(len(texts))] * 3:  # the first names do not know of the others, so all get a second and third chance
-        half = np.array(texts[i].get_window_extent(renderer).size) / 2
+        half = np.array(texts[i].get_window_extent(renderer).size) / 2 + unit / 2  # air: letters are drawn on whole pixels
         centres = np.array([at[i] + d * (r * unit + half) for r, d in places])
         boxes = np.hstack([centres - half, centres + half])
         others = np.vstack([taken, *(box for k, box in chosen.items() if k != i)])

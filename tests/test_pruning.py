@@ -14,6 +14,9 @@ from calib_prune.wanda import wanda
 KERNELS = {"sparsegpt": sparsegpt, "wanda": wanda}
 
 
+PARTS = ["one"] * 4 + ["other"] * 3  # of seven windows
+
+
 def windows(n=7, length=24, seed=0):
     return torch.randint(1, 264, (n, length), generator=torch.Generator().manual_seed(seed))
 
@@ -51,7 +54,7 @@ def test_conv1d_layers_are_pruned_along_their_input(method, pattern):
     torch.manual_seed(0)
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64, initializer_range=0.2)
     model = AutoModelForCausalLM.from_config(config).eval()
-    report = prune(model, windows(), method, 0.5, pattern)
+    report = prune(model, windows(), method, 0.5, pattern, parts=PARTS)
     assert len(report) == 8 and (report["sparsity"] == 0.5).all()
     fc = model.transformer.h[0].mlp.c_fc
     assert tuple(fc.weight.shape) == (32, 128) and (fc.weight == 0).float().mean() == 0.5  # stored as [d_in, d_out]
@@ -94,7 +97,7 @@ def test_embeddings_head_and_norms_are_never_touched():
 @pytest.mark.parametrize("method", METHODS)
 def test_pattern_holds_in_every_linear(method):
     model = tiny_llama()
-    prune(model, windows(), method, pattern=(2, 4))
+    prune(model, windows(), method, pattern=(2, 4), parts=PARTS)
     for layer in decoder_layers(model):
         for m in prunable(layer).values():
             assert ((m.weight.reshape(m.weight.shape[0], -1, 4) == 0).sum(-1) == 2).all()
