@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE_TASKS', 'COORDINATES', 'OUTCOMES', 'KEPT', 'MIN_SOURCES', 'COLUMNS', 'example_items', 'example_study',
-           'Replicates', 'source_dimension', 'pruned_cells', 'item_values', 'task_replicates', 'bootstrap_retention',
-           'draw_groups', 'deviations', 'draw_spread', 'strategy_retention', 'scale_to', 'retention_summary',
-           'paired_difference', 'without_noise', 'spread', 'best_of', 'shortfall', 'row_correlation', 'spearman',
-           'partial_spearman', 'pairings', 'permutation_p', 'resampled', 'leave_one_out', 'Resampling', 'resampling',
-           'relate', 'source_metrics', 'correlate', 'setting_correlations']
+           'Replicates', 'source_dimension', 'pruned_cells', 'item_values', 'hopeless', 'task_replicates',
+           'bootstrap_retention', 'draw_groups', 'deviations', 'draw_spread', 'strategy_retention', 'scale_to',
+           'retention_summary', 'paired_difference', 'without_noise', 'spread', 'best_of', 'shortfall',
+           'row_correlation', 'spearman', 'partial_spearman', 'pairings', 'permutation_p', 'resampled', 'leave_one_out',
+           'Resampling', 'resampling', 'relate', 'source_metrics', 'correlate', 'setting_correlations']
 
 # %% ../nbs/16_analysis.ipynb #b791619a
 import itertools
@@ -71,6 +71,7 @@ class Replicates:
     values: np.ndarray       # [1 + B, rows, outcomes], fractions; `values[0]` is what was measured
     items: dict[str, int]    # outcome → items behind it
     scored: dict[str, str]   # dimension → how its tasks are scored
+    left_out: tuple[str, ...] = ()  # tasks of which the dense model gets nothing right
 
     @property
     def noise(self) -> str:
@@ -131,6 +132,14 @@ def item_values(study: dict[str, Result]) -> dict[str, np.ndarray]:  # task → 
     values = np.column_stack([mine["value"], *columns])
     return {task: values[rows.index] for task, rows in mine.groupby("task", sort=False)}
 
+# %% ../nbs/16_analysis.ipynb #b6640950
+def hopeless(tasks: dict[str, np.ndarray]  # from `item_values`
+            ) -> tuple[str, ...]:
+    "The tasks of which the dense model gets nothing right, of dimensions that have others."
+    zero = [t for t, values in tasks.items() if not values[:, 0].any()]
+    measured = {TASKS[t].dimension for t in tasks if t not in zero}
+    return tuple(t for t in zero if TASKS[t].dimension in measured)
+
 # %% ../nbs/16_analysis.ipynb #af06af61
 def task_replicates(task: str,
                     values: np.ndarray,  # [items, 1 + cells], the dense model first
@@ -149,6 +158,8 @@ def bootstrap_retention(study: dict[str, Result],
                        ) -> Replicates:  # one row a cell
     "Retention of every pruned cell, with replicates from one paired bootstrap over items."
     cells, tasks = pruned_cells(study), item_values(study)
+    left_out = hopeless(tasks)
+    tasks = {name: values for name, values in tasks.items() if name not in left_out}
     kept, right = {}, {}
     for task, values in tasks.items():
         kept[task], right[task] = task_replicates(task, values, draws(len(values), n_boot, seed, task))
@@ -160,7 +171,7 @@ def bootstrap_retention(study: dict[str, Result],
     sizes = {d: sum(len(v) for t, v in tasks.items() if TASKS[t].dimension == d) for d in DIMENSIONS}
     sizes |= {"Total": sum(sizes.values()), "Accuracy": sum(len(tasks[t]) for t in common)}
     scored = {d: " and ".join(sorted({TASKS[t].scored_by for t in tasks if TASKS[t].dimension == d})) for d in DIMENSIONS}
-    return Replicates(cells.assign(draws=1, noise="items only"), np.stack(found, -1), sizes, scored)
+    return Replicates(cells.assign(draws=1, noise="items only"), np.stack(found, -1), sizes, scored, left_out)
 
 # %% ../nbs/16_analysis.ipynb #4c8a0c95
 def draw_groups(cells: Replicates) -> dict[tuple, list[int]]:  # strategy and coordinates → its rows

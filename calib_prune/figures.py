@@ -142,10 +142,11 @@ def carries(found: Replicates) -> str:
 
 def setting_note(part: Part) -> str:
     "Model, calibration sets, settings, draws, items and intervals, and what is missing."
+    if not part.wanted: return "The preset plans no cell for this."
     sizes, model = span(c.windows for c in part.wanted), part.preset["model"]
     levels = [sparsity_name(o) for o in sorted({c.sparsity for c in part.wanted}, key=str)]
     said = [f"{model}; {sizes} windows of {part.preset['calibration']['length']} tokens; "
-            f"{listed(method_name(c.method) for c in part.wanted)}; sparsity {listed(levels)}."] if part.wanted else []
+            f"{listed(method_name(c.method) for c in part.wanted)}; sparsity {listed(levels)}."]
     if len(part.found.cells):
         draws = span(part.found.cells["draws"])
         said += [f"{draws} calibration draw{'s' * (draws != '1')} a strategy; {part.found.items['Total']:,} items.",
@@ -157,9 +158,11 @@ def scoring_note(part: Part) -> str:
     "How retention is defined, and on how many items."
     found = part.found
     each = "; ".join(f"{d}: {found.scored[d]}, {found.items[d]} items" for d in DIMENSIONS if found.items[d])
+    if not each: return ""
+    left_out = f" Left out, as the dense model has nothing right there: {listed(found.left_out)}." if found.left_out else ""
     return (f"Retention is in % of the dense model's score: pruned / dense for accuracies, dense / pruned for bits per byte "
             f"({each}). Guessing counts: an accuracy's retention hardly falls below chance / dense. Total is the mean of the "
-            "dimensions." if each else "")
+            f"dimensions.{left_out}")
 
 def caption(part: Part, what: str,  # the title
             *more: str) -> str:

@@ -128,7 +128,7 @@ def seeds_of(preset: dict[str, Any], strategy: str) -> list[int]:
 
 def metrics_identity(preset: dict[str, Any], strategy: str) -> str:
     "A hash of everything that the metrics of a strategy's sets depend on."
-    code = code_hash({"core", "models", "sources", "calibration", "oit", "evaluation", "tasks", "generation"})
+    code = code_hash({"core", "models", "sources", "calibration", "oit", "evaluation", "tasks", "generation", "products"})
     settings = [preset[k] for k in ("model", "revision", "dtype", "calibration")] + [preset["scoring"]["tasks"]]
     data = [data_identity(preset, Cell(strategy, mix_of(preset, strategy, seed))) for seed in seeds_of(preset, strategy)]
     return content_hash([code, settings, preset["strategies"][strategy], seeds_of(preset, strategy), data])

@@ -14,6 +14,7 @@ from calib_prune.analysis import (OUTCOMES, best_of, bootstrap_retention, correl
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation import commonsense_accuracy, difference, interval, retention_draws
 from calib_prune.sources import SOURCES
+from calib_prune.tasks import TASKS
 
 NUMBERS = st.lists(st.integers(-3, 3), min_size=4, max_size=12)  # few values, so many ties
 SOME = {"c4": (0.8, 0.6, 0.5, 0.3), "stdlib": (0.4, 0.6, 0.8, 0.2), "uniform": (0.7, 0.65, 0.7, 0.4)}
@@ -317,3 +318,14 @@ def test_metrics_that_do_not_fit():
     with pytest.raises(CalibPruneError, match="5 single sources"): correlate(good, found.where(source_dimension="Code"))
     holes = good.assign(value=good["value"].where(good["strategy"] != "c4"))
     assert "not measured" in correlate(holes, found, 99).query("metric == 'distortion'")["reason"].iloc[0]
+
+
+def test_a_task_that_the_dense_model_cannot_do_is_left_out_where_others_measure_the_dimension():
+    study = example_study(SOME)
+    for r in study.values():
+        more = r.items[r.items.task == "piqa"].assign(task="hellaswag", metric=TASKS["hellaswag"].metric, value=0.0)
+        r.items = pd.concat([r.items, more], ignore_index=True)
+    found, plain = bootstrap_retention(study, 20), bootstrap_retention(example_study(SOME), 20)
+    assert found.left_out == ("hellaswag",) and plain.left_out == ()
+    np.testing.assert_array_equal(found.values, plain.values)
+    assert found.items == plain.items

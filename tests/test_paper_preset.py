@@ -73,7 +73,7 @@ def test_it_runs_to_its_tables(root):
     few = ["c4", "hellaswag", "gsm8k", "codealpaca", "metamath", "uniform"]
     preset |= dict(name="paper-tiny", model=str(root / "tiny"), revision=None, dtype="float32", device="cpu",
                    calibration=dict(windows=15, length=32), heldout=preset["heldout"] | dict(documents=1, window=64),
-                   scoring=preset["scoring"] | dict(limit=2, batch_tokens=1024),
+                   scoring=preset["scoring"] | dict(limit=8, batch_tokens=1024),
                    strategies={k: preset["strategies"][k] for k in few},
                    grid=[dict(strategies="all", methods=["wanda"], sparsities=[0.6], seeds=[0], windows=["usual"]),
                          dict(strategies=["c4"], methods=["sparsegpt"], sparsities=[0.3], seeds=[0], windows=["usual"])])
