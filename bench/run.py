@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, WORK, PEERS = ROOT / "bench" / "results", ROOT / "build" / "bench", ROOT / "bench" / ".venv" / "bin" / "python"
 WHO, METHODS, SPARSITY, BATCH_TOKENS = ("ours", "plain", "llm-compressor"), ("sparsegpt", "wanda"), 0.6, 4096
 MEASURED = tuple(f"{folder}/{o}.py" for folder, names in {
-    "calib_prune": ("memory", "hessian", "masks", "sparsegpt", "wanda", "pruning", "tasks", "evaluation"),
+    "calib_prune": ("memory", "products", "hessian", "masks", "sparsegpt", "wanda", "minimax", "pruning", "tasks", "evaluation"),
     "bench": ("machine", "plain", "limit", "peer", "run")}.items() for o in names)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Model = Annotated[str, typer.Option(help="as for `calib-prune prune`")]
