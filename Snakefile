@@ -15,17 +15,21 @@ RESULTS, FIGURES = f"results/{NAME}", f"figures/{NAME}"
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar"
 
 GENERATED = f"{RESULTS}/generated"
-CELLS = {c.name: c for c in cells(config)}
+CELLS = {c.name: c for c in cells(config, ablations=True)}
+MAIN = {c.name for c in cells(config)}
 
 # What each notebook of nbs/paper leaves in the figures folder.
 TABLES = {"summary": ["retention", "differences"], "sources": ["T1-sources"], "main": ["T2-retention", "T2-differences"],
           "correlations": ["T3-correlations"], "sweep": ["T4-sparsity"], "draws": ["T5-draws", "T5-sizes"],
-          "contamination": ["T6-contamination", "T6-retention"], "claims": ["T7-claims"]}
+          "contamination": ["T6-contamination", "T6-retention"], "claims": ["T7-claims"],
+          "protocols": ["T8-protocols", "T8-differences"], "ablations": ["T9-ablations"]}
 PICTURES = {"summary": ["retention"], "main": ["F1-retention", "F6-strategies"], "correlations": ["F2-perplexity", "F3-correlations"],
-            "sweep": ["F4-margin"], "draws": ["F5-averaging"]}
+            "sweep": ["F4-margin"], "draws": ["F5-averaging"],
+            "protocols": ["F8-protocols"], "ablations": ["F7-frontier"]}
 FILES = {book: [f"{FIGURES}/{stem}.{end}" for stems, ends in ((TABLES[book], ("csv", "md", "tex")), (PICTURES.get(book, []), ("pdf", "png")))
                 for stem in stems for end in ends] for book in TABLES}
 MEASURED = {"sources", "correlations", "claims"}  # notebooks that read the calibration sets' metrics
+ABLATED = {"protocols", "ablations"}  # notebooks that read the cells of the preset's ablations
 
 # File times say nothing in a fresh clone: what is finished is decided by the identity in each result (nbs/13a_identity). With
 # `--config tables_only=1` the results there are taken as they are, and what is missing is left out.
@@ -36,7 +40,7 @@ for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items(
     stamp = Path(RESULTS, ".identity", name)
     if not stamp.is_file() or stamp.read_text() != identity: write_atomic(stamp, identity)
 
-ROWS = [f for c in CELLS if (f := f"{RESULTS}/{c}.json") and (not TABLES_ONLY or Path(f).is_file())]
+ROWS = {c: f for c in CELLS if (f := f"{RESULTS}/{c}.json") and (not TABLES_ONLY or Path(f).is_file())}
 METRICS = [f for k in measured_strategies(config) if (f := f"{RESULTS}/metrics/{k}.json") and (not TABLES_ONLY or Path(f).is_file())]
 
 
@@ -47,20 +51,20 @@ rule all:
 
 rule rows:
     input:
-        ROWS,
+        ROWS.values(),
 
 
 rule generate:
     output:
-        f"{GENERATED}/{{protocol}}-s{{seed}}.jsonl",
+        f"{GENERATED}/{{strategy}}-s{{seed}}.jsonl",
     log:
-        notebook=f"{RESULTS}/notebooks/generate-{{protocol}}-s{{seed}}.ipynb",
-        text=f"{RESULTS}/notebooks/generate-{{protocol}}-s{{seed}}.log",
+        notebook=f"{RESULTS}/notebooks/generate-{{strategy}}-s{{seed}}.ipynb",
+        text=f"{RESULTS}/notebooks/generate-{{strategy}}-s{{seed}}.log",
     wildcard_constraints:
         seed=r"\d+",
     threads: workflow.cores
     shell:
-        "{PAPERMILL} nbs/paper/generate.ipynb {log.notebook} -r preset {PRESET:q} -r protocol {wildcards.protocol} "
+        "{PAPERMILL} nbs/paper/generate.ipynb {log.notebook} -r preset {PRESET:q} -r strategy {wildcards.strategy} "
         "-p seed {wildcards.seed} -r output {output} > {log.text} 2>&1"
 
 
@@ -129,7 +133,7 @@ for book in config["tables"]:
         input:
             notebook=f"nbs/paper/{book}.ipynb",
             modules=[f"calib_prune/{m}.py" for m in ("analysis", "claims", "contamination", "evaluation", "figures", "metric_rows", "audit_rows", "relations", "oit", "plots", "study", "tables")],
-            rows=ROWS,
+            rows=[f for c, f in ROWS.items() if c in MAIN or book in ABLATED],
             metrics=METRICS if book in MEASURED else [],
         output:
             FILES[book],

@@ -310,15 +310,15 @@ def failure_report(log: Path  # Snakemake's
 def check_names(study: dict[str, Any]) -> None:
     "Refuse a preset that names a source, method or task that does not exist, before hours of work."
     from calib_prune.calibration import parse_mix
-    from calib_prune.igsp import PROTOCOLS
+    from calib_prune.igsp import run_protocol
     from calib_prune.pruning import check_method
     from calib_prune.sources import get_source
+    from calib_prune.study import cells, protocol_of
     from calib_prune.tasks import get_tasks
-    for method in {m for block in study["grid"] for m in block["methods"]}: check_method(method)
+    for cell in cells(study, ablations=True)[1:]: check_method(cell.method)
     for mix in study["strategies"].values():
-        protocol = mix.removeprefix("generated:")
-        if protocol == mix: [get_source(name) for name in parse_mix(mix)]
-        elif protocol not in PROTOCOLS: raise unknown_name("protocol", protocol, PROTOCOLS)
+        if generated := protocol_of(mix): run_protocol(*generated)
+        else: [get_source(name) for name in parse_mix(mix)]
     get_source(study["heldout"]["source"])
     get_tasks(study["scoring"]["tasks"])
 
@@ -340,7 +340,7 @@ def reproduce(
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else root / "presets" / f"{preset}.yaml"
     study = load_preset(path)
     check_names(study)
-    names, results = [c.name for c in cells(study)], root / "results" / study["name"]
+    names, results = [c.name for c in cells(study, ablations=True)], root / "results" / study["name"]
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path.resolve()), "--cores",
                str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--rerun-triggers",
                "mtime", "--nolock", *(["--config", "tables_only=1", "--forceall"] if tables_only else []), *context.args]

@@ -34,7 +34,8 @@ def estimate(preset: dict[str, Any]) -> pd.DataFrame:  # a row per kind of cell:
     def seconds(cell: Cell) -> float:
         passes = {"": 0.0, "sparsegpt": 2.5}.get(cell.method, 2.0)
         return has["seconds_per_cell"] + score + passes * 2 * has["parameters"] * cell.windows * length / has["flops"]
-    rows = pd.DataFrame([dict(method=c.method or "dense", windows=c.windows, seconds=seconds(c)) for c in cells(preset)])
+    rows = pd.DataFrame([dict(method=c.method or "dense", windows=c.windows, seconds=seconds(c))
+                         for c in cells(preset, ablations=True)])
     found = rows.groupby(["method", "windows"], sort=False)["seconds"].agg(["size", "mean", "sum"]).reset_index()
     found = found.assign(minutes=found["mean"] / 60, hours=found["sum"] / 3600).rename(columns={"size": "cells"})
     return found[["method", "windows", "cells", "minutes", "hours"]]

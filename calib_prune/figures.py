@@ -36,11 +36,12 @@ from .tables import overlap_notes, save_table
 def example_results(preset: dict[str, Any],
                     kept: dict[str, Sequence[float]],  # strategy → retention of the four dimensions at 60%
                     n: int = 100,                      # items a task
-                    draw_sd: float = 0.02, seed: int = 0
+                    draw_sd: float = 0.02, seed: int = 0,
+                    ablations: bool = False            # these as well
                    ) -> dict[str, Result]:
     "A made-up study for a preset: what is lost grows in proportion to the sparsity."
     rng, study = np.random.default_rng(seed), {}
-    for cell in cells(preset):
+    for cell in cells(preset, ablations):
         mine = 1 - (1 - np.array(kept.get(cell.strategy, (1,) * 4))) * parse_sparsity(cell.sparsity)[0] / 0.6
         noise = draw_sd * rng.normal(size=4) * (cell.strategy != "dense")
         items = example_items(np.clip(mine + noise, 0.01, 1), n, rng) if cell.strategy != "dense" else example_items(mine, n)
@@ -217,7 +218,7 @@ def dense_rows(part: Part, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:  
     return retention_rows(mine).assign(strategy="dense", source="", method="", draws=0)
 
 # %% ../nbs/14a_figures.ipynb #b8726e52
-HEADINGS = {"Accuracy": "Commonsense accuracy"}
+HEADINGS = {"Accuracy": "Commonsense accuracy", "Worst": "Worst dimension"}
 
 def interval_text(value: float, low: float, high: float, sign: str = "") -> str:  # fractions
     "A number with its interval, in percent; nothing to say is a dash."
@@ -234,7 +235,8 @@ def wide_text(table: pd.DataFrame,  # columns of `rows`, dimension, quantity, va
     lines = table.assign(text=text, method=table["method"].map(method_name), sparsity=table["sparsity"].map(sparsity_name))
     lines[list(rows)] = lines[list(rows)].astype(object).fillna("")
     wide = lines.pivot_table(index=list(rows), columns="dimension", values="text", aggfunc="first", sort=False)
-    return wide[[o for o in OUTCOMES if o in wide]].fillna("–").rename(columns=HEADINGS).rename_axis(columns=None).reset_index()
+    wide = wide[[o for o in (*OUTCOMES, "Worst") if o in wide]].fillna("–")
+    return wide.rename(columns=HEADINGS).rename_axis(columns=None).reset_index()
 
 # %% ../nbs/14a_figures.ipynb #fa14e5b4
 def save_rows(table: pd.DataFrame, shown: pd.DataFrame | Sequence[str],  # as people read it; or the columns that make a line

@@ -114,7 +114,7 @@ def unfinished(preset: dict[str, Any],
               ) -> dict[str, str]: # name → identity that a result there should have had; empty where there is none
     "The cells of a study that have to be run."
     left = {}
-    for cell in cells(preset):
+    for cell in cells(preset, ablations=True):
         path = Path(folder) / f"{cell.name}.json"
         if not path.is_file(): left[cell.name] = ""  # without asking what it would depend on: a hub may be out of reach
         elif load_record(path).get("identity") != (wanted := cell_identity(preset, cell)): left[cell.name] = wanted
