@@ -71,18 +71,24 @@ def test_it_runs_to_its_tables(root):
     save_model(tiny_llama(max_position_embeddings=4096), tiny_tokenizer(), root / "tiny", {})
     preset = yaml.safe_load((root / "presets/paper.yaml").read_text())
     few = ["c4", "hellaswag", "gsm8k", "codealpaca", "metamath", "uniform"]
+    usual, igsp = dict(sparsities=[0.6], seeds=[0], windows=["usual"]), "generated:igsp length=64 bins=2 choice=1.5"
     preset |= dict(name="paper-tiny", model=str(root / "tiny"), revision=None, dtype="float32", device="cpu",
-                   calibration=dict(windows=15, length=32), heldout=preset["heldout"] | dict(documents=1, window=64),
+                   calibration=dict(windows=15, length=64), heldout=preset["heldout"] | dict(documents=1, window=64),
                    scoring=preset["scoring"] | dict(limit=8, batch_tokens=1024),
-                   strategies={k: preset["strategies"][k] for k in few},
-                   grid=[dict(strategies="all", methods=["wanda"], sparsities=[0.6], seeds=[0], windows=["usual"]),
-                         dict(strategies=["c4"], methods=["sparsegpt"], sparsities=[0.3], seeds=[0], windows=["usual"])])
+                   strategies={k: preset["strategies"][k] for k in few} | {"igsp": igsp, "igsp-mean": f"{igsp} balance=mean"},
+                   grid=[usual | dict(strategies=few, methods=["wanda"]),
+                         usual | dict(strategies=["c4", "igsp"], methods=["sparsegpt"])],
+                   ablations=[usual | dict(strategies=["igsp-mean"], methods=["sparsegpt"]),
+                              usual | dict(strategies=["uniform"], methods=["minimax"])],
+                   tables=[*preset["tables"], "protocols", "ablations"])
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     done = run(root, "--preset", "tiny.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {p.stem: json.loads(p.read_text())["rows"] for p in (root / "results/paper-tiny").glob("*-s0.json")}
-    assert len(rows) == 7 and all(any(r["task"] == "gsm8k_generate" for r in o) for o in rows.values())
+    assert len(rows) == 10 and all(any(r["task"] == "gsm8k_generate" for r in o) for o in rows.values())
     figures = root / "figures/paper-tiny"
-    assert len(list(figures.glob("*.csv"))) >= 8 and len(list(figures.glob("*.png"))) >= 6
+    assert len(list(figures.glob("*.csv"))) >= 11 and len(list(figures.glob("*.png"))) >= 8
+    assert set(pd.read_csv(figures / "T8-protocols.csv")["strategy"]) == {"c4", "igsp", "uniform, minimax"}
+    assert set(pd.read_csv(figures / "T9-ablations.csv")["strategy"]) == {"igsp", "igsp-mean"}
     verdicts = pd.read_csv(figures / "T7-claims.csv")
     assert set(verdicts["claim"]) == {f"C{i}" for i in range(1, 10)}
