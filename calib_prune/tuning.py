@@ -73,7 +73,8 @@ def tune_shares(retention_of: Callable[[str], Mapping[str, float]],  # mix → d
         if progress: progress("tuning", k, rounds)
         mix = mix_of_shares(shares)
         kept = retention_of(mix)
-        rows.append({"round": k, "mix": mix, **{f"share {d}": o for d, o in shares.items()}, **kept, "objective": objective(kept)})
+        about = {f"share {d}": o for d, o in shares.items()}
+        rows.append({"round": k, "mix": mix, **about, **kept, "objective": objective(kept)})
         gain = {d: shares[d] * np.exp(rate * (np.mean([*kept.values()]) - kept[d])) for d in DIMENSIONS}
         shares = {d: o / sum(gain.values()) for d, o in gain.items()}
     if progress: progress("tuning", rounds, rounds)
