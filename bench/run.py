@@ -126,7 +126,7 @@ def kernel(hidden: int = 576, intermediate: int = 1536, kv: int = 192, square: i
     from calib_prune.memory import reused_memory
     from calib_prune.pruning import METHODS as OURS
     problem = groups(hidden, intermediate, kv, square)
-    solve = dict(ours=lambda h, ws: [o.weight for o in OURS["sparsegpt"](ws, h, SPARSITY, None, 128, 0.01)])
+    solve = dict(ours=lambda h, ws: [o.weight for o in OURS["sparsegpt"](ws, [h], SPARSITY, None, 128, 0.01)])
     if plain: solve["plain"] = lambda h, ws: [plain_sparsegpt(w, h, SPARSITY) for w in ws]
     seconds, found = {who: [] for who in solve}, {}
     with torch.no_grad(), reused_memory():  # as in a prune; it helps both
