@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'settings_hash', 'code_hash', 'cell_modules', 'model_identity', 'data_identity', 'cell_identity',
-           'environment', 'describe_run', 'unfinished', 'seeds_of', 'metrics_identity', 'measured_strategies',
-           'unfinished_metrics']
+           'processor', 'environment', 'describe_run', 'unfinished', 'seeds_of', 'metrics_identity',
+           'measured_strategies', 'unfinished_metrics']
 
 # %% ../nbs/13a_identity.ipynb #252cf624
 import ast
 import json
 import platform
+import re
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Iterable
+
+import torch
 
 import calib_prune
 from .calibration import parse_mix
@@ -95,10 +98,17 @@ def cell_identity(preset: dict[str, Any], cell: Cell) -> str:
     return content_hash([settings_hash(preset), asdict(cell), code_hash(cell_modules(preset, cell)), data_identity(preset, cell)])
 
 # %% ../nbs/13a_identity.ipynb #4aba7d05
+def processor() -> str:
+    "The processor's name, as far as the system tells."
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return found[1].strip() if found else platform.processor()
+
 def environment() -> dict[str, str]:
     "The libraries and kind of machine that a result comes from."
     return dict(calib_prune=calib_prune.__version__, torch=version("torch"), transformers=version("transformers"),
-                python=platform.python_version(), machine=platform.machine())
+                python=platform.python_version(), machine=platform.machine(), processor=processor(),
+                threads=torch.get_num_threads())
 
 def describe_run(preset: dict[str, Any], cell: Cell, model_revision: str,
                  calibration: dict[str, Any] | None  # `CalibrationSet.record()`; None for the dense model

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENINGS', 'IGSP', 'WARMTHS', 'BALANCES', 'PROTOCOLS', 'CHOOSING', 'pool_frame', 'make_pool', 'Greedy', 'Shuffled',
            'shortest_intervals', 'tightest_bins', 'runs', 'nearest_run', 'common_mean', 'take', 'parts',
-           'check_selection', 'select', 'describe', 'frontier', 'shared_grams', 'pool_record', 'igsp', 'run_protocol',
+           'check_selection', 'select', 'describe', 'shared_grams', 'pool_record', 'frontier', 'igsp', 'run_protocol',
            'journal_name']
 
 # %% ../nbs/05c_igsp.ipynb #a5e26a1f
@@ -237,22 +237,6 @@ def describe(chosen: pd.DataFrame) -> pd.DataFrame:  # one row a dimension
                     log_perplexity=float(np.average(g.log_perplexity, weights=g.tokens)), spread=float(g.log_perplexity.std()))
     return pd.DataFrame([dict(dimension=d, **one(g)) for d, g in chosen.groupby("dimension", sort=False)])
 
-# %% ../nbs/05c_igsp.ipynb #448cd05b
-def frontier(pool: pd.DataFrame, budget: int,  # tokens to take, over all dimensions
-             levels: int = 9,                  # target perplexities for each dimension
-             choice: float = 2.0) -> pd.DataFrame:  # as `describe`, one row a dimension and target
-    "Aggregation against perplexity: the best choice at each of a range of targets."
-    groups, rows = [g for _, g in pool.groupby("dimension", sort=False)], []
-    each = math.ceil(budget / max(1, len(groups)))
-    check_selection(pool, each, "mean", 1, choice)
-    for g in groups:
-        x, cost, grams = g.log_perplexity.to_numpy(), g.tokens.to_numpy(float), list(g.grams)
-        means = runs(x, cost, choice * each)[3]
-        for target in np.linspace(means.min(), means.max(), levels):
-            items, _ = nearest_run(x, cost, choice * each, target)
-            rows.append(describe(g.iloc[take([Greedy(list(items), grams, cost)], each, grams, cost, set())]))
-    return pd.concat(rows, ignore_index=True)
-
 # %% ../nbs/05c_igsp.ipynb #3935a518
 def shared_grams(pool: pd.DataFrame) -> np.ndarray:  # [candidates], in [0, 1]
     "The share of each candidate's n-grams that other candidates of its dimension have as well."
@@ -270,6 +254,22 @@ def pool_record(pool: pd.DataFrame,  # of `Generated`
     curve = curve.assign(perplexity=np.exp(curve.log_perplexity).round(4), aggregation=curve.aggregation.round(6))
     return dict(candidates=candidates.to_dict("records"),
                 frontier=curve[["dimension", "texts", "tokens", "perplexity", "aggregation"]].to_dict("records"))
+
+# %% ../nbs/05c_igsp.ipynb #448cd05b
+def frontier(pool: pd.DataFrame, budget: int,  # tokens to take, over all dimensions
+             levels: int = 9,                  # target perplexities for each dimension
+             choice: float = 2.0) -> pd.DataFrame:  # as `describe`, one row a dimension and target
+    "Aggregation against perplexity: the best choice at each of a range of targets."
+    groups, rows = [g for _, g in pool.groupby("dimension", sort=False)], []
+    each = math.ceil(budget / max(1, len(groups)))
+    check_selection(pool, each, "mean", 1, choice)
+    for g in groups:
+        x, cost, grams = g.log_perplexity.to_numpy(), g.tokens.to_numpy(float), list(g.grams)
+        means = runs(x, cost, choice * each)[3]
+        for target in np.linspace(means.min(), means.max(), levels):
+            items, _ = nearest_run(x, cost, choice * each, target)
+            rows.append(describe(g.iloc[take([Greedy(list(items), grams, cost)], each, grams, cost, set())]))
+    return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/05c_igsp.ipynb #c6cd700b
 def igsp(model: PreTrainedModel, tokenizer,
