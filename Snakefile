@@ -44,9 +44,11 @@ ROWS = {c: f for c in CELLS if (f := f"{RESULTS}/{c}.json") and (not TABLES_ONLY
 METRICS = [f for k in measured_strategies(config) if (f := f"{RESULTS}/metrics/{k}.json") and (not TABLES_ONLY or Path(f).is_file())]
 
 
+# Rows and metrics are targets themselves: what only leads to tables that are already there, Snakemake would not make again.
 rule all:
     input:
         [f for book in config["tables"] for f in FILES[book]],
+        [*ROWS.values(), *METRICS],
 
 
 rule rows:
