@@ -22,7 +22,7 @@ MAIN = {c.name for c in cells(config)}
 TABLES = {"summary": ["retention", "differences"], "sources": ["T1-sources"], "main": ["T2-retention", "T2-differences"],
           "correlations": ["T3-correlations"], "sweep": ["T4-sparsity"], "draws": ["T5-draws", "T5-sizes"],
           "contamination": ["T6-contamination", "T6-retention"], "claims": ["T7-claims"],
-          "protocols": ["T8-protocols", "T8-differences"], "ablations": ["T9-ablations"]}
+          "protocols": ["T8-protocols", "T8-differences", "T8-tuning"], "ablations": ["T9-ablations"]}
 PICTURES = {"summary": ["retention"], "main": ["F1-retention", "F6-strategies"], "correlations": ["F2-perplexity", "F3-correlations"],
             "sweep": ["F4-margin"], "draws": ["F5-averaging"],
             "protocols": ["F8-protocols"], "ablations": ["F7-frontier"]}

@@ -337,7 +337,8 @@ def overlap_retention(study: dict[str, Result], audit: Audit, n_boot: int = 2000
     every, clean = (retention_summary(o) for o in pair)
     clean = clean[[*at, *numbers]].rename(columns={o: f"clean_{o}" for o in numbers})
     both = every[[*at, "mix", "draws", "noise", *numbers]].merge(clean, on=at)
-    affected = both["mix"].map(lambda o: bool(hit & set(parse_mix(o)))) & both["dimension"].isin(KEPT)
+    used = [{o.strategy, *parse_mix(o.mix)} for o in both.itertuples()]  # written text is audited under its strategy's name
+    affected = pd.Series([bool(hit & o) for o in used], both.index) & both["dimension"].isin(KEPT)
     return both[affected & (both["n_items"] > both["clean_n_items"])].drop(columns="mix").reset_index(drop=True)
 
 def overlap_grid(table: pd.DataFrame  # from `overlap_retention`

@@ -7,9 +7,10 @@ import pytest
 from scipy.stats import spearmanr
 
 from calib_prune.analysis import example_study
-from calib_prune.audit_rows import load_audit, save_audit
-from calib_prune.contamination import DEFAULT_RULE, Audit, contamination_table
+from calib_prune.audit_rows import load_audit, preset_audit, save_audit
+from calib_prune.contamination import DEFAULT_RULE, Audit, audit, contamination_table
 from calib_prune.core import CalibPruneError
+from calib_prune.fetch import cached, read_jsonl
 from calib_prune.metric_rows import ROW_COLUMNS, load_metrics, metrics_summary, save_metrics
 from calib_prune.relations import (correlation_grid, correlation_heat_map, lacking, main_settings, metric_figure, overlap,
                                    overlap_retention, place_labels, relate_study, whole_metrics)
@@ -90,13 +91,37 @@ def test_metrics_come_back_as_they_were(metrics, tmp_path):
     with pytest.raises(CalibPruneError, match="openwebtext"): load_metrics(PRESET, tmp_path)
 
 
+@pytest.mark.real
+def test_written_text_is_audited_as_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr("calib_prune.audit_rows.audit_sources", lambda names, tasks, progress: audit(["Nothing."], tasks, name="c4"))
+    items = [o["question"] for o in read_jsonl(cached("benchmarks", "gsm8k"))]
+    cell = dict(methods=["wanda"], sparsities=[0.5], windows=["usual"])
+    preset = PRESET | dict(name="shown", scoring=dict(tasks=["gsm8k"]), strategies={"c4": "c4", "sgs": "generated:sgs", "cool":
+                           "generated:sgs temperature=0.5"}, grid=[cell | dict(strategies=["c4", "sgs"], seeds=[0, 1])],
+                           ablations=[cell | dict(strategies=["cool"], seeds=[0])])
+    def found(**texts):
+        for name, text in texts.items():
+            path = tmp_path / "generated" / f"{name.replace('_', '-')}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(dict(text=text)) + "\n")
+        done = preset_audit(preset, tmp_path / "contamination.json")
+        return done.sources, set(done.overlaps["item"])
+    assert found() == (("c4",), set())
+    assert found(cool_s0=items[0]) == (("c4",), set())  # of the ablations: no table compares it with clean items
+    assert found(sgs_s0=items[1]) == (("c4", "sgs"), {"1"})
+    assert found(sgs_s1=items[2]) == (("c4", "sgs"), {"1", "2"})
+    assert found(sgs_s0="Nothing of it.") == (("c4", "sgs"), {"2"})
+    stamp = (written := tmp_path / "contamination-written.json").stat().st_mtime_ns
+    assert found()[1] == {"2"} and written.stat().st_mtime_ns == stamp
+
+
 def test_audits_come_back_and_leave_items_out_for_all_alike(study, tmp_path, monkeypatch):
     monkeypatch.setattr("calib_prune.audit_rows.get_source", lambda _: type("S", (), dict(revision="1")))
     found = pd.DataFrame([dict(source="c4", task="sciq", item=f"{i:04}", covered=0.5, document=3, match="é a") for i in range(7)])
     items = study["dense"].items[["task", "item"]].assign(checked=lambda o: o["item"] != "0001")
-    audit = Audit(found, items, ("c4", "math"), DEFAULT_RULE)
-    back = load_audit(save_audit(audit, tmp_path / "a.json", "abc"))
-    pd.testing.assert_frame_equal(contamination_table(back), contamination_table(audit))
+    made = Audit(found, items, ("c4", "math"), DEFAULT_RULE)
+    back = load_audit(save_audit(made, tmp_path / "a.json", "abc"))
+    pd.testing.assert_frame_equal(contamination_table(back), contamination_table(made))
     assert back.rule == DEFAULT_RULE and "é a" in (tmp_path / "a.json").read_text()
     table = overlap_retention(study, back, 20)
     assert set(table["strategy"]) == {"c4"} and set(table["dimension"]) == {"General", "Total"}

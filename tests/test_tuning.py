@@ -1,4 +1,7 @@
 "Shares tuned on held-out text: mixes that read, text that stays clear of calibration, and moves towards the worst."
+from pathlib import Path
+
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from calib_prune.calibration import build_calibration, parse_mix
 from calib_prune.core import DIMENSIONS
 from calib_prune.models import tiny_tokenizer
 from calib_prune.sources import SOURCES
+from calib_prune.study import load_preset
 from calib_prune.tuning import best_mix, heldout_windows, mix_of_shares, objective, tune_shares
 
 
@@ -38,3 +42,9 @@ def test_every_round_prunes_the_mix_that_it_reports():
     seen = []
     table = tune_shares(lambda mix: seen.append(mix) or dict(General=0.6, Commonsense=0.6, Code=0.2, Math=0.4), rounds=4)
     assert list(table["mix"]) == seen and table["share Code"].is_monotonic_increasing
+
+
+def test_the_study_uses_the_best_round():
+    root = Path(__file__).resolve().parent.parent
+    rounds = pd.read_csv(root / "results/default/tuning.csv")
+    assert load_preset(root / "presets/default.yaml")["strategies"]["tuned"] == best_mix(rounds)
