@@ -24,6 +24,7 @@ test: .venv/installed
 bench: .venv/installed bench/.venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/python -m bench.run all $(FRESH)
+	$(BIN)/python -m bench.writing all $(FRESH)
 	mkdir -p build/bench
 	$(BIN)/python -m papermill --no-progress-bar nbs/paper/bench.ipynb build/bench/bench.ipynb
 

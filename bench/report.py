@@ -8,8 +8,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-FILES = ("errors", "growth", "kernel", "limit", "memory", "prune", "score")
-COLUMNS = ("ours", "plain", "llm-compressor", "lm-eval", "limit")
+FILES = ("errors", "growth", "kernel", "limit", "memory", "prune", "score")  # measured by bench.run
+WRITING = "writing"                                                          # by bench.writing
+COLUMNS = ("ours", "plain", "llm-compressor", "lm-eval", "generate", "generate, one by one", "limit")
 COLOURS = dict(zip(COLUMNS, sns.color_palette("colorblind", len(COLUMNS)), strict=True))
 NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda"}
 EQUAL = 1.01  # errors within 1% count as equal (ours): the peer prunes one weight more in each block
@@ -17,7 +18,8 @@ EQUAL = 1.01  # errors within 1% count as equal (ours): the peer prunes one weig
 
 def load_results(folder: str | Path) -> dict[str, pd.DataFrame]:
     "The rows of every measurement by its name."
-    return {o: pd.DataFrame(json.loads((Path(folder) / f"{o}.json").read_text())["rows"]) for o in FILES}
+    return {o: pd.DataFrame(json.loads((Path(folder) / f"{o}.json").read_text())["rows"])
+            for o in (*FILES, WRITING)}
 
 
 def describe_machine(folder: str | Path) -> str:
@@ -74,6 +76,17 @@ def score_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
              **{k: v / 1e6 for k, v in by_who(mine, "peak_bytes").items()}}]
 
 
+def token_rates(results: dict[str, pd.DataFrame]) -> pd.DataFrame:  # turn × who, tokens a second
+    "How fast text is written, by round."
+    mine = results[WRITING]
+    return mine.assign(rate=mine["tokens"] / mine["seconds"]).pivot(index="turn", columns="who", values="rate")
+
+
+def writing_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
+    names = {"ours": "ours", "one at a time": "generate, one by one", "batches": "generate"}
+    return [{"measure": "writing text", "unit": "tokens/s", **token_rates(results).median().rename(names)}]
+
+
 def memory_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
     return [{"measure": f"SparseGPT on {o['what']} tokens, memory above the interpreter's", "unit": "MB",
              "ours": o["peak_bytes"] / 1e6, "limit": o["needed_bytes"] / 1e6} for _, o in results["memory"].iterrows()]
@@ -81,7 +94,8 @@ def memory_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
 
 def measure_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
     "Medians of everything measured, one column an implementation."
-    rows = kernel_rows(results) + prune_rows(results) + score_rows(results) + memory_rows(results)
+    rows = kernel_rows(results) + prune_rows(results) + score_rows(results) + writing_rows(results)
+    rows += memory_rows(results)
     return pd.DataFrame(rows).reindex(columns=["measure", "unit", *COLUMNS])
 
 
@@ -102,6 +116,10 @@ def target_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
               by_who(sparse, "seconds")["ours"] / limit_seconds(results, "sparsegpt")),
              ("scoring: lm-eval / ours", ">=", 2.0, times_faster(score.query("who != 'agreement'"), "lm-eval")),
              ("scoring: accuracies that differ", "<=", 0.0, float(agreement["accuracies_that_differ"]))]
+    rates, mine = token_rates(results), results[WRITING].query("who == 'ours'")
+    size = f"{int(mine['texts'].iloc[0])} texts of up to 512 tokens"
+    rows += [("writing text, tokens/s: ours / one text at a time", ">=", 3.0, (rates["ours"] / rates["one at a time"]).median()),
+             (f"writing {size}, minutes", "<=", 15.0, mine["seconds"].median() / 60)]
     rows += [(f"peak memory, {o['what']} tokens: ours / needed", "<=", 1.15, o["ratio"]) for _, o in results["memory"].iterrows()]
     table = pd.DataFrame(rows, columns=["target", "sense", "wanted", "measured"])
     return table.assign(reached=np.where(table["sense"] == ">=", table["measured"] >= table["wanted"],

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import limit, run
+from bench import limit, run, writing
 from bench.plain import plain_prune, plain_sparsegpt
-from bench.report import FILES, growth_table, load_results, measure_table, target_table
-from calib_prune.models import tiny_llama
+from bench.report import FILES, WRITING, growth_table, load_results, measure_table, target_table
+from calib_prune.generation import start_token
+from calib_prune.models import tiny_llama, tiny_tokenizer
 from calib_prune.pruning import decoder_layers, prunable, prune
 from calib_prune.sparsegpt import sparsegpt
 
@@ -97,7 +98,7 @@ def test_plan_interleaves_and_reads_what_it_wrote():
     assert all(any(f.name.endswith(f"-{o['--windows']}x{o['--length']}.npy") for f in files) for o in options if "--length" in o)
 
 
-def result_files(): return [o for o in sorted(RESULTS.glob("*.json")) if o.stem in FILES]
+def result_files(): return [o for o in sorted(RESULTS.glob("*.json")) if o.stem in (*FILES, WRITING)]
 
 @pytest.mark.parametrize("path", result_files(), ids=lambda p: p.stem)
 def test_results_say_what_and_where(path):
@@ -111,13 +112,27 @@ def test_results_say_what_and_where(path):
 
 
 def test_results_are_of_one_state():
-    states = {json.dumps([found["machine"], found["code"], found["plan"]]) for found in (json.loads(o.read_text()) for o in result_files())}
-    assert len(states) <= 1
+    found = {o.stem: json.loads(o.read_text()) for o in result_files()}
+    assert len({json.dumps([o["code"], o["plan"]]) for k, o in found.items() if k != WRITING}) <= 1
+    assert len({json.dumps(o["machine"]) for o in found.values()}) <= 1
 
 
-@pytest.mark.skipif(len(result_files()) < len(FILES), reason="not measured yet: make bench")
+@pytest.mark.skipif(len(result_files()) <= len(FILES), reason="not measured yet: make bench")
 def test_tables_hold_every_measurement():
     found = load_results(RESULTS)
     measures, targets, growth = measure_table(found), target_table(found), growth_table(found)
-    assert len(measures) == len(found["kernel"]) + 10 + 3 + len(found["memory"]) and measures["ours"].notna().all()
+    assert len(measures) == len(found["kernel"]) + 10 + 3 + 1 + len(found["memory"]) and measures["ours"].notna().all()
     assert targets["measured"].notna().all() and len(growth) == len(found["growth"])
+
+
+@pytest.mark.parametrize("who", ["ours", "theirs"])
+def test_writing_counts_tokens_up_to_the_end(who):
+    tokenizer, write = tiny_tokenizer(), getattr(writing, who)
+    def model_that_says(token):
+        model = tiny_llama()
+        model.lm_head.weight.data.zero_()
+        model.lm_head.weight.data[token] = 100 * torch.sign(model.model.norm.weight.data)
+        model.model.norm.forward = torch.ones_like  # whatever was read, the same is said
+        return model
+    assert write(model_that_says(7), tokenizer, texts=5, length=6, batch=2, seed=0) == 30
+    assert write(model_that_says(start_token(tokenizer)), tokenizer, texts=5, length=6, batch=2, seed=0) == 0
