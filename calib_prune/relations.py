@@ -30,6 +30,7 @@ from .analysis import (COLUMNS, KEPT, MIN_SOURCES, Replicates, bootstrap_retenti
 from .calibration import parse_mix
 from .contamination import Audit, drop_overlapping
 from .core import DIMENSIONS
+from .identity import seeds_of
 from .metric_rows import metric_label, metrics_summary
 from .oit import METRICS
 from .plots import DIMENSION_COLOURS
@@ -118,7 +119,7 @@ def study_caption(preset: dict[str, Any], found: Replicates | None) -> str:
 
 def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
     "Which strategies have not been measured yet; empty if none."
-    left = [o for o in preset["strategies"] if o not in set(metrics["strategy"])]
+    left = [o for o in preset["strategies"] if seeds_of(preset, o) and o not in set(metrics["strategy"])]
     return f"Not measured yet: {', '.join(left)}." if left else ""
 
 def missing_note(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame | None = None) -> str:
