@@ -56,22 +56,35 @@ rule rows:
         ROWS.values(),
 
 
-rule generate:
-    output:
-        f"{GENERATED}/{{strategy}}-s{{seed}}.jsonl",
-    log:
-        notebook=f"{RESULTS}/notebooks/generate-{{strategy}}-s{{seed}}.ipynb",
-        text=f"{RESULTS}/notebooks/generate-{{strategy}}-s{{seed}}.log",
-    wildcard_constraints:
-        seed=r"\d+",
-    threads: workflow.cores
-    shell:
-        "{PAPERMILL} nbs/paper/generate.ipynb {log.notebook} -r preset {PRESET:q} -r strategy {wildcards.strategy} "
-        "-p seed {wildcards.seed} -r output {output} > {log.text} 2>&1"
+# Texts are written just before the first cell that reads them: priorities do not pass from a cell to what it needs.
+ORDER = {name: 2 * (len(LEFT) - rank) for rank, name in enumerate(LEFT)}
+TEXTS = {}  # file → its priority, whose it is
+for name, cell in CELLS.items():
+    if cell.mix.startswith(GENERATED):
+        TEXTS[cell.mix] = max(TEXTS.get(cell.mix, (0,)), (ORDER.get(name, 0) + 1, cell.strategy, cell.seed))
+
+for text, (rank, strategy, seed) in TEXTS.items():
+
+    rule:
+        name:
+            "generate_" + re.sub(r"\W", "_", f"{strategy}_s{seed}")
+        output:
+            text,
+        log:
+            notebook=f"{RESULTS}/notebooks/generate-{strategy}-s{seed}.ipynb",
+            text=f"{RESULTS}/notebooks/generate-{strategy}-s{seed}.log",
+        params:
+            strategy=strategy,
+            seed=seed,
+        priority: rank
+        threads: workflow.cores
+        shell:
+            "{PAPERMILL} nbs/paper/generate.ipynb {log.notebook} -r preset {PRESET:q} -r strategy {params.strategy} "
+            "-p seed {params.seed} -r output {output} > {log.text} 2>&1"
 
 
 # One rule a cell, because a priority belongs to a rule: cells run in the order of the preset's grid.
-for rank, name in enumerate(LEFT):
+for name in LEFT:
 
     rule:
         name:
@@ -87,7 +100,7 @@ for rank, name in enumerate(LEFT):
             text=f"{RESULTS}/notebooks/{name}.log",
         params:
             cell=name,
-        priority: len(LEFT) - rank
+        priority: ORDER[name]
         threads: workflow.cores
         shell:
             "CALIB_PRUNE_PROGRESS={RESULTS}/.progress/{params.cell}.json {PAPERMILL} nbs/paper/prune_and_score.ipynb {log.notebook} "
