@@ -6,7 +6,7 @@ import shlex
 import sys
 
 from calib_prune.core import write_atomic
-from calib_prune.identity import measured_strategies, seeds_of, unfinished, unfinished_metrics
+from calib_prune.identity import measured_strategies, seeds_of, unfinished, unfinished_metrics, unfinished_texts
 from calib_prune.study import cells, mix_of
 from pathlib import Path
 
@@ -36,7 +36,8 @@ ABLATED = {"protocols", "ablations"}  # notebooks that read the cells of the pre
 TABLES_ONLY = bool(config.get("tables_only"))
 LEFT = {} if TABLES_ONLY else unfinished(config, RESULTS)
 LEFT_METRICS = {} if TABLES_ONLY else unfinished_metrics(config, RESULTS)
-for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items()}).items():
+LEFT_TEXTS = {} if TABLES_ONLY else {f"text-{Path(k).stem}": v for k, v in unfinished_texts(config, RESULTS).items()}
+for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items()} | LEFT_TEXTS).items():
     stamp = Path(RESULTS, ".identity", name)
     if not stamp.is_file() or stamp.read_text() != identity: write_atomic(stamp, identity)
 
@@ -68,6 +69,8 @@ for text, (rank, strategy, seed) in TEXTS.items():
     rule:
         name:
             "generate_" + re.sub(r"\W", "_", f"{strategy}_s{seed}")
+        input:
+            [f"{RESULTS}/.identity/text-{strategy}-s{seed}"] if f"text-{strategy}-s{seed}" in LEFT_TEXTS else [],
         output:
             text,
         log:
@@ -147,7 +150,7 @@ for book in config["tables"]:
             book
         input:
             notebook=f"nbs/paper/{book}.ipynb",
-            modules=[f"calib_prune/{m}.py" for m in ("analysis", "claims", "contamination", "evaluation", "figures", "metric_rows", "audit_rows", "relations", "oit", "plots", "study", "tables")],
+            modules=[f"calib_prune/{m}.py" for m in ("analysis", "claims", "contamination", "evaluation", "figures", "metric_rows", "audit_rows", "relations", "oit", "plots", "protocols", "study", "tables", "tuning")],
             rows=[f for c, f in ROWS.items() if c in MAIN or book in ABLATED],
             metrics=METRICS if book in MEASURED else [],
         output:

@@ -6,7 +6,7 @@
 __all__ = ['EXAMPLE_TASKS', 'COORDINATES', 'OUTCOMES', 'KEPT', 'MIN_SOURCES', 'COLUMNS', 'example_items', 'example_study',
            'Replicates', 'source_dimension', 'pruned_cells', 'item_values', 'hopeless', 'task_replicates',
            'bootstrap_retention', 'draw_groups', 'deviations', 'draw_spread', 'strategy_retention', 'scale_to',
-           'retention_summary', 'paired_difference', 'without_noise', 'spread', 'best_of', 'shortfall',
+           'unsure', 'retention_summary', 'paired_difference', 'without_noise', 'spread', 'best_of', 'shortfall',
            'row_correlation', 'spearman', 'partial_spearman', 'pairings', 'permutation_p', 'resampled', 'leave_one_out',
            'Resampling', 'resampling', 'relate', 'source_metrics', 'correlate', 'setting_correlations']
 
@@ -19,7 +19,8 @@ from typing import Any, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control, rankdata
+from scipy.stats import false_discovery_control, norm, rankdata
+from scipy.stats import t as student
 
 from .core import DIMENSIONS, CalibPruneError, unknown_name
 from .evaluation import draws, interval, own_metric, paired_values, retained
@@ -228,10 +229,15 @@ def scale_to(pool: np.ndarray,       # [draws, outcomes], from `deviations`
              spread: pd.DataFrame,   # from `draw_spread`
              at: dict[str, Any]
             ) -> np.ndarray:         # [outcomes]
-    "The factor that brings deviations down to the spread without the items' part."
-    mine = spread[[all(row[k] == v for k, v in at.items()) for row in spread.to_dict("records")]].set_index("dimension")["sd"]
-    size = np.sqrt((pool**2).mean(0))
-    return np.divide(mine.reindex(OUTCOMES).to_numpy(), size, out=np.zeros(len(size)), where=size > 0)
+    "The factor that brings deviations to the spread without the items' part, wider where few draws tell of it."
+    mine = spread[[all(row[k] == v for k, v in at.items()) for row in spread.to_dict("records")]].set_index("dimension")
+    wanted, size = (mine["sd"] * unsure(mine["freedom"])).reindex(OUTCOMES), np.sqrt((pool**2).mean(0))
+    return np.divide(wanted.to_numpy(dtype=float), size, out=np.zeros(len(size)), where=size > 0)
+
+def unsure(freedom: pd.Series  # degrees of freedom of a standard deviation
+          ) -> np.ndarray:
+    "How much wider a 95% interval is for not knowing the standard deviation."
+    return student.ppf(0.975, freedom.to_numpy(dtype=float)) / norm.ppf(0.975)
 
 # %% ../nbs/16_analysis.ipynb #0dcc4067
 def retention_summary(found: Replicates) -> pd.DataFrame:  # strategy, coordinates, dimension, retention, ci_low, ci_high, …

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'CORRELATIONS', 'CHECKS', 'SIZE', 'SIGN', 'NOT', 'UNCLEAR', 'PRESET', 'MODEL', 'YET', 'VERDICTS', 'ROLES',
            'ESTIMATORS', 'Check', 'verdict', 'Estimate', 'Untestable', 'strategy_for', 'setting', 'single_sources',
-           'outcome', 'over_items', 'correlation', 'chance', 'estimate_correlation', 'power', 'estimate_significant',
-           'scored_note', 'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'estimate_generated',
-           'estimate_best', 'estimate_hidden', 'margins', 'estimate_growth', 'with_interval', 'estimates', 'number',
-           'because', 'judge', 'ledger', 'study_ledger', 'ledger_text', 'save_ledger']
+           'outcome', 'over_items', 'in_bits', 'scored_note', 'correlation', 'chance', 'estimate_correlation', 'power',
+           'estimate_significant', 'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'estimate_best',
+           'estimate_hidden', 'margins', 'estimate_growth', 'with_interval', 'estimates', 'number', 'because', 'judge',
+           'ledger', 'study_ledger', 'ledger_text', 'save_ledger']
 
 # %% ../nbs/17_claims.ipynb #99a2dab5
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -65,8 +65,8 @@ CHECKS: dict[str, Check] = {
     "C6": Check("C6", "mix − best single source, total, SparseGPT 60%", 8.8, 1, "points"),
     "C6 c4": Check("C6", "mix − C4, total, SparseGPT 60%", 18.8, 1, "points"),
     "C6 single": Check("C6", "best other single source − C4, total, SparseGPT 60%", 10.0, 1, "points"),  # 50.0 − 40.0
-    "C7 self-cal": Check("C7", "IGSP − Self-Cal, total, SparseGPT 60%", 2.4, 1, "points"),
-    "C7 sgs": Check("C7", "IGSP − SGS, total, SparseGPT 60%", 4.8, 1, "points"),
+    "C7 self-cal": Check("C7", "IGSP − Self-Cal, total, SparseGPT 60%", 2.4, 1, "points"),  # the setting is ours: the abstract
+    "C7 sgs": Check("C7", "IGSP − SGS, total, SparseGPT 60%", 4.8, 1, "points"),            # gives neither method nor sparsity
     "C8": Check("C8", "range of Code retention − range of averaged accuracy, SparseGPT 60%", 49.05, 1, "points"),  # 51.9 − 2.85
     "C8 same unit": Check("C8", "range of Code − range of Commonsense retention (not in the paper)", None, 1, "points"),
     "C9 low": Check("C9", "mix − C4, total, SparseGPT 30%", 4.6, 1, "points"),
@@ -99,6 +99,8 @@ class Estimate:
     n: int
     n_of: str         # what n counts
     detail: str = ""
+    comparable: bool = True     # whether its size can be compared with the paper's
+    contradicted: bool = False  # of a count: whether any part of it points the other way, beyond noise
 
 class Untestable(Exception):
     "A check that this study cannot answer, with the verdict that says so and the reason."
@@ -138,11 +140,24 @@ def outcome(values: np.ndarray,  # [1 + B, …, outcomes]
     return found
 
 def over_items(values: np.ndarray,                                 # [1 + B], the first is the estimate
-               found: Replicates, *counted: str, detail: str = ""  # outcomes whose items count
-              ) -> Estimate:
+               found: Replicates, *counted: str,                   # outcomes whose items count
+              detail: str = "") -> Estimate:
     "An estimate over items."
+    scored = DIMENSIONS if "Total" in counted else counted
     return Estimate(float(values[0]), *interval(values[1:]), sum(found.items[o] for o in counted), "items",
-                    f"{detail} The interval carries {found.noise}.".strip())
+                    f"{detail} {scored_note(found, *scored)} The interval carries {found.noise}.".strip().replace("  ", " "),
+                    comparable=not in_bits(found, *scored))
+
+def in_bits(found: Replicates, *dimensions: str) -> list[str]:
+    "The dimensions that are not scored by right answers alone."
+    return [d for d in dimensions if "bits" in found.scored[d]]
+
+def scored_note(found: Replicates, *dimensions: str) -> str:
+    "How dimensions are scored, where it matters for comparing with the paper."
+    bits = in_bits(found, *dimensions)
+    listed = " and ".join(filter(None, [", ".join(bits[:-1]), *bits[-1:]]))
+    return (f"Here {listed} {'is' if len(bits) == 1 else 'are'} scored in bits per byte, whose retention hardly falls near 0, so "
+            "the paper's size decides nothing." if bits else "")
 
 # %% ../nbs/17_claims.ipynb #315c52cf
 def correlation(name: str, table: pd.DataFrame, metric: str) -> pd.Series:
@@ -184,18 +199,14 @@ def estimate_significant(column: str,  # "p" or "q"
     "C4: how many of the four correlations have the paper's sign and are significant."
     rows = {CHECKS[name]: correlation(name, table, metric) for name in CORRELATIONS}
     holds = [row["rho"] * check.sign > 0 and row[column] < 0.05 for check, row in rows.items()]
+    against = any(max(row["ci_low"] * check.sign, row["ci_high"] * check.sign) <= 0 for check, row in rows.items())
     each = "; ".join(f"{o.what} = {row['rho']:+.2f}, {chance(column, row[column])}" for o, row in rows.items())
     chances = ", ".join(f"{100 * power(check.paper, int(row['n'])):.0f}" for check, row in rows.items())
     return Estimate(sum(holds), math.nan, math.nan, int(min(row["n"] for row in rows.values())), "sources",
-                    f"{each}. True correlations of the paper's size would reach p < 0.05 in {chances} of 100 such studies.")
+                    f"{each}. True correlations of the paper's size would reach p < 0.05 in {chances} of 100 such studies.",
+                    contradicted=against)
 
 # %% ../nbs/17_claims.ipynb #fc3fa4d9
-def scored_note(found: Replicates, *dimensions: str) -> str:
-    "How dimensions are scored, where it matters for comparing with the paper."
-    bits = [d for d in dimensions if "bits" in found.scored[d]]
-    return (f"Here {' and '.join(bits)} {'is' if len(bits) == 1 else 'are'} scored in bits per byte, whose retention hardly "
-            "falls near 0, so sizes do not compare with the paper's." if bits else "")
-
 def estimate_versatile(found: Replicates) -> Estimate:
     "C5: no source is best everywhere."
     sources = single_sources(setting(found, "sparsegpt", 0.6))
@@ -210,20 +221,16 @@ def estimate_contrast(found: Replicates, role: str, a: str, b: str) -> Estimate:
     here = setting(found, "sparsegpt", 0.6)
     name = strategy_for(here, role)
     mine = here.of(name)
-    detail = f"Strategy {name}. {scored_note(found, a, b)}".strip()
-    return over_items(outcome(mine, a) - outcome(mine, b), here, a, b, detail=detail)
+    return over_items(outcome(mine, a) - outcome(mine, b), here, a, b, detail=f"Strategy {name}.")
 
 # %% ../nbs/17_claims.ipynb #753b531d
 def estimate_margin(found: Replicates, a: str, b: str, sparsity: float = 0.6) -> Estimate:
     "C6, C7, C9: total retention of the strategy in role `a` over that in role `b`."
     here = setting(found, "sparsegpt", sparsity)
-    a, b = strategy_for(here, a), strategy_for(here, b)
-    return over_items(outcome(here.of(a), "Total") - outcome(here.of(b), "Total"), here, "Total", detail=f"{a} against {b}.")
-
-def estimate_generated(found: Replicates, a: str, b: str) -> Estimate:
-    "C7: as `estimate_margin`; strategies that make their own text may be still to come."
-    try: return estimate_margin(found, a, b)
-    except Untestable as e: raise Untestable(YET, e.reason) from e
+    ours = {role: strategy_for(here, role) for role in (a, b)}
+    detail = f"{ours[a]} against {ours[b]}."
+    if a == "IGSP": detail += " Their steps and parameters are our reading (nbs/05b_generation, nbs/05c_igsp)."
+    return over_items(outcome(here.of(ours[a]), "Total") - outcome(here.of(ours[b]), "Total"), here, "Total", detail=detail)
 
 def estimate_best(found: Replicates,
                   role: str,  # what the best single source is compared with
@@ -239,8 +246,9 @@ def estimate_best(found: Replicates,
     first = names[total[0].argmax()]
     often = 100 * np.mean(names[total[1:].argmax(1)] == first)
     detail = (f"The best single source is {first} (in {often:.0f}% of replicates). It is chosen by the numbers compared, which "
-              f"favours it; the interval holds for all {len(names)} sources at once, and carries {here.noise}.")
-    return Estimate(estimate, low, high, here.items["Total"], "items", detail)
+              f"favours it; the interval holds for all {len(names)} sources at once, and carries {here.noise}. "
+              f"{scored_note(here, *DIMENSIONS)}").strip()
+    return Estimate(estimate, low, high, here.items["Total"], "items", detail, comparable=not in_bits(here, *DIMENSIONS))
 
 # %% ../nbs/17_claims.ipynb #f0ca9d57
 def estimate_hidden(found: Replicates, hidden_by: str) -> Estimate:
@@ -253,7 +261,8 @@ def estimate_hidden(found: Replicates, hidden_by: str) -> Estimate:
     say = lambda o: (f"Range of {name[o]}: {100 * told['spread'][o]:.1f} points, {100 * told['by_chance'][o]:.1f} expected from "
                      f"noise alone, {100 * told['true_spread'][o]:.1f} without it.")
     detail = f"{say('Code')} {say(hidden_by)} {scored_note(found, 'Code')}".strip()
-    return Estimate(float(code[0] - other[0]), *interval((code - other)[1:]), len(here.cells), "strategies", detail)
+    return Estimate(float(code[0] - other[0]), *interval((code - other)[1:]), len(here.cells), "strategies", detail,
+                    comparable=not in_bits(found, "Code"))
 
 # %% ../nbs/17_claims.ipynb #cc921f20
 def margins(found: Replicates) -> dict[float, np.ndarray]:  # sparsity → [1 + B], points
@@ -272,6 +281,7 @@ def estimate_growth(found: Replicates) -> Estimate:
     for level in (0.3, 0.6):
         if level not in parts: raise Untestable(PRESET, f"The mix and C4 were not both pruned to {100 * level:.0f}%.")
     detail = "Margin by sparsity: " + ", ".join(f"{100 * level:.0f}%: {v[0]:+.1f}" for level, v in parts.items()) + "."
+    detail += " Draws of the two sparsities count as independent, which they are not: the interval is rather too wide."
     return over_items(parts[0.6] - parts[0.3], found.where(method="sparsegpt"), "Total", detail=detail)
 
 # %% ../nbs/17_claims.ipynb #d93e63a3
@@ -285,8 +295,8 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {  # check → how to get it fr
     "C6": lambda found, *_: estimate_best(found, "mix", -1),
     "C6 c4": lambda found, *_: estimate_margin(found, "mix", "default"),
     "C6 single": lambda found, *_: estimate_best(found, "default", 1),
-    "C7 self-cal": lambda found, *_: estimate_generated(found, "IGSP", "Self-Cal"),
-    "C7 sgs": lambda found, *_: estimate_generated(found, "IGSP", "SGS"),
+    "C7 self-cal": lambda found, *_: estimate_margin(found, "IGSP", "Self-Cal"),
+    "C7 sgs": lambda found, *_: estimate_margin(found, "IGSP", "SGS"),
     "C8": lambda found, *_: estimate_hidden(found, "Accuracy"),
     "C8 same unit": lambda found, *_: estimate_hidden(found, "Commonsense"),
     "C9 low": lambda found, *_: estimate_margin(found, "mix", "default", 0.3),
@@ -301,8 +311,9 @@ def with_interval(name: str, estimate: Estimate) -> Estimate:
 
 def estimates(found: Replicates,            # from `analysis.strategy_retention`
               correlations: pd.DataFrame,   # from `analysis.correlate`; empty without
-              perplexity: str = "distortion"  # the metric that is the calibration perplexity
-             ) -> pd.DataFrame:             # one row a check: ours, ci_low, ci_high, n, n_of, detail, status, reason
+              perplexity: str = "distortion", # the metric that is the calibration perplexity
+              complete: bool = True         # whether the study has been run to its end
+             ) -> pd.DataFrame:             # one row a check: the fields of `Estimate`, status, reason
     "Our number for every check; where there is none, the status says so and the reason why."
     if correlations.empty: correlations = pd.DataFrame(columns=["method", "sparsity", "metric", "dimension", "n", "p", "reason"])
     rows = []
@@ -310,8 +321,10 @@ def estimates(found: Replicates,            # from `analysis.strategy_retention`
         try:
             mine = with_interval(name, estimator(found, correlations, perplexity))
             rows.append(dict(check=name, **vars(mine), status="", reason=""))
-        except Untestable as e: rows.append(dict(check=name, status=e.status, reason=e.reason))
-    columns = ["check", "ours", "ci_low", "ci_high", "n", "n_of", "detail", "status", "reason"]
+        except Untestable as e:
+            status = YET if e.status == PRESET and not complete else e.status
+            rows.append(dict(check=name, status=status, reason=e.reason))
+    columns = ["check", *(o.name for o in fields(Estimate)), "status", "reason"]
     return pd.DataFrame(rows).reindex(columns=columns)
 
 # %% ../nbs/17_claims.ipynb #3787e5d8
@@ -322,9 +335,11 @@ def number(value: float, unit: str) -> str:
 def because(check: Check, row: dict[str, Any], judged: str) -> str:
     "The sentence that says how the verdict follows from the numbers."
     if row["status"]: return row["reason"]
-    if check.unit == "count": return f"{row['ours']:.0f} of 4 hold."
+    if check.unit == "count":
+        others = "one or more point" if row["contradicted"] else "none points"
+        return f"{row['ours']:.0f} of 4 hold; {others} the other way beyond noise."
     low, high, ours = (number(row[o], check.unit) for o in ("ci_low", "ci_high", "ours"))
-    paper = "" if check.paper is None else number(check.paper, check.unit)
+    paper = "" if check.paper is None or not row["comparable"] else number(check.paper, check.unit)
     smaller = "smaller" if paper and abs(row["ours"]) < abs(check.paper) else "larger"
     says = {SIZE: f"lies on the paper's side of 0 and holds its {paper}",
             SIGN: "lies on the paper's side of 0" + (f", but the effect is {smaller} than its {paper}" if paper else ""),
@@ -338,8 +353,8 @@ def judge(check: Check, row: dict[str, Any]  # of `estimates`
          ) -> str:
     "The verdict on one check."
     if row["status"]: return row["status"]
-    if check.unit == "count": return SIGN if row["ours"] == len(CORRELATIONS) else NOT
-    return verdict(row["ci_low"], row["ci_high"], check.paper, check.sign)
+    if check.unit == "count": return SIGN if row["ours"] == len(CORRELATIONS) else NOT if row["contradicted"] else UNCLEAR
+    return verdict(row["ci_low"], row["ci_high"], check.paper if row["comparable"] else None, check.sign)
 
 # %% ../nbs/17_claims.ipynb #d707c759
 def ledger(found: pd.DataFrame  # from `estimates`
@@ -362,12 +377,14 @@ def ledger(found: pd.DataFrame  # from `estimates`
 
 def study_ledger(study: dict[str, Result],
                  metrics: pd.DataFrame | None,   # of every strategy's calibration sets: see `analysis.correlate`
-                 perplexity: str = "distortion", n_boot: int = 2000, n_perm: int = 19999, seed: int = 0) -> pd.DataFrame:
+                 perplexity: str = "distortion", n_boot: int = 2000, n_perm: int = 19999, seed: int = 0,
+                 complete: bool = True           # whether the study has been run to its end
+                ) -> pd.DataFrame:
     "The ledger of a study."
     found = strategy_retention(bootstrap_retention(study, n_boot, seed), seed)
     enough = any((found.where(**at).cells["source_dimension"] != "").sum() >= MIN_SOURCES for at in found.settings())
     table = correlate(metrics, found, n_perm, seed) if enough and metrics is not None else pd.DataFrame()
-    return ledger(estimates(found, table, perplexity))
+    return ledger(estimates(found, table, perplexity, complete))
 
 # %% ../nbs/17_claims.ipynb #0da5c812
 def ledger_text(table: pd.DataFrame  # from `ledger`

@@ -30,7 +30,7 @@ from .analysis import (OUTCOMES, Replicates, best_of, bootstrap_retention, draw_
 from .core import DIMENSIONS, CalibPruneError
 from .plots import DIMENSION_COLOURS
 from .study import Cell, Result, cells, parse_sparsity
-from .tables import overlap_notes, save_table
+from .tables import mix_note, overlap_notes, save_table
 
 # %% ../nbs/14a_figures.ipynb #1c850393
 def example_results(preset: dict[str, Any],
@@ -168,11 +168,12 @@ def scoring_note(part: Part) -> str:
 def caption(part: Part, what: str,  # the title
             *more: str) -> str:
     "The text below a table."
-    return " ".join(o for o in (what, setting_note(part), scoring_note(part), *more, *overlap_notes(part.study)) if o)
+    notes = what, setting_note(part), scoring_note(part), *more, mix_note(part.study), *overlap_notes(part.study)
+    return " ".join(o for o in notes if o)
 
 def footnote(part: Part) -> str:
     "The text below a figure."
-    shared = [o.split()[0] for o in overlap_notes(part.study)]
+    shared = [o.partition(" calibrates")[0] for o in overlap_notes(part.study)]
     said = f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
     return setting_note(part) + said
 

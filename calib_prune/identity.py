@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'settings_hash', 'code_hash', 'cell_modules', 'model_identity', 'data_identity', 'cell_identity',
-           'processor', 'environment', 'describe_run', 'unfinished', 'seeds_of', 'metrics_identity',
-           'measured_strategies', 'unfinished_metrics']
+           'processor', 'environment', 'describe_run', 'text_identity', 'unfinished_texts', 'unfinished', 'seeds_of',
+           'metrics_identity', 'measured_strategies', 'unfinished_metrics']
 
 # %% ../nbs/13a_identity.ipynb #252cf624
 import ast
@@ -26,7 +26,7 @@ from .core import cache_dir, content_hash
 from .fetch import read_manifest
 from .pruning import BY_PART
 from .sources import get_source
-from .study import Cell, cells, load_record, mix_of
+from .study import Cell, cells, load_record, mix_of, protocol_of
 from .tasks import get_tasks
 
 # %% ../nbs/13a_identity.ipynb #940ee9ca
@@ -118,15 +118,36 @@ def describe_run(preset: dict[str, Any], cell: Cell, model_revision: str,
                 **asdict(cell), model=preset["model"], dtype=preset["dtype"], model_revision=model_revision,
                 calibration=calibration, **environment())
 
-# %% ../nbs/13a_identity.ipynb #38331e17
+# %% ../nbs/13a_identity.ipynb #36c14311
+def text_identity(preset: dict[str, Any], strategy: str, seed: int) -> str:
+    "A hash of everything that a strategy's generated text depends on."
+    code = code_hash({"core", "models", "sources", "calibration", "generation", "igsp"})
+    return content_hash([code, model_identity(preset["model"], preset["revision"]), preset["dtype"], preset["calibration"],
+                         preset["strategies"][strategy], seed])
+
+def unfinished_texts(preset: dict[str, Any],
+                     folder: str | Path  # of the study's results
+                    ) -> dict[str, str]: # as `unfinished`; by the text's path, as cells name it
+    "The generated texts of a study that have to be written."
+    left = {}
+    for cell in cells(preset, ablations=True):
+        if cell.mix in left or not protocol_of(preset["strategies"].get(cell.strategy, "")): continue
+        path = Path(folder) / "generated" / Path(cell.mix).name
+        report, wanted = path.with_suffix(".report.json"), text_identity(preset, cell.strategy, cell.seed)
+        if not (path.is_file() and report.is_file()): left[cell.mix] = ""
+        elif json.loads(report.read_text(encoding="utf-8")).get("identity") != wanted: left[cell.mix] = wanted
+    return left
+
+# %% ../nbs/13a_identity.ipynb #02b5365f
 def unfinished(preset: dict[str, Any],
                folder: str | Path  # of the study's results
               ) -> dict[str, str]: # name → identity that a result there should have had; empty where there is none
     "The cells of a study that have to be run."
-    left = {}
+    left, texts = {}, unfinished_texts(preset, folder)
     for cell in cells(preset, ablations=True):
         path = Path(folder) / f"{cell.name}.json"
         if not path.is_file(): left[cell.name] = ""  # without asking what it would depend on: a hub may be out of reach
+        elif cell.mix in texts: left[cell.name] = f"of a text to be written: {texts[cell.mix]}"
         elif load_record(path).get("identity") != (wanted := cell_identity(preset, cell)): left[cell.name] = wanted
     return left
 

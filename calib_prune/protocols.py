@@ -103,14 +103,14 @@ def text_facts(preset: dict[str, Any], folder: str | Path) -> pd.DataFrame:  # s
                              imbalance=said.get("imbalance", np.nan)))
     return pd.DataFrame(rows, columns=["strategy", "seed", "aggregation", "perplexity", "imbalance"])
 
-def ablation_rows(part: Part, facts: pd.DataFrame,  # from `text_facts`
-                  base: str = "igsp") -> pd.DataFrame:  # a line a variant: what its text is like, what it keeps, its difference
+def ablation_rows(part: Part, facts: pd.DataFrame  # from `text_facts`
+                 ) -> pd.DataFrame:  # a line a variant: what its text is like, what it keeps, its difference
     "Every variant beside the protocol that it varies."
     texts, rows = facts.groupby("strategy")[["aggregation", "perplexity", "imbalance"]].mean(), []
-    whole = measures(part.found, base) if base in set(part.found.cells["strategy"]) else np.nan
+    there = set(part.found.cells["strategy"])
     for o in part.found.cells.itertuples():
-        kept = measures(part.found, o.strategy)
-        delta = kept - (whole if o.strategy.startswith(f"{base}-") else np.nan)
+        kept, (base, _) = measures(part.found, o.strategy), protocol_of(part.preset["strategies"][o.strategy])
+        delta = kept - (measures(part.found, base) if base in there - {o.strategy} else np.nan)
         about = dict(strategy=o.strategy, draws=o.draws, **{k: texts[k].get(o.strategy, np.nan) for k in texts})
         rows += [about | dict(dimension=d, retention=kept[0, j], **dict(zip(("low", "high"), interval(kept[1:, j]))),
                               difference=delta[0, j], **dict(zip(("ci_low", "ci_high"), interval(delta[1:, j]))))
@@ -133,7 +133,7 @@ def ablation_text(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/14c_protocols.ipynb #8666bf78
 def protocol_figure(table: pd.DataFrame,  # from `kept_rows`
                     note: str = "") -> Figure:
-    "What mixes, protocols and single sources keep in each dimension, with intervals; the band is the best single source's."
+    "What mixes and protocols keep in each dimension, with intervals; the band is that of the source that scored best."
     check_rows(table, "retention")
     names = table.drop_duplicates("strategy")
     shown = names[~names["source"].isin(DIMENSIONS) | (names["strategy"] == "c4")]["strategy"].to_list()[::-1]
@@ -152,7 +152,7 @@ def protocol_figure(table: pd.DataFrame,  # from `kept_rows`
         ax.grid(axis="y", linewidth=0.4)
     axes[0].set_yticks(range(len(shown)), shown, fontsize=7.5)
     axes[0].set_ylim(-0.6, len(shown) - 0.4)
-    figure.supxlabel("retention (% of the dense model's score); band: best single source", fontsize=8)
+    figure.supxlabel("retention (% of the dense model's score); band: interval of the source that scored best", fontsize=8)
     return annotate(figure, note)
 
 # %% ../nbs/14c_protocols.ipynb #8552788c

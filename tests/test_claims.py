@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.analysis import bootstrap_retention, correlate, example_study, strategy_retention
-from calib_prune.claims import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimates, ledger, power,
+from calib_prune.claims import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimates, judge, ledger, power,
                                 save_ledger, strategy_for, study_ledger, verdict)
 from calib_prune.core import CalibPruneError
 from calib_prune.sources import SOURCES
@@ -66,7 +67,7 @@ def test_a_study_in_which_the_paper_is_right(right):
 def test_the_numbers_are_those_of_the_study(right):
     assert np.isclose(right.loc["C6 c4", "ours"], 100 * (0.7125 - 0.4875), atol=0.2)
     assert np.isclose(right.loc["C9", "ours"], right.loc["C6 c4", "ours"])
-    assert np.isclose(right.loc["C7 sgs", "ours"], 10) and right.loc["C7 self-cal", "verdict"] == YET
+    assert np.isclose(right.loc["C7 sgs", "ours"], 10) and right.loc["C7 self-cal", "verdict"] == PRESET
     assert "self-cal" in right.loc["C7 self-cal", "why"] and math.isnan(right.loc["C7 self-cal", "ours"])
     assert np.isclose(right.loc["C5 c4", "ours"], 50, atol=0.3) and "bits per byte" in right.loc["C5 c4", "why"]
     assert right.loc["C4", "ours"] == 4 and right.loc["C1 wanda", "n"] == 15 and right.loc["C8", "n_of"] == "strategies"
@@ -79,6 +80,32 @@ def test_a_study_in_which_it_is_wrong():
         r.record["mix"] = r.record["strategy"]
     found = study_ledger(study, measured, n_boot=200, n_perm=499).set_index(pd.Index(CHECKS))
     for name in ("C1 wanda", "C2", "C3", "C4", "C6", "C6 c4", "C9"): assert found.loc[name, "verdict"] == NOT, found.loc[name, "why"]
+
+
+def test_sizes_decide_only_what_is_scored_alike():
+    some = dict(ours=0.8, ci_low=-3.3, ci_high=5.1, status="", contradicted=False)
+    assert [judge(CHECKS["C6"], some | dict(comparable=o)) for o in (True, False)] == [NOT, UNCLEAR]
+    more = some | dict(ci_low=1.9, ci_high=10.4)
+    assert [judge(CHECKS["C6 single"], more | dict(comparable=o)) for o in (True, False)] == [SIZE, SIGN]
+    assert judge(CHECKS["C6"], some | dict(ci_low=-5, ci_high=-1, comparable=False)) == NOT
+    study, measured = like_paper()
+    ours = estimates(strategy_retention(bootstrap_retention(study, 50)), pd.DataFrame()).set_index("check")
+    assert not ours.loc[["C5 c4", "C6", "C6 c4", "C7 sgs", "C8", "C9"], "comparable"].any()
+    rights = {k: replace(r, items=r.items[r.items["metric"] != "bits"].reset_index(drop=True)) for k, r in study.items()}
+    found = strategy_retention(bootstrap_retention(rights, 50))
+    assert estimates(found, pd.DataFrame()).set_index("check").loc[["C5 c4", "C6 c4", "C9"], "comparable"].all()
+
+
+def test_significance_is_refuted_by_the_other_sign_alone():
+    some = dict(status="", comparable=True)
+    found = {o: judge(CHECKS["C4"], some | dict(ours=o[0], contradicted=o[1])) for o in ((4, False), (2, False), (0, False), (2, True))}
+    assert list(found.values()) == [SIGN, UNCLEAR, UNCLEAR, NOT]
+
+
+def test_an_unfinished_study_says_not_yet():
+    found = strategy_retention(bootstrap_retention(example_study({"stdlib": (0.5,) * 4, "hellaswag": (0.6,) * 4}), 50))
+    one, other = (estimates(found, pd.DataFrame(), complete=o).set_index("check")["status"] for o in (True, False))
+    assert set(one) >= {PRESET} and YET not in set(one) and list(other) == [{PRESET: YET}.get(o, o) for o in one]
 
 
 def test_equal_strategies_win_nothing():
@@ -142,4 +169,4 @@ def test_the_saved_ledger_is_the_same_every_time(right, tmp_path):
     for suffix in (".csv", ".md", ".tex"): assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
     back, text = pd.read_csv(tmp_path / "a.csv"), (tmp_path / "a.md").read_text()
     assert back["verdict"].tolist() == right["verdict"].tolist() and "nan" not in text
-    assert all(f"**{claim}**" in text for claim in CLAIMS) and "Preset x." in text and "+18.8" in text
+    assert all(f"**{claim}**" in text for claim in CLAIMS) and "Preset x." in text and "18.8" in text
