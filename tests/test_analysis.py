@@ -123,6 +123,17 @@ def test_intervals_cover_the_truth_with_two_draws_and_would_not_without_their_no
     assert 0.90 < np.mean(covered) < 0.985 and np.mean(without) < 0.8
 
 
+def test_intervals_cover_the_truth_where_few_draws_tell_of_their_spread(monkeypatch):
+    kept = {"c4": (0.5, 0.5, 0.5, 0.5), "math": (0.4, 0.6, 0.7, 0.5), "uniform": (0.6, 0.5, 0.4, 0.6)}
+    truth = np.array(list(kept.values())).ravel()
+    made = [bootstrap_retention(example_study(kept, seeds=(0, 1), n=200, draw_sd=0.08, seed=s), 300) for s in range(25)]
+    inside = lambda table: table[table["dimension"].isin(DIMENSIONS)].assign(t=truth).eval("ci_low <= t <= ci_high").mean()
+    covered = np.mean([inside(retention_summary(strategy_retention(o))) for o in made])
+    monkeypatch.setattr("calib_prune.analysis.unsure", lambda freedom: np.ones(len(freedom)))
+    plain = np.mean([inside(retention_summary(strategy_retention(o))) for o in made])
+    assert plain + 0.02 < covered and 0.91 < covered < 0.99, (plain, covered)
+
+
 def test_same_seed_same_numbers():
     cells = bootstrap_retention(example_study(SOME, seeds=(0, 1), draw_sd=0.05, seed=0), 40)
     same, other = (strategy_retention(cells, s).values for s in (0, 1))
