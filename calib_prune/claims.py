@@ -213,7 +213,7 @@ def estimate_versatile(found: Replicates) -> Estimate:
     values = np.stack([outcome(sources.values, d) for d in DIMENSIONS], -1)
     best = values[0].argmax(0)
     detail = "Best in " + ", ".join(f"{d}: {sources.cells['strategy'].iloc[i]}" for d, i in zip(DIMENSIONS, best)) + "."
-    detail += f" The interval holds for all sources and dimensions at once. {scored_note(found, *DIMENSIONS)}"
+    detail += f" Its lower end holds for all sources and dimensions at once. {scored_note(found, *DIMENSIONS)}"
     return Estimate(*shortfall(values), len(sources.cells), "sources", detail.strip())
 
 def estimate_contrast(found: Replicates, role: str, a: str, b: str) -> Estimate:
