@@ -108,7 +108,7 @@ def environment() -> dict[str, str]:
     "The libraries and kind of machine that a result comes from."
     return dict(calib_prune=calib_prune.__version__, torch=version("torch"), transformers=version("transformers"),
                 python=platform.python_version(), machine=platform.machine(), processor=processor(),
-                threads=torch.get_num_threads())
+                instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
 def describe_run(preset: dict[str, Any], cell: Cell, model_revision: str,
                  calibration: dict[str, Any] | None  # `CalibrationSet.record()`; None for the dense model
