@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTHING', 'METHODS', 'GROUPS', 'KEYS', 'HEADINGS', 'DIFFERENCES', 'SPREADS', 'RANGES', 'WIDTH', 'MARKERS',
            'example_results', 'main_sparsity', 'main_cells', 'varied', 'sweep_cells', 'size_cells', 'Part', 'take',
-           'method_name', 'sparsity_name', 'listed', 'span', 'draws_so_far', 'missing_note', 'carries', 'setting_note',
+           'method_name', 'sparsity_name', 'span', 'draws_so_far', 'missing_note', 'carries', 'setting_note',
            'scoring_note', 'caption', 'footnote', 'group_of', 'in_order', 'with_windows', 'retention_rows',
            'dense_rows', 'interval_text', 'wide_text', 'save_rows', 'differences', 'over_best', 'stacked',
            'mix_differences', 'margin_rows', 'sweep_rows', 'sd_interval', 'source_spread', 'spread_rows', 'spread_text',
@@ -30,7 +30,7 @@ from .analysis import (OUTCOMES, Replicates, best_of, bootstrap_retention, draw_
 from .core import DIMENSIONS, CalibPruneError
 from .plots import DIMENSION_COLOURS
 from .study import Cell, Result, cells, parse_sparsity
-from .tables import mix_note, overlap_notes, save_table
+from .tables import listed, mix_note, overlap_note, overlaps, save_table
 
 # %% ../nbs/14a_figures.ipynb #1c850393
 def example_results(preset: dict[str, Any],
@@ -104,11 +104,6 @@ METHODS = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude"}
 def method_name(method: str) -> str: return METHODS.get(method, method)
 def sparsity_name(sparsity: float | str) -> str: return sparsity if isinstance(sparsity, str) else f"{100 * sparsity:.0f}%"
 
-def listed(items: Iterable[Any]) -> str:
-    "A list in words, each item once."
-    *first, last = dict.fromkeys(map(str, items))
-    return f"{', '.join(first)} and {last}" if first else last
-
 def span(values: Iterable[int], to: str = " to ") -> str:
     "A range in words."
     values = sorted(set(values))
@@ -168,12 +163,12 @@ def scoring_note(part: Part) -> str:
 def caption(part: Part, what: str,  # the title
             *more: str) -> str:
     "The text below a table."
-    notes = what, setting_note(part), scoring_note(part), *more, mix_note(part.study), *overlap_notes(part.study)
+    notes = what, setting_note(part), scoring_note(part), *more, mix_note(part.study), overlap_note(part.study)
     return " ".join(o for o in notes if o)
 
 def footnote(part: Part) -> str:
     "The text below a figure."
-    shared = [o.partition(" calibrates")[0] for o in overlap_notes(part.study)]
+    shared = overlaps(part.study)
     said = f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
     return setting_note(part) + said
 
