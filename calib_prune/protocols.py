@@ -172,16 +172,18 @@ def frontier_figure(candidates: pd.DataFrame, curve: pd.DataFrame,  # from `read
         looks = {False: dict(marker="x", s=7, alpha=0.35, linewidth=0.6), True: dict(marker="o", s=11, alpha=0.9)}
         for chosen, some in mine.groupby("chosen"):
             left.scatter(some["perplexity"], 100 * some["common"], color=DIMENSION_COLOURS[d], **looks[chosen])
-        right.plot(line["perplexity"], line["aggregation"], marker="os^D"[DIMENSIONS.index(d)], markersize=4, linewidth=1.2,
+        right.plot(line["perplexity"], 100 * line["aggregation"], marker="os^D"[DIMENSIONS.index(d)], markersize=4, linewidth=1.2,
                    color=DIMENSION_COLOURS[d], label=d)
     for ax in (left, right):
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.tick_params(labelsize=7.5)
+        ax.xaxis.label.set_size(8.5)
+        ax.yaxis.label.set_size(8.5)
     n, chosen = len(candidates), int(candidates["chosen"].sum())
     left.set(xlabel="perplexity per token (log scale)", ylabel="4-grams that others have as well (%)")
     left.set_title(f"{n} candidates (crosses), {chosen} chosen (dots)", fontsize=9)
-    right.set(xlabel="mean perplexity of the chosen (log scale)", ylabel="4-gram aggregation of the choice (share)")
+    right.set(xlabel="mean perplexity of the chosen (log scale)", ylabel="4-gram aggregation of the choice (%)")
     right.set_title("least aggregation at each perplexity", fontsize=9)
     right.legend(fontsize=7.5)
     return annotate(figure, note)
