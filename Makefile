@@ -18,7 +18,7 @@ figures: .venv/installed
 test: .venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 
 bench: .venv/installed bench/.venv/installed

@@ -74,7 +74,7 @@ def test_it_runs_to_its_tables(root):
     usual, igsp = dict(sparsities=[0.6], seeds=[0], windows=["usual"]), "generated:igsp length=64 bins=2 choice=1.5"
     preset |= dict(name="paper-tiny", model=str(root / "tiny"), revision=None, dtype="float32", device="cpu",
                    calibration=dict(windows=15, length=64), heldout=preset["heldout"] | dict(documents=1, window=64),
-                   scoring=preset["scoring"] | dict(limit=8, batch_tokens=1024),
+                   scoring=preset["scoring"] | dict(limit=dict(choice=8, bpb=8, generate=2), batch_tokens=1024),
                    strategies={k: preset["strategies"][k] for k in few} | {"igsp": igsp, "igsp-mean": f"{igsp} balance=mean"},
                    grid=[usual | dict(strategies=few, methods=["wanda"]),
                          usual | dict(strategies=["c4", "igsp"], methods=["sparsegpt"])],
