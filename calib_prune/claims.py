@@ -25,7 +25,7 @@ from .analysis import (MIN_SOURCES, OUTCOMES, Replicates, best_of, bootstrap_ret
 from .core import DIMENSIONS, CalibPruneError, unknown_name
 from .evaluation import interval
 from .study import Result
-from .tables import save_table
+from .tables import listed, save_table
 
 # %% ../nbs/17_claims.ipynb #79c8af61
 CLAIMS = {  # id → (claim, where it stands)
@@ -155,9 +155,8 @@ def in_bits(found: Replicates, *dimensions: str) -> list[str]:
 def scored_note(found: Replicates, *dimensions: str) -> str:
     "How dimensions are scored, where it matters for comparing with the paper."
     bits = in_bits(found, *dimensions)
-    listed = " and ".join(filter(None, [", ".join(bits[:-1]), *bits[-1:]]))
-    return (f"Here {listed} {'is' if len(bits) == 1 else 'are'} scored in bits per byte, whose retention hardly falls near 0, so "
-            "the paper's size decides nothing." if bits else "")
+    return (f"Here {listed(bits)} {'is' if len(bits) == 1 else 'are'} scored in bits per byte, whose retention hardly falls near "
+            "0, so the paper's size decides nothing." if bits else "")
 
 # %% ../nbs/17_claims.ipynb #315c52cf
 def correlation(name: str, table: pd.DataFrame, metric: str) -> pd.Series:

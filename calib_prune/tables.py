@@ -84,8 +84,8 @@ def mix_note(study: dict[str, Result]) -> str:
         if len(counts) > 1:
             each = {d: sum(n for k, n in counts.items() if SOURCES[k].dimension == d) for d in DIMENSIONS}
             shares[r.record["strategy"], sum(counts.values())] = ", ".join(map(str, each.values()))
-    listed = "; ".join(f"{name} {each}" for (name, _), each in shares.items())
-    return f"Windows of General, Commonsense, Code and Math text in mixes: {listed}." if shares else ""
+    mixes = "; ".join(f"{name} {each}" for (name, _), each in shares.items())
+    return f"Windows of General, Commonsense, Code and Math text in mixes: {mixes}." if shares else ""
 
 # %% ../nbs/15_tables.ipynb #e10479e2
 def percent_table(table: pd.DataFrame, value: str = "retention") -> pd.DataFrame:
