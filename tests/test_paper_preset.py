@@ -41,9 +41,9 @@ def hub_folder(root, source):
 
 
 def run(root, *args):
-    env = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1", COLUMNS="120")
-    return subprocess.run([sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", *args], cwd=root, env=env,
-                          capture_output=True, text=True)
+    env = os.environ | dict(PYTHONPATH=str(root), COLUMNS="120")
+    command = [sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", "--jobs", "1", *args]  # one thread, as in tests/test_workflow.py
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

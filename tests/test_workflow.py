@@ -39,9 +39,10 @@ def checkout(tmp_path_factory):
 
 
 def start(root, *more):
-    env = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", "--preset", "tiny.yaml", *more],
-                            cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # Snakemake gives a job as many threads as there are jobs: more than one would wait for each other beside another test.
+    command = [sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", "--preset", "tiny.yaml", "--jobs", "1", *more]
+    return subprocess.Popen(command, cwd=root, env=os.environ | dict(PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
 
 
 def reproduce(root, *more, code=0):
