@@ -121,7 +121,9 @@ def describe_run(preset: dict[str, Any], cell: Cell, model_revision: str,
 # %% ../nbs/13a_identity.ipynb #36c14311
 def text_identity(preset: dict[str, Any], strategy: str, seed: int) -> str:
     "A hash of everything that a strategy's generated text depends on."
-    code = code_hash({"core", "models", "sources", "calibration", "generation", "igsp"})
+    protocol, _ = protocol_of(preset["strategies"][strategy])
+    own = {"igsp"} if protocol == "igsp" else set()  # its module only hands the others their settings, which count below
+    code = code_hash({"core", "models", "sources", "calibration", "generation"} | own)
     return content_hash([code, model_identity(preset["model"], preset["revision"]), preset["dtype"], preset["calibration"],
                          preset["strategies"][strategy], seed])
 

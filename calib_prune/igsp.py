@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPENINGS', 'IGSP', 'WARMTHS', 'BALANCES', 'PROTOCOLS', 'CHOOSING', 'pool_frame', 'make_pool', 'Greedy', 'Shuffled',
-           'shortest_intervals', 'tightest_bins', 'runs', 'nearest_run', 'common_mean', 'take', 'parts',
-           'check_selection', 'select', 'describe', 'shared_grams', 'pool_record', 'frontier', 'igsp', 'run_protocol',
-           'journal_name']
+           'CannotBalance', 'shortest_intervals', 'tightest_bins', 'runs', 'nearest_run', 'common_mean', 'take',
+           'parts', 'check_selection', 'select', 'describe', 'shared_grams', 'pool_record', 'frontier', 'balanced_pool',
+           'igsp', 'run_protocol', 'journal_name']
 
 # %% ../nbs/05c_igsp.ipynb #a5e26a1f
 import heapq
@@ -94,6 +94,9 @@ class Shuffled:
     def pop(self, covered: set) -> int | None: return self.items.pop() if self.items else None
 
 # %% ../nbs/05c_igsp.ipynb #b3e43e68
+class CannotBalance(CalibPruneError):
+    "Pools whose perplexities have too little in common."
+
 def shortest_intervals(x: Mapping[str, np.ndarray],     # log-perplexities of each dimension's candidates
                        cost: Mapping[str, np.ndarray],  # their tokens
                        need: float                      # tokens that every dimension must have inside
@@ -121,9 +124,9 @@ def tightest_bins(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray], n
             best[q, i] = min(best[q, i + 1], here)
     if not np.isfinite(best[bins, 0]):
         spans = "; ".join(f"{d} {np.exp(v.min()):.3g} to {np.exp(v.max()):.3g}" for d, v in x.items())
-        raise CalibPruneError(f"The dimensions' perplexities cannot be balanced: there are no {bins} intervals with {need:,.0f} "
-                              f"tokens of every dimension in each. Perplexities: {spans}. Use a larger pool, fewer bins, a "
-                              "smaller choice, temperatures further apart, or another balance.")
+        raise CannotBalance(f"The dimensions' perplexities cannot be balanced: there are no {bins} intervals with {need:,.0f} "
+                            f"tokens of every dimension in each. Perplexities: {spans}. Use a larger pool, fewer bins, a "
+                            "smaller choice, temperatures further apart, or another balance.")
     found, q, i = [], bins, 0
     while q:
         if best[q, i] == best[q, i + 1]: i += 1
@@ -154,9 +157,9 @@ def common_mean(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray], nee
     means = [runs(x[d], cost[d], need)[3] for d in x]
     low, high = max(m.min() for m in means), min(m.max() for m in means)
     if low > high:
-        raise CalibPruneError(f"The dimensions' mean perplexities cannot be balanced: one is at least {np.exp(low):.3g}, another "
-                              f"at most {np.exp(high):.3g}. Use a larger pool, a smaller choice, temperatures further apart, or "
-                              "no balance.")
+        raise CannotBalance(f"The dimensions' mean perplexities cannot be balanced: one is at least {np.exp(low):.3g}, another "
+                            f"at most {np.exp(high):.3g}. Use a larger pool, a smaller choice, temperatures further apart, or "
+                            "no balance.")
     return float(np.clip(np.mean([np.average(x[d], weights=cost[d]) for d in x]), low, high))
 
 # %% ../nbs/05c_igsp.ipynb #bb923268
@@ -272,6 +275,18 @@ def frontier(pool: pd.DataFrame, budget: int,  # tokens to take, over all dimens
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/05c_igsp.ipynb #c6cd700b
+def balanced_pool(grow: Callable[[float], pd.DataFrame],    # the pool of a size; a larger one holds the smaller one
+                  choose: Callable[[pd.DataFrame], pd.DataFrame],
+                  pool: float, most: float                  # sizes, as multiples of the budget
+                 ) -> tuple[float, pd.DataFrame, pd.DataFrame]:  # its last size, the candidates, the chosen
+    "Let the pool grow by quarters of its first size until it can be balanced; the error of `choose` if `most` is not enough."
+    for k in range(1 + max(0, math.ceil(4 * (most / pool - 1)))):
+        size = min(pool * (1 + k / 4), max(pool, most))
+        candidates = grow(size)
+        try: return size, candidates, choose(candidates)
+        except CannotBalance as e: failed = e
+    raise failed
+
 def igsp(model: PreTrainedModel, tokenizer,
          budget: int = 32 * 512,       # tokens needed: windows × length of the calibration set
          length: int = 256,            # the longest text, its opening included, tokens; short ones leave more to choose (ours)
@@ -280,6 +295,7 @@ def igsp(model: PreTrainedModel, tokenizer,
          openings: Mapping[str, Sequence[str]] = OPENINGS,
          warmths: Sequence[float] = WARMTHS,  # multiply the temperature, in turn
          pool: float = 4.0,            # tokens in the pool, as a multiple of the budget
+         most: float = 8.0,            # as many if the perplexities of fewer cannot be balanced (ours)
          aggregation: bool = True, balance: str | None = "quantiles", dimensions: bool = True,  # see `select`
          bins: int = 4, choice: float = 2.0,
          **how                         # batch, journal, about, progress, start: see `Writer`
@@ -291,13 +307,14 @@ def igsp(model: PreTrainedModel, tokenizer,
     check_selection(pd.DataFrame(dict(dimension=["All"], tokens=[int(pool * budget)])), budget, balance, bins, choice)
     writer = Writer(model, tokenizer, sampling, length, seed, **how)
     writer.begin("igsp", openings=content_hash({d: list(o) for d, o in openings.items()}), warmths=list(warmths))
-    candidates = make_pool(writer, math.ceil(pool * budget / len(openings)), openings, warmths)
-    chosen = select(candidates, budget, aggregation, balance, dimensions, bins, choice, seed)
+    size, candidates, chosen = balanced_pool(
+        lambda size: make_pool(writer, math.ceil(size * budget / len(openings)), openings, warmths),
+        lambda found: select(found, budget, aggregation, balance, dimensions, bins, choice, seed), pool, most)
     fields = {k: dict(dimension=d, part=p) for k, d, p in zip(chosen.key, chosen.dimension, chosen.part)}
     made = gather(writer, list(chosen["sample"]), list(candidates["sample"]), lambda s: fields[s.key])
     table = describe(chosen)
-    more = dict(pool=pool, aggregation=aggregation, balance=balance, dimensions=dimensions, bins=bins, choice=choice,
-                openings=sum(map(len, openings.values())), imbalance=float(np.ptp(table.log_perplexity)),
+    more = dict(pool=size, pool_asked=pool, aggregation=aggregation, balance=balance, dimensions=dimensions, bins=bins,
+                choice=choice, openings=sum(map(len, openings.values())), imbalance=float(np.ptp(table.log_perplexity)),
                 by_dimension=table.to_dict("records"), pool_by_dimension=describe(candidates).to_dict("records"))
     return replace(made, report=made.report | more, pool=candidates.assign(chosen=candidates.index.isin(chosen.index)))
 
@@ -305,7 +322,7 @@ PROTOCOLS: dict[str, tuple[Callable[..., Generated], Sampling]] = {
     "self-cal": (self_cal, SELF_CAL), "sgs": (sgs, SGS), "igsp": (igsp, IGSP)}
 
 # %% ../nbs/05c_igsp.ipynb #2d1ec806
-CHOOSING = {"pool", "aggregation", "balance", "dimensions", "bins", "choice"}  # of `igsp`: they leave the texts as they are
+CHOOSING = {"pool", "most", "aggregation", "balance", "dimensions", "bins", "choice"}  # of `igsp`: texts stay as they are
 
 def run_protocol(protocol: str,
                  settings: Mapping[str, Any] = {}  # of the protocol or of its sampling; openings: how many for each dimension

@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from calib_prune.calibration import build_calibration
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.generation import Sampling, write
-from calib_prune.igsp import (OPENINGS, Greedy, Shuffled, common_mean, describe, frontier, igsp, nearest_run, select, shortest_intervals, take,
-                              tightest_bins)
+from calib_prune.igsp import (OPENINGS, CannotBalance, Greedy, Shuffled, common_mean, describe, frontier, igsp, nearest_run, select,
+                              shortest_intervals, take, tightest_bins)
 from calib_prune.models import tiny_llama, tiny_tokenizer
 
 TOK = tiny_tokenizer()
@@ -198,6 +198,15 @@ def test_the_protocol_is_reproducible_and_goes_on(tmp_path):
     assert three.rows == one.rows and three.report["written_tokens"] == 0
     other = igsp(tiny_llama(), TOK, **(HOW | dict(balance=None, aggregation=False)), journal=tmp_path / "j")
     assert other.report["written_tokens"] == 0 and other.rows != one.rows, "another choice from the same pool costs nothing"
+
+
+def test_a_pool_that_cannot_be_balanced_grows(tmp_path):
+    few = HOW | dict(pool=1.6, bins=3)
+    with pytest.raises(CannotBalance): igsp(tiny_llama(), TOK, **few, most=1.6, journal=tmp_path / "j")
+    grown = igsp(tiny_llama(), TOK, **few, journal=tmp_path / "j")
+    assert grown.report["pool_asked"] == 1.6 < grown.report["pool"] <= 8 and grown.report["pool"] / 1.6 % 0.25 == pytest.approx(0)
+    at_once = igsp(tiny_llama(), TOK, **(few | dict(pool=grown.report["pool"])))
+    assert at_once.rows == grown.rows and at_once.report["pool_asked"] == at_once.report["pool"]
 
 
 def test_the_output_is_calibration_text(tmp_path):
