@@ -86,6 +86,12 @@ for text, (rank, strategy, seed) in TEXTS.items():
             "-p seed {params.seed} -r output {output} > {log.text} 2>&1"
 
 
+def texts_of(mix):
+    "The generated texts of a mix. Of an ancient input that is yet to be made, Snakemake would overlook that the job has its own reason to run."
+    texts = [o for o in mix.split(",") if o.startswith(GENERATED)]
+    return [o if f"text-{Path(o).stem}" in LEFT_TEXTS else ancient(o) for o in texts]
+
+
 # One rule a cell, because a priority belongs to a rule: cells run in the order of the preset's grid.
 for name in LEFT:
 
@@ -94,7 +100,7 @@ for name in LEFT:
             "cell_" + re.sub(r"\W", "_", name)
         input:
             f"{RESULTS}/.identity/{name}",
-            [ancient(o) for o in CELLS[name].mix.split(",") if o.startswith(GENERATED)],
+            texts_of(CELLS[name].mix),
         output:
             f"{RESULTS}/{name}.json",
         log:
@@ -127,8 +133,7 @@ if LEFT_METRICS:
         input:
             f"{RESULTS}/.identity/metrics-{{strategy}}",
             ancient(f"{RESULTS}/metrics/own-text.jsonl"),
-            lambda w: [ancient(o) for seed in seeds_of(config, w.strategy)
-                       if (o := mix_of(config, w.strategy, seed)).startswith(GENERATED)],
+            lambda w: [o for seed in seeds_of(config, w.strategy) for o in texts_of(mix_of(config, w.strategy, seed))],
         output:
             f"{RESULTS}/metrics/{{strategy}}.json",
         log:

@@ -92,3 +92,8 @@ def test_it_runs_to_its_tables(root):
     assert set(pd.read_csv(figures / "T9-ablations.csv")["strategy"]) == {"igsp", "igsp-mean"}
     verdicts = pd.read_csv(figures / "T7-claims.csv")
     assert set(verdicts["claim"]) == {f"C{i}" for i in range(1, 10)}
+
+    preset["strategies"]["igsp"] += " temperature=0.9"
+    (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
+    listed = set(re.findall(r"^\w+_igsp_\w+", run(root, "--preset", "tiny.yaml", "--dry-run").stdout, re.M))
+    assert listed == {"generate_igsp_s0", "cell_igsp_sparsegpt_0_6_n15_s0"}, "another text: it is written, and its cell is run again"
