@@ -220,7 +220,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Which texts.")] = 0,
     temperature: Annotated[Optional[float], typer.Option(help="Not the protocol's own; self-cal: of the first token.")] = None,
     source: Annotated[str, typer.Option(help="sgs: the source or file whose documents it continues.")] = "wikipedia",
-    pool: Annotated[float, typer.Option(help="igsp: tokens written, as a multiple of those chosen.")] = 4.0,
+    pool: Annotated[float, typer.Option(help="igsp: tokens written, as a multiple of those chosen; may grow.")] = 4.0,
     balance: Annotated[str, typer.Option(
         help="igsp: what of perplexity agrees over dimensions: `quantiles`, `mean` or `none`.")] = "quantiles",
     batch: Annotated[int, typer.Option(help="Texts written at a time; bounds memory.")] = 32,
