@@ -6,6 +6,7 @@ import shlex
 import sys
 
 from calib_prune.core import write_atomic
+from calib_prune.cost import cores_per_cell, memory_gib
 from calib_prune.identity import measured_strategies, seeds_of, unfinished, unfinished_metrics, unfinished_texts
 from calib_prune.study import cells, mix_of
 from pathlib import Path
@@ -44,6 +45,8 @@ for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items(
 ROWS = {c: f for c in CELLS if (f := f"{RESULTS}/{c}.json") and (not TABLES_ONLY or Path(f).is_file())}
 METRICS = [f for k in measured_strategies(config) if (f := f"{RESULTS}/metrics/{k}.json") and (not TABLES_ONLY or Path(f).is_file())]
 
+
+CELL_CORES = cores_per_cell(config, workflow.cores, memory_gib())  # Snakemake lets a job's libraries use as many
 
 # Rows and metrics are targets themselves: what only leads to tables that are already there, Snakemake would not make again.
 rule all:
@@ -110,7 +113,7 @@ for name in LEFT:
         params:
             cell=name,
         priority: ORDER[name]
-        threads: workflow.cores
+        threads: CELL_CORES
         shell:
             "CALIB_PRUNE_PROGRESS={RESULTS}/.progress/{params.cell}.json {PAPERMILL} nbs/paper/prune_and_score.ipynb {log.notebook} "
             "-r preset {PRESET:q} -r cell {params.cell} -r results {RESULTS} > {log.text} 2>&1"

@@ -41,8 +41,8 @@ PRESET_KEYS: dict[str, set[str] | None] = {  # every key, and the keys below it
     "ablations": None, "tables": None,
     "calibration": {"windows", "length"}, "pruning": {"batch_tokens", "block", "damping", "offload"},
     "scoring": {"tasks", "limit", "batch_tokens"}, "heldout": {"source", "documents", "window"},
-    "hardware": {"parameters", "flops", "written_tokens_per_second", "seconds_per_cell"}}
-OPTIONAL_KEYS = {"ablations"}
+    "hardware": {"parameters", "flops", "written_tokens_per_second", "seconds_per_cell", "cell_gib"}}
+OPTIONAL_KEYS = {"ablations", "cell_gib"}
 BLOCK_KEYS = {"strategies", "methods", "sparsities", "seeds", "windows"}  # of a block of the grid
 
 def _check_keys(where: str, given: Any, known: Iterable[str], optional: Iterable[str] = ()) -> None:
@@ -75,7 +75,7 @@ def load_preset(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as e: raise CalibPruneError(f"Preset {path} is not YAML: {e}") from e
     _check_keys(f"preset {path}", preset, PRESET_KEYS, OPTIONAL_KEYS)
     for key, known in PRESET_KEYS.items():
-        if known: _check_keys(f"{key!r} in preset {path}", preset[key], known)
+        if known: _check_keys(f"{key!r} in preset {path}", preset[key], known, OPTIONAL_KEYS)
     if not isinstance(preset["strategies"], dict) or not preset["strategies"]:
         raise CalibPruneError(f"'strategies' in preset {path} must map at least one name to a calibration mix.")
     for name in preset["strategies"]:

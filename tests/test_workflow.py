@@ -39,7 +39,7 @@ def checkout(tmp_path_factory):
 
 
 def start(root, *more):
-    # Snakemake gives a job as many threads as there are jobs: more than one would wait for each other beside another test.
+    # One core: what gets the whole machine, such as a text to write, would have its threads wait for each other beside another test.
     command = [sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", "--preset", "tiny.yaml", "--jobs", "1", *more]
     return subprocess.Popen(command, cwd=root, env=os.environ | dict(PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, start_new_session=True)
@@ -99,9 +99,10 @@ def test_finished_then_reused_then_tables_alone(checkout):
 
 def test_ten_power_cuts_change_nothing(checkout):
     shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
-    reproduce(checkout, "--", "rows")
+    reproduce(checkout, "--jobs", "2", "--", "rows")
     undisturbed = comparable(cells(checkout))
     assert len(undisturbed) == 3
+    assert {o["threads"] for o, _ in undisturbed.values()} == {1}, "two cells side by side, a core each"
     shutil.rmtree(checkout / "results/tiny")
     rng = random.Random(0)
     for _ in range(10):
