@@ -6,9 +6,7 @@ import shlex
 import sys
 
 from calib_prune.core import write_atomic
-from calib_prune.cost import cores_per_cell, memory_gib
-from calib_prune.identity import measured_strategies, seeds_of, unfinished, unfinished_metrics, unfinished_texts
-from calib_prune.study import cells, mix_of
+from calib_prune.study import cells, measured_strategies, mix_of, seeds_of
 from pathlib import Path
 
 NAME, PRESET = config["name"], workflow.configfiles[0]
@@ -35,9 +33,14 @@ ABLATED = {"protocols", "ablations"}  # notebooks that read the cells of the pre
 # File times say nothing in a fresh clone: what is finished is decided by the identity in each result (nbs/13a_identity). With
 # `--config tables_only=1` the results there are taken as they are, and what is missing is left out.
 TABLES_ONLY = bool(config.get("tables_only"))
-LEFT = {} if TABLES_ONLY else unfinished(config, RESULTS)
-LEFT_METRICS = {} if TABLES_ONLY else unfinished_metrics(config, RESULTS)
-LEFT_TEXTS = {} if TABLES_ONLY else {f"text-{Path(k).stem}": v for k, v in unfinished_texts(config, RESULTS).items()}
+LEFT, LEFT_METRICS, LEFT_TEXTS = {}, {}, {}
+if not TABLES_ONLY:
+    from calib_prune.cost import cores_per_cell, memory_gib  # slow imports
+    from calib_prune.identity import unfinished, unfinished_metrics, unfinished_texts
+
+    LEFT, LEFT_METRICS = unfinished(config, RESULTS), unfinished_metrics(config, RESULTS)
+    LEFT_TEXTS = {f"text-{Path(k).stem}": v for k, v in unfinished_texts(config, RESULTS).items()}
+    CELL_CORES = cores_per_cell(config, workflow.cores, memory_gib())  # Snakemake lets a job's libraries use as many
 for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items()} | LEFT_TEXTS).items():
     stamp = Path(RESULTS, ".identity", name)
     if not stamp.is_file() or stamp.read_text() != identity: write_atomic(stamp, identity)
@@ -45,8 +48,6 @@ for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items(
 ROWS = {c: f for c in CELLS if (f := f"{RESULTS}/{c}.json") and (not TABLES_ONLY or Path(f).is_file())}
 METRICS = [f for k in measured_strategies(config) if (f := f"{RESULTS}/metrics/{k}.json") and (not TABLES_ONLY or Path(f).is_file())]
 
-
-CELL_CORES = cores_per_cell(config, workflow.cores, memory_gib())  # Snakemake lets a job's libraries use as many
 
 # Rows and metrics are targets themselves: what only leads to tables that are already there, Snakemake would not make again.
 rule all:

@@ -17,10 +17,10 @@ from .calibration import parse_mix
 from .contamination import DEFAULT_RULE, Audit, OverlapRule, audit, audit_sources
 from .core import content_hash, file_sha256, write_atomic
 from .fetch import documents, read_jsonl
-from .identity import code_hash, seeds_of
+from .identity import code_hash
 from .progress import ProgressFn
 from .sources import get_source
-from .study import protocol_of
+from .study import protocol_of, seeds_of
 
 # %% ../nbs/13d_audit_rows.ipynb #2cf22403
 def sources_in(preset: dict[str, Any]) -> list[str]:

@@ -333,24 +333,26 @@ def reproduce(
         "--tables-only", help="Tables and figures from the rows there are; runs no model.")] = False,
 ) -> None:
     "Run a whole study and make its tables and figures. What follows `--` goes to Snakemake."
-    from calib_prune.cost import estimate
-    from calib_prune.identity import unfinished
     from calib_prune.study import cells, load_preset
     root = repository()
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else root / "presets" / f"{preset}.yaml"
     study = load_preset(path)
-    check_names(study)
+    if not tables_only: check_names(study)
     names, results = [c.name for c in cells(study, ablations=True)], root / "results" / study["name"]
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path.resolve()), "--cores",
                str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--rerun-triggers",
                "mtime", "--nolock", *(["--config", "tables_only=1", "--forceall"] if tables_only else []), *context.args]
     if dry_run:
+        from calib_prune.cost import estimate
         done = subprocess.run([*command, "--dry-run"], cwd=root)
         show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")
         raise typer.Exit(done.returncode)
     console, log = Console(stderr=True), results / "snakemake.log"
     with Lock(results) as lock:
-        left = set() if tables_only else set(unfinished(study, results))
+        left = set()
+        if not tables_only:
+            from calib_prune.identity import unfinished
+            left = set(unfinished(study, results))
         shutil.rmtree(results / ".progress", ignore_errors=True)
         for old in (results / "notebooks").glob("*.log"): old.unlink()
         with open(log, "w") as out:

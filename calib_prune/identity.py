@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'settings_hash', 'code_hash', 'cell_modules', 'model_identity', 'data_identity', 'cell_identity',
-           'processor', 'environment', 'describe_run', 'text_identity', 'unfinished_texts', 'unfinished', 'seeds_of',
-           'metrics_identity', 'measured_strategies', 'unfinished_metrics']
+           'processor', 'environment', 'describe_run', 'text_identity', 'unfinished_texts', 'unfinished',
+           'metrics_identity', 'unfinished_metrics']
 
 # %% ../nbs/13a_identity.ipynb #252cf624
 import ast
@@ -26,7 +26,7 @@ from .core import cache_dir, content_hash
 from .fetch import read_manifest
 from .pruning import BY_PART
 from .sources import get_source
-from .study import Cell, cells, load_record, mix_of, protocol_of
+from .study import Cell, cells, load_record, measured_strategies, mix_of, protocol_of, seeds_of
 from .tasks import get_tasks
 
 # %% ../nbs/13a_identity.ipynb #940ee9ca
@@ -154,22 +154,12 @@ def unfinished(preset: dict[str, Any],
     return left
 
 # %% ../nbs/13a_identity.ipynb #0d664f6d
-def seeds_of(preset: dict[str, Any], strategy: str) -> list[int]:
-    "The draws of a strategy at the usual size, over all blocks of the grid."
-    usual = preset["calibration"]["windows"]
-    return sorted({c.seed for c in cells(preset) if c.strategy == strategy and c.windows == usual})
-
 def metrics_identity(preset: dict[str, Any], strategy: str) -> str:
     "A hash of everything that the metrics of a strategy's sets depend on."
     code = code_hash({"core", "models", "sources", "calibration", "oit", "evaluation", "tasks", "generation", "products"})
     settings = [preset[k] for k in ("model", "revision", "dtype", "calibration")] + [preset["scoring"]["tasks"]]
     data = [data_identity(preset, Cell(strategy, mix_of(preset, strategy, seed))) for seed in seeds_of(preset, strategy)]
     return content_hash([code, settings, preset["strategies"][strategy], seeds_of(preset, strategy), data])
-
-def measured_strategies(preset: dict[str, Any]) -> list[str]:
-    "The strategies whose sets are measured: those of the usual size, if a table of the preset shows metrics."
-    shown = {"sources", "correlations", "claims"} & set(preset["tables"])
-    return [name for name in preset["strategies"] if shown and seeds_of(preset, name)]
 
 def unfinished_metrics(preset: dict[str, Any], folder: str | Path) -> dict[str, str]:  # as `unfinished`, by strategy
     "The strategies whose sets have to be measured."

@@ -18,11 +18,10 @@ import pandas as pd
 
 from .calibration import build_calibration, parse_mix, source_stream, token_stream
 from .core import DIMENSIONS, CalibPruneError, write_atomic
-from .identity import seeds_of
 from .oit import METRICS, benchmark_tokens, measure
 from .progress import ProgressFn
 from .sources import get_source
-from .study import json_rows, mix_of
+from .study import json_rows, mix_of, seeds_of
 
 # %% ../nbs/13c_metric_rows.ipynb #256314e1
 def mismatch_references(preset: dict[str, Any], tokenizer,

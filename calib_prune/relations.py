@@ -30,11 +30,10 @@ from .analysis import (COLUMNS, KEPT, MIN_SOURCES, Replicates, bootstrap_retenti
 from .calibration import parse_mix
 from .contamination import Audit, drop_overlapping
 from .core import DIMENSIONS
-from .identity import seeds_of
 from .metric_rows import metric_label, metrics_summary
 from .oit import METRICS
 from .plots import DIMENSION_COLOURS
-from .study import Result, cells
+from .study import Result, cells, seeds_of
 
 # %% ../nbs/14b_relations.ipynb #7e411c87
 @dataclass(frozen=True)

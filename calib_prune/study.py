@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESET_KEYS', 'OPTIONAL_KEYS', 'BLOCK_KEYS', 'parse_sparsity', 'load_preset', 'Cell', 'protocol_of', 'mix_of',
-           'cells', 'find_cell', 'json_rows', 'save_cell', 'Result', 'load_record', 'load_cell', 'load_study',
-           'tidy_rows']
+           'cells', 'find_cell', 'seeds_of', 'measured_strategies', 'json_rows', 'save_cell', 'Result', 'load_record',
+           'load_cell', 'load_study', 'tidy_rows']
 
 # %% ../nbs/13_study.ipynb #549f3759
 import io
@@ -141,6 +141,16 @@ def find_cell(preset: dict[str, Any], name: str) -> Cell:
     known = {c.name: c for c in cells(preset, ablations=True)}
     if name not in known: raise unknown_name("cell", name, known)
     return known[name]
+
+def seeds_of(preset: dict[str, Any], strategy: str) -> list[int]:
+    "The draws of a strategy at the usual size, over all blocks of the grid."
+    usual = preset["calibration"]["windows"]
+    return sorted({c.seed for c in cells(preset) if c.strategy == strategy and c.windows == usual})
+
+def measured_strategies(preset: dict[str, Any]) -> list[str]:
+    "The strategies whose sets are measured: those of the usual size, if a table of the preset shows metrics."
+    shown = {"sources", "correlations", "claims"} & set(preset["tables"])
+    return [name for name in preset["strategies"] if shown and seeds_of(preset, name)]
 
 # %% ../nbs/13_study.ipynb #4d3144a1
 def _parquet(frame: pd.DataFrame) -> bytes:
