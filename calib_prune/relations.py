@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'MARKERS', 'Relations', 'lacking', 'usual_size', 'unmeasured', 'studied', 'whole_metrics', 'relate_study',
            'setting_label', 'main_settings', 'span', 'study_caption', 'unmeasured_note', 'missing_note', 'probability',
-           'is_main', 'correlation_cell', 'status', 'correlation_grid', 'correlation_note', 'overlap', 'place_labels',
-           'sentence_figure', 'metric_panel', 'panel_points', 'metric_figure', 'finish_panels', 'mark_cells',
-           'correlation_heat_map', 'heat_map_key', 'without_overlaps', 'given_away', 'overlap_retention',
-           'overlap_grid']
+           'is_main', 'correlation_cell', 'status', 'correlation_grid', 'correlation_note', 'relation_footnote',
+           'overlap', 'place_labels', 'sentence_figure', 'metric_panel', 'panel_points', 'metric_figure',
+           'finish_panels', 'mark_cells', 'correlation_heat_map', 'heat_map_key', 'without_overlaps', 'given_away',
+           'overlap_retention', 'overlap_grid']
 
 # %% ../nbs/14b_relations.ipynb #b0f09353
 import textwrap
@@ -171,6 +171,13 @@ def correlation_note(related: Relations) -> str:
     said += [f"n/a: {', '.join(metric_label(m) for m in names)} ({reason.rstrip('.')})." for reason, names in reasons.items()]
     return " ".join(said)
 
+def relation_footnote(preset: dict[str, Any], related: Relations, missing: str = "") -> str:
+    "What stands below a figure of correlations, so that it can be read alone."
+    if related.note: return " ".join([study_caption(preset, related.found), missing]).strip()
+    said = ("ρ: Spearman's, over single sources, with its 95% interval where one is given; p: permutation, two-sided; q: after "
+            f"Benjamini and Hochberg over all {related.table['p'].count()} tests of the study.")
+    return " ".join([study_caption(preset, related.found), said, missing]).strip()
+
 # %% ../nbs/14b_relations.ipynb #d4ff2e01
 def overlap(a: np.ndarray, b: np.ndarray  # boxes [..., 4]: left, bottom, right, top
            ) -> np.ndarray:
@@ -269,7 +276,7 @@ def finish_panels(figure: Figure, axes: np.ndarray, name: str) -> None:
     for ax in axes[-1]: ax.set_xlabel(name, fontsize=7.5)
     point = lambda d: dict(marker=MARKERS[d], color=DIMENSION_COLOURS[d], label=f"{d} source")
     handles = [Line2D([], [], ls="", ms=4.5, **point(d)) for d in DIMENSIONS]
-    figure.legend(handles=handles, loc="lower center", ncol=4, fontsize=7.5, frameon=False)
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0), ncol=4, fontsize=7.5, frameon=False)
     figure.tight_layout(rect=(0, 0.03, 1, 1), h_pad=0.9, w_pad=1.2)
 
 # %% ../nbs/14b_relations.ipynb #8b5fbc18
@@ -313,7 +320,7 @@ def heat_map_key(figure: Figure, axes: np.ndarray, tests: int) -> None:
     figure.legend(handles=[Line2D([], [], mfc="white", label="p < 0.05", **ring),
                            Line2D([], [], mfc="black", label=f"q < 0.05 (of {tests} tests)", **ring),
                            Patch(fc="0.93", ec="0.65", hatch="////", lw=0, label="not applicable, or the same for all")],
-                  loc="lower center", ncol=3, fontsize=7, frameon=False)
+                  loc="lower center", bbox_to_anchor=(0.5, 0), ncol=3, fontsize=7, frameon=False)
 
 # %% ../nbs/14b_relations.ipynb #9a76d925
 def without_overlaps(study: dict[str, Result], audit: Audit) -> dict[str, Result]:
