@@ -28,12 +28,13 @@ def checkout(tmp_path_factory):
     shutil.copy(ROOT / "Snakefile", root)
     save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
     (root / "a.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(500)))
-    preset = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()) | dict(
+    smoke = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
+    preset = smoke | dict(
         name="tiny", model=str(root / "tiny"), calibration=dict(windows=4, length=64),
         strategies=dict(own=str(root / "a.txt"), c4="c4"),
         grid=[dict(strategies="all", methods=["wanda"], sparsities=["2:4"], seeds=[0], windows=["usual"])],
         scoring=dict(tasks="jeopardy,piqa,mbpp,gsm8k", limit=8, batch_tokens=1024),
-        heldout=dict(source="coqa", documents=1, window=64))
+        heldout=dict(source="coqa", documents=1, window=64), hardware=smoke["hardware"] | dict(cell_gib=1))
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     return root
 
