@@ -173,10 +173,10 @@ def correlation_note(related: Relations) -> str:
 
 def relation_footnote(preset: dict[str, Any], related: Relations, missing: str = "") -> str:
     "What stands below a figure of correlations, so that it can be read alone."
-    if related.note: return " ".join([study_caption(preset, related.found), missing]).strip()
-    said = ("ρ: Spearman's, over single sources, with its 95% interval where one is given; p: permutation, two-sided; q: after "
+    said = ("" if related.note else
+            "ρ: Spearman's, over single sources, with its 95% interval where one is given; p: permutation, two-sided; q: after "
             f"Benjamini and Hochberg over all {related.table['p'].count()} tests of the study.")
-    return " ".join([study_caption(preset, related.found), said, missing]).strip()
+    return " ".join(filter(None, [study_caption(preset, related.found), said, missing]))
 
 # %% ../nbs/14b_relations.ipynb #d4ff2e01
 def overlap(a: np.ndarray, b: np.ndarray  # boxes [..., 4]: left, bottom, right, top

@@ -142,6 +142,7 @@ def find_cell(preset: dict[str, Any], name: str) -> Cell:
     if name not in known: raise unknown_name("cell", name, known)
     return known[name]
 
+# %% ../nbs/13_study.ipynb #e6ece27b
 def seeds_of(preset: dict[str, Any], strategy: str) -> list[int]:
     "The draws of a strategy at the usual size, over all blocks of the grid."
     usual = preset["calibration"]["windows"]
