@@ -76,6 +76,10 @@ def load_preset(path: str | Path) -> dict[str, Any]:
     _check_keys(f"preset {path}", preset, PRESET_KEYS, OPTIONAL_KEYS)
     for key, known in PRESET_KEYS.items():
         if known: _check_keys(f"{key!r} in preset {path}", preset[key], known, OPTIONAL_KEYS)
+    for key, number in preset["hardware"].items():
+        if type(number) not in (int, float) or number <= 0:
+            raise CalibPruneError(f"{key!r} of 'hardware' in preset {path} must be a positive number, not {number!r}. "
+                                  "(YAML reads 3e11 as text: write 3.0e+11.)")
     if not isinstance(preset["strategies"], dict) or not preset["strategies"]:
         raise CalibPruneError(f"'strategies' in preset {path} must map at least one name to a calibration mix.")
     for name in preset["strategies"]:
