@@ -208,11 +208,14 @@ def draw_spread(cells: Replicates) -> pd.DataFrame:  # coordinates, dimension, s
 
 # %% ../nbs/16_analysis.ipynb #8eff1841
 def strategy_retention(cells: Replicates,  # one row a cell, from `bootstrap_retention`
-                       seed: int = 0
+                       seed: int = 0,
+                       only: dict[str, set[int]] | None = None  # strategy → draws that count; all tell of the spread
                       ) -> Replicates:     # one row a strategy and setting
     "Mean over calibration draws, with replicates that carry the items and the draws."
     groups, spread, rows, values = draw_groups(cells), draw_spread(cells), [], []
     for (strategy, *where), index in groups.items():
+        index = [i for i in index if strategy not in (only or {}) or cells.cells["seed"][i] in only[strategy]]
+        if not index: continue
         at = dict(zip(cells.coordinates, where))
         pool = deviations(cells.values[0], [g for (_, *o), g in groups.items() if o == where])
         mean = cells.values[:, index].mean(1)
