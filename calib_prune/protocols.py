@@ -155,6 +155,7 @@ def text_facts(preset: dict[str, Any], folder: str | Path) -> pd.DataFrame:  # s
 def ablation_rows(part: Part, facts: pd.DataFrame  # from `text_facts`
                  ) -> pd.DataFrame:  # a row a variant and measure: what its text is like, what it keeps, its difference
     "Every variant beside the same draws of the protocol that it varies."
+    if part.cells.cells.empty: return pd.DataFrame()
     rows, draws = [], {o: set(some) for o, some in part.cells.cells.groupby("strategy", sort=False)["seed"]}
     settings = {o: protocol_of(part.preset["strategies"][o]) for o in draws}
     def add(found: Replicates, strategy: str, some: set[int], base: str = "", name: str = "") -> None:
