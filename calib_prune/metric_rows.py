@@ -9,6 +9,7 @@ __all__ = ['ROW_COLUMNS', 'OWN_TEXT', 'mismatch_references', 'draw_metrics', 'so
 
 # %% ../nbs/13c_metric_rows.ipynb #c3a6e2f4
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,10 @@ def sources_grid(summary: pd.DataFrame,  # from `metrics_summary`
 
 # %% ../nbs/13c_metric_rows.ipynb #8e13aa44
 def definitions_text(summary: pd.DataFrame) -> str:
-    "The formula of every metric in a table, and why some cannot vary, as Markdown."
-    notes = summary.drop_duplicates("metric")
-    rows = [{"metric": metric_label(o.metric), "formula": METRICS[o.metric.partition(":")[0]].formula, "unit": o.unit,
-             "note": o.note or ""} for o in notes.itertuples()]
+    "What every metric of a table is, in the theory and on a set, and why some cannot vary, as Markdown."
+    rows, bound = [], lambda o: "∞" if o == math.inf else f"{o:g}"
+    for o in summary.drop_duplicates("metric").itertuples():
+        m = METRICS[o.metric.partition(":")[0]]
+        rows.append({"metric": metric_label(o.metric), "in the theory": m.form, "here": m.formula.replace("|", r"\|"), "unit": o.unit,
+                     "range": "" if math.isnan(m.low) else f"{bound(m.low)} to {bound(m.high)}", "why": m.why, "note": o.note or ""})
     return pd.DataFrame(rows).to_markdown(index=False)
