@@ -7,8 +7,8 @@ __all__ = ['CLAIMS', 'CORRELATIONS', 'CHECKS', 'SIZE', 'SIGN', 'NOT', 'UNCLEAR',
            'ESTIMATORS', 'Check', 'verdict', 'Estimate', 'Untestable', 'strategy_for', 'setting', 'single_sources',
            'outcome', 'over_items', 'in_bits', 'scored_note', 'correlation', 'chance', 'estimate_correlation', 'power',
            'estimate_significant', 'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'estimate_best',
-           'estimate_hidden', 'margins', 'estimate_growth', 'with_interval', 'estimates', 'number', 'because', 'judge',
-           'ledger', 'study_ledger', 'ledger_text', 'save_ledger']
+           'estimate_hidden', 'margins', 'growth_noise', 'estimate_growth', 'with_interval', 'estimates', 'number',
+           'because', 'judge', 'ledger', 'study_ledger', 'ledger_text', 'save_ledger']
 
 # %% ../nbs/17_claims.ipynb #99a2dab5
 import math
@@ -141,12 +141,14 @@ def outcome(values: np.ndarray,  # [1 + B, …, outcomes]
 
 def over_items(values: np.ndarray,                                 # [1 + B], the first is the estimate
                found: Replicates, *counted: str,                   # outcomes whose items count
-              detail: str = "") -> Estimate:
+               detail: str = "",
+               carried: str = ""                                   # by the interval; by default what all of `found` carries
+              ) -> Estimate:
     "An estimate over items."
     scored = DIMENSIONS if "Total" in counted else counted
+    said = f"{detail} {scored_note(found, *scored)} The interval carries {carried or found.noise}."
     return Estimate(float(values[0]), *interval(values[1:]), sum(found.items[o] for o in counted), "items",
-                    f"{detail} {scored_note(found, *scored)} The interval carries {found.noise}.".strip().replace("  ", " "),
-                    comparable=not in_bits(found, *scored))
+                    said.strip().replace("  ", " "), comparable=not in_bits(found, *scored))
 
 def in_bits(found: Replicates, *dimensions: str) -> list[str]:
     "The dimensions that are not scored by right answers alone."
@@ -201,9 +203,9 @@ def estimate_significant(column: str,  # "p" or "q"
     against = any(max(row["ci_low"] * check.sign, row["ci_high"] * check.sign) <= 0 for check, row in rows.items())
     each = "; ".join(f"{o.what} = {row['rho']:+.2f}, {chance(column, row[column])}" for o, row in rows.items())
     chances = ", ".join(f"{100 * power(check.paper, int(row['n'])):.0f}" for check, row in rows.items())
+    often = f" True correlations of the paper's size would reach p < 0.05 in {chances} of 100 such studies."
     return Estimate(sum(holds), math.nan, math.nan, int(min(row["n"] for row in rows.values())), "sources",
-                    f"{each}. True correlations of the paper's size would reach p < 0.05 in {chances} of 100 such studies.",
-                    contradicted=against)
+                    f"{each}." + (often if column == "p" else ""), contradicted=against)
 
 # %% ../nbs/17_claims.ipynb #fc3fa4d9
 def estimate_versatile(found: Replicates) -> Estimate:
@@ -274,14 +276,25 @@ def margins(found: Replicates) -> dict[float, np.ndarray]:  # sparsity → [1 + 
             parts[level] = outcome(here.of(ROLES["mix"][0]), "Total") - outcome(here.of(ROLES["default"][0]), "Total")
     return parts
 
+def growth_noise(found: Replicates) -> tuple[str, str]:
+    "What the interval of the growth carries, and a caution about it."
+    drawn = [level for level in (0.3, 0.6) if "draws" in setting(found, "sparsegpt", level).noise]
+    if len(drawn) == 1: return f"items, and draws at {100 * drawn[0]:.0f}% only", ""
+    if not drawn: return "items only", ""
+    return "items and draws", ("Draws of the two sparsities count as independent, which they are not: the interval is rather "
+                               "too wide.")
+
 def estimate_growth(found: Replicates) -> Estimate:
     "C9: how much larger the margin is at 60% than at 30%."
     parts = margins(found)
     for level in (0.3, 0.6):
         if level not in parts: raise Untestable(PRESET, f"The mix and C4 were not both pruned to {100 * level:.0f}%.")
-    detail = "Margin by sparsity: " + ", ".join(f"{100 * level:.0f}%: {v[0]:+.1f}" for level, v in parts.items()) + "."
-    detail += " Draws of the two sparsities count as independent, which they are not: the interval is rather too wide."
-    return over_items(parts[0.6] - parts[0.3], found.where(method="sparsegpt"), "Total", detail=detail)
+    carried, caution = growth_noise(found)
+    peak = max(parts, key=lambda o: parts[o][0])
+    detail = "Margin by sparsity: " + ", ".join(f"{100 * level:.0f}%: {v[0]:+.1f}" for level, v in parts.items())
+    detail += f"; it is largest at {100 * peak:.0f}%" + (", and smaller where more is pruned." if peak < max(parts) else ".")
+    return over_items(parts[0.6] - parts[0.3], found.where(method="sparsegpt"), "Total", detail=f"{detail} {caution}".strip(),
+                      carried=carried)
 
 # %% ../nbs/17_claims.ipynb #d93e63a3
 ESTIMATORS: dict[str, Callable[..., Estimate]] = {  # check → how to get it from strategies, correlations and a metric's name
@@ -407,4 +420,5 @@ def save_ledger(table: pd.DataFrame,  # from `ledger`
               "\n".join(f"- *{o.check}*: {o.verdict}. {o.why}" for o in rows.itertuples())
               for claim, rows in table.groupby("claim", sort=False)]
     unit = "Differences and ranges are in points: percent of the dense model's score. Verdicts follow from the intervals."
-    save_table(ledger_text(table), table, path, "\n\n".join([f"{caption} {unit}".strip(), *claims]))
+    what = f"The paper's claims beside what was measured here, with a verdict on each. {caption} {unit}"
+    save_table(ledger_text(table), table, path, "\n\n".join([what.replace("  ", " "), *claims]))

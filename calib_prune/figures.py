@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['NOTHING', 'METHODS', 'GROUPS', 'KEYS', 'HEADINGS', 'DIFFERENCES', 'SPREADS', 'RANGES', 'WIDTH', 'MARKERS',
            'example_results', 'main_sparsity', 'main_cells', 'varied', 'sweep_cells', 'size_cells', 'Part', 'take',
-           'method_name', 'sparsity_name', 'span', 'draws_so_far', 'missing_note', 'carries', 'setting_note',
-           'scoring_note', 'caption', 'footnote', 'group_of', 'in_order', 'with_windows', 'retention_rows',
-           'dense_rows', 'interval_text', 'wide_text', 'save_rows', 'differences', 'over_best', 'stacked',
-           'mix_differences', 'margin_rows', 'sweep_rows', 'sd_interval', 'source_spread', 'spread_rows', 'spread_text',
-           'range_rows', 'check_rows', 'panels', 'annotate', 'figure_of', 'colour_of', 'legend_above', 'heat_panel',
-           'retention_panels', 'strategy_figure', 'margin_line', 'margin_panel', 'margin_figure', 'averaging_figure']
+           'method_name', 'sparsity_name', 'span', 'draws_so_far', 'missing_note', 'drawn_settings', 'carries',
+           'setting_note', 'scoring_note', 'caption', 'footnote', 'group_of', 'in_order', 'with_windows',
+           'retention_rows', 'dense_rows', 'interval_text', 'wide_text', 'save_rows', 'differences', 'over_best',
+           'stacked', 'mix_differences', 'margin_rows', 'sweep_rows', 'swept_part', 'sd_interval', 'source_spread',
+           'spread_rows', 'spread_text', 'range_rows', 'check_rows', 'panels', 'annotate', 'figure_of', 'colour_of',
+           'legend_above', 'heat_panel', 'retention_panels', 'strategy_figure', 'margin_line', 'margin_panel',
+           'margin_figure', 'averaging_figure']
 
 # %% ../nbs/14a_figures.ipynb #5f519a7c
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -127,14 +128,28 @@ def missing_note(part: Part) -> str:  # empty if nothing is missing
     return f"Not complete: {run} of {len(part.wanted)} cells have been run; draws a setting: {', '.join(draws_so_far(part))}."
 
 # %% ../nbs/14a_figures.ipynb #fc2598f5
+def drawn_settings(cells: pd.DataFrame  # of `analysis.strategy_retention`
+                  ) -> str:
+    "The settings whose intervals carry draws; where only some sizes of the calibration set do, those are named."
+    said = []
+    for method, mine in cells.groupby("method", sort=False):
+        levels = []
+        for sparsity in sorted(set(mine["sparsity"]), key=str):
+            here = mine[mine["sparsity"] == sparsity]
+            drawn = here[here["noise"] == "items and draws"]
+            if drawn.empty: continue
+            sizes = "" if len(drawn) == len(here) else f" with {listed(sorted(drawn['windows']))} windows"
+            levels.append(sparsity_name(sparsity) + sizes)
+        if levels: said.append(f"{method_name(method)} {listed(levels)}")
+    return "; ".join(said)
+
 def carries(found: Replicates) -> str:
-    "What the intervals carry."
-    both = found.cells[found.cells["noise"] == "items and draws"]
-    levels = {m: listed(map(sparsity_name, sorted(set(o), key=str))) for m, o in both.groupby("method", sort=False)["sparsity"]}
-    settings = "; ".join(f"{method_name(m)} {o}" for m, o in levels.items())
-    if len(both) == len(found.cells): return "95% intervals carry items (paired) and calibration draws."
-    if both.empty: return "95% intervals carry items (paired) only, as no strategy has a second draw yet."
-    return f"95% intervals carry items (paired), and calibration draws where some strategy has two ({settings})."
+    "What the intervals carry, and in which settings."
+    drawn = found.cells["noise"] == "items and draws"
+    if drawn.all(): return "95% intervals carry items (paired) and calibration draws."
+    if not drawn.any(): return "95% intervals carry items (paired) only, as no strategy has a second draw yet."
+    return ("95% intervals carry items (paired), and calibration draws where some strategy has two "
+            f"({drawn_settings(found.cells)}); elsewhere items only.")
 
 def setting_note(part: Part) -> str:
     "Model, calibration sets, settings, draws, items and intervals, and what is missing."
@@ -309,6 +324,15 @@ def sweep_rows(part: Part, mix: str, baseline: str, along: str) -> pd.DataFrame:
     table = stacked([kept, margin], [*KEYS, "line", "best"]).reindex(columns=[*KEYS, "best", "line"])
     table = in_order(table, ["method", "line", along], [c.method for c in part.wanted])
     return table.drop(columns="line").astype({"draws": "Int64"}).fillna({"best": "", "source": ""})
+
+def swept_part(part: Part, along: str) -> Part:
+    "The swept strategies of a part, for captions. The others do not stand in the table, but their draws count in its intervals."
+    names = {c.strategy for c in varied(part.wanted, along)}
+    wanted = [c for c in part.wanted if c.strategy in names]
+    keep = part.found.cells["strategy"].isin(names).to_numpy(bool)
+    found = replace(part.found, cells=part.found.cells[keep].reset_index(drop=True), values=part.found.values[:, keep])
+    study = {k: r for k, r in part.study.items() if k in {"dense", *(c.name for c in wanted)}}
+    return replace(part, wanted=wanted, study=study, found=found)
 
 # %% ../nbs/14a_figures.ipynb #be0a4e5f
 def sd_interval(sd: float, noise: float,  # without the noise; of the noise

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MARKERS', 'Relations', 'lacking', 'usual_size', 'unmeasured', 'studied', 'whole_metrics', 'relate_study',
-           'setting_label', 'main_settings', 'span', 'study_caption', 'unmeasured_note', 'missing_note', 'probability',
-           'is_main', 'correlation_cell', 'status', 'correlation_grid', 'correlation_note', 'relation_footnote',
-           'overlap', 'place_labels', 'sentence_figure', 'metric_panel', 'panel_points', 'metric_figure',
-           'finish_panels', 'mark_cells', 'correlation_heat_map', 'heat_map_key', 'without_overlaps', 'given_away',
-           'overlap_retention', 'overlap_grid']
+           'setting_label', 'main_settings', 'span', 'study_note', 'study_caption', 'unmeasured_note', 'missing_note',
+           'probability', 'is_main', 'correlation_cell', 'status', 'correlation_grid', 'correlation_note',
+           'relation_footnote', 'overlap', 'place_labels', 'sentence_figure', 'metric_panel', 'panel_points',
+           'panel_head', 'metric_figure', 'finish_panels', 'mark_cells', 'correlation_heat_map', 'heat_map_key',
+           'without_overlaps', 'given_away', 'overlap_retention', 'overlap_grid']
 
 # %% ../nbs/14b_relations.ipynb #b0f09353
 import textwrap
@@ -30,6 +30,7 @@ from .analysis import (COLUMNS, KEPT, MIN_SOURCES, Replicates, bootstrap_retenti
 from .calibration import parse_mix
 from .contamination import Audit, drop_overlapping
 from .core import DIMENSIONS
+from .figures import carries
 from .metric_rows import metric_label, metrics_summary
 from .oit import METRICS
 from .plots import DIMENSION_COLOURS
@@ -107,14 +108,18 @@ def span(numbers: Iterable[int]) -> str:
     low, high = min(numbers := list(numbers)), max(numbers)
     return f"{low}" if low == high else f"{low} to {high}"
 
-def study_caption(preset: dict[str, Any], found: Replicates | None) -> str:
-    "Model, size, draws, items, and what intervals carry."
+def study_note(preset: dict[str, Any], found: Replicates | None) -> str:
+    "Model, size, draws and items."
     size = preset["calibration"]
     said = f"{preset['model']}; calibration sets of {size['windows']} windows × {size['length']} tokens"
     if found is None: return said + "."
     items = ", ".join(f"{k} {v}" for k, v in found.items.items() if k in DIMENSIONS and v)
     return (f"{said}, {span(found.cells['draws'])} draws a strategy; items: {items}. Retention is in percent of the dense "
-            f"model's score. 95% intervals carry {found.noise}.")
+            "model's score.")
+
+def study_caption(preset: dict[str, Any], found: Replicates | None) -> str:
+    "Model, size, draws, items, and what intervals carry."
+    return study_note(preset, found) + ("" if found is None else f" {carries(found)}")
 
 def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
     "Which strategies have not been measured yet; empty if none."
@@ -163,20 +168,18 @@ def correlation_note(related: Relations) -> str:
     if related.note: return related.note
     table = related.table
     reasons = table[table["reason"] != ""].groupby("reason", sort=False)["metric"].unique()
-    noise = " / ".join(sorted(set(table["noise"])))
-    said = [f"Spearman's ρ over {span(table['n'])} single sources [95% interval: choice of sources, and {noise}]; two-sided "
-            f"permutation p; q after Benjamini and Hochberg over all {table['p'].count()} tests of the study, those not shown "
-            "included. CSV: also the partial correlation that holds fixed whether a source belongs to the dimension, and "
-            "the range of ρ when each source in turn is left out."]
+    said = [f"Spearman's ρ over {span(table['n'])} single sources [95% interval: choice of sources, and what those of "
+            "retention carry, see below]; two-sided permutation p; q after Benjamini and Hochberg over all "
+            f"{table['p'].count()} tests of the study, those not shown included. CSV: also the partial correlation that holds "
+            "fixed whether a source belongs to the dimension, and the range of ρ when each source in turn is left out."]
     said += [f"n/a: {', '.join(metric_label(m) for m in names)} ({reason.rstrip('.')})." for reason, names in reasons.items()]
     return " ".join(said)
 
 def relation_footnote(preset: dict[str, Any], related: Relations, missing: str = "") -> str:
-    "What stands below a figure of correlations, so that it can be read alone."
-    said = ("" if related.note else
-            "ρ: Spearman's, over single sources, with its 95% interval where one is given; p: permutation, two-sided; q: after "
+    "What stands below a figure of correlations, so that it can be read alone. A figure says itself what intervals it has."
+    said = ("" if related.note else "ρ: Spearman's, over single sources; p: permutation, two-sided; q: after "
             f"Benjamini and Hochberg over all {related.table['p'].count()} tests of the study.")
-    return " ".join(filter(None, [study_caption(preset, related.found), said, missing]))
+    return " ".join(filter(None, [study_note(preset, related.found), said, missing]))
 
 # %% ../nbs/14b_relations.ipynb #d4ff2e01
 def overlap(a: np.ndarray, b: np.ndarray  # boxes [..., 4]: left, bottom, right, top
@@ -240,6 +243,12 @@ def panel_points(related: Relations, metrics: pd.DataFrame, metric: str, at: dic
     told = metrics_summary(metrics).query("metric == @metric")[["strategy", "value", "low", "high"]]
     return mine.merge(told, on="strategy")
 
+def panel_head(ax: Axes, title: str, note: str) -> None:
+    "What a column of panels shares, above the title of the first; lengths in points."
+    at = dict(xy=(0.5, 1), xycoords="axes fraction", textcoords="offset points", ha="center")
+    ax.annotate(note, xytext=(0, 15), fontsize=7, in_layout=False, **at)  # as wide as the panel: it must not make it narrower
+    ax.annotate(title, xytext=(0, 26), fontsize=8.5, weight="bold", **at)
+
 def metric_figure(related: Relations, metrics: pd.DataFrame,  # from `load_metrics`
                   metric: str = "distortion",
                   name: str = "calibration perplexity (per token)"
@@ -254,8 +263,8 @@ def metric_figure(related: Relations, metrics: pd.DataFrame,  # from `load_metri
         for i, dimension in enumerate(DIMENSIONS):
             metric_panel(axes[i, j], panel_points(related, metrics, metric, at, dimension), mine.loc[dimension])
             axes[i, j].set_ylabel(f"{dimension} retention (%)" if j == 0 else "", fontsize=7.5)
-        axes[0, j].annotate(f"{setting_label(at)}, n = {mine['n'].iloc[0]} sources", (0.5, 1.17), xycoords="axes fraction",
-                            ha="center", fontsize=8.5, weight="bold")
+        panel_head(axes[0, j], f"{setting_label(at)}, n = {mine['n'].iloc[0]} sources",
+                   f"95% intervals: {related.found.where(**at).noise}; of ρ also the choice of sources")
     finish_panels(figure, axes, name)
     for j, at in enumerate(settings):
         for i, dimension in enumerate(DIMENSIONS):

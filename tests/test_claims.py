@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.analysis import bootstrap_retention, correlate, example_study, strategy_retention
-from calib_prune.claims import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimates, judge, ledger, power,
-                                save_ledger, strategy_for, study_ledger, verdict)
+from calib_prune.claims import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimate_growth, estimates,
+                                judge, ledger, power, save_ledger, strategy_for, study_ledger, verdict)
 from calib_prune.core import CalibPruneError
 from calib_prune.sources import SOURCES
 
@@ -71,6 +71,18 @@ def test_the_numbers_are_those_of_the_study(right):
     assert "self-cal" in right.loc["C7 self-cal", "why"] and math.isnan(right.loc["C7 self-cal", "ours"])
     assert np.isclose(right.loc["C5 c4", "ours"], 50, atol=0.3) and "bits per byte" in right.loc["C5 c4", "why"]
     assert right.loc["C4", "ours"] == 4 and right.loc["C1 wanda", "n"] == 15 and right.loc["C8", "n_of"] == "strategies"
+
+
+def test_the_chance_of_a_p_value_is_told_of_p_values_only(right):
+    assert "p < 0.05 in 85, 55" in right.loc["C4", "why"] and "p < 0.05" not in right.loc["C4 corrected", "why"]
+
+
+def test_growth_says_where_the_margin_peaks_and_what_its_interval_carries(right):
+    assert "60%: +22.5; it is largest at 60%." in right.loc["C9", "why"] and "items, and draws at 60% only." in right.loc["C9", "why"]
+    margin = lambda m, sparsity, seeds: example_study({"c4": (0.5,) * 4, "uniform": (0.5 + m,) * 4}, sparsities=(sparsity,), seeds=seeds, n=100)
+    study = margin(0.02, 0.3, (0, 1)) | margin(0.1, 0.5, (0,)) | margin(0.05, 0.6, (0, 1)) | margin(0, 0.7, (0,))
+    said = estimate_growth(strategy_retention(bootstrap_retention(study, 50))).detail
+    assert "70%: +0.0; it is largest at 50%, and smaller where more is pruned. Draws" in said and said.endswith("carries items and draws.")
 
 
 def test_a_study_in_which_it_is_wrong():
@@ -165,8 +177,8 @@ def test_power_is_that_of_a_simulation(rho, n, chance):
 
 
 def test_the_saved_ledger_is_the_same_every_time(right, tmp_path):
-    for name in ("a", "b"): save_ledger(right.reset_index(drop=True), tmp_path / name, "Preset x.")
-    for suffix in (".csv", ".md", ".tex"): assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-    back, text = pd.read_csv(tmp_path / "a.csv"), (tmp_path / "a.md").read_text()
+    for name in ("a", "b"): save_ledger(right.reset_index(drop=True), tmp_path / name / "T7", "Preset x.")
+    for suffix in (".csv", ".md", ".tex"): assert (tmp_path / f"a/T7{suffix}").read_bytes() == (tmp_path / f"b/T7{suffix}").read_bytes()
+    back, text = pd.read_csv(tmp_path / "a/T7.csv"), (tmp_path / "a/T7.md").read_text()
     assert back["verdict"].tolist() == right["verdict"].tolist() and "nan" not in text
     assert all(f"**{claim}**" in text for claim in CLAIMS) and "Preset x." in text and "18.8" in text

@@ -1,5 +1,6 @@
 import functools
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from calib_prune.core import CalibPruneError
 from calib_prune.figures import (averaging_figure, caption, carries, differences, example_results, figure_of, footnote, main_cells,
                                  main_sparsity, margin_figure, margin_rows, mix_differences, over_best, range_rows,
                                  retention_panels, retention_rows, sd_interval, size_cells, spread_rows, strategy_figure,
-                                 sweep_cells, take)
+                                 sweep_cells, swept_part, take)
 from calib_prune.plots import save_figure
 from calib_prune.study import load_preset, save_cell
+from calib_prune.tables import latex_table, latex_text
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"main": ["T2-retention", "T2-differences", "F1-retention", "F6-strategies"], "sweep": ["T4-sparsity", "F4-margin"],
@@ -156,7 +158,51 @@ def test_captions_say_what_is_missing_and_what_intervals_carry():
     full, one_draw, one_method = part(), part(keep=lambda o: not o.endswith("s1")), part(keep=lambda o: not o.endswith("wanda-0.6-n32-s1"))
     assert "items only" not in caption(full, "x") and "smollm2-135m; 32 windows of 512 tokens; SparseGPT and Wanda" in caption(full, "x")
     assert "8 of 16 cells" in footnote(one_draw) and "SparseGPT 1 of 2" in footnote(one_draw) and "only" in carries(one_draw.found)
-    assert "(SparseGPT 60%)" in carries(one_method.found) and "Wanda 1 of 2" in footnote(one_method)
+    assert carries(one_method.found).endswith("(SparseGPT 60%); elsewhere items only.") and "Wanda 1 of 2" in footnote(one_method)
+
+
+def test_sizes_are_named_where_only_some_have_a_second_draw():
+    found = take(small_preset(), study(), list({c.name: c for c in main_cells(small_preset()) + size_cells(small_preset())}.values()), 20).found
+    assert "(SparseGPT 60% with 32 windows; Wanda 60%)" in carries(found)
+
+
+def test_captions_of_a_sweep_count_only_what_is_swept():
+    everything = part(sweep_cells)
+    swept = swept_part(everything, "sparsity")
+    assert "stdlib" in set(everything.found.cells["strategy"]) and set(swept.found.cells["strategy"]) == set(SWEPT["strategies"])
+    assert {c.strategy for c in swept.wanted} == set(SWEPT["strategies"]) and "dense" in swept.study and swept.study.keys() < everything.study.keys()
+    few = swept_part(part(sweep_cells, lambda o: o in ("dense", "stdlib-sparsegpt-0.6-n32-s0")), "sparsity")
+    assert "0 of 12 cells" in footnote(few)
+
+
+# --- LaTeX
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("figures/*/*.md")), ids=lambda o: o.stem)
+def test_pdflatex_takes_every_character(path):
+    "Letters with accents are left: inputenc makes them from ASCII ones. All else outside ASCII needs a macro."
+    left = set(latex_text(path.read_text(encoding="utf-8")))
+    assert not {o for o in left if not o.isascii() and not "À" <= o <= "ſ"}
+
+
+def test_latex_says_what_the_table_says():
+    shown = pd.DataFrame({"a_b → c": ["-1.4 [-4.4, +1.4]", r"50% & #1 {x} ~ ^ \ $"], "n": [1, 22]})
+    rows = pd.DataFrame({"formula": ["p(a | b)", "−Σ log₂"], "unit": ["bits", ""]}).to_markdown(index=False)
+    made = latex_table(shown, f"ρ < 0.05 for `x_y`. More.\n\n**C1** holds (*so*).\n\n- *one*: 3 × 4\n- two\n\n{rows}", "tab:a_b")
+    for line in (r"a\_b $\to$ c & n \\", r"$-$1.4 [$-$4.4, +1.4] & 1 \\",
+                 r"50\% \& \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$ & 22 \\",
+                 r"\caption[{$\rho$ $<$ 0.05 for \texttt{x\_y}}]{$\rho$ $<$ 0.05 for \texttt{x\_y}. More.}",
+                 r"\textbf{C1} holds (\emph{so}).", r"\item \emph{one}: 3 $\times$ 4", r"p(a $|$ b) & bits \\"): assert line in made.splitlines(), line
+    opened, closed = (re.findall(rf"\\{o}{{(\w+)}}", made) for o in ("begin", "end"))
+    assert sorted(opened) == sorted(closed) and made.count(r"\item ") == 2
+    bare = re.sub(r"\\[{}$]", "", made)
+    assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+
+
+def test_a_long_table_breaks_and_one_without_caption_does_not_float():
+    shown = pd.DataFrame(dict(n=range(60)))
+    assert latex_table(shown, "x.").count("{longtable}") == 2 and r"\begin{table}" in latex_table(shown[:9], "x.")
+    assert "{table}" not in latex_table(shown[:9])
 
 
 # --- figures

@@ -12,8 +12,9 @@ from calib_prune.contamination import DEFAULT_RULE, Audit, audit, contamination_
 from calib_prune.core import CalibPruneError
 from calib_prune.fetch import cached, read_jsonl
 from calib_prune.metric_rows import ROW_COLUMNS, load_metrics, metrics_summary, save_metrics
-from calib_prune.relations import (correlation_grid, correlation_heat_map, lacking, main_settings, metric_figure, overlap,
-                                   overlap_retention, place_labels, relate_study, whole_metrics)
+from calib_prune.relations import (correlation_grid, correlation_heat_map, correlation_note, lacking, main_settings, metric_figure,
+                                   overlap, overlap_retention, place_labels, relate_study, relation_footnote, study_caption,
+                                   whole_metrics)
 from calib_prune.sources import SOURCES
 
 PRESET = dict(model="tiny", calibration=dict(windows=32, length=512), strategies={o: o for o in SOURCES})
@@ -59,6 +60,18 @@ def test_a_study_that_has_hardly_begun_gives_sentences(study, metrics):
         assert related.note and related.table.empty and correlation_grid(related)["status"].item() == related.note
         for figure in (metric_figure(related, metrics), correlation_heat_map(related)): plt.close(figure)
     assert lacking({}) and lacking({"dense": study["dense"]}) and not lacking(few)
+
+
+def test_captions_say_which_settings_carry_draws(study, metrics):
+    more = {k + "x": r for k, r in example_study(dict.fromkeys(SOURCES, (0.5,) * 4), seeds=(1,), n=60).items() if k != "dense"}
+    for r in more.values(): r.record["windows"] = 32
+    related = relate_study(PRESET, study | more, metrics, 20, 99)
+    assert study_caption(PRESET, related.found).endswith("where some strategy has two (SparseGPT 60%); elsewhere items only.")
+    assert "/ items" not in correlation_note(related) and "interval" not in relation_footnote(PRESET, related)
+    figure = metric_figure(related, metrics)
+    heads = [o.get_text() for o in figure.findobj(plt.Text) if o.get_text().startswith("95%")]
+    assert [o.partition(";")[0] for o in heads] == ["95% intervals: items and draws", "95% intervals: items only"]
+    plt.close(figure)
 
 
 def test_verdicts_do_not_rest_on_part_of_the_metrics(study, metrics):
