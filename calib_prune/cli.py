@@ -195,18 +195,27 @@ def measure(
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which draw of windows.")] = 0,
     prompts: Annotated[int, typer.Option(help="Benchmark prompts per task to compare with; 0 for none.")] = 50,
+    own_text: Annotated[Optional[Path], typer.Option(
+        help="Text that the model wrote, to compare with: what `generate --protocol self-cal` made.")] = None,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
     batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through the model at a time.")] = 1024,
     as_json: JsonOption = False,
 ) -> None:
     "Measure calibration text: the eleven metrics of Objective Information Theory."
-    from calib_prune.oit import measure_mix
+    from calib_prune.calibration import build_calibration, token_stream
+    from calib_prune.models import load_model
+    from calib_prune.oit import benchmark_tokens, load_tokenizer, measure as run
+    from calib_prune.sources import file_source
     from calib_prune.study import json_rows
-    with bars(as_json) as progress:
-        found, record = measure_mix(calibration, model, tokenizer, windows, length, seed, prompts, dtype, device,
-                                    batch_tokens, progress)
-    if as_json: print(json.dumps(dict(calibration=dict(mix=calibration, **record), metrics=json_rows(found)), allow_nan=False))
+    own = file_source(str(own_text)).documents() if own_text else None
+    net, tok = load_model(model, dtype, device) if model else (None, load_tokenizer(tokenizer))
+    cal = build_calibration(calibration, tok, windows, length, seed)
+    references = benchmark_tokens(tok, prompts) if prompts else {}
+    if own is not None: references["model"] = token_stream(own, tok)[0]
+    with bars(as_json) as progress: found = run(cal, tok, net, references, batch_tokens=batch_tokens, progress=progress)
+    about = dict(mix=calibration, **cal.record())
+    if as_json: print(json.dumps(dict(calibration=about, metrics=json_rows(found)), allow_nan=False))
     else:
         columns = ["metric", "value", "unit"] + (["ci_low", "ci_high"] if model else [])
         show_table(found.loc[found.value.notna(), columns].to_dict("records"),

@@ -222,6 +222,17 @@ def test_people_get_a_table_of_metrics(command, model, text):
     assert "perplexity" in done.stderr and "delay: A finished text has no clock" in done.stdout
 
 
+def test_mismatch_to_what_the_model_wrote(command, model, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("QQQQQQ")
+    mismatch = lambda own: metrics(command("measure", "--calibration", text, *SMALL, "--prompts", 0, "--tokenizer", model, "--json", "--own-text", own))
+    assert mismatch(other)["mismatch:model"]["value"] == pytest.approx(1), "no token in common"
+    same = mismatch(text)
+    assert 0 < same["mismatch:model"]["value"] < 0.5 and "mismatch" not in same
+    gone = command("measure", "--calibration", text, "--model", tmp_path / "none", "--own-text", tmp_path / "gone.txt", code=1)
+    assert "gone.txt" in gone.stderr
+
+
 @pytest.mark.real
 def test_measure_compares_with_the_benchmarks(command, model, text):
     found = metrics(command("measure", "--calibration", text, *SMALL, "--prompts", 2, "--tokenizer", model, "--json"))
