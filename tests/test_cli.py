@@ -3,11 +3,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from calib_prune.cli import as_text, main
+from calib_prune.core import CalibPruneError
+from calib_prune.fetch import read_jsonl
 from calib_prune.models import RECORD, save_model, tiny_llama, tiny_tokenizer
 
 
@@ -29,6 +33,23 @@ def run(*args, code=0):
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    "As `run`, but in this process, which has imported torch already."
+    def call(*args, code=0):
+        monkeypatch.setattr(sys, "argv", ["calib-prune", *map(str, args)])
+        with pytest.raises(SystemExit) as done: main()
+        out, err = capsys.readouterr()
+        assert done.value.code == code, out + err
+        return SimpleNamespace(stdout=out, stderr=err)
+    return call
+
+
+def strict(text):
+    "JSON as other programs than Python read it: without NaN."
+    return json.loads(text, parse_constant=pytest.fail)
 
 
 def prune(model, text, output, *more, code=0):
@@ -107,9 +128,121 @@ def test_listings_for_programs():
     assert "hellaswag" in json.loads(run("tasks", "--json").stdout)["sets"]["default"]
 
 
-@pytest.mark.parametrize("command", ["fetch", "sources", "tasks", "prune", "evaluate", "reproduce"])
-def test_every_command_explains_itself(command):
-    assert len(run(command, "--help").stdout) > 200
+@pytest.mark.parametrize("name", ["fetch", "sources", "tasks", "prune", "evaluate", "measure", "generate", "reproduce"])
+def test_every_command_explains_itself(command, name):
+    assert len(command(name, "--help").stdout) > 200
+
+
+def test_the_list_of_commands_is_whole():
+    said = run("--help").stdout
+    for name in ("fetch", "sources", "tasks", "prune", "evaluate", "measure", "generate", "reproduce"): assert f" {name} " in said
+
+
+def test_reproduce_names_every_preset(command):
+    said = command("reproduce", "--help").stdout
+    for preset in (Path(__file__).resolve().parent.parent / "presets").glob("*.yaml"): assert preset.stem in said
+
+
+SMALL = "--windows", 4, "--length", 32
+WRITE = *SMALL, "--text-length", 48
+
+
+@pytest.mark.parametrize("protocol", ["self-cal", "sgs", "igsp"])
+def test_what_a_model_wrote_calibrates_it(command, model, text, tmp_path, protocol):
+    own = tmp_path / "own.jsonl"
+    found = strict(command("generate", "--model", model, "--output", own, "--protocol", protocol, *WRITE, "--source", text, "--json").stdout)
+    rows = read_jsonl(own)
+    assert found["protocol"] == protocol and found["tokens"] >= 4 * 32 and found["tokens_per_second"] > 0
+    assert len(rows) == found["documents"] and {r["protocol"] for r in rows} == {protocol}
+    assert strict(own.with_name("own.report.json").read_text()) | {"output": str(own)} == found
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["own.jsonl", "own.report.json"], "the journal is gone"
+    pruned = strict(command("prune", "--model", model, "--calibration", own, *SMALL, "--output", tmp_path / "out", "--json").stdout)
+    assert pruned["calibration"]["counts"] == {str(own): 4} and pruned["sparsity"] == pytest.approx(0.6, abs=0.01)
+
+
+def test_people_see_how_fast_a_model_writes(model, tmp_path):
+    done = run("generate", "--model", model, "--output", tmp_path / "own.jsonl", "--protocol", "self-cal", *WRITE)
+    assert "writing tokens" in done.stderr and " tokens/s" in done.stderr
+    head, row = done.stdout.splitlines()[0].split(), done.stdout.splitlines()[1].split()
+    report = json.loads((tmp_path / "own.report.json").read_text())
+    assert head[-1] == "tokens/s" and row[-1] == as_text(report["tokens_per_second"])
+
+
+def test_texts_from_the_journal_have_no_speed(command, model, tmp_path, monkeypatch):
+    how = "generate", "--model", model, "--output", tmp_path / "own.jsonl", "--protocol", "self-cal", *WRITE
+    def full(*_): raise CalibPruneError("The disk is full.")
+    with monkeypatch.context() as m:
+        m.setattr("calib_prune.generation.write", full)
+        assert "The disk is full" in command(*how, code=1).stderr
+    assert [o.name for o in tmp_path.iterdir()] == ["own.jsonl.partial"], "the texts are kept"
+    assert command(*how).stdout.splitlines()[1].split()[-1] == "–"
+    assert json.loads((tmp_path / "own.report.json").read_text())["written_tokens"] == 0
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--protocol", "self-call"], "Did you mean 'self-cal'"),
+    (["--balance", "means"], "Did you mean 'mean'"),
+    (["--windows", 0], "at least one window"),
+    (["--temperature", 0], "temperature is 0"),
+    (["--text-length", 8], "nothing would be left to write"),
+    (["--output", "own.txt"], "must end in .jsonl"),
+    (["--model", "smollm2-153m"], "Did you mean 'smollm2-135m'"),
+])
+def test_what_cannot_be_written_leaves_no_file(command, model, tmp_path, monkeypatch, change, message):
+    # Nor a journal: it would refuse the same command with better settings.
+    monkeypatch.chdir(tmp_path)
+    done = command("generate", "--model", model, "--output", "own.jsonl", *WRITE, "--json", *change, code=1)
+    assert message in json.loads(done.stdout)["error"] and list(tmp_path.iterdir()) == []
+
+
+def test_written_text_is_never_overwritten(command, tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text("mine")
+    done = command("generate", "--model", tmp_path / "none", "--output", own, *WRITE, code=1)
+    assert "exists: choose another name" in done.stderr.replace("\n", " ") and own.read_text() == "mine"
+
+
+def metrics(done):
+    return {r["metric"]: r for r in strict(done.stdout)["metrics"]}
+
+
+def test_measure_with_a_model_and_without(command, model, text):
+    how = "measure", "--calibration", text, *SMALL, "--prompts", 0, "--json"
+    full, bare = metrics(command(*how, "--model", model)), metrics(command(*how, "--tokenizer", model))
+    assert len({r["oit"] for r in full.values()}) == 11 and full["volume_tokens"]["value"] == 128
+    assert 1 < full["distortion"]["ci_low"] <= full["distortion"]["value"] <= full["distortion"]["ci_high"]
+    assert bare["distortion"]["value"] is None and "needs the dense model" in bare["distortion"]["note"]
+    assert full | {"distortion": None} == bare | {"distortion": None}
+
+
+def test_people_get_a_table_of_metrics(command, model, text):
+    done = command("measure", "--calibration", text, *SMALL, "--prompts", 0, "--model", model)
+    rows = {o.split()[0]: o.split() for o in done.stdout.splitlines() if o}
+    assert rows["volume_tokens"] == ["volume_tokens", "128", "tokens", "–", "–"] and "–" not in rows["distortion"]
+    assert "perplexity" in done.stderr and "delay: A finished text has no clock" in done.stdout
+
+
+def test_mismatch_to_what_the_model_wrote(command, model, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("QQQQQQ")
+    mismatch = lambda own: metrics(command("measure", "--calibration", text, *SMALL, "--prompts", 0, "--tokenizer", model, "--json", "--own-text", own))
+    assert mismatch(other)["mismatch:model"]["value"] == pytest.approx(1), "no token in common"
+    same = mismatch(text)
+    assert 0 < same["mismatch:model"]["value"] < 0.5 and "mismatch" not in same
+    gone = command("measure", "--calibration", text, "--model", tmp_path / "none", "--own-text", tmp_path / "gone.txt", code=1)
+    assert "gone.txt" in gone.stderr
+
+
+@pytest.mark.real
+def test_measure_compares_with_the_benchmarks(command, model, text):
+    found = metrics(command("measure", "--calibration", text, *SMALL, "--prompts", 2, "--tokenizer", model, "--json"))
+    for dimension in ("General", "Commonsense", "Code", "Math"): assert 0 < found[f"mismatch:{dimension}"]["value"] < 1
+
+
+@pytest.mark.parametrize("value, said", [(None, "–"), (float("nan"), "–"), (0, "0"), ("[b]", r"\[b]"), (0.051234, "0.05123"), (790.04, "790"),
+                                         (10752.0, "10,752"), (1e15, "1e+15"), (float("inf"), "inf")])
+def test_how_a_table_shows_a_value(value, said):
+    assert as_text(value) == said
 
 
 def test_fetch_does_nothing_the_second_time():
