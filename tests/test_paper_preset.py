@@ -70,6 +70,7 @@ def test_it_lists_its_cells_and_hours_without_a_hub(root):
     assert re.search(r"sparsegpt\s+128\s+\d+\s+\d", done.stdout)
     written = {(c.strategy, c.seed) for c in cells(preset, ablations=True)[1:] if protocol_of(preset["strategies"][c.strategy])}
     assert len(set(re.findall(r"^generate_\w+", done.stdout, re.M))) == len(written) > 9
+    assert re.search(r"writing\s+128\s+9\s+\d", done.stdout), "nine texts: the ablations only choose"
 
 
 def test_it_plans_what_every_claim_needs():
