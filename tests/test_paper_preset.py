@@ -1,19 +1,24 @@
 "The paper's preset end to end on a tiny random model and local data in the hub's layout: only the weights are missing."
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
+from calib_prune.analysis import example_study
+from calib_prune.claims import PRESET, study_ledger
+from calib_prune.igsp import journal_name
 from calib_prune.models import save_model, tiny_llama, tiny_tokenizer
 from calib_prune.sources import PAPER_SOURCES
-from calib_prune.study import cells, load_preset
+from calib_prune.study import cells, load_preset, protocol_of
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {  # of the data sets that are not a plain column of text
@@ -61,8 +66,28 @@ def test_it_lists_its_cells_and_hours_without_a_hub(root):
     preset = load_preset(root / "presets/paper.yaml")
     assert done.returncode == 0, done.stderr
     listed = set(re.findall(r"^cell_\w+", done.stdout, re.M))
-    assert len(listed) == len(cells(preset)) > 100
+    assert len(listed) == len(cells(preset, ablations=True)) > 100
     assert re.search(r"sparsegpt\s+128\s+\d+\s+\d", done.stdout)
+    written = {(c.strategy, c.seed) for c in cells(preset, ablations=True)[1:] if protocol_of(preset["strategies"][c.strategy])}
+    assert len(set(re.findall(r"^generate_\w+", done.stdout, re.M))) == len(written) > 9
+    assert re.search(r"writing\s+128\s+9\s+\d", done.stdout), "nine texts: the ablations only choose"
+
+
+def test_it_plans_what_every_claim_needs():
+    preset = load_preset(ROOT / "presets/paper.yaml")
+    any_cell = list(example_study({"c4": (0.5,) * 4}, n=10).values())
+    study = {c.name: replace(any_cell[c.strategy != "dense"], record=asdict(c)) for c in cells(preset)}
+    read = pd.DataFrame([dict(strategy=o, seed=0, metric="distortion", value=math.exp(i)) for i, o in enumerate(preset["strategies"])])
+    found = study_ledger(study, read, n_boot=50, n_perm=99)
+    assert set(found["claim"]) == {f"C{i}" for i in range(1, 10)} and PRESET not in set(found["verdict"])
+    drawn = {(c.strategy, c.seed) for c in cells(preset) if (c.method, c.sparsity) == ("sparsegpt", 0.6)}
+    assert drawn >= {(o, seed) for o in ("self-cal", "sgs", "igsp") for seed in range(3)}
+
+
+def test_its_ablations_choose_from_the_texts_that_are_written_anyway():
+    preset = load_preset(ROOT / "presets/paper.yaml")
+    journals = lambda found: {journal_name(*own, c.seed) for c in found if (own := protocol_of(preset["strategies"].get(c.strategy, "")))}
+    assert journals(cells(preset, ablations=True)) == journals(cells(preset))
 
 
 @pytest.mark.real  # scores on the fetched benchmarks
@@ -71,27 +96,29 @@ def test_it_runs_to_its_tables(root):
     save_model(tiny_llama(max_position_embeddings=4096), tiny_tokenizer(), root / "tiny", {})
     preset = yaml.safe_load((root / "presets/paper.yaml").read_text())
     few = ["c4", "hellaswag", "gsm8k", "codealpaca", "metamath", "uniform"]
-    usual, igsp = dict(sparsities=[0.6], seeds=[0], windows=["usual"]), "generated:igsp length=64 bins=2 choice=1.5"
+    shorter = {"self-cal": " length=64", "sgs": " length=64", "igsp": " length=64 bins=2 choice=1.5"}  # what stands last counts
+    own = {k: preset["strategies"][k] + shorter[protocol_of(preset["strategies"][k])[0]] for k in ("self-cal", "sgs", "igsp", "igsp-mean")}
+    usual = dict(sparsities=[0.6], seeds=[0], windows=["usual"])
     preset |= dict(name="paper-tiny", model=str(root / "tiny"), revision=None, dtype="float32", device="cpu",
                    calibration=dict(windows=15, length=64), heldout=preset["heldout"] | dict(documents=1, window=64),
                    scoring=preset["scoring"] | dict(limit=dict(choice=8, bpb=8, generate=2), batch_tokens=1024),
-                   strategies={k: preset["strategies"][k] for k in few} | {"igsp": igsp, "igsp-mean": f"{igsp} balance=mean"},
+                   strategies={k: preset["strategies"][k] for k in few} | own,
                    grid=[usual | dict(strategies=few, methods=["wanda"]),
-                         usual | dict(strategies=["c4", "igsp"], methods=["sparsegpt"])],
+                         usual | dict(strategies=["c4", "self-cal", "sgs", "igsp"], methods=["sparsegpt"])],
                    ablations=[usual | dict(strategies=["igsp-mean"], methods=["sparsegpt"]),
-                              usual | dict(strategies=["uniform"], methods=["minimax"])],
-                   tables=[*preset["tables"], "protocols", "ablations"])
+                              usual | dict(strategies=["uniform"], methods=["minimax"])])
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     done = run(root, "--preset", "tiny.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {p.stem: json.loads(p.read_text())["rows"] for p in (root / "results/paper-tiny").glob("*-s0.json")}
-    assert len(rows) == 10 and all(any(r["task"] == "gsm8k_generate" for r in o) for o in rows.values())
+    assert len(rows) == 12 and all(any(r["task"] == "gsm8k_generate" for r in o) for o in rows.values())
     figures = root / "figures/paper-tiny"
     assert len(list(figures.glob("*.csv"))) >= 11 and len(list(figures.glob("*.png"))) >= 8
-    assert set(pd.read_csv(figures / "T8-protocols.csv")["strategy"]) == {"c4", "igsp", "uniform, minimax"}
-    assert set(pd.read_csv(figures / "T9-ablations.csv")["strategy"]) == {"igsp", "igsp-mean"}
+    assert set(pd.read_csv(figures / "T8-protocols.csv")["strategy"]) == {"c4", "self-cal", "sgs", "igsp", "uniform, minimax"}
+    assert set(pd.read_csv(figures / "T9-ablations.csv")["strategy"]) == {"self-cal", "sgs", "igsp", "igsp-mean"}
     verdicts = pd.read_csv(figures / "T7-claims.csv")
     assert set(verdicts["claim"]) == {f"C{i}" for i in range(1, 10)}
+    assert PRESET not in set(verdicts.query("claim == 'C7'")["verdict"])
 
     preset["strategies"]["igsp"] += " temperature=0.9"
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
