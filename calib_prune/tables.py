@@ -101,8 +101,8 @@ def percent_table(table: pd.DataFrame, value: str = "retention") -> pd.DataFrame
     return wide.loc[table["strategy"].unique(), table["dimension"].unique()].rename_axis(columns=None).reset_index()
 
 # %% ../nbs/15_tables.ipynb #7be20f16
-MATH = {"ρ": r"\rho", "χ": r"\chi", "Σ": r"\Sigma", "−": "-", "→": r"\to", "×": r"\times", "·": r"\cdot", "±": r"\pm",
-        "≤": r"\le", "≥": r"\ge", "²": "^2", "₂": "_2", "<": "<", ">": ">", "|": "|"}
+MATH = {"ρ": r"\rho", "χ": r"\chi", "σ": r"\sigma", "Σ": r"\Sigma", "∞": r"\infty", "−": "-", "→": r"\to", "×": r"\times",
+        "·": r"\cdot", "±": r"\pm", "≤": r"\le", "≥": r"\ge", "²": "^2", "₂": "_2", "<": "<", ">": ">", "|": "|"}
 LATEX = str.maketrans({o: f"${macro}$" for o, macro in MATH.items()} | {o: f"\\{o}" for o in "&%$#_{}"} |
                       {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "—": "---",
                        "…": r"\dots{}"})
