@@ -1,4 +1,4 @@
-# The study as a graph of papermill runs: own text → metrics; cells → rows; rows and metrics → tables and figures.
+# The study as a graph of papermill runs: text → metrics, audits; cells → rows; all of these → tables and figures.
 #   snakemake --cores 2 --configfile presets/smoke.yaml --rerun-triggers mtime
 # `calib-prune reproduce --preset smoke` wraps this with progress bars and a lock.
 import re
@@ -30,30 +30,47 @@ FILES = {book: [f"{FIGURES}/{stem}.{end}" for stems, ends in ((TABLES[book], ("c
 MEASURED = {"sources", "correlations", "claims"}  # notebooks that read the calibration sets' metrics
 ABLATED = {"protocols", "ablations"}  # notebooks that read the cells of the preset's ablations
 
-# File times say nothing in a fresh clone: what is finished is decided by the identity in each result (nbs/13a_identity). With
-# `--config tables_only=1` the results there are taken as they are, and what is missing is left out.
+# File times say nothing in a fresh clone: what is finished is decided by the key in each result (nbs/13a_keys). What is left gets a
+# stamp that is newer than the result. With `--config tables_only=1` the results there are taken as they are, and what is missing is
+# left out.
 TABLES_ONLY = bool(config.get("tables_only"))
-LEFT, LEFT_METRICS, LEFT_TEXTS = {}, {}, {}
+LEFT = dict(models={}, texts={}, metrics={}, audits={})
 if not TABLES_ONLY:
     from calib_prune.cost import cores_per_cell, memory_gib  # slow imports
-    from calib_prune.identity import unfinished, unfinished_metrics, unfinished_texts
+    from calib_prune.keys import left_to_do
 
-    LEFT, LEFT_METRICS = unfinished(config, RESULTS), unfinished_metrics(config, RESULTS)
-    LEFT_TEXTS = {f"text-{Path(k).stem}": v for k, v in unfinished_texts(config, RESULTS).items()}
+    LEFT = left_to_do(config, RESULTS, again=bool(config.get("again")))
     CELL_CORES = cores_per_cell(config, workflow.cores, memory_gib())  # Snakemake lets a job's libraries use as many
-for name, identity in (LEFT | {f"metrics-{k}": v for k, v in LEFT_METRICS.items()} | LEFT_TEXTS).items():
-    stamp = Path(RESULTS, ".identity", name)
-    if not stamp.is_file() or stamp.read_text() != identity: write_atomic(stamp, identity)
+OWN_TEXT = f"{RESULTS}/metrics/own-text.jsonl"
+MADE = {  # kind → name → file
+    "models": {k: f"{RESULTS}/{k}.json" for k in LEFT["models"]},
+    "texts": {k: k for k in LEFT["texts"]},
+    "metrics": {k: OWN_TEXT if k == "own text" else f"{RESULTS}/metrics/{k}.json" for k in LEFT["metrics"]},
+    "audits": {k: f"{RESULTS}/{k}.json" for k in LEFT["audits"]},
+}
+
+
+def stamp_of(kind, name):
+    return f"{RESULTS}/.keys/{kind}-{Path(name).name}"
+
+
+for kind, left in LEFT.items():
+    for name, why in left.items():
+        stamp, made = Path(stamp_of(kind, name)), Path(MADE[kind][name])
+        outdated = stamp.is_file() and made.is_file() and stamp.stat().st_mtime <= made.stat().st_mtime
+        if outdated or not stamp.is_file() or stamp.read_text() != why:
+            write_atomic(stamp, why)
 
 ROWS = {c: f for c in CELLS if (f := f"{RESULTS}/{c}.json") and (not TABLES_ONLY or Path(f).is_file())}
 METRICS = [f for k in measured_strategies(config) if (f := f"{RESULTS}/metrics/{k}.json") and (not TABLES_ONLY or Path(f).is_file())]
+AUDITS = [*MADE["audits"].values()]
 
 
 # Rows and metrics are targets themselves: what only leads to tables that are already there, Snakemake would not make again.
 rule all:
     input:
         [f for book in config["tables"] for f in FILES[book]],
-        [*ROWS.values(), *METRICS],
+        [*ROWS.values(), *METRICS, *AUDITS],
 
 
 rule rows:
@@ -62,7 +79,7 @@ rule rows:
 
 
 # Texts are written just before the first cell that reads them: priorities do not pass from a cell to what it needs.
-ORDER = {name: 2 * (len(LEFT) - rank) for rank, name in enumerate(LEFT)}
+ORDER = {name: 2 * (len(LEFT["models"]) - rank) for rank, name in enumerate(LEFT["models"])}
 TEXTS = {}  # file → its priority, whose it is
 for name, cell in CELLS.items():
     if cell.mix.startswith(GENERATED):
@@ -74,7 +91,7 @@ for text, (rank, strategy, seed) in TEXTS.items():
         name:
             "generate_" + re.sub(r"\W", "_", f"{strategy}_s{seed}")
         input:
-            [f"{RESULTS}/.identity/text-{strategy}-s{seed}"] if f"text-{strategy}-s{seed}" in LEFT_TEXTS else [],
+            [stamp_of("texts", text)] if text in LEFT["texts"] else [],
         output:
             text,
         log:
@@ -93,17 +110,17 @@ for text, (rank, strategy, seed) in TEXTS.items():
 def texts_of(mix):
     "The generated texts of a mix. Of an ancient input that is yet to be made, Snakemake would overlook that the job has its own reason to run."
     texts = [o for o in mix.split(",") if o.startswith(GENERATED)]
-    return [o if f"text-{Path(o).stem}" in LEFT_TEXTS else ancient(o) for o in texts]
+    return [o if o in LEFT["texts"] else ancient(o) for o in texts]
 
 
 # One rule a cell, because a priority belongs to a rule: cells run in the order of the preset's grid.
-for name in LEFT:
+for name in LEFT["models"]:
 
     rule:
         name:
             "cell_" + re.sub(r"\W", "_", name)
         input:
-            f"{RESULTS}/.identity/{name}",
+            stamp_of("models", name),
             texts_of(CELLS[name].mix),
         output:
             f"{RESULTS}/{name}.json",
@@ -120,11 +137,13 @@ for name in LEFT:
             "-r preset {PRESET:q} -r cell {params.cell} -r results {RESULTS} > {log.text} 2>&1"
 
 
-if LEFT_METRICS:
+if "own text" in LEFT["metrics"]:
 
     rule own_text:
+        input:
+            stamp_of("metrics", "own text"),
         output:
-            f"{RESULTS}/metrics/own-text.jsonl",
+            OWN_TEXT,
         log:
             notebook=f"{RESULTS}/notebooks/own_text.ipynb",
             text=f"{RESULTS}/notebooks/own_text.log",
@@ -133,10 +152,13 @@ if LEFT_METRICS:
         shell:
             "{PAPERMILL} nbs/paper/own_text.ipynb {log.notebook} -r preset {PRESET:q} -r output {output} > {log.text} 2>&1"
 
+
+if LEFT["metrics"]:
+
     rule measure:
         input:
-            f"{RESULTS}/.identity/metrics-{{strategy}}",
-            ancient(f"{RESULTS}/metrics/own-text.jsonl"),
+            f"{RESULTS}/.keys/metrics-{{strategy}}",
+            OWN_TEXT if "own text" in LEFT["metrics"] else ancient(OWN_TEXT),
             lambda w: [o for seed in seeds_of(config, w.strategy) for o in texts_of(mix_of(config, w.strategy, seed))],
         output:
             f"{RESULTS}/metrics/{{strategy}}.json",
@@ -144,12 +166,29 @@ if LEFT_METRICS:
             notebook=f"{RESULTS}/notebooks/measure-{{strategy}}.ipynb",
             text=f"{RESULTS}/notebooks/measure-{{strategy}}.log",
         wildcard_constraints:
-            strategy="|".join(map(re.escape, LEFT_METRICS)),
+            strategy="|".join(re.escape(k) for k in LEFT["metrics"] if k != "own text"),
         priority: 500
         threads: workflow.cores
         shell:
             "{PAPERMILL} nbs/paper/measure.ipynb {log.notebook} -r preset {PRESET:q} -r strategy {wildcards.strategy} "
             "-r results {RESULTS} > {log.text} 2>&1"
+
+
+if LEFT["audits"]:
+
+    rule audit:
+        input:
+            [stamp_of("audits", k) for k in LEFT["audits"]],
+            [o for name in MAIN for o in texts_of(CELLS[name].mix)],
+        output:
+            AUDITS,
+        log:
+            notebook=f"{RESULTS}/notebooks/audit.ipynb",
+            text=f"{RESULTS}/notebooks/audit.log",
+        priority: 500
+        threads: workflow.cores
+        shell:
+            "{PAPERMILL} nbs/paper/audit.ipynb {log.notebook} -r preset {PRESET:q} -r results {RESULTS} > {log.text} 2>&1"
 
 
 for book in config["tables"]:
@@ -162,6 +201,7 @@ for book in config["tables"]:
             modules=[f"calib_prune/{m}.py" for m in ("analysis", "claims", "contamination", "evaluation", "figures", "metric_rows", "audit_rows", "relations", "oit", "plots", "protocols", "study", "tables", "tuning")],
             rows=[f for c, f in ROWS.items() if c in MAIN or book in ABLATED],
             metrics=METRICS if book in MEASURED else [],
+            audits=AUDITS if book == "contamination" else [],
         output:
             FILES[book],
         log:

@@ -1,4 +1,5 @@
 """Side-by-side measurements. `python -m bench.run all` runs every one that bench/results lacks, each in its own process."""
+import ast
 import json
 import os
 import statistics
@@ -19,6 +20,7 @@ WHO, METHODS, SPARSITY, BATCH_TOKENS = ("ours", "plain", "llm-compressor"), ("sp
 MEASURED = tuple(f"{folder}/{o}.py" for folder, names in {
     "calib_prune": ("memory", "products", "hessian", "masks", "sparsegpt", "wanda", "minimax", "pruning", "tasks", "evaluation"),
     "bench": ("machine", "plain", "limit", "peer", "run")}.items() for o in names)
+STAGES = ("sparsegpt", "wanda", "scoring")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Model = Annotated[str, typer.Option(help="as for `calib-prune prune`")]
 Layers = Annotated[int, typer.Option(help="keep only so many of the model's first layers")]
@@ -126,7 +128,7 @@ def kernel(hidden: int = 576, intermediate: int = 1536, kv: int = 192, square: i
     from calib_prune.memory import reused_memory
     from calib_prune.pruning import METHODS as OURS
     problem = groups(hidden, intermediate, kv, square)
-    solve = dict(ours=lambda h, ws: [o.weight for o in OURS["sparsegpt"](ws, [h], SPARSITY, None, 128, 0.01)])
+    solve = dict(ours=lambda h, ws: [o.weight for o in OURS["sparsegpt"].solve(ws, [h], SPARSITY, None, 128, 0.01)])
     if plain: solve["plain"] = lambda h, ws: [plain_sparsegpt(w, h, SPARSITY) for w in ws]
     seconds, found = {who: [] for who in solve}, {}
     with torch.no_grad(), reused_memory():  # as in a prune; it helps both
@@ -339,10 +341,40 @@ def token_sets(plan: Plan) -> set[tuple[str, int, int]]:
     return {("c4", plan.windows, plan.length)} | {("papers", *o) for o in papers}
 
 
-def code_hash() -> str:
-    "What was measured: a hash of the modules that do the work."
-    from calib_prune.core import content_hash, file_sha256
-    return content_hash([file_sha256(ROOT / o) for o in MEASURED])
+def state_of(files: tuple[str, ...], stages: tuple[str, ...]) -> dict:
+    "The code that is measured: the versions of its stages, and a hash of what it does."
+    from calib_prune.core import content_hash
+    from calib_prune.keys import versions
+    syntax = [ast.dump(ast.parse((ROOT / o).read_text())) for o in files]  # without comments, and so without paths of notebooks
+    return dict(code=content_hash(syntax), versions={o: versions()[o] for o in stages})
+
+
+def read(path: Path,
+         head: dict,         # machine and plan; rows of others are refused
+         state: dict,        # from `state_of`; rows of others are kept, with a warning
+         fresh: bool = False # forget what is there
+        ) -> dict:           # machine, plan, states, rows
+    "A file of results, or an empty one."
+    head = json.loads(json.dumps(head))
+    file = json.loads(path.read_text()) if path.is_file() and not fresh else dict(rows=[])
+    if not file["rows"]: return head | dict(states=[], rows=[])
+    if any(file[k] != o for k, o in head.items()):
+        sys.exit(f"{path} was measured on another machine or by another plan: results of one table must come from one state. "
+                 "Start anew with --fresh (make bench FRESH=--fresh).")
+    for then in file["states"]:
+        if then["code"] == state["code"]: continue
+        told = [f"{k} {o}" if (o := then["versions"].get(k)) == v else f"{k} {o}, now {v}" for k, v in state["versions"].items()]
+        print(f"{path}: the code has changed since some rows were measured (versions: {', '.join(told)}). They are kept; "
+              "--fresh measures anew.", file=sys.stderr, flush=True)
+    return file
+
+
+def add(path: Path, file: dict, state: dict, rows: list[dict]) -> None:
+    "Add rows to a file of results, with the state of the code that they measure."
+    from calib_prune.core import write_atomic
+    file["rows"] += rows
+    if state not in file["states"]: file["states"].append(state)
+    write_atomic(path, json.dumps(file, indent=1, ensure_ascii=False) + "\n")
 
 
 def run_child(step: Step, threads: int) -> dict | list[dict]:
@@ -357,26 +389,15 @@ def run_child(step: Step, threads: int) -> dict | list[dict]:
     return row if isinstance(row, list) else row | dict(process_seconds=seconds)
 
 
-def read(path: Path) -> dict:
-    "A file of results, or an empty one."
-    return json.loads(path.read_text()) if path.is_file() else dict(rows=[])
-
-
 @app.command(name="all")
 def run_all(threads: Annotated[int, typer.Option(help="threads of each measurement")] = 2,
             results: Annotated[Path, typer.Option(help="folder of the JSON files")] = RESULTS,
             fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False,
             quick: Annotated[bool, typer.Option(help="a tiny plan that checks the benchmark, not the speed")] = False) -> None:
     "Run what is missing. Stop it at any time: what is finished stays, and the next call goes on."
-    from calib_prune.core import write_atomic
     plan = QUICK if quick else Plan()
-    head = dict(machine=describe(threads), code=code_hash(), plan=json.loads(json.dumps(asdict(plan))))
-    todo, files = list(steps(plan)), {}
-    for name in dict.fromkeys(o.file for o in todo):
-        files[name] = dict(rows=[]) if fresh else read(results / f"{name}.json")
-        if files[name]["rows"] and {k: files[name].get(k) for k in head} != head:
-            sys.exit(f"{results / name}.json was measured on another machine, by another plan, or the code has changed since: "
-                     "results of one table must come from one state. Start anew with --fresh (make bench FRESH=--fresh).")
+    head, state, todo = dict(machine=describe(threads), plan=asdict(plan)), state_of(MEASURED, STAGES), list(steps(plan))
+    files = {name: read(results / f"{name}.json", head, state, fresh) for name in dict.fromkeys(o.file for o in todo)}
     if not PEERS.is_file(): sys.exit(f"{PEERS} is missing: run bash bench/setup_peers.sh first.")
     started = time.perf_counter()
     for name, windows, length in sorted(token_sets(plan)):
@@ -387,8 +408,7 @@ def run_all(threads: Annotated[int, typer.Option(help="threads of each measureme
         minutes = (time.perf_counter() - started) / 60
         print(f"[{n}/{len(todo)}, {minutes:.1f} min] {step.file} {step.about}", file=sys.stderr, flush=True)
         found = run_child(step, threads)
-        file |= head | dict(rows=[*file["rows"], *(step.about | o for o in (found if isinstance(found, list) else [found]))])
-        write_atomic(results / f"{step.file}.json", json.dumps(file, indent=1, ensure_ascii=False) + "\n")
+        add(results / f"{step.file}.json", file, state, [step.about | o for o in (found if isinstance(found, list) else [found])])
 
 
 if __name__ == "__main__": app()

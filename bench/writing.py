@@ -1,5 +1,4 @@
 """Speed of writing text: ours beside transformers' `generate`, one by one and in batches. `python -m bench.writing all`."""
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -8,9 +7,9 @@ from typing import Annotated, Iterator
 import typer
 
 from bench.machine import describe, peak
-from bench.run import RESULTS, ROOT, Step, put, read, run_child
+from bench.run import RESULTS, Step, add, put, read, run_child, state_of
 
-MEASURED = ("calib_prune/generation.py", "bench/machine.py", "bench/writing.py")
+MEASURED, STAGES = ("calib_prune/generation.py", "bench/machine.py", "bench/writing.py"), ("self-cal",)
 TEXTS = {"ours": 64, "one at a time": 4, "batches": 32}  # the slow peer writes fewer: it is compared by tokens a second
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -73,17 +72,13 @@ def steps(plan: Plan) -> Iterator[Step]:
 def run_all(threads: Annotated[int, typer.Option(help="threads of each measurement")] = 2,
             fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False) -> None:
     "Run what is missing."
-    from calib_prune.core import content_hash, file_sha256, write_atomic
     plan, path = Plan(), RESULTS / "writing.json"
-    head = dict(machine=describe(threads), code=content_hash([file_sha256(ROOT / o) for o in MEASURED]), plan=asdict(plan))
-    file = dict(rows=[]) if fresh else read(path)
-    if file["rows"] and {k: file.get(k) for k in head} != head:
-        sys.exit(f"{path} was measured on another machine, by another plan, or by other code: start anew with --fresh.")
+    state = state_of(MEASURED, STAGES)
+    file = read(path, dict(machine=describe(threads), plan=asdict(plan)), state, fresh)
     for step in steps(plan):
         if any(step.about.items() <= o.items() for o in file["rows"]): continue
         print(f"writing {step.about}", file=sys.stderr, flush=True)
-        file |= head | dict(rows=[*file["rows"], step.about | run_child(step, threads)])
-        write_atomic(path, json.dumps(file, indent=1, ensure_ascii=False) + "\n")
+        add(path, file, state, [step.about | run_child(step, threads)])
 
 
 if __name__ == "__main__": app()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'JsonOption', 'as_text', 'show_table', 'bars', 'main', 'fetch', 'sources', 'tasks', 'prune', 'evaluate',
-           'measure', 'resumable', 'generate', 'repository', 'Lock', 'failure_report', 'check_names', 'reproduce']
+           'measure', 'resumable', 'generate', 'repository', 'Lock', 'failure_report', 'check_names', 'carry_over',
+           'reproduce']
 
 # %% ../nbs/18_cli.ipynb #e276c030
 import json
@@ -129,7 +130,7 @@ def prune(
     from calib_prune.calibration import build_calibration
     from calib_prune.models import as_device, check_output, load_model, model_revision, save_model
     from calib_prune.pruning import check_method, prune as run
-    from calib_prune.identity import environment
+    from calib_prune.keys import environment, versions
     from calib_prune.study import json_rows, parse_sparsity
     number, pattern = parse_sparsity(sparsity)
     check_method(method)
@@ -146,7 +147,8 @@ def prune(
     record = dict(model=model, model_revision=model_revision(model, net), method=method, sparsity=sparsity,
                   calibration=dict(mix=calibration, **cal.record()), dtype=dtype, device=device, **settings,
                   achieved_sparsity=float((report["sparsity"] * weights).sum() / weights.sum()),
-                  mean_error=float(report["error"].mean()), layers=json_rows(report), **environment())
+                  mean_error=float(report["error"].mean()), layers=json_rows(report),
+                  versions={k: versions()[k] for k in ("calibration set", method)}, **environment())
     save_model(net, tokenizer, output, record)
     if checkpoint: shutil.rmtree(checkpoint)
     brief = dict(output=str(output), method=method, sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],
@@ -260,7 +262,7 @@ def generate(
     if protocol not in PROTOCOLS: raise unknown_name("protocol", protocol, PROTOCOLS)
     if windows < 1 or length < 1:
         raise CalibPruneError(f"Text is written for at least one window of one token, not {windows} × {length}.")
-    path, (run, sampling) = check_target(output), PROTOCOLS[protocol]
+    path, run, sampling = check_target(output), PROTOCOLS[protocol].run, PROTOCOLS[protocol].sampling
     own = {"sgs": dict(source=source), "igsp": dict(pool=pool, balance=None if balance == "none" else balance)}.get(protocol, {})
     if temperature is not None: sampling = replace(sampling, temperature=temperature)
     if text_length is not None: own["length"] = text_length
@@ -349,6 +351,31 @@ def check_names(study: dict[str, Any]) -> None:
     get_source(study["heldout"]["source"])
     get_tasks(study["scoring"]["tasks"])
 
+# %% ../nbs/18_cli.ipynb #8886f408
+def _study_of(preset: str) -> tuple[Path, dict[str, Any], Path]:
+    "A preset's file, what it says, and where its results lie."
+    from calib_prune.study import load_preset
+    root = repository()
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else root / "presets" / f"{preset}.yaml"
+    study = load_preset(path)
+    return path.resolve(), study, root / "results" / study["name"]
+
+@app.command(name="carry-over")
+def carry_over(
+    preset: Annotated[str, typer.Option(help="`smoke`, `default`, `paper`, or the path of a preset file.")] = "smoke",
+    as_json: JsonOption = False,
+) -> None:
+    "Give results of version 0.1 that are still valid a key of today's form; nothing is run, nothing is deleted."
+    from calib_prune.carry_over import carry_over as run
+    _, study, results = _study_of(preset)
+    if not results.is_dir(): raise CalibPruneError(f"There are no results {results} to carry over.")
+    os.chdir(repository())  # a preset's paths start there, as in the workflow
+    with Lock(results): found = run(study, results)
+    count = lambda kind, held: sum(o == held for o in found[kind].values())
+    rows = [dict(results=kind, carried_over=count(kind, True), no_longer_valid=count(kind, False)) for kind in found]
+    if as_json: print(json.dumps(dict(results=str(results), counts=rows, files=found)))
+    else: show_table(rows, f"Keys in {results}")
+
 # %% ../nbs/18_cli.ipynb #acb7e443
 @app.command(context_settings={"allow_extra_args": True})
 def reproduce(
@@ -358,34 +385,36 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
     tables_only: Annotated[bool, typer.Option(
         "--tables-only", help="Tables and figures from the rows there are; runs no model.")] = False,
+    again: Annotated[bool, typer.Option(
+        "--again", help="Make results again whose keys are of an older scheme (see `carry-over`).")] = False,
 ) -> None:
     "Run a whole study and make its tables and figures. What follows `--` goes to Snakemake."
-    from calib_prune.study import cells, load_preset
-    root = repository()
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else root / "presets" / f"{preset}.yaml"
-    study = load_preset(path)
+    from calib_prune.study import cells
+    path, study, results = _study_of(preset)
+    root, names = repository(), [c.name for c in cells(study, ablations=True)]
+    os.chdir(root)  # a preset's paths start there, as in the workflow
     if not tables_only: check_names(study)
-    names, results = [c.name for c in cells(study, ablations=True)], root / "results" / study["name"]
-    command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path.resolve()), "--cores",
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path), "--cores",
                str(jobs or len(os.sched_getaffinity(0))), "--keep-going", "--rerun-incomplete", "--rerun-triggers",
-               "mtime", "--nolock", *(["--config", "tables_only=1", "--forceall"] if tables_only else []), *context.args]
+               "mtime", "--nolock", *(["--config", "tables_only=1", "--forceall"] if tables_only else []),
+               *(["--config", "again=1"] if again and not tables_only else []), *context.args]
+    if not tables_only:
+        from calib_prune.keys import left_table, left_to_do
+        left = left_to_do(study, results, again)
     if dry_run:
         from calib_prune.cost import estimate
         done = subprocess.run([*command, "--dry-run"], cwd=root)
+        if not tables_only: show_table(left_table(left), f"What is left to do in {results}")
         show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")
         raise typer.Exit(done.returncode)
     console, log = Console(stderr=True), results / "snakemake.log"
     with Lock(results) as lock:
-        left = set()
-        if not tables_only:
-            from calib_prune.identity import unfinished
-            left = set(unfinished(study, results))
         shutil.rmtree(results / ".progress", ignore_errors=True)
         for old in (results / "notebooks").glob("*.log"): old.unlink()
         with open(log, "w") as out:
             process = subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT,
                                        pass_fds=[lock.file.fileno()])
-            try: _watch(process, names, left, results, console)
+            try: _watch(process, names, set() if tables_only else set(left["models"]), results, console)
             except KeyboardInterrupt:
                 process.wait()
                 raise CalibPruneError("Interrupted: finished models are kept, run the same command to go on.") from None

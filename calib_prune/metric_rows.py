@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .calibration import build_calibration, parse_mix, source_stream, token_stream
-from .core import DIMENSIONS, CalibPruneError, write_atomic
+from .core import DIMENSIONS, CalibPruneError, load_json, write_atomic
 from .oit import METRICS, benchmark_tokens, measure
 from .progress import ProgressFn
 from .sources import get_source
@@ -62,12 +62,12 @@ def source_facts(preset: dict[str, Any], strategy: str, tokenizer) -> list[dict[
 # %% ../nbs/13c_metric_rows.ipynb #dcb93f46
 def save_metrics(folder: str | Path,      # the study's results
                  strategy: str,
-                 identity: str,           # see `identity.metrics_identity`
+                 key: dict[str, Any],     # see `keys.metrics_key`
                  rows: pd.DataFrame,      # from `draw_metrics`
                  sources: list[dict[str, Any]]  # from `source_facts`
                 ) -> Path:
     "Write the metrics of a strategy's calibration sets."
-    done = dict(identity=identity, strategy=strategy, seeds=sorted(map(int, rows["seed"].unique())), rows=json_rows(rows),
+    done = dict(key=key, strategy=strategy, seeds=sorted(map(int, rows["seed"].unique())), rows=json_rows(rows),
                 sources=sources)
     text = json.dumps(done, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     return write_atomic(Path(folder) / "metrics" / f"{strategy}.json", text + "\n")
@@ -77,7 +77,7 @@ def read_metrics(preset: dict[str, Any], folder: str | Path, partial: bool = Fal
     found = []
     for name in preset["strategies"]:
         path = Path(folder) / "metrics" / f"{name}.json"
-        if path.is_file(): found.append(json.loads(path.read_text(encoding="utf-8")))
+        if path.is_file(): found.append(load_json(path, rows=list, sources=list))
         elif not partial: raise CalibPruneError(f"No metrics {path}: the calibration sets of {name!r} have not been measured.")
     return found
 

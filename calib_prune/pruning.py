@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BY_PART', 'decoder_layers', 'prunable', 'get_weight', 'check_layers', 'Call', 'capture', 'share_groups',
-           'layer_statistics', 'LinearReport', 'prune_layer', 'fingerprint', 'Checkpoint', 'check_method',
+           'layer_statistics', 'Method', 'LinearReport', 'prune_layer', 'fingerprint', 'Checkpoint', 'check_method',
            'check_parts', 'check_window', 'check_tokens', 'split', 'prune']
 
 # %% ../nbs/09_pruning.ipynb #76e21198
@@ -186,13 +186,29 @@ def _sparsegpt_group(weights, hessians, sparsity, pattern, block, damping):
 def _sparsegpt_parts(weights, hessians, *how, rounds):
     return minimax(weights, hessians, lambda h: _sparsegpt_group(weights, [h], *how), rounds)
 
-METHODS: dict[str, Callable] = {  # (weights, second moments, sparsity, pattern, block, damping) → pruned weights
-    "sparsegpt": _sparsegpt_group,
-    "wanda": lambda weights, hs, sparsity, pattern, *_: [wanda(w, hs[0], sparsity, pattern) for w in weights],
-    "magnitude": lambda weights, hs, sparsity, pattern, *_: [magnitude(w, hs[0], sparsity, pattern) for w in weights],
-    "balanced": partial(_sparsegpt_parts, rounds=1),
-    "minimax": partial(_sparsegpt_parts, rounds=8)}
-BY_PART = {"balanced", "minimax"}
+def _wanda_group(weights, hessians, sparsity, pattern, *_):
+    return [wanda(w, hessians[0], sparsity, pattern) for w in weights]
+
+def _magnitude_group(weights, hessians, sparsity, pattern, *_):
+    return [magnitude(w, hessians[0], sparsity, pattern) for w in weights]
+
+# %% ../nbs/09_pruning.ipynb #180b7cb6
+@dataclass(frozen=True)
+class Method:
+    "A way to prune the linear maps that share an input."
+    name: str
+    solve: Callable  # (weights, second moments, sparsity, pattern, block, damping) → pruned weights
+    version: int     # raised when the pruned weights change: see `keys`
+    settings: tuple[str, ...] = ()  # which of `block` and `damping` it heeds
+    by_part: bool = False           # gets a second moment for each part of the calibration set
+
+METHODS: dict[str, Method] = {o.name: o for o in (
+    Method("sparsegpt", _sparsegpt_group, 1, ("block", "damping")),
+    Method("wanda", _wanda_group, 1),
+    Method("magnitude", _magnitude_group, 1),
+    Method("balanced", partial(_sparsegpt_parts, rounds=1), 1, ("block", "damping"), by_part=True),
+    Method("minimax", partial(_sparsegpt_parts, rounds=8), 1, ("block", "damping"), by_part=True))}
+BY_PART = {o.name for o in METHODS.values() if o.by_part}
 
 # %% ../nbs/09_pruning.ipynb #08c66cd1
 @dataclass
@@ -217,7 +233,7 @@ def prune_layer(index: int, layer: nn.Module, groups: list[list[str]],
     linears, reports = prunable(layer), []
     for group in groups:
         mine, weights = [o[group[0]] for o in moments], [get_weight(linears[name]) for name in group]
-        try: results = METHODS[method](weights, [o.matrix() for o in mine], sparsity, pattern, block, damping)
+        try: results = METHODS[method].solve(weights, [o.matrix() for o in mine], sparsity, pattern, block, damping)
         except CalibPruneError as e: raise CalibPruneError(f"Layer {index}, {' / '.join(group)}: {e}") from e
         for name, weight, new in zip(group, weights, results, strict=True):
             weight.copy_(new.weight)
@@ -340,7 +356,8 @@ def prune(model: PreTrainedModel,              # pruned in place
     parts = [*parts] if method in BY_PART else [""] * len(tokens)
     layers, home, work = decoder_layers(model), model.device, as_device(str(device)) if device else model.device
     saved = checkpoint and Checkpoint(checkpoint, dict(
-        model=fingerprint(model), tokens=content_hash(tokens.tolist()), method=method, sparsity=sparsity, parts=parts,
+        model=fingerprint(model), tokens=content_hash(tokens.tolist()), method=method,
+        version=METHODS[method].version, sparsity=sparsity, parts=parts,
         pattern=pattern and list(pattern), block=block, damping=damping, batch_tokens=batch_tokens, device=work.type))
     batches, where = split(tokens, max(1, batch_tokens // tokens.shape[1]), parts)
     hidden, calls = capture(model, batches)

@@ -17,8 +17,9 @@ from typing import Any, Iterable
 
 import pandas as pd
 import yaml
+from pyarrow import ArrowException
 
-from .core import CalibPruneError, unknown_name, write_atomic
+from .core import CalibPruneError, damaged, load_json, unknown_name, write_atomic
 from .masks import as_pattern, check_sparsity
 
 # %% ../nbs/13_study.ipynb #9980b0bd
@@ -171,7 +172,7 @@ def json_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 # %% ../nbs/13_study.ipynb #4921cd67
 def save_cell(folder: str | Path,      # the study's results
-              record: dict[str, Any],  # see `identity.describe_run`
+              record: dict[str, Any],  # see `keys.describe_run`
               rows: pd.DataFrame,      # one a task: task, dimension, metric, score, n, …
               items: pd.DataFrame,     # one an item: see `evaluation.evaluate`
               layers: pd.DataFrame,    # one a linear map: see `pruning.prune`; empty for the dense model
@@ -195,7 +196,7 @@ class Result:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file(): raise CalibPruneError(f"No result {path}: that cell has not been run, or did not finish.")
-    return json.loads(path.read_text())
+    return load_json(path, record=dict, rows=list, seconds=dict)
 
 def load_record(path: str | Path) -> dict[str, Any]:
     "What a finished cell says about how it was made."
@@ -206,7 +207,9 @@ def load_cell(path: str | Path  # the JSON file
     "Read a finished cell."
     path = Path(path)
     done = _read(path)
-    items = pd.read_parquet(path.with_name(path.stem + ".items.parquet"))
+    file = path.with_name(path.stem + ".items.parquet")
+    try: items = pd.read_parquet(file)
+    except (OSError, ArrowException) as e: raise damaged(file, str(e)) from e
     return Result(done["record"], pd.DataFrame(done["rows"]), items, done["seconds"])
 
 # %% ../nbs/13_study.ipynb #2080c6f7
@@ -223,7 +226,7 @@ def tidy_rows(study: dict[str, Result]) -> pd.DataFrame:
     "One row per cell and task, with everything that identifies it."
     parts = []
     for result in study.values():
-        about = {k: v for k, v in result.record.items() if k != "calibration"}
+        about = {k: v for k, v in result.record.items() if k not in ("calibration", "key")}
         about["calibration"] = (result.record["calibration"] or {}).get("content", "")
         parts.append(result.rows.assign(**about))
     frame = pd.concat(parts, ignore_index=True)

@@ -8,9 +8,10 @@ __all__ = ['KINDS', 'TASKS', 'TASK_SETS', 'Task', 'chance', 'get_tasks', 'render
 # %% ../nbs/10_tasks.ipynb #ed760352
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import yaml
 
@@ -41,6 +42,13 @@ class Task:
     def scored_by(self) -> str:
         "How its score reads: a share of items right, or bits per byte (lower is better)."
         return "bits per byte" if self.kind == "bpb" else "accuracy"
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        "What decides scores. What is at its default is left out, so that a new field changes no task that does not use it."
+        told = ("name", "description", "overlaps")  # no score depends on these
+        found = {o.name: (getattr(self, o.name), o.default) for o in fields(self) if o.name not in told}
+        return {k: value for k, (value, default) in found.items() if value != default}
 
 # %% ../nbs/10_tasks.ipynb #0fc1166f
 _QA = "Question: {question}\nAnswer:"

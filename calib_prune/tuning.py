@@ -18,15 +18,15 @@ from .core import DIMENSIONS
 from .evaluation import loglikelihoods
 from .memory import reused_memory
 from .progress import ProgressFn
-from .sources import SOURCES
+from .sources import SUITE
 
 # %% ../nbs/08b_tuning.ipynb #98dab03c
 def mix_of_shares(shares: Mapping[str, float]  # dimension → share, positive
                  ) -> str:                     # as `calibration.parse_mix` reads it
     "A mix of the packaged sources with these shares of the dimensions."
     weights = {}
-    for name, source in SOURCES.items():
-        size = sum(o.dimension == source.dimension for o in SOURCES.values())
+    for name, source in SUITE.items():
+        size = sum(o.dimension == source.dimension for o in SUITE.values())
         weights[name] = round(100 * shares[source.dimension] / sum(shares.values()) / size, 2)
     return ",".join(f"{name}={weight:g}" for name, weight in weights.items() if weight)
 
@@ -38,7 +38,7 @@ def heldout_windows(tokenizer, n: int,       # windows of each dimension
     "Windows of each dimension's sources that no calibration set of the same draw holds."
     found = {}
     for d in DIMENSIONS:
-        names = [k for k, o in SOURCES.items() if o.dimension == d]
+        names = [k for k, o in SUITE.items() if o.dimension == d]
         each = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
         parts = []
         for name, k in zip(names, each):

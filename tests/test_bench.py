@@ -103,7 +103,7 @@ def result_files(): return [o for o in sorted(RESULTS.glob("*.json")) if o.stem 
 @pytest.mark.parametrize("path", result_files(), ids=lambda p: p.stem)
 def test_results_say_what_and_where(path):
     found = json.loads(path.read_text())
-    assert set(found) == {"machine", "code", "plan", "rows"} and found["rows"]
+    assert set(found) == {"machine", "plan", "states", "rows"} and found["rows"] and found["states"]
     assert {"cpu", "cores", "memory_gib", "torch", "threads"} <= set(found["machine"])
     assert "+" not in found["machine"]["torch"]
     if path.stem in ("prune", "score"):
@@ -111,9 +111,31 @@ def test_results_say_what_and_where(path):
                    for o in found["rows"])
 
 
+def test_rows_of_other_code_are_kept_with_a_warning_and_those_of_another_machine_refused(tmp_path, capsys):
+    path, head, then = tmp_path / "prune.json", dict(machine=dict(cpu="a"), plan=dict(rounds=3)), dict(code="1", versions=dict(wanda=1))
+    run.add(path, run.read(path, head, then), then, [dict(who="ours")])
+    assert run.read(path, head, then)["rows"] == [dict(who="ours")] and not capsys.readouterr().err
+    now = dict(code="2", versions=dict(wanda=2))
+    kept = run.read(path, head, now)
+    assert "the code has changed" in (said := capsys.readouterr().err) and "wanda 1, now 2" in said and kept["rows"] == [dict(who="ours")]
+    run.add(path, kept, now, [dict(who="plain")])
+    assert [o["code"] for o in json.loads(path.read_text())["states"]] == ["1", "2"]
+    with pytest.raises(SystemExit, match="another machine"): run.read(path, head | dict(machine=dict(cpu="b")), now)
+    assert not run.read(path, head, now, fresh=True)["rows"] and path.is_file()
+
+
+def test_what_is_measured_is_known_by_what_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    def state(text):
+        (tmp_path / "a.py").write_text(text)
+        return run.state_of(("a.py",), ("wanda",))["code"]
+    first = state("# %% ../nbs/08_wanda.ipynb\nx = 1\n")
+    assert state("# %% ../nbs/5_pruning/02_wanda.ipynb\nx = 1  # moved\n") == first != state("x = 2\n")
+
+
 def test_results_are_of_one_state():
     found = {o.stem: json.loads(o.read_text()) for o in result_files()}
-    assert len({json.dumps([o["code"], o["plan"]]) for k, o in found.items() if k != WRITING}) <= 1
+    assert len({json.dumps([o["states"], o["plan"]]) for k, o in found.items() if k != WRITING}) <= 1
     assert len({json.dumps(o["machine"]) for o in found.values()}) <= 1
 
 

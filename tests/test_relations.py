@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from calib_prune.analysis import example_study
-from calib_prune.audit_rows import load_audit, preset_audit, save_audit
+from calib_prune.audit_rows import load_audit, make_audits, preset_audit, save_audit
 from calib_prune.contamination import DEFAULT_RULE, Audit, audit, contamination_table
 from calib_prune.core import CalibPruneError
 from calib_prune.fetch import cached, read_jsonl
@@ -98,7 +98,7 @@ def test_names_do_not_cover_each_other():
 
 def test_metrics_come_back_as_they_were(metrics, tmp_path):
     mine = metrics[metrics["strategy"] == "c4"][ROW_COLUMNS].reset_index(drop=True)
-    path = save_metrics(tmp_path, "c4", "abc", mine, [])
+    path = save_metrics(tmp_path, "c4", dict(scheme=2), mine, [])
     assert "NaN" not in path.read_text() and json.loads(path.read_text())["seeds"] == [0, 1]
     pd.testing.assert_frame_equal(load_metrics(PRESET, tmp_path, partial=True), mine, check_dtype=False)
     with pytest.raises(CalibPruneError, match="openwebtext"): load_metrics(PRESET, tmp_path)
@@ -117,7 +117,8 @@ def test_written_text_is_audited_as_it_comes(tmp_path, monkeypatch):
             path = tmp_path / "generated" / f"{name.replace('_', '-')}.jsonl"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(dict(text=text)) + "\n")
-        done = preset_audit(preset, tmp_path / "contamination.json")
+        make_audits(preset, tmp_path)
+        done = preset_audit(preset, tmp_path)
         return done.sources, set(done.overlaps["item"])
     assert found() == (("c4",), set())
     assert found(cool_s0=items[0]) == (("c4",), set())  # of the ablations: no table compares it with clean items
@@ -133,7 +134,7 @@ def test_audits_come_back_and_leave_items_out_for_all_alike(study, tmp_path, mon
     found = pd.DataFrame([dict(source="c4", task="sciq", item=f"{i:04}", covered=0.5, document=3, match="é a") for i in range(7)])
     items = study["dense"].items[["task", "item"]].assign(checked=lambda o: o["item"] != "0001")
     made = Audit(found, items, ("c4", "math"), DEFAULT_RULE)
-    back = load_audit(save_audit(made, tmp_path / "a.json", "abc"))
+    back = load_audit(save_audit(made, tmp_path / "a.json", dict(scheme=2)))
     pd.testing.assert_frame_equal(contamination_table(back), contamination_table(made))
     assert back.rule == DEFAULT_RULE and "é a" in (tmp_path / "a.json").read_text()
     table = overlap_retention(study, back, 20)

@@ -82,7 +82,7 @@ def test_finished_then_reused_then_tables_alone(checkout):
 
     # A fresh clone: rows with new file times, no workflow memory, no figures. Nothing is run again, and tables come out the same.
     before = {p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")}
-    for waste in (".snakemake", "figures/tiny", "results/tiny/.identity", "results/tiny/notebooks"): shutil.rmtree(checkout / waste)
+    for waste in (".snakemake", "figures/tiny", "results/tiny/.keys", "results/tiny/notebooks"): shutil.rmtree(checkout / waste)
     for p in (checkout / "results/tiny").glob("*.json"): os.utime(p)
     times = {p: p.stat().st_mtime_ns for p in times}
     reproduce(checkout, "--tables-only")
@@ -90,12 +90,13 @@ def test_finished_then_reused_then_tables_alone(checkout):
     listed, _ = reproduce(checkout, "--dry-run")
     assert "cell_" not in listed
     reproduce(checkout)
-    assert times == {p: p.stat().st_mtime_ns for p in times}, "identities, not file times, decide"
+    assert times == {p: p.stat().st_mtime_ns for p in times}, "keys, not file times, decide"
 
     preset = yaml.safe_load((checkout / "tiny.yaml").read_text())
     (checkout / "other.yaml").write_text(yaml.safe_dump(preset | dict(pruning=preset["pruning"] | dict(batch_tokens=2048))))
     listed, _ = reproduce(checkout, "--dry-run", "--preset", "other.yaml")
-    assert listed.count("rule cell_") >= 3, "other settings, other results"
+    assert "rule cell_c4" in listed and "rule cell_own" in listed and "rule cell_dense" not in listed, "other settings, other results"
+    assert "pruning.batch_tokens: 4096 → 2048" in " ".join(listed.split()), "and why"
 
 
 def test_ten_power_cuts_change_nothing(checkout):

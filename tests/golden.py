@@ -1,0 +1,186 @@
+"""Golden numbers: a few numbers of every stage that makes numbers, and what they were when they were last looked at.
+
+When numbers of a stage move, raise its version beside its code (nbs/13a_keys says when), then `python -m tests.golden --renew`.
+What another kind of processor makes of them is seen with fewer instructions, too:
+ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell python -m tests.golden --renew
+"""
+import json
+import math
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from calib_prune.calibration import allocate, build_calibration, uniform_mixes
+from calib_prune.contamination import audit
+from calib_prune.core import content_hash, load_json, write_atomic
+from calib_prune.evaluation import evaluate, generated_rows, perplexity
+from calib_prune.fetch import cached, read_jsonl
+from calib_prune.igsp import PROTOCOLS
+from calib_prune.keys import environment, versions
+from calib_prune.models import load_model, tiny_llama, tiny_tokenizer
+from calib_prune.oit import benchmark_tokens, measure
+from calib_prune.pruning import METHODS, prune
+from calib_prune.sources import HELDOUT
+from calib_prune.tasks import TASKS
+
+FILE = Path(__file__).with_name("golden.json")
+Numbers = dict[str, Any]  # real numbers are compared within a tolerance, all else exactly
+# Relative, at least ten times what kinds of processor and numbers of threads were seen to differ in (`seen` in golden.json). Of pruned
+# weights some are on the edge, and rounding decides; a damping changed by a hundredth moves them four hundred times as far.
+TOLERANCE = dict.fromkeys(METHODS, 1e-3)
+ELSEWHERE = 2e-5
+PROSE = ["The river was low that summer, and the boys walked across it.", "One and one is two. Two and two is four, said Ann.",
+         "def area(w, h):\n    return w * h\n", "It rained. She took her coat, her hat and the red umbrella, and left."] * 4
+
+
+class Prose:
+    "A source with a few documents of its own."
+    name, revision = "prose", "1"
+    def documents(self): return [f"{i}: {o}" for i, o in enumerate(PROSE)]
+
+
+@cache
+def real_tokenizer(): return load_model("smollm2-135m")[1]
+
+def real_model(layers: int):
+    "The first layers of the default model."
+    model, _ = load_model("smollm2-135m")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
+    return model
+
+
+# --- one function a stage and size
+
+def tiny_sets() -> Numbers:
+    found = {f"draw {s}": build_calibration(Prose(), tiny_tokenizer(), 6, 32, s).content for s in (0, 1)}
+    return found | {k: allocate(mix, 32) for k, mix in uniform_mixes().items()}
+
+def real_sets() -> Numbers:
+    mixes = "c4", "c4=0.5,math=0.5", "wikipedia,codeio,csqa"  # without stdlib, which each Python has its own of
+    return {o: build_calibration(o, real_tokenizer(), 8, 128, seed=1).content for o in mixes}
+
+def tiny_text(protocol: str) -> Numbers:
+    with TemporaryDirectory() as folder:
+        more = dict(igsp=dict(bins=2, choice=1.5), sgs=dict(source=str(write_atomic(f"{folder}/p.txt", "\f".join(Prose().documents())))))
+        made = PROTOCOLS[protocol].run(tiny_llama(), tiny_tokenizer(), budget=1024, length=64, seed=0,
+                                       sampling=PROTOCOLS[protocol].sampling, batch=8, **more.get(protocol, {}))
+    return dict(texts=content_hash(made.documents()), perplexity=made.report["perplexity"], repeated=made.report["repeated_4grams"])
+
+def real_text(protocol: str) -> Numbers:
+    more = dict(igsp=dict(bins=1, choice=1.5, pool=2.0)).get(protocol, {})
+    made = PROTOCOLS[protocol].run(real_model(4), real_tokenizer(), budget=120, length=24, seed=0,
+                                   sampling=PROTOCOLS[protocol].sampling, batch=8, **more)
+    return dict(texts=content_hash(made.documents()), perplexity=made.report["perplexity"])
+
+def pruned(model, tokens, method: str, **how) -> Numbers:
+    "Zeros and errors of a prune, and each weight's share in a sum with random signs."
+    half = len(tokens) // 2
+    report = prune(model, tokens, method, parts=["a"] * half + ["b"] * (len(tokens) - half), **how)
+    signs = torch.Generator().manual_seed(0)
+    weights = [p for k, p in model.named_parameters() if p.ndim == 2 and ".layers." in k]
+    sums = [float((p.detach().double() * (torch.rand(p.shape, generator=signs) - 0.5)).sum() / p.detach().double().norm()) for p in weights]
+    return dict(zeros=[int((p == 0).sum()) for p in weights], errors=report["error"].tolist(), sums=sums)
+
+def tiny_pruning(method: str) -> Numbers:
+    tokens = torch.randint(1, 264, (8, 32), generator=torch.Generator().manual_seed(0))
+    return {str(how): pruned(tiny_llama(), tokens, method, **how) for how in (dict(sparsity=0.6, block=16), dict(pattern=(2, 4)))}
+
+def real_pruning(method: str) -> Numbers:
+    tokens = build_calibration("c4,codeio", real_tokenizer(), 64, 128).tokens
+    found = pruned(real_model(1), tokens, method, sparsity=0.6)
+    return {k: found[k] for k in ("zeros", "errors")}  # of millions of weights, some are on the edge: the sums move with rounding
+
+def tiny_scoring() -> Numbers:
+    answers = ["#### 12", "The answer is 7, or 1,200.", "none"]
+    docs = [dict(filtered_resps=[a], doc=dict(id=str(i), target="1,200")) for i, a in enumerate(answers)]
+    programs = [dict(filtered_resps=[a], doc=dict(id=a, program="\0\nassert f(2) == 4\n")) for a in ("def f(x): return 2 * x", "f = 1")]
+    rows = [*generated_rows(TASKS["gsm8k_generate"], docs), *generated_rows(TASKS["mbpp_generate"], programs)]
+    found = perplexity(tiny_llama(), tiny_tokenizer(), PROSE[:3], 32)
+    return dict(right=[o["value"] for o in rows], perplexity=[found.per(o) for o in ("token", "word", "byte")])
+
+def real_scoring() -> Numbers:
+    model = real_model(4)
+    items = evaluate(model, real_tokenizer(), "default,boolq", limit=2)
+    by = {m: o for m, o in items.groupby("metric")}
+    text = HELDOUT["coqa"].documents()[:1]
+    return dict(items=content_hash(items[["task", "item", "metric", "bytes"]].astype(str).values.tolist()), bits=by["bits"]["value"].tolist(),
+                right=[by[o]["value"].tolist() for o in ("acc", "acc_norm")], perplexity=perplexity(model, real_tokenizer(), text, 128).per("byte"))
+
+def values_of(table) -> Numbers:
+    "The metrics of a set that have a value."
+    return {o.metric: [v for v in (o.value, o.ci_low, o.ci_high) if v == v] for o in table.itertuples() if not math.isnan(o.value)}
+
+def tiny_metrics() -> Numbers:
+    cal = build_calibration(Prose(), tiny_tokenizer(), 6, 32)
+    return values_of(measure(cal, tiny_tokenizer(), tiny_llama(), {"letters": np.arange(40, 80)}))
+
+def real_metrics() -> Numbers:
+    cal = build_calibration("c4,codeio", real_tokenizer(), 4, 128)
+    return values_of(measure(cal, real_tokenizer(), real_model(4), benchmark_tokens(real_tokenizer(), limit=3)))
+
+def real_audit() -> Numbers:
+    gsm, mbpp = (read_jsonl(cached("benchmarks", o)) for o in ("gsm8k", "mbpp"))
+    texts = [*PROSE, f"So: {gsm[3]['question']} {gsm[4]['question'].lower()}", mbpp[7]["code"], gsm[9]["question"].replace("1", "77")]
+    found = audit(texts, "gsm8k,mbpp,sciq", name="made up")
+    overlaps = found.overlaps[["task", "item", "document", "match"]].astype(str).values.tolist()
+    return dict(overlaps=content_hash(overlaps), covered=found.overlaps["covered"].tolist(), checked=int(found.items["checked"].sum()))
+
+
+STAGES: dict[str, list[Callable[[], Numbers]]] = {
+    "calibration set": [tiny_sets, real_sets], "scoring": [tiny_scoring, real_scoring], "metrics": [tiny_metrics, real_metrics],
+    "audit": [real_audit]}
+STAGES |= {k: [lambda k=k: tiny_text(k), lambda k=k: real_text(k)] for k in PROTOCOLS}
+STAGES |= {k: [lambda k=k: tiny_pruning(k), lambda k=k: real_pruning(k)] for k in METHODS}
+
+
+# --- comparing
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    "The single values of nested dictionaries and lists, by their path."
+    if isinstance(value, dict): pairs = value.items()
+    elif isinstance(value, list): pairs = enumerate(value)
+    else: return {name: value}
+    return {k: v for key, o in pairs for k, v in leaves(o, f"{name}/{key}").items()}
+
+def tolerance(stage: str) -> float: return TOLERANCE.get(stage, ELSEWHERE)
+
+def deviations(now: Numbers, then: Numbers) -> dict[str, float]:
+    "By how much each number moved, relative to its size or to 0.02; infinite where something else than a real number changed."
+    new, old = leaves(now), leaves(then)
+    def one(a, b): return abs(a - b) / max(abs(b), 0.02) if isinstance(a, float) and isinstance(b, float) else 0.0 if a == b else math.inf
+    return {k: one(new[k], old[k]) if k in new and k in old else math.inf for k in new.keys() | old.keys()}
+
+def compute(stage: str, sizes: slice = slice(None)) -> Numbers:
+    "The numbers of a stage as JSON holds them."
+    return json.loads(json.dumps({str(i): f() for i, f in enumerate(STAGES[stage][sizes])}))
+
+def renew(stages: list[str]) -> None:
+    "Write down the numbers of these stages, and how far this machine is from what others found."
+    file = load_json(FILE) if FILE.is_file() else dict(stages={}, seen=[])
+    about, largest = environment(), {}
+    for stage in stages:
+        now, then, version = compute(stage), file["stages"].get(stage), versions()[stage]
+        found = deviations(now, then["numbers"]) if then else {}
+        worst = max(found, key=found.get, default=None)
+        moved = worst is not None and found[worst] > tolerance(stage)
+        if moved and then["version"] == version:
+            sys.exit(f"{stage}: {worst} moved by {found[worst]:.2g} under version {version}: raise the version first (nbs/13a_keys).")
+        if moved or not then: file["stages"][stage] = dict(version=version, numbers=now)
+        else: then["version"], largest[stage] = version, found[worst]
+        print(f"{stage}: version {version}, " + ("written down" if moved or not then else f"held to {found[worst]:.2g}"), flush=True)
+    machine = {k: about[k] for k in ("processor", "instructions", "threads", "torch")}
+    before = next((o["largest"] for o in file["seen"] if o["machine"] == machine), {})
+    largest = before | {k: float(f"{v:.2g}") for k, v in largest.items()}
+    file["seen"] = [*(o for o in file["seen"] if o["machine"] != machine), dict(machine=machine, largest=dict(sorted(largest.items())))]
+    write_atomic(FILE, json.dumps(file, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--renew"]: sys.exit(__doc__)
+    renew(sys.argv[2:] or [*STAGES])

@@ -1,0 +1,197 @@
+"What a finished result survives: every committed one, under edits of the code, of the registries, and of the numbers."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from calib_prune import carry_over, keys
+from calib_prune.core import CalibPruneError
+from calib_prune.keys import OLDER, changes, left_to_do, versions
+from calib_prune.sources import LibrarySource
+from calib_prune.study import cells, load_preset, measured_strategies, protocol_of
+from calib_prune.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results/default"
+PRESET = load_preset(ROOT / "presets/default.yaml")
+CELLS = cells(PRESET, ablations=True)
+RECORDED = "Python 3.11.7#2044b1208251"  # the standard library that the committed results were calibrated on
+pytestmark = pytest.mark.real  # keys name the fetched text
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout_with_the_recorded_python(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(LibrarySource, "revision", RECORDED)
+
+
+def left(preset=PRESET, folder=RESULTS): return left_to_do(preset, folder)
+def of_method(*methods): return {c.name for c in CELLS if c.method in methods}
+def of_protocol(name): return {c.mix for c in CELLS if (own := protocol_of(PRESET["strategies"].get(c.strategy, ""))) and own[0] == name}
+
+
+def test_every_committed_result_is_finished():
+    assert left() == dict(models={}, texts={}, metrics={}, audits={})
+    kept = {str(o.relative_to(RESULTS)) for o in RESULTS.rglob("*.json") if not o.name.startswith(".") and "notebooks" not in o.parts}
+    assert len(CELLS) == 117 and len(measured_strategies(PRESET)) == 20 and {f"{c.name}.json" for c in CELLS} <= kept
+
+
+EDITS = {  # file → [(what is there, what an edit makes of it)]
+    "evaluation.py": [("norm = torch.cat(", "total = torch.cat("), ("wide) - norm[at]", "wide) - total[at]"),  # a renamed local
+                      ('"The number after `####`, else', '"Better explained: the number after `####`, else'),
+                      ("def last_number(text: str)", "from .moved import last_number\n\ndef unused(text: str)")],
+    "moved.py": [("", 'import re\n\ndef last_number(text):\n    found = re.findall(r"-?\\d+", text)\n    return float(found[-1]) if found else None\n')],
+    "pruning.py": [("weighs the parts of a calibration set against each other", "compares the parts of a calibration set"),  # an error
+                   ('    Method("wanda", _wanda_group, 1),', '    Method("wanda", _wanda_group, 1),\n    Method("other", _wanda_group, 1),')],
+    "sources.py": [('    packaged("arithmetic",', '    LibrarySource("more", "Code", "PSF-2.0", "elsewhere"),\n    packaged("arithmetic",')],
+    "tasks.py": [('    _choice("sciq",', '    _choice("other", "General", _QA, "another task"),\n    _choice("sciq",'),
+                 ('overlaps: tuple[str, ...] = ()', 'more: int = 0\n    overlaps: tuple[str, ...] = ()'),
+                 ("science exam questions, four answers", "questions of science exams")]}
+PROBE = """
+import json
+from calib_prune import keys, pruning, sources, tasks
+from calib_prune.sources import LibrarySource
+from calib_prune.study import load_preset
+LibrarySource.revision = {revision!r}
+assert "other" in pruning.METHODS and "more" in sources.SOURCES and "other" in tasks.TASKS
+print(json.dumps(keys.left_to_do(load_preset("presets/default.yaml"), "results/default")))
+"""
+
+
+def test_edits_of_the_code_and_of_registries_leave_everything_finished(tmp_path):
+    shutil.copytree(ROOT / "calib_prune", tmp_path / "calib_prune", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, edits in EDITS.items():
+        path = tmp_path / "calib_prune" / name
+        text = path.read_text() if path.exists() else ""
+        for old, new in edits:
+            assert not old or text.count(old) == 1, (name, old)
+            text = text.replace(old, new) if old else new
+        path.write_text(text)
+    env = os.environ | dict(PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")  # the copy, not the checkout that it stands in
+    done = subprocess.run([sys.executable, "-c", PROBE.format(revision=RECORDED)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == dict(models={}, texts={}, metrics={}, audits={})
+
+
+ALL = {c.name for c in CELLS}
+STRATEGIES = set(measured_strategies(PRESET))
+USES = {  # stage → which results of each kind have to be made again when its version is raised
+    "sparsegpt": dict(models=of_method("sparsegpt")), "wanda": dict(models=of_method("wanda")), "magnitude": {},
+    "balanced": dict(models=of_method("balanced")), "minimax": dict(models=of_method("minimax")),
+    "scoring": dict(models=ALL), "calibration set": dict(models=ALL - {"dense"}, metrics=STRATEGIES), "metrics": dict(metrics=STRATEGIES),
+    "audit": dict(audits={"contamination", "contamination-written"}),
+    "sgs": dict(texts=of_protocol("sgs"), models={c.name for c in CELLS if c.mix in of_protocol("sgs")}, metrics={"sgs"}, audits={"contamination-written"})}
+
+
+@pytest.mark.parametrize("stage", USES)
+def test_a_raised_version_leaves_what_it_made_and_nothing_else(stage, monkeypatch):
+    monkeypatch.setattr(keys, "versions", lambda: versions() | {stage: versions()[stage] + 1})
+    found = left()
+    assert {k: set(v) for k, v in found.items()} == dict(models=set(), texts=set(), metrics=set(), audits=set()) | USES[stage]
+    assert all(f"versions.{stage}: 1 → 2" in why for mine in found.values() for why in mine.values())
+
+
+def test_the_models_own_text_comes_before_the_metrics(monkeypatch):
+    monkeypatch.setattr(keys, "versions", lambda: versions() | {"self-cal": 2})
+    assert set(left()["metrics"]) == STRATEGIES | {"own text"}
+
+
+def test_another_damping_leaves_those_that_use_it():
+    found = left(PRESET | dict(pruning=PRESET["pruning"] | dict(damping=0.02, offload=True)))
+    assert set(found["models"]) == of_method("sparsegpt", "balanced", "minimax") and not found["texts"] | found["metrics"] | found["audits"]
+    assert set(found["models"].values()) == {"pruning.damping: 0.01 → 0.02"}
+
+
+def test_another_prompt_leaves_what_reads_it(monkeypatch):
+    monkeypatch.setitem(TASKS, "piqa", replace(TASKS["piqa"], prompt="Goal: {goal}\nAnswer:"))
+    found = left()
+    assert set(found["models"]) == ALL and set(found["models"].values()) == {"tasks.piqa changed"}
+    assert set(found["metrics"]) == STRATEGIES and set(found["audits"]) == {"contamination", "contamination-written"} and not found["texts"]
+    monkeypatch.setitem(TASKS, "piqa", replace(TASKS["piqa"], prompt="Question: {goal}\nAnswer:", description="Better told", overlaps=("c4",)))
+    assert not left()["models"], "a description is not scored"
+
+
+def test_fewer_items_leave_the_models_alone_that_have_them():
+    limit = PRESET["scoring"]["limit"]
+    assert not left(PRESET | dict(scoring=PRESET["scoring"] | dict(limit=limit | dict(boolq=5))))["models"], "of a task that is not scored"
+    assert set(left(PRESET | dict(scoring=PRESET["scoring"] | dict(limit=limit | dict(piqa=5))))["models"]) == ALL
+
+
+def test_another_text_in_a_file_is_another_key(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "other": "two"}\n')
+    key = lambda name: keys.calibration_key(str(name), 4, 8, 0)
+    first = key(path)
+    assert key(shutil.copy(path, tmp_path / "b.jsonl")) == first, "wherever it lies"
+    assert "other" in changes(first, key(f"{path}:other")), "another field of it"
+    path.write_text('{"text": "three"}\n')
+    assert key(path) != first
+
+
+# --- results of an older scheme, and damaged ones
+
+@pytest.fixture
+def copied(tmp_path):
+    shutil.copytree(RESULTS, tmp_path / "results", ignore=shutil.ignore_patterns("notebooks", ".*", "*.parquet", "*.log"))
+    return tmp_path / "results"
+
+
+def contents(folder): return {o.relative_to(folder): o.read_bytes() for o in sorted(folder.rglob("*")) if o.is_file()}
+
+
+def with_old_keys(folder):
+    "Results as version 0.1 left them."
+    def rewrite(path, old, where=lambda o: o):
+        done = json.loads(path.read_text())
+        where(done).pop("key")
+        where(done)["identity"] = old
+        path.write_text(json.dumps(done))
+    for c in CELLS:
+        rewrite(folder / f"{c.name}.json", carry_over.old_cell_key(PRESET, c), lambda o: o["record"])
+        if protocol_of(PRESET["strategies"].get(c.strategy, "")):
+            report = folder / "generated" / f"{Path(c.mix).stem}.report.json"
+            if "identity" not in json.loads(report.read_text()): rewrite(report, carry_over.old_text_key(PRESET, c.strategy, c.seed))
+    for name in STRATEGIES: rewrite(folder / "metrics" / f"{name}.json", carry_over.old_metrics_key(PRESET, name))
+    own = folder / "metrics/own-text.report.json"
+    own.write_text(json.dumps({k: v for k, v in json.loads(own.read_text()).items() if k != "key"}))
+    written = {k: [keys.file_sha256(o) for o in v] for k, v in keys.written_in(PRESET, folder).items()}
+    for stem, searched in (("contamination", keys.sources_in(PRESET)), ("contamination-written", written)):
+        rewrite(folder / f"{stem}.json", carry_over.old_audit_key(PRESET, searched))
+
+
+def test_carrying_over_gives_every_result_the_key_that_it_has(copied):
+    before = contents(copied)
+    with_old_keys(copied)
+    with pytest.raises(CalibPruneError, match="159 of the results have keys of an older scheme.*calib-prune carry-over --preset default.*--again"):
+        left(folder=copied)
+    old = contents(copied)
+    assert all(why.endswith(OLDER) for mine in left_to_do(PRESET, copied, again=True).values() for why in mine.values())
+    assert contents(copied) == old, "asking changes nothing"
+    found = carry_over.carry_over(PRESET, copied)
+    assert {k: (len(v), all(v.values())) for k, v in found.items()} == dict(
+        texts=(19, True), models=(117, True), metrics=(21, True), audits=(2, True))
+    assert contents(copied) == before, "byte for byte what is committed"
+
+
+def test_an_old_result_that_no_longer_holds_is_left_alone(copied):
+    with_old_keys(copied)
+    path = copied / "c4-wanda-0.6-n32-s0.json"
+    path.write_text(path.read_text().replace(carry_over.old_cell_key(PRESET, next(c for c in CELLS if c.name == path.stem)), "0" * 16))
+    before = path.read_bytes()
+    found = carry_over.carry_over(PRESET, copied)
+    assert [k for k, held in found["models"].items() if not held] == [path.name] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["dense.json", "generated/sgs-s0.report.json", "metrics/c4.json", "metrics/own-text.report.json",
+                                  "contamination.json"])
+@pytest.mark.parametrize("text", ["", '{"record": ', "[]", "<<<<<<< HEAD\n{}\n=======\n{}\n>>>>>>> other\n", "[" * 100_000, "\udcff"])
+def test_a_damaged_record_is_named(copied, name, text):
+    (copied / name).write_bytes(text.encode(errors="surrogateescape"))
+    before = contents(copied)
+    with pytest.raises(CalibPruneError, match=rf"{name} is damaged: .*Nothing was changed. Restore it .*git checkout"): left(folder=copied)
+    assert contents(copied) == before
