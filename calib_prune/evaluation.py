@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCORING_VERSION', 'PACKABLE', 'Request', 'Limit', 'UNITS', 'Row', 'common_prefix', 'pack', 'tree_mask', 'unpackable',
            'model_masks', 'head_at', 'token_scores', 'score_batch', 'batches', 'loglikelihoods', 'language_model',
-           'likelihood_rows', 'last_number', 'generated_rows', 'quiet', 'limit_of', 'evaluate', 'own_metric', 'scores',
-           'paired_values', 'draws', 'retained', 'retention_draws', 'interval', 'retention', 'difference',
-           'commonsense_accuracy', 'Perplexity', 'text_windows', 'perplexity']
+           'likelihood_rows', 'last_number', 'generated_rows', 'quiet', 'limit_of', 'left_out_items', 'evaluate',
+           'own_metric', 'scores', 'paired_values', 'draws', 'retained', 'retention_draws', 'interval', 'retention',
+           'difference', 'commonsense_accuracy', 'Perplexity', 'text_windows', 'perplexity']
 
 # %% ../nbs/12_evaluation.ipynb #7b606bb5
 import logging
@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import DIMENSIONS, CalibPruneError, unknown_name
+from .core import DIMENSIONS, CalibPruneError, check_number, unknown_name
 from .memory import reused_memory
 from .models import end_of_text_id
 from .products import fast_products
 from .progress import ProgressFn
 from .pruning import check_window
-from .sandbox import run_sandboxed
+from .sandbox import run_sandboxed, run_tests
 from .tasks import KINDS, TASKS, Task, get_tasks, write_task
 
 # %% ../nbs/12_evaluation.ipynb #30877915
@@ -177,6 +177,9 @@ def loglikelihoods(model,
                   ) -> list[tuple[float, bool]]:    # log-likelihood (nats), is it the greedy continuation
     "Log-likelihood of each continuation after its context."
     keep = max_length or 10**9
+    if longest := max((len(cont) for _, cont in requests if len(cont) > keep), default=0):
+        raise CalibPruneError(f"A continuation of {longest:,} tokens does not fit into the model's context of {keep:,}.")
+    check_number("batch_tokens", batch_tokens, 1, math.inf, whole=True)
     sequences = [(context + cont)[-keep - 1:][:-1] for context, cont in requests]
     found: dict[int, tuple[float, bool]] = {}
     row_tokens = 0 if unpackable(model) else min(1024, batch_tokens)  # 0: each sequence gets its own row
@@ -195,9 +198,19 @@ def language_model(model, tokenizer,
     "A model as lm-eval wants it, with packed scoring unless `stock`."
     from lm_eval.models.huggingface import HFLM  # a slow import, left out of the command line's start
 
+    def where_it_fits(requests, longest, score):
+        "Score what the model's context can hold; the rest is no number."
+        fits = [len(continuation) <= longest for _, _, continuation in requests]
+        found = iter(score([o for o, ok in zip(requests, fits) if ok]))
+        return [next(found) if ok else (math.nan, False) for ok in fits]
+
     class QuietLM(HFLM):
         def loglikelihood(self, requests, disable_tqdm=False):
             return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests, **how):
+            score = super()._loglikelihood_tokens
+            return where_it_fits(requests, self.max_length, lambda some: score(some, **how) if some else [])
 
         def generate_until(self, requests, disable_tqdm=False):
             found = []
@@ -208,16 +221,19 @@ def language_model(model, tokenizer,
 
     class PackedLM(QuietLM):
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            pairs = [(context, continuation) for _, context, continuation in requests]
-            return loglikelihoods(self.model, pairs, batch_tokens, self.max_length, progress)
+            def score(some):
+                pairs = [(context, continuation) for _, context, continuation in some]
+                return loglikelihoods(self.model, pairs, batch_tokens, self.max_length, progress)
+            return where_it_fits(requests, self.max_length, score)
 
     return (QuietLM if stock else PackedLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
 # %% ../nbs/12_evaluation.ipynb #3cb969a3
 def likelihood_rows(task: Task,
                     sample: dict    # as lm-eval logs it
-                   ) -> list[dict]:
+                   ) -> list[dict]:  # none if one of its answers is longer than the model's context
     "The rows of an item of a choice or bpb task."
+    if any(math.isnan(lp) for lp, _ in sample["filtered_resps"]): return []
     gold = sample["doc"]["gold"]
     bits = -sample["filtered_resps"][gold][0] / math.log(2)
     found = [("bits", bits, len(sample["arguments"][gold][1].encode()))]
@@ -237,7 +253,7 @@ def generated_rows(task: Task, samples: list[dict], timeout: float = 10.0) -> li
     def right(sample):
         answer, doc = sample["filtered_resps"][0], sample["doc"]
         if not task.program: return last_number(answer) == float(doc["target"].replace(",", ""))
-        return run_sandboxed(doc["program"].replace("\0", answer), timeout).ok
+        return run_tests(doc["program"].replace("\0", answer), doc["tests"], timeout).ok
     with ThreadPoolExecutor(2) as pool: found = list(pool.map(right, samples))
     return [dict(task=task.name, dimension=task.dimension, item=o["doc"]["id"], metric=task.metric, value=float(v), bytes=0)
             for o, v in zip(samples, found)]
@@ -271,6 +287,21 @@ def limit_of(task: Task,
         if o not in TASKS and o not in KINDS: raise unknown_name("limit", o, [*KINDS, *TASKS])
     return limit.get(task.name, limit.get(task.kind))
 
+# %% ../nbs/12_evaluation.ipynb #9358692e
+def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval logs them
+                   rows: list[list[dict]],                       # by task
+                   longest: int                                  # tokens of the model's context
+                  ) -> dict[str, int]:                           # task → items that do not fit
+    "How many items of each task have an answer that the model's context cannot hold."
+    found = {}
+    for task, mine in zip(tasks, rows, strict=True):
+        there, n = len({o["item"] for o in mine}), len(samples[task.name])
+        if not there:
+            raise CalibPruneError(f"Task {task.name!r} cannot be scored: none of its {n} items fits into the model's context of "
+                                  f"{longest:,} tokens. Leave it out, or take more items.")
+        if there < n: found[task.name] = n - there
+    return found
+
 # %% ../nbs/12_evaluation.ipynb #9105a13b
 @reused_memory()
 def evaluate(model, tokenizer,
@@ -280,8 +311,8 @@ def evaluate(model, tokenizer,
              batch_size: int = 8,                 # sequences at once when generating, and on lm-eval's own path
              progress: ProgressFn | None = None,
              stock: bool = False                  # score by lm-eval's own path
-            ) -> pd.DataFrame:                    # task, dimension, item, metric, value, bytes; `attrs["scoring"]`: which path
-    "Score a model on tasks, item by item."
+            ) -> pd.DataFrame:                    # task, dimension, item, metric, value, bytes
+    "Score a model on tasks, item by item. `attrs` of the result: which path scored (`scoring`), what did not fit (`left_out`)."
     from lm_eval.evaluator import evaluate as run
     from lm_eval.tasks import TaskManager
     chosen = get_tasks(tasks)
@@ -296,6 +327,7 @@ def evaluate(model, tokenizer,
             [row for sample in samples[o.name] for row in likelihood_rows(o, sample)] for o in chosen]
     items = pd.DataFrame([row for part in rows for row in part])
     items.attrs["scoring"] = f"lm-eval ({reason})" if reason else "packed"
+    if left_out := left_out_items(chosen, samples, rows, lm.max_length): items.attrs["left_out"] = left_out
     return items
 
 # %% ../nbs/12_evaluation.ipynb #4ba7bf89

@@ -13,6 +13,7 @@ __all__ = ['WHEELS', 'BENCHMARKS', 'COMMENT', 'LANGUAGES', 'SUBJECTS', 'GENERATE
 
 # %% ../nbs/01_fetch.ipynb #f5f5c5e8
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -207,11 +208,12 @@ BENCHMARKS = [
 def documents(texts: Iterable[str | dict]  # text, or a record with a "text" field
              ) -> Iterator[dict]:          # {"text": …}, stripped; empty ones and repeats left out
     "Texts as documents of a source."
-    seen = set()
+    seen = set()  # of hashes: the texts themselves would have to be held in memory
     for t in texts:
         r = {**t, "text": t["text"].strip()} if isinstance(t, dict) else {"text": t.strip()}
-        if r["text"] and r["text"] not in seen: yield r
-        seen.add(r["text"])
+        mark = hashlib.blake2b(r["text"].encode(errors="surrogatepass"), digest_size=16).digest()
+        if r["text"] and mark not in seen: yield r
+        seen.add(mark)
 
 def sentence(text: str) -> str:
     "A short answer as a sentence: a capital first, a full stop last."
@@ -394,8 +396,10 @@ def fingerprint(path: Path) -> dict:
 
 def read_manifest(root: Path) -> dict[str, dict]:
     "What the manifest says of each entry; nothing if there is none or it is broken."
-    try: return json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError): return {}
+    try: said = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): return {}
+    wanted = {"bytes", "sha256", "wheel", "wheel_sha256", "extractor"}
+    return {k: o for k, o in said.items() if isinstance(o, dict) and wanted <= set(o)} if isinstance(said, dict) else {}
 
 def fault(root: Path, entry: Entry, wheel: Wheel) -> str | None:
     "Why an entry cannot be used, or None if it is whole. Reads every byte."

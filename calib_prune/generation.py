@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ROOM', 'ROUNDS', 'WORK', 'MARGIN', 'SELF_CAL', 'SELF_CAL_VERSION', 'SGS', 'SGS_VERSION', 'Sampling', 'penalised',
            'candidates', 'uniforms', 'draw', 'RollingLayer', 'Job', 'Sample', 'decode', 'start_token', 'end_tokens',
-           'Journal', 'Writer', 'repeats', 'fill', 'ngrams', 'repeated_share', 'Generated', 'gather', 'check_target',
-           'write', 'self_cal', 'without_worst', 'sgs']
+           'Journal', 'Writer', 'repeats', 'check_budget', 'fill', 'ngrams', 'repeated_share', 'Generated', 'gather',
+           'report_of', 'check_target', 'write', 'self_cal', 'without_worst', 'sgs']
 
 # %% ../nbs/05b_generation.ipynb #375d66d1
 import hashlib
 import inspect
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .calibration import seeded_order, token_stream, tokenizer_identity
-from .core import CalibPruneError, content_hash, share, write_atomic
+from .core import CalibPruneError, as_path, check_number, content_hash, share, write_atomic
 from .fetch import documents, write_jsonl
 from .models import end_of_text_id
 from .progress import ProgressFn
@@ -266,33 +267,44 @@ def end_tokens(model: PreTrainedModel, tokenizer) -> frozenset[int]:
     "The tokens that end a text: the separator of documents, and whatever model and tokenizer name as an end."
     named = model.generation_config.eos_token_id if model.generation_config else None
     ids = [end_of_text_id(tokenizer), tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return frozenset(i for i in ids if i is not None)
+    return frozenset(i for i in ids if isinstance(i, int))
 
 # %% ../nbs/05b_generation.ipynb #e5fffbab
+def _sample(line: str) -> Sample:
+    "A text as a journal's line tells it; raises ValueError, KeyError or TypeError if it is damaged."
+    said = json.loads(line)
+    if not all(type(t) is int for t in said["tokens"]) or not math.isfinite(said["nll"]): raise ValueError("no tokens")
+    return Sample(str(said["key"]), tuple(said["tokens"]), int(said["opening"]), float(said["nll"]), bool(said["ended"]))
+
 class Journal:
-    "Finished texts on disk: a line that says what they are, then one a text."
+    "Finished texts on disk: a line that says what they are, then one line per text."
     def __init__(self, path: str | Path | None,  # None: nothing is kept
                  identity: dict[str, Any]        # everything that a text depends on beside its job
                 ):
-        self.path, self.samples = (Path(path) if path else None), {}
-        if self.path is None: return
-        mark = content_hash(identity)
+        self.path, self.samples, self.head = path and as_path(path, "a journal"), {}, json.dumps(content_hash(identity))
+        if self.path is None or not self.path.exists(): return
         try: text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError: text = ""
         except (OSError, UnicodeDecodeError) as e: raise CalibPruneError(f"Cannot read the journal {self.path}: {e}.") from e
-        whole = text[:text.rfind("\n") + 1]  # a line cut short by the interruption is written again
-        head, *lines = whole.splitlines() or [json.dumps(mark)]
-        if head != json.dumps(mark):
+        head, *lines = text.split("\n")
+        if not re.fullmatch(r'"[0-9a-f]{16}"', head):
+            raise CalibPruneError(f"{self.path} is in the way: texts would be kept there, but it is no journal of this program. "
+                                  "Move it, or choose another output.")
+        if head != self.head:
             raise CalibPruneError(f"{self.path} holds texts of an interrupted run with another model or other settings. "
                                   "Run that one again to finish it, or remove the file.")
-        write_atomic(self.path, whole or head + "\n")
-        found = [Sample(**json.loads(o)) for o in lines]
-        self.samples = {s.key: Sample(s.key, tuple(s.tokens), s.opening, s.nll, s.ended) for s in found}
+        for n, line in enumerate(lines[:-1], 2):  # what follows the last line feed was cut short, and is written again
+            try: sample = _sample(line)
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise CalibPruneError(f"The journal {self.path} is damaged: line {n} is no text ({e}). Remove the line, and that "
+                                      "text is written again.") from e
+            self.samples[sample.key] = sample
+        if lines[-1:] != [""]: write_atomic(self.path, "\n".join([head, *lines[:-1], ""]))
 
     def add(self, sample: Sample) -> None:
         "Note a finished text."
         self.samples[sample.key] = sample
         if self.path is None: return
+        if not self.path.exists(): write_atomic(self.path, self.head + "\n")
         try:
             with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(asdict(sample)) + "\n")
         except OSError as e: raise CalibPruneError(f"Cannot write the journal {self.path}: {e.strerror or e}.") from e
@@ -363,6 +375,10 @@ def repeats(texts: list[str]) -> int:
     "How many texts say what another says already; empty ones do not count."
     return sum(map(bool, texts)) - len(set(texts) - {""})
 
+def check_budget(tokens: float) -> None:
+    "Refuse an amount of text that makes no sense, before a list of that many texts is made."
+    check_number("The number of tokens to write", tokens, 1, 1e8)
+
 def fill(writer: Writer,
          job: Callable[[int], Job],        # the i-th text
          budget: int,                      # tokens needed
@@ -431,17 +447,26 @@ def gather(writer: Writer,
     return Generated(rows, report)
 
 # %% ../nbs/05b_generation.ipynb #0a9378a7
-def check_target(path: str | Path) -> Path:
-    "A file that calibration text may be written to. Checked before any work is done."
-    path = Path(path).expanduser()
+def report_of(path: Path) -> Path:
+    "Where the report of a text lies."
+    return path.with_suffix(".report.json")
+
+def check_target(path: str | Path,
+                 resumed: bool = False,  # a run that was stopped may have written the report already
+                 replace: bool = False   # both, as a study does with its own results
+                ) -> Path:
+    "A file that calibration text may be written to: neither it nor its report is there. Checked before any work is done."
+    path = as_path(path, "a file for calibration text")
     if path.suffix != ".jsonl": raise CalibPruneError(f"Calibration text is written as JSON lines: {path} must end in .jsonl.")
-    if path.exists(): raise CalibPruneError(f"{path} exists: choose another name, or remove it first.")
+    for file in () if replace else (path,) if resumed else (path, report_of(path)):
+        if file.exists(): raise CalibPruneError(f"{file} exists: choose another name, or remove it first.")
     return path
 
-def write(made: Generated, path: str | Path) -> Path:
+def write(made: Generated, path: str | Path, resumed: bool = False, replace: bool = False  # see `check_target`
+         ) -> Path:
     "Write documents as JSON lines, and their report beside them as NAME.report.json."
-    path = check_target(path)
-    write_atomic(path.with_suffix(".report.json"), json.dumps(made.report, indent=2, ensure_ascii=False) + "\n")
+    path = check_target(path, resumed, replace)
+    write_atomic(report_of(path), json.dumps(made.report, indent=2, ensure_ascii=False) + "\n")
     return write_jsonl(path, made.rows)
 
 # %% ../nbs/05b_generation.ipynb #ed274c7c
@@ -456,6 +481,7 @@ def self_cal(model: PreTrainedModel, tokenizer,
              **how                           # batch, journal, about, progress, start: see `Writer`
             ) -> Generated:
     "Self-calibration: the model writes from the start token alone."
+    check_budget(budget)
     writer = Writer(model, tokenizer, sampling, length, seed, **how)
     writer.begin("self-cal", version=SELF_CAL_VERSION)
     return gather(writer, *fill(writer, lambda i: writer.job(f"self-cal/{i}"), budget))
@@ -481,6 +507,7 @@ def sgs(model: PreTrainedModel, tokenizer,
         **how                        # batch, journal, about, progress, start: see `Writer`
        ) -> Generated:
     "Self-generating then sampling: the model continues the beginnings of documents."
+    check_budget(budget)
     if not 0 <= drop < 1: raise CalibPruneError(f"SGS drops a share of the texts in [0, 1), not {drop}: nothing would be left.")
     if prefix < 1: raise CalibPruneError(f"SGS needs at least one token of each document, not {prefix}.")
     origin, writer = get_source(source), Writer(model, tokenizer, sampling, length, seed, **how)

@@ -23,10 +23,10 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from .calibration import seeded_order, token_stream
-from .core import CalibPruneError, content_hash, unknown_name
+from .core import CalibPruneError, check_number, content_hash, unknown_name
 from .fetch import documents
 from .generation import (MARGIN, SELF_CAL, SELF_CAL_VERSION, SGS, SGS_VERSION, Generated, Sample, Sampling,
-                                    Writer, fill, gather, ngrams, self_cal, sgs)
+                                    Writer, check_budget, fill, gather, ngrams, self_cal, sgs)
 
 # %% ../nbs/05c_igsp.ipynb #69d7338c
 OPENINGS: dict[str, tuple[str, ...]] = {
@@ -304,7 +304,9 @@ def igsp(model: PreTrainedModel, tokenizer,
     "Information-guided self-calibration: a pool for each dimension, the least repetitive choice, perplexity in balance."
     if not openings or not all(openings.values()) or not warmths or min(warmths) <= 0:
         raise CalibPruneError("IGSP needs dimensions with at least one opening each, and temperature factors above 0.")
-    if pool < 1: raise CalibPruneError(f"The pool is a multiple of the budget, at least 1: not {pool}.")
+    check_budget(budget)
+    check_number("The pool, as a multiple of the tokens asked for,", pool, 1, 1000)
+    check_budget(pool * budget)
     check_selection(pd.DataFrame(dict(dimension=["All"], tokens=[int(pool * budget)])), budget, balance, bins, choice)
     writer = Writer(model, tokenizer, sampling, length, seed, **how)
     writer.begin("igsp", version=IGSP_VERSION, openings=content_hash({d: list(o) for d, o in openings.items()}),
@@ -347,7 +349,9 @@ def run_protocol(protocol: str,
     for k in own:
         if k not in (known := set(inspect.signature(run).parameters)): raise unknown_name(f"setting of {protocol}", k, known)
     if isinstance(n := own.get("openings"), int): own["openings"] = {d: o[:n] for d, o in OPENINGS.items()}
-    return partial(run, sampling=replace(sampling, **{k: settings[k] for k in of_sampling}), **own)
+    try: changed = replace(sampling, **{k: settings[k] for k in of_sampling})
+    except TypeError as e: raise CalibPruneError(f"A setting of {protocol} is no number: {dict(settings)} ({e}).") from e
+    return partial(run, sampling=changed, **own)
 
 def journal_name(protocol: str, settings: Mapping[str, Any], seed: int) -> str:
     "A file name that those share whose texts are the same."

@@ -99,7 +99,7 @@ def real_pruning(method: str) -> Numbers:
 def tiny_scoring() -> Numbers:
     answers = ["#### 12", "The answer is 7, or 1,200.", "none"]
     docs = [dict(filtered_resps=[a], doc=dict(id=str(i), target="1,200")) for i, a in enumerate(answers)]
-    programs = [dict(filtered_resps=[a], doc=dict(id=a, program="\0\nassert f(2) == 4\n")) for a in ("def f(x): return 2 * x", "f = 1")]
+    programs = [dict(filtered_resps=[a], doc=dict(id=a, program="\0", tests="assert _answer('f')(2) == 4")) for a in ("def f(x): return 2 * x", "f = 1")]
     rows = [*generated_rows(TASKS["gsm8k_generate"], docs), *generated_rows(TASKS["mbpp_generate"], programs)]
     found = perplexity(tiny_llama(), tiny_tokenizer(), PROSE[:3], 32)
     return dict(right=[o["value"] for o in rows], perplexity=[found.per(o) for o in ("token", "word", "byte")])

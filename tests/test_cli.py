@@ -182,7 +182,7 @@ def test_texts_from_the_journal_have_no_speed(command, model, tmp_path, monkeypa
 @pytest.mark.parametrize("change, message", [
     (["--protocol", "self-call"], "Did you mean 'self-cal'"),
     (["--balance", "means"], "Did you mean 'mean'"),
-    (["--windows", 0], "at least one window"),
+    (["--windows", 0], "windows is 0, but must be"),
     (["--temperature", 0], "temperature is 0"),
     (["--text-length", 8], "nothing would be left to write"),
     (["--output", "own.txt"], "must end in .jsonl"),

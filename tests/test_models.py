@@ -58,7 +58,7 @@ def test_code_in_a_model_folder_is_never_run(tmp_path, monkeypatch):
     (folder / "modeling_evil.py").write_text("open('exploded', 'w')\nclass Evil: pass\n")
     (folder / "config.json").write_text(config.replace('"model_type": "llama"', '"model_type": "evil", "auto_map": '
                                                        '{"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}'))
-    with pytest.raises(CalibPruneError, match="Cannot load model"): load_model(str(folder))
+    with pytest.raises(CalibPruneError, match="Cannot load"): load_model(str(folder))
     assert not (tmp_path / "exploded").exists()
 
 
@@ -66,9 +66,9 @@ def test_code_in_a_model_folder_is_never_run(tmp_path, monkeypatch):
     (lambda d: (d / "x").mkdir(), "no config.json"),
     (lambda d: ((d / "x").mkdir(), (d / "x/config.json").write_text("{}")), "no weights"),
     (lambda d: ((d / "x").mkdir(), (d / "x/config.json").write_text('{"model_type": "llama"}'),
-                (d / "x/model.safetensors").write_bytes(b"half a file")), "Cannot load model"),
+                (d / "x/model.safetensors").write_bytes(b"half a file")), "Cannot load .*x"),
     (lambda d: (d / "x").write_text("hello"), "not a GGUF file"),
-    (lambda d: (d / "x.gguf").write_text("hello"), "Cannot load model"),
+    (lambda d: (d / "x.gguf").write_text("hello"), "Cannot load .*x"),
 ])
 def test_broken_models(tmp_path, make, message):
     make(tmp_path)
@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit_their_config(tmp_path):
     folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 40'))
-    with pytest.raises(CalibPruneError, match="Cannot load model"): load_model(str(folder))
+    with pytest.raises(CalibPruneError, match="Cannot load"): load_model(str(folder))
 
 
 def test_the_current_folder_is_a_fine_output(tmp_path, monkeypatch):

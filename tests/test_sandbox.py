@@ -11,7 +11,9 @@ import pytest
 
 from calib_prune import jail, sandbox
 from calib_prune.core import CalibPruneError
-from calib_prune.sandbox import missing_layers, run_sandboxed
+from calib_prune.fetch import cached, read_jsonl
+from calib_prune.sandbox import missing_layers, run_sandboxed, run_tests, verdict
+from calib_prune.tasks import TASKS, render
 
 pytestmark = pytest.mark.skipif(bool(missing_layers()), reason="the kernel offers no Landlock or no seccomp")
 FAST = {"timeout": 5.0, "memory_mb": 256}
@@ -141,6 +143,111 @@ def test_a_file_of_the_user_is_out_of_reach(tmp_path, act):
     after = path.stat()
     assert path.read_text() == "keep me" and (tmp_path / "empty").is_dir()
     assert (before.st_mode, before.st_mtime_ns, before.st_uid) == (after.st_mode, after.st_mtime_ns, after.st_uid)
+
+
+def test_a_verdict_never_raises():
+    assert verdict(b"ready\n", b"S", -35) == ("crash", "signal 35")
+    assert verdict(b"ready\nS\xff\xfe\n\xff", b"S", 0)[0] == "exit"
+    for report in (b"", b"ready\n", b"S", b"ready\nS", b"ready\nSpassed", b"\xff", b"ready\nSpassed\n\xff"):
+        for code in (0, 1, -1, -9, -24, -35, -64, 255): assert isinstance(verdict(report, b"S", code)[0], str)
+
+
+STEAL = """
+import os
+def steal():
+    for fd in range(3, 60):
+        try:
+            os.set_blocking(fd, False)
+            s = os.read(fd, 32)
+        except OSError: continue
+        for out in range(3, 60):
+            try: os.write(out, s + TAIL)
+            except OSError: pass
+    os._exit(0)
+"""
+
+
+SIGNAL_35 = """
+import ctypes, struct, time
+timer, libc = ctypes.c_void_p(), ctypes.CDLL(None)
+libc.timer_create(0, struct.pack("Qii48x", 0, 35, 0), ctypes.byref(timer))
+libc.timer_settime(timer, 0, struct.pack("qqqq", 0, 0, 0, 10**7), None)
+time.sleep(3)
+"""
+
+
+@pytest.mark.parametrize("code", [SIGNAL_35, STEAL.replace("TAIL", r"b'\xff\xfe'") + "steal()"])
+def test_a_strange_end_is_a_verdict_too(code):
+    assert not run_sandboxed(code, **FAST).ok and not run_tests(code, "assert _answer('f')() == 1", **FAST).ok
+
+
+TESTS = """
+def check(f):
+    assert f(2, 3) == 5
+    assert f([1], [2]) == [1, 2]
+    assert not f('', '')
+    try: f(1, None)
+    except TypeError: pass
+    else: raise AssertionError
+check(_answer('add'))
+"""
+ZERO = "\ndef add(a, b): return 0\n"
+WRITE = "import os\nfor fd in range(3, 60):\n    try: os.write(fd, DATA)\n    except OSError: pass\n"
+FALSE_PASSES = {  # most of these pass where answer and tests share an interpreter
+    "steals the secret": STEAL.replace("TAIL", r"b'passed\n'") + "def add(a, b): steal()",
+    "steals it at once": STEAL.replace("TAIL", r"b'passed\n'") + "steal()",
+    "frames": "import sys\ndef add(a, b):\n    f = sys._getframe()\n    while f:\n        if 'finish' in f.f_locals: f.f_locals['finish'](b'passed')\n"
+              "        f = f.f_back\n    return 0",
+    "gc": "import gc\ndef add(a, b):\n    for o in gc.get_objects():\n        if getattr(o, '__name__', '') == 'finish': o(b'passed')\n    return 0",
+    "equals everything": "class E:\n    def __eq__(self, o): return True\n    def __bool__(self): return False\ndef add(a, b): return E()",
+    "a list that equals everything": "class E(list):\n    def __eq__(self, o): return True\ndef add(a, b): return E()",
+    "a number that equals everything": "class E(int):\n    def __eq__(self, o): return True\ndef add(a, b): return E(7)",
+    "patched AssertionError": "import builtins\nbuiltins.AssertionError = SystemExit" + ZERO,
+    "patched len": "import builtins\nbuiltins.len = lambda o: 5" + ZERO,
+    "an open string": ZERO + 'x = """', "a comment": ZERO + "#\\", "its own check": ZERO + "def check(f): pass",
+    "exits": "def add(a, b): raise SystemExit(0)", "leaves": "import os\ndef add(a, b): os._exit(0)",
+    "answers ahead": WRITE.replace("DATA", r"""b'{"value": null}\n' * 9""") + ZERO,
+    "answers with noise": WRITE.replace("DATA", r"b'\xff[[[{' * 99 + b'\n'") + ZERO,
+    "answers with depth": WRITE.replace("DATA", r"b'[' * 20000 + b'\n'") + ZERO,
+    "a huge answer": "def add(a, b): return 'x' * 10**9", "closes the pipes": "import os\nos.closerange(3, 60)\ndef add(a, b): return 5",
+    "never answers": "def add(a, b):\n    while True: pass",
+    "a hostile exception": "class E(Exception):\n    def __str__(self): import os; os._exit(0)\ndef add(a, b): raise E",
+    "defines nothing": "", "does not compile": "def add(a, b:", "fails at once": "1 / 0"}
+
+
+@pytest.mark.parametrize("name", FALSE_PASSES)
+def test_tests_are_out_of_the_answers_reach(name):
+    r = run_tests(FALSE_PASSES[name], TESTS, timeout=3.0, memory_mb=256)
+    assert not r.ok, r
+
+
+def test_an_honest_answer_passes_and_what_it_prints_is_kept():
+    r = run_tests("def add(a, b):\n    print('adding')\n    return a + b", TESTS, **FAST)
+    assert r.ok and r.stdout.startswith("adding\n"), r
+    node = "class Node:\n    def __init__(self, v): self.v, self.next = v, None\ndef total(n): return n.v + (total(n.next) if n.next else 0)"
+    assert run_tests(node, "N = _answer('Node')\na = N(1)\na.next = N(2)\nassert _answer('total')(a) == 3 and a.next.v == 2", **FAST).ok
+    assert run_tests("def pairs(n): return ((i, {i}) for i in range(n))", "assert list(_answer('pairs')(2)) == [(0, {0}), (1, {1})]", **FAST).ok
+
+
+def test_how_an_answer_fails_is_told():
+    reason = lambda code, **more: (r := run_tests(code, TESTS, **(FAST | more))).reason + " " + r.detail
+    assert reason("def add(a, b): return 0") == "exception AssertionError"
+    assert reason("def add(a, b): raise ValueError('no')") == "exception ValueError: no"
+    assert reason("import os\ndef add(a, b): os._exit(3)") == "exit ended with status 3 before the last test"
+    assert reason("import ctypes\ndef add(a, b): ctypes.string_at(0)").startswith("crash SIG")
+    assert reason("def add(a, b):\n    while True: pass", timeout=0.7).startswith("timeout")
+    assert reason("def add(a, b): return [0] * 10**9").startswith("memory")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("benchmark, field", [("humaneval", "canonical_solution"), ("mbpp", "code")])
+def test_reference_solutions_pass(benchmark, field):
+    "Some of each, spread over the benchmark."
+    task, records = TASKS[f"{benchmark}_generate"], read_jsonl(cached("benchmarks", benchmark))
+    items = [(render(task, o), o[field]) for o in records[::23]]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda o: run_tests(o[0]["program"].replace("\0", o[1]), o[0]["tests"], timeout=30), items))
+    assert all(o.ok for o in found), [o for o in found if not o.ok]
 
 
 def test_environment_is_clean(monkeypatch):

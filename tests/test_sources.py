@@ -221,9 +221,8 @@ def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
     source = get_source(f"{tmp_path}/a.txt")
     def refuse(*a, **k): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-    with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"): source.documents()
     monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"): source.documents()
     with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"): _ = source.revision
 
 

@@ -51,11 +51,11 @@ def test_prompts():
     assert item == {"id": "0", "context": "Question: Who {x}?\nAnswer:", "choices": ["a", "b'\"", "c", "d"], "gold": 1}
     item = render(TASKS["mbpp"], RECORDS["mbpp"])
     assert item["context"] == '"""\nAdd {a}.\nassert f(1)\n"""\n' and item["choices"] == ["def f(a): return {1: a}"]
-    program = render(TASKS["mbpp_generate"], RECORDS["mbpp"])["program"]
-    assert program.replace("\0", "CODE") == "CODE\nimport math\nassert f(1)\nassert f(2)\n"
-    program = render(TASKS["humaneval_generate"], RECORDS["humaneval"])["program"]
-    assert program.replace("\0", "    return x\n") == \
-        "def f(x):\n    return x\n\ndef check(c):\n    assert c(1) == 1\ncheck(f)\n"
+    item = render(TASKS["mbpp_generate"], RECORDS["mbpp"])
+    assert (item["program"], item["tests"]) == ("\0\n", "f = _answer('f')\nimport math\nassert f(1)\nassert f(2)\n")
+    item = render(TASKS["humaneval_generate"], RECORDS["humaneval"])
+    assert item["program"].replace("\0", "    return x\n") == "def f(x):\n    return x\n\n"
+    assert item["tests"] == "def f(x):\n\n    pass\nf = _answer('f')\ndef check(c):\n    assert c(1) == 1\ncheck(f)\n"
     item = render(TASKS["gsm8k_generate"], RECORDS["gsm8k"])
     assert item["target"] == "18" and item["program"] == "" and item["context"].endswith("Question: How many?\nAnswer:")
 
