@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ContextManager, Iterator, Optional
 
-import click
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
@@ -76,7 +75,8 @@ def _run_app(as_json: bool) -> int:
     "Run the command; returns the exit code. A wrong option is told in JSON too, if that was asked for."
     if not as_json: return app() or 0  # typer draws its own errors, and exits
     try: return app(standalone_mode=False) or 0
-    except click.ClickException as e:
+    except Exception as e:
+        if not hasattr(e, "format_message"): raise  # the parser's errors have it, whichever package they come from
         print_json({"error": e.format_message() or type(e).__name__})
         return e.exit_code
 
@@ -309,6 +309,7 @@ def generate(
     if protocol not in PROTOCOLS: raise unknown_name("protocol", protocol, PROTOCOLS)
     check_number("windows", windows, 1, math.inf, whole=True)
     check_number("length", length, 1, math.inf, whole=True)
+    check_number("pool", pool, 1, 1000)
     run, sampling = PROTOCOLS[protocol].run, PROTOCOLS[protocol].sampling
     own = {"sgs": dict(source=source), "igsp": dict(pool=pool, balance=None if balance == "none" else balance)}.get(protocol, {})
     if temperature is not None: sampling = replace(sampling, temperature=temperature)

@@ -131,8 +131,9 @@ def only_run(path: Path,     # the lock file; its folder must be there
     if fd is None: raise Busy(f"Another run is working on {place}: wait for it, or stop it first.")
     try: yield fd
     finally:
-        with suppress(OSError): path.unlink()
-        os.close(fd)
+        try:
+            with suppress(OSError): path.unlink()
+        finally: os.close(fd)
 
 # %% ../nbs/00_core.ipynb #efd85b1b
 def load_json(path: str | Path,  # a JSON file that this package wrote

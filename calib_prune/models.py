@@ -209,7 +209,9 @@ def _load_folder(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]) ->
             raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
         for name, has, needs in sorted(found["mismatched_keys"]):
             raise ValueError(f"{name} is {list(has)} in its files, but config.json asks for {list(needs)}")
-    with _reading(of("tokenizer.json")): tokenizer = AutoTokenizer.from_pretrained(where, **safe)
+    with _reading(of("tokenizer.json")):
+        tokenizer = AutoTokenizer.from_pretrained(where, **safe)
+        tokenizer("a")
     return model, tokenizer
 
 def load_model(name: str,                   # `smollm2-135m`, a local folder, a GGUF file, or a hub id

@@ -95,13 +95,13 @@ def base_gguf(folder: Path) -> Path:
     path = folder / "tiny.gguf"
     w = gguf.GGUFWriter(path, "llama")
     w.add_context_length(64); w.add_embedding_length(32); w.add_block_count(1); w.add_feed_forward_length(48)
-    w.add_head_count(4); w.add_head_count_kv(4); w.add_layer_norm_rms_eps(1e-5); w.add_rope_dimension_count(8); w.add_vocab_size(257)
+    w.add_head_count(4); w.add_head_count_kv(4); w.add_layer_norm_rms_eps(1e-5); w.add_rope_dimension_count(8); w.add_vocab_size(258)
     vocab = sorted(tiny_tokenizer().get_vocab().items(), key=lambda o: o[1])
-    w.add_tokenizer_model("gpt2"); w.add_token_list([k for k, _ in vocab]); w.add_token_types([1] * len(vocab))
+    w.add_tokenizer_model("gpt2"); w.add_token_list([*(k for k, _ in vocab), "ab"]); w.add_token_types([1] * 258)
     w.add_token_merges(["a b"]); w.add_bos_token_id(0); w.add_eos_token_id(0)
     rng = np.random.default_rng(0)
     def put(name, *shape): w.add_tensor(name, rng.normal(size=shape).astype(np.float32) / 8)
-    put("token_embd.weight", 257, 32); put("output_norm.weight", 32); put("output.weight", 257, 32)
+    put("token_embd.weight", 258, 32); put("output_norm.weight", 32); put("output.weight", 258, 32)
     for k, shape in dict(attn_q=(32, 32), attn_k=(32, 32), attn_v=(32, 32), attn_output=(32, 32), ffn_gate=(48, 32), ffn_up=(48, 32),
                          ffn_down=(32, 48), attn_norm=(32,), ffn_norm=(32,)).items(): put(f"blk.0.{k}.weight", *shape)
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
@@ -419,6 +419,7 @@ def limits() -> None:
     "Let a case that hangs or eats the memory fail alone."
     def stop(*_): raise Stuck
     signal.signal(signal.SIGALRM, stop)
+    os.environ.update(HF_HUB_OFFLINE="1", PIP_NO_INDEX="1")  # nothing is fetched
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
@@ -457,7 +458,6 @@ def report(counts: Counter, wrong: list) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     limits()
     found = attack(int(sys.argv[1]) if len(sys.argv) > 1 else 1, show=True)
     print(report(*found))
