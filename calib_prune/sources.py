@@ -79,7 +79,7 @@ class PackagedSource(Source):
     def revision(self) -> str:
         path = cached("sources", self.name)
         said = read_manifest(path.parents[1])[f"sources/{path.name}"]
-        return f"{said['wheel']}#{said['sha256'][:12]}"
+        return f"{said.get('wheel')}#{str(said.get('sha256'))[:12]}"
 
 def packaged(name: str, dimension: str, licence: str, description: str) -> PackagedSource:
     "A packaged source, with its origin looked up among what is fetched."

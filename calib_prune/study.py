@@ -109,14 +109,14 @@ class PresetForm(Form):
     heldout: HeldoutForm
     strategies: Annotated[dict[Name, Text], Field(min_length=1)]
     grid: Annotated[list[BlockForm], Field(min_length=1)]
-    ablations: list[BlockForm] = []
+    ablations: list[BlockForm] | None = None
     tables: Annotated[list[Literal[TABLES]], Field(min_length=1)]
     hardware: HardwareForm
 
     @model_validator(mode="after")
     def _strategies_are_there(self):
         for part in ("grid", "ablations"):
-            for i, block in enumerate(getattr(self, part)):
+            for i, block in enumerate(getattr(self, part) or ()):
                 for name in block.strategies if isinstance(block.strategies, list) else ():
                     if name not in self.strategies:
                         raise ValueError(str(unknown_name(f"strategy in {part}.{i}", name, self.strategies)))
