@@ -1,12 +1,15 @@
 # make reproduce   everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
 # make figures     tables and figures from committed rows alone (PRESET=default): no model is run
-# make test        everything that must hold: style, notebooks, export, README, tests
+# make test        everything that must hold: style, types, notebooks, export, pages, tests
+# make check       the fast part of it, in about a minute
 # make bench       side by side with peers and with the limit (FRESH=--fresh to start anew)
 PYTHON ?= python3
 PRESET ?= smoke
 BIN    := .venv/bin
+# Tests of one module at a time, without models, text or processes of their own.
+QUICK  := $(addprefix tests/test_,project statistics correlations claims matmul minimax oit progress tasks tuning)
 
-.PHONY: reproduce figures test bench export readme
+.PHONY: reproduce figures test check bench export readme
 
 reproduce: .venv/installed
 	$(BIN)/calib-prune fetch
@@ -15,9 +18,15 @@ reproduce: .venv/installed
 figures: .venv/installed
 	$(BIN)/calib-prune reproduce --preset $(PRESET) --tables-only
 
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(QUICK)
+
 test: .venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 

@@ -16,12 +16,13 @@ from unittest import mock
 
 import torch
 
-from calib_prune import sparsegpt as sg
-from calib_prune import triton_kernels as kernels
 from calib_prune.core import share, write_atomic
-from calib_prune.hessian import SecondMoment
-from calib_prune.masks import smallest, smallest_of_groups
-from calib_prune.sparsegpt import factorise, sparsegpt, sweep_compiled, sweep_torch
+from calib_prune.pruning import sparsegpt as sg, triton_kernels as kernels
+from calib_prune.pruning.factor import factorise
+from calib_prune.pruning.hessian import SecondMoment
+from calib_prune.pruning.masks import smallest, smallest_of_groups
+from calib_prune.pruning.sparsegpt import sparsegpt
+from calib_prune.pruning.sweep import sweep_compiled, sweep_torch
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")  # d_out x d_in of LLaMA-3.1-8B: attention, gate and up, down
 SPARSITY, PATTERN = 0.6, (2, 4)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from calib_prune.products import linear, prefers_onednn
+from calib_prune.model.matmul import linear, prefers_onednn
 
 
 @dataclass(frozen=True)

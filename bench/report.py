@@ -6,7 +6,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from calib_prune.report.plots import annotate, headline
 
 FILES = ("errors", "growth", "kernel", "limit", "memory", "prune", "score")  # measured by bench.run
 WRITING = "writing"                                                          # by bench.writing
@@ -25,7 +28,7 @@ def load_results(folder: str | Path) -> dict[str, pd.DataFrame]:
 def describe_machine(folder: str | Path) -> str:
     "One sentence about what everything ran on."
     o = json.loads((Path(folder) / "prune.json").read_text())["machine"]
-    return (f"{o['cpu']}, {o['cores']} cores ({', '.join(o['vectors'])}), {o['memory_gib']} GiB, {o['threads']} threads a "
+    return (f"{o['cpu']}, {o['cores']} cores ({', '.join(o['vectors'])}), {o['memory_gib']} GiB, {o['threads']} threads per "
             f"measurement; Python {o['python']}, torch {o['torch']}, transformers {o['transformers']}.")
 
 
@@ -93,7 +96,7 @@ def memory_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
 
 
 def measure_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    "Medians of everything measured, one column an implementation."
+    "Medians of everything measured, one column per implementation."
     rows = kernel_rows(results) + prune_rows(results) + score_rows(results) + writing_rows(results)
     rows += memory_rows(results)
     return pd.DataFrame(rows).reindex(columns=["measure", "unit", *COLUMNS])
@@ -149,40 +152,52 @@ def shown_targets(table: pd.DataFrame) -> pd.DataFrame:
                              reached=np.where(table["reached"], "yes", "no")))
 
 
-def prune_chart(results: dict[str, pd.DataFrame]) -> Figure:
+def prune_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:
     "Seconds of every round of a whole prune, the median as a bar, the limit as a line."
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6))
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
     for ax, (method, name) in zip(axes, NAMES.items(), strict=True):
         mine = results["prune"].query("method == @method")
         order = [o for o in COLUMNS if o in set(mine["who"])]
         sns.barplot(mine, x="seconds", y="who", hue="who", order=order, palette=COLOURS, estimator="median", errorbar=None, ax=ax)
         sns.stripplot(mine, x="seconds", y="who", order=order, color="black", size=3, jitter=False, ax=ax)
         limit = limit_seconds(results, method)
-        ax.axvline(limit, color=COLOURS["limit"], linestyle="--")
-        ax.set(title=f"{name} (dashed: the limit, {limit:.3g} s)", xlabel="whole prune (s)", ylabel="")
-    figure.tight_layout()
-    return figure
+        ax.axvline(limit, color="black", linestyle="--", linewidth=1.2)
+        ax.annotate(f"limit {limit:.3g} s", (limit, 0.5), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center")
+        ax.set(title=f"{name}, n = {mine['turn'].nunique()} rounds", xlabel="whole prune (s)", ylabel="")
+    sparse = results["prune"].query("method == 'sparsegpt'")
+    peer, limit = times_faster(sparse, "llm-compressor"), by_who(sparse, "seconds")["ours"] / limit_seconds(results, "sparsegpt")
+    headline(figure, f"SparseGPT is {peer:.1f} times faster than llm-compressor, and takes {limit:.1f} times the limit")
+    return annotate(figure, f"Bars: medians; dots: single rounds, in which the implementations take turns. {machine}")
 
 
-def growth_chart(results: dict[str, pd.DataFrame]) -> Figure:
+def growth_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:
     "Our seconds against tokens and layers, and against width on logarithmic axes with a cubic beside."
     labels = dict(tokens="calibration tokens (thousands)", layers="layers", width="hidden size")
-    figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.6))
+    figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.6), layout="constrained")
     table = growth_table(results)
     for ax, (axis, label) in zip(axes, labels.items(), strict=True):
         mine = table.query("axis == @axis")
         x, seconds = mine["value"].to_numpy() / (1000 if axis == "tokens" else 1), mine["seconds"].to_numpy()
-        ax.plot(x, seconds, marker="o", color=COLOURS["ours"], label="measured")
-        if axis == "width":
-            ax.plot(x, seconds[-1] * (x / x[-1])**3, linestyle="--", color="grey", label="cubic")
-            ax.set(xscale="log", yscale="log")
-            ax.set_xticks(x, [f"{o:g}" for o in x])
-            ax.minorticks_off()
-        else:
-            a, b = np.polyfit(x, seconds, 1)
-            ax.plot(x, a * x + b, linestyle="--", color="grey", label="straight line")
-            ax.set(xlim=(0, 1.05 * x[-1]), ylim=(0, 1.1 * seconds.max()))
+        ax.plot(x, seconds, marker="o", color=COLOURS["ours"], label="measured", zorder=3)
+        if axis == "width": wide_panel(ax, x, seconds)
+        else: straight_panel(ax, x, seconds)
         ax.set(xlabel=label, ylabel="solve one layer (s)" if axis == "width" else "prune (s)")
-        ax.legend(loc="lower right")
-    figure.tight_layout()
-    return figure
+        ax.legend(loc="lower right", fontsize=8)
+    power = table.query("axis == 'width'")["power"].iloc[-1]
+    headline(figure, f"A prune grows in proportion to tokens and layers; solving a layer with the power {power:.1f} of its width")
+    return annotate(figure, f"One measurement per point. {machine}")
+
+
+def straight_panel(ax: Axes, x: np.ndarray, seconds: np.ndarray) -> None:
+    "A straight line beside the measurements."
+    a, b = np.polyfit(x, seconds, 1)
+    ax.plot(x, a * x + b, linestyle="--", color="0.35", linewidth=2.5, alpha=0.6, label="straight line")
+    ax.set(xlim=(0, 1.05 * x[-1]), ylim=(0, 1.1 * seconds.max()))
+
+
+def wide_panel(ax: Axes, x: np.ndarray, seconds: np.ndarray) -> None:
+    "A cubic beside the measurements, on logarithmic axes."
+    ax.plot(x, seconds[-1] * (x / x[-1])**3, linestyle="--", color="0.35", label="cubic")
+    ax.set(xscale="log", yscale="log")
+    ax.set_xticks(x, [f"{o:g}" for o in x])
+    ax.minorticks_off()

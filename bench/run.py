@@ -40,7 +40,7 @@ def weight_file(method: str, who: str) -> Path:
 
 def load(model: str, layers: int):
     "The model, cut to its first layers, and its tokenizer."
-    from calib_prune.models import load_model
+    from calib_prune.model.loading import load_model
     loaded, tokenizer = load_model(model)
     loaded.model.layers = loaded.model.layers[:layers]
     loaded.config.num_hidden_layers = len(loaded.model.layers)
@@ -58,8 +58,8 @@ def warm_up(method: str) -> None:
     "Prune a tiny model, so that all that is loaded or compiled once is there."
     import torch
 
-    from calib_prune.models import tiny_llama
-    from calib_prune.pruning import prune as our_prune
+    from calib_prune.model.tiny import tiny_llama
+    from calib_prune.pruning.walk import prune as our_prune
     our_prune(tiny_llama(), torch.ones(2, 16, dtype=torch.int64), method, SPARSITY)
 
 
@@ -73,8 +73,8 @@ def tokens(source: str, windows: int, length: int, model: Model = "smollm2-135m"
     "Write a calibration set's tokens to a file."
     import numpy as np
 
-    from calib_prune.calibration import build_calibration
-    from calib_prune.models import load_model
+    from calib_prune.calibration.sets import build_calibration
+    from calib_prune.model.loading import load_model
     path = window_file(source, windows, length)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, build_calibration(source, load_model(model)[1], windows, length).tokens.numpy())
@@ -113,7 +113,7 @@ def distance(a: list, b: list) -> dict:
 
 def mean_error(problem: list[tuple], solution: list) -> float:
     "The mean reconstruction error of a solution."
-    from calib_prune.hessian import energy
+    from calib_prune.pruning.hessian import energy
     return statistics.mean(energy(w - new, h) / energy(w, h)
                            for (h, ws), news in zip(problem, solution, strict=True) for w, new in zip(ws, news, strict=True))
 
@@ -125,8 +125,8 @@ def kernel(hidden: int = 576, intermediate: int = 1536, kv: int = 192, square: i
     import torch
 
     from bench.plain import plain_sparsegpt
-    from calib_prune.memory import reused_memory
-    from calib_prune.pruning import METHODS as OURS
+    from calib_prune.model.memory import reused_memory
+    from calib_prune.pruning.methods import METHODS as OURS
     problem = groups(hidden, intermediate, kv, square)
     solve = dict(ours=lambda h, ws: [o.weight for o in OURS["sparsegpt"].solve(ws, [h], SPARSITY, None, 128, 0.01)])
     if plain: solve["plain"] = lambda h, ws: [plain_sparsegpt(w, h, SPARSITY) for w in ws]
@@ -156,7 +156,7 @@ def prune(who: str, method: str, source: str = "c4", windows: int = 32, length: 
     from safetensors.torch import save_file
 
     from bench.plain import plain_prune
-    from calib_prune.pruning import prune as our_prune
+    from calib_prune.pruning.walk import prune as our_prune
     if warm: warm_up(method)
     loaded, _ = load(model, layers)
     ids = load_tokens(window_file(source, windows, length))
@@ -175,7 +175,7 @@ def errors(source: str = "c4", windows: int = 32, length: int = 512, layers: Lay
     import torch
     from safetensors.torch import load_file
 
-    from calib_prune.hessian import SecondMoment, energy
+    from calib_prune.pruning.hessian import SecondMoment, energy
     loaded, _ = load(model, layers)
     linears = {f"{k}.weight": m for k, m in loaded.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in k}
     moments = {k: SecondMoment(m.weight.shape[1]) for k, m in linears.items()}
@@ -199,7 +199,7 @@ def errors(source: str = "c4", windows: int = 32, length: int = 512, layers: Lay
 @app.command()
 def score(who: str, choice: int = 12, bpb: int = 6, model: Model = "smollm2-135m") -> None:
     "Score the default task set, ours or by lm-eval's own path (\"lm-eval\")."
-    from calib_prune.evaluation import evaluate
+    from calib_prune.evaluation.scoring import evaluate
     loaded, tokenizer = load(model, 10**6)
     stock = dict(ours=False, **{"lm-eval": True})[who]
     evaluate(loaded, tokenizer, "sciq", limit=2, stock=stock)  # imports and first-use costs that no study repeats
@@ -240,7 +240,7 @@ def memory(source: str = "papers", windows: int = 32, length: int = 512, layers:
            method: str = "sparsegpt") -> None:
     "Peak memory of our prune above that of the interpreter and its libraries, beside what a prune has to hold."
     from bench.limit import Shape, prune_bytes
-    from calib_prune.pruning import prune as our_prune
+    from calib_prune.pruning.walk import prune as our_prune
     ids = load_tokens(window_file(source, windows, length))
     warm_up(method)
     before = resident()
@@ -299,7 +299,7 @@ def prune_step(plan: Plan, who: str, method: str, turn: int) -> Step:
     if who != "llm-compressor":
         return own("prune", about, "prune", who, method, "--windows", plan.windows, "--length", plan.length,
                    "--layers", plan.layers, "--save")
-    from calib_prune.fetch import cached
+    from calib_prune.data.fetch import cached
     arguments = (cached("models", "smollm2-135m"), window_file("c4", plan.windows, plan.length), method, SPARSITY,
                  max(1, BATCH_TOKENS // plan.length), plan.layers, weight_file(method, who))
     return Step("prune", about, ["-m", "bench.peer", *map(str, arguments)], PEERS)
@@ -344,7 +344,7 @@ def token_sets(plan: Plan) -> set[tuple[str, int, int]]:
 def state_of(files: tuple[str, ...], stages: tuple[str, ...]) -> dict:
     "The code that is measured: the versions of its stages, and a hash of what it does."
     from calib_prune.core import content_hash
-    from calib_prune.keys import versions
+    from calib_prune.study.keys import versions
     syntax = [ast.dump(ast.parse((ROOT / o).read_text())) for o in files]  # without comments, and so without paths of notebooks
     return dict(code=content_hash(syntax), versions={o: versions()[o] for o in stages})
 

@@ -25,7 +25,8 @@ class Plan:
 
 def ours(model, tokenizer, texts: int, length: int, batch: int, seed: int) -> int:
     "Write texts as the protocols do; returns how many tokens were written."
-    from calib_prune.generation import Sampling, Writer
+    from calib_prune.generation.sampling import Sampling
+    from calib_prune.generation.writing import Writer
     writer = Writer(model, tokenizer, Sampling(top_k=50, top_p=0.95), length, seed, batch)
     writer.begin("bench")
     writer.write([writer.job(f"text {i}") for i in range(texts)])
@@ -36,7 +37,7 @@ def theirs(model, tokenizer, texts: int, length: int, batch: int, seed: int) -> 
     "The same texts by transformers' own loop, up to and without their end."
     import torch
 
-    from calib_prune.generation import end_tokens, start_token
+    from calib_prune.generation.writing import end_tokens, start_token
     torch.manual_seed(seed)
     ends, written = end_tokens(model, tokenizer), 0
     prompt = torch.full((1, 1), start_token(tokenizer))
@@ -51,7 +52,7 @@ def theirs(model, tokenizer, texts: int, length: int, batch: int, seed: int) -> 
 @app.command()
 def one(who: str, turn: int, length: int = 512, batch: int = 32, model: str = "smollm2-135m") -> None:
     "One implementation, once."
-    from calib_prune.models import load_model
+    from calib_prune.model.loading import load_model
     loaded, tokenizer = load_model(model)
     write = ours if who == "ours" else theirs
     write(loaded, tokenizer, 2, 8, 2, 0)  # first-use costs

@@ -1,1 +1,29 @@
+"""Which ability does your calibration data cost you? The names most users need; each is imported when it is first used."""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .calibration.oit import measure
+    from .calibration.sets import build_calibration
+    from .evaluation.retention import retention
+    from .evaluation.scoring import evaluate
+    from .generation.igsp import generate
+    from .model.loading import load_model
+    from .pruning.walk import prune
+
+# torch and lm-eval take seconds to import, and `calib-prune --help` needs neither.
+_PUBLIC = {"load_model": "model.loading", "build_calibration": "calibration.sets", "measure": "calibration.oit",
+           "generate": "generation.igsp", "prune": "pruning.walk", "evaluate": "evaluation.scoring",
+           "retention": "evaluation.retention"}
+__all__ = ["build_calibration", "evaluate", "generate", "load_model", "measure", "prune", "retention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

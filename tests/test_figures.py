@@ -10,20 +10,23 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib_prune.analysis import paired_difference
 from calib_prune.core import CalibPruneError
-from calib_prune.figures import (averaging_figure, caption, carries, differences, example_results, figure_of, footnote, main_cells,
-                                 main_sparsity, margin_figure, margin_rows, mix_differences, over_best, range_rows,
-                                 retention_panels, retention_rows, sd_interval, size_cells, spread_rows, strategy_figure,
-                                 sweep_cells, swept_part, take)
-from calib_prune.plots import save_figure
-from calib_prune.study import load_preset, save_cell
-from calib_prune.tables import latex_table, latex_text
+from calib_prune.style import contrast, save_figure
+from calib_prune.report.comparison import (base_differences, differences, margin_rows, mix_differences, over_best, range_rows,
+                                           retention_rows, sd_interval, spread_rows, swept_part)
+from calib_prune.report.comparison_figures import averaging_figure, margin_figure, retention_panels, strategy_figure
+from calib_prune.report.plots import figure_of
+from calib_prune.report.selection import (caption, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
+                                          size_cells, sweep_cells, take)
+from calib_prune.report.statistics import paired_difference
+from calib_prune.report.tables import latex_table, latex_text
+from calib_prune.study.artefacts import ENDINGS, made_by
+from calib_prune.study.presets import load_preset
+from calib_prune.study.results import save_cell
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {"main": ["T2-retention", "T2-differences", "F1-retention", "F6-strategies"], "sweep": ["T4-sparsity", "F4-margin"],
-         "draws": ["T5-draws", "T5-sizes", "F5-averaging"]}
-LATE = {"protocols": ["T8-protocols", "T8-differences", "T8-tuning", "F8-protocols"], "ablations": ["T9-ablations", "F7-frontier"]}
+BOOKS = ("main", "sweep", "draws")
+LATE = ("self_generated", "ablations")  # a preset without ablations and own text has little to show there
 KEPT = {"c4": (0.8, 0.6, 0.5, 0.3), "stdlib": (0.4, 0.6, 0.8, 0.2), "math": (0.5, 0.55, 0.5, 0.7), "uniform": (0.75, 0.65, 0.7, 0.6)}
 SWEPT = {"strategies": ["c4", "math", "uniform"], "methods": ["sparsegpt"], "seeds": [0]}
 
@@ -32,10 +35,10 @@ SWEPT = {"strategies": ["c4", "math", "uniform"], "methods": ["sparsegpt"], "see
 def small_preset():
     "The default preset with a smaller grid."
     preset = load_preset(ROOT / "presets/default.yaml")
-    preset |= {"strategies": {o: o for o in KEPT}, "ablations": None}
+    preset |= {"strategies": {o: o for o in KEPT}, "ablations": None, "resamples": 200}
     preset["grid"] = [
-        {"strategies": "all", "methods": ["sparsegpt", "wanda"], "sparsities": [0.6], "seeds": [0, 1], "windows": ["usual"]},
-        SWEPT | {"sparsities": [0.3, 0.5, "2:4"], "windows": ["usual"]}, SWEPT | {"sparsities": [0.6], "windows": [8]}]
+        {"strategies": "all", "methods": ["sparsegpt", "wanda"], "sparsities": [0.6], "seeds": [0, 1], "windows": ["default"]},
+        SWEPT | {"sparsities": [0.3, 0.5, "2:4"], "windows": ["default"]}, SWEPT | {"sparsities": [0.6], "windows": [8]}]
     return preset
 
 
@@ -43,7 +46,14 @@ def small_preset():
 def study(): return example_results(small_preset(), KEPT, n=60)
 
 
-def part(cells=main_cells, keep=lambda o: True): return take(small_preset(), {k: v for k, v in study().items() if keep(k)}, cells(small_preset()), 200)
+@functools.cache
+def whole(): return measured(small_preset(), study())
+
+
+def part(cells=main_cells, keep=None):
+    "The part of the study that a table is about; `keep` tells which models have been run."
+    some = whole() if keep is None else measured(small_preset(), {k: v for k, v in study().items() if keep(k)})
+    return take(some, cells(small_preset()))
 
 
 def run_notebook(name, folder, keep):
@@ -73,20 +83,23 @@ def no_windows():
     plt.close("all")
 
 
-@pytest.mark.parametrize("name", FILES)
+def stems(name): return {o.stem for o in made_by([name])}
+
+
+@pytest.mark.parametrize("name", BOOKS)
 def test_a_notebook_writes_its_files_and_writes_them_again(name, tmp_path):
     files = run_notebook(name, tmp_path, lambda o: True)
-    assert set(files) == {f"{o}.{end}" for o in FILES[name] for end in (("csv", "md", "tex") if o[0] == "T" else ("pdf", "png"))}
+    assert set(files) == {f"{o}.{end}" for o in stems(name) for end in ENDINGS[o[0]]}
     again = run_notebook(name, tmp_path, lambda o: True)
     for file in files: assert files[file] == again[file], file
     assert "Not complete" not in "".join(v.decode() for k, v in files.items() if k.endswith(".md"))
 
 
 @pytest.mark.parametrize("keep", [lambda o: o == "dense" or "stdlib" in o and "s0" in o, lambda o: False], ids=["one", "none"])
-@pytest.mark.parametrize("name", FILES | LATE)
-def test_a_study_that_is_hardly_run_says_so(name, keep, tmp_path):
+@pytest.mark.parametrize("name", BOOKS + LATE)
+def test_a_study_that_has_just_begun_says_so(name, keep, tmp_path):
     files = run_notebook(name, tmp_path, keep)
-    assert {o.split(".")[0] for o in files} == set((FILES | LATE)[name])
+    assert {o.split(".")[0] for o in files} == stems(name)
     said = {"ablations": "The preset plans no cell", "T8-tuning": "Nothing was tuned"}  # no strategy of it writes its own text
     for file, text in files.items():
         if file.endswith(".md"): assert said.get(name, said.get(file[:-3], "Not complete")) in text.decode(), file
@@ -107,10 +120,10 @@ def test_other_sizes_and_sparsities_stay_out_of_the_main_table():
     assert set(rows["windows"]) == {32} and set(rows["sparsity"]) == {0.6} and set(rows["draws"]) == {2}
 
 
-def test_own_text_is_not_a_mix():
+def test_self_generated_text_is_not_a_mix():
     preset = small_preset() | {"strategies": small_preset()["strategies"] | {"uniform": "generated:igsp"}}
-    found = take(preset, study(), main_cells(small_preset()), 50)
-    assert set(retention_rows(found).query("strategy == 'uniform'")["source"]) == {"own text"}
+    found = take(measured(preset, study(), 50), main_cells(small_preset()))
+    assert set(retention_rows(found).query("strategy == 'uniform'")["source"]) == {"self-generated"}
     assert set(mix_differences(found)["over"]) == {"best single source"}
     assert set(mix_differences(part())["over"]) == {"best single source", "c4", "stdlib", "math"}
 
@@ -154,16 +167,17 @@ def test_degrees_of_freedom():
 # --- captions
 
 
-def test_captions_say_what_is_missing_and_what_intervals_carry():
+def test_captions_say_what_is_missing_and_which_noise_intervals_have():
     full, one_draw, one_method = part(), part(keep=lambda o: not o.endswith("s1")), part(keep=lambda o: not o.endswith("wanda-0.6-n32-s1"))
     assert "items only" not in caption(full, "x") and "smollm2-135m; 32 windows of 512 tokens; SparseGPT and Wanda" in caption(full, "x")
-    assert "8 of 16 cells" in footnote(one_draw) and "SparseGPT 1 of 2" in footnote(one_draw) and "only" in carries(one_draw.found)
-    assert carries(one_method.found).endswith("(SparseGPT 60%); elsewhere items only.") and "Wanda 1 of 2" in footnote(one_method)
+    assert "8 of 16 cells" in footnote(one_draw) and "SparseGPT 1 of 2" in footnote(one_draw) and "only" in interval_note(one_draw.found)
+    assert interval_note(one_method.found).endswith("(SparseGPT 60%); elsewhere over items only.") and "Wanda 1 of 2" in footnote(one_method)
 
 
 def test_sizes_are_named_where_only_some_have_a_second_draw():
-    found = take(small_preset(), study(), list({c.name: c for c in main_cells(small_preset()) + size_cells(small_preset())}.values()), 20).found
-    assert "(SparseGPT 60% with 32 windows; Wanda 60%)" in carries(found)
+    wanted = {c.name: c for c in main_cells(small_preset()) + size_cells(small_preset())}
+    found = take(whole(), list(wanted.values())).found
+    assert "(SparseGPT 60% with 32 windows; Wanda 60%)" in interval_note(found)
 
 
 def test_captions_of_a_sweep_count_only_what_is_swept():
@@ -208,19 +222,46 @@ def test_a_long_table_breaks_and_one_without_caption_does_not_float():
 # --- figures
 
 
-@pytest.mark.parametrize("draw,rows", [(retention_panels, retention_rows), (strategy_figure, retention_rows), (averaging_figure, range_rows),
-                                       (margin_figure, lambda o: margin_rows(o, "uniform", "c4", "sparsity"))])
+def panels_of(rows, note=""): return retention_panels(rows, base_differences(part()), note)
+
+
+def beside_c4(delta, note=""): return strategy_figure(retention_rows(part()), delta, note)
+
+
+DRAWN = [(panels_of, lambda o=main_cells, **keep: retention_rows(part(**keep))), (beside_c4, lambda **keep: base_differences(part(**keep))),
+         (averaging_figure, lambda **keep: range_rows(part(**keep))),
+         (margin_figure, lambda **keep: margin_rows(part(sweep_cells, **keep), "uniform", "c4", "sparsity"))]
+
+
+@pytest.mark.parametrize("draw,rows", DRAWN)
 def test_figures_refuse_nothing(draw, rows):
-    empty = rows(part(keep=lambda o: False))
+    empty = rows(keep=lambda o: False)
     with pytest.raises(CalibPruneError, match="nothing to draw"): draw(empty)
     assert figure_of(draw, empty, "why").texts
 
 
-def test_figures_have_no_small_print(tmp_path):
-    for draw, rows in ((retention_panels, retention_rows(part())), (strategy_figure, retention_rows(part())),
-                       (averaging_figure, range_rows(part())), (margin_figure, margin_rows(part(sweep_cells), "uniform", "c4", "sparsity"))):
-        figure = draw(rows, "note")
-        import matplotlib.text
-        small = [o.get_text() for o in figure.findobj(matplotlib.text.Text) if o.get_text() and o.get_fontsize() < 7]
-        assert not small
-        assert all(os.path.getsize(o) for o in save_figure(figure, tmp_path / draw.__name__))
+@pytest.mark.parametrize("draw,rows", DRAWN)
+def test_figures_have_no_small_print_and_a_title(draw, rows, tmp_path):
+    import matplotlib.text
+    figure = draw(rows(), "note")
+    small = [o.get_text() for o in figure.findobj(matplotlib.text.Text) if o.get_text() and o.get_fontsize() < 7]
+    assert not small and len(figure.get_suptitle()) > 20
+    assert all(os.path.getsize(o) for o in save_figure(figure, tmp_path / "figure"))
+
+
+def test_numbers_on_cells_can_be_read():
+    figure = panels_of(retention_rows(part()))
+    for ax in figure.axes[:2]:
+        mesh = ax.collections[0]
+        assert len(ax.texts) == mesh.get_array().size
+        assert min(contrast(o.get_color(), c[:3]) for o, c in zip(ax.texts, mesh.get_facecolors())) >= 4.5
+
+
+def test_colours_show_the_difference_from_c4_and_not_the_level_of_a_column():
+    rows, delta = retention_rows(part()), base_differences(part())
+    ax = retention_panels(rows, delta).axes[0]
+    shown = np.asarray(ax.collections[0].get_array()).reshape(len(KEPT), -1)
+    names = [o.get_text() for o in ax.get_yticklabels()]
+    assert (shown[names.index("c4")] == 0).all()
+    expected = delta.query("method == 'sparsegpt' and mix == 'math' and dimension == 'Math'")["value"].item()
+    assert np.isclose(shown[names.index("math"), 3], 100 * expected)

@@ -10,12 +10,15 @@ from scipy.stats import chisquare
 from transformers.generation.logits_process import (RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper,
                                                     TopPLogitsWarper)
 
-from calib_prune.calibration import build_calibration, token_stream
+from calib_prune.calibration.sets import build_calibration, token_stream
 from calib_prune.core import CalibPruneError
-from calib_prune.fetch import read_jsonl, write_jsonl
-from calib_prune.generation import (Generated, Job, Sampling, Writer, candidates, check_target, decode, draw, end_tokens, fill, penalised,
-                                    repeated_share, self_cal, sgs, start_token, uniforms, without_worst, write)
-from calib_prune.models import tiny_llama, tiny_model, tiny_tokenizer
+from calib_prune.data.files import read_jsonl, write_jsonl
+from calib_prune.generation.baselines import self_cal, sgs, without_worst
+from calib_prune.generation.sampling import (Job, Sampling, candidates, decode, draw, penalised,
+                                             uniforms)
+from calib_prune.generation.writing import (Generated, Writer, check_target, end_tokens, fill,
+                                            repeated_share, start_token, write)
+from calib_prune.model.tiny import tiny_llama, tiny_model, tiny_tokenizer
 
 TOK = tiny_tokenizer()
 ENDS = frozenset({0})
@@ -141,7 +144,7 @@ def test_same_text_as_the_slow_walk_whatever_the_batch(family):
 
 
 def test_the_cache_keeps_no_more_columns_than_a_text_needs(monkeypatch):
-    from calib_prune.generation import RollingLayer
+    from calib_prune.generation.sampling import RollingLayer
     widest = []
     keep = RollingLayer.keep
     monkeypatch.setattr(RollingLayer, "keep", lambda self, *a: (widest.append(self.buffers[0].shape[-2]), keep(self, *a))[1])

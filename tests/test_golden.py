@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from calib_prune import keys, pruning
+from calib_prune.pruning import methods
+from calib_prune.study import keys
 from tests import golden
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,7 @@ BESIDE = {"calibration set": "CALIBRATION_VERSION = ", "scoring": "SCORING_VERSI
 def notebook(stage):
     "Where the version of a stage stands."
     text = BESIDE.get(stage, f'Method(\\"{stage}\\"')
-    found = [o.relative_to(ROOT) for o in sorted(ROOT.glob("nbs/*.ipynb")) if text in o.read_text()]
+    found = [o.relative_to(ROOT) for o in sorted(ROOT.glob("nbs/**/*.ipynb")) if text in o.read_text()]
     assert len(found) == 1, (stage, found)
     return str(found[0])
 
@@ -46,33 +47,33 @@ def test_numbers_hold(stage):
 
 def shifted(original): return lambda *args, **how: original(*args, **how) + 1
 def scaled(original): return lambda logits, *args: tuple(o * (1 + 1e-4) if o.dtype.is_floating_point else o for o in original(logits, *args))
-def with_method(name, **changes): return pruning.METHODS | {name: replace(pruning.METHODS[name], **changes)}
+def with_method(name, **changes): return methods.METHODS | {name: replace(methods.METHODS[name], **changes)}
 def not_rooted(original): return lambda w, h, *how: original(w, h.square(), *how)
 
 
 CHANGES = {  # what an edit might do by the way → stage, module, name, the new value of it
-    "windows begin a token later": ("calibration set", "calib_prune.calibration", "window_starts", shifted),
-    "other random numbers": ("self-cal", "calib_prune.generation", "uniforms", lambda o: lambda seed, *more: o(seed + 1, *more)),
-    "no repetition penalty": ("sgs", "calib_prune.generation", "penalised", lambda o: lambda logits, *_: logits),
-    "a pool chosen at random": ("igsp", "calib_prune.igsp", "select", lambda o: lambda *a: o(*a[:2], False, *a[3:])),
+    "windows begin a token later": ("calibration set", "calib_prune.calibration.sets", "window_starts", shifted),
+    "other random numbers": ("self-cal", "calib_prune.generation.sampling", "uniforms", lambda o: lambda seed, *more: o(seed + 1, *more)),
+    "no repetition penalty": ("sgs", "calib_prune.generation.sampling", "penalised", lambda o: lambda logits, *_: logits),
+    "a pool chosen at random": ("igsp", "calib_prune.generation.igsp", "select", lambda o: lambda *a: o(*a[:2], False, *a[3:])),
     "damping of 0.0101": ("sparsegpt", "tests.golden", "prune", lambda o: partial(o, damping=0.0101)),
-    "the last window forgotten": ("wanda", "calib_prune.pruning", "split", lambda o: lambda tokens, size, parts: o(tokens[:-1], size, parts[:-1])),
-    "Wanda without its root": ("wanda", "calib_prune.pruning", "wanda", not_rooted),
-    "a weight fewer": ("magnitude", "calib_prune.pruning", "magnitude", lambda o: lambda w, h, s, p: o(w, h, s - 0.002, p)),
-    "fewer rounds": ("minimax", "calib_prune.pruning", "METHODS", lambda o: o | {"minimax": replace(
-        o["minimax"], solve=partial(pruning._sparsegpt_parts, rounds=4))}),
-    "parts by their size": ("balanced", "calib_prune.minimax", "relative_moments", lambda o: lambda weights, moments: moments),
-    "log-likelihoods off by a ten-thousandth": ("scoring", "calib_prune.evaluation", "token_scores", scaled),
-    "the first number counts": ("scoring", "calib_prune.evaluation", "last_number", lambda o: lambda text: o(text.split(",")[0])),
-    "triples, not 4-grams": ("metrics", "calib_prune.oit", "aggregation", lambda o: lambda tokens, n, reading: o(tokens, 3, reading)),
-    "numbers as they stand": ("audit", "calib_prune.contamination", "words", lambda o: lambda text, numbers: o(text, "keep"))}
+    "the last window forgotten": ("wanda", "calib_prune.pruning.walk", "split", lambda o: lambda tokens, size, groups: o(tokens[:-1], size, groups[:-1])),
+    "Wanda without its root": ("wanda", "calib_prune.pruning.methods", "wanda", not_rooted),
+    "a weight fewer": ("magnitude", "calib_prune.pruning.methods", "magnitude", lambda o: lambda w, h, s, p: o(w, h, s - 0.002, p)),
+    "fewer rounds": ("minimax", "calib_prune.pruning.walk", "METHODS", lambda o: o | {"minimax": replace(
+        o["minimax"], solve=partial(methods._minimax, rounds=4))}),
+    "groups by their size": ("balanced", "calib_prune.pruning.robust", "relative_moments", lambda o: lambda weights, moments: moments),
+    "log-likelihoods off by a ten-thousandth": ("scoring", "calib_prune.model.likelihood", "token_scores", scaled),
+    "the first number counts": ("scoring", "calib_prune.evaluation.scoring", "last_number", lambda o: lambda text: o(text.split(",")[0])),
+    "triples, not 4-grams": ("metrics", "calib_prune.calibration.oit", "aggregation", lambda o: lambda tokens, n, reading: o(tokens, 3, reading)),
+    "numbers as they stand": ("audit", "calib_prune.evaluation.contamination", "words", lambda o: lambda text, numbers: o(text, "keep"))}
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_of_numbers_is_noticed(what, monkeypatch):
     stage, module, name, change = CHANGES[what]
     monkeypatch.setattr(f"{module}.{name}", change(getattr(__import__(module, fromlist=[name]), name)))
-    with pytest.raises(pytest.fail.Exception, match=rf"stage {stage!r} moved.*raise its version in nbs/\w+\.ipynb"):
+    with pytest.raises(pytest.fail.Exception, match=rf"stage {stage!r} moved.*raise its version in nbs/\w+/\w+\.ipynb"):
         check(stage, golden.compute(stage, slice(1)))
 
 
@@ -81,11 +82,11 @@ def test_moved_numbers_are_written_down_only_under_a_new_version(monkeypatch, tm
     monkeypatch.setattr(golden, "STAGES", {"wanda": golden.STAGES["wanda"][:1]})
     golden.renew(["wanda"])
     first = golden.FILE.read_text()
-    monkeypatch.setattr(pruning, "wanda", not_rooted(pruning.wanda))
+    monkeypatch.setattr(methods, "wanda", not_rooted(methods.wanda))
     with pytest.raises(SystemExit, match="wanda: .* moved by .* under version 1: raise the version first"): golden.renew(["wanda"])
     assert golden.FILE.read_text() == first
-    monkeypatch.setattr(pruning, "METHODS", with_method("wanda", version=2))
-    monkeypatch.setattr(keys, "METHODS", pruning.METHODS)
+    monkeypatch.setattr(methods, "METHODS", with_method("wanda", version=2))
+    monkeypatch.setattr(keys, "METHODS", methods.METHODS)
     golden.renew(["wanda"])
     kept = json.loads(golden.FILE.read_text())
     assert kept["stages"]["wanda"]["version"] == 2 and kept["stages"]["wanda"]["numbers"] != json.loads(first)["stages"]["wanda"]["numbers"]

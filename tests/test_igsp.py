@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from calib_prune.calibration import build_calibration
+from calib_prune.calibration.sets import build_calibration
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.generation import Sampling, write
-from calib_prune.igsp import (OPENINGS, CannotBalance, Greedy, Shuffled, common_mean, describe, frontier, igsp, nearest_run, select,
-                              shortest_intervals, take, tightest_bins)
-from calib_prune.models import tiny_llama, tiny_tokenizer
+from calib_prune.generation.sampling import Sampling
+from calib_prune.generation.writing import write
+from calib_prune.generation.igsp import (OPENINGS, CannotBalance, Greedy, Shuffled, common_mean,
+                                         describe, frontier, igsp, nearest_run, select,
+                                         shortest_intervals, take, tightest_bins)
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 TOK = tiny_tokenizer()
 

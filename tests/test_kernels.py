@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune import sparsegpt as sparsegpt_module
 from calib_prune.core import CalibPruneError, share
-from calib_prune.hessian import SecondMoment, energy, exact_float32
-from calib_prune.masks import block_counts, smallest
-from calib_prune.sparsegpt import factorise, sparsegpt, sweep_compiled, sweep_torch
-from calib_prune.wanda import magnitude, wanda
+from calib_prune.pruning import sparsegpt as sparsegpt_module
+from calib_prune.pruning.factor import factorise
+from calib_prune.pruning.hessian import SecondMoment, energy, exact_float32
+from calib_prune.pruning.masks import block_counts, smallest
+from calib_prune.pruning.sparsegpt import sparsegpt
+from calib_prune.pruning.sweep import sweep_compiled, sweep_torch
+from calib_prune.pruning.wanda import magnitude, wanda
 
 KERNELS = {"sparsegpt": sparsegpt, "wanda": wanda, "magnitude": magnitude}
 
@@ -479,7 +481,7 @@ def test_low_precision_products_are_switched_off_and_on_again():
 
 def test_read_only_installation(tmp_path):
     "The compiled sweep writes nothing next to the package, and works in a fresh process with nowhere to write."
-    code = ("import torch; from calib_prune.sparsegpt import sparsegpt; "
+    code = ("import torch; from calib_prune.pruning.sparsegpt import sparsegpt; "
             "print(sparsegpt(torch.eye(4), torch.eye(4), 0.75).sparsity)")
     env = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "NUMBA_CACHE_DIR": str(tmp_path)}
     out = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, env=env, check=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from calib_prune import carry_over, keys
+from calib_prune.study import carry_over, keys
 from calib_prune.core import CalibPruneError
-from calib_prune.keys import OLDER, changes, left_to_do, versions
-from calib_prune.sources import LibrarySource
-from calib_prune.study import cells, load_preset, measured_strategies, protocol_of
-from calib_prune.tasks import TASKS
+from calib_prune.study.keys import OLDER, changes, left_to_do, versions
+from calib_prune.calibration.sources import LibrarySource
+from calib_prune.study.presets import cells, load_preset, measured_strategies, protocol_of
+from calib_prune.evaluation.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results/default"
@@ -42,23 +42,25 @@ def test_every_committed_result_is_finished():
 
 
 EDITS = {  # file → [(what is there, what an edit makes of it)]
-    "evaluation.py": [("norm = torch.cat(", "total = torch.cat("), ("wide) - norm[at]", "wide) - total[at]"),  # a renamed local
-                      ('"The number after `####`, else', '"Better explained: the number after `####`, else'),
-                      ("def last_number(text: str)", "from .moved import last_number\n\ndef unused(text: str)")],
-    "moved.py": [("", 'import re\n\ndef last_number(text):\n    found = re.findall(r"-?\\d+", text)\n    return float(found[-1]) if found else None\n')],
-    "pruning.py": [("weighs the parts of a calibration set against each other", "compares the parts of a calibration set"),  # an error
-                   ('    Method("wanda", _wanda_group, 1),', '    Method("wanda", _wanda_group, 1),\n    Method("other", _wanda_group, 1),')],
-    "sources.py": [('    packaged("arithmetic",', '    LibrarySource("more", "Code", "PSF-2.0", "elsewhere"),\n    packaged("arithmetic",')],
-    "tasks.py": [('    _choice("sciq",', '    _choice("other", "General", _QA, "another task"),\n    _choice("sciq",'),
+    "model/likelihood.py": [("norm = torch.cat(", "total = torch.cat("), ("wide) - norm[at]", "wide) - total[at]")],  # a renamed local
+    "evaluation/scoring.py": [('"The number after `####`, else', '"Better explained: the number after `####`, else'),
+                              ('def last_number(text: str)', "from .moved import last_number\n\ndef unused(text: str)")],
+    "evaluation/moved.py": [("", 'import re\n\ndef last_number(text):\n    found = re.findall(r"-?\\d+", text)\n    return float(found[-1]) if found else None\n')],
+    "pruning/walk.py": [("weighs the groups of a calibration set against each other", "compares the groups of a calibration set")],  # an error
+    "pruning/methods.py": [('    Method("wanda", ', '    Method("other", "Other", "nothing", _wanda, 1, 2.0),\n    Method("wanda", ')],
+    "calibration/sources.py": [('    packaged("arithmetic",', '    LibrarySource("more", "Code", "PSF-2.0", "elsewhere"),\n    packaged("arithmetic",')],
+    "evaluation/tasks.py": [('    _choice("sciq",', '    _choice("other", "General", _QA, "another task"),\n    _choice("sciq",'),
                  ('overlaps: tuple[str, ...] = ()', 'more: int = 0\n    overlaps: tuple[str, ...] = ()'),
                  ("science exam questions, four answers", "questions of science exams")]}
 PROBE = """
 import json
-from calib_prune import keys, pruning, sources, tasks
-from calib_prune.sources import LibrarySource
-from calib_prune.study import load_preset
-LibrarySource.revision = {revision!r}
-assert "other" in pruning.METHODS and "more" in sources.SOURCES and "other" in tasks.TASKS
+from calib_prune.calibration import sources
+from calib_prune.evaluation import tasks
+from calib_prune.pruning import methods
+from calib_prune.study import keys
+from calib_prune.study.presets import load_preset
+sources.LibrarySource.revision = {revision!r}
+assert "other" in methods.METHODS and "more" in sources.SOURCES and "other" in tasks.TASKS
 print(json.dumps(keys.left_to_do(load_preset("presets/default.yaml"), "results/default")))
 """
 

@@ -14,9 +14,14 @@ import pytest
 import torch
 
 from calib_prune.core import Busy, CalibPruneError, only_run
-from calib_prune.generation import Journal, Sample, check_target
-from calib_prune.models import PART, RECORD, OutputFolder, check_output, load_model, save_model, tiny_llama, tiny_tokenizer
-from calib_prune.pruning import MARKER, Checkpoint, check_checkpoint, own_files, prune, remove_checkpoint
+from calib_prune.generation.sampling import Sample
+from calib_prune.generation.writing import Journal, check_target
+from calib_prune.model.loading import (PART, RECORD, OutputFolder, check_output, load_model,
+                                       save_model)
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pruning.checkpoint import (MARKER, Checkpoint, check_checkpoint, own_files,
+                                            remove_checkpoint)
+from calib_prune.pruning.walk import prune
 
 TOKENS = torch.randint(1, 264, (4, 16), generator=torch.Generator().manual_seed(0))
 
@@ -37,7 +42,7 @@ def inputs(tmp_path_factory):
 def start(inputs, command, *more, cwd=None):
     usual = {"prune": ["--model", inputs / "model", "--calibration", inputs / "text.txt", "--windows", "8", "--length", "32"],
              "generate": ["--model", inputs / "model", "--protocol", "self-cal", "--windows", "8", "--length", "32", "--text-length", "24"]}
-    argv = [sys.executable, "-c", "from calib_prune.cli import main; main()", command, *map(str, [*usual[command], *more])]
+    argv = [sys.executable, "-c", "from calib_prune.cli.app import main; main()", command, *map(str, [*usual[command], *more])]
     return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
@@ -123,9 +128,9 @@ def test_a_layer_of_another_run_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     from dataclasses import replace
-    from calib_prune import pruning
+    from calib_prune.pruning import walk
     prune(tiny_llama(), TOKENS, "wanda", checkpoint=tmp_path)
-    monkeypatch.setattr(pruning, "METHODS", pruning.METHODS | {"wanda": replace(pruning.METHODS["wanda"], version=99)})
+    monkeypatch.setattr(walk, "METHODS", walk.METHODS | {"wanda": replace(walk.METHODS["wanda"], version=99)})
     with pytest.raises(CalibPruneError, match="differs in: version"): prune(tiny_llama(), TOKENS, "wanda", checkpoint=tmp_path)
 
 
@@ -146,7 +151,7 @@ def test_an_output_on_a_disk_of_its_own_is_filled(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.getuid() != 0 or bool(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode), reason="cannot mount")
 def test_an_output_that_is_a_mount_point(inputs, tmp_path):
     (tmp_path / "volume").mkdir()
-    code = f"from calib_prune.models import *; save_model(tiny_llama(), tiny_tokenizer(), {str(tmp_path / 'volume')!r}, {{}}); " \
+    code = f"from calib_prune.model.loading import *; from calib_prune.model.tiny import *; save_model(tiny_llama(), tiny_tokenizer(), {str(tmp_path / 'volume')!r}, {{}}); " \
            f"print(load_model({str(tmp_path / 'volume')!r})[0].num_parameters())"
     done = subprocess.run(["unshare", "-m", "sh", "-c", f"mount -t tmpfs none {tmp_path}/volume && exec {sys.executable} -c \"$0\"", code],
                           capture_output=True, text=True)
@@ -294,13 +299,13 @@ def test_a_damaged_line_of_a_journal_is_named(tmp_path, line):
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_full_disk_behind_the_output_ends_quietly(more):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", "from calib_prune.cli import main; main()", "tasks", *more], stdout=full,
+        done = subprocess.run([sys.executable, "-c", "from calib_prune.cli.app import main; main()", "tasks", *more], stdout=full,
                               stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and done.stderr == "Error: cannot write the output: No space left on device.\n"
 
 
 def test_a_closed_pipe_ends_quietly():
-    process = subprocess.Popen([sys.executable, "-c", "from calib_prune.cli import main; main()", "tasks"], stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-c", "from calib_prune.cli.app import main; main()", "tasks"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert "Traceback" not in process.stderr.read() and process.wait() != 0
@@ -308,7 +313,7 @@ def test_a_closed_pipe_ends_quietly():
 
 def test_usage_errors_are_json_too(tmp_path):
     for argv in (["prune"], ["prune", "--nonsense"], ["evaluate", "--model", "x", "--limit", "many"], ["nonsense"]):
-        done = subprocess.run([sys.executable, "-c", "from calib_prune.cli import main; main()", *argv, "--json"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", "from calib_prune.cli.app import main; main()", *argv, "--json"], capture_output=True, text=True)
         assert done.returncode == 2 and set(json.loads(done.stdout)) == {"error"} and not done.stderr, done
 
 

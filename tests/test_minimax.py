@@ -1,15 +1,16 @@
-"Pruning for the worst part of a calibration set: never worse for it than equal weights, and a plain method where there is one part."
+"Pruning for the worst part of a calibration set: never worse for it than equal weights, and a plain method where there is one group."
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune.calibration import build_calibration
+from calib_prune.calibration.sets import build_calibration
 from calib_prune.core import CalibPruneError
-from calib_prune.minimax import minimax, part_errors, relative_moments
-from calib_prune.models import tiny_llama, tiny_tokenizer
-from calib_prune.pruning import BY_PART, prune, split
-from calib_prune.sparsegpt import sparsegpt
+from calib_prune.pruning.robust import minimax, group_errors, relative_moments
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pruning.methods import METHODS
+from calib_prune.pruning.walk import prune, split
+from calib_prune.pruning.sparsegpt import sparsegpt
 
 
 def moment(d, n, size, rng):
@@ -19,15 +20,15 @@ def moment(d, n, size, rng):
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
-def test_the_worst_part_never_fares_worse_than_with_equal_weights(parts, maps, seed):
+def test_the_worst_part_never_fares_worse_than_with_equal_weights(groups, maps, seed):
     rng = torch.Generator().manual_seed(seed)
     weights = [torch.randn(8 + 4 * i, 24, generator=rng) for i in range(maps)]
-    moments = [moment(24, 60, 10.0 ** i, rng) for i in range(parts)]
+    moments = [moment(24, 60, 10.0 ** i, rng) for i in range(groups)]
     kernel = lambda h: [sparsegpt(w, h, 0.5) for w in weights]
     equal, best = (minimax(weights, moments, kernel, rounds) for rounds in (1, 6))
     relative = relative_moments(weights, moments)
     assert best[0].error <= equal[0].error
-    assert best[0].error == pytest.approx(part_errors(weights, best, relative).max().item(), rel=1e-6)
+    assert best[0].error == pytest.approx(group_errors(weights, best, relative).max().item(), rel=1e-6)
     assert all(o.sparsity == e.sparsity for o, e in zip(best, equal))
 
 
@@ -40,39 +41,39 @@ def test_the_loudness_of_a_part_does_not_matter():
 
 
 def test_a_part_without_output_is_named():
-    with pytest.raises(CalibPruneError, match="zero on part 1"):
+    with pytest.raises(CalibPruneError, match="zero on group 1"):
         minimax([torch.ones(2, 3)], [torch.eye(3), torch.zeros(3, 3)], lambda h: [])
 
 
 def test_windows_of_each_part_stay_together():
-    tokens, parts = torch.arange(14).view(7, 2), ["a", "b", "a", "a", "b", "a", "a"]
-    batches, where = split(tokens, 2, parts)
+    tokens, groups = torch.arange(14).view(7, 2), ["a", "b", "a", "a", "b", "a", "a"]
+    batches, where = split(tokens, 2, groups)
     assert where == {"a": [0, 1, 2], "b": [3]}
     assert [b[:, 0].tolist() for b in batches] == [[0, 4], [6, 10], [12], [2, 8]]
 
 
-@pytest.mark.parametrize("method", sorted(BY_PART))
+@pytest.mark.parametrize("method", [o.name for o in METHODS.values() if o.by_group])
 def test_interrupted_and_resumed_with_parts(method, tmp_path):
-    tokens, parts = torch.randint(1, 264, (6, 16), generator=torch.Generator().manual_seed(0)), ["x", "y"] * 3
+    tokens, groups = torch.randint(1, 264, (6, 16), generator=torch.Generator().manual_seed(0)), ["x", "y"] * 3
     def stop(stage, done, total):
         if done == 1: raise KeyboardInterrupt
     whole, resumed = tiny_llama(), tiny_llama()
-    report = prune(whole, tokens, method, 0.5, parts=parts)
-    with pytest.raises(KeyboardInterrupt): prune(tiny_llama(), tokens, method, 0.5, parts=parts, checkpoint=tmp_path, progress=stop)
-    assert prune(resumed, tokens, method, 0.5, parts=parts, checkpoint=tmp_path).equals(report)
+    report = prune(whole, tokens, method, 0.5, groups=groups)
+    with pytest.raises(KeyboardInterrupt): prune(tiny_llama(), tokens, method, 0.5, groups=groups, checkpoint=tmp_path, progress=stop)
+    assert prune(resumed, tokens, method, 0.5, groups=groups, checkpoint=tmp_path).equals(report)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
-    with pytest.raises(CalibPruneError, match="differs in: parts"):
-        prune(tiny_llama(), tokens, method, 0.5, parts=parts[::-1], checkpoint=tmp_path)
+    with pytest.raises(CalibPruneError, match="differs in: groups"):
+        prune(tiny_llama(), tokens, method, 0.5, groups=groups[::-1], checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("parts", [None, ["x"] * 6, ["x", ""] * 3, ["x", "y"]])
-def test_parts_that_cannot_be_weighed(parts):
-    with pytest.raises(CalibPruneError, match="at least two dimensions"): prune(tiny_llama(), torch.ones(6, 16, dtype=torch.int64), "minimax", parts=parts)
+@pytest.mark.parametrize("groups", [None, ["x"] * 6, ["x", ""] * 3, ["x", "y"]])
+def test_parts_that_cannot_be_weighed(groups):
+    with pytest.raises(CalibPruneError, match="at least two dimensions"): prune(tiny_llama(), torch.ones(6, 16, dtype=torch.int64), "minimax", groups=groups)
 
 
 def test_own_files_are_parts_of_their_own(tmp_path):
     names = [str(tmp_path / f"{o}.txt") for o in "ab"]
     for name in names: (tmp_path / name).write_text(f"A line of {name}.\n" * 400)
     cal = build_calibration(",".join(names), tiny_tokenizer(), 4, 32)
-    assert cal.parts == [names[0]] * 2 + [names[1]] * 2
-    assert len(prune(tiny_llama(), cal.tokens, "balanced", 0.5, parts=cal.parts)) == 14
+    assert cal.groups == [names[0]] * 2 + [names[1]] * 2
+    assert len(prune(tiny_llama(), cal.tokens, "balanced", 0.5, groups=cal.groups)) == 14

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calib_prune.core import CalibPruneError
-from calib_prune.models import (check_output, convert_gguf, end_of_text_id, load_model, model_revision, save_model, tiny_llama,
-                                tiny_tokenizer)
+from calib_prune.data.gguf import convert_gguf
+from calib_prune.model.loading import (check_output, end_of_text_id, load_model, model_revision,
+                                       save_model)
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 
 def test_round_trip_through_plain_transformers(tmp_path):
@@ -113,7 +115,8 @@ def test_occupied_output_is_left_alone(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from calib_prune.core import CalibPruneError
-from calib_prune.models import save_model, tiny_llama, tiny_tokenizer
+from calib_prune.model.loading import save_model
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 try: save_model(tiny_llama(), tiny_tokenizer(), sys.argv[1], {})

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import jensenshannon
 
-from calib_prune.calibration import CalibrationSet, build_calibration, tokenizer_identity
+from calib_prune.calibration.sets import CalibrationSet, build_calibration, tokenizer_identity
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.models import load_model, save_model, tiny_llama, tiny_model, tiny_tokenizer
-from calib_prune.oit import (METRICS, aggregation, benchmark_tokens, coverage, definitions, distinct_ngrams, entropy, frequent_ids,
-                             js_divergence, load_tokenizer, measure, measure_mix, ngram_ids, pieces, sentence_count,
-                             set_perplexity, text_metrics, window_nll)
+from calib_prune.model.tiny import tiny_llama, tiny_model, tiny_tokenizer
+from calib_prune.calibration.oit import (METRICS, aggregation, coverage, definitions,
+                                         distinct_ngrams, entropy, frequent_ids, js_divergence,
+                                         measure, ngram_ids, pieces, sentence_count,
+                                         set_perplexity, text_metrics, window_nll)
+from calib_prune.evaluation.tasks import benchmark_tokens
+from calib_prune.model.loading import load_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 IDENTITY = tokenizer_identity(TOKENIZER)
@@ -218,19 +221,6 @@ def test_rows_say_what_was_not_measured():
     full = measure(CAL, TOKENIZER, tiny_llama(), {"a": np.array([1]), "b": np.array([99])}).set_index("metric")
     assert full.value["mismatch:b"] == 1 and full.ci_low["distortion"] < full.ci_high["distortion"]
     assert full.ci_low.drop("distortion").isna().all() and "mismatch" not in full.index
-
-
-def test_own_text_and_model(tmp_path):
-    text = tmp_path / "own.txt"
-    text.write_text("\n\n".join(f"Line {i} of my text." for i in range(100)))
-    save_model(tiny_llama(), TOKENIZER, tmp_path / "model", {})
-    found, record = measure_mix(str(text), str(tmp_path / "model"), windows=4, length=32, prompts=0)
-    model, tok = load_model(str(tmp_path / "model"))
-    cal = build_calibration(str(text), tok, 4, 32)
-    pd.testing.assert_frame_equal(found, measure(cal, tok, model))
-    assert record == cal.record()
-    bare, _ = measure_mix(str(text), tokenizer=str(tmp_path / "model"), windows=4, length=32, prompts=0)
-    pd.testing.assert_frame_equal(bare, measure(cal, tok))
 
 
 @pytest.mark.real

@@ -13,12 +13,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from calib_prune.analysis import example_study
-from calib_prune.claims import PRESET, study_ledger
-from calib_prune.igsp import journal_name
-from calib_prune.models import save_model, tiny_llama, tiny_tokenizer
-from calib_prune.sources import PAPER_SOURCES
-from calib_prune.study import cells, load_preset, protocol_of
+from calib_prune.report.examples import example_study
+from calib_prune.report.claims import study_ledger
+from calib_prune.report.estimates import PRESET
+from calib_prune.report.selection import measured
+from calib_prune.generation.igsp import journal_name
+from calib_prune.model.loading import save_model
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.calibration.sources import PAPER_SOURCES
+from calib_prune.study.presets import cells, load_preset, protocol_of
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {  # of the data sets that are not a plain column of text
@@ -47,7 +50,7 @@ def hub_folder(root, source):
 
 def run(root, *args):
     env = os.environ | dict(PYTHONPATH=str(root), COLUMNS="120")
-    command = [sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", "--jobs", "1", *args]  # one thread, as in tests/test_workflow.py
+    command = [sys.executable, "-c", "from calib_prune.cli.app import main; main()", "reproduce", "--jobs", "1", *args]  # one thread, as in tests/test_workflow.py
     return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
 
 
@@ -78,7 +81,7 @@ def test_it_plans_what_every_claim_needs():
     any_cell = list(example_study({"c4": (0.5,) * 4}, n=10).values())
     study = {c.name: replace(any_cell[c.strategy != "dense"], record=asdict(c)) for c in cells(preset)}
     read = pd.DataFrame([dict(strategy=o, seed=0, metric="distortion", value=math.exp(i)) for i, o in enumerate(preset["strategies"])])
-    found = study_ledger(study, read, n_boot=50, n_perm=99)
+    found = study_ledger(measured(preset, study, 50), read, n_perm=99)
     assert set(found["claim"]) == {f"C{i}" for i in range(1, 10)} and PRESET not in set(found["verdict"])
     drawn = {(c.strategy, c.seed) for c in cells(preset) if (c.method, c.sparsity) == ("sparsegpt", 0.6)}
     assert drawn >= {(o, seed) for o in ("self-cal", "sgs", "igsp") for seed in range(3)}
@@ -98,8 +101,8 @@ def test_it_runs_to_its_tables(root):
     few = ["c4", "hellaswag", "gsm8k", "codealpaca", "metamath", "uniform"]
     shorter = {"self-cal": " length=64", "sgs": " length=64", "igsp": " length=64 bins=2 choice=1.5"}  # what stands last counts
     own = {k: preset["strategies"][k] + shorter[protocol_of(preset["strategies"][k])[0]] for k in ("self-cal", "sgs", "igsp", "igsp-mean")}
-    usual = dict(sparsities=[0.6], seeds=[0], windows=["usual"])
-    preset |= dict(name="paper-tiny", model=str(root / "tiny"), revision=None, dtype="float32", device="cpu",
+    usual = dict(sparsities=[0.6], seeds=[0], windows=["default"])
+    preset |= dict(name="paper-tiny", resamples=200, model=str(root / "tiny"), revision=None, dtype="float32", device="cpu",
                    calibration=dict(windows=15, length=64), heldout=preset["heldout"] | dict(documents=1, window=64),
                    scoring=preset["scoring"] | dict(limit=dict(choice=8, bpb=8, generate=2), batch_tokens=1024),
                    strategies={k: preset["strategies"][k] for k in few} | own,
@@ -114,7 +117,7 @@ def test_it_runs_to_its_tables(root):
     assert len(rows) == 12 and all(any(r["task"] == "gsm8k_generate" for r in o) for o in rows.values())
     figures = root / "figures/paper-tiny"
     assert len(list(figures.glob("*.csv"))) >= 11 and len(list(figures.glob("*.png"))) >= 8
-    assert set(pd.read_csv(figures / "T8-protocols.csv")["strategy"]) == {"c4", "self-cal", "sgs", "igsp", "uniform, minimax"}
+    assert set(pd.read_csv(figures / "T8-self-generated.csv")["strategy"]) == {"c4", "self-cal", "sgs", "igsp", "uniform, minimax"}
     assert set(pd.read_csv(figures / "T9-ablations.csv")["strategy"]) == {"self-cal", "sgs", "igsp", "igsp-mean"}
     verdicts = pd.read_csv(figures / "T7-claims.csv")
     assert set(verdicts["claim"]) == {f"C{i}" for i in range(1, 10)}

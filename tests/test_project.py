@@ -11,9 +11,18 @@ import nbformat
 import pytest
 
 import calib_prune
+from calib_prune.study.artefacts import NOTEBOOKS as NOTEBOOKS_OF_TABLES
+from calib_prune.study.artefacts import made_by
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(ROOT.glob("nbs/**/*.ipynb"))
+
+
+def modules(folder: Path) -> dict[str, Path]:
+    "Module → file, of the package in a folder."
+    files = {p.relative_to(folder).with_suffix("").as_posix().replace("/", "."): p for p in (folder / "calib_prune").rglob("*.py")}
+    assert len(files) > 40
+    return files
 
 
 def test_modules_are_what_the_notebooks_export(tmp_path):
@@ -22,9 +31,10 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
     for name in ("nbs", "calib_prune"): shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "settings.ini", tmp_path)
     subprocess.run([str(Path(sys.executable).parent / "nbdev_export")], cwd=tmp_path, check=True, capture_output=True)
-    for path in (tmp_path / "calib_prune").glob("*.py"):
-        assert path.read_text() == (ROOT / "calib_prune" / path.name).read_text(), f"{path.name}: run `make export`"
-    assert {p.name for p in (tmp_path / "calib_prune").glob("*.py")} == {p.name for p in (ROOT / "calib_prune").glob("*.py")}
+    exported, committed = modules(tmp_path), modules(ROOT)
+    for name, path in exported.items():
+        assert path.read_text() == committed[name].read_text(), f"{name}: run `make export`"
+    assert set(exported) == set(committed)
 
 
 def test_readme_is_rendered_from_its_notebook():
@@ -71,5 +81,65 @@ def test_paper_notebooks_are_committed_without_outputs():
 
 
 def test_nothing_runs_code_that_came_with_a_model():
-    for path in (ROOT / "calib_prune").glob("*.py"):
+    for path in modules(ROOT).values():
         assert not re.search(r"trust_remote_code\s*[=:]\s*True|torch\.load\(|pickle\.load", path.read_text()), path.name
+
+
+def library() -> dict[str, tuple[int, str]]:
+    "Module → its place in the reading order, and the code of its notebook: exported cells, examples and all."
+    order = [*sorted(ROOT.glob("nbs/[0-9]*.ipynb")), *sorted(ROOT.glob("nbs/[0-9]*/*.ipynb"))]
+    found = {}
+    for place, path in enumerate(order):
+        code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+        found["calib_prune." + re.search(r"^#\| default_exp (\S+)", code, re.M)[1]] = place, code
+    return found
+
+
+def test_every_module_has_its_notebook():
+    made = {m for m in modules(ROOT) if not m.endswith(("__init__", "_modidx"))}
+    assert set(library()) == made
+
+
+def test_imports_point_backwards():
+    "A notebook needs only what stands before it: in exported code, in imports inside functions, and in its examples."
+    found = library()
+    for module, (place, code) in found.items():
+        for wanted in re.findall(r"(?:from|import) (calib_prune[\w.]*)", code):
+            if wanted == "calib_prune": continue  # its version
+            assert wanted in found, f"{module} imports {wanted}: name the module that defines it"
+            assert found[wanted][0] < place, f"{module} imports {wanted}, which comes later"
+
+
+def test_public_names_are_loaded_lazily():
+    "`import calib_prune` is quick, and gives every name of `__all__`."
+    code = "import sys, calib_prune; assert not {'torch', 'transformers', 'lm_eval', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in calib_prune.__all__:
+        made = getattr(calib_prune, name)
+        assert callable(made) and made.__name__ == name and name in dir(calib_prune)
+    with pytest.raises(AttributeError, match="prunes"):
+        _ = calib_prune.prunes
+
+
+PAGES = [ROOT / o for o in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")] + sorted(ROOT.glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if not link.startswith("http"): assert (page.parent / link).exists(), link
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_paper_notebooks_write_what_is_declared():
+    "The names in `save_table`, `save_rows` and `save_figure` are those of the list of artefacts."
+    for book in NOTEBOOKS_OF_TABLES:
+        code = "\n".join(c.source for c in nbformat.read(ROOT / f"nbs/paper/{book}.ipynb", 4).cells if c.cell_type == "code")
+        assert set(re.findall(r"\b[TF]\d-[\w-]+", code)) == {o.stem for o in made_by([book])}, book
+
+
+def test_the_snakefile_can_be_read_at_one_sitting():
+    assert len((ROOT / "Snakefile").read_text().splitlines()) <= 60

@@ -6,15 +6,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib_prune.core import CalibPruneError
-from calib_prune.models import TINY_FAMILIES, tiny_llama, tiny_model
-from calib_prune.pruning import METHODS, decoder_layers, fingerprint, prunable, prune
-from calib_prune.sparsegpt import sparsegpt
-from calib_prune.wanda import wanda
+from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model
+from calib_prune.pruning.checkpoint import fingerprint
+from calib_prune.pruning.layers import decoder_layers, prunable
+from calib_prune.pruning.methods import METHODS
+from calib_prune.pruning.walk import prune
+from calib_prune.pruning.sparsegpt import sparsegpt
+from calib_prune.pruning.wanda import wanda
 
 KERNELS = {"sparsegpt": sparsegpt, "wanda": wanda}
 
 
-PARTS = ["one"] * 4 + ["other"] * 3  # of seven windows
+GROUPS = ["one"] * 4 + ["other"] * 3  # of seven windows
 
 
 def windows(n=7, length=24, seed=0):
@@ -54,7 +57,7 @@ def test_conv1d_layers_are_pruned_along_their_input(method, pattern):
     torch.manual_seed(0)
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64, initializer_range=0.2)
     model = AutoModelForCausalLM.from_config(config).eval()
-    report = prune(model, windows(), method, 0.5, pattern, parts=PARTS)
+    report = prune(model, windows(), method, 0.5, pattern, groups=GROUPS)
     assert len(report) == 8 and (report["sparsity"] == 0.5).all()
     fc = model.transformer.h[0].mlp.c_fc
     assert tuple(fc.weight.shape) == (32, 128) and (fc.weight == 0).float().mean() == 0.5  # stored as [d_in, d_out]
@@ -97,7 +100,7 @@ def test_embeddings_head_and_norms_are_never_touched():
 @pytest.mark.parametrize("method", METHODS)
 def test_pattern_holds_in_every_linear(method):
     model = tiny_llama()
-    prune(model, windows(), method, pattern=(2, 4), parts=PARTS)
+    prune(model, windows(), method, pattern=(2, 4), groups=GROUPS)
     for layer in decoder_layers(model):
         for m in prunable(layer).values():
             assert ((m.weight.reshape(m.weight.shape[0], -1, 4) == 0).sum(-1) == 2).all()

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from calib_prune import jail, sandbox
+from calib_prune.evaluation import jail, sandbox
 from calib_prune.core import CalibPruneError
-from calib_prune.fetch import cached, read_jsonl
-from calib_prune.sandbox import missing_layers, run_sandboxed, run_tests, verdict
-from calib_prune.tasks import TASKS, render
+from calib_prune.data.fetch import cached
+from calib_prune.data.files import read_jsonl
+from calib_prune.evaluation.sandbox import missing_layers, run_sandboxed, run_tests, verdict
+from calib_prune.evaluation.tasks import TASKS, render
 
 pytestmark = pytest.mark.skipif(bool(missing_layers()), reason="the kernel offers no Landlock or no seccomp")
 FAST = {"timeout": 5.0, "memory_mb": 256}
@@ -315,7 +316,7 @@ def test_a_layer_that_fails_is_an_error(monkeypatch):
                     reason="already an ordinary user")
 def test_as_an_ordinary_user():
     # Capabilities are dropped before the test, so nothing in the sandbox can rest on the superuser's powers.
-    code = "from calib_prune.sandbox import run_sandboxed as r\n" \
+    code = "from calib_prune.evaluation.sandbox import run_sandboxed as r\n" \
            "print(r('pass').reason, r('open(\"/etc/passwd\")').reason, r('import os; os.fork()').reason)"
     out = subprocess.run(["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", sys.executable, "-c", code],
                          capture_output=True, text=True, cwd=Path(sandbox.__file__).parents[1])

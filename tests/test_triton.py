@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune import sparsegpt as sparsegpt_module
 from calib_prune.core import CalibPruneError
-from calib_prune.hessian import SecondMoment
-from calib_prune.masks import smallest, smallest_of_groups
-from calib_prune.sparsegpt import factorise, sparsegpt, sweep_compiled, sweep_torch
+from calib_prune.pruning import sparsegpt as sparsegpt_module
+from calib_prune.pruning.factor import factorise
+from calib_prune.pruning.hessian import SecondMoment
+from calib_prune.pruning.masks import smallest, smallest_of_groups
+from calib_prune.pruning.sparsegpt import sparsegpt
+from calib_prune.pruning.sweep import sweep_compiled, sweep_torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no release for this platform")
 ROOT = Path(__file__).parents[1]
@@ -25,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(scope="module")
 def kernels():
-    from calib_prune import triton_kernels
+    from calib_prune.pruning import triton_kernels
     assert triton_kernels.runs_on(DEVICE), "set TRITON_INTERPRET=1 before the first test imports Triton"
     return triton_kernels
 
@@ -186,14 +188,14 @@ def run(code, **env):
 def test_clear_error_where_they_cannot_run(kernels):
     with pytest.raises(CalibPruneError, match="cannot run on meta here"):
         kernels.sweep_triton(torch.empty(4, 4, device="meta"), None, None)
-    code = ("import torch; from calib_prune.triton_kernels import runs_on, wanda_mask_triton as f; from calib_prune.core import *\n"
+    code = ("import torch; from calib_prune.pruning.triton_kernels import runs_on, wanda_mask_triton as f; from calib_prune.core import *\n"
             "print(runs_on('cpu'), runs_on('cuda'))\ntry: f(torch.ones(2, 2), torch.ones(2), 1)\nexcept CalibPruneError as e: print(e)")
     out = run(code, TRITON_INTERPRET=None)
     assert out.stdout.splitlines()[0] == "False True" and "cannot run on cpu here" in out.stdout and "TRITON_INTERPRET=1" in out.stdout
 
 
 def test_module_imports_without_triton():
-    out = run("import sys; sys.modules['triton'] = None; import calib_prune.triton_kernels as t; "
+    out = run("import sys; sys.modules['triton'] = None; import calib_prune.pruning.triton_kernels as t; "
               "print(t.runs_on('cuda'), t.runs_on('cpu'))")
     assert out.stdout.strip() == "False False", out.stderr
 
@@ -202,7 +204,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from calib_prune import triton_kernels as t
+from calib_prune.pruning import triton_kernels as t
 def build(name, weight, warps, capability, **fixed):
     f = getattr(t, name)
     types = {"weight": weight, "mask": "*u8", "inverse": "*fp32", "squares": "*fp32", "norms": "*fp32"}

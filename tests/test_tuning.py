@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib_prune.calibration import build_calibration, parse_mix
+from calib_prune.calibration.sets import build_calibration, parse_mix
 from calib_prune.core import DIMENSIONS
-from calib_prune.models import tiny_tokenizer
-from calib_prune.sources import SOURCES
-from calib_prune.study import load_preset
-from calib_prune.tuning import best_mix, heldout_windows, mix_of_shares, objective, tune_shares
+from calib_prune.model.tiny import tiny_tokenizer
+from calib_prune.calibration.sources import SOURCES
+from calib_prune.study.presets import load_preset
+from calib_prune.study.tuning import (best_mix, heldout_windows, mix_of_shares, objective,
+                                      tune_shares)
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=4, max_size=4))

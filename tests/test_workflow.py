@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from calib_prune.models import save_model, tiny_llama, tiny_tokenizer
+from calib_prune.model.loading import save_model
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.real  # scores on the fetched benchmarks
@@ -30,9 +31,9 @@ def checkout(tmp_path_factory):
     (root / "a.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(500)))
     smoke = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
     preset = smoke | dict(
-        name="tiny", model=str(root / "tiny"), calibration=dict(windows=4, length=64),
+        name="tiny", resamples=300, model=str(root / "tiny"), calibration=dict(windows=4, length=64),
         strategies=dict(own=str(root / "a.txt"), c4="c4"),
-        grid=[dict(strategies="all", methods=["wanda"], sparsities=["2:4"], seeds=[0], windows=["usual"])],
+        grid=[dict(strategies="all", methods=["wanda"], sparsities=["2:4"], seeds=[0], windows=["default"])],
         scoring=dict(tasks="jeopardy,piqa,mbpp,gsm8k", limit=8, batch_tokens=1024),
         heldout=dict(source="coqa", documents=1, window=64), hardware=smoke["hardware"] | dict(cell_gib=1))
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
@@ -41,7 +42,7 @@ def checkout(tmp_path_factory):
 
 def start(root, *more):
     # One core: what gets the whole machine, such as a text to write, would have its threads wait for each other beside another test.
-    command = [sys.executable, "-c", "from calib_prune.cli import main; main()", "reproduce", "--preset", "tiny.yaml", "--jobs", "1", *more]
+    command = [sys.executable, "-c", "from calib_prune.cli.app import main; main()", "reproduce", "--preset", "tiny.yaml", "--jobs", "1", *more]
     return subprocess.Popen(command, cwd=root, env=os.environ | dict(PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, start_new_session=True)
 
@@ -71,10 +72,10 @@ def test_finished_then_reused_then_tables_alone(checkout):
     done = cells(checkout)
     assert set(done) == {"dense", "own-wanda-2of4-n4-s0", "c4-wanda-2of4-n4-s0"}
     assert "Retention, % of the dense model's score" in out and "figures/tiny" in out and "3/3" in err
-    assert (checkout / "figures/tiny/retention.png").stat().st_size > 10_000
-    table = pd.read_csv(checkout / "figures/tiny/retention.csv")
-    assert set(table["strategy"]) == {"own", "c4"} and len(table) == 10
-    assert ((table["ci_low"] <= table["retention"]) & (table["retention"] <= table["ci_high"])).all()
+    assert (checkout / "figures/tiny/F1-retention.png").stat().st_size > 10_000
+    table = pd.read_csv(checkout / "figures/tiny/T2-retention.csv")
+    assert set(table["strategy"]) == {"dense", "own", "c4"} and len(table) == 3 * 7
+    assert ((table["ci_low"] <= table["value"]) & (table["value"] <= table["ci_high"])).all()
 
     times = {p: p.stat().st_mtime_ns for p in (checkout / "results/tiny").glob("*.json")}
     reproduce(checkout)
