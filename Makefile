@@ -6,8 +6,8 @@
 PYTHON ?= python3
 PRESET ?= smoke
 BIN    := .venv/bin
-# Tests of one module at a time, without models, text or processes of their own.
-QUICK  := $(addprefix tests/test_,project statistics correlations claims matmul minimax oit progress tasks tuning)
+# Tests that need no fetched model or text, and start few processes.
+QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress tasks))
 
 .PHONY: reproduce figures test check bench export readme
 
@@ -21,7 +21,7 @@ figures: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not real" $(QUICK)
 
 test: .venv/installed
 	$(BIN)/calib-prune fetch

@@ -9,3 +9,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch  # noqa: E402
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LONG = ("test_workflow.py", "test_paper_preset.py", "test_lost.py", "test_attack.py", "test_calibration.py", "test_evaluation.py")
+
+
+def pytest_collection_modifyitems(items):
+    "The longest files first: a worker that meets one of them last lets the other wait."
+    items.sort(key=lambda o: LONG.index(o.path.name) if o.path.name in LONG else len(LONG))

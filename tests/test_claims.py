@@ -15,7 +15,7 @@ from calib_prune.report.estimates import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SI
                                           estimates, power, strategy_for, verdict)
 from calib_prune.report.selection import measured
 from calib_prune.core import CalibPruneError
-from calib_prune.calibration.sources import SOURCES
+from calib_prune.calibration.sources import SUITE
 
 NO_METRICS = pd.DataFrame(columns=["strategy", "metric", "value"])
 ENDS = st.tuples(st.integers(-20, 20), st.integers(-20, 20)).map(sorted)
@@ -47,7 +47,7 @@ def ledger_of(study, metrics, n_boot, n_perm=99):
 def like_paper(sign=1):
     "The higher its perplexity, the more General, the less Code and Math a source keeps; the mix keeps everything; 30% costs nothing."
     steps = np.random.default_rng(0).permutation(np.linspace(0, 1, 15))
-    kept = {o: (0.45 + 0.3 * s, 0.6, 0.75 - 0.5 * s, 0.65 - 0.3 * s) for o, s in zip(SOURCES, steps)}
+    kept = {o: (0.45 + 0.3 * s, 0.6, 0.75 - 0.5 * s, 0.65 - 0.3 * s) for o, s in zip(SUITE, steps)}
     kept["c4"] = (0.75, 0.6, 0.25, 0.35)
     study = example_study(kept | {"uniform": (0.75, 0.65, 0.8, 0.65), "igsp": (0.7,) * 4, "sgs": (0.6,) * 4},
                           ("sparsegpt", "wanda"), seeds=(0, 1), n=200)
@@ -132,7 +132,7 @@ def test_an_unfinished_study_says_not_yet():
 def test_equal_strategies_win_nothing():
     wrong = {o: 0 for o in ("C5", "C6", "C6 single", "C8 same unit")}
     for s in range(12):
-        study = example_study(dict.fromkeys((*SOURCES, "uniform"), (0.5,) * 4), n=80, seed=s)
+        study = example_study(dict.fromkeys((*SUITE, "uniform"), (0.5,) * 4), n=80, seed=s)
         found = ledger(estimates(strategy_retention(bootstrap_retention(study, 150)), pd.DataFrame())).set_index(pd.Index(CHECKS))
         for name in wrong: wrong[name] += found.loc[name, "verdict"] in (SIZE, SIGN)
     assert max(wrong.values()) <= 3, wrong

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from calib_prune.calibration.sources import SOURCES
 from calib_prune.cli.app import main
 from calib_prune.cli.output import as_text
 from calib_prune.core import CalibPruneError
@@ -125,7 +126,7 @@ def test_unknown_task_is_refused_before_the_model_is_loaded(tmp_path):
 
 
 def test_listings_for_programs():
-    assert len(json.loads(run("sources", "--json").stdout)["sources"]) == 15
+    assert len(json.loads(run("sources", "--json").stdout)["sources"]) == len(SOURCES)
     assert len(json.loads(run("sources", "--suite", "paper", "--json").stdout)["sources"]) == 15
     assert "hellaswag" in json.loads(run("tasks", "--json").stdout)["sets"]["default"]
 

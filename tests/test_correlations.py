@@ -20,9 +20,9 @@ from calib_prune.report.overlaps import overlap_retention
 from calib_prune.report.plots import overlap, place_labels
 from calib_prune.report.selection import lacking, measured
 from calib_prune.study.presets import cells
-from calib_prune.calibration.sources import SOURCES
+from calib_prune.calibration.sources import SUITE
 
-PRESET = dict(model="tiny", calibration=dict(windows=32, length=512), strategies={o: o for o in SOURCES})
+PRESET = dict(model="tiny", calibration=dict(windows=32, length=512), strategies={o: o for o in SUITE})
 
 
 def correlated(study, metrics, n_boot, n_perm): return correlate_study(measured(example_preset(study), study, n_boot), metrics, n_perm)
@@ -30,7 +30,7 @@ def correlated(study, metrics, n_boot, n_perm): return correlate_study(measured(
 
 @pytest.fixture(scope="module")
 def study():
-    kept = {o: np.random.default_rng(i).uniform(0.2, 0.9, 4) for i, o in enumerate(SOURCES)}
+    kept = {o: np.random.default_rng(i).uniform(0.2, 0.9, 4) for i, o in enumerate(SUITE)}
     return example_study(kept, ("sparsegpt", "wanda"), n=60, seed=0)
 
 
@@ -38,7 +38,7 @@ def study():
 def metrics():
     rng = np.random.default_rng(1)
     rows = [dict(strategy=o, seed=s, metric=m, value=rng.lognormal(), unit="u", ci_low=np.nan, ci_high=np.nan, applicable=True, note="",
-                 content="") for o in SOURCES for s in (0, 1) for m in ("distortion", "aggregation")]
+                 content="") for o in SUITE for s in (0, 1) for m in ("distortion", "aggregation")]
     return pd.DataFrame(rows)
 
 
@@ -70,7 +70,7 @@ def test_a_study_that_has_just_begun_gives_sentences(study, metrics):
 
 
 def test_captions_say_which_settings_have_draws(study, metrics):
-    more = {k: r for k, r in example_study(dict.fromkeys(SOURCES, (0.5,) * 4), seeds=(1,), n=60).items() if k != "dense"}
+    more = {k: r for k, r in example_study(dict.fromkeys(SUITE, (0.5,) * 4), seeds=(1,), n=60).items() if k != "dense"}
     related = correlated(study | more, metrics, 20, 99)
     assert study_caption(PRESET, related.found).endswith("where some strategy has two (SparseGPT 60%); elsewhere over items only.")
     assert "/ items" not in correlation_note(related) and "interval" not in correlation_footnote(PRESET, related)

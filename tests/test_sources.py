@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.data.wheels import say_winogrande
-from calib_prune.calibration.sources import (HELDOUT, PAPER_SOURCES, SOURCES, HubSource,
+from calib_prune.calibration.sources import (HELDOUT, PAPER_SOURCES, SOURCES, SUITE, HubSource,
                                              LibrarySource, file_source, get_source, hub_source,
                                              library_files, say_gsm8k_hub, say_hellaswag_hub,
                                              say_siqa_hub)
@@ -27,7 +27,7 @@ def damage_parquet(path):
 
 
 def test_registries():
-    assert len(SOURCES) == len(PAPER_SOURCES) == 15
+    assert len(SUITE) == len(PAPER_SOURCES) == 15 and SUITE.items() <= SOURCES.items()
     for sources in (SOURCES, PAPER_SOURCES):
         assert {s.dimension for s in sources.values()} == set(DIMENSIONS)
         assert all(s.name == k and s.licence and s.origin for k, s in sources.items())

@@ -19,7 +19,7 @@ from calib_prune.report.statistics import (OUTCOMES, best_of, bootstrap_retentio
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention_draws
 from calib_prune.resampling import interval
-from calib_prune.calibration.sources import SOURCES
+from calib_prune.calibration.sources import SUITE
 from calib_prune.evaluation.tasks import TASKS
 
 NUMBERS = st.lists(st.integers(-3, 3), min_size=4, max_size=12)  # few values, so many ties
@@ -28,7 +28,7 @@ SOME = {"c4": (0.8, 0.6, 0.5, 0.3), "stdlib": (0.4, 0.6, 0.8, 0.2), "uniform": (
 
 
 def fifteen(seed=0, low=0.2, high=0.9):
-    return dict(zip(SOURCES, np.random.default_rng(seed).uniform(low, high, (15, 4))))
+    return dict(zip(SUITE, np.random.default_rng(seed).uniform(low, high, (15, 4))))
 
 
 # --- replicates
@@ -108,7 +108,7 @@ def test_deviations_have_the_pooled_variance(sizes, seed):
 
 
 def test_the_spread_between_draws_is_unbiased():
-    kept = dict.fromkeys(SOURCES, (0.5, 0.5, 0.6, 0.5))
+    kept = dict.fromkeys(SUITE, (0.5, 0.5, 0.6, 0.5))
     found = [draw_spread(bootstrap_retention(example_study(kept, seeds=(0, 1, 2), n=100, draw_sd=0.04, seed=s), 60)) for s in range(6)]
     sd = pd.concat(found).query("dimension in ('General', 'Code', 'Math')")
     assert 0.85 * 0.04 < math.sqrt((sd["sd"] ** 2).mean()) < 1.15 * 0.04
@@ -190,7 +190,7 @@ def test_unknown_strategies_and_lone_ones():
 
 def test_a_spread_without_noise():
     found = [spread(strategy_retention(bootstrap_retention(example_study(kept, n=100, seed=s), 150))).set_index("dimension")
-             for s, kept in enumerate([dict.fromkeys(SOURCES, (0.5,) * 4)] * 5)]
+             for s, kept in enumerate([dict.fromkeys(SUITE, (0.5,) * 4)] * 5)]
     assert all(o.loc["Math", "spread"] > 0.1 for o in found)
     assert np.isclose(np.mean([o.loc["Math", "by_chance"] / o.loc["Math", "spread"] for o in found]), 1, atol=0.2)
     assert np.mean([o.loc["Math", "true_spread"] for o in found]) < 0.09 and np.mean([o.loc["Math", "ci_low"] < 0.03 for o in found]) > 0.7
@@ -341,9 +341,9 @@ def test_which_noise_the_interval_has_is_said(table):
 
 def test_code_text_that_keeps_code_is_seen_through():
     rng = np.random.default_rng(0)
-    kept = {o: (0.5, 0.5, (0.8 if s.dimension == "Code" else 0.4) + 0.05 * rng.random(), 0.5) for o, s in SOURCES.items()}
+    kept = {o: (0.5, 0.5, (0.8 if s.dimension == "Code" else 0.4) + 0.05 * rng.random(), 0.5) for o, s in SUITE.items()}
     found = strategy_retention(bootstrap_retention(example_study(kept, n=50), 200))
-    low = {o: (0, 0, 0 if s.dimension == "Code" else 1) for o, s in SOURCES.items()}  # a low metric for code, luck otherwise
+    low = {o: (0, 0, 0 if s.dimension == "Code" else 1) for o, s in SUITE.items()}  # a low metric for code, luck otherwise
     measured = pd.DataFrame([dict(strategy=o, metric="distortion", value=10 * v[2] + rng.random()) for o, v in low.items()])
     row = correlate(measured, found, 999).query("dimension == 'Code'").iloc[0]
     assert row["rho"] < -0.5 and row["p"] < 0.1 and abs(row["partial"]) < 0.3 and row["partial_p"] > 0.2 and row["partial_low"] < 0 < row["partial_high"]

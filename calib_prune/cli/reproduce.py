@@ -176,8 +176,9 @@ def reproduce(
     if dry_run:
         from calib_prune.study.cost import estimate
         done = subprocess.run([*command, "--dry-run"], cwd=root)
-        if not tables_only: show_table(left_table(left), f"What is left to do in {results}")
-        show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")
+        if not tables_only:
+            show_table(left_table(left), f"What is left to do in {results}")
+            show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")
         raise typer.Exit(done.returncode)
     run_workflow(command, root, results, names, set() if tables_only else set(left["models"]))
     figures = root / "figures" / study["name"]
