@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -191,3 +192,20 @@ def test_the_saved_ledger_is_the_same_every_time(right, tmp_path):
     back, text = pd.read_csv(tmp_path / "a/T7.csv"), (tmp_path / "a/T7.md").read_text()
     assert back["verdict"].tolist() == right["verdict"].tolist() and "nan" not in text
     assert all(f"**{claim}**" in text for claim in CLAIMS) and "Preset x." in text and "18.8" in text
+
+
+def test_a_number_is_the_same_in_every_committed_table():
+    "T2, T3, T7 and T8 read one stream of resamples."
+    folder = Path(__file__).resolve().parent.parent / "figures/default"
+    read = lambda name, **at: pd.read_csv(folder / f"{name}.csv").loc[lambda t: np.logical_and.reduce([t[k] == v for k, v in at.items()])]
+    numbers = lambda t, *names: t[list(names)].to_numpy(float).ravel()
+    ends = ("ci_low", "ci_high")
+    pair = dict(mix="igsp", over="self-cal", dimension="Total")
+    ledger = numbers(read("T7-claims", check="IGSP − Self-Cal, total, SparseGPT 60%"), "ours", *ends)
+    for table in ("T2-differences", "T8-differences"):
+        np.testing.assert_allclose(100 * numbers(read(table, **pair, method="sparsegpt"), "value", *ends), ledger, atol=1e-4)
+    rho = numbers(read("T7-claims", check="ρ(perplexity, General), Wanda 60%"), "ours", *ends)
+    found = read("T3-correlations", metric="distortion", method="wanda", dimension="General")
+    np.testing.assert_allclose(numbers(found, "rho", *ends), rho, atol=1e-6)
+    kept = dict(strategy="uniform", method="sparsegpt", dimension="Code")
+    np.testing.assert_array_equal(*(numbers(read(o, **kept), "value", *ends) for o in ("T2-retention", "T8-self-generated")))
