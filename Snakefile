@@ -37,6 +37,7 @@ for job in plan(study):
         params:
             run=command(job),
         priority: job.priority
+        retries: job.retries
         threads: job.cores or workflow.cores  # Snakemake lets a run's libraries use this many
         shell:
             "{params.run}"

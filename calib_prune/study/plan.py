@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Job:
     cores: int | None = None      # None: all
     log: str = ""                 # the executed notebook; its output is beside it, as .log
     progress: str = ""            # a file in which the run reports its progress
+    retries: int = 0              # after a failure
 
 # %% ../../nbs/7_study/09_plan.ipynb #6729215f
 def command(job: Job) -> str:
@@ -64,12 +65,10 @@ class Study:
 # %% ../../nbs/7_study/09_plan.ipynb #a61a67bb
 def study_of(preset: dict[str, Any], path: str, cores: int = 1, tables_only: bool = False, again: bool = False) -> Study:
     "A study and what it lacks; `again` as in `keys.left_to_do`."
-    left: dict[str, dict[str, str]] = dict(models={}, texts={}, metrics={}, audits={})
-    study = Study(preset, path, left, cores, tables_only)
+    study = Study(preset, path, dict(models={}, texts={}, metrics={}, audits={}), cores, tables_only)
     if tables_only: return study
     from calib_prune.study.keys import left_to_do  # a slow import
-    left.update(left_to_do(preset, study.results, again))
-    return study
+    return replace(study, left=left_to_do(preset, study.results, again))
 
 # %% ../../nbs/7_study/09_plan.ipynb #34cb264e
 def result_file(study: Study, kind: str, name: str  # as in `Study.left`
@@ -182,7 +181,7 @@ def table_jobs(study: Study) -> list[Job]:
         files = [f"{study.figures}/{f}" for o in made_by([book]) for f in o.files]
         read = [o for kind in sorted(needed_by([book])) for o in results[kind]]
         jobs.append(Job(book, book, dict(_paths(study), figures=study.figures), files,
-                        [f"nbs/paper/{book}.ipynb", *code, *read], log=_log(study, book), cores=1))
+                        [f"nbs/paper/{book}.ipynb", *code, *read], log=_log(study, book), cores=1, retries=1))
     return jobs
 
 # %% ../../nbs/7_study/09_plan.ipynb #472ca45f
