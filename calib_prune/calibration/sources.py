@@ -82,7 +82,7 @@ class PackagedSource(Source):
 
 def packaged(name: str, dimension: str, licence: str, description: str) -> PackagedSource:
     "A packaged source; its origin is looked up in the list of what is fetched."
-    wheel = next(e.wheel for e in [*SOURCE_TEXT, *HELDOUT_TEXT] if e.name == name)
+    wheel = next(e.pin for e in [*SOURCE_TEXT, *HELDOUT_TEXT] if e.name == name)
     return PackagedSource(name, dimension, licence, f"wheel {WHEELS[wheel]}", description)
 
 # %% ../../nbs/3_calibration/02_sources.ipynb #5d0a8cb0

@@ -7,16 +7,24 @@ __all__ = ['fetch']
 
 # %% ../../nbs/9_cli/02_fetch.ipynb #76727b22
 from dataclasses import asdict
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from .output import JsonOption, print_json
+from ..data.wheels import NAMED_MODELS
 
 # %% ../../nbs/9_cli/02_fetch.ipynb #bbd4328e
-def fetch(as_json: JsonOption = False) -> None:
+def fetch(
+    models: Annotated[list[str] | None, typer.Argument(
+        help=f"Fetch only these models: {', '.join(NAMED_MODELS)}.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
     "Download the default model, calibration text and benchmarks into the cache (about 400 MB, once)."
     from calib_prune.data.fetch import fetch as run
-    report = run(progress=not as_json)
+    from calib_prune.data.fetch import wanted
+    report = run(progress=not as_json, entries=wanted(models or ()))
     if as_json: print_json(asdict(report))
     else: Console().print(escape(str(report)), highlight=False, soft_wrap=True)

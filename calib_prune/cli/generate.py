@@ -31,7 +31,7 @@ def claimed(output: str) -> Iterator[tuple[Path, Path, bool]]:  # file, journal,
 
 # %% ../../nbs/9_cli/07_generate.ipynb #6c133ca7
 def generate(
-    model: Annotated[str, typer.Option(help="The dense model that writes: `smollm2-135m`, a folder, a .gguf file, or a hub id.")],
+    model: Annotated[str, typer.Option(help="The dense model that writes. Any model that `prune` takes.")],
     output: Annotated[str, typer.Option(help="File to write, NAME.jsonl; a report is written beside it, NAME.report.json.")],
     protocol: Annotated[str, typer.Option(help="`igsp`, `self-cal` or `sgs`.")] = "igsp",
     windows: Annotated[int, typer.Option(help="Number of calibration windows that the text must fill.")] = 32,

@@ -27,7 +27,8 @@ def _summary(report,  # a data frame from `pruning.walk.prune`: one row per line
 
 # %% ../../nbs/9_cli/04_prune.ipynb #42c02350
 def prune(
-    model: Annotated[str, typer.Option(help="`smollm2-135m`, a local folder, a .gguf file, or a hub id `owner/name`.")],
+    model: Annotated[str, typer.Option(help="One that `fetch` knows (`smollm2-135m`, `qwen2.5-coder-0.5b`), a local folder, "
+                                            "a .gguf file, or a hub id `owner/name`.")],
     output: Annotated[str, typer.Option(help="Folder to write; must not exist or be empty.")],
     calibration: Annotated[str, typer.Option(
         help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own .txt/.jsonl/.parquet files.")] = "uniform",
