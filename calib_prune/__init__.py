@@ -1,4 +1,6 @@
 """Which ability does your calibration data cost you? The names most users need; each is imported when it is first used."""
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
     from .generation.igsp import generate
     from .model.loading import load_model
     from .pruning.walk import prune
+
+# torch's threads wait for each other by spinning, by default for milliseconds. Beside a busy process, or beside our own threads, they
+# then hold the cores that the others need. 10,000 rounds are some 0.1 ms (ours, by measurement: docs/results.md, "How fast").
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ: os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # torch and lm-eval take seconds to import, and `calib-prune --help` needs neither.
 _PUBLIC = {"load_model": "model.loading", "build_calibration": "calibration.sets", "measure": "calibration.oit",

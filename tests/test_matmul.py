@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune.model.matmul import _ByOneDNN, add_product, fast_products, linear, prefers_onednn
+from calib_prune.model.matmul import LaidOut, _ByOneDNN, fast_products, linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -44,10 +44,12 @@ def test_the_choice_holds_only_inside():
     assert close(inside, plain) and torch.equal(F.linear(x, x), plain)
 
 
-def test_sums_of_products():
-    a, b, total = torch.randn(6, 50), torch.randn(4, 50), torch.randn(9, 7)
-    want = total.clone()
-    want[2:8, 1:5] += a @ b.T
-    add_product(total[2:8, 1:5], a, b)  # a part of a larger matrix
-    assert close(total, want)
-    assert isinstance(prefers_onednn(), bool)
+def test_laid_out_weights_give_the_same_bits():
+    x, w, other = torch.randn(50, 24), torch.randn(12, 24), torch.randn(12, 24)
+    with torch.no_grad(), _ByOneDNN(kept := LaidOut()):
+        for weight in (w, other, w):  # each is found again by its own address
+            assert torch.equal(F.linear(x, weight), linear(x, weight))
+    assert len(kept.weights) == 2
+    with torch.no_grad(), _ByOneDNN(full := LaidOut(room=w.numel() * 4)):
+        for weight in (w, other): assert torch.equal(F.linear(x, weight), linear(x, weight))
+    assert len(full.weights) == 1, "what does not fit is left as it is"

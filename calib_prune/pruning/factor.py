@@ -12,24 +12,32 @@ import torch
 from torch import Tensor
 
 from ..core import CalibPruneError
+from ..model.tiles import add_product
 from .hessian import exact_float32
 from .masks import check_hessian
 
 # %% ../../nbs/5_pruning/03_factor.ipynb #1174846e
-def reverse_cholesky(matrix: Tensor,  # [d, d] float32, symmetric; overwritten: above the diagonal blocks with R
+def reverse_cholesky(matrix: Tensor,  # [d, d] float32, symmetric; overwritten: left of the diagonal blocks with Rᵀ
                      block: int       # columns per block
                     ) -> list[Tensor] | None:  # inverses U_bb of R's diagonal blocks; None if not definite
     "Factor a matrix as R Rᵀ with R upper triangular, block by block from the last."
     d, inverses = len(matrix), []
     for i in reversed(range(0, d, block)):
         j = min(i + block, d)
-        matrix[:j, i:j].addmm_(matrix[:j, j:], matrix[i:j, j:].T, alpha=-1)
-        lower, failed = torch.linalg.cholesky_ex(matrix[i:j, i:j].flip(0, 1))
+        rows = matrix[i:j, :j]
+        if j < d: add_product(rows, matrix[j:, i:j].T, matrix[j:, :j], subtract=True)
+        lower, failed = torch.linalg.cholesky_ex(rows[:, i:].flip(0, 1))
         if failed: return None
         eye = torch.eye(j - i, device=matrix.device)
         inverses.append(torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous())
-        matrix[:i, i:j] = matrix[:i, i:j] @ inverses[-1].T
+        if i: _replace(rows[:, :i], inverses[-1])
     return inverses[::-1]
+
+def _replace(rows: Tensor, left: Tensor) -> None:
+    "Multiply rows from the left, in place."
+    product = torch.zeros_like(rows)
+    add_product(product, left, rows)
+    rows.copy_(product)
 
 # %% ../../nbs/5_pruning/03_factor.ipynb #bca989e5
 MAX_DAMPING = 1.0  # as a share of the mean diagonal
@@ -38,7 +46,7 @@ MAX_DAMPING = 1.0  # as a share of the mean diagonal
 class Factor:
     "What SparseGPT needs of a Hessian; layers with the same input share one."
     inverses: list[Tensor]  # U_bb, [block, block] each: diagonal blocks of the upper factor of the inverse
-    carry: Tensor           # [d_in, d_in]: R_{<b,b} U_bb above each block: how earlier changes move its weights
+    carry: Tensor           # [d_in, d_in]: (R_{<b,b} U_bb)ᵀ left of each block: how earlier changes move its weights
     dead: Tensor            # bool [d_in]: inputs that are zero on every token
     damping: float          # the damping that made it positive definite, as a share of the mean diagonal
     ridge: float            # the same, as the number added to the diagonal
@@ -68,5 +76,5 @@ def factorise(hessian: Tensor,         # [d_in, d_in] float32, the second moment
                                   "diagonal: it is not the second moment of any inputs.")
         damping = min(max(10 * damping, 1e-3), MAX_DAMPING)
     with exact_float32():
-        for n, i in enumerate(range(0, len(carry), block)): carry[:i, i:i + block] @= inverses[n]
+        for n, i in enumerate(range(block, len(carry), block), 1): _replace(carry[i:i + block, :i], inverses[n].T)
     return Factor(inverses, carry, dead, damping, ridge, block)

@@ -6,7 +6,7 @@
 __all__ = ['decoder_layers', 'prunable', 'get_weight', 'check_layers', 'Call', 'capture', 'share_groups', 'layer_statistics']
 
 # %% ../../nbs/5_pruning/10_layers.ipynb #dd89188b
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
@@ -161,7 +161,5 @@ def layer_statistics(layer: nn.Module, calls: list[Call], hidden: list[torch.Ten
             moments[name].update(inputs)
             waiting.discard(name)
             if not waiting: raise _Enough
-        with _watching(leaders, see):
-            try: call(layer, x.to(device))
-            except _Enough: pass
+        with _watching(leaders, see), suppress(_Enough): call(layer, x.to(device))
     return moments

@@ -38,7 +38,9 @@ def counted(weight: Tensor, **rest) -> PrunedWeight:
     "The result for a pruned `weight`, its zeros counted."
     if not finite(weight):
         raise CalibPruneError(f"The pruned weights overflow {weight.dtype}: keep this model in float32 or bfloat16.")
-    zeros = weight.numel() - weight.count_nonzero().item()
+    # NumPy counts tens of times faster than torch on a CPU; it knows no bfloat16.
+    kept = weight if weight.device.type != "cpu" else (weight != 0).numpy()
+    zeros = weight.numel() - int(np.count_nonzero(kept) if isinstance(kept, np.ndarray) else kept.count_nonzero())
     return PrunedWeight(weight, zeros / weight.numel(), **rest)
 
 # %% ../../nbs/5_pruning/02_masks.ipynb #0334287f

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import CalibPruneError
+from ..model.tiles import add_product
 from .factor import Factor, factorise
 from .hessian import energy, exact_float32
 from .masks import (PrunedWeight, as_pattern, block_counts, check_sparsity,
@@ -38,7 +39,8 @@ def _sweep_blocks(weight: Tensor,     # [d_in, d_out] float32: the transposed we
     for n, i in enumerate(range(0, len(weight), factor.block)):
         b = slice(i, i + factor.block)
         inverse = factor.inverses[n]
-        current = torch.addmm(weight[b], factor.carry[:i, b].T, change[:i])
+        current = weight[b].clone()
+        if i: add_product(current, factor.carry[b, :i], change[:i])
         mask = torch.zeros_like(current, dtype=torch.bool)
         if not pattern:
             scores = current.abs() / inverse.diagonal()[:, None]
@@ -46,7 +48,7 @@ def _sweep_blocks(weight: Tensor,     # [d_in, d_out] float32: the transposed we
         errors += sweep(current, mask, inverse, pattern)
         change[b] = weight[b] - current
         weight[b] = current
-    return errors, change.square().sum().item()
+    return errors, torch.linalg.vector_norm(change).item()**2
 
 # %% ../../nbs/5_pruning/06_sparsegpt.ipynb #63b13e51
 @torch.no_grad()

@@ -8,9 +8,10 @@ __all__ = ['STRIP', 'sweep_torch', 'sweep_compiled']
 # %% ../../nbs/5_pruning/04_sweep.ipynb #4591d0b2
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ..model.compiled import compiled, in_threads
+from ..model.tiles import COLS, ROWS, subtract_tile
 from .masks import smallest_of_groups
 
 # %% ../../nbs/5_pruning/04_sweep.ipynb #bcd3a925
@@ -33,63 +34,79 @@ def sweep_torch(weight: Tensor,     # [block, d_out]: a block of the transposed 
     return squares.item()
 
 # %% ../../nbs/5_pruning/04_sweep.ipynb #e59ad54c
-@njit(nogil=True, fastmath={"contract"})  # fused multiply-add, and no other liberty with floating point
-def _sweep(weight, mask, inverse, n, m,  # see `sweep_torch`; m is 0 without a pattern
-           errors):                      # float32, the shape of `weight`; filled in here
-    strip, d_out = weight.shape
-    tile = 64
-    squares = 0.0
+STRIP = 8  # columns (ours): what follows a strip is a product, so strips are short
+
+@compiled()
+def _mark_groups(w, top, m, n, inverse, scores, gone):
+    "For the group of m columns from `top` on, mark the m - n smallest scores of each output; of equal ones, the first."
+    for a in range(m):
+        for o in range(COLS): scores[a, o] = abs(w[top + a, o]) / inverse[top + a, top + a]
+    for a in range(m):
+        for o in range(COLS):
+            rank = 0
+            for b in range(m):
+                other, own = scores[b, o], scores[a, o]
+                rank += other < own or (other == own and b < a)
+            gone[top + a, o] = rank < m - n
+
+@compiled()
+def _sweep_strip(w, gone, e, total, inverse, i, j, n, m, scores):
+    "Columns i to j in turn, each compensated by those after it in the strip."
+    for k in range(i, j):
+        if m > 0 and k % m == 0: _mark_groups(w, k, m, n, inverse, scores, gone)
+        scale = inverse[k, k]
+        for o in range(COLS):
+            e[k - i, o] = w[k, o] * gone[k, o] / scale
+            total[o] += e[k - i, o] * e[k - i, o]
+        for later in range(k + 1, j):
+            u = inverse[k, later]
+            for o in range(COLS): w[later, o] -= e[k - i, o] * u
+
+# %% ../../nbs/5_pruning/04_sweep.ipynb #b99cf0e5
+@compiled("model/tiles.py")
+def _compensate(w, e, inverse, i, j):
+    "What the errors of columns i to j do to the columns from j on."
+    block = len(inverse)
+    whole = j + (block - j) // ROWS * ROWS
+    for later in range(j, whole, ROWS):
+        subtract_tile(inverse.reshape(-1), i * block + later, 1, block, e.reshape(-1), 0, COLS, w.reshape(-1), later * COLS,
+                      COLS, j - i)
+    for later in range(whole, block):
+        for k in range(i, j):
+            for o in range(COLS): w[later, o] -= e[k - i, o] * inverse[k, later]
+
+# %% ../../nbs/5_pruning/04_sweep.ipynb #bbe1eb83
+@compiled("model/tiles.py")
+def _sweep(weight, mask, inverse, strip, n, m, squares, share, shares):  # see `sweep_torch`; m is 0 without a pattern
+    block, d_out = weight.shape
     # Plain loops over whole tiles of one type, without branches: the form that compiles to vector instructions.
-    w, e = np.zeros((strip, tile), np.float32), np.zeros((strip, tile), np.float32)
-    gone = np.zeros((strip, tile), np.float32)
-    scores, total = np.empty((max(m, 1), tile), np.float32), np.empty(tile, np.float32)
-    for start in range(0, d_out, tile):
-        stop = min(start + tile, d_out)
-        size = stop - start
+    w, gone = np.zeros((block, COLS), np.float32), np.zeros((block, COLS), np.float32)
+    e, total = np.zeros((strip, COLS), np.float32), np.zeros(COLS, np.float32)
+    scores = np.zeros((max(m, 1), COLS), np.float32)
+    for start in range(share * COLS, d_out, shares * COLS):
+        size = min(COLS, d_out - start)
         total[:] = 0
-        for j in range(strip):
-            w[j, :size] = weight[j, start:stop]
-            gone[j, :size] = mask[j, start:stop]
-        for j in range(strip):
-            if m > 0 and j % m == 0:
-                for a in range(m):
-                    for o in range(tile): scores[a, o] = abs(w[j + a, o]) / inverse[j + a, j + a]
-                for a in range(m):
-                    for o in range(tile):
-                        rank = 0
-                        for b in range(m):
-                            other, own = scores[b, o], scores[a, o]
-                            rank += other < own or (other == own and b < a)
-                        gone[j + a, o] = rank < m - n
-            scale = inverse[j, j]
-            for o in range(tile):
-                e[j, o] = w[j, o] * gone[j, o] / scale
-                total[o] += e[j, o] * e[j, o]
-            for k in range(j + 1, strip):
-                u = inverse[j, k]
-                for o in range(tile): w[k, o] -= e[j, o] * u
-        for j in range(strip):
-            for o in range(tile): w[j, o] *= 1 - gone[j, o]
-            weight[j, start:stop] = w[j, :size]
-            errors[j, start:stop] = e[j, :size]
-            if m > 0: mask[j, start:stop] = gone[j, :size] != 0
+        for k in range(block):
+            w[k, :size] = weight[k, start:start + size]
+            gone[k, :size] = mask[k, start:start + size]
+        for i in range(0, block, strip):
+            j = min(i + strip, block)
+            _sweep_strip(w, gone, e, total, inverse, i, j, n, m, scores)
+            if j < block: _compensate(w, e, inverse, i, j)
+        for k in range(block):
+            for o in range(COLS): w[k, o] *= 1 - gone[k, o]
+            weight[k, start:start + size] = w[k, :size]
+            if m > 0: mask[k, start:start + size] = gone[k, :size] != 0
         # What lies beyond the last output is left over from the tile before.
-        for o in range(size): squares += total[o]
-    return squares
+        squares[start // COLS] = total[:size].sum()
 
 # %% ../../nbs/5_pruning/04_sweep.ipynb #4ffcf8b7
-STRIP = 32  # columns (ours): a strip of 64 outputs fills 8 KiB
-
-def sweep_compiled(weight: Tensor, mask: Tensor, inverse: Tensor,  # see `sweep_torch`
+def sweep_compiled(weight: Tensor, mask: Tensor, inverse: Tensor,  # see `sweep_torch`; contiguous
                    pattern: tuple[int, int] | None = None) -> float:
     "`sweep_torch` for tensors on the CPU."
     n, m = pattern or (0, 0)
-    block, squares = len(weight), 0.0
-    strip = block if m and STRIP % m else STRIP  # no strip may split a group
-    for i in range(0, block, strip):
-        j = min(i + strip, block)
-        errors = torch.empty_like(weight[i:j])
-        own = inverse[i:j, i:j].contiguous()
-        squares += _sweep(weight[i:j].numpy(), mask[i:j].numpy(), own.numpy(), n, m, errors.numpy())
-        if j < block: weight[j:].addmm_(inverse[i:j, j:].T, errors, alpha=-1)
-    return squares
+    strip = len(weight) if m and STRIP % m else STRIP  # no strip may split a group
+    squares = np.zeros(-(-weight.shape[1] // COLS), np.float32)
+    numbers = [o.numpy() for o in (weight, mask, inverse)]
+    in_threads(lambda share, shares: _sweep(*numbers, strip, n, m, squares, share, shares))
+    return float(squares.sum(dtype=np.float64))

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core import CalibPruneError, check_number, unknown_name
+from ..model.attention import fast_attention
 from ..model.loading import as_device, check_tokens
 from ..model.matmul import fast_products
 from ..model.memory import reused_memory
@@ -105,13 +106,15 @@ def _walk(model: PreTrainedModel,
         if not (done := saved and saved.load(i, layer)):
             make = (type(layer), *prunable(layer))
             if make not in shared: shared[make] = share_groups(layer, here[0], hidden[0].to(work))
-            moments = [layer_statistics(layer, [here[k] for k in mine], [hidden[k] for k in mine], shared[make])
-                       for mine in where.values()]
+            with fast_products(same_weights=True):
+                moments = [layer_statistics(layer, [here[k] for k in mine], [hidden[k] for k in mine], shared[make])
+                           for mine in where.values()]
             done = prune_layer(i, layer, shared[make], moments, **how)
             if saved: saved.save(i, layer, done)
         reports += done
         if i + 1 < len(layers):
-            for x, call in zip(hidden, here, strict=True): x.copy_(call(layer, x.to(work)))
+            with fast_products(same_weights=True):
+                for k, call in enumerate(here): hidden[k] = call(layer, hidden[k].to(work)).to(hidden[k].device)
         layer.to(home)
     if progress: progress("pruning", len(layers), len(layers))
     return reports
@@ -120,6 +123,7 @@ def _walk(model: PreTrainedModel,
 @torch.no_grad()
 @reused_memory()
 @fast_products()
+@fast_attention()
 def prune(model: PreTrainedModel,              # pruned in place
           tokens: torch.Tensor,                # calibration windows, int64 [N, L]
           method: str = "sparsegpt",           # see `METHODS`
