@@ -2,6 +2,7 @@
 import itertools
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def reference_error(weight, pruned, hessian):
 @pytest.fixture(params=["compiled", "torch"])
 def sweep(request, monkeypatch):
     "Both forms of the sweep, the one for the CPU and the one for any device."
-    if request.param == "torch": monkeypatch.setattr(sparsegpt_module, "sweep_compiled", sweep_torch)
+    through_torch = partial(sparsegpt_module._sweep_blocks, sweep=sweep_torch)
+    if request.param == "torch": monkeypatch.setattr(sparsegpt_module, "_blocks_for", lambda device: through_torch)
     return request.param
 
 

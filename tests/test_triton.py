@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,8 @@ def test_whole_matrix(kernels, monkeypatch, d_out, d_in, block, how):
     expected = sparsegpt(W, H, block=block, **how)
     calls = []
     def through_kernel(*args): calls.append(kernels.sweep_triton(*args)); return calls[-1]
-    for name in ("sweep_compiled", "sweep_torch"): monkeypatch.setattr(sparsegpt_module, name, through_kernel)
+    blocks = partial(sparsegpt_module._sweep_blocks, sweep=through_kernel)
+    monkeypatch.setattr(sparsegpt_module, "_blocks_for", lambda device: blocks)
     result = sparsegpt(W, H, block=block, **how)
     assert len(calls) == (-(-d_in // block) if how != {"sparsity": 0} else 0)
     assert torch.equal(result.weight == 0, expected.weight == 0) and result.sparsity == expected.sparsity

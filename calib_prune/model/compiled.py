@@ -21,13 +21,14 @@ import numba
 import torch
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-from ..core import CalibPruneError, cache_dir, content_hash
+from ..core import cache_dir, content_hash
 
 # %% ../../nbs/2_model/04_compiled.ipynb #7c580d6f
 def processor() -> list[str]:
     "What machine code has to fit: the kind of processor and its instructions."
+    chosen = [o for o in (numba.config.CPU_NAME, numba.config.CPU_FEATURES) if o]  # NUMBA_CPU_NAME, NUMBA_CPU_FEATURES
     features = sorted(k for k, has in llvm.get_host_cpu_features().items() if has)
-    return [platform.machine(), llvm.get_host_cpu_name(), *features]
+    return [platform.machine(), *(chosen or [llvm.get_host_cpu_name(), *features])]
 
 def kernel_folder(sources: list[Path]  # files that the kernel is made from
                  ) -> Path:            # in the cache; it may not exist yet

@@ -10,7 +10,6 @@ __all__ = ['LANES', 'ROWS', 'COLS', 'FLOAT', 'INT', 'INDEX', 'FLOATS', 'INTS', '
 # %% ../../nbs/2_model/05_tiles.ipynb #d2732126
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
@@ -19,10 +18,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .compiled import compiled, in_threads
+from .compiled import compiled, in_threads, processor
 
 # %% ../../nbs/2_model/05_tiles.ipynb #76b3df78
-LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8  # numbers per register
+LANES = 16 if "avx512f" in processor() else 8  # numbers per register
 ROWS, COLS = (8, 2 * LANES) if LANES == 16 else (6, 2 * LANES)    # of a tile; ours: the accumulators fill most registers
 
 # %% ../../nbs/2_model/05_tiles.ipynb #826e178b
@@ -166,8 +165,9 @@ def _any_tiles(a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower, 
         _copied(a[k * a_step:], a_row, a_step, rows, n, panels)
         for left in range(share * width, cols, shares * width):
             right = min(left + width, cols)
-            for o in range(n):
-                for q in range(right - left): strip[q // COLS * COLS * DEPTH + o * COLS + q % COLS] = b[(k + o) * b_step + left + q]
+            for j in range(left, right, COLS):
+                for o in range(n):
+                    for q in range(min(COLS, right - j)): strip[(j - left) * DEPTH + o * COLS + q] = b[(k + o) * b_step + j + q]
             for j in range(left, right, COLS):
                 for m in range(j // ROWS * ROWS if lower else 0, rows, ROWS):
                     _copied_tile(panels, m // ROWS * PANEL, strip, (j - left) * DEPTH, c, m * c_row + j, c_row,

@@ -6,41 +6,37 @@
 __all__ = ['sparsegpt']
 
 # %% ../../nbs/5_pruning/06_sparsegpt.ipynb #ca90cb41
+from functools import partial
 from typing import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core import CalibPruneError
-from ..model.tiles import add_product
+from ..model.compiled import compiled, in_threads
+from ..model.tiles import COLS, DEPTH, ROWS, add_tile
 from .factor import Factor, factorise
 from .hessian import energy, exact_float32
 from .masks import (PrunedWeight, as_pattern, block_counts, check_sparsity,
                                        check_weight, counted, smallest)
-from .sweep import sweep_compiled, sweep_torch
-
-# %% ../../nbs/5_pruning/06_sparsegpt.ipynb #0dccb560
-def _sweep_for(device: torch.device) -> Callable:
-    "The fastest sweep for a device."
-    if device.type == "cpu": return sweep_compiled
-    # Imported here: Triton takes a while to import, and only a GPU needs it.
-    from calib_prune.pruning.triton_kernels import runs_on, sweep_triton
-    return sweep_triton if runs_on(device) else sweep_torch
+from .sweep import strip_for, sweep_stripe, sweep_torch
 
 # %% ../../nbs/5_pruning/06_sparsegpt.ipynb #385f8fb0
-def _sweep_blocks(weight: Tensor,     # [d_in, d_out] float32: the transposed weight, pruned in place
+def _sweep_blocks(weight: Tensor,     # [d_out, d_in] float32
                   factor: Factor,     # of the layer's Hessian
                   counts: list[int],  # weights to prune in each block
-                  pattern: tuple[int, int] | None
-                 ) -> tuple[float, float]:  # sums of squares: of the errors e, and of the changes of weights
+                  pattern: tuple[int, int] | None,
+                  sweep: Callable     # of one block, see `sweep_torch`
+                 ) -> tuple[Tensor, float, float]:  # pruned; sums of squares: of the errors e, and of the changes of weights
     "Prune block after block, each after the effect of the blocks before."
-    sweep = _sweep_for(weight.device)
+    weight = torch.clone(weight.T, memory_format=torch.contiguous_format)  # one input per row of memory
+    weight[factor.dead] = 0
     change, errors = torch.zeros_like(weight), 0.0
     for n, i in enumerate(range(0, len(weight), factor.block)):
         b = slice(i, i + factor.block)
         inverse = factor.inverses[n]
-        current = weight[b].clone()
-        if i: add_product(current, factor.carry[b, :i], change[:i])
+        current = torch.addmm(weight[b], factor.carry[b, :i], change[:i])
         mask = torch.zeros_like(current, dtype=torch.bool)
         if not pattern:
             scores = current.abs() / inverse.diagonal()[:, None]
@@ -48,7 +44,85 @@ def _sweep_blocks(weight: Tensor,     # [d_in, d_out] float32: the transposed we
         errors += sweep(current, mask, inverse, pattern)
         change[b] = weight[b] - current
         weight[b] = current
-    return errors, torch.linalg.vector_norm(change).item()**2
+    return weight.T, errors, torch.linalg.vector_norm(change).item()**2
+
+# %% ../../nbs/5_pruning/06_sparsegpt.ipynb #84f6a870
+@compiled("model/tiles.py")
+def _move_and_score(weight, change, carry, scale, i, scores, share, shares):  # [stripes, d_in, COLS] twice, [d_in, d_in], [block]
+    "Move the block of columns from i on by the changes before it; its scores, [block, d_out]."
+    stripes, d_in, _ = weight.shape
+    block, whole, d_out = len(scale), len(scale) // ROWS * ROWS, scores.shape[1]
+    flat = carry.reshape(-1)
+    for s in range(share, stripes, shares):
+        w, moved = weight[s], change[s]
+        for k in range(i, i + block):
+            for o in range(COLS): moved[k, o] = w[k, o]
+        for k in range(0, i, DEPTH):
+            for r in range(i, i + whole, ROWS):
+                add_tile(flat, r * d_in + k, d_in, 1, moved.reshape(-1), k * COLS, COLS, w.reshape(-1), r * COLS, COLS,
+                         min(DEPTH, i - k))
+        for r in range(i + whole, i + block):
+            for k in range(i):
+                for o in range(COLS): w[r, o] += carry[r, k] * moved[k, o]
+        for r in range(block):
+            for o in range(min(COLS, d_out - s * COLS)): scores[r, s * COLS + o] = abs(w[i + r, o]) / scale[r]
+
+@compiled("model/tiles.py", "pruning/sweep.py")
+def _sweep_stripes(weight, change, mask, inverse, i, strip, n, m, squares, share, shares):
+    "Sweep the block of columns from i on, and note what changed."
+    stripes, (block, d_out) = len(weight), mask.shape
+    gone, e = np.zeros((block, COLS), np.float32), np.zeros((strip, COLS), np.float32)
+    total, scores = np.zeros(COLS, np.float32), np.zeros((max(m, 1), COLS), np.float32)
+    for s in range(share, stripes, shares):
+        start = s * COLS
+        size = min(COLS, d_out - start)
+        gone[:, :size] = mask[:, start:start + size]
+        w, changed = weight[s, i:i + block], change[s, i:i + block]
+        sweep_stripe(w, gone, inverse, strip, n, m, e, total, scores)
+        for k in range(block):
+            for o in range(COLS): changed[k, o] -= w[k, o]
+        squares[s] = total[:size].sum()
+
+# %% ../../nbs/5_pruning/06_sparsegpt.ipynb #fd0e4e17
+def _stripes_of(weight: Tensor,  # [d_out, d_in] float32
+                dead: Tensor     # bool [d_in]: what becomes 0 before all else
+               ) -> Tensor:      # [stripes, d_in, COLS]; outputs that do not exist are 0
+    "The transposed weight in stripes of outputs."
+    d_out, d_in = weight.shape
+    padded = torch.zeros(-(-d_out // COLS) * COLS, d_in)
+    padded[:d_out] = weight
+    padded[:, dead] = 0
+    return padded.view(-1, COLS, d_in).transpose(1, 2).contiguous()
+
+def _sweep_on_cpu(weight: Tensor,     # [d_out, d_in] float32
+                  factor: Factor, counts: list[int], pattern: tuple[int, int] | None  # see `_sweep_blocks`
+                 ) -> tuple[Tensor, float, float]:  # pruned; sums of squares: of the errors e, and of the changes of weights
+    "`_sweep_blocks` by compiled kernels."
+    (d_out, d_in), (n, m) = weight.shape, pattern or (0, 0)
+    swept = _stripes_of(weight, factor.dead)
+    change, squares, errors = torch.zeros_like(swept), np.zeros(len(swept), np.float32), 0.0
+    numbers, carry = (swept.numpy(), change.numpy()), factor.carry.numpy()
+    shares = 1 if weight.numel() < 1 << 14 else None
+    for b, i in enumerate(range(0, d_in, factor.block)):
+        inverse = factor.inverses[b].numpy()
+        scores = torch.empty(len(inverse), d_out)
+        scale = inverse.diagonal().copy()
+        in_threads(partial(_move_and_score, *numbers, carry, scale, i, scores.numpy()), shares)
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        if not pattern: mask = smallest(scores.view(1, -1), counts[b]).view(scores.shape)
+        strip = strip_for(len(inverse), m)
+        in_threads(partial(_sweep_stripes, *numbers, mask.numpy(), inverse, i, strip, n, m, squares), shares)
+        errors += float(squares.sum(dtype=np.float64))
+    pruned = swept.transpose(1, 2).reshape(-1, d_in)[:d_out]
+    return pruned, errors, torch.linalg.vector_norm(change).item()**2
+
+# %% ../../nbs/5_pruning/06_sparsegpt.ipynb #1615c55b
+def _blocks_for(device: torch.device) -> Callable:
+    "The fastest way through the blocks for a device."
+    if device.type == "cpu": return _sweep_on_cpu
+    # Imported here: Triton takes a while to import, and only a GPU needs it.
+    from calib_prune.pruning.triton_kernels import runs_on, sweep_triton
+    return partial(_sweep_blocks, sweep=sweep_triton if runs_on(device) else sweep_torch)
 
 # %% ../../nbs/5_pruning/06_sparsegpt.ipynb #63b13e51
 @torch.no_grad()
@@ -75,9 +149,7 @@ def sparsegpt(weight: Tensor,            # [d_out, d_in], any float type; left a
     counts = block_counts(sparsity, d_out, d_in, block)
     known = {"damping": factor.damping, "dead": int(factor.dead.sum())}
     if not pattern and not any(counts): return counted(weight.clone(), error=0.0, **known)
-    swept = torch.empty(d_in, d_out, device=weight.device).copy_(weight.T)
-    swept[factor.dead] = 0
-    with exact_float32(): errors, changes = _sweep_blocks(swept, factor, counts, pattern)
+    with exact_float32(): pruned, errors, changes = _blocks_for(weight.device)(weight.float(), factor, counts, pattern)
     dense = energy(weight.float(), hessian)
     error = max(errors - factor.ridge * changes, 0.0) / dense if dense > 0 else 0.0
-    return counted(swept.T.to(weight.dtype).contiguous(), error=error, **known)
+    return counted(pruned.to(weight.dtype).contiguous(), error=error, **known)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..core import CalibPruneError, check_number, unknown_name
 from ..model.attention import fast_attention
+from ..model.fused import fused_layers
 from ..model.loading import as_device, check_tokens
 from ..model.matmul import fast_products
 from ..model.memory import reused_memory
@@ -150,7 +151,7 @@ def prune(model: PreTrainedModel,              # pruned in place
     work = as_device(str(device)) if device else model.device
     run = dict(method=method, sparsity=sparsity, pattern=pattern and list(pattern), block=block, damping=damping)
     about = dict(version=METHODS[method].version, batch_tokens=batch_tokens, device=work.type)
-    with Checkpoint.of(checkpoint, model, tokens, run | about | dict(groups=groups)) as saved:
+    with Checkpoint.of(checkpoint, model, tokens, run | about | dict(groups=groups)) as saved, fused_layers(model):
         batches, where = split(tokens, max(1, batch_tokens // tokens.shape[1]), groups)
         reports = _walk(model, batches, where, run, work, offload, saved, progress)
     return pd.DataFrame([asdict(r) for r in reports])
