@@ -96,6 +96,12 @@ def old_audit_key(preset: dict[str, Any],
     code = _code("core", "fetch", "sources", "tasks", "contamination")
     return content_hash([code, searched, preset["scoring"]["tasks"], asdict(DEFAULT_RULE)])
 
+# %% ../../nbs/7_study/08_carry_over.ipynb #bbbcaa07
+def _of_first_versions(key: dict[str, Any]) -> dict[str, Any]:
+    "The same key, for results that version 1 of every stage made."
+    ones = lambda name, value: dict.fromkeys(value, 1) if name == "versions" else _of_first_versions(value)
+    return {k: ones(k, o) if isinstance(o, dict) else o for k, o in key.items()}
+
 # %% ../../nbs/7_study/08_carry_over.ipynb #d1a60f36
 def _rekey_cells(preset: dict[str, Any], folder: Path) -> dict[str, bool]:
     "New keys for models."
@@ -111,7 +117,7 @@ def _rekey_cells(preset: dict[str, Any], folder: Path) -> dict[str, bool]:
         found[path.name] = old == old_cell_key(preset, cell)
         if not found[path.name]: continue
         done["record"].pop("settings", None)
-        done["record"]["key"] = cell_key(preset, cell)
+        done["record"]["key"] = _of_first_versions(cell_key(preset, cell))
         write_atomic(path, json.dumps(done, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return found
 
@@ -133,7 +139,7 @@ def _rekey_texts(preset: dict[str, Any], folder: Path) -> dict[str, bool]:
         report = load_json(path)
         old = report.get("identity")
         if not old: continue
-        key = text_key(preset, cell.strategy, cell.seed)
+        key = _of_first_versions(text_key(preset, cell.strategy, cell.seed))
         # The revision of the source was no part of a key in scheme 1.
         same_source = "source_revision" not in report or report["source_revision"] in key["source"]
         agrees = same_source and old == old_text_key(preset, cell.strategy, cell.seed)
@@ -152,7 +158,7 @@ def _rekey_metrics(preset: dict[str, Any], folder: Path) -> dict[str, bool]:
         if not old: continue
         found[path.name] = old == old_metrics_key(preset, name)
         if not found[path.name]: continue
-        done["key"] = metrics_key(preset, name, own)
+        done["key"] = _of_first_versions(metrics_key(preset, name, own))
         write_atomic(path, json.dumps(done, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
     report = own.with_suffix(".report.json")
     if not found or not report.is_file(): return found
@@ -161,7 +167,7 @@ def _rekey_metrics(preset: dict[str, Any], folder: Path) -> dict[str, bool]:
     wanted = {k: OWN_TEXT[k] for k in ("length", "seed", "batch")} | asdict(OWN_TEXT["sampling"])
     alike = all(said.get(k) == v for k, v in (wanted | dict(model=preset["model"])).items())
     # Scheme 1 had no key for this text: it counted as valid when all metrics compared with it were.
-    found[report.name] = _rekey_report(report, alike and all(found.values()), own_text_key(preset))
+    found[report.name] = _rekey_report(report, alike and all(found.values()), _of_first_versions(own_text_key(preset)))
     return found
 
 # %% ../../nbs/7_study/08_carry_over.ipynb #79b13cd1
@@ -179,7 +185,7 @@ def _rekey_audits(preset: dict[str, Any], folder: Path) -> dict[str, bool]:
         if not old: continue
         found[path.name] = old == old_audit_key(preset, searched)
         revisions = {o["source"]: o["revision"] for o in done["sources"]}
-        if found[path.name]: save_audit(load_audit(path), path, key(), revisions)
+        if found[path.name]: save_audit(load_audit(path), path, _of_first_versions(key()), revisions)
     return found
 
 # %% ../../nbs/7_study/08_carry_over.ipynb #ec974c29
