@@ -41,13 +41,13 @@ numba.config.reload_config()
 exec(before)
 from calib_prune.model import compiled, tiles
 
-def product(rows, cols, depth):
+def product(rows, cols, depth, lower=False):
     "Whole numbers, so every order of the sums is exact."
     rng = torch.Generator().manual_seed(rows)
     a, b = (torch.randint(-9, 9, shape, generator=rng).float() for shape in ((rows, depth), (depth, cols)))
     total = torch.ones(rows, cols)
-    tiles.add_product(total, a, b)
-    return torch.equal(total, 1 + a @ b)
+    tiles.add_product(total, a, b, lower)
+    return torch.equal(*(o.tril() if lower else o for o in (total, 1 + a @ b)))
 
 right = product(2 * tiles.ROWS, 2 * tiles.COLS, 300)
 exec(after)
@@ -451,7 +451,8 @@ code = "".join(tiles._whole_tiles.inspect_asm().values())
 right &= tiles.LANES == {lanes} and "xmm" in code and [o for o in ("ymm", "zmm") if o in code] == {registers}
 """
 THE_REST = """
-right &= product(2 * tiles.ROWS + 1, 2 * tiles.COLS + 3, 260)
+for lower in (False, True): right &= product(2 * tiles.ROWS + 1, 2 * tiles.COLS + 3, 260, lower) and product(70, 65, 260, lower)
+right &= product(tiles.ROWS * tiles.COLS, tiles.ROWS * tiles.COLS, 20, True)
 from calib_prune.model.attention import attention, causal
 from calib_prune.pruning.sweep import sweep_compiled, sweep_torch
 q, k, v = torch.randn(3, 1, 2, 70, tiles.COLS)

@@ -123,10 +123,11 @@ def test_same_budget_same_bits():
     assert loglikelihoods(model, asked, 256) == loglikelihoods(model, asked, 256)
 
 
-def test_progress_counts_requests():
+def test_progress_counts_tokens_from_none_to_all():
     seen = []
     loglikelihoods(tiny_llama(), requests(), 128, progress=lambda *o: seen.append(o))
-    assert seen[-1] == ("scoring", len(requests()), len(requests())) and [o[1] for o in seen] == sorted({o[1] for o in seen})
+    (_, first, total), (_, last, _) = seen[0], seen[-1]
+    assert first == 0 and last == total and {o[::2] for o in seen} == {("scoring", total)} and [o[1] for o in seen] == sorted({o[1] for o in seen})
 
 
 def test_half_precision_is_normalised_in_float32():

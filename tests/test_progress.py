@@ -57,3 +57,8 @@ def test_nothing_written_yet_is_no_rate(clock):
 def test_a_narrow_terminal_cuts_no_number(clock):
     line = last_state([(0, "writing tokens", 0, 65_536), (40, "writing tokens", 49_360, 65_536)], clock, width=80)
     assert "49360/65536" in line and line.endswith("left 0:00:14 1,234 tokens/s")
+
+
+def test_the_time_left_is_plausible_from_the_first_tenth_on(clock):
+    for stage in ("pruning", "scoring"):
+        assert "left 0:00:54" in last_state([(0, stage, 0, 30), (2, stage, 1, 30), (6, stage, 3, 30)], clock)

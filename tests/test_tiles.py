@@ -71,7 +71,7 @@ def test_wide_results_in_several_threads(shares, monkeypatch):
     "More columns than one copy of B holds, in stripes that end within a tile."
     monkeypatch.setattr(tiles, "SMALL", 0)
     monkeypatch.setattr("calib_prune.model.compiled.threads", lambda: shares)
-    for cols in (COLS * STRIPES + 5, 2 * COLS * STRIPES * shares - 1, COLS * STRIPES * shares):
+    for cols in (2 * COLS + 1, COLS * STRIPES + 5, 2 * COLS * STRIPES * shares - 1, COLS * STRIPES * shares):
         for lower in (False, True): check(random(30, cols), random(30, 20, seed=1), random(20, cols, seed=2), lower=lower)
     for lower in (False, True): check(random(300, 280), random(300, 20, seed=1), random(20, 280, seed=2), lower=lower)
 

@@ -22,7 +22,7 @@ from rich.markdown import Markdown
 
 from .output import JsonOption, print_json, show_table
 from ..core import CalibPruneError, as_path, only_run
-from ..progress import new_bars, read_progress
+from ..progress import StageBar, new_bars, read_progress
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #de3c0315
 def repository() -> Path:
@@ -40,18 +40,19 @@ def _watch(process: subprocess.Popen, names: list[str], left: set[str], results:
         file = results / f"{name}.json"
         return name not in left or (file.is_file() and file.stat().st_mtime > began)
     with new_bars(console) as show:
-        total, stages = show.add_task("models finished", total=len(names)), {}
+        total = show.add_task("models finished", total=len(names))
+        stages: dict[str, StageBar] = {}
         while process.poll() is None:
             show.update(total, completed=sum(map(over, names)))
             for name in left:
                 state = None if over(name) else read_progress(results / ".progress" / f"{name}.json")
-                if name in stages and (state is None or stages[name][1] != state["stage"]): show.remove_task(stages.pop(name)[0])
+                if name in stages and (state is None or stages[name].stage != state["stage"]): stages.pop(name).remove()
                 if state is None: continue
                 if name not in stages:
-                    stages[name] = show.add_task(f"{name}: {state['stage']}", total=state["total"]), state["stage"]
-                show.update(stages[name][0], completed=state["done"], total=state["total"])
+                    stages[name] = StageBar(show, state["stage"], state["total"], f"{name}: {state['stage']}")
+                stages[name].show(state["done"], state["total"])
             time.sleep(0.5)
-        for task, _ in stages.values(): show.remove_task(task)
+        for bar in stages.values(): bar.remove()
         show.update(total, completed=sum(map(over, names)))
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #c31dad94

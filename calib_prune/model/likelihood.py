@@ -202,7 +202,7 @@ def loglikelihoods(model,
                    requests: list[Request],
                    batch_tokens: int = 1024,        # tokens in a batch; bounds memory
                    max_length: int | None = None,   # the model's context; longer requests lose their beginning
-                   progress: ProgressFn | None = None
+                   progress: ProgressFn | None = None  # called as progress("scoring", tokens done, tokens)
                   ) -> list[tuple[float, bool]]:    # log-likelihood (nats), is it the greedy continuation
     "Log-likelihood of each continuation after its context."
     keep = max_length or 10**9
@@ -212,8 +212,11 @@ def loglikelihoods(model,
     sequences = [(context + cont)[-keep - 1:][:-1] for context, cont in requests]  # the last token predicts nothing
     found: dict[int, tuple[float, bool]] = {}
     rows = pack(sequences, 0 if unpackable(model) else min(1024, batch_tokens))  # 0: each sequence gets its own row
+    done, total = 0, sum(len(o.tokens) for o in rows)
     with fused_layers(model):
         for batch in batches(rows, batch_tokens, bool(rows) and joins_rows(model, rows)):
+            if progress: progress("scoring", done, total)
             found |= score_batch(model, batch, requests)
-            if progress: progress("scoring", len(found), len(requests))
+            done += sum(len(o.tokens) for o in batch)
+    if progress and rows: progress("scoring", done, total)
     return [found[i] for i in range(len(requests))]

@@ -25,6 +25,7 @@ from ..core import (CalibPruneError, as_path, content_hash, damaged, file_sha256
 from ..data.fetch import cached
 from ..data.gguf import _dequantised, as_the_umask_says
 from ..data.wheels import NAMED_MODELS
+from .compiled import limit_threads
 
 # %% ../../nbs/2_model/08_loading.ipynb #be888397
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -165,6 +166,7 @@ def load_model(name: str,                   # one of `NAMED_MODELS`, a local fol
               ) -> tuple[PreTrainedModel, Any]:  # model in evaluation mode, tokenizer
     "Load a causal language model and its tokenizer without running code that came with it."
     where, kind, to = locate_model(name), as_dtype(dtype), as_device(device)
+    limit_threads()
     safe = dict(trust_remote_code=False) | (dict(revision=revision) if revision else {})
     if isinstance(where, Path) and where.is_file():
         with _reading(where): model, tokenizer = _dequantised(where, kind)
