@@ -176,9 +176,10 @@ def renew(stages: list[str]) -> None:
         moved = worst is not None and found[worst] > tolerance(stage)
         if moved and then["version"] == version:
             sys.exit(f"{stage}: {worst} moved by {found[worst]:.2g} under version {version}: raise the version first (nbs/7_study/03_keys).")
-        if moved or not then: file["stages"][stage] = dict(version=version, numbers=now)
-        else: then["version"], largest[stage] = version, found[worst]
-        print(f"{stage}: version {version}, " + ("written down" if moved or not then else f"held to {found[worst]:.2g}"), flush=True)
+        anew = not then or then["version"] != version
+        if anew: file["stages"][stage] = dict(version=version, numbers=now)
+        else: largest[stage] = found[worst]
+        print(f"{stage}: version {version}, {'written down' if anew else 'held'}" + (f", moved by {found[worst]:.2g}" if then else ""), flush=True)
     machine = {k: about[k] for k in ("processor", "instructions", "threads", "torch")}
     before = next((o["largest"] for o in file["seen"] if o["machine"] == machine), {})
     largest = before | {k: float(f"{v:.2g}") for k, v in largest.items()}

@@ -137,8 +137,7 @@ NOWHERE = {  # where the kernels cannot be kept, and what makes it so
 def test_a_folder_that_cannot_be_written_costs_time_and_one_warning(why, tmp_path):
     if why == "no right to write" and os.geteuid() == 0: pytest.skip("root may write everywhere")
     cache = NOWHERE[why](tmp_path / "cache")
-    process, out = start(tmp_path / "any", CALIB_PRUNE_CACHE=str(cache))
-    found = finish(process, out)
+    found = run(tmp_path / "any", "import warnings; warnings.simplefilter('always')", CALIB_PRUNE_CACHE=str(cache))
     assert found.right and found.misses == ONCE
     assert found.said.count("UserWarning") == 1 and str(cache) in found.said and "Traceback" not in found.said
     assert "Set CALIB_PRUNE_CACHE to a folder that can be written" in found.said
@@ -423,9 +422,10 @@ def test_many_callers_at_once(monkeypatch):
 
 
 FORK = """
-import signal
+import signal, threading
 compiled.threads, tiles.SMALL = (lambda: 3), 0
-right &= product(tiles.ROWS, 9 * tiles.COLS, 30)  # threads are there now
+all_there = threading.Barrier(compiled.cores() + 1)
+compiled.in_threads(lambda *_: all_there.wait(), all_there.parties)
 child = os.fork()
 if not child:
     signal.alarm(30)
