@@ -28,7 +28,7 @@ from .core import write_atomic
 ProgressFn = Callable[[str, int, int], None]
 
 # %% ../nbs/01_progress.ipynb #8e47b3d1
-UNITS = {"writing tokens": "tokens", "scoring": "tokens"}  # stage → what it counts; only these show a rate
+UNITS = dict.fromkeys(("writing tokens", "scoring", "perplexity"), "tokens")  # stage → what it counts; only these show a rate
 
 class Pace:
     "A rate per second. A stage may begin at 0 again, as each round of writing does."

@@ -485,6 +485,6 @@ def test_read_only_installation(tmp_path):
     "The compiled sweep writes nothing next to the package, and works in a fresh process with nowhere to write."
     code = ("import torch; from calib_prune.pruning.sparsegpt import sparsegpt; "
             "print(sparsegpt(torch.eye(4), torch.eye(4), 0.75).sparsity)")
-    env = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "NUMBA_CACHE_DIR": str(tmp_path)}
+    env = {"PATH": "/usr/bin:/bin", "CALIB_PRUNE_CACHE": "/dev/null/none", "NUMBA_CACHE_DIR": str(tmp_path)}
     out = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, env=env, check=True)
     assert out.stdout.strip() == "0.75" and not any(tmp_path.iterdir())

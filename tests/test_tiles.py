@@ -4,13 +4,15 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from calib_prune.core import CalibPruneError
 from calib_prune.model import tiles
 from calib_prune.model.tiles import BLOCK, COLS, DEPTH, ROWS, STRIPES, add_product
 
 CANARY = -12345.0
-sizes = st.one_of(st.integers(1, 150), st.sampled_from([ROWS, COLS, 2 * ROWS, 2 * COLS, BLOCK, BLOCK + ROWS, 3 * COLS, ROWS * COLS]))
+sizes = st.one_of(st.integers(1, 150),
+                  st.sampled_from([ROWS, COLS, 2 * ROWS, 2 * COLS, BLOCK, BLOCK + ROWS, 3 * COLS, ROWS * COLS]))
 depths = st.one_of(st.integers(1, 40), st.sampled_from([DEPTH - 1, DEPTH, DEPTH + 1, 2 * DEPTH, 700]), st.integers(1, 700))
-steps = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.booleans())  # of rows and columns, offset, transposed?
+steps = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.booleans())  # down, across, offset, transposed?
 
 
 def random(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -56,7 +58,7 @@ def test_it_is_the_product_and_nothing_else_changes(rows, cols, depth, layout, d
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
-@pytest.mark.parametrize("width_a, width_b, width_c", [(1024, 0, 0), (0, 1024, 0), (2048, 1024, 3072), (0, 0, 1024), (1024, 1024, 1024)])
+@pytest.mark.parametrize("width_a, width_b, width_c", [(1024, 0, 0), (0, 1024, 0), (0, 0, 1024), (2048, 1024, 3072)])
 def test_steps_that_fall_on_the_same_cache_lines(whole, turned, width_a, width_b, width_c):
     rows, cols, depth = (5 * ROWS, 3 * COLS, DEPTH + 30) if whole else (77, 83, 301)
     a, whole_a = laid(rows, depth, (1, 1, 0, turned), width_a)
@@ -120,10 +122,9 @@ def test_half_precision_goes_to_torch(no_tiles):
     assert torch.equal(total, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="no shape is checked: numbers from elsewhere in memory would be read, or written")
-@pytest.mark.parametrize("total, b", [((3, 6), (5, 6)), ((4, 6), (4, 6)), ((3, 7), (4, 6))])  # of misfits, those that stay in bounds
+@pytest.mark.parametrize("total, b", [((3, 6), (5, 6)), ((4, 6), (4, 6)), ((3, 7), (4, 6))])  # misfits that stay in bounds
 def test_shapes_that_do_not_fit_together_are_refused(total, b):
-    with pytest.raises((RuntimeError, ValueError)): add_product(random(*total), random(3, 4), random(*b))
+    with pytest.raises(CalibPruneError, match="does not fit"): add_product(random(*total), random(3, 4), random(*b))
 
 
 @settings(deadline=None, max_examples=40)

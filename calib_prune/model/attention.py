@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..core import CalibPruneError
 from .compiled import compiled, in_threads
 from .tiles import (COLS, FLOATS, INDEX, INT, INTS, LANES, ROWS, add_tile, call, constant, data, floats_at,
                                      set_tile, spread)
@@ -107,8 +108,14 @@ def _lay_out(keys, values, laid_keys, laid_values):  # [T, D] twice, [stripes, D
     tokens, width = keys.shape
     for k in range(tokens):
         stripe, place = k // COLS, k % COLS
-        for o in range(width): laid_keys[stripe, o, place] = keys[k, o]
-        for o in range(width): laid_values[stripe, place, o] = values[k, o]
+        broken = False
+        for o in range(width):
+            value = values[k, o]
+            finite = value - value == 0
+            laid_values[stripe, place, o] = value if finite else 0
+            broken |= not finite
+        # A value that is no number would reach all who read its stripe (0 · NaN is NaN); by its key it reaches those who see it.
+        for o in range(width): laid_keys[stripe, o, place] = np.nan if broken else keys[k, o]
 
 @compiled("model/tiles.py")
 def _stripes_read(t, until, lasts, stripes, keys, lasts_read):  # lasts: [T or more]
@@ -180,6 +187,10 @@ def attention(queries: Tensor,  # float32 [B, H, T, D]; D a multiple of COLS
              ) -> Tensor:       # [B, T, H, D]
     "Softmax attention in which a token sees itself and its ancestors."
     sets, heads, tokens, width = queries.shape
+    shapes = (sets, keys.shape[1], tokens, width), (sets, tokens)
+    if (keys.shape, values.shape, lasts.shape) != (shapes[0], *shapes) or heads % keys.shape[1] or width % COLS:
+        raise CalibPruneError(f"Queries {[*queries.shape]}, keys {[*keys.shape]}, values {[*values.shape]} and last descendants "
+                              f"{[*lasts.shape]} do not fit each other, or heads are no multiple of {COLS} wide.")
     out = torch.empty(sets, tokens, heads, width)
     numbers = [o.transpose(1, 2).contiguous().numpy() for o in (queries, keys, values)] + [lasts.numpy(), out.numpy()]
     small = sets * heads * tokens**2 * width < 1 << 22
@@ -200,9 +211,12 @@ def _fits(queries: Tensor, keys: Tensor, more: dict[str, Any]) -> bool:
 
 def _forward(module, query, key, value, attention_mask, scaling=None, **more):
     lasts, stand_in = _current[-1] if _current else (None, None)
+    if lasts is not None and not (attention_mask is stand_in and _fits(query, key, more)):
+        raise CalibPruneError(f"{type(module).__name__} does not pass its mask on as it is, or attends in another way: its texts "
+                              "cannot be scored side by side.")
     if attention_mask is None and key.shape == value.shape and getattr(module, "is_causal", False) and _fits(query, key, more):
         lasts = causal(query.shape[0], query.shape[2])
-    elif lasts is None or attention_mask is not stand_in:
+    elif lasts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     return attention(query, key, value, lasts, query.shape[-1]**-.5 if scaling is None else scaling), None
 

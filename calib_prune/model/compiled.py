@@ -9,6 +9,7 @@ __all__ = ['processor', 'kernel_folder', 'compiled', 'cores', 'threads', 'limit_
 import hashlib
 import os
 import platform
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,7 +22,7 @@ import numba
 import torch
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-from ..core import cache_dir, content_hash
+from ..core import CalibPruneError, cache_dir, content_hash
 
 # %% ../../nbs/2_model/04_compiled.ipynb #7c580d6f
 def processor() -> list[str]:
@@ -50,10 +51,14 @@ class _SealedFile(IndexDataCacheFile):
         return super()._load_data(name)
 
 # %% ../../nbs/2_model/04_compiled.ipynb #1a90f574
-@cache
-def _cannot_keep(folder: Path, why: str) -> None:
+_said: list[str] = []  # why kernels cannot be kept
+
+def _cannot_keep(why: Exception) -> None:
     "Say once that kernels are compiled in each process."
-    warnings.warn(f"Compiled kernels cannot be kept in {folder} ({why}): each process compiles them anew, which takes "
+    if _said: return
+    _said.append(getattr(why, "strerror", None) or str(why))
+    where = os.environ.get("CALIB_PRUNE_CACHE") or "the cache folder"
+    warnings.warn(f"Compiled kernels cannot be kept in {where} ({_said[0]}): each process compiles them anew, which takes "
                   "seconds. Set CALIB_PRUNE_CACHE to a folder that can be written.", stacklevel=2)
 
 class _KernelCache(FunctionCache):
@@ -62,7 +67,6 @@ class _KernelCache(FunctionCache):
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
         try: super().__init__(function)
         finally: numba.config.CACHE_DIR = before
-        self._folder = folder
         if not Path(self._cache_path).is_relative_to(folder): raise OSError("it cannot be written")
         self._cache_file = _SealedFile(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
 
@@ -74,11 +78,11 @@ class _KernelCache(FunctionCache):
 
     def _start_anew(self) -> None:
         try: self.flush()
-        except OSError as e: _cannot_keep(self._folder, e.strerror or str(e))
+        except OSError as e: _cannot_keep(e)
 
     def save_overload(self, sig, data):
         try: super().save_overload(sig, data)
-        except OSError as e: _cannot_keep(self._folder, e.strerror or str(e))
+        except Exception as e: _cannot_keep(e)  # saving reads the index again
 
 # %% ../../nbs/2_model/04_compiled.ipynb #5837bf4f
 def compiled(*parts: str  # other files of the package that the kernel is made from, such as "model/tiles.py"
@@ -89,9 +93,8 @@ def compiled(*parts: str  # other files of the package that the kernel is made f
         file = Path(function.__code__.co_filename)
         if not file.is_file(): return kernel  # typed into a notebook
         package = Path(__file__).parent.parent
-        folder = kernel_folder([Path(__file__), file, *(package / o for o in parts)])
-        try: kernel._cache = _KernelCache(function, folder)
-        except (RuntimeError, OSError) as e: _cannot_keep(folder, str(e))
+        try: kernel._cache = _KernelCache(function, kernel_folder([Path(__file__), file, *(package / o for o in parts)]))
+        except (CalibPruneError, RuntimeError, OSError) as e: _cannot_keep(e)
         return kernel
     return decorate
 
@@ -123,6 +126,9 @@ def in_threads(work: Callable[[int, int], Any],  # called with the number of a s
               ) -> None:
     "Do all shares of some work, one of them in this thread, and return when all are done."
     n = threads() if shares is None else shares
+    if threading.current_thread().name.startswith("kernel"):  # a share of other work: its threads are busy
+        for o in range(n): work(o, n)
+        return
     others = [_pool(os.getpid()).submit(work, o, n) for o in range(1, n)]
     try: work(0, n)
     finally: found = [o.exception() for o in others]

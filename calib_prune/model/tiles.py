@@ -18,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ..core import CalibPruneError
 from .compiled import compiled, in_threads, processor
 
 # %% ../../nbs/2_model/05_tiles.ipynb #76b3df78
@@ -191,6 +192,8 @@ def add_product(total: Tensor,          # [m, n], changed in place; rows contigu
                 subtract: bool = False
                ) -> None:
     "Add a product to a matrix, or subtract it."
+    if total.shape != (a.shape[0], b.shape[1]) or a.shape[1] != b.shape[0]:
+        raise CalibPruneError(f"A product of {[*a.shape]} and {[*b.shape]} does not fit into {[*total.shape]}.")
     if not (fits(total, a, b) and total.stride(1) == b.stride(1) == 1):
         total.addmm_(a, b, alpha=-1 if subtract else 1)
         return

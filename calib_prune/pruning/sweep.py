@@ -36,7 +36,7 @@ def sweep_torch(weight: Tensor,     # [block, d_out]: a block of the transposed 
 # %% ../../nbs/5_pruning/04_sweep.ipynb #e59ad54c
 STRIP = 8  # columns (ours): what follows a strip is a product, so strips are short
 
-@compiled()
+@compiled("model/tiles.py")
 def _mark_groups(w, top, m, n, inverse, scores, gone):
     "For the group of m columns from `top` on, mark the m - n smallest scores of each output; of equal ones, the first."
     for a in range(m):
@@ -49,7 +49,7 @@ def _mark_groups(w, top, m, n, inverse, scores, gone):
                 rank += other < own or (other == own and b < a)
             gone[top + a, o] = rank < m - n
 
-@compiled()
+@compiled("model/tiles.py")
 def _sweep_strip(w, gone, e, total, inverse, i, j, n, m, scores):
     "Columns i to j in turn, each compensated by those after it in the strip."
     for k in range(i, j):
