@@ -17,9 +17,13 @@ from bench.machine import describe, peak, reset_peak, resident, threads_environm
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, WORK, PEERS = ROOT / "bench" / "results", ROOT / "build" / "bench", ROOT / "bench" / ".venv" / "bin" / "python"
 WHO, METHODS, SPARSITY, BATCH_TOKENS = ("ours", "plain", "llm-compressor"), ("sparsegpt", "wanda"), 0.6, 4096
-MEASURED = tuple(f"{folder}/{o}.py" for folder, names in {
-    "calib_prune": ("memory", "products", "hessian", "masks", "sparsegpt", "wanda", "minimax", "pruning", "tasks", "evaluation"),
-    "bench": ("machine", "plain", "limit", "peer", "run")}.items() for o in names)
+def code_of(*packages: str, bench: tuple[str, ...]) -> tuple[str, ...]:
+    "The files of some packages and of the benchmark, from the root on."
+    mine = (o for name in packages for o in (ROOT / "calib_prune" / name).glob("*.py"))
+    return (*sorted(str(o.relative_to(ROOT)) for o in mine), *(f"bench/{o}.py" for o in bench))
+
+
+MEASURED = code_of("model", "pruning", "evaluation", bench=("machine", "plain", "limit", "peer", "run"))
 STAGES = ("sparsegpt", "wanda", "scoring")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Model = Annotated[str, typer.Option(help="as for `calib-prune prune`")]

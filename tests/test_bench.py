@@ -134,6 +134,12 @@ def test_what_is_measured_is_known_by_what_it_does(tmp_path, monkeypatch):
     assert state("# %% ../nbs/5_pruning/02_wanda.ipynb\nx = 1  # moved\n") == first != state("x = 2\n")
 
 
+def test_what_is_measured_is_there():
+    for measured, stages in ((run.MEASURED, run.STAGES), (writing.MEASURED, writing.STAGES)):
+        assert all((run.ROOT / o).is_file() for o in measured) and run.state_of(measured, stages)["versions"].keys() == set(stages)
+    assert {"calib_prune/model/tiles.py", "calib_prune/pruning/walk.py", "bench/run.py"} <= set(run.MEASURED)
+
+
 def test_results_are_of_one_state():
     found = {o.stem: json.loads(o.read_text()) for o in result_files()}
     assert len({json.dumps([o["states"], o["plan"]]) for k, o in found.items() if k != WRITING}) <= 1
