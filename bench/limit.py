@@ -58,6 +58,31 @@ def prune_flops(shape: Shape, layers: int, tokens: int, length: int, moments: bo
     return layers * statistics + (layers - 1) * pass_flops(shape, tokens, length)
 
 
+def shared_tokens(sequences: list[list[int]]) -> tuple[int, int]:
+    "Tokens of sequences that begin alike, each counted once, and how many tokens they see in all, themselves included."
+    tokens = seen = 0
+    before: list[int] = []
+    for sequence in sorted(sequences):
+        shared = next((k for k, (a, b) in enumerate(zip(before, sequence)) if a != b), min(len(before), len(sequence)))
+        tokens += len(sequence) - shared
+        seen += sum(range(shared + 1, len(sequence) + 1))
+        before = sequence
+    return tokens, seen
+
+
+def score_flops(shape: Shape, layers: int, vocabulary: int, requests: list[tuple[list[int], list[int]]]) -> int:
+    """Operations that no method avoids that scores continuations after contexts, products only.
+
+    Each token of the tree that all texts form passes the layers once, and attends to what is before it in its text. The output head
+    is needed once for each token of the tree after which a token of a continuation is predicted.
+    """
+    tokens, seen = shared_tokens([(context + new)[:-1] for context, new in requests])
+    predicts = {tuple((context + new)[:i]) for context, new in requests for i in range(len(context), len(context + new))}
+    wide = shape.heads * shape.head_dim
+    linears = 2 * wide * shape.hidden + 2 * shape.kv_heads * shape.head_dim * shape.hidden + 3 * shape.hidden * shape.intermediate
+    return layers * (2 * tokens * linears + 4 * seen * wide) + 2 * len(predicts) * vocabulary * shape.hidden
+
+
 def prune_bytes(shape: Shape, parameters: int, tokens: int, batch_tokens: int) -> dict[str, int]:
     """What a prune has to hold, in bytes of float32.
 

@@ -47,6 +47,14 @@ def test_pass_is_what_torch_counts():
     assert 2 * (limit.pass_flops(shape, 16, 8) - attention) == linears
 
 
+def test_scoring_counts_what_texts_share_once():
+    requests = [([1, 2], [3, 4]), ([1, 2], [3, 5]), ([1, 2], [6]), ([7], [8, 9])]
+    # read: 1, 2, 3 for the first two, 1, 2 for the third, and 7, 8; they see 1 + 2 + 3 and 1 + 2 tokens
+    assert limit.shared_tokens([(a + b)[:-1] for a, b in requests]) == (3 + 2, 6 + 3)
+    weights, predicted = 16 + 8 + 8 + 16 + 24 + 24 + 24, 4  # after 1 2, after 1 2 3, after 7, after 7 8
+    assert limit.score_flops(TINY, 3, 100, requests) == 3 * (2 * 5 * weights + 4 * 9 * 4) + 2 * predicted * 100 * 4
+
+
 def test_bytes_are_counted_by_hand():
     parts = limit.prune_bytes(TINY, parameters=100, tokens=10, batch_tokens=5)
     assert parts == dict(model=400, statistics=4 * (16 + 16 + 16 + 36), windows=160, batch=4 * 5 * (8 + 18))
