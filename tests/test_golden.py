@@ -81,15 +81,15 @@ def test_moved_numbers_are_written_down_only_under_a_new_version(monkeypatch, tm
     monkeypatch.setattr(golden, "FILE", tmp_path / "golden.json")
     monkeypatch.setattr(golden, "STAGES", {"wanda": golden.STAGES["wanda"][:1]})
     golden.renew(["wanda"])
-    first = golden.FILE.read_text()
+    first, version = golden.FILE.read_text(), methods.METHODS["wanda"].version
     monkeypatch.setattr(methods, "wanda", not_rooted(methods.wanda))
-    with pytest.raises(SystemExit, match="wanda: .* moved by .* under version 1: raise the version first"): golden.renew(["wanda"])
+    with pytest.raises(SystemExit, match=f"wanda: .* moved by .* under version {version}: raise the version first"): golden.renew(["wanda"])
     assert golden.FILE.read_text() == first
-    monkeypatch.setattr(methods, "METHODS", with_method("wanda", version=2))
+    monkeypatch.setattr(methods, "METHODS", with_method("wanda", version=version + 1))
     monkeypatch.setattr(keys, "METHODS", methods.METHODS)
     golden.renew(["wanda"])
     kept = json.loads(golden.FILE.read_text())
-    assert kept["stages"]["wanda"]["version"] == 2 and kept["stages"]["wanda"]["numbers"] != json.loads(first)["stages"]["wanda"]["numbers"]
+    assert kept["stages"]["wanda"]["version"] == version + 1 and kept["stages"]["wanda"]["numbers"] != json.loads(first)["stages"]["wanda"]["numbers"]
 
 
 def test_machines_that_were_seen_are_far_within_the_tolerance():
