@@ -73,8 +73,8 @@ def shared_tokens(sequences: list[list[int]]) -> tuple[int, int]:
 def score_flops(shape: Shape, layers: int, vocabulary: int, requests: list[tuple[list[int], list[int]]]) -> int:
     """Operations that no method avoids that scores continuations after contexts, products only.
 
-    Each token of the tree that all texts form passes the layers once, and attends to what is before it in its text. The output head
-    is needed once for each token of the tree after which a token of a continuation is predicted.
+    Each token of the tree that all texts form passes the layers once, and attends to what is before it in its text. The output
+    head is needed once for each token of the tree after which a token of a continuation is predicted.
     """
     tokens, seen = shared_tokens([(context + new)[:-1] for context, new in requests])
     predicts = {tuple((context + new)[:i]) for context, new in requests for i in range(len(context), len(context + new))}
