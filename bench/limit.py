@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from calib_prune.model.likelihood import common_prefix
 from calib_prune.model.matmul import linear, prefers_onednn
 
 
@@ -25,6 +26,11 @@ class Shape:
         return cls(config.hidden_size, config.intermediate_size, heads, config.num_key_value_heads, head_dim)
 
     @property
+    def weights(self) -> int:
+        "Weights of a layer's linear maps."
+        return (2 * (self.heads + self.kv_heads) * self.head_dim + 3 * self.intermediate) * self.hidden
+
+    @property
     def inputs(self) -> list[int]:
         "Widths of the inputs that need statistics: of q, k, v; of o; of gate, up; of down."
         return [self.hidden, self.heads * self.head_dim, self.hidden, self.intermediate]
@@ -37,8 +43,7 @@ def pass_flops(shape: Shape, tokens: int, length: int, down: bool = True) -> int
     `heads × head_dim` (scores, then values) for each of the (length + 1) / 2 tokens that a causal query sees on average.
     """
     wide = shape.heads * shape.head_dim
-    linears = 2 * wide * shape.hidden + 2 * shape.kv_heads * shape.head_dim * shape.hidden \
-        + (3 if down else 2) * shape.hidden * shape.intermediate
+    linears = shape.weights - (0 if down else shape.hidden * shape.intermediate)
     return 2 * tokens * linears + 2 * tokens * wide * (length + 1)
 
 
@@ -63,7 +68,7 @@ def shared_tokens(sequences: list[list[int]]) -> tuple[int, int]:
     tokens = seen = 0
     before: list[int] = []
     for sequence in sorted(sequences):
-        shared = next((k for k, (a, b) in enumerate(zip(before, sequence)) if a != b), min(len(before), len(sequence)))
+        shared = common_prefix(before, sequence)
         tokens += len(sequence) - shared
         seen += sum(range(shared + 1, len(sequence) + 1))
         before = sequence
@@ -79,8 +84,7 @@ def score_flops(shape: Shape, layers: int, vocabulary: int, requests: list[tuple
     tokens, seen = shared_tokens([(context + new)[:-1] for context, new in requests])
     predicts = {tuple((context + new)[:i]) for context, new in requests for i in range(len(context), len(context + new))}
     wide = shape.heads * shape.head_dim
-    linears = 2 * wide * shape.hidden + 2 * shape.kv_heads * shape.head_dim * shape.hidden + 3 * shape.hidden * shape.intermediate
-    return layers * (2 * tokens * linears + 4 * seen * wide) + 2 * len(predicts) * vocabulary * shape.hidden
+    return layers * (2 * tokens * shape.weights + 4 * seen * wide) + 2 * len(predicts) * vocabulary * shape.hidden
 
 
 def prune_bytes(shape: Shape, parameters: int, tokens: int, batch_tokens: int) -> dict[str, int]:

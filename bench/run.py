@@ -12,6 +12,7 @@ from typing import Annotated, Iterator
 
 import typer
 
+import calib_prune  # noqa: F401  before torch: it sets how torch's threads wait
 from bench.machine import describe, peak, reset_peak, resident, threads_environment
 
 ROOT = Path(__file__).resolve().parent.parent

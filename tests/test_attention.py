@@ -228,7 +228,7 @@ def test_gradients_are_left_to_torch(calls):
 @pytest.mark.parametrize("more", [dict(is_causal=False), dict(dropout=.1), dict(sliding_window=9), dict(softcap=5.0),
                                   dict(s_aux=torch.zeros(2)), dict(position_bias=torch.zeros(1, 2, 10, 10))])
 def test_what_our_attention_does_not_know_is_left_to_torch(more, calls, monkeypatch):
-    monkeypatch.setattr(attention_module, "sdpa_attention_forward", lambda *a, **k: ("torch", None))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *a, **k: ("torch", None))
     module = SimpleNamespace(is_causal=True)
     with fast_attention(), torch.inference_mode():
         forward = ALL_ATTENTION_FUNCTIONS["sdpa"]

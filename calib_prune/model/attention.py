@@ -7,6 +7,7 @@ __all__ = ['SMALLEST', 'SERIES', 'hide', 'exponentials', 'causal', 'attention', 
 
 # %% ../../nbs/2_model/06_attention.ipynb #6cfe2f0a
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Iterator
 
 import numpy as np
@@ -15,12 +16,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core import CalibPruneError
 from .compiled import compiled, in_threads
-from .tiles import (COLS, FLOATS, INDEX, INT, INTS, LANES, ROWS, add_tile, call, constant, data, floats_at,
+from .tiles import (COLS, FLOATS, INDEX, INT, INTS, LANES, ROWS, add_tile, call, constant, data, register_at,
                                      set_tile, spread)
 
 # %% ../../nbs/2_model/06_attention.ipynb #9e3944e8
@@ -59,8 +59,8 @@ def hide(typing, scores, at, n, t, keys, lasts):
         token = spread(code, code.trunc(args[3], INT), INTS)
         hidden = constant(float("-inf"), FLOATS)
         def step(k, found):
-            where = floats_at(code, code.gep(row, [k]))
-            key, last = (code.load(floats_at(code, code.gep(o, [k]), INTS), align=4) for o in (keys, lasts))
+            where = register_at(code, code.gep(row, [k]))
+            key, last = (code.load(register_at(code, code.gep(o, [k]), INTS), align=4) for o in (keys, lasts))
             seen = code.and_(code.icmp_signed("<=", key, token), code.icmp_signed(">=", last, token))
             score = code.select(seen, code.load(where, align=4), hidden)
             code.store(score, where, align=4)
@@ -94,7 +94,7 @@ def exponentials(typing, scores, at, n, largest):
     def write(context, code, signature, args):
         row, largest = data(context, code, signature, args, 0, args[1]), spread(code, args[3], FLOATS)
         def step(k, found):
-            where = floats_at(code, code.gep(row, [k]))
+            where = register_at(code, code.gep(row, [k]))
             value = _exp(code, code.fsub(code.load(where, align=4), largest))
             code.store(value, where, align=4)
             return code.fadd(found, value)
@@ -209,7 +209,7 @@ def _fits(queries: Tensor, keys: Tensor, more: dict[str, Any]) -> bool:
             and (window is None or window >= keys.shape[2])
             and all(more.get(o) is None for o in ("position_bias", "s_aux", "softcap")))
 
-def _forward(module, query, key, value, attention_mask, scaling=None, **more):
+def _forward(before, module, query, key, value, attention_mask, scaling=None, **more):  # before: what the registry held
     lasts, stand_in = _current[-1] if _current else (None, None)
     if lasts is not None and not (attention_mask is stand_in and _fits(query, key, more)):
         raise CalibPruneError(f"{type(module).__name__} does not pass its mask on as it is, or attends in another way: its texts "
@@ -217,7 +217,7 @@ def _forward(module, query, key, value, attention_mask, scaling=None, **more):
     if attention_mask is None and key.shape == value.shape and getattr(module, "is_causal", False) and _fits(query, key, more):
         lasts = causal(query.shape[0], query.shape[2])
     elif lasts is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+        return before(module, query, key, value, attention_mask, scaling=scaling, **more)
     return attention(query, key, value, lasts, query.shape[-1]**-.5 if scaling is None else scaling), None
 
 # %% ../../nbs/2_model/06_attention.ipynb #41012390
@@ -225,7 +225,7 @@ def _forward(module, query, key, value, attention_mask, scaling=None, **more):
 def fast_attention() -> Iterator[None]:
     "Inside, models whose attention is `sdpa` compute what fits by our attention."
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", _forward)
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", partial(_forward, before))
     try: yield
     finally: ALL_ATTENTION_FUNCTIONS.register("sdpa", before)
 

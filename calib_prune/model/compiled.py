@@ -104,7 +104,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def threads() -> int:
-    "How many threads a kernel works with: as many as torch, but no more than there are cores."
+    "How many threads a kernel works with: the number that torch uses, at most one per core."
     return max(1, min(torch.get_num_threads(), cores()))
 
 # %% ../../nbs/2_model/04_compiled.ipynb #6e2c2d12

@@ -189,8 +189,8 @@ def batches(rows: list[Row],
     "Rows from long to short, in batches that fill the budget; a batch has at least one row."
     batch: list[Row] = []
     for o in sorted(rows, key=lambda o: -len(o.tokens)):
-        size = sum(len(r.tokens) for r in batch) + len(o.tokens) if joined else (len(batch) + 1) * len((batch or [o])[0].tokens)
-        if batch and size > batch_tokens:
+        sizes = [len(row.tokens) for row in (*batch, o)]
+        if batch and (sum(sizes) if joined else len(sizes) * sizes[0]) > batch_tokens:
             yield batch
             batch = []
         batch.append(o)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANES', 'ROWS', 'COLS', 'FLOAT', 'INT', 'INDEX', 'FLOATS', 'INTS', 'set_tile', 'add_tile', 'subtract_tile', 'DEPTH',
-           'BLOCK', 'PANEL', 'STRIPES', 'SMALL', 'constant', 'spread', 'floats_at', 'call', 'data', 'fits',
+           'BLOCK', 'PANEL', 'STRIPES', 'SMALL', 'constant', 'spread', 'register_at', 'call', 'data', 'fits',
            'add_product']
 
 # %% ../../nbs/2_model/05_tiles.ipynb #d2732126
@@ -40,7 +40,7 @@ def spread(code: ir.IRBuilder, value: Any, kind: ir.VectorType) -> Any:
     first = code.insert_element(empty, value, constant(0, INT))
     return code.shuffle_vector(first, empty, constant(0, INTS))
 
-def floats_at(code: ir.IRBuilder, pointer: Any, kind: ir.VectorType = FLOATS) -> Any:
+def register_at(code: ir.IRBuilder, pointer: Any, kind: ir.VectorType = FLOATS) -> Any:
     "The same pointer, to a whole register's numbers."
     return code.bitcast(pointer, kind.as_pointer())
 
@@ -56,7 +56,7 @@ def data(context: Any, code: ir.IRBuilder, signature: Any, args: Any, i: int, at
 # %% ../../nbs/2_model/05_tiles.ipynb #07cbe96c
 def _step(code: ir.IRBuilder, a: list, b: Any, tile: list) -> list:  # pointers to A's numbers and B's row; the tile so far
     "The tile after one more column of A and row of B."
-    row = [code.load(floats_at(code, code.gep(b, [constant(o, INDEX)])), align=4) for o in range(0, COLS, LANES)]
+    row = [code.load(register_at(code, code.gep(b, [constant(o, INDEX)])), align=4) for o in range(0, COLS, LANES)]
     new = []
     for pointer, sums in zip(a, tile, strict=True):
         number = spread(code, code.load(pointer, align=4), FLOATS)
@@ -99,7 +99,7 @@ def _tile(finish: str  # an instruction of LLVM, from what is there and the prod
             for m, sums in enumerate(new):
                 row = code.gep(c, [code.mul(constant(m, INDEX), args[9])])
                 for o, total in enumerate(sums):
-                    where = floats_at(code, code.gep(row, [constant(o * LANES, INDEX)]))
+                    where = register_at(code, code.gep(row, [constant(o * LANES, INDEX)]))
                     if finish: total = getattr(code, finish)(code.load(where, align=4), total)
                     code.store(total, where, align=4)
             return context.get_dummy_value()
@@ -130,7 +130,7 @@ PANEL = ROWS * DEPTH + LANES  # from one copied panel of A to the next, off the 
 
 @compiled("model/tiles.py")
 def _copied(a, a_row, a_step, rows, n, panels):
-    "Copy n columns of A, in panels of as many rows as a tile has."
+    "Copy n columns of A in panels; a panel has ROWS rows, like a tile."
     if a_step == 1:
         for m in range(rows):
             for k in range(n): panels[m // ROWS * PANEL + k * ROWS + m % ROWS] = a[m * a_row + k]
@@ -175,6 +175,8 @@ def _any_tiles(a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower, 
                                  min(ROWS, rows - m), min(COLS, right - j), n, subtract, out)
 
 # %% ../../nbs/2_model/05_tiles.ipynb #77c000fd
+SMALL = 1 << 23  # multiplications that one thread finishes before a second one is awake
+
 def _flat(matrix: Tensor) -> np.ndarray:
     "All numbers from a matrix's first to its last, as they lie in memory."
     size = 1 + sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
@@ -207,5 +209,3 @@ def add_product(total: Tensor,          # [m, n], changed in place; rows contigu
                share, shares)
     small = rows * cols * depth < SMALL
     in_threads(work, 1 if small else None)
-
-SMALL = 1 << 23  # multiplications that one thread finishes before a second one is awake
