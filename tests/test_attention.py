@@ -198,13 +198,26 @@ def test_left_padding_and_a_cache_are_left_to_torch(family, calls):
 
 
 @pytest.mark.parametrize("change", [
-    lambda model: model.double(), lambda model: model.bfloat16(), lambda model: model.set_attn_implementation("eager")])
+    lambda model: model.double(), lambda model: model.half(), lambda model: model.set_attn_implementation("eager")])
 def test_other_number_formats_and_other_attention_are_left_alone(change, calls):
     model, ids = served("llama"), torch.arange(1, 21)[None]
     change(model)
     with torch.inference_mode():
         plain = model(ids).logits
         with fast_attention(): assert torch.equal(model(ids).logits, plain) and not calls
+
+
+def test_bfloat16_goes_through_float32(calls):
+    "Attention itself loses nothing; a model's numbers are rounded between its steps, as they are elsewhere."
+    q, k, v = (o.bfloat16() for o in problem(2, 2, 3, 40, COLS))
+    found = attention(q, k, v, causal(2, 40), 0.1)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, attention(q.float(), k.float(), v.float(), causal(2, 40), 0.1).bfloat16())
+    model, ids = served("llama").bfloat16(), torch.arange(1, 21)[None]
+    with torch.inference_mode():
+        plain = model(ids).logits
+        with fast_attention(): torch.testing.assert_close(model(ids).logits, plain, rtol=0.1, atol=0.02)
+    assert len(calls) == 2
 
 
 def test_narrow_heads_are_left_to_torch(calls):
@@ -349,7 +362,8 @@ def test_who_may_stand_side_by_side():
     short, long = Row(tokens=[1] * 10), Row(tokens=[1] * 50)
     assert joins_rows(served("llama"), [short, long])
     assert not joins_rows(tiny_model("llama"), [short]), "narrow heads"
-    assert not joins_rows(served("llama").double(), [short]) and not joins_rows(served("llama").bfloat16(), [short])
+    assert not joins_rows(served("llama").double(), [short]) and not joins_rows(served("llama").half(), [short])
+    assert joins_rows(served("llama").bfloat16(), [short])
     windowed = served("mistral", sliding_window=50)
     assert joins_rows(windowed, [short, long]) and not joins_rows(served("mistral", sliding_window=49), [short, long])
     eager = served("llama")

@@ -249,6 +249,20 @@ def test_smallest_breaks_ties_by_index(rows, k):
         assert [i for i, m in enumerate(marked) if m] == sorted(sorted(range(7), key=lambda i: (row[i], i))[:k])
 
 
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from(["spread", "ties", "odd"]), st.integers(0, 99))
+def test_smallest_of_one_row_agrees_with_a_sort(n, part, kind, seed):
+    "One long row takes another way than several short ones."
+    rng = torch.Generator().manual_seed(seed)
+    scores = torch.randn(n, generator=rng) * torch.exp(4 * torch.randn(n, generator=rng))
+    if kind == "ties": scores = scores.round()
+    if kind == "odd": scores[torch.randint(n, (4,), generator=rng)] = torch.tensor([float("inf"), float("-inf"), 0.0, -0.0])
+    want = torch.zeros(n, dtype=torch.bool)
+    want[scores.sort(stable=True).indices[:int(part * n)]] = True
+    assert torch.equal(smallest(scores[None], int(part * n))[0], want)
+    assert torch.equal(smallest(torch.stack([scores, scores]), int(part * n)), torch.stack([want, want]))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @settings(max_examples=25, deadline=None)
 @given(shape=shapes, how=st.sampled_from([0.3, 0.6, "2:4", "1:4"]))
@@ -439,6 +453,17 @@ def test_second_moment_any_shape(d, tokens, panel, dtype):
     W = torch.randn(3, d)
     expected = ((W.double() @ x.double().T) ** 2).sum().item() / tokens
     assert energy(W, stats.matrix(), panel) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("d_out, d_in", [(1, 600), (100, 300), (40, 1024), (16, 64), (300, 257)])
+def test_energy_of_whole_and_of_broken_tiles(d_out, d_in):
+    W, x = torch.randn(d_out, d_in), torch.randn(d_in + 5, d_in)
+    H = x.T @ x / len(x)
+    H = (H + H.T) / 2
+    exact = ((W.double() @ H.double()) * W.double()).sum().item()
+    for weight in (W, torch.randn(d_in, d_out).T.copy_(W)):  # as it lies in memory, and transposed
+        assert energy(weight, H) == pytest.approx(exact, rel=1e-5)
+    assert energy(W.double(), H.double()) == pytest.approx(exact, rel=1e-10), "other types by torch"
 
 
 def test_second_moment_of_many_single_tokens():

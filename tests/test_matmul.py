@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune.model.matmul import LaidOut, _ByOneDNN, fast_products, linear
+from calib_prune.model.matmul import LaidOut, _ByOneDNN, fast_products, following, linear, multiplies_bfloat16
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -46,10 +46,45 @@ def test_the_choice_holds_only_inside():
 
 def test_laid_out_weights_give_the_same_bits():
     x, w, other = torch.randn(50, 24), torch.randn(12, 24), torch.randn(12, 24)
-    with torch.no_grad(), _ByOneDNN(kept := LaidOut()):
+    with torch.no_grad(), _ByOneDNN(laid_out=(kept := LaidOut())):
         for weight in (w, other, w):  # each is found again by its own address
             assert torch.equal(F.linear(x, weight), linear(x, weight))
     assert len(kept.weights) == 2
-    with torch.no_grad(), _ByOneDNN(full := LaidOut(room=w.numel() * 4)):
+    with torch.no_grad(), _ByOneDNN(laid_out=(full := LaidOut(room=w.numel() * 4))):
         for weight in (w, other): assert torch.equal(F.linear(x, weight), linear(x, weight))
     assert len(full.weights) == 1, "what does not fit is left as it is"
+
+
+def test_only_the_types_that_were_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr("calib_prune.model.matmul.linear", lambda x, *rest: seen.append(x.dtype) or F.linear(x, *rest[:2]))
+    with torch.no_grad():
+        for types in ((torch.float32,), (torch.bfloat16,), (torch.float32, torch.bfloat16)):
+            with _ByOneDNN(types):
+                for dtype in (torch.float32, torch.bfloat16, torch.float16): F.linear(*torch.ones(2, 3, 3, dtype=dtype))
+    assert seen == [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products of bfloat16")
+def test_bfloat16_products_are_summed_in_float32():
+    x, w = torch.randn(40, 3000).bfloat16(), torch.randn(20, 3000).bfloat16()
+    exact = x.double() @ w.double().T
+    with torch.no_grad(), fast_products(same_weights=True): found = F.linear(x, w)
+    assert found.dtype == torch.bfloat16
+    assert ((found - exact).abs() <= exact.abs() * 2 ** -8 + 1e-2).all(), "one rounding, of the result"
+
+
+@pytest.mark.parametrize("then", ["swish", "mul", "add"])
+def test_what_follows_a_product_follows_that_product_only(then):
+    a, b = torch.nn.Linear(24, 12), torch.nn.Linear(24, 12)
+    x, other = torch.randn(9, 24), None if then == "swish" else torch.randn(9, 12)
+    with torch.no_grad():
+        first, second = a(x), b(x)
+        want = dict(swish=F.silu, mul=lambda o: o * other, add=lambda o: o + other)[then](second)
+        for mode in (True, False):
+            with _ByOneDNN() if mode else torch.no_grad(), following(b.weight, then, other) as finish:
+                assert close(a(x), first) and close(finish(b(x)), want)
+                assert close(b(x), second), "once"
+        with _ByOneDNN():
+            with pytest.raises(ZeroDivisionError), following(b.weight, then, other): 1 / 0
+            assert close(b(x), second), "nothing is left of a step that failed"

@@ -8,7 +8,9 @@ __all__ = ['MAX_DAMPING', 'reverse_cholesky', 'Factor', 'factorise']
 # %% ../../nbs/5_pruning/03_factor.ipynb #b27d3218
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from ..core import CalibPruneError
@@ -16,7 +18,19 @@ from ..model.tiles import add_product
 from .hessian import exact_float32
 from .masks import check_hessian
 
-# %% ../../nbs/5_pruning/03_factor.ipynb #1174846e
+# %% ../../nbs/5_pruning/03_factor.ipynb #21cf3258
+def _inverse_of_factor(matrix: Tensor) -> Tensor | None:  # [block, block]; None if not definite
+    "U, the upper factor of a block's inverse: R⁻¹ where the block is R Rᵀ with R upper triangular."
+    if matrix.device.type != "cpu" or matrix.dtype != torch.float32:
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        if failed: return None
+        return torch.linalg.solve_triangular(lower, torch.eye(len(matrix)).to(lower), upper=False).flip(0, 1).contiguous()
+    # LAPACK inverts a triangle in a fifth of the time in which torch solves with an identity.
+    lower, failed = lapack.spotrf(matrix.flip(0, 1).T.numpy(), lower=1, clean=1, overwrite_a=1)
+    if failed: return None
+    inverse, _ = lapack.strtri(lower, lower=1, overwrite_c=1)
+    return torch.from_numpy(inverse[::-1, ::-1].copy())
+
 def reverse_cholesky(matrix: Tensor,  # [d, d] float32, symmetric; overwritten: left of the diagonal blocks with Rᵀ
                      block: int       # columns per block
                     ) -> list[Tensor] | None:  # inverses U_bb of R's diagonal blocks; None if not definite
@@ -26,11 +40,10 @@ def reverse_cholesky(matrix: Tensor,  # [d, d] float32, symmetric; overwritten: 
         j = min(i + block, d)
         rows = matrix[i:j, :j]
         if j < d: add_product(rows, matrix[j:, i:j].T, matrix[j:, :j], subtract=True)
-        lower, failed = torch.linalg.cholesky_ex(rows[:, i:].flip(0, 1))
-        if failed: return None
-        eye = torch.eye(j - i, device=matrix.device)
-        inverses.append(torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous())
-        if i: _replace(rows[:, :i], inverses[-1])
+        inverse = _inverse_of_factor(rows[:, i:])
+        if inverse is None: return None
+        inverses.append(inverse)
+        if i: _replace(rows[:, :i], inverse)
     return inverses[::-1]
 
 def _replace(rows: Tensor, left: Tensor) -> None:

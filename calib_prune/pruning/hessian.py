@@ -7,13 +7,16 @@ __all__ = ['exact_float32', 'SecondMoment', 'energy']
 
 # %% ../../nbs/5_pruning/01_hessian.ipynb #6387911b
 from contextlib import contextmanager
+from functools import partial
 from typing import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core import CalibPruneError
-from ..model.tiles import add_product
+from ..model.compiled import compiled, in_threads
+from ..model.tiles import COLS, DEPTH, ROWS, add_product, add_tile, fits, set_tile
 
 # %% ../../nbs/5_pruning/01_hessian.ipynb #b3373625
 @contextmanager
@@ -87,19 +90,54 @@ class SecondMoment:
         _mirror(whole)
         return whole
 
-# %% ../../nbs/5_pruning/01_hessian.ipynb #ae88c37b
+# %% ../../nbs/5_pruning/01_hessian.ipynb #85496d8a
+@compiled("model/tiles.py")
+def _energies(weight, hessian, sums, share, shares):  # [rows, d] of whole tiles; [n, n] with n at most d; [d / COLS]
+    "The terms of tr W H Wᵀ whose second factor lies in a tile's columns, for a share of all tiles."
+    (rows, d), n = weight.shape, len(hessian)
+    columns, flat = np.zeros(d * COLS, np.float32), weight.reshape(-1)
+    left, own = np.zeros(ROWS * COLS, np.float32), np.zeros(ROWS * COLS, np.float32)
+    for j in range(0, d, COLS):
+        turn = j // COLS % (2 * shares)  # later tiles are longer, so the shares take turns back and forth
+        if min(turn, 2 * shares - 1 - turn) != share: continue
+        for k in range(min(j + COLS, n)):
+            for q in range(min(COLS, n - j)): columns[k * COLS + q] = hessian[k, j + q]
+        sums[j // COLS] = 0
+        for m in range(0, rows, ROWS):
+            left[:] = 0
+            for k in range(0, j, DEPTH):
+                add_tile(flat, m * d + k, d, 1, columns, k * COLS, COLS, left, 0, COLS, min(DEPTH, j - k))
+            set_tile(flat, m * d + j, d, 1, columns, j * COLS, COLS, own, 0, COLS, COLS)
+            found = np.float32(0)
+            for r in range(ROWS):
+                for q in range(COLS): found += (2 * left[r * COLS + q] + own[r * COLS + q]) * weight[m + r, j + q]
+            sums[j // COLS] += found
+
+# %% ../../nbs/5_pruning/01_hessian.ipynb #6732c042
+def _in_tiles(matrix: Tensor) -> Tensor:
+    "A matrix of whole tiles, filled up with zeros, whose rows do not all start in the same lines of the cache."
+    rows, d = -(-len(matrix) // ROWS) * ROWS, -(-matrix.shape[1] // COLS) * COLS
+    if d % 1024 == 0: d += COLS
+    if matrix.shape == (rows, d) and matrix.is_contiguous(): return matrix
+    room = torch.zeros(rows, d)
+    room[:len(matrix), :matrix.shape[1]] = matrix
+    return room
+
 @torch.no_grad()
 def energy(weight: Tensor,     # [d_out, d_in] float32
            hessian: Tensor,    # [d_in, d_in] float32, symmetric
-           panel: int = 256    # columns per panel
+           panel: int = 256    # columns per panel where there are no tiles (ours)
           ) -> float:          # tr(W H Wᵀ)
     "Mean square of the layer's output over the calibration tokens, summed over its outputs."
+    if fits(weight, hessian):
+        laid = _in_tiles(weight)
+        sums = np.zeros(laid.shape[1] // COLS)
+        in_threads(partial(_energies, laid.numpy(), hessian.contiguous().numpy(), sums), 1 if weight.numel() < 1 << 14 else None)
+        return float(sums.sum())
     total = 0.0
     with exact_float32():
         for i in range(0, len(hessian), panel):
-            own, product = weight[:, i:i + panel], torch.zeros_like(weight[:, i:i + panel])
-            if i: add_product(product, weight[:, :i], hessian[:i, i:i + panel])
-            product.mul_(2)
-            add_product(product, own, hessian[i:i + panel, i:i + panel])
+            own = weight[:, i:i + panel]
+            product = (weight[:, :i] @ hessian[:i, i:i + panel]).mul_(2).addmm_(own, hessian[i:i + panel, i:i + panel])
             total += product.mul_(own).sum().item()
     return total

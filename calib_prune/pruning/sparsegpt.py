@@ -94,27 +94,32 @@ def _stripes_of(weight: Tensor,  # [d_out, d_in] float32
     padded[:, dead] = 0
     return padded.view(-1, COLS, d_in).transpose(1, 2).contiguous()
 
+def _nothing(share: int, shares: int) -> None: pass
+
+def _one_after_another(first: Callable, second: Callable, share: int, shares: int) -> None:
+    first(share, shares)
+    second(share, shares)
+
 def _sweep_on_cpu(weight: Tensor,     # [d_out, d_in] float32
                   factor: Factor, counts: list[int], pattern: tuple[int, int] | None  # see `_sweep_blocks`
                  ) -> tuple[Tensor, float, float]:  # pruned; sums of squares: of the errors e, and of the changes of weights
     "`_sweep_blocks` by compiled kernels."
     (d_out, d_in), (n, m) = weight.shape, pattern or (0, 0)
     swept = _stripes_of(weight, factor.dead)
-    change, squares, errors = torch.zeros_like(swept), np.zeros(len(swept), np.float32), 0.0
-    numbers, carry = (swept.numpy(), change.numpy()), factor.carry.numpy()
+    change, squares = torch.zeros_like(swept), np.zeros((len(counts), len(swept)), np.float32)
+    numbers, carry, to_sweep = (swept.numpy(), change.numpy()), factor.carry.numpy(), _nothing
     shares = 1 if weight.numel() < 1 << 14 else None
     for b, i in enumerate(range(0, d_in, factor.block)):
         inverse = factor.inverses[b].numpy()
-        scores = torch.empty(len(inverse), d_out)
-        scale = inverse.diagonal().copy()
-        in_threads(partial(_move_and_score, *numbers, carry, scale, i, scores.numpy()), shares)
+        scores, scale = torch.empty(len(inverse), d_out), inverse.diagonal().copy()
+        to_move = partial(_move_and_score, *numbers, carry, scale, i, scores.numpy())
+        in_threads(partial(_one_after_another, to_sweep, to_move), shares)
         mask = torch.zeros_like(scores, dtype=torch.bool)
         if not pattern: mask = smallest(scores.view(1, -1), counts[b]).view(scores.shape)
-        strip = strip_for(len(inverse), m)
-        in_threads(partial(_sweep_stripes, *numbers, mask.numpy(), inverse, i, strip, n, m, squares), shares)
-        errors += float(squares.sum(dtype=np.float64))
+        to_sweep = partial(_sweep_stripes, *numbers, mask.numpy(), inverse, i, strip_for(len(inverse), m), n, m, squares[b])
+    in_threads(to_sweep, shares)
     pruned = swept.transpose(1, 2).reshape(-1, d_in)[:d_out]
-    return pruned, errors, torch.linalg.vector_norm(change).item()**2
+    return pruned, float(squares.sum(dtype=np.float64)), torch.linalg.vector_norm(change).item()**2
 
 # %% ../../nbs/5_pruning/06_sparsegpt.ipynb #1615c55b
 def _blocks_for(device: torch.device) -> Callable:
