@@ -6,6 +6,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Iterator
@@ -26,16 +28,24 @@ def code_of(*packages: str, bench: tuple[str, ...]) -> tuple[str, ...]:
 
 MEASURED = code_of("model", "pruning", "evaluation", bench=("machine", "plain", "limit", "peer", "run"))
 STAGES = ("sparsegpt", "wanda", "scoring")
+MODEL, SECOND = "smollm2-135m", "qwen2.5-coder-0.5b"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Model = Annotated[str, typer.Option(help="as for `calib-prune prune`")]
 Layers = Annotated[int, typer.Option(help="keep only so many of the model's first layers")]
+Dtype = Annotated[str, typer.Option(help="as for `calib-prune prune`")]
+Busy = Annotated[int, typer.Option(help="busy processes beside the measurement")]
 
 
 # --- what every measurement starts from
 
-def window_file(source: str, windows: int, length: int) -> Path:
+def window_file(source: str, windows: int, length: int, model: str = MODEL) -> Path:
     "Where the tokens of a calibration set lie, for every implementation to read."
-    return WORK / f"{source}-{windows}x{length}.npy"
+    return WORK / f"{source}-{windows}x{length}-{model}.npy"
+
+
+def score_file(who: str) -> Path:
+    "Where the scores of items lie, to be compared."
+    return WORK / f"score-{who}.parquet"
 
 
 def weight_file(method: str, who: str) -> Path:
@@ -43,10 +53,10 @@ def weight_file(method: str, who: str) -> Path:
     return WORK / f"{method}-{who}.safetensors"
 
 
-def load(model: str, layers: int):
+def load(model: str, layers: int, dtype: str = "float32"):
     "The model, cut to its first layers, and its tokenizer."
     from calib_prune.model.loading import load_model
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, dtype)
     loaded.model.layers = loaded.model.layers[:layers]
     loaded.config.num_hidden_layers = len(loaded.model.layers)
     return loaded, tokenizer
@@ -68,19 +78,29 @@ def warm_up(method: str) -> None:
     our_prune(tiny_llama(), torch.ones(2, 16, dtype=torch.int64), method, SPARSITY)
 
 
+@contextmanager
+def busy_processes(n: int) -> Iterator[None]:
+    "Inside, so many other processes would use a core each."
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try: yield
+    finally:
+        for o in others: o.kill()
+        for o in others: o.wait()
+
+
 def put(row: dict | list[dict]) -> None:
     "Hand a child's result to its parent: the last line that it prints."
     print(json.dumps(row), flush=True)
 
 
 @app.command()
-def tokens(source: str, windows: int, length: int, model: Model = "smollm2-135m") -> None:
+def tokens(source: str, windows: int, length: int, model: Model = MODEL) -> None:
     "Write a calibration set's tokens to a file."
     import numpy as np
 
     from calib_prune.calibration.sets import build_calibration
     from calib_prune.model.loading import load_model
-    path = window_file(source, windows, length)
+    path = window_file(source, windows, length, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, build_calibration(source, load_model(model)[1], windows, length).tokens.numpy())
     put({})
@@ -155,7 +175,7 @@ def kernel(hidden: int = 576, intermediate: int = 1536, kv: int = 192, square: i
 
 @app.command()
 def prune(who: str, method: str, source: str = "c4", windows: int = 32, length: int = 512, layers: Layers = 30,
-          model: Model = "smollm2-135m", save: bool = False,
+          model: Model = MODEL, dtype: Dtype = "float32", save: bool = False, busy: Busy = 0,
           warm: Annotated[bool, typer.Option(help="compile before the clock starts")] = False) -> None:
     "Prune the model with ours or the plain walk."
     from safetensors.torch import save_file
@@ -163,19 +183,20 @@ def prune(who: str, method: str, source: str = "c4", windows: int = 32, length: 
     from bench.plain import plain_prune
     from calib_prune.pruning.walk import prune as our_prune
     if warm: warm_up(method)
-    loaded, _ = load(model, layers)
-    ids = load_tokens(window_file(source, windows, length))
+    loaded, _ = load(model, layers, dtype)
+    ids = load_tokens(window_file(source, windows, length, model))
     run = dict(ours=our_prune, plain=plain_prune)[who]
-    start = time.perf_counter()
-    run(loaded, ids, method, SPARSITY, batch_tokens=BATCH_TOKENS)
-    seconds = time.perf_counter() - start
+    with busy_processes(busy):
+        start = time.perf_counter()
+        run(loaded, ids, method, SPARSITY, batch_tokens=BATCH_TOKENS)
+        seconds = time.perf_counter() - start
     weights = {k: v for k, v in loaded.state_dict().items() if ".layers." in k and v.ndim == 2}
     if save: save_file(weights, weight_file(method, who))
     put(dict(seconds=seconds, peak_bytes=peak()))
 
 
 @app.command()
-def errors(source: str = "c4", windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = "smollm2-135m") -> None:
+def errors(source: str = "c4", windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = MODEL) -> None:
     "Reconstruction error of every saved result, ‖(W−W′)X‖² / ‖WX‖² with the dense model's inputs X: one check for all."
     import torch
     from safetensors.torch import load_file
@@ -201,37 +222,80 @@ def errors(source: str = "c4", windows: int = 32, length: int = 512, layers: Lay
     put(rows)
 
 
+@contextmanager
+def recorded_requests() -> Iterator[list]:
+    "Inside, what our scoring is asked to compute is noted."
+    from calib_prune.evaluation import scoring
+    before, requests = scoring.loglikelihoods, []
+    def noting(model, asked, *rest, **more):
+        requests.extend(asked)
+        return before(model, asked, *rest, **more)
+    scoring.loglikelihoods = noting
+    try: yield requests
+    finally: scoring.loglikelihoods = before
+
+
 @app.command()
-def score(who: str, choice: int = 12, bpb: int = 6, model: Model = "smollm2-135m") -> None:
+def score(who: str, choice: int = 12, bpb: int = 6, model: Model = MODEL, dtype: Dtype = "float32", layers: Layers = 10**6,
+          busy: Busy = 0) -> None:
     "Score the default task set, ours or by lm-eval's own path (\"lm-eval\")."
+    from bench.limit import Shape, score_flops
     from calib_prune.evaluation.scoring import evaluate
-    loaded, tokenizer = load(model, 10**6)
+    loaded, tokenizer = load(model, layers, dtype)
     stock = dict(ours=False, **{"lm-eval": True})[who]
     evaluate(loaded, tokenizer, "sciq", limit=2, stock=stock)  # imports and first-use costs that no study repeats
-    start = time.perf_counter()
-    items = evaluate(loaded, tokenizer, "default", limit=dict(choice=choice, bpb=bpb), stock=stock)
-    seconds = time.perf_counter() - start
+    with busy_processes(busy), recorded_requests() as requests:
+        start = time.perf_counter()
+        items = evaluate(loaded, tokenizer, "default", limit=dict(choice=choice, bpb=bpb), stock=stock)
+        seconds = time.perf_counter() - start
     WORK.mkdir(parents=True, exist_ok=True)
-    items.to_parquet(WORK / f"score-{who}.parquet")
-    put(dict(seconds=seconds, peak_bytes=peak(), items=len(items[["task", "item"]].drop_duplicates())))
+    items.to_parquet(score_file(who if dtype == "float32" else dtype))
+    config = loaded.config
+    row = dict(seconds=seconds, peak_bytes=peak(), items=len(items[["task", "item"]].drop_duplicates()))
+    if not stock: row["flops"] = score_flops(Shape.of(config), config.num_hidden_layers, config.vocab_size, requests)
+    put(row)
 
 
 @app.command()
-def agree() -> None:
-    "Compare the item scores of ours with those of lm-eval's own path."
+def agree(a: Annotated[str, typer.Argument()] = "ours", b: Annotated[str, typer.Argument()] = "lm-eval") -> None:
+    "Compare two files of item scores."
     import math
 
     import pandas as pd
-    a, b = (pd.read_parquet(WORK / f"score-{who}.parquet").set_index(["task", "item", "metric"]).value
-            for who in ("ours", "lm-eval"))
+    a, b = (pd.read_parquet(score_file(who)).set_index(["task", "item", "metric"]).value for who in (a, b))
     gap = (a - b.loc[a.index]).abs()
     bits = gap.index.get_level_values("metric") == "bits"
-    put(dict(values=len(gap), same_items=sorted(a.index) == sorted(b.index), accuracies_that_differ=int((gap[~bits] != 0).sum()),
+    put(dict(values=len(gap), same_items=sorted(a.index) == sorted(b.index), accuracies=int((~bits).sum()),
+             accuracies_that_differ=int((gap[~bits] != 0).sum()), accuracy=[float(o[~bits].mean()) for o in (a, b.loc[a.index])],
+             bits=[float(o[bits].sum()) for o in (a, b.loc[a.index])],
              largest_gap_nats=float(gap[bits].max() * math.log(2)), largest_relative_gap=float((gap / a.abs())[bits].max())))
 
 
 @app.command()
-def limit(windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = "smollm2-135m") -> None:
+def cell(windows: int = 32, length: int = 512, layers: Layers = 30, choice: int = 12, bpb: int = 6) -> None:
+    "What a cell of the study does: load, prune, score."
+    from calib_prune.evaluation.scoring import evaluate
+    from calib_prune.pruning.walk import prune as our_prune
+    loaded, tokenizer = load(MODEL, layers)
+    our_prune(loaded, load_tokens(window_file("c4", windows, length)), "sparsegpt", SPARSITY, batch_tokens=BATCH_TOKENS)
+    evaluate(loaded, tokenizer, "default", limit=dict(choice=choice, bpb=bpb))
+    put({})
+
+
+@app.command()
+def cells(how: Annotated[str, typer.Argument(help="\"in turn\", each on all cores, or \"side by side\", each on one")],
+          windows: int = 32, length: int = 512, layers: Layers = 30, choice: int = 12, bpb: int = 6) -> None:
+    "The time of as many cells as there are cores."
+    step = own("", {}, "cell", "--windows", windows, "--length", length, "--layers", layers, "--choice", choice, "--bpb", bpb)
+    count = len(os.sched_getaffinity(0))
+    together, threads = dict(zip(("in turn", "side by side"), ((1, count), (count, 1)), strict=True))[how]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(together) as pool: [*pool.map(lambda _: run_child(step, threads), range(count))]
+    put(dict(seconds=time.perf_counter() - start, cells=count))
+
+
+@app.command()
+def limit(windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = MODEL) -> None:
     "This machine's rate of matrix products, and the seconds that a prune's unavoidable work takes at it."
     from bench.limit import Shape, product_rate, prune_flops
     shape, rates = Shape.of(load(model, layers)[0].config), product_rate()
@@ -241,7 +305,7 @@ def limit(windows: int = 32, length: int = 512, layers: Layers = 30, model: Mode
 
 
 @app.command()
-def memory(source: str = "papers", windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = "smollm2-135m",
+def memory(source: str = "papers", windows: int = 32, length: int = 512, layers: Layers = 30, model: Model = MODEL,
            method: str = "sparsegpt") -> None:
     "Peak memory of our prune above that of the interpreter and its libraries, beside what a prune has to hold."
     from bench.limit import Shape, prune_bytes
@@ -269,9 +333,12 @@ class Plan:
     windows: int = 32
     length: int = 512
     rounds: int = 3
-    peer_rounds: int = 2      # of the slow peer, and of everybody's Wanda
+    peer_rounds: int = 2      # of the slow peer
+    plain_rounds: int = 1     # of the plain walk, and of everybody's Wanda
     squares: tuple[int, ...] = (4096,)
     items: tuple[int, int] = (12, 6)  # of each choice and bpb task
+    part_layers: int = 8              # of a model, where the whole would take too long
+    part_items: tuple[int, int] = (4, 2)
     growth_windows: tuple[int, ...] = (4, 8, 16, 32, 64)
     growth_layers: int = 6            # while windows grow
     growth_depths: tuple[int, ...] = (2, 4, 8, 15, 30)
@@ -280,8 +347,9 @@ class Plan:
     memories: tuple[tuple[int, int], ...] = ((32, 512), (8, 2048))
 
 
-QUICK = Plan(layers=2, windows=2, length=64, rounds=1, peer_rounds=1, squares=(256,), items=(1, 1), growth_windows=(1, 2),
-             growth_layers=2, growth_depths=(1, 2), growth_depth_windows=1, growth_widths=(64, 128), memories=((2, 64),))
+QUICK = Plan(layers=2, windows=2, length=64, rounds=1, peer_rounds=1, squares=(256,), items=(1, 1), part_layers=2,
+             part_items=(1, 1), growth_windows=(1, 2), growth_layers=2, growth_depths=(1, 2), growth_depth_windows=1,
+             growth_widths=(64, 128), memories=((2, 64),))
 
 
 @dataclass(frozen=True)
@@ -298,16 +366,72 @@ def own(file: str, about: dict, *command) -> Step:
     return Step(file, about, ["-m", "bench.run", *map(str, command)])
 
 
-def prune_step(plan: Plan, who: str, method: str, turn: int) -> Step:
-    "A whole prune of the model by any of the implementations."
-    about = dict(who=who, method=method, turn=turn)
+def prune_step(plan: Plan, file: str, about: dict, who: str, method: str, layers: int, model: str = MODEL, *more: str) -> Step:
+    "A prune of a model by any of the implementations."
     if who != "llm-compressor":
-        return own("prune", about, "prune", who, method, "--windows", plan.windows, "--length", plan.length,
-                   "--layers", plan.layers, "--save")
+        return own(file, about, "prune", who, method, "--windows", plan.windows, "--length", plan.length, "--layers", layers,
+                   "--model", model, *more)
     from calib_prune.data.fetch import cached
-    arguments = (cached("models", "smollm2-135m"), window_file("c4", plan.windows, plan.length), method, SPARSITY,
-                 max(1, BATCH_TOKENS // plan.length), plan.layers, weight_file(method, who))
-    return Step("prune", about, ["-m", "bench.peer", *map(str, arguments)], PEERS)
+    arguments = (cached("models", model), window_file("c4", plan.windows, plan.length, model), method, SPARSITY,
+                 max(1, BATCH_TOKENS // plan.length), layers, weight_file(method, who if model == MODEL else f"{who}-{model}"))
+    return Step(file, about, ["-m", "bench.peer", *map(str, arguments)], PEERS)
+
+
+def score_step(file: str, about: dict, who: str, items: tuple[int, int], *more) -> Step:
+    "A scoring of a model, ours or lm-eval's."
+    return own(file, about, "score", who, "--choice", items[0], "--bpb", items[1], *more)
+
+
+def whole_steps(plan: Plan) -> Iterator[Step]:
+    "Prunes of the whole model and scorings by everyone, in turn."
+    for method in METHODS:
+        for turn in range(1, plan.rounds + 1):
+            for who in WHO:
+                rounds = plan.plain_rounds if method == "wanda" or who == "plain" else plan.peer_rounds
+                if turn > (plan.rounds if method == "sparsegpt" and who == "ours" else rounds): continue
+                about = dict(who=who, method=method, turn=turn)
+                yield prune_step(plan, "prune", about, who, method, plan.layers, MODEL, "--save")
+    for turn in range(1, plan.rounds + 1):
+        for who in ("ours", "lm-eval")[:2 if turn <= plan.peer_rounds else 1]:
+            yield score_step("score", dict(who=who, turn=turn), who, plan.items)
+
+
+def second_steps(plan: Plan) -> Iterator[Step]:
+    "The second model's first layers pruned, and scored."
+    size = ["--windows", plan.windows, "--length", plan.length, "--layers", plan.part_layers]
+    yield own("second", dict(what="limit", who="limit"), "limit", *size, "--model", SECOND)
+    for who in ("ours", "llm-compressor"):
+        yield prune_step(plan, "second", dict(what="prune", who=who), who, "sparsegpt", plan.part_layers, SECOND)
+    for who in ("ours", "lm-eval"):
+        yield score_step("second", dict(what="score", who=who), who, plan.part_items, "--model", SECOND, "--layers",
+                         plan.part_layers)
+
+
+def busy_steps(plan: Plan) -> Iterator[Step]:
+    "The same quiet and with a busy process per core; and as many cells as cores, in turn and side by side."
+    count = len(os.sched_getaffinity(0))
+    for turn in range(1, plan.peer_rounds + 1):
+        for busy in (0, count):
+            about = dict(busy=busy, turn=turn)
+            yield prune_step(plan, "busy", dict(what="prune") | about, "ours", "sparsegpt", plan.part_layers, MODEL, "--busy",
+                             str(busy), "--warm")
+            yield score_step("busy", dict(what="score") | about, "ours", plan.items, "--busy", busy)
+        for how in ("in turn", "side by side"):
+            yield own("busy", dict(what="cells", how=how, turn=turn), "cells", how, "--windows", plan.windows, "--length",
+                      plan.length, "--layers", plan.part_layers, "--choice", plan.items[0], "--bpb", plan.items[1])
+
+
+def bfloat16_steps(plan: Plan) -> Iterator[Step]:
+    "The same in float32 and in bfloat16, and what that does to the scores."
+    from calib_prune.model.matmul import multiplies_bfloat16
+    if not multiplies_bfloat16(): return
+    for turn in range(1, plan.peer_rounds + 1):
+        for dtype in ("float32", "bfloat16"):
+            about = dict(dtype=dtype, turn=turn)
+            yield prune_step(plan, "bfloat16", dict(what="prune") | about, "ours", "sparsegpt", plan.part_layers, MODEL,
+                             "--dtype", dtype, "--warm")
+            yield score_step("bfloat16", dict(what="score") | about, "ours", plan.items, "--dtype", dtype)
+    yield own("bfloat16", dict(what="agreement"), "agree", "ours", "bfloat16")
 
 
 def steps(plan: Plan) -> Iterator[Step]:
@@ -316,16 +440,10 @@ def steps(plan: Plan) -> Iterator[Step]:
     yield own("limit", dict(turn=1), "limit", *size)
     yield own("kernel", dict(what="layer"), "kernel")
     for d in plan.squares: yield own("kernel", dict(what=f"square {d}"), "kernel", "--square", d, "--rounds", plan.rounds)
-    for method in METHODS:
-        for turn in range(1, plan.rounds + 1):
-            for who in WHO:
-                slow = who == "llm-compressor" or method == "wanda"
-                if turn <= (plan.peer_rounds if slow else plan.rounds): yield prune_step(plan, who, method, turn)
+    yield from whole_steps(plan)
     yield own("errors", dict(what="saved results"), "errors", *size)
-    for turn in range(1, plan.rounds + 1):
-        for who in ("ours", "lm-eval"):
-            yield own("score", dict(who=who, turn=turn), "score", who, "--choice", plan.items[0], "--bpb", plan.items[1])
     yield own("score", dict(who="agreement", turn=0), "agree")
+    for more in (busy_steps, bfloat16_steps, second_steps): yield from more(plan)
     for n, length in plan.memories:
         yield own("memory", dict(what=f"{n}×{length}"), "memory", "--windows", n, "--length", length, "--layers", plan.layers)
     for n in plan.growth_windows:
@@ -340,10 +458,10 @@ def steps(plan: Plan) -> Iterator[Step]:
     yield own("limit", dict(turn=2), "limit", *size)  # the machine is still the one it was
 
 
-def token_sets(plan: Plan) -> set[tuple[str, int, int]]:
+def token_sets(plan: Plan) -> set[tuple[str, int, int, str]]:
     "The calibration sets that the steps read."
     papers = {(n, plan.length) for n in (*plan.growth_windows, plan.growth_depth_windows)} | set(plan.memories)
-    return {("c4", plan.windows, plan.length)} | {("papers", *o) for o in papers}
+    return {("c4", plan.windows, plan.length, o) for o in (MODEL, SECOND)} | {("papers", *o, MODEL) for o in papers}
 
 
 def state_of(files: tuple[str, ...], stages: tuple[str, ...]) -> dict:
@@ -405,8 +523,8 @@ def run_all(threads: Annotated[int, typer.Option(help="threads of each measureme
     files = {name: read(results / f"{name}.json", head, state, fresh) for name in dict.fromkeys(o.file for o in todo)}
     if not PEERS.is_file(): sys.exit(f"{PEERS} is missing: run bash bench/setup_peers.sh first.")
     started = time.perf_counter()
-    for name, windows, length in sorted(token_sets(plan)):
-        if not window_file(name, windows, length).is_file(): run_child(own("", {}, "tokens", name, windows, length), threads)
+    for wanted in sorted(token_sets(plan)):
+        if not window_file(*wanted).is_file(): run_child(own("", {}, "tokens", *wanted[:3], "--model", wanted[3]), threads)
     for n, step in enumerate(todo, 1):
         file = files[step.file]
         if any(step.about.items() <= o.items() for o in file["rows"]): continue
