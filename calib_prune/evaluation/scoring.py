@@ -24,7 +24,7 @@ from ..model.memory import reused_memory
 from ..progress import ProgressFn
 
 # %% ../../nbs/6_evaluation/05_scoring.ipynb #30877915
-SCORING_VERSION = 2  # see `keys`
+SCORING_VERSION = 3  # see `keys`
 
 # %% ../../nbs/6_evaluation/05_scoring.ipynb #e5923f27
 def _where_it_fits(requests, longest, score):

@@ -8,7 +8,6 @@ __all__ = ['MAX_DAMPING', 'reverse_cholesky', 'Factor', 'factorise']
 # %% ../../nbs/5_pruning/03_factor.ipynb #b27d3218
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from scipy.linalg import lapack
 from torch import Tensor

@@ -43,10 +43,10 @@ class Method:
     by_group: bool = False          # gets a second moment for each group of windows, such as those of a dimension
 
 METHODS: dict[str, Method] = {o.name: o for o in (
-    Method("sparsegpt", "SparseGPT", "second moments", _sparsegpt, 2, 2.5, ("block", "damping")),
-    Method("wanda", "Wanda", "input norms", _wanda, 2, 2.0),
-    Method("magnitude", "Magnitude", "nothing", _magnitude, 2, 2.0),
-    Method("balanced", "SparseGPT, balanced", "second moments of each dimension", partial(_minimax, rounds=1), 2, 2.5,
+    Method("sparsegpt", "SparseGPT", "second moments", _sparsegpt, 3, 2.5, ("block", "damping")),
+    Method("wanda", "Wanda", "input norms", _wanda, 3, 2.0),
+    Method("magnitude", "Magnitude", "nothing", _magnitude, 3, 2.0),
+    Method("balanced", "SparseGPT, balanced", "second moments of each dimension", partial(_minimax, rounds=1), 3, 2.5,
            ("block", "damping"), by_group=True),
-    Method("minimax", "SparseGPT, minimax", "second moments of each dimension", partial(_minimax, rounds=8), 2, 2.5,
+    Method("minimax", "SparseGPT, minimax", "second moments of each dimension", partial(_minimax, rounds=8), 3, 2.5,
            ("block", "damping"), by_group=True))}
