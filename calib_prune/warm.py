@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACE', 'PATIENCE', 'THREADS', 'FOLDERS', 'FREE', 'Program', 'ask', 'run', 'listen', 'serve']
 
-# %% ../nbs/04_warm.ipynb #7284e040
+# %% ../nbs/04_warm.ipynb #94879c96
 import atexit
 import gc
 import json
@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from typing import Any, Callable, Iterator, NoReturn
 
-# %% ../nbs/04_warm.ipynb #ca377158
+# %% ../nbs/04_warm.ipynb #1fca472c
 def _send(connection: socket.socket, message: Any, fds: Iterator[int] | tuple[int, ...] = ()) -> None:
     data = json.dumps(message).encode()
     socket.send_fds(connection, [len(data).to_bytes(4, "big")], [*fds])
@@ -33,7 +33,7 @@ def _receive(connection: socket.socket) -> tuple[Any, list[int]]:
     except ConnectionError: return None, []
     return (json.loads(data) if size and len(data) == wanted else None), fds
 
-# %% ../nbs/04_warm.ipynb #2193b64d
+# %% ../nbs/04_warm.ipynb #18fdbc81
 class Program:
     "A program in a fork of the warm process."
     stdin = stdout = stderr = None  # it uses the files that were passed
@@ -60,7 +60,7 @@ class Program:
         "Send a signal to the program and its children."
         with suppress(OSError): self.connection.send(bytes([number]))  # it may have ended
 
-# %% ../nbs/04_warm.ipynb #79c4ab0a
+# %% ../nbs/04_warm.ipynb #3641a79f
 PLACE = "CALIB_PRUNE_WARM"  # the environment variable that names the socket
 PATIENCE = 60               # seconds to wait for the warm process's imports (ours)
 
@@ -88,7 +88,7 @@ def ask(argv: list[str],                  # what follows `python`: -m, a module,
     connection.close()
     return None
 
-# %% ../nbs/04_warm.ipynb #1174522c
+# %% ../nbs/04_warm.ipynb #8385d924
 def run(argv: list[str]  # what follows `python`
        ) -> NoReturn:
     "Run a program warm where that is possible, and cold elsewhere."
@@ -104,7 +104,7 @@ def run(argv: list[str]  # what follows `python`
     os.kill(os.getpid(), -status)
     sys.exit(128 - status)  # the signal is blocked here: what a shell would say
 
-# %% ../nbs/04_warm.ipynb #b0d9de10
+# %% ../nbs/04_warm.ipynb #df503a56
 THREADS = (*(f"{o}_NUM_THREADS" for o in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR")), "VECLIB_MAXIMUM_THREADS")
 FOLDERS = ("TMPDIR", "TEMPDIR", "TEMP", "TMP")
 FREE = {PLACE, "CALIB_PRUNE_PROGRESS", "JPY_PARENT_PID", "JPY_SESSION_NAME", "PWD", "OLDPWD", "SHLVL", "_",
@@ -130,7 +130,7 @@ def _misfit(here: dict[str, Any], asked: dict[str, Any]  # both as from `_facts`
     others = [*_other_variables(here["env"], here.get("added", {}), env)]
     return f"its own value of {', '.join(others)}" if others else ""
 
-# %% ../nbs/04_warm.ipynb #3345bf73
+# %% ../nbs/04_warm.ipynb #31483b51
 def _watch(connection: socket.socket, pid: int) -> None:
     "Pass signals to a program until it ends, or its client does."
     ended = os.pidfd_open(pid)
@@ -141,7 +141,7 @@ def _watch(connection: socket.socket, pid: int) -> None:
         if not numbers: return
     _send(connection, os.waitpid(pid, 0)[1])
 
-# %% ../nbs/04_warm.ipynb #d71618af
+# %% ../nbs/04_warm.ipynb #569be10d
 def _supervise(connection: socket.socket, here: dict[str, Any]  # of the warm process, from `_facts`
               ) -> tuple[dict[str, Any], list[int]]:  # the request and its files
     "Fork a program and supervise it. Only the program's process returns."
@@ -165,7 +165,7 @@ def _supervise(connection: socket.socket, here: dict[str, Any]  # of the warm pr
     except OSError as e: print(f"A client went away: {e}", flush=True)
     os._exit(0)
 
-# %% ../nbs/04_warm.ipynb #6289bce6
+# %% ../nbs/04_warm.ipynb #b5083c27
 def _become(asked: dict[str, Any], fds: list[int], added: dict[str, str]  # variables that the imports set
            ) -> None:
     "Make a fork what `python -m` would have started."
@@ -180,7 +180,7 @@ def _become(asked: dict[str, Any], fds: list[int], added: dict[str, str]  # vari
     sys.argv, sys.orig_argv = asked["argv"][1:], [sys.executable, *asked["argv"]]
     if not sys.flags.safe_path: sys.path[0] = os.getcwd()
 
-# %% ../nbs/04_warm.ipynb #a180e5cd
+# %% ../nbs/04_warm.ipynb #93d261ba
 _status = [0]  # of a fork's program
 
 def _leave(owner: int  # the warm process, which has its end in peace
@@ -202,7 +202,7 @@ def _run_module(argv: list[str]) -> None:
         raise
     _status[0] = 0
 
-# %% ../nbs/04_warm.ipynb #27514a4d
+# %% ../nbs/04_warm.ipynb #7fd42739
 def _connections(listener: socket.socket) -> Iterator[socket.socket]:
     "Connections, until the standard input ends, as it does when whoever holds its other end does."
     while 0 not in select.select([0, listener.fileno()], [], [])[0]: yield listener.accept()[0]
@@ -216,7 +216,7 @@ def listen(place: str  # in a folder that only this user can enter
     listener.listen(64)
     return listener
 
-# %% ../nbs/04_warm.ipynb #14fa2548
+# %% ../nbs/04_warm.ipynb #2e6b3e63
 def serve(listener: socket.socket,                 # from `listen`
           prepare: Callable[[], None],             # does the imports
           adapt: Callable[[dict[str, str]], None]  # fits a fork to its environment
@@ -243,5 +243,5 @@ def serve(listener: socket.socket,                 # from `listen`
     adapt(program[0]["env"])
     _run_module(sys.argv)
 
-# %% ../nbs/04_warm.ipynb #bd8bf0c3
+# %% ../nbs/04_warm.ipynb #541a7e46
 if __name__ == "__main__" and sys.argv[1:2] == ["-m"]: run(sys.argv[1:])
