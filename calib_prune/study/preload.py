@@ -51,7 +51,9 @@ def prepare() -> None:
     _import_as_in_a_kernel()  # before torch, which imports tqdm
     import torch
     if torch.cuda.is_available(): sys.exit("A GPU cannot be used in forks: all runs start cold.")
-    for name in [*imports_of(Path("nbs/paper")), *LATE]: import_module(name)
+    for name in [*imports_of(Path("nbs/paper")), *LATE]:
+        try: import_module(name)
+        except ImportError as e: print(f"{name} is left to the runs that need it: {e}", flush=True)
     from calib_prune.study.kernels import use_warm_kernels
     use_warm_kernels()
 
@@ -69,7 +71,10 @@ def adapt(env: dict[str, str]) -> None:
     threadpool_limits(min(n, len(os.sched_getaffinity(0))), user_api="blas")
 
 # %% ../../nbs/7_study/11_preload.ipynb #9abcaa6a
-if __name__ == "__main__" and sys.argv[1:2] == ["serve"]: serve(socket.socket(fileno=int(sys.argv[2])), prepare, adapt)
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"]:
+    place = (listener := socket.socket(fileno=int(sys.argv[2]))).getsockname()
+    serve(listener, prepare, adapt)
+    with suppress(OSError): os.rmdir(os.path.dirname(place))  # whoever made the folder may have been killed
 
 # %% ../../nbs/7_study/11_preload.ipynb #7d215eea
 def _start(root: Path, place: str, log: Path) -> subprocess.Popen | None:
