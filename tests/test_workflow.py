@@ -71,6 +71,9 @@ def test_finished_then_reused_then_tables_alone(checkout):
     out, err = reproduce(checkout)
     done = cells(checkout)
     assert set(done) == {"dense", "own-wanda-2of4-n4-s0", "c4-wanda-2of4-n4-s0"}
+    if hasattr(os, "pidfd_open"):
+        said = (checkout / "results/tiny/warm.log").read_text()
+        assert "modules are ready" in said and "cold" not in said, "every run is a fork"
     assert "Retention, % of the dense model's score" in out and "figures/tiny" in out and "3/3" in err
     assert (checkout / "figures/tiny/F1-retention.png").stat().st_size > 10_000
     table = pd.read_csv(checkout / "figures/tiny/T2-retention.csv")

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from rich.markdown import Markdown
 from .output import JsonOption, print_json, show_table
 from ..core import CalibPruneError, as_path, only_run
 from ..progress import StageBar, new_bars, read_progress
+from ..study.preload import warm_process
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #de3c0315
 def repository() -> Path:
@@ -126,7 +128,8 @@ def snakemake_command(path: Path,  # of the preset
 # %% ../../nbs/9_cli/08_reproduce.ipynb #69bb63b0
 def run_workflow(command: list[str], root: Path,  # the checkout
                  results: Path,
-                 names: list[str], left: set[str]  # models: all, and those to be made
+                 names: list[str], left: set[str],  # models: all, and those to be made
+                 warm: bool = True                # is there anything to run?
                 ) -> None:
     "Run Snakemake with progress bars; an error if anything failed."
     console, log = Console(stderr=True), results / "snakemake.log"
@@ -134,8 +137,9 @@ def run_workflow(command: list[str], root: Path,  # the checkout
     with only_run(results / ".lock", results) as lock:
         shutil.rmtree(results / ".progress", ignore_errors=True)
         for old in (results / "notebooks").glob("*.log"): old.unlink()
-        with open(log, "w") as out:
-            process = subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock])
+        with ExitStack() as stack, open(log, "w") as out:
+            env = os.environ | (stack.enter_context(warm_process(root, results / "warm.log")) if warm else {})
+            process = subprocess.Popen(command, cwd=root, env=env, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock])
             try: _watch(process, names, left, results, console)
             except KeyboardInterrupt:
                 process.wait()
@@ -171,6 +175,7 @@ def reproduce(
     os.chdir(root)  # paths in a preset start there
     if not tables_only: check_names(study)
     command = snakemake_command(path, jobs, tables_only, again) + context.args
+    left: dict[str, dict[str, str]] = {}
     if not tables_only:
         from calib_prune.study.keys import left_table, left_to_do
         left = left_to_do(study, results, again)
@@ -181,7 +186,7 @@ def reproduce(
             show_table(left_table(left), f"What is left to do in {results}")
             show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")
         raise typer.Exit(done.returncode)
-    run_workflow(command, root, results, names, set() if tables_only else set(left["models"]))
+    run_workflow(command, root, results, names, set(left.get("models", ())), tables_only or any(left.values()))
     figures = root / "figures" / study["name"]
     show_headlines(figures)
     Console().print(f"\nTables and figures: {figures}", soft_wrap=True)

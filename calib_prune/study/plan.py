@@ -38,7 +38,8 @@ class Job:
 # %% ../../nbs/7_study/09_plan.ipynb #6729215f
 def command(job: Job) -> str:
     "The shell command that runs a job."
-    words = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/paper/{job.notebook}.ipynb", job.log]
+    words = [sys.executable, "-m", "calib_prune.warm", "-m", "papermill", "--no-progress-bar"]
+    words += [f"nbs/paper/{job.notebook}.ipynb", job.log]
     for name, value in job.parameters.items(): words += ["-p" if isinstance(value, int) else "-r", name, str(value)]
     before = f"CALIB_PRUNE_PROGRESS={shlex.quote(job.progress)} " if job.progress else ""
     return f"{before}{shlex.join(words)} > {shlex.quote(Path(job.log).with_suffix('.log').as_posix())} 2>&1"
