@@ -26,7 +26,8 @@ def code_of(*packages: str, bench: tuple[str, ...]) -> tuple[str, ...]:
     return (*sorted(str(o.relative_to(ROOT)) for o in mine), *(f"bench/{o}.py" for o in bench))
 
 
-MEASURED = code_of("model", "pruning", "evaluation", bench=("machine", "plain", "limit", "peer", "run"))
+MEASURED = (*code_of("model", "pruning", "evaluation", bench=("machine", "plain", "limit", "peer", "run", "start")),
+            "calib_prune/warm.py", "calib_prune/study/preload.py")
 STAGES = ("sparsegpt", "wanda", "scoring")
 MODEL, SECOND = "smollm2-135m", "qwen2.5-coder-0.5b"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -444,6 +445,7 @@ def steps(plan: Plan) -> Iterator[Step]:
     yield own("errors", dict(what="saved results"), "errors", *size)
     yield own("score", dict(who="agreement", turn=0), "agree")
     for more in (busy_steps, bfloat16_steps, second_steps): yield from more(plan)
+    yield Step("start", dict(what="a cell before its work"), ["-m", "bench.start"])
     for n, length in plan.memories:
         yield own("memory", dict(what=f"{n}×{length}"), "memory", "--windows", n, "--length", length, "--layers", plan.layers)
     for n in plan.growth_windows:

@@ -54,4 +54,4 @@ def measure(rounds: int = ROUNDS) -> dict:
     return dict(seconds=middle, totals=totals, first_warm=round(first["total"], 2), warm_process=said)
 
 
-if __name__ == "__main__": print(json.dumps(measure(), indent=1))
+if __name__ == "__main__": print(json.dumps(measure()))

@@ -30,7 +30,7 @@ def _rotate(x, cos, sin, out, share, shares):  # [B, T, H, D] float32; [B or 1, 
     half = width // 2
     for b in range(sets):
         c = min(b, len(cos) - 1)
-        for t in range(share, tokens, shares):
+        for t in range(tokens * share // shares, tokens * (share + 1) // shares):
             for h in range(heads):
                 for o in range(half):
                     out[b, t, h, o] = x[b, t, h, o] * cos[c, t, o] - x[b, t, h, half + o] * sin[c, t, o]
@@ -73,7 +73,7 @@ def gated(self: Any, x: Tensor) -> Tensor:
 def _rms_norm(x, weight, epsilon, out, share, shares):  # [tokens, d], [d]
     tokens, d = x.shape
     whole, squares = d // COLS * COLS, np.empty(COLS, np.float32)
-    for t in range(share, tokens, shares):
+    for t in range(tokens * share // shares, tokens * (share + 1) // shares):
         squares[:] = 0
         for k in range(0, whole, COLS):
             for o in range(COLS): squares[o] += x[t, k + o] * x[t, k + o]
