@@ -32,6 +32,7 @@ test: .venv/installed
 
 bench: .venv/installed bench/.venv/installed
 	$(BIN)/calib-prune fetch
+	$(BIN)/calib-prune fetch qwen2.5-coder-0.5b
 	$(BIN)/python -m bench.run all $(FRESH)
 	$(BIN)/python -m bench.writing all $(FRESH)
 	mkdir -p build/bench

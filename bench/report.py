@@ -70,13 +70,6 @@ def cells_ratio(results: dict[str, pd.DataFrame]) -> float:
     return float((wide["in turn"] / wide["side by side"]).median())
 
 
-def bfloat16_gain(results: dict[str, pd.DataFrame], what: str) -> float:
-    "Median over rounds of the time in float32 / in bfloat16; nan where the processor has no products of bfloat16."
-    if results["bfloat16"].empty: return float("nan")
-    wide = results["bfloat16"][lambda o: o["what"] == what].pivot(index="turn", columns="dtype", values="seconds")
-    return float((wide["float32"] / wide["bfloat16"]).median())
-
-
 def kernel_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
     return [{"measure": f"SparseGPT, {o['what'].replace('layer', 'one decoder layer')}", "unit": "s",
              **{who: float(np.median(s)) for who, s in o["seconds"].items()}} for _, o in results["kernel"].iterrows()]
@@ -247,11 +240,11 @@ def prune_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:
         limit = limit_seconds(results, method)
         ax.axvline(limit, color="black", linestyle="--", linewidth=1.2)
         ax.annotate(f"limit {limit:.3g} s", (limit, 0.5), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center")
-        ax.set(title=f"{name}, n = {mine['turn'].nunique()} rounds", xlabel="whole prune (s)", ylabel="")
+        ax.set(title=name, xlabel="whole prune (s)", ylabel="")
     sparse = results["prune"].query("method == 'sparsegpt'")
     peer, limit = times_faster(sparse, "llm-compressor"), by_who(sparse, "seconds")["ours"] / limit_seconds(results, "sparsegpt")
     headline(figure, f"SparseGPT is {peer:.1f} times faster than llm-compressor, and takes {limit:.1f} times the limit")
-    return annotate(figure, f"Bars: medians; dots: single rounds, in which the implementations take turns. {machine}")
+    return annotate(figure, f"Bars: medians; dots: single rounds (n = 1 to 3), taken in turn. {machine}")
 
 
 def growth_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:
