@@ -97,21 +97,23 @@ def _energies(weight, hessian, sums, share, shares):  # [rows, d] of whole tiles
     (rows, d), n = weight.shape, len(hessian)
     columns, flat = np.zeros(d * COLS, np.float32), weight.reshape(-1)
     left, own = np.zeros(ROWS * COLS, np.float32), np.zeros(ROWS * COLS, np.float32)
+    part, total = np.zeros(COLS, np.float32), np.zeros(COLS)
     for j in range(0, d, COLS):
         turn = j // COLS % (2 * shares)  # later tiles are longer, so the shares take turns back and forth
         if min(turn, 2 * shares - 1 - turn) != share: continue
         for k in range(min(j + COLS, n)):
             for q in range(min(COLS, n - j)): columns[k * COLS + q] = hessian[k, j + q]
-        sums[j // COLS] = 0
+        total[:] = 0
         for m in range(0, rows, ROWS):
             left[:] = 0
             for k in range(0, j, DEPTH):
                 add_tile(flat, m * d + k, d, 1, columns, k * COLS, COLS, left, 0, COLS, min(DEPTH, j - k))
             set_tile(flat, m * d + j, d, 1, columns, j * COLS, COLS, own, 0, COLS, COLS)
-            found = np.float32(0)
+            part[:] = 0
             for r in range(ROWS):
-                for q in range(COLS): found += (2 * left[r * COLS + q] + own[r * COLS + q]) * weight[m + r, j + q]
-            sums[j // COLS] += found
+                for q in range(COLS): part[q] += (2 * left[r * COLS + q] + own[r * COLS + q]) * weight[m + r, j + q]
+            total += part
+        sums[j // COLS] = total.sum()
 
 # %% ../../nbs/5_pruning/01_hessian.ipynb #6732c042
 def _in_tiles(matrix: Tensor) -> Tensor:
