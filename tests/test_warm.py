@@ -259,6 +259,7 @@ def shown(folder, name, process):
 
 
 def test_notebooks_run_warm_as_they_do_cold(tmp_path, monkeypatch):
+    for name in os.environ.keys() - ENV.keys(): monkeypatch.delenv(name)  # other tests may have imported what sets variables
     for name in (*THREADS, "PYTEST_CURRENT_TEST"): monkeypatch.delenv(name, raising=False)
     cold = papermill(tmp_path, "cold", "", "1")
     with warm_process(ROOT, tmp_path / "warm.log") as env:
