@@ -152,17 +152,21 @@ def kernel(hidden: int = 576, intermediate: int = 1536, kv: int = 192, square: i
 
     from bench.plain import plain_sparsegpt
     from calib_prune.model.memory import reused_memory
-    from calib_prune.pruning.methods import METHODS as OURS
+    from calib_prune.pruning.methods import solve_all
     problem = groups(hidden, intermediate, kv, square)
-    solve = dict(ours=lambda h, ws: [o.weight for o in OURS["sparsegpt"].solve(ws, [h], SPARSITY, None, 128, 0.01)])
-    if plain: solve["plain"] = lambda h, ws: [plain_sparsegpt(w, h, SPARSITY) for w in ws]
+    def ours(problem: list[tuple]) -> list[list]:
+        asked = {str(n): (ws, lambda h=h: [h]) for n, (h, ws) in enumerate(problem)}
+        solved = solve_all("sparsegpt", asked, SPARSITY, None, 128, 0.01)
+        return [[o.weight for o in solved[name]] for name in asked]
+    solve = dict(ours=ours)
+    if plain: solve["plain"] = lambda problem: [[plain_sparsegpt(w, h, SPARSITY) for w in ws] for h, ws in problem]
     seconds, found = {who: [] for who in solve}, {}
     with torch.no_grad(), reused_memory():  # as in a prune; it helps both
-        for f in solve.values(): f(*groups(128, 128, 128, 0)[0])  # compiled and warm
+        for f in solve.values(): f(groups(128, 128, 128, 0))  # compiled and warm
         for _ in range(rounds):
             for who, f in solve.items():
                 start = time.perf_counter()
-                found[who] = [f(h, ws) for h, ws in problem]
+                found[who] = f(problem)
                 seconds[who].append(time.perf_counter() - start)
     row = dict(shape=f"{square}×{square}" if square else f"layer {hidden}/{intermediate}/{kv}", width=square or hidden,
                seconds=seconds)

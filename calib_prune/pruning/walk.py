@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, LinearReport
 from .hessian import SecondMoment
 from .layers import (Call, capture, check_layers, decoder_layers, get_weight,
                                         layer_statistics, prunable, share_groups)
-from .methods import METHODS
+from .methods import METHODS, solve_all
 
 # %% ../../nbs/5_pruning/12_walk.ipynb #653364bc
 def prune_layer(index: int, layer: nn.Module,
@@ -36,12 +36,13 @@ def prune_layer(index: int, layer: nn.Module,
                ) -> list[LinearReport]:
     "Prune the linears of one layer in place."
     linears, reports = prunable(layer), []
-    for group in shared:
-        mine, weights = [o[group[0]] for o in moments], [get_weight(linears[name]) for name in group]
-        n_tokens = sum(o.n_tokens for o in mine)
-        try: results = METHODS[method].solve(weights, [o.matrix() for o in mine], sparsity, pattern, block, damping)
-        except CalibPruneError as e: raise CalibPruneError(f"Layer {index}, {' / '.join(group)}: {e}") from e
-        for name, weight, new in zip(group, weights, results, strict=True):
+    weights = {group[0]: [get_weight(linears[name]) for name in group] for group in shared}
+    title = {group[0]: f"Layer {index}, {' / '.join(group)}" for group in shared}
+    problems = {title[k]: (o, lambda k=k: [moment[k].matrix() for moment in moments]) for k, o in weights.items()}
+    found = solve_all(method, problems, sparsity, pattern, block, damping)
+    for first, *others in shared:
+        n_tokens = sum(o[first].n_tokens for o in moments)
+        for name, weight, new in zip((first, *others), weights[first], found[title[first]], strict=True):
             weight.copy_(new.weight)
             d_out, d_in = weight.shape
             reports.append(LinearReport(index, name, d_out, d_in, n_tokens,
