@@ -23,7 +23,7 @@ import calib_prune
 from calib_prune.model import compiled as compiled_module
 from calib_prune.model import tiles
 from calib_prune.model.attention import attention, causal
-from calib_prune.model.compiled import cores, in_threads, kernel_folder, threads
+from calib_prune.model.compiled import cores, in_threads, kernel_folder, one_each, threads
 from calib_prune.model.tiles import BLOCK, COLS, ROWS, add_product
 from calib_prune.pruning.hessian import SecondMoment
 from calib_prune.pruning.sparsegpt import sparsegpt
@@ -417,6 +417,30 @@ def test_many_callers_at_once(monkeypatch):
     for o in callers: o.start()
     for o in callers: o.join(60)
     assert len(found) == 30 and all(torch.equal(o, expected) for o in found)
+
+
+def test_one_item_per_thread(monkeypatch):
+    "At least two items per thread: each in one thread, in order; else in this thread, which may use all threads."
+    before = torch.get_num_threads()
+    monkeypatch.setattr(compiled_module, "threads", lambda: 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", (asked := []).append)
+        seen = one_each(lambda o: (o, threading.current_thread().name, threading.get_ident()), [*range(9)])
+        assert asked == [1, 3]
+    assert [o[0] for o in seen] == [*range(9)] and all(o[1].startswith("kernel") for o in seen)
+    assert len({o[2] for o in seen} - {threading.get_ident()}) <= 3
+    here = one_each(lambda o: threading.get_ident(), [*range(5)])
+    assert set(here) == {threading.get_ident()}
+    assert one_each(lambda o: one_each(lambda k: k + o, [*range(7)]), [0] * 6) == [[*range(7)]] * 6, "inside, one thread does all"
+    torch.set_num_threads(before)
+
+
+def test_an_error_of_one_item_reaches_the_caller_and_threads_are_as_before(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(compiled_module, "threads", lambda: before + 1)
+    with pytest.raises(KeyError, match="3"): one_each(lambda o: {}[o] if o in (3, 4) else o, [*range(2 * before + 2), 3, 4])
+    assert torch.get_num_threads() == before + 1, "what `threads` said before"
+    torch.set_num_threads(before)
 
 
 FORK = """

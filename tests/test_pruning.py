@@ -121,6 +121,18 @@ def test_same_result_again_and_offloaded():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_solved_side_by_side_give_the_same(method, monkeypatch):
+    models, reports, before = [tiny_llama(), tiny_llama()], [], torch.get_num_threads()
+    for n, model in enumerate(models, 1):
+        monkeypatch.setattr("calib_prune.model.compiled.threads", lambda n=n: n)
+        reports.append(prune(model, windows(), method, groups=GROUPS))
+    torch.set_num_threads(before)
+    pd.testing.assert_frame_equal(*reports, rtol=1e-5)
+    for p, q in zip(*(o.parameters() for o in models), strict=True): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert all(p.is_leaf and p.grad_fn is None for p in models[1].parameters()), "no thread keeps gradients"
+
+
 def test_magnitude_ignores_the_calibration_data():
     a, b = tiny_llama(), tiny_llama()
     prune(a, windows(seed=0), "magnitude"), prune(b, windows(seed=1), "magnitude")
