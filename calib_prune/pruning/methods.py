@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'Method', 'solve_all']
 # %% ../../nbs/5_pruning/09_methods.ipynb #ed9d8569
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable
+from typing import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {o.name: o for o in (
 
 # %% ../../nbs/5_pruning/09_methods.ipynb #3e1fc28d
 def solve_all(method: str,  # see `METHODS`
-              problems: dict[str, tuple[list[Tensor], Callable[[], list[Tensor]]]],  # by name: weights that share an input;
+              problems: Mapping[str, tuple[list[Tensor], Callable[[], list[Tensor]]]],  # by name: weights that share an input;
                                                                                      # its second moments
               *how              # sparsity, pattern, block, damping
              ) -> dict[str, list[PrunedWeight]]:

@@ -7,6 +7,7 @@ __all__ = ['prune_layer', 'check_method', 'check_groups', 'split', 'prune']
 
 # %% ../../nbs/5_pruning/12_walk.ipynb #f0718aef
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -38,7 +39,8 @@ def prune_layer(index: int, layer: nn.Module,
     linears, reports = prunable(layer), []
     weights = {group[0]: [get_weight(linears[name]) for name in group] for group in shared}
     title = {group[0]: f"Layer {index}, {' / '.join(group)}" for group in shared}
-    problems = {title[k]: (o, lambda k=k: [moment[k].matrix() for moment in moments]) for k, o in weights.items()}
+    def hessians(first: str) -> list[torch.Tensor]: return [o[first].matrix() for o in moments]
+    problems = {title[k]: (o, partial(hessians, k)) for k, o in weights.items()}
     found = solve_all(method, problems, sparsity, pattern, block, damping)
     for first, *others in shared:
         n_tokens = sum(o[first].n_tokens for o in moments)
