@@ -60,7 +60,7 @@ CHANGES = {  # what an edit might do by the way → stage, module, name, the new
     "the last window forgotten": ("wanda", "calib_prune.pruning.walk", "split", lambda o: lambda tokens, size, groups: o(tokens[:-1], size, groups[:-1])),
     "Wanda without its root": ("wanda", "calib_prune.pruning.methods", "wanda", not_rooted),
     "a weight fewer": ("magnitude", "calib_prune.pruning.methods", "magnitude", lambda o: lambda w, h, s, p: o(w, h, s - 0.002, p)),
-    "fewer rounds": ("minimax", "calib_prune.pruning.walk", "METHODS", lambda o: o | {"minimax": replace(
+    "fewer rounds": ("minimax", "calib_prune.pruning.methods", "METHODS", lambda o: o | {"minimax": replace(
         o["minimax"], solve=partial(methods._minimax, rounds=4))}),
     "groups by their size": ("balanced", "calib_prune.pruning.robust", "relative_moments", lambda o: lambda weights, moments: moments),
     "log-likelihoods off by a ten-thousandth": ("scoring", "calib_prune.model.likelihood", "token_scores", scaled),

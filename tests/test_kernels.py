@@ -15,7 +15,7 @@ from calib_prune.pruning import sparsegpt as sparsegpt_module
 from calib_prune.pruning.factor import factorise
 from calib_prune.pruning.hessian import SecondMoment, energy, exact_float32
 from calib_prune.pruning.masks import block_counts, smallest
-from calib_prune.pruning.sparsegpt import sparsegpt
+from calib_prune.pruning.sparsegpt import _sweep_blocks, sparsegpt
 from calib_prune.pruning.sweep import sweep_compiled, sweep_torch
 from calib_prune.pruning.wanda import magnitude, wanda
 
@@ -513,3 +513,14 @@ def test_read_only_installation(tmp_path):
     env = {"PATH": "/usr/bin:/bin", "CALIB_PRUNE_CACHE": "/dev/null/none", "NUMBA_CACHE_DIR": str(tmp_path)}
     out = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, env=env, check=True)
     assert out.stdout.strip() == "0.75" and not any(tmp_path.iterdir())
+
+
+def test_rows_that_would_start_in_the_same_lines_of_the_cache_are_spaced():
+    W, _, H = problem(40, 1024, seed=3)
+    factor = factorise(H)
+    assert factor.carry.stride(0) > 1024 and factorise(H[:1000, :1000]).carry.is_contiguous()
+    counts = block_counts(0.6, *W.shape, 128)
+    plain, _, _ = _sweep_blocks(W, factor, counts, None, sweep_torch)
+    found = sparsegpt(W, H, 0.6, factor=factor).weight
+    assert ((found == 0) != (plain == 0)).double().mean() < 1e-4
+    assert (found - plain).norm() < 1e-2 * plain.norm()

@@ -1,4 +1,6 @@
 "Float32 products by oneDNN: the same numbers up to rounding, for every shape, and only where they fit."
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,3 +90,12 @@ def test_what_follows_a_product_follows_that_product_only(then):
         with _ByOneDNN():
             with pytest.raises(ZeroDivisionError), following(b.weight, then, other): raise ZeroDivisionError
             assert close(b(x), second), "nothing is left of a step that failed"
+
+
+def test_what_follows_is_known_to_its_own_thread_only():
+    layer, x, other = torch.nn.Linear(24, 12), torch.randn(9, 24), torch.randn(9, 12)
+    def elsewhere():
+        with torch.no_grad(), _ByOneDNN(): return layer(x)
+    with torch.no_grad(), _ByOneDNN(), following(layer.weight, "add", other) as finish, ThreadPoolExecutor(1) as pool:
+        plain = pool.submit(elsewhere).result()
+        assert close(finish(layer(x)), plain + other)

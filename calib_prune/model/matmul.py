@@ -7,6 +7,7 @@ __all__ = ['prefers_onednn', 'multiplies_bfloat16', 'linear', 'LaidOut', 'fast_p
 
 # %% ../../nbs/2_model/02_matmul.ipynb #155eac6a
 import re
+import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -74,7 +75,11 @@ class LaidOut:
         return laid
 
 # %% ../../nbs/2_model/02_matmul.ipynb #382089cf
-_following: dict[int, tuple[str, Tensor | None]] = {}  # by the weight's id: what follows its next product, until it was done
+class _Following(threading.local):
+    "By a weight's id: what follows its next product in this thread, until it was done."
+    def __init__(self) -> None: self.of: dict[int, tuple[str, Tensor | None]] = {}
+
+_following = _Following()
 
 class _ByOneDNN(TorchFunctionMode):
     "Inside, linear maps of tensors of some types on the CPU are computed by oneDNN."
@@ -86,7 +91,7 @@ class _ByOneDNN(TorchFunctionMode):
         if func is F.linear and not kwargs and not torch.is_grad_enabled() and args[0].dtype in self.types and all(
                 o is None or (o.dtype == args[0].dtype and o.device.type == "cpu") for o in args):
             x, weight, bias = (*args, None)[:3]
-            after = _following.pop(id(weight), ())
+            after = _following.of.pop(id(weight), ())
             if self.laid_out and x.numel() and weight.numel(): weight = self.laid_out.of(weight, x.numel() // x.shape[-1])
             return linear(x, weight, bias, *after)
         return func(*args, **(kwargs or {}))
@@ -104,9 +109,9 @@ def following(weight: Tensor,      # of the linear map
               then: str, other: Tensor | None = None  # see `linear`
              ) -> Iterator[Callable[[Tensor], Tensor]]:
     "Inside, the next product with a weight is followed by more. It yields a function that does what is left to do."
-    _following[id(weight)] = then, other
-    try: yield lambda found: _finish(found, then, other) if _following.pop(id(weight), None) else found
-    finally: _following.pop(id(weight), None)
+    _following.of[id(weight)] = then, other
+    try: yield lambda found: _finish(found, then, other) if _following.of.pop(id(weight), None) else found
+    finally: _following.of.pop(id(weight), None)
 
 def followed_by(module: torch.nn.Module, x: Tensor,
                 then: str, other: Tensor | None = None  # see `linear`

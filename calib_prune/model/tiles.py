@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANES', 'ROWS', 'COLS', 'FLOAT', 'INT', 'INDEX', 'FLOATS', 'INTS', 'set_tile', 'add_tile', 'subtract_tile', 'DEPTH',
-           'BLOCK', 'PANEL', 'STRIPES', 'SMALL', 'constant', 'spread', 'register_at', 'call', 'data', 'fits',
+           'BLOCK', 'PANEL', 'STRIPES', 'SMALL', 'constant', 'spread', 'register_at', 'call', 'data', 'flat', 'fits',
            'add_product']
 
 # %% ../../nbs/2_model/05_tiles.ipynb #d2732126
@@ -177,7 +177,7 @@ def _any_tiles(a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower, 
 # %% ../../nbs/2_model/05_tiles.ipynb #77c000fd
 SMALL = 1 << 23  # multiplications that one thread finishes before a second one is awake
 
-def _flat(matrix: Tensor) -> np.ndarray:
+def flat(matrix: Tensor) -> np.ndarray:
     "All numbers from a matrix's first to its last, as they lie in memory."
     size = 1 + sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
     return matrix.as_strided((size,), (1,)).numpy()
@@ -203,7 +203,7 @@ def add_product(total: Tensor,          # [m, n], changed in place; rows contigu
     steps = a.stride(0), a.stride(1), b.stride(0)
     whole = rows % ROWS == cols % COLS == 0 and not any(o % 1024 == 0 for o in steps)
     kernel = _whole_tiles if whole else _any_tiles
-    numbers = [_flat(o) for o in (a, b, total)]
+    numbers = [flat(o) for o in (a, b, total)]
     def work(share, shares):
         kernel(numbers[0], *steps[:2], numbers[1], steps[2], numbers[2], total.stride(0), rows, cols, depth, lower, subtract,
                share, shares)

@@ -13,7 +13,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from ..core import CalibPruneError
-from ..model.tiles import add_product
+from ..model.tiles import LANES, add_product
 from .hessian import exact_float32
 from .masks import check_hessian
 
@@ -65,6 +65,12 @@ class Factor:
     block: int              # columns per block
 
 # %% ../../nbs/5_pruning/03_factor.ipynb #5c66dba3
+def _spaced(matrix: Tensor) -> Tensor:
+    "A copy whose rows do not all start in the same lines of the cache, as those of 1,024 or 4,096 numbers would."
+    d = len(matrix)
+    room = matrix.new_empty(d, d + (LANES if d % 1024 == 0 else 0))
+    return room[:, :d].copy_(matrix)
+
 @torch.no_grad()
 def factorise(hessian: Tensor,         # [d_in, d_in] float32, the second moment of the inputs
               damping: float = 0.01,   # share of the mean diagonal added to it (reference code: 0.01)
@@ -79,7 +85,7 @@ def factorise(hessian: Tensor,         # [d_in, d_in] float32, the second moment
     ready.diagonal()[dead] = 1
     mean = ready.diagonal().mean().item()
     while True:
-        carry, ridge = ready.clone(), damping * mean
+        carry, ridge = _spaced(ready), damping * mean
         carry.diagonal().add_(ridge)
         with exact_float32(): inverses = reverse_cholesky(carry, block)
         if inverses: break

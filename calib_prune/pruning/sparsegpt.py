@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import CalibPruneError
 from ..model.compiled import compiled, in_threads
-from ..model.tiles import COLS, DEPTH, ROWS, add_tile
+from ..model.tiles import COLS, DEPTH, ROWS, add_tile, flat
 from .factor import Factor, factorise
 from .hessian import energy, exact_float32
 from .masks import (PrunedWeight, as_pattern, block_counts, check_sparsity,
@@ -48,22 +48,21 @@ def _sweep_blocks(weight: Tensor,     # [d_out, d_in] float32
 
 # %% ../../nbs/5_pruning/06_sparsegpt.ipynb #84f6a870
 @compiled("model/tiles.py")
-def _move_and_score(weight, change, carry, scale, i, scores, share, shares):  # [stripes, d_in, COLS] twice, [d_in, d_in], [block]
+def _move_and_score(weight, change, carry, row, scale, i, scores, share, shares):  # [stripes, d_in, COLS] twice, flat, …, [block]
     "Move the block of columns from i on by the changes before it; its scores, [block, d_out]."
     stripes, d_in, _ = weight.shape
     block, whole, d_out = len(scale), len(scale) // ROWS * ROWS, scores.shape[1]
-    flat = carry.reshape(-1)
     for s in range(share, stripes, shares):
         w, moved = weight[s], change[s]
         for k in range(i, i + block):
             for o in range(COLS): moved[k, o] = w[k, o]
         for k in range(0, i, DEPTH):
             for r in range(i, i + whole, ROWS):
-                add_tile(flat, r * d_in + k, d_in, 1, moved.reshape(-1), k * COLS, COLS, w.reshape(-1), r * COLS, COLS,
+                add_tile(carry, r * row + k, row, 1, moved.reshape(-1), k * COLS, COLS, w.reshape(-1), r * COLS, COLS,
                          min(DEPTH, i - k))
         for r in range(i + whole, i + block):
             for k in range(i):
-                for o in range(COLS): w[r, o] += carry[r, k] * moved[k, o]
+                for o in range(COLS): w[r, o] += carry[r * row + k] * moved[k, o]
         for r in range(block):
             for o in range(min(COLS, d_out - s * COLS)): scores[r, s * COLS + o] = abs(w[i + r, o]) / scale[r]
 
@@ -107,12 +106,12 @@ def _sweep_on_cpu(weight: Tensor,     # [d_out, d_in] float32
     (d_out, d_in), (n, m) = weight.shape, pattern or (0, 0)
     swept = _stripes_of(weight, factor.dead)
     change, squares = torch.zeros_like(swept), np.zeros((len(counts), len(swept)), np.float32)
-    numbers, carry, to_sweep = (swept.numpy(), change.numpy()), factor.carry.numpy(), _nothing
+    numbers, carry, to_sweep = (swept.numpy(), change.numpy()), (flat(factor.carry), factor.carry.stride(0)), _nothing
     shares = 1 if weight.numel() < 1 << 14 else None
     for b, i in enumerate(range(0, d_in, factor.block)):
         inverse = factor.inverses[b].numpy()
         scores, scale = torch.empty(len(inverse), d_out), inverse.diagonal().copy()
-        to_move = partial(_move_and_score, *numbers, carry, scale, i, scores.numpy())
+        to_move = partial(_move_and_score, *numbers, *carry, scale, i, scores.numpy())
         in_threads(partial(_one_after_another, to_sweep, to_move), shares)
         mask = torch.zeros_like(scores, dtype=torch.bool)
         if not pattern: mask = smallest(scores.view(1, -1), counts[b]).view(scores.shape)
