@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from calib_prune.report.plots import annotate, headline
 
-# Measured by bench.run:
+# By bench.run, and by bench.writing:
 FILES = ("bfloat16", "busy", "errors", "growth", "kernel", "limit", "memory", "prune", "score", "second", "start")
-WRITING = "writing"                                                          # by bench.writing
+WRITING = "writing"
 COLUMNS = ("ours", "plain", "llm-compressor", "lm-eval", "generate", "generate, one by one", "limit")
 COLOURS = dict(zip(COLUMNS, sns.color_palette("colorblind", len(COLUMNS)), strict=True))
 NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda"}
@@ -47,15 +47,14 @@ def times_faster(frame: pd.DataFrame, peer: str) -> float:
     return float((wide[peer] / wide["ours"]).median())
 
 
+def best_rate(results: dict[str, pd.DataFrame]) -> float:
+    "The best rate of products seen before or after the measurements."
+    return results["limit"]["rate"].max()
+
+
 def limit_seconds(results: dict[str, pd.DataFrame], method: str) -> float:
-    "Seconds that a prune's unavoidable work takes at the best rate seen before or after the measurements."
-    best = results["limit"].sort_values("rate").iloc[-1]
-    return best["flops"][method] / best["rate"]
-
-
-def score_limit(results: dict[str, pd.DataFrame], flops: float) -> float:
-    "Seconds that a scoring's unavoidable work takes at the best rate seen."
-    return flops / results["limit"]["rate"].max()
+    "Seconds that a prune's unavoidable work takes at the best rate."
+    return results["limit"]["flops"].iloc[0][method] / best_rate(results)
 
 
 def busy_ratio(results: dict[str, pd.DataFrame], what: str) -> float:
@@ -94,7 +93,7 @@ def prune_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
 def score_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
     mine = results["score"].query("who != 'agreement'")
     what = f"Scoring, {int(mine['items'].iloc[0])} items"
-    limit = dict(limit=score_limit(results, mine["flops"].dropna().iloc[0]))
+    limit = dict(limit=mine["flops"].dropna().iloc[0] / best_rate(results))
     return [{"measure": what, "unit": "s", **by_who(mine, "seconds"), **limit},
             {"measure": f"{what}, whole process", "unit": "s", **by_who(mine, "process_seconds")},
             {"measure": f"{what}, peak memory of the process", "unit": "MB",
@@ -109,7 +108,7 @@ def second_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
         own = mine[mine["what"] == what]
         flops = at_rate["flops"]["sparsegpt"] if what == "prune" else own["flops"].dropna().iloc[0]
         rows.append({"measure": f"second model, first layers: {name}", "unit": "s", **by_who(own, "seconds"),
-                     "limit": flops / max(at_rate["rate"], results["limit"]["rate"].max())})
+                     "limit": flops / max(at_rate["rate"], best_rate(results))})
     return rows
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Iterator
+from unittest.mock import patch
 
 import typer
 
@@ -235,9 +236,7 @@ def recorded_requests() -> Iterator[list]:
     def noting(model, asked, *rest, **more):
         requests.extend(asked)
         return before(model, asked, *rest, **more)
-    scoring.loglikelihoods = noting
-    try: yield requests
-    finally: scoring.loglikelihoods = before
+    with patch.object(scoring, "loglikelihoods", noting): yield requests
 
 
 @app.command()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
 
-from .attention import NUMBERS
+from .attention import FLOAT_TYPES
 from .compiled import compiled, in_threads
 from .matmul import followed_by, following
 from .tiles import COLS
@@ -44,7 +44,7 @@ _rotate_as_published = modeling_llama.apply_rotary_pos_emb
 def _can_rotate(x: Tensor, cos: Tensor) -> bool:
     "Whether the kernel can rotate: on the CPU, no gradients, [B, H, T, D] with all features rotated."
     fits = x.ndim == 4 and cos.ndim == 3 and x.shape[-1] == cos.shape[-1] and x.shape[-1] % 2 == 0 and x.shape[2] == cos.shape[1]
-    return fits and not torch.is_grad_enabled() and x.dtype in NUMBERS and x.device.type == cos.device.type == "cpu"
+    return fits and not torch.is_grad_enabled() and x.dtype in FLOAT_TYPES and x.device.type == cos.device.type == "cpu"
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     "transformers' `apply_rotary_pos_emb`, in one pass where the kernel can do it."
@@ -85,7 +85,7 @@ _rms_norm_as_published = modeling_llama.LlamaRMSNorm.forward
 
 def rms_norm(self: Any, x: Tensor) -> Tensor:
     "transformers' `LlamaRMSNorm`, in one pass where the kernel can do it."
-    plain = all(o.dtype in NUMBERS and o.device.type == "cpu" for o in (x, self.weight))
+    plain = all(o.dtype in FLOAT_TYPES and o.device.type == "cpu" for o in (x, self.weight))
     if torch.is_grad_enabled() or not plain or not x.numel() or x.shape[-1:] != self.weight.shape:
         return _rms_norm_as_published(self, x)
     rows = x.float().contiguous().view(-1, x.shape[-1])
@@ -107,8 +107,9 @@ def _ends_in(forward: Callable, name: str) -> bool:
 
 def _can_add(module: nn.Module, name: str) -> bool:
     linear = getattr(module, name, None)
-    watched = isinstance(linear, nn.Linear) and (linear._forward_hooks or module._forward_hooks)
-    return type(linear) is nn.Linear and not watched and _ends_in(type(module).forward, name)
+    changed = lambda o: o._forward_hooks or "forward" in vars(o)
+    if not isinstance(linear, nn.Linear) or changed(linear) or changed(module): return False
+    return type(linear) is nn.Linear and _ends_in(type(module).forward, name)
 
 def decoder_layer(self: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
     "transformers' `LlamaDecoderLayer`, with residuals added within the products."

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import CalibPruneError, check_number
-from .attention import NUMBERS, fast_attention, in_trees
+from .attention import FLOAT_TYPES, fast_attention, in_trees
 from .fused import fused_layers
 from .matmul import fast_products
 from .tiles import COLS
@@ -108,7 +108,7 @@ def joins_rows(model, rows: list[Row]) -> bool:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None) if PACKABLE.get(config.model_type) != "full" else None
     return (not unpackable(model) and config._attn_implementation == "sdpa" and model.device.type == "cpu"
-            and model.dtype in NUMBERS and width % COLS == 0
+            and model.dtype in FLOAT_TYPES and width % COLS == 0
             and (window is None or window >= max(len(o.tokens) for o in rows)))
 
 def side_by_side(rows: list[Row]) -> Row:

@@ -100,8 +100,9 @@ class _ByOneDNN(TorchFunctionMode):
 def fast_products(same_weights: bool = False  # do no weights change inside? Then they are laid out once
                  ) -> Iterator[None]:
     "Inside, a model's linear maps are computed by the faster library, unless gradients are on."
-    types = [torch.float32] * prefers_onednn() + [torch.bfloat16] * multiplies_bfloat16()
-    with _ByOneDNN((*types,), LaidOut() if same_weights else None) if types else nullcontext(): yield
+    faster = {torch.float32: prefers_onednn(), torch.bfloat16: multiplies_bfloat16()}
+    types = tuple(o for o, is_so in faster.items() if is_so)
+    with _ByOneDNN(types, LaidOut() if same_weights else None) if types else nullcontext(): yield
 
 # %% ../../nbs/2_model/02_matmul.ipynb #f99275da
 @contextmanager

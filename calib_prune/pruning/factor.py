@@ -24,7 +24,7 @@ def _inverse_of_factor(matrix: Tensor) -> Tensor | None:  # [block, block]; None
         lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if failed: return None
         return torch.linalg.solve_triangular(lower, torch.eye(len(matrix)).to(lower), upper=False).flip(0, 1).contiguous()
-    # LAPACK inverts a triangle in a fifth of the time in which torch solves with an identity.
+    # LAPACK called directly takes about half the time of the above for a block of 128.
     lower, failed = lapack.spotrf(matrix.flip(0, 1).T.numpy(), lower=1, clean=1, overwrite_a=1)
     if failed: return None
     inverse, _ = lapack.strtri(lower, lower=1, overwrite_c=1)

@@ -57,7 +57,7 @@ def _order(bits):  # of a float32
 @compiled()
 def _candidates(bits, k, found):  # uint32 [n] twice
     "Count scores by bins; copy those of the bin that holds the k-th smallest: how many there are, and how many are below it."
-    counts = np.zeros(1 << 32 - BIN, np.int64)
+    counts = np.zeros(1 << (32 - BIN), np.int64)
     for o in bits: counts[_order(o) >> BIN] += 1
     below, chosen = 0, 0
     while below + counts[chosen] < k:

@@ -7,7 +7,7 @@ __all__ = ['sparsegpt']
 
 # %% ../../nbs/5_pruning/06_sparsegpt.ipynb #ca90cb41
 from functools import partial
-from typing import Callable
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -93,11 +93,8 @@ def _stripes_of(weight: Tensor,  # [d_out, d_in] float32
     padded[:, dead] = 0
     return padded.view(-1, COLS, d_in).transpose(1, 2).contiguous()
 
-def _nothing(share: int, shares: int) -> None: pass
-
-def _one_after_another(first: Callable, second: Callable, share: int, shares: int) -> None:
-    first(share, shares)
-    second(share, shares)
+def _in_turn(kernels: Sequence[Callable], share: int, shares: int) -> None:
+    for o in kernels: o(share, shares)
 
 def _sweep_on_cpu(weight: Tensor,     # [d_out, d_in] float32
                   factor: Factor, counts: list[int], pattern: tuple[int, int] | None  # see `_sweep_blocks`
@@ -106,17 +103,18 @@ def _sweep_on_cpu(weight: Tensor,     # [d_out, d_in] float32
     (d_out, d_in), (n, m) = weight.shape, pattern or (0, 0)
     swept = _stripes_of(weight, factor.dead)
     change, squares = torch.zeros_like(swept), np.zeros((len(counts), len(swept)), np.float32)
-    numbers, carry, to_sweep = (swept.numpy(), change.numpy()), (flat(factor.carry), factor.carry.stride(0)), _nothing
+    numbers, carry, to_sweep = (swept.numpy(), change.numpy()), (flat(factor.carry), factor.carry.stride(0)), []
     shares = 1 if weight.numel() < 1 << 14 else None
     for b, i in enumerate(range(0, d_in, factor.block)):
         inverse = factor.inverses[b].numpy()
         scores, scale = torch.empty(len(inverse), d_out), inverse.diagonal().copy()
         to_move = partial(_move_and_score, *numbers, *carry, scale, i, scores.numpy())
-        in_threads(partial(_one_after_another, to_sweep, to_move), shares)
+        in_threads(partial(_in_turn, [*to_sweep, to_move]), shares)
         mask = torch.zeros_like(scores, dtype=torch.bool)
         if not pattern: mask = smallest(scores.view(1, -1), counts[b]).view(scores.shape)
-        to_sweep = partial(_sweep_stripes, *numbers, mask.numpy(), inverse, i, strip_for(len(inverse), m), n, m, squares[b])
-    in_threads(to_sweep, shares)
+        strip = strip_for(len(inverse), m)
+        to_sweep = [partial(_sweep_stripes, *numbers, mask.numpy(), inverse, i, strip, n, m, squares[b])]
+    in_threads(partial(_in_turn, to_sweep), shares)
     pruned = swept.transpose(1, 2).reshape(-1, d_in)[:d_out]
     return pruned, float(squares.sum(dtype=np.float64)), torch.linalg.vector_norm(change).item()**2
 

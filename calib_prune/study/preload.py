@@ -54,7 +54,7 @@ def prepare() -> None:
     for name in [*imports_of(Path("nbs/paper")), *LATE]:
         try: import_module(name)
         except ImportError as e: print(f"{name} is left to the runs that need it: {e}", flush=True)
-    from calib_prune.study.kernels import use_warm_kernels
+    from calib_prune.study.notebook_kernels import use_warm_kernels
     use_warm_kernels()
 
 # %% ../../nbs/7_study/11_preload.ipynb #219e58bf
