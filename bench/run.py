@@ -20,7 +20,8 @@ from bench.machine import describe, peak, reset_peak, resident, threads_environm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, WORK, PEERS = ROOT / "bench" / "results", ROOT / "build" / "bench", ROOT / "bench" / ".venv" / "bin" / "python"
-WHO, METHODS, SPARSITY, BATCH_TOKENS = ("ours", "plain", "llm-compressor"), ("sparsegpt", "wanda"), 0.6, 4096
+WHO, METHODS, SPARSITY = ("ours", "plain", "llm-compressor"), ("sparsegpt", "wanda"), 0.6
+BATCH_TOKENS, PEER_BATCH_TOKENS = 2048, 4096  # each is at its best so
 def code_of(*packages: str, bench: tuple[str, ...]) -> tuple[str, ...]:
     "The files of some packages and of the benchmark, from the root on."
     mine = (o for name in packages for o in (ROOT / "calib_prune" / name).glob("*.py"))
@@ -317,9 +318,9 @@ def memory(source: str = "papers", windows: int = 32, length: int = 512, layers:
     ids = load_tokens(window_file(source, windows, length))
     warm_up(method)
     before = resident()
-    loaded, _ = load(model, layers)
+    loaded = load(model, layers)[0]
     start = time.perf_counter()
-    reset_peak()  # what loading took beside the model is given back by now
+    reset_peak()  # what loading took beside the model is free by now
     our_prune(loaded, ids, method, SPARSITY, batch_tokens=BATCH_TOKENS)
     parts = prune_bytes(Shape.of(loaded.config), sum(p.numel() for p in loaded.parameters()), ids.numel(),
                         max(BATCH_TOKENS, length))
@@ -376,8 +377,9 @@ def prune_step(plan: Plan, file: str, about: dict, who: str, method: str, layers
         return own(file, about, "prune", who, method, "--windows", plan.windows, "--length", plan.length, "--layers", layers,
                    "--model", model, *more)
     from calib_prune.data.fetch import cached
+    pruned = weight_file(method, who if model == MODEL else f"{who}-{model}")
     arguments = (cached("models", model), window_file("c4", plan.windows, plan.length, model), method, SPARSITY,
-                 max(1, BATCH_TOKENS // plan.length), layers, weight_file(method, who if model == MODEL else f"{who}-{model}"))
+                 max(1, PEER_BATCH_TOKENS // plan.length), layers, pruned)
     return Step(file, about, ["-m", "bench.peer", *map(str, arguments)], PEERS)
 
 

@@ -422,14 +422,19 @@ def test_many_callers_at_once(monkeypatch):
 def test_one_item_per_thread(monkeypatch):
     "At least two items per thread: each in one thread, in order; else in this thread, which may use all threads."
     before = torch.get_num_threads()
-    monkeypatch.setattr(compiled_module, "threads", lambda: 3)
+    monkeypatch.setattr(compiled_module, "threads", lambda: 2)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "set_num_threads", (asked := []).append)
-        seen = one_each(lambda o: (o, threading.current_thread().name, threading.get_ident()), [*range(9)])
-        assert asked == [1, 3]
-    assert [o[0] for o in seen] == [*range(9)] and all(o[1].startswith("kernel") for o in seen)
-    assert len({o[2] for o in seen} - {threading.get_ident()}) <= 3
-    here = one_each(lambda o: threading.get_ident(), [*range(5)])
+        together = threading.Barrier(2)  # each of two threads has to take one of the first two items
+        def work(o):
+            if o < 2: together.wait(60)
+            return o, threading.current_thread().name, threading.get_ident()
+        seen = one_each(work, [*range(9)])
+        assert asked == [1, 2]
+    assert [o[0] for o in seen] == [*range(9)]
+    own = threading.get_ident()
+    assert own in {o[2] for o in seen[:2]} and all(o[1].startswith("kernel") for o in seen if o[2] != own), "this thread helps"
+    here = one_each(lambda o: threading.get_ident(), [*range(3)])
     assert set(here) == {threading.get_ident()}
     assert one_each(lambda o: one_each(lambda k: k + o, [*range(7)]), [0] * 6) == [[*range(7)]] * 6, "inside, one thread does all"
     torch.set_num_threads(before)

@@ -41,7 +41,7 @@ def prune(
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the model and the windows' activations on the CPU; "
                                                             "one layer at a time goes to the device.")] = False,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through a layer at a time.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through a layer at a time.")] = 2048,
     block: Annotated[int, typer.Option(help="SparseGPT: columns per block.")] = 128,
     damping: Annotated[float, typer.Option(help="SparseGPT: added to the Hessian's diagonal, as a fraction of its mean.")] = 0.01,
     checkpoint: Annotated[Optional[str], typer.Option(

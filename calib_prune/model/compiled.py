@@ -142,7 +142,10 @@ def one_each(work: Callable[[Any], Any],
     "Some work for each item, side by side and in one thread each, if there are at least two items per thread (ours)."
     n = threads()
     if n == 1 or len(items) < 2 * n or threading.current_thread().name.startswith("kernel"): return [work(o) for o in items]
+    found, left = [None] * len(items), iter(range(len(items)))
+    def take_turns(*_: int) -> None:
+        for o in left: found[o] = work(items[o])
     torch.set_num_threads(1)  # for what the work calls
-    try:
-        with ThreadPoolExecutor(n, "kernel") as pool: return [*pool.map(work, items)]
+    try: in_threads(take_turns, n)
     finally: torch.set_num_threads(n)
+    return found

@@ -24,6 +24,7 @@ def reused_memory() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)  # what was freed before is in pieces
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     try: yield

@@ -118,7 +118,7 @@ def _walk(model: PreTrainedModel,
         reports += done
         if i + 1 < len(layers):
             with fast_products(same_weights=True):
-                for k, call in enumerate(here): hidden[k] = call(layer, hidden[k].to(work)).to(hidden[k].device)
+                for k, call in enumerate(here): hidden[k].copy_(call(layer, hidden[k].to(work)))
         layer.to(home)
     if progress: progress("pruning", len(layers), len(layers))
     return reports
@@ -135,7 +135,7 @@ def prune(model: PreTrainedModel,              # pruned in place
           pattern: tuple[int, int] | None = None,  # n:m keeps n of every m weights along the input
           block: int = 128,                    # SparseGPT's block of columns
           damping: float = 0.01,               # added to the diagonal, as a fraction of its mean (SparseGPT, section 3)
-          batch_tokens: int = 4096,            # tokens that pass through a layer at a time
+          batch_tokens: int = 2048,            # tokens that pass through a layer at a time
           device: str | torch.device | None = None,  # where layers work; default: where the model is
           offload: bool = False,               # keep the windows' activations on the CPU
           checkpoint: str | Path | None = None,  # folder for finished layers: the same call again goes on from them
