@@ -66,14 +66,13 @@ def test_conv1d_layers_are_pruned_along_their_input(method, pattern):
     assert list(report.query("name == 'mlp.c_fc'")[["d_out", "d_in"]].iloc[0]) == [128, 32]
 
 
-def test_experts_in_one_tensor_are_refused_before_any_work():
-    config = AutoConfig.for_model("mixtral", vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                  num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-    model = AutoModelForCausalLM.from_config(config).eval()
+def test_matrices_that_are_not_linear_maps_are_refused_before_any_work():
+    model = tiny_llama()
+    model.model.layers[1].mlp.tables = torch.nn.Parameter(torch.ones(4, 96, 32))
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(CalibPruneError, match=r"mlp\.experts\.gate_up_proj \(4, 96, 32\), mlp\.experts\.down_proj"):
-        prune(model, windows(), "magnitude")
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    with pytest.raises(CalibPruneError, match=r"mlp\.tables \(4, 96, 32\)"):
+        prune(model, torch.ones(2, 16, dtype=torch.int64))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_windows_longer_than_the_context_are_refused():

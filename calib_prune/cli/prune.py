@@ -22,7 +22,8 @@ def _summary(report,  # a data frame from `pruning.walk.prune`: one row per line
     from calib_prune.study.results import json_rows
     weights = report["d_out"] * report["d_in"]
     return dict(achieved_sparsity=float((report["sparsity"] * weights).sum() / weights.sum()),
-                mean_error=float(report["error"].mean()), layers=json_rows(report),
+                mean_error=float(report["error"].mean()), on_all_tokens=int(report["all_tokens"].sum()),
+                layers=json_rows(report),
                 versions={k: versions()[k] for k in ("calibration set", method)}, **environment())
 
 # %% ../../nbs/9_cli/04_prune.ipynb #42c02350
@@ -37,13 +38,21 @@ def prune(
     windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 0,
-    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`; the saved model keeps it.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Type to compute in: `float32`, `bfloat16` or `float16`.")] = "float32",
+    save_dtype: Annotated[str, typer.Option(help="Type of the saved weights: `same` as the model came in, or one of those "
+                                                 "above.")] = "same",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the model and the windows' activations on the CPU; "
                                                             "one layer at a time goes to the device.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through a layer at a time.")] = 2048,
     block: Annotated[int, typer.Option(help="SparseGPT: columns per block.")] = 128,
     damping: Annotated[float, typer.Option(help="SparseGPT: added to the Hessian's diagonal, as a fraction of its mean.")] = 0.01,
+    allocation: Annotated[str, typer.Option(help="Of the sparsity over layers: `uniform`, or `owl`: less where outliers "
+                                                 "are.")] = "uniform",
+    refine: Annotated[int, typer.Option(help="Conjugate-gradient steps on the weights that stay; 10 give nearly all there is to "
+                                             "gain. 0: none.")] = 0,
+    reconstruct: Annotated[int, typer.Option(help="Passes of training each layer's kept weights towards the dense layer's "
+                                                  "output. 0: none.")] = 0,
     checkpoint: Annotated[Optional[str], typer.Option(
         help="New folder for finished layers: after an interruption, the same command goes on from them. It is removed "
              "at the end.")] = None,
@@ -52,15 +61,22 @@ def prune(
 ) -> None:
     "Prune a model with chosen calibration data; save it in a folder that the transformers library loads."
     from calib_prune.calibration.sets import build_calibration
-    from calib_prune.model.loading import OutputFolder, as_device, load_model, model_revision
+    from calib_prune.model.loading import OutputFolder, as_device, as_dtype, load_model, model_revision
+    from calib_prune.model.stored_types import as_stored, saved_type
+    from calib_prune.pruning.allocation import check_allocation
     from calib_prune.pruning.checkpoint import check_checkpoint, remove_checkpoint
-    from calib_prune.pruning.walk import check_method, prune as run
+    from calib_prune.pruning.methods import check_method, check_refine
+    from calib_prune.pruning.walk import prune as run
     from calib_prune.study.presets import parse_sparsity
     number, pattern = parse_sparsity(sparsity)
     check_method(method)
+    check_refine(method, refine)
+    check_allocation(allocation, pattern)
     as_device(device)
+    if save_dtype != "same": as_dtype(save_dtype)
     if checkpoint is not None: check_checkpoint(checkpoint)
-    began, settings = time.perf_counter(), dict(batch_tokens=batch_tokens, block=block, damping=damping)
+    began, settings = time.perf_counter(), dict(batch_tokens=batch_tokens, block=block, damping=damping, refine=refine,
+                                             allocation=allocation, reconstruct=reconstruct)
     with OutputFolder(output) as out:
         net, tokenizer = load_model(model, dtype, "cpu" if offload else device, revision)
         cal = build_calibration(calibration, tokenizer, windows, length, seed)
@@ -70,9 +86,11 @@ def prune(
         record = dict(model=model, model_revision=model_revision(model, net), method=method, sparsity=sparsity,
                       calibration=dict(mix=calibration, **cal.record()), dtype=dtype, device=device, **settings,
                       **_summary(report, method))
-        out.save(net, tokenizer, record)
+        as_stored(net, *saved_type(save_dtype, model, revision))
+        out.save(net, tokenizer, record | dict(saved_dtype=str(net.dtype).removeprefix("torch.")))
     if checkpoint is not None: remove_checkpoint(checkpoint)
     brief = dict(output=str(output), method=method, sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],
                  windows=windows, seconds=round(time.perf_counter() - began, 1))
+    if record["on_all_tokens"]: brief["matrices of experts with too few tokens"] = record["on_all_tokens"]
     if as_json: print_json({k: v for k, v in record.items() if k != "layers"} | brief)
     else: show_table([brief])

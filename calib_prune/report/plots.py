@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core import CalibPruneError
-from ..pruning.methods import METHODS
+from ..pruning.methods import read_recipe
 
 # %% ../../nbs/8_report/05_plots.ipynb #74a2547c
 def error_by_layer(report: pd.DataFrame,  # see `pruning.prune`
@@ -73,7 +73,8 @@ def figure_of(draw: Callable[..., Figure], table: pd.DataFrame, note: str,
 # %% ../../nbs/8_report/05_plots.ipynb #103fc5c2
 def method_label(method: str) -> str:
     "The name of a method in tables and figures."
-    return METHODS[method].label if method in METHODS else method
+    try: return read_recipe(method).label
+    except CalibPruneError: return method
 
 def sparsity_label(sparsity: float | str) -> str: return sparsity if isinstance(sparsity, str) else f"{100 * sparsity:.0f}%"
 

@@ -16,7 +16,7 @@ from ..evaluation.scoring import limit_of
 from ..data.fetch import cached
 from ..data.files import read_jsonl
 from ..generation.igsp import journal_name, protocol_with
-from ..pruning.methods import METHODS
+from ..pruning.methods import read_recipe
 from .presets import Cell, cells, protocol_of
 from ..evaluation.tasks import choose, get_tasks, render
 
@@ -59,7 +59,7 @@ def work(preset: dict[str, Any]) -> pd.DataFrame:  # what, windows, seconds: one
     rate = hardware["written_tokens_per_second"]
     score = 2 * hardware["parameters"] * read / hardware["flops"] + written / rate
     def seconds(cell: Cell) -> float:
-        passed = METHODS[cell.method].passes * cell.windows * size["length"] if cell.method else 0.0
+        passed = read_recipe(cell.method).passes * cell.windows * size["length"] if cell.method else 0.0
         return hardware["seconds_per_cell"] + score + 2 * hardware["parameters"] * passed / hardware["flops"]
     rows = [(c.method or "dense", c.windows, seconds(c)) for c in cells(preset, ablations=True)]
     rows += [("writing", size["windows"], n / rate) for n in own_tokens(preset).values()]

@@ -29,7 +29,7 @@ from ..data.fetch import read_manifest
 from ..generation.sampling import Sampling
 from ..generation.igsp import PROTOCOLS
 from ..calibration.oit import METRICS_VERSION
-from ..pruning.methods import METHODS
+from ..pruning.methods import METHODS, STEP_VERSIONS, read_recipe
 from ..calibration.sources import get_source
 from .artefacts import needed_by
 from .presets import (Cell, cells, measured_strategies, mix_of, protocol_of,
@@ -42,7 +42,7 @@ def versions() -> dict[str, int]:
     "The version of every stage that makes numbers."
     fixed = {"calibration set": CALIBRATION_VERSION, "scoring": SCORING_VERSION, "metrics": METRICS_VERSION,
              "audit": AUDIT_VERSION}
-    return fixed | {k: o.version for k, o in PROTOCOLS.items()} | {k: o.version for k, o in METHODS.items()}
+    return fixed | {k: o.version for k, o in PROTOCOLS.items()} | {k: o.version for k, o in METHODS.items()} | STEP_VERSIONS
 
 def _versions_of(*stages: str) -> dict[str, int]:
     "The versions of some stages, as a key holds them."
@@ -98,12 +98,13 @@ def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
     key = dict(scheme=SCHEME, model=model_key(preset), tasks=tasks_key(preset), batch_tokens=scoring["batch_tokens"],
                heldout=heldout | dict(revision=get_source(heldout["source"]).revision))
     if cell.strategy == "dense": return key | dict(versions=_versions_of("scoring"))
-    method = METHODS[cell.method]
-    settings = {k: pruning[k] for k in ("batch_tokens", *method.settings)}
+    recipe = read_recipe(cell.method)
+    method = METHODS[recipe.method]
+    settings = {k: pruning[k] for k in ("batch_tokens", *method.settings)} | recipe.extras
     return key | dict(
         calibration=calibration_key(cell.mix, cell.windows, preset["calibration"]["length"], cell.seed, method.by_group),
         pruning=dict(sparsity=str(cell.sparsity), **settings),
-        versions=_versions_of("calibration set", cell.method, "scoring"))
+        versions=_versions_of("calibration set", recipe.method, *recipe.extras, "scoring"))
 
 # %% ../../nbs/7_study/03_keys.ipynb #b7f3059e
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Mixtures of experts: as the same model with its experts apart, routers dense, neglected experts handled, saved for transformers."""
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from calib_prune.model.loading import load_model, save_model
+from calib_prune.model.tiny import MIXTURES, tiny_model, tiny_tokenizer
+from calib_prune.pruning.experts import is_fused, one_by_one, routers
+from calib_prune.pruning.layers import decoder_layers, prunable
+from calib_prune.pruning.walk import prune
+
+WINDOWS = torch.randint(1, 264, (32, 64), generator=torch.Generator().manual_seed(0))
+PUBLISHED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")  # gate above up, not transposed, no biases
+
+
+class PlainExpert(nn.Module):
+    def __init__(self, both, down, act):
+        super().__init__()
+        d_out, d_in = both.shape
+        self.gate_proj, self.up_proj = (nn.Linear(d_in, d_out // 2, bias=False) for _ in range(2))
+        self.down_proj, self.act = nn.Linear(d_out // 2, d_in, bias=False), act
+        for m, w in ((self.gate_proj, both[:d_out // 2]), (self.up_proj, both[d_out // 2:]), (self.down_proj, down)):
+            m.weight = nn.Parameter(w.detach().clone(), requires_grad=False)
+
+    def forward(self, x): return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainExperts(nn.ModuleList):
+    "Experts as models had them before transformers 5: a list of modules of their own."
+    def forward(self, hidden, index, weights):
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self):
+            token, place = torch.where(index == e)
+            if len(token): out.index_add_(0, token, expert(hidden[token]) * weights[token, place, None])
+        return out
+
+
+def taken_apart(model):
+    "The same model, its experts modules of their own for good."
+    for parent in [*model.modules()]:
+        for name, child in [*parent.named_children()]:
+            if is_fused(child):
+                setattr(parent, name, PlainExperts(PlainExpert(a, b, child.act_fn)
+                                                   for a, b in zip(child.gate_up_proj, child.down_proj, strict=True)))
+    return model
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "admm"])
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_fused_experts_are_pruned_like_experts_apart(family, method):
+    fused, apart = tiny_model(family), taken_apart(tiny_model(family))
+    reports = [prune(m, WINDOWS, method, 0.5) for m in (fused, apart)]
+    assert not reports[0].all_tokens.any(), "every expert has seen enough tokens, so the comparison is of all"
+    assert len(reports[0]) == len(reports[1]) and (reports[0].sparsity >= 0.49).all()
+    for a, b in zip(decoder_layers(fused), decoder_layers(apart), strict=True):
+        with one_by_one(a):
+            ours, plain = prunable(a), prunable(b)
+            assert ours.keys() == plain.keys()
+            differ = sum(int(((ours[k].weight == 0) != (plain[k].weight == 0)).sum()) for k in ours)
+            assert differ <= 1e-3 * sum(m.weight.numel() for m in ours.values())
+            for k in ours: assert torch.norm(ours[k].weight - plain[k].weight) < 0.02 * torch.norm(plain[k].weight), k
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_all_matrices_but_routers_are_pruned(family):
+    dense, model = tiny_model(family), tiny_model(family)
+    prune(model, WINDOWS, "sparsegpt", 0.5)
+    left = {n for i, o in enumerate(model.model.layers) for at in routers(o) for n, _ in model.named_parameters()
+            if n.startswith(f"model.layers.{i}.{at}.")}
+    assert left and all(torch.equal(dict(model.named_parameters())[n], dict(dense.named_parameters())[n]) for n in left)
+    for name, p in model.named_parameters():
+        if ".layers." in name and p.ndim > 1 and "bias" not in name and name not in left: assert abs((p == 0).float().mean() - 0.5) < 0.02, name
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_pruned_mixture_loads_in_plain_transformers(family, tmp_path):
+    model = tiny_model(family)
+    prune(model, WINDOWS, "wanda", 0.5)
+    folder = save_model(model, tiny_tokenizer(), tmp_path / "out", {})
+    with torch.no_grad():
+        want = model(WINDOWS[:2]).logits
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(WINDOWS[:2]).logits
+        again = load_model(str(folder))[0](WINDOWS[:2]).logits
+    assert torch.allclose(plain, want, atol=1e-5) and torch.allclose(again, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, method", [("mixtral", "sparsegpt"), ("qwen3_moe", "wanda"), ("deepseek_v3", "admm")])
+def test_an_expert_without_tokens_is_measured_on_all_of_them_and_the_report_says_so(family, method):
+    model = tiny_model(family)
+    layer = decoder_layers(model)[1]
+    router = layer.mlp.gate
+    with torch.no_grad():
+        def shunned(module, args, out):  # nothing is routed to expert 2
+            logits, weights, index = out
+            return logits, weights, torch.where(index == 2, 3, index)
+        router.register_forward_hook(shunned)
+        report = prune(model, WINDOWS, method, 0.5).set_index(["layer", "name"])
+    few = report[report.all_tokens]
+    assert {o for _, o in few.index} == {f"mlp.experts.2.{o}_proj" for o in ("gate", "up", "down")}
+    assert {o for o, _ in few.index} == {1} and (few.tokens == WINDOWS.numel()).all()
+    assert (few.sparsity >= 0.49).all() and few.error.between(0, 1).all()
+
+
+def test_a_killed_prune_of_a_mixture_goes_on(tmp_path):
+    def stop(stage, done, total):
+        if done == 1: raise KeyboardInterrupt
+    model, again = tiny_model("qwen3_moe", num_hidden_layers=3), tiny_model("qwen3_moe", num_hidden_layers=3)
+    with pytest.raises(KeyboardInterrupt): prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c", progress=stop)
+    assert not any(isinstance(o, nn.ModuleList) and len(o) == 8 for o in again.modules()), "fused again after the interruption"
+    again = tiny_model("qwen3_moe", num_hidden_layers=3)
+    assert prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c").equals(prune(model, WINDOWS, "sparsegpt", 0.5))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

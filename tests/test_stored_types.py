@@ -1,0 +1,60 @@
+"""A model is saved in the type that it came in."""
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from calib_prune.core import CalibPruneError
+from calib_prune.model.loading import load_model, save_model
+from calib_prune.model.stored_types import as_stored, saved_type, stored_types
+from calib_prune.model.tiny import tiny_llama, tiny_model, tiny_tokenizer
+from tests.test_cli import run as run_cli
+
+
+def types_in(folder):
+    with safe_open(folder / "model.safetensors", "pt") as f: return {k: f.get_slice(k).get_dtype() for k in f.keys()}
+
+
+@pytest.mark.parametrize("kind, name", [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")])
+def test_a_pruned_model_is_no_larger_than_the_dense_one(kind, name, tmp_path):
+    dense = save_model(tiny_llama(max_position_embeddings=2048).to(kind), tiny_tokenizer(), tmp_path / "dense", {})
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    run_cli("prune", "--model", dense, "--output", tmp_path / "out", "--calibration", text, "--windows", "2", "--length", "64")
+    assert {*types_in(tmp_path / "out").values()} == {name}
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == (dense / "model.safetensors").stat().st_size
+    record = json.loads((tmp_path / "out" / "calib_prune.json").read_text())
+    assert record["dtype"] == "float32" and record["saved_dtype"] == str(kind).removeprefix("torch.")
+    run_cli("prune", "--model", dense, "--output", tmp_path / "wide", "--calibration", text, "--windows", "2", "--length", "64",
+            "--save-dtype", "float32")
+    assert {*types_in(tmp_path / "wide").values()} == {"F32"}
+    narrow, wide = (load_model(str(tmp_path / o))[0] for o in ("out", "wide"))
+    for a, b in zip(narrow.parameters(), wide.parameters(), strict=True): assert torch.equal(a, b.to(kind).float())
+
+
+def test_tensors_that_were_kept_in_float32_stay_so(tmp_path):
+    model = tiny_model("deepseek_v3").bfloat16()
+    model.model.layers[1].mlp.gate.float()
+    folder = save_model(model, tiny_tokenizer(), tmp_path / "dense", {})
+    most, others = stored_types(str(folder))
+    assert most == torch.bfloat16 and set(others.values()) == {torch.float32} and all("gate" in o for o in others)
+    computed, tokenizer = load_model(str(folder))
+    as_stored(computed, most, others)
+    assert types_in(save_model(computed, tokenizer, tmp_path / "again", {})) == types_in(folder)
+
+
+def test_types_that_are_not_ours_are_left_alone(tmp_path):
+    folder = save_model(tiny_llama().double(), tiny_tokenizer(), tmp_path / "dense", {})
+    assert stored_types(str(folder)) == (None, {})
+    model = tiny_llama()
+    as_stored(model, None)
+    assert model.dtype == torch.float32
+
+
+def test_what_a_type_cannot_hold_is_an_error():
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[3, 3] = 1e6
+    with pytest.raises(CalibPruneError, match=r"model.layers.0.mlp.up_proj.weight overflows torch.float16.*--save-dtype"):
+        as_stored(model, torch.float16)
+    with pytest.raises(CalibPruneError, match="dtype"): saved_type("int8", "smollm2-135m")
