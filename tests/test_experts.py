@@ -11,19 +11,38 @@ from calib_prune.pruning.layers import decoder_layers, prunable
 from calib_prune.pruning.walk import prune
 
 WINDOWS = torch.randint(1, 264, (32, 64), generator=torch.Generator().manual_seed(0))
-PUBLISHED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")  # gate above up, not transposed, no biases
 
 
 class PlainExpert(nn.Module):
-    def __init__(self, both, down, act):
+    "Gate above up and no biases, as in most families."
+    def __init__(self, fused, e):
         super().__init__()
-        d_out, d_in = both.shape
-        self.gate_proj, self.up_proj = (nn.Linear(d_in, d_out // 2, bias=False) for _ in range(2))
-        self.down_proj, self.act = nn.Linear(d_out // 2, d_in, bias=False), act
-        for m, w in ((self.gate_proj, both[:d_out // 2]), (self.up_proj, both[d_out // 2:]), (self.down_proj, down)):
-            m.weight = nn.Parameter(w.detach().clone(), requires_grad=False)
+        both, down, self.fused = fused.gate_up_proj[e], fused.down_proj[e], [fused]
+        half = len(both) // 2
+        self.gate_proj, self.up_proj, self.down_proj = (self.linear(o) for o in (both[:half], both[half:], down))
 
-    def forward(self, x): return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+    @staticmethod
+    def linear(weight, bias=None):
+        found = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        found.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        if bias is not None: found.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return found
+
+    def forward(self, x): return self.down_proj(self.fused[0].act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainGptOss(PlainExpert):
+    "Transposed, gate and up in turns, with biases, and a gate of its own."
+    def __init__(self, fused, e):
+        nn.Module.__init__(self)
+        both, bias = fused.gate_up_proj[e].T, fused.gate_up_proj_bias[e]
+        self.limit, self.alpha = fused.limit, fused.alpha
+        self.gate_proj, self.up_proj = self.linear(both[::2], bias[::2]), self.linear(both[1::2], bias[1::2])
+        self.down_proj = self.linear(fused.down_proj[e].T, fused.down_proj_bias[e])
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=self.limit), self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj((up + 1) * gate * torch.sigmoid(gate * self.alpha))
 
 
 class PlainExperts(nn.ModuleList):
@@ -41,13 +60,13 @@ def taken_apart(model):
     for parent in [*model.modules()]:
         for name, child in [*parent.named_children()]:
             if is_fused(child):
-                setattr(parent, name, PlainExperts(PlainExpert(a, b, child.act_fn)
-                                                   for a, b in zip(child.gate_up_proj, child.down_proj, strict=True)))
+                kind = PlainGptOss if child.has_bias else PlainExpert
+                setattr(parent, name, PlainExperts(kind(child, e) for e in range(child.num_experts)))
     return model
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "admm"])
-@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_fused_experts_are_pruned_like_experts_apart(family, method):
     fused, apart = tiny_model(family), taken_apart(tiny_model(family))
     reports = [prune(m, WINDOWS, method, 0.5) for m in (fused, apart)]
@@ -71,6 +90,13 @@ def test_all_matrices_but_routers_are_pruned(family):
     assert left and all(torch.equal(dict(model.named_parameters())[n], dict(dense.named_parameters())[n]) for n in left)
     for name, p in model.named_parameters():
         if ".layers." in name and p.ndim > 1 and "bias" not in name and name not in left: assert abs((p == 0).float().mean() - 0.5) < 0.02, name
+
+
+def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router():
+    model = tiny_model("qwen2_moe", shared_expert_intermediate_size=4)
+    report = prune(model, WINDOWS, "wanda", 0.5)
+    assert {f"mlp.shared_expert.{o}_proj" for o in ("gate", "up", "down")} <= set(report.name)
+    assert [*routers(model.model.layers[0])] == ["mlp.gate", "mlp.shared_expert_gate"]
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -4,14 +4,17 @@ from itertools import combinations
 import pytest
 import torch
 
+from calib_prune.cli.reproduce import check_names
 from calib_prune.core import CalibPruneError
 from calib_prune.pruning.admm import admm, admm_factor
 from calib_prune.pruning.alps import EVERY, _rounds as alps_rounds, alps, growth
 from calib_prune.pruning.hessian import energy
-from calib_prune.pruning.methods import METHODS, solve_all
+from calib_prune.pruning.methods import METHODS, read_recipe, solve_all
 from calib_prune.pruning.refine import conjugate_gradients, refine, scaled
 from calib_prune.pruning.sparsegpt import sparsegpt
 from calib_prune.pruning.wanda import magnitude, wanda
+from calib_prune.report.statistics import as_strategy
+from calib_prune.study.presets import load_preset
 
 
 def layer(d_out=24, d_in=40, tokens=400, seed=0):
@@ -185,6 +188,44 @@ def test_conjugate_gradients_are_exact_after_as_many_steps_as_unknowns():
     (lambda w, h: solve_all("alps", {"Layer 3, q": ([w], lambda: [h * float("nan")])}, 0.6, None, 128, 0.01), "Layer 3, q: ")])
 def test_bad_input(wrong, says):
     with pytest.raises(CalibPruneError, match=says): wrong(*layer())
+
+
+def test_alps_keeps_one_look_at_a_time(monkeypatch):
+    import weakref
+
+    from calib_prune.pruning import alps as module
+    seen, rounds = [], module._rounds
+    def noting(*how):
+        for penalty, found, kept in rounds(*how):
+            seen.append(weakref.ref(found[0]))
+            yield penalty, found, kept
+            del found, kept
+    monkeypatch.setattr(module, "_rounds", noting)
+    w, h = layer()
+    (found,) = alps([w], h)
+    assert len(seen) > 5 and sum(o() is not None for o in seen) <= 1 and found.sparsity == 0.6
+
+
+@pytest.mark.parametrize("text", ["wanda+refin", "wanda+refine=10", "wanda+refine=0", "wanda+uniform", "wanda+owl+owl", "wanda+",
+                                  "wanda+reconstruct=x", "wanda+reconstruct=99999999", "minimax+refine", "sparsegtp+owl"])
+def test_recipes_have_one_spelling_and_known_parts(text):
+    with pytest.raises(CalibPruneError): read_recipe(text)
+
+
+def test_recipes_are_told_apart_in_tables_and_keys():
+    texts = ["wanda", "wanda+refine", "wanda+refine=20", "wanda+reconstruct", "wanda+refine+reconstruct=3+owl"]
+    assert len({read_recipe(o).label for o in texts}) == len({str(read_recipe(o).arguments) for o in texts}) == 5
+    assert read_recipe("wanda+refine=20").label == "Wanda, refined (20)" and read_recipe("wanda").extras == {}
+    assert as_strategy("mix", "balanced+owl") == ("mix, balanced", "sparsegpt+owl")
+
+
+def test_a_study_may_name_recipes_and_wrong_ones_are_refused_before_any_run():
+    study = load_preset("presets/smoke.yaml")
+    block = study["grid"][0]
+    block["methods"] = ["admm", "sparsegpt+refine+owl"]
+    check_names(study)
+    for wrong in (dict(methods=["sparsegpt+refin"]), dict(sparsities=["2:4"])):
+        with pytest.raises(CalibPruneError): check_names(study | dict(grid=[block | wrong]))
 
 
 def test_an_error_is_what_it_says():

@@ -25,7 +25,7 @@ def test_masks_hold_and_only_kept_weights_move(family):
     before = {n: p.clone() for n, p in trained.named_parameters()}
     first = prune(plain, WINDOWS, "wanda", 0.5, **SMALL)
     report = prune(trained, WINDOWS, "wanda", 0.5, reconstruct=3, **SMALL)
-    assert first.trained.isna().all() and report.trained.between(0, 10).all()
+    assert first.trained.isna().all() and report.trained.between(0, 1).all()
     assert report.sparsity.equals(first.sparsity)
     at = {"layers.0.", "h.0."}
     moved = 0
@@ -84,7 +84,7 @@ def test_a_checkpoint_without_reconstruction_is_another_run(tmp_path):
     def stop(stage, done, total):
         if done == 1: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): prune(tiny_llama(), WINDOWS, checkpoint=tmp_path / "c", progress=stop)
-    with pytest.raises(CalibPruneError, match="differs in: reconstruct"):
+    with pytest.raises(CalibPruneError, match="differs in: .*reconstruct"):
         prune(tiny_llama(), WINDOWS, checkpoint=tmp_path / "c", reconstruct=1)
 
 
@@ -97,6 +97,29 @@ def test_bfloat16_models_are_trained_in_float32_and_stay_bfloat16(family):
     first = [k for k in matrices(plain) if "layers.0." in k]
     assert any(not torch.equal(matrices(plain)[k], matrices(trained)[k]) for k in first)
     assert all(torch.equal(matrices(plain)[k] == 0, matrices(trained)[k] == 0) for k in first)
+
+
+def test_more_passes_leave_less_error_and_offload_changes_nothing():
+    errors = [prune(tiny_llama(), WINDOWS, "wanda", 0.5, reconstruct=n, **SMALL).trained.mean() for n in (1, 4, 16)]
+    assert errors[2] < 0.9 * errors[1] < 0.9 * errors[0]
+    again = prune(tiny_llama(), WINDOWS, "wanda", 0.5, reconstruct=4, offload=True, allocation="owl", **SMALL)
+    assert again.equals(prune(tiny_llama(), WINDOWS, "wanda", 0.5, reconstruct=4, allocation="owl", **SMALL))
+
+
+def test_what_float16_cannot_hold_does_not_come_back(monkeypatch):
+    "Steps that lead beyond the type are taken back, and the next are smaller."
+    model, train, tried = tiny_llama(), reconstruction._train, []
+    layer, calls, hidden, wanted = layer_problem(model)
+    layer.half()
+    def far(layer, weights, *rest):
+        tried.append(rest[-1])
+        if len(tried) == 1: weights[2].data[weights[2] != 0] = 1e6
+        else: train(layer, weights, *rest)
+        return True
+    monkeypatch.setattr(reconstruction, "_train", far)
+    done = reconstruct(layer, calls, hidden, wanted, rate=0.02)
+    assert tried == [0.02, 0.01] and done.after < done.before
+    assert all(m.weight.dtype == torch.float16 and m.weight.isfinite().all() for m in prunable(layer).values())
 
 
 def test_a_step_that_goes_astray_is_made_smaller(monkeypatch):

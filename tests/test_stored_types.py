@@ -52,9 +52,16 @@ def test_types_that_are_not_ours_are_left_alone(tmp_path):
     assert model.dtype == torch.float32
 
 
-def test_what_a_type_cannot_hold_is_an_error():
+def test_what_a_type_cannot_hold_is_saved_as_it_was_computed():
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data[3, 3] = 1e6
-    with pytest.raises(CalibPruneError, match=r"model.layers.0.mlp.up_proj.weight overflows torch.float16.*--save-dtype"):
+    with pytest.warns(UserWarning, match=r"model.layers.0.mlp.up_proj.weight overflows torch.float16.*saved in torch.float32"):
         as_stored(model, torch.float16)
+    assert {o.dtype for o in model.parameters()} == {torch.float32}
     with pytest.raises(CalibPruneError, match="dtype"): saved_type("int8", "smollm2-135m")
+
+
+def test_tied_weights_stay_tied():
+    model = tiny_llama(tie_word_embeddings=True)
+    as_stored(model, torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.dtype == torch.bfloat16

@@ -7,7 +7,7 @@ __all__ = ['prune']
 
 # %% ../../nbs/9_cli/04_prune.ipynb #195c4c9c
 import time
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Iterable, Optional
 
 import typer
 
@@ -15,16 +15,17 @@ from .output import JsonOption, bars, print_json, show_table
 
 # %% ../../nbs/9_cli/04_prune.ipynb #13349494
 def _summary(report,  # a data frame from `pruning.walk.prune`: one row per linear map
-             method: str
+             method: str, steps: Iterable[str] = ()  # what was done beside it
             ) -> dict[str, Any]:
     "What a record says about the pruning: sparsity and error, the layers, versions, environment."
     from calib_prune.study.keys import environment, versions
     from calib_prune.study.results import json_rows
-    weights = report["d_out"] * report["d_in"]
+    weights, trained = report["d_out"] * report["d_in"], report["trained"].dropna()
     return dict(achieved_sparsity=float((report["sparsity"] * weights).sum() / weights.sum()),
                 mean_error=float(report["error"].mean()), on_all_tokens=int(report["all_tokens"].sum()),
+                **(dict(trained_error=float(trained.mean())) if len(trained) else {}),
                 layers=json_rows(report),
-                versions={k: versions()[k] for k in ("calibration set", method)}, **environment())
+                versions={k: versions()[k] for k in ("calibration set", method, *steps)}, **environment())
 
 # %% ../../nbs/9_cli/04_prune.ipynb #42c02350
 def prune(
@@ -39,8 +40,8 @@ def prune(
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type to compute in: `float32`, `bfloat16` or `float16`.")] = "float32",
-    save_dtype: Annotated[str, typer.Option(help="Type of the saved weights: `same` as the model came in, or one of those "
-                                                 "above.")] = "same",
+    save_dtype: Annotated[str, typer.Option(help="Type of the saved weights: `same` as the model came in, if that is one of "
+                                                 "those above, or one of them.")] = "same",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the model and the windows' activations on the CPU; "
                                                             "one layer at a time goes to the device.")] = False,
@@ -63,15 +64,16 @@ def prune(
     from calib_prune.calibration.sets import build_calibration
     from calib_prune.model.loading import OutputFolder, as_device, as_dtype, load_model, model_revision
     from calib_prune.model.stored_types import as_stored, saved_type
-    from calib_prune.pruning.allocation import check_allocation
     from calib_prune.pruning.checkpoint import check_checkpoint, remove_checkpoint
-    from calib_prune.pruning.methods import check_method, check_refine
-    from calib_prune.pruning.walk import prune as run
+    from calib_prune.pruning.methods import Recipe, check_allocation, check_method, check_reconstruct, check_refine
+    from calib_prune.pruning.walk import check_sizes, prune as run
     from calib_prune.study.presets import parse_sparsity
     number, pattern = parse_sparsity(sparsity)
     check_method(method)
     check_refine(method, refine)
     check_allocation(allocation, pattern)
+    check_reconstruct(reconstruct)
+    check_sizes(batch_tokens, block, damping)
     as_device(device)
     if save_dtype != "same": as_dtype(save_dtype)
     if checkpoint is not None: check_checkpoint(checkpoint)
@@ -79,14 +81,15 @@ def prune(
                                              allocation=allocation, reconstruct=reconstruct)
     with OutputFolder(output) as out:
         net, tokenizer = load_model(model, dtype, "cpu" if offload else device, revision)
+        types = saved_type(save_dtype, model, revision)
         cal = build_calibration(calibration, tokenizer, windows, length, seed)
         with bars(as_json) as progress:
             report = run(net, cal.tokens, method, number, pattern, device=device, offload=offload, checkpoint=checkpoint,
                          groups=cal.groups, progress=progress, **settings)
         record = dict(model=model, model_revision=model_revision(model, net), method=method, sparsity=sparsity,
                       calibration=dict(mix=calibration, **cal.record()), dtype=dtype, device=device, **settings,
-                      **_summary(report, method))
-        as_stored(net, *saved_type(save_dtype, model, revision))
+                      **_summary(report, method, Recipe(method, refine, reconstruct, allocation).extras))
+        as_stored(net, *types)
         out.save(net, tokenizer, record | dict(saved_dtype=str(net.dtype).removeprefix("torch.")))
     if checkpoint is not None: remove_checkpoint(checkpoint)
     brief = dict(output=str(output), method=method, sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],

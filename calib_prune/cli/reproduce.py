@@ -76,11 +76,12 @@ def check_names(study: dict[str, Any]) -> None:
     from calib_prune.calibration.sets import parse_mix
     from calib_prune.evaluation.scoring import limit_of
     from calib_prune.generation.igsp import protocol_with
-    from calib_prune.pruning.walk import check_method
+    from calib_prune.pruning.methods import check_allocation, read_recipe
     from calib_prune.calibration.sources import get_source
-    from calib_prune.study.presets import cells, protocol_of
+    from calib_prune.study.presets import cells, parse_sparsity, protocol_of
     from calib_prune.evaluation.tasks import get_tasks
-    for cell in cells(study, ablations=True)[1:]: check_method(cell.method)
+    for cell in cells(study, ablations=True)[1:]:
+        check_allocation(read_recipe(cell.method).allocation, parse_sparsity(cell.sparsity)[1])
     for mix in study["strategies"].values():
         if generated := protocol_of(mix): protocol_with(*generated)
         else: [get_source(name) for name in parse_mix(mix)]

@@ -6,6 +6,7 @@
 __all__ = ['stored_types', 'as_stored', 'saved_type']
 
 # %% ../../nbs/2_model/11_stored_types.ipynb #cd151605
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +18,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from ..core import CalibPruneError
 from .loading import as_dtype, locate_model
 
 # %% ../../nbs/2_model/11_stored_types.ipynb #c7272c5a
@@ -54,13 +54,13 @@ def as_stored(model: PreTrainedModel,                # changed in place
     "Give a model's weights the types of its files."
     if most is None: return
     tensors = dict(model.named_parameters()) | {k: o for k, o in model.named_buffers() if k in others}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point(): continue
-        new = tensor.data.to(others.get(name, most))
-        if not new.isfinite().all():
-            raise CalibPruneError(f"{name} overflows {new.dtype}, the type that the model came in: save it in another "
-                                  "(--save-dtype bfloat16).")
-        tensor.data = new
+    floats = {k: o for k, o in tensors.items() if o.is_floating_point()}
+    for name, tensor in floats.items():
+        if not tensor.data.to(kind := others.get(name, most)).isfinite().all():
+            warnings.warn(f"{name} overflows {kind}: the model is saved in {tensor.dtype}, in which it was computed.",
+                          stacklevel=2)
+            return
+    for name, tensor in floats.items(): tensor.data = tensor.data.to(others.get(name, most))
 
 def saved_type(name: str,                  # "same", or a type for `as_dtype`
                model: str, revision: str | None = None  # see `stored_types`

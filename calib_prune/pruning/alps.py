@@ -6,6 +6,7 @@
 __all__ = ['FIRST', 'EVERY', 'MOST', 'FACTORS', 'SLOWEST', 'growth', 'alps']
 
 # %% ../../nbs/5_pruning/10_alps.ipynb #e3361f0c
+from collections import deque
 from typing import Iterator
 
 import torch
@@ -77,6 +78,6 @@ def alps(weights: list[Tensor],   # [d_out, d_in] each, any float type, of linea
     with exact_float32():
         problem = scaled(hessian, damping)
         dense = [problem.of(w) for w in weights]
-        *_, (_, found, kept) = _rounds(dense, problem.matrix, sparsity, pattern, most)
+        _, found, kept = deque(_rounds(dense, problem.matrix, sparsity, pattern, most), maxlen=1).pop()
         best = [conjugate_gradients(w, o, k, problem.matrix, steps) for w, o, k in zip(dense, found, kept, strict=True)]
         return [measured(w, o, problem, hessian) for w, o in zip(weights, best, strict=True)]

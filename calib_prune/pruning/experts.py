@@ -93,15 +93,18 @@ def _count(name: str, module: nn.Module) -> int:
     if is_fused(module): return module.num_experts
     return len(module) if name == "experts" and isinstance(module, nn.ModuleList) else 0
 
+def _routes(module: nn.Module, experts: int) -> bool:
+    "Whether all matrices of a module beside the experts have one row per expert, or are one row."
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    return bool(matrices) and all(p.ndim == 2 and len(p) in (1, experts) for p in matrices)
+
 def routers(layer: nn.Module) -> dict[str, nn.Module]:
     "The modules of a layer that route tokens to experts, or weigh experts, by name."
     found = {}
     for at, block in layer.named_modules():
         counts = {name: _count(name, child) for name, child in block.named_children()}
-        if not any(counts.values()): continue
+        experts = max(counts.values(), default=0)
         for name, child in block.named_children():
-            if counts[name]: continue
-            for below, module in child.named_modules(prefix=f"{at}.{name}" if at else name):
-                small = getattr(module, "out_features", None) == max(counts.values())
-                if module is child and not [*child.children()] or small: found[below] = module
+            if experts and not counts[name] and _routes(child, experts):
+                found |= dict(child.named_modules(prefix=f"{at}.{name}" if at else name))
     return found

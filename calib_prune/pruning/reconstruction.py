@@ -42,7 +42,8 @@ def _left_behind(layer: nn.Module, call: Call, x: Tensor) -> int:
 
 def _free(device: torch.device) -> int | None:
     "Bytes of memory that are free; None if the system does not say."
-    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch holds and does not use is free as well
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((1024 * int(o.split()[1]) for o in lines if o.startswith("MemAvailable:")), None)
@@ -51,18 +52,23 @@ def check_memory(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> N
     "Refuse to train a layer for which the memory does not suffice."
     device = next(layer.parameters()).device
     weights = sum(m.weight.numel() for m in prunable(layer).values())
-    needed = 13 * weights + 4 * sum(o.numel() for o in hidden) + _left_behind(layer, calls[0], hidden[0].to(device))
+    wider = sum(4 * p.numel() for p in layer.parameters() if p.dtype != torch.float32)
+    needed = 17 * weights + wider + _left_behind(layer, calls[0], hidden[0].to(device))
     if (free := _free(device)) is not None and needed > free:
         raise CalibPruneError(f"Reconstruction of a layer needs about {needed / 1e9:.1f} GB beside the model, and "
                               f"{free / 1e9:.1f} GB of the {device.type}'s memory are free: lower --batch-tokens, use fewer "
                               "windows, or go without --reconstruct.")
 
 # %% ../../nbs/5_pruning/16_reconstruction.ipynb #3958c6d1
-def _in_float32(value: Any) -> Any:
+def _in_float32(value: Any,
+                done: dict[int, Tensor]  # by the id of the original: batches share tensors
+               ) -> Any:
     "Floating-point tensors inside tuples and dictionaries, in float32."
-    if isinstance(value, Tensor): return value.float() if value.is_floating_point() else value
-    if isinstance(value, tuple): return tuple(_in_float32(o) for o in value)
-    return {k: _in_float32(o) for k, o in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, Tensor):
+        if id(value) not in done: done[id(value)] = value.float() if value.is_floating_point() else value
+        return done[id(value)]
+    if isinstance(value, tuple): return tuple(_in_float32(o, done) for o in value)
+    return {k: _in_float32(o, done) for k, o in value.items()} if isinstance(value, dict) else value
 
 def targets(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> list[Tensor]:
     "What a layer makes of its inputs, kept where the inputs are."
@@ -102,6 +108,12 @@ def _train(layer: nn.Module, weights: list[nn.Parameter], calls: list[Call], hid
             if not loss.isfinite(): return False
     return all(bool(w.isfinite().all()) for w in weights)
 
+# %% ../../nbs/5_pruning/16_reconstruction.ipynb #ed06264b
+def _rounded(weights: list[nn.Parameter], kinds: list[torch.dtype]) -> bool:  # whether all can be held
+    "Round trained weights to the types that they will be kept in."
+    for w, kind in zip(weights, kinds, strict=True): w.data = w.data.to(kind).float()
+    return all(bool(w.isfinite().all()) for w in weights)
+
 # %% ../../nbs/5_pruning/16_reconstruction.ipynb #94190720
 @contextmanager
 def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
@@ -127,13 +139,15 @@ def reconstruct(layer: nn.Module,      # pruned; its kept weights are trained in
                ) -> Reconstruction:
     "Train the kept weights of a pruned layer towards the dense layer's output."
     check_number("passes", passes, 1, 10_000, whole=True)
-    calls = [Call(_in_float32(o.args), _in_float32(o.kwargs), o.by_name) for o in calls]
+    done: dict[int, Tensor] = {}
+    calls = [Call(_in_float32(o.args, done), _in_float32(o.kwargs, done), o.by_name) for o in calls]
+    kinds = [m.weight.dtype for m in prunable(layer).values()]
     with torch.no_grad(), _trainable(layer) as weights:
         start, before = [w.clone() for w in weights], _error(layer, calls, hidden, wanted)
         def go_back():
             for w, old in zip(weights, start, strict=True): w.copy_(old)
         for _ in range(4):
-            if _train(layer, weights, calls, hidden, wanted, passes, rate): break
+            if _train(layer, weights, calls, hidden, wanted, passes, rate) and _rounded(weights, kinds): break
             go_back()
             rate /= 2
         else: raise CalibPruneError(f"{name}: training the kept weights led to numbers that are not finite, also with steps of "

@@ -85,7 +85,7 @@ def refine(weight: Tensor,         # [d_out, d_in], dense
            steps: int = 10,        # conjugate-gradient steps (ALPS: at most 10)
            damping: float = 0.01,  # see `scaled`
            shared: Scaled | None = None  # of this very Hessian, if it is known already
-          ) -> PrunedWeight:       # the same zeros, a smaller `error`, in the type of `weight`
+          ) -> PrunedWeight:       # the same zeros and those of dead inputs, a smaller `error`, in the type of `weight`
     "Move the kept weights so that the layer's output on the calibration text changes least."
     check_weight(weight)
     check_number("steps", steps, 0, 10_000, whole=True)

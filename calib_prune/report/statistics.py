@@ -81,8 +81,9 @@ def source_dimension(mix: str  # of a cell
 
 def as_strategy(strategy: str, method: str) -> tuple[str, str]:
     "A method that weighs the dimensions of a mix, as a strategy of SparseGPT: it is another way to use the same text (ours)."
-    weighs = method in METHODS and METHODS[method].by_group
-    return (f"{strategy}, {method}", "sparsegpt") if weighs else (strategy, method)
+    base, plus, extras = method.partition("+")
+    weighs = base in METHODS and METHODS[base].by_group
+    return (f"{strategy}, {base}", f"sparsegpt{plus}{extras}") if weighs else (strategy, method)
 
 def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per pruned cell
     "What identifies the cells of a study."
