@@ -28,7 +28,7 @@ def inverse(matrix: Tensor,  # [d, d], symmetric, with no eigenvalue below 0
     return torch.cholesky_inverse(lower)
 
 # %% ../../nbs/5_pruning/09_admm.ipynb #41f86533
-ROUNDS, CHOOSING = 20, 15  # rounds, and those of them that choose a mask (arXiv 2401.02938, section 4)
+ROUNDS, CHOOSING = 20, 15  # rounds, and those of them that choose a mask (arXiv 2401.02938)
 
 def choose(v: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
     "What to prune, bool [d_out, d_in]: the smallest."
@@ -73,8 +73,8 @@ def admm(weight: Tensor,          # [d_out, d_in], any float type; left as it is
          hessian: Tensor,         # [d_in, d_in] second moment of the inputs
          sparsity: float = 0.6,   # share of weights to prune, in [0, 1); an n:m pattern has its own
          pattern: str | tuple[int, int] | None = None,  # "2:4" or (2, 4) keeps 2 of every 4
-         damping: float = 0.1,    # see `scaled` (published code: 0.1)
-         penalty: float = 1.0,    # ρ (published code: 1)
+         damping: float = 0.1,    # see `scaled` (L-ADMM: 0.1)
+         penalty: float = 1.0,    # ρ (L-ADMM: 1)
          rounds: int = ROUNDS,
          choosing: int = CHOOSING,
          shared: tuple[Scaled, Tensor] | None = None  # from `admm_factor`, of this very Hessian, if it is known already

@@ -17,7 +17,7 @@ from .experts import one_by_one
 from .layers import Call, decoder_layers, get_weight, prunable, watching
 
 # %% ../../nbs/5_pruning/17_allocation.ipynb #8e659d0b
-OUTLIER, SPREAD = 5.0, 0.08  # M and λ of arXiv 2310.05175: a score that counts, in means; how far layers may move from the mean
+OUTLIER, SPREAD = 5.0, 0.08  # M and λ of OWL, second hand: a score that counts, in means; how far layers may move
 
 class _Norms:
     "Sums of squares of a linear map's inputs, and how many tokens there were."

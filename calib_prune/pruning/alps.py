@@ -65,7 +65,7 @@ def alps(weights: list[Tensor],   # [d_out, d_in] each, any float type, of linea
          hessian: Tensor,         # [d_in, d_in] second moment of the inputs
          sparsity: float = 0.6,   # share of weights to prune, in [0, 1); an n:m pattern has its own
          pattern: str | tuple[int, int] | None = None,  # "2:4" or (2, 4) keeps 2 of every 4
-         damping: float = 0.01,   # see `scaled` (published code: 0.01)
+         damping: float = 0.01,   # see `scaled` (ALPS: 0.01)
          most: int = MOST,        # rounds
          steps: int = 10          # conjugate-gradient steps at the end (published: at most 10)
         ) -> list[PrunedWeight]:  # exactly floor(sparsity × weights) pruned in each, in the type of `weights`

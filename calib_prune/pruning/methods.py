@@ -62,8 +62,8 @@ class Method:
 METHODS: dict[str, Method] = {o.name: o for o in (
     Method("sparsegpt", "SparseGPT", "second moments", _sparsegpt, 3, 2.5, ("block", "damping")),
     Method("wanda", "Wanda", "input norms", _wanda, 3, 2.0),
-    Method("admm", "L-ADMM", "second moments", _admm, 1, 4.0),
-    Method("alps", "ALPS", "second moments", _alps, 1, 12.0),
+    Method("admm", "L-ADMM", "second moments", _admm, 1, 3.8),
+    Method("alps", "ALPS", "second moments", _alps, 1, 6.7),
     Method("magnitude", "Magnitude", "nothing", _magnitude, 3, 2.0),
     Method("balanced", "SparseGPT, balanced", "second moments of each dimension", partial(_minimax, rounds=1), 3, 2.5,
            ("block", "damping"), by_group=True),
@@ -140,8 +140,8 @@ class Recipe:
 
     @property
     def passes(self) -> float:
-        "Time of a prune, in forward passes of the calibration set, for `cost`."
-        return METHODS[self.method].passes + 0.05 * self.refine + 4 * self.reconstruct + (self.allocation != "uniform")
+        "Time of a prune, in forward passes of the calibration set, for `cost`. (What a reconstruction takes is a guess.)"
+        return METHODS[self.method].passes + 0.04 * self.refine + 4 * self.reconstruct + (self.allocation != "uniform")
 
     @property
     def label(self) -> str:

@@ -56,8 +56,8 @@ def check_memory(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> N
     needed = 17 * weights + wider + _left_behind(layer, calls[0], hidden[0].to(device))
     if (free := _free(device)) is not None and needed > free:
         raise CalibPruneError(f"Reconstruction of a layer needs about {needed / 1e9:.1f} GB beside the model, and "
-                              f"{free / 1e9:.1f} GB of the {device.type}'s memory are free: lower --batch-tokens, use fewer "
-                              "windows, or go without --reconstruct.")
+                              f"{free / 1e9:.1f} GB of the {device.type}'s memory are free: lower --batch-tokens, or go "
+                              "without --reconstruct.")
 
 # %% ../../nbs/5_pruning/16_reconstruction.ipynb #3958c6d1
 def _in_float32(value: Any,
@@ -125,7 +125,7 @@ def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
     try: yield weights
     finally:
         for p, data, had in before:  # the memory that a weight lies in may be a part of a larger one
-            if data is not p.data: data.copy_(p.data)
+            if data.dtype != p.dtype: data.copy_(p.data)
             p.data, p.requires_grad, p.grad = data, had, None
 
 # %% ../../nbs/5_pruning/16_reconstruction.ipynb #100a328d

@@ -151,7 +151,7 @@ def _walk(model: PreTrainedModel, windows: _Windows,
                 make = (type(layer), *prunable(layer))
                 if make not in shared: shared[make] = share_groups(layer, here[0], windows.hidden[0].to(windows.work))
                 moments, all_tokens = windows.measure(layer, here, shared[make])
-                with fast_products(): wanted = targets(layer, here, windows.hidden) if passes else []
+                wanted = targets(layer, here, windows.hidden) if passes else []
                 done = prune_layer(i, layer, shared[make], moments, all_tokens, sparsity=sparsities[i], **how)
                 if passes: done = _reconstructed(i, layer, here, windows.hidden, wanted, passes, done)
                 del wanted
