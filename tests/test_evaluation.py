@@ -168,7 +168,7 @@ def test_evaluate_equals_lm_eval_item_by_item(benchmarks):
     stock = evaluate(model, TOKENIZER, NAMES, limit=12, stock=True)
     assert items.attrs["scoring"] == "packed" and stock.attrs["scoring"] == "lm-eval (asked for)"
     pd.testing.assert_frame_equal(items, stock, rtol=1e-5, check_exact=False)
-    assert list(items.columns) == ["task", "dimension", "item", "metric", "value", "bytes"]
+    assert list(items.columns) == ["task", "dimension", "item", "metric", "value", "bytes", "chance"]
     assert items.groupby(["task", "metric"]).size().to_dict() == {
         **{(task, metric): 12 for task in ("sciq", "hellaswag") for metric in ("acc", "acc_norm", "bits")},
         ("lambada", "bits"): 12, ("gsm8k", "bits"): 12}

@@ -50,11 +50,11 @@ def rounds_of_admm(dense: Tensor,    # [d_out, d_in], for inputs of one size
     "Choose a mask and the weights that it keeps."
     constant = dense - penalty * times(dense, unfit)
     unfit = penalty * unfit
-    v, mask = dense, torch.zeros_like(dense, dtype=torch.bool)
+    v, pruned = dense, torch.zeros_like(dense)  # 1 where a weight is pruned: products are several times faster than `where`
     for t in range(1, rounds + 1):
-        if t <= choosing: mask = choose(v, _share_in(t, sparsity, choosing), pattern)
-        if t < rounds: v = times(torch.where(mask, -v, v), unfit, plus=torch.where(mask, v + constant, constant))
-    return v.masked_fill(mask, 0)
+        if t <= choosing: pruned = choose(v, _share_in(t, sparsity, choosing), pattern).float()
+        if t < rounds: v = times(torch.addcmul(v, v, pruned, value=-2), unfit, plus=torch.addcmul(constant, v, pruned))
+    return v.masked_fill(pruned.bool(), 0)
 
 # %% ../../nbs/5_pruning/09_admm.ipynb #2530205f
 def measured(weight: Tensor,   # [d_out, d_in], dense

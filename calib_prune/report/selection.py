@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS
+from ..evaluation.measures import MEASURES
 from .examples import example_items
 from .plots import method_label, sparsity_label
 from .statistics import (COORDINATES, OUTCOMES, Replicates, as_strategy,
@@ -84,10 +85,12 @@ class Measured:
 
 def measured(preset: dict[str, Any], study: dict[str, Result],
              n_boot: int | None = None,  # resamples; by default the preset's
-             seed: int = 0) -> Measured:
+             seed: int = 0,
+             measure: str = "plain"      # see `evaluation.measures`
+            ) -> Measured:
     "Bootstrap a whole study, ablations included: how far draws scatter is pooled over all of it."
     if lacking(study): return Measured(preset, study, NOTHING, NOTHING)
-    cells = bootstrap_retention(study, n_boot or preset.get("resamples", N_BOOT), seed)
+    cells = bootstrap_retention(study, n_boot or preset.get("resamples", N_BOOT), seed, measure)
     return Measured(preset, study, cells, strategy_retention(cells, seed))
 
 def lacking(study: dict[str, Result]) -> str:
@@ -185,15 +188,19 @@ def setting_note(part: Part) -> str:
     return " ".join([*said, missing_note(part)]).strip()
 
 # %% ../../nbs/8_report/06_selection.ipynb #9386a833
+_FORMULA = {"plain": "pruned / dense for accuracies, dense / pruned for bits per byte",
+            "answer-bits": "bits per byte of the right answers, dense / pruned",
+            "above-chance": "accuracies above what guessing gets, pruned / dense"}
+_GUESSING = {"plain": " Guessing counts: an accuracy's retention falls little below chance / dense."}
+
 def scoring_note(part: Part) -> str:
     "How retention is defined, and on how many items."
     found = part.found
     each = "; ".join(f"{d}: {found.scored[d]}, {found.items[d]} items" for d in DIMENSIONS if found.items[d])
     if not each: return ""
-    left_out = f" Left out, as the dense model has nothing right there: {listed(found.left_out)}." if found.left_out else ""
-    return (f"Retention is in % of the dense model's score: pruned / dense for accuracies, dense / pruned for bits per byte "
-            f"({each}). Guessing counts: an accuracy's retention falls little below chance / dense. Total is the mean of the "
-            f"dimensions.{left_out}")
+    left_out = f" Left out, as the dense model has nothing to lose there: {listed(found.left_out)}." if found.left_out else ""
+    return (f"{MEASURES[found.measure].label}: retention is in % of the dense model's score, {_FORMULA[found.measure]} "
+            f"({each}).{_GUESSING.get(found.measure, '')} Total is the mean of the dimensions.{left_out}")
 
 def caption(part: Part, what: str,  # the title
             *more: str) -> str:

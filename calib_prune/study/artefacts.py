@@ -53,7 +53,10 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T8", "tuning", "How the tuned shares were found", "self_generated", ABLATIONS),
     Artefact("F8", "self-generated", "Text that the model writes, by dimension", "self_generated", ABLATIONS),
     Artefact("T9", "ablations", "What each step of IGSP adds", "ablations", ABLATIONS),
-    Artefact("F7", "frontier", "The pool of IGSP and its choice", "ablations", ABLATIONS))}
+    Artefact("F7", "frontier", "The pool of IGSP and its choice", "ablations", ABLATIONS),
+    Artefact("T10", "pruners", "Better pruners beside SparseGPT and Wanda", "pruners"),
+    Artefact("T10", "gains", "What better pruners gain, by dimension and calibration set", "pruners"),
+    Artefact("F9", "pruners", "What a better pruner gains against what it costs", "pruners"))}
 
 # %% ../../nbs/7_study/00_artefacts.ipynb #97e9d477
 NOTEBOOKS = tuple(dict.fromkeys(o.notebook for o in ARTEFACTS.values()))

@@ -1,0 +1,106 @@
+"Measures of what is kept: values, formulas, the rule, and what is refused."
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from calib_prune.core import CalibPruneError
+from calib_prune.evaluation.measures import (HEADLINE, MEASURES, can_tell, headline, measured_values, metric_of,
+                                             task_retention)
+from calib_prune.evaluation.retention import difference, retention
+from calib_prune.evaluation.scoring import scores
+from calib_prune.evaluation.tasks import TASKS
+from calib_prune.report.examples import example_study
+from calib_prune.report.statistics import OUTCOMES, bootstrap_retention, nothing_right
+
+ONE_OF_EACH = dict(General="sciq", Commonsense="piqa", Code="humaneval_generate", Math="basic_skills_arithmetic")
+
+
+def items(task: str, bits, right=(), chance: float = 0.25) -> pd.DataFrame:
+    "Rows as `evaluate` returns them."
+    found = [dict(item=str(i), metric="bits", value=float(b), bytes=4, chance=math.nan) for i, b in enumerate(bits)]
+    metric = TASKS[task].metric if TASKS[task].kind != "bpb" else "acc"
+    found += [dict(item=str(i), metric=metric, value=float(r), bytes=0, chance=chance) for i, r in enumerate(right)]
+    return pd.DataFrame(found).assign(task=task, dimension=TASKS[task].dimension)
+
+
+def test_each_measure_reads_its_own_rows():
+    both = pd.concat([items("sciq", [8, 4], [1, 0]), items("mbpp", [20, 30])], ignore_index=True)
+    assert [metric_of(TASKS["sciq"], o) for o in MEASURES] == ["bits", "acc", "acc"]
+    assert [metric_of(TASKS["mbpp"], o) for o in MEASURES] == ["bits", None, "bits"]
+    assert [metric_of(TASKS["gsm8k_generate"], o) for o in MEASURES] == [None, "exact_match", "exact_match"]
+    assert measured_values(both, "answer-bits").value.tolist() == [8, 4, 20, 30]
+    assert measured_values(both, "above-chance").value.tolist() == [0.75, -0.25]
+    assert measured_values(both).value.tolist() == [1, 0, 20, 30]
+
+
+def test_formulas():
+    two = lambda *o: np.array([o, o], float)
+    assert task_retention("sciq", two(80.0), two(100.0), "answer-bits")[0] == 0.8
+    assert task_retention("sciq", two(80.0), two(40.0))[0] == 0.5
+    assert task_retention("sciq", two(60.0), two(-6.0), "above-chance")[0] == -0.1
+    assert np.isnan(task_retention("sciq", np.array([[2.0], [0.0]]), two(1.0), "above-chance")[1])
+
+
+def test_a_guess_keeps_nothing_above_chance():
+    rng = np.random.default_rng(0)
+    dense = items("sciq", np.ones(4000), rng.random(4000) < 0.7)
+    guessing = items("sciq", np.ones(4000), rng.random(4000) < 0.25)
+    kept = {o: retention(dense, guessing, 20, measure=o).retention[0] for o in MEASURES}
+    assert abs(kept["above-chance"]) < 0.05 and abs(kept["plain"] - 0.25 / 0.7) < 0.03 and kept["answer-bits"] == 1
+    assert difference(dense, dense, guessing, 20, measure="above-chance").difference[0] == pytest.approx(1 - kept["above-chance"])
+
+
+def test_rows_hold_what_every_measure_needs():
+    both = pd.concat([items("sciq", [8, 4], [1, 0]), items("mbpp", [20, 30]), items("gsm8k_generate", [], [1, 0], 0)])
+    rows = scores(both).set_index("task")
+    assert rows.bits_per_byte[["sciq", "mbpp"]].tolist() == [1.5, 6.25] and math.isnan(rows.bits_per_byte["gsm8k_generate"])
+    assert rows.accuracy[["sciq", "gsm8k_generate"]].tolist() == [0.5, 0.5] and math.isnan(rows.accuracy["mbpp"])
+    assert rows.chance[["sciq", "gsm8k_generate"]].tolist() == [0.25, 0] and math.isnan(rows.chance["mbpp"])
+
+
+@pytest.mark.parametrize("wrong, measure, said", [
+    (lambda o: o.drop(columns="chance"), "above-chance", "do not say what guessing gets"),
+    (lambda o: o.assign(chance=math.nan), "above-chance", "do not say what guessing gets"),
+    (lambda o: o[o.metric != "bits"], "answer-bits", "task 'sciq' have no 'bits'"),
+    (lambda o: o[o.metric == "bits"], "plain", "task 'sciq' have no 'acc'"),
+    (lambda o: pd.concat([o, o]), "answer-bits", "is there twice"),
+    (lambda o: o, "answer-bit", "answer-bits")])
+def test_what_cannot_be_measured_is_refused(wrong, measure, said):
+    with pytest.raises(CalibPruneError, match=said): measured_values(wrong(items("sciq", [8, 4], [1, 0])), measure)
+
+
+def test_a_dense_model_at_chance_is_refused_or_left_out():
+    dense, pruned = items("sciq", [1] * 4, [1, 0, 0, 0]), items("sciq", [1] * 4, [0, 0, 0, 0])
+    with pytest.raises(CalibPruneError, match="no better than chance on task 'sciq'"):
+        retention(dense, pruned, measure="above-chance")
+    rng = np.random.default_rng(1)
+    values = {t: (rng.random((400, 2)) < p) - 0.25 for t, p in (("sciq", 0.26), ("piqa", 0.8))}
+    assert nothing_right(values, "above-chance") == ()  # nothing else measures the dimension: an error will say so
+    assert nothing_right(values | {"jeopardy": values["piqa"]}, "above-chance") == ("sciq",)
+
+
+def test_a_study_by_every_measure():
+    study = example_study({"c4": (0.8, 0.6, 0.5, 0.3), "math": (0.5, 0.5, 0.5, 0.9)}, n=40)
+    for result in study.values():  # a made-up study has own scores only
+        right = result.items.metric != "bits"
+        result.items = pd.concat([result.items.assign(chance=np.where(right, 0.2, np.nan)),
+                                  result.items[right].assign(metric="bits", value=4 - 2 * result.items.value[right], bytes=2,
+                                                             chance=np.nan)], ignore_index=True)
+    found = {o: bootstrap_retention(study, 20, measure=o) for o in MEASURES}
+    at = {d: i for i, d in enumerate(OUTCOMES)}
+    assert found["above-chance"].of("c4")[0, at["General"]] == pytest.approx((0.8 - 0.2) / 0.8)
+    assert found["answer-bits"].of("c4")[0, at["General"]] == pytest.approx(2 / (4 - 2 * 0.8))
+    assert found["plain"].of("c4")[0, at["General"]] == pytest.approx(0.8)
+    assert np.isnan(found["above-chance"].of("c4")[0, at["Code"]])  # HumanEval by bits has no accuracy
+    assert all(o.of("c4")[0, at["Accuracy"]] == found["plain"].of("c4")[0, at["Accuracy"]] for o in found.values())
+    assert found["answer-bits"].scored["General"] == "bits per byte" and found["above-chance"].measure == "above-chance"
+
+
+def test_the_rule():
+    assert can_tell("answer-bits", 0.5, 1.0) and not can_tell("answer-bits", 0.49, 0.0)
+    assert can_tell("plain", 0.9, 0.5) and not can_tell("plain", 0.9, 0.51) and not can_tell("above-chance", math.nan, 0)
+    assert can_tell("plain", 0.9, math.nan)  # no choice task, no floor
+    assert {headline({o: 4}) for o in HEADLINE} == set(HEADLINE) == set(MEASURES)
+    assert headline(dict.fromkeys(HEADLINE, 3)) == HEADLINE[0]

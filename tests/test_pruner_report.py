@@ -1,0 +1,83 @@
+"Methods side by side: gains by draw, costs, and the rule that picks."
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from calib_prune.report.examples import example_items, example_preset
+from calib_prune.report.pruners import (GAINS, chosen, cost_rows, gain_rows, gain_text, gains, kept_rows, pruner_figure,
+                                        pruner_text, totals)
+from calib_prune.report.selection import measured
+from calib_prune.report.statistics import OUTCOMES
+from calib_prune.study.presets import Cell
+from calib_prune.study.results import Result
+
+TOTAL = OUTCOMES.index("Total")
+
+
+def made_up(methods: dict[str, tuple[float, float]], strategies=("uniform", "c4"), seeds=(0, 1, 2), noise=0.003, n=1000):
+    "A study in which each method (gain, seconds) keeps more than SparseGPT by its gain, on the same draws."
+    rng = np.random.default_rng(3)
+    study = {"dense": Result(asdict(Cell("dense")), pd.DataFrame(), example_items([1] * 4, n), {})}
+    for method, (more, seconds) in ({"sparsegpt": (0.0, 20.0)} | methods).items():
+        for name in strategies:
+            for seed in seeds:
+                cell = Cell(name, name, method, 0.6, seed, 32)
+                kept = np.full(4, 0.6 + more + 0.1 * (name == "c4") + noise * rng.normal())
+                rows = pd.DataFrame([dict(metric="perplexity per token", score=30.0 + seed)])
+                about = asdict(cell) | dict(peak_gib=1.5, mean_error=0.03)
+                study[cell.name] = Result(about, rows, example_items(kept, n), {"pruning": seconds * (1 + seed)})
+    return measured(example_preset(study), study, 400)
+
+
+def test_gains_are_paired_by_draw():
+    whole = made_up({"admm": (0.05, 28)})
+    found = gains(whole)
+    assert len(found.cells) == 6 and set(found.cells["method"]) == {"admm"}
+    row = found.cells.index[(found.cells["strategy"] == "c4") & (found.cells["seed"] == 2)][0]
+    at = dict(strategy="c4", seed=2)
+    mine, theirs = (whole.cells.where(method=m, **at).values[:, 0] for m in ("admm", "sparsegpt"))
+    np.testing.assert_array_equal(found.values[:, row], mine - theirs)
+    rows = gain_rows(whole).set_index(["strategy", "dimension"])
+    mean = np.mean([found.values[0, :, TOTAL]])
+    assert rows.value["mean", "Total"] == pytest.approx(mean) and abs(mean - 0.05) < 0.01
+    assert rows.value["uniform − c4", "Total"] == pytest.approx(rows.value["uniform", "Total"] - rows.value["c4", "Total"])
+    assert rows.draws["mean", "Total"] == 6 and rows.draws["c4", "Total"] == 3
+    assert list(gain_text(gain_rows(whole))["strategy"]) == ["uniform", "c4", "mean", "uniform − c4"]
+
+
+def test_costs_are_ratios_of_the_same_draw():
+    costs = cost_rows(made_up({"admm": (0.05, 28), "alps": (0.06, 60)}).study).set_index("method")
+    assert costs["times"].to_dict() == pytest.approx({"sparsegpt": 1, "admm": 1.4, "alps": 3})
+    assert costs["seconds"]["admm"] == 56 and costs["error"]["alps"] == 0.03
+    assert costs["perplexity"]["admm"] == pytest.approx((30 * 31 * 32) ** (1 / 3))
+
+
+@pytest.mark.parametrize("methods, names", [
+    ({"admm": (0.05, 28)}, ["admm"]),
+    ({"admm": (0.05, 28), "alps": (0.06, 60)}, ["admm"]),
+    ({"admm": (0.05, 28), "alps": (0.12, 60)}, ["admm", "alps"]),
+    ({"admm": (0.05, 31)}, ["admm"]),                       # 1.55 times: not affordable, but the best at any cost
+    ({"admm": (0.015, 28), "alps": (0.02, 60)}, []),        # a lead too small to matter
+    ({"admm": (0.01, 28), "alps": (0.09, 60)}, ["alps"]),
+    ({"wanda": (-0.05, 10)}, []), ({}, [])])
+def test_the_rule(methods, names): assert chosen(made_up(methods)) == names
+
+
+def test_table_and_figure():
+    whole = made_up({"admm": (0.05, 28), "sparsegpt+reconstruct": (0.1, 90)})
+    kept, gained, costs = kept_rows(whole), gain_rows(whole), cost_rows(whole.study)
+    text = pruner_text(kept, gained, costs).set_index("method")
+    assert text.loc["SparseGPT", "total over SparseGPT"] == "–" and text.loc["L-ADMM", "time"] == "1.40×"
+    assert text.loc["L-ADMM", "Total"] == f"{100 * totals(kept, 0.6).value['admm']:.1f}"
+    figure = pruner_figure(gained, costs)
+    assert "reconstructed keeps" in figure._suptitle.get_text() and "4.5 times" in figure._suptitle.get_text()
+
+
+def test_a_study_without_other_methods_or_draws():
+    alone = made_up({})
+    assert gain_rows(alone).empty and list(gain_rows(alone).columns) == GAINS and gain_text(gain_rows(alone)).empty
+    one = made_up({"admm": (0.05, 28)}, strategies=("c4",), seeds=(0,))
+    assert set(gain_rows(one)["strategy"]) == {"c4", "mean"} and chosen(one) == ["admm"]
+    assert pruner_text(kept_rows(one), gain_rows(one), cost_rows(one.study))["method"].tolist() == ["SparseGPT", "L-ADMM"]
