@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib_prune.evaluation import sandbox, scoring, tasks
 from calib_prune.core import CalibPruneError
+from calib_prune.evaluation.measures import prompt_gains
 from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention, task_retention
 from calib_prune.evaluation.scoring import evaluate, language_model, last_number, limit_of, scores
 from calib_prune.model.likelihood import batches, loglikelihoods, pack, tree_mask, unpackable
@@ -172,6 +173,26 @@ def test_evaluate_equals_lm_eval_item_by_item(benchmarks):
     assert items.groupby(["task", "metric"]).size().to_dict() == {
         **{(task, metric): 12 for task in ("sciq", "hellaswag") for metric in ("acc", "acc_norm", "bits")},
         ("lambada", "bits"): 12, ("gsm8k", "bits"): 12}
+
+
+def test_right_answers_after_the_prompt_of_another_item(benchmarks):
+    model = tiny_llama(seed=1)
+    own, both = evaluate(model, TOKENIZER, NAMES, limit=12), evaluate(model, TOKENIZER, NAMES, limit=12, swapped=5)
+    assert both.attrs == own.attrs
+    pd.testing.assert_frame_equal(both[both.metric != "swapped_bits"].reset_index(drop=True), own)
+    other = both[both.metric == "swapped_bits"]
+    assert other.groupby("task").size().to_dict() == dict.fromkeys(NAMES, 5)
+    mine = [int(o) for o in other.item[other.task == "lambada"]]
+    for i, after in zip(mine, mine[1:] + mine[:1]):
+        ids = [TOKENIZER(o).input_ids for o in (benchmarks["lambada"][after]["context"], benchmarks["lambada"][i]["continuation"])]
+        nats = one_by_one(model, [ids])[0][0]
+        assert other.value[(other.task == "lambada") & (other.item == str(i))].item() == pytest.approx(-nats / math.log(2), rel=1e-4)
+    gains = prompt_gains(both)
+    sums = both[(both.task == "gsm8k") & both.item.isin(other.item[other.task == "gsm8k"])].groupby("metric").value.sum()
+    assert set(gains.index) == set(NAMES)
+    assert gains["gsm8k"] == pytest.approx(1 - sums["bits"] / sums["swapped_bits"])
+    alone = evaluate(model, TOKENIZER, ["lambada"], limit=1, swapped=5)
+    assert set(alone.metric) == {"bits"}, "a single item has no other"
 
 
 def test_bits_and_accuracy_by_hand(benchmarks):

@@ -124,3 +124,11 @@ def test_every_real_item_renders(name):
     for o in items:
         assert o["context"].strip()
         assert 0 <= o["gold"] < len(o["choices"]) and all(c.strip() for c in o["choices"]) if "choices" in o else o["target"]
+
+
+def test_items_after_those_that_are_scored():
+    records = [{"id": str(i)} for i in range(1000)]
+    some, more, next_ones = choose(records, 50), choose(records, 80), choose(records, 30, after=50)
+    of = lambda items: {o["id"] for o in items}
+    assert of(some) | of(next_ones) == of(more) and not of(some) & of(next_ones)
+    assert choose(records, 30, after=1000) == [] and len(choose(records, 30, after=990)) == 10

@@ -26,7 +26,7 @@ from ..progress import ProgressFn
 from ..resampling import draws, interval
 
 # %% ../../nbs/3_calibration/04_oit.ipynb #04649fd3
-METRICS_VERSION = 3  # part of a result's key
+METRICS_VERSION = 4  # part of a result's key
 
 # %% ../../nbs/3_calibration/04_oit.ipynb #25d3f820
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'RELIABLE', 'AT_CHANCE', 'HEADLINE', 'Measure', 'get_measure', 'metric_of', 'measured_values',
-           'task_retention', 'can_tell', 'headline']
+           'task_retention', 'prompt_gains', 'can_tell', 'headline']
 
 # %% ../../nbs/6_evaluation/05_measures.ipynb #49affed8
 from dataclasses import dataclass
@@ -75,6 +75,15 @@ def task_retention(task: str,
                               "Use more items, or a task that this model can do.")
     above, below = (dense, pruned) if metric_of(TASKS[task], measure) == "bits" else (pruned, dense)
     return np.divide(above, below, out=np.full(above.shape, np.nan), where=below != 0)
+
+# %% ../../nbs/6_evaluation/05_measures.ipynb #3f0b455d
+def prompt_gains(items: pd.DataFrame  # from `scoring.evaluate` with `swapped`
+                ) -> pd.Series:       # by task: (bits after another's prompt - bits after its own) / the former
+    "How much of the right answers' bits a model's own prompts save."
+    about = ["task", "item"]
+    bits = {o: items[items.metric == o].set_index(about)["value"] for o in ("bits", "swapped_bits")}
+    both = pd.DataFrame(bits).dropna().groupby("task", sort=False).sum()
+    return ((both["swapped_bits"] - both["bits"]) / both["swapped_bits"]).rename("prompt_gain")
 
 # %% ../../nbs/6_evaluation/05_measures.ipynb #a0251cc2
 RELIABLE, AT_CHANCE = 0.5, 0.5      # the rule's two limits

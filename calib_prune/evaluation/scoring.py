@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORING_VERSION', 'Limit', 'language_model', 'likelihood_rows', 'last_number', 'generated_rows', 'quiet', 'limit_of',
-           'left_out_items', 'evaluate', 'scores']
+           'swapped_rows', 'left_out_items', 'evaluate', 'scores']
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #2844d8cd
 import logging
@@ -129,6 +129,19 @@ def limit_of(task: Task,
         if o not in TASKS and o not in KINDS: raise unknown_name("limit", o, [*KINDS, *TASKS])
     return limit.get(task.name, limit.get(task.kind))
 
+# %% ../../nbs/6_evaluation/06_scoring.ipynb #4bc885a4
+def swapped_rows(lm, task: Task, samples: list[dict],  # as lm-eval logs them
+                 n: int                                # of the first items
+                ) -> list[dict]:
+    "The bits of the right answers after the prompt of the next item; none for generated answers, or for a single item."
+    from lm_eval.api.instance import Instance
+    mine = samples[:n] if task.kind != "generate" and len(samples) > 1 else []
+    right = [o["arguments"][o["doc"]["gold"]] for o in mine]
+    pairs = [(prompt, answer) for (prompt, _), (_, answer) in zip(right[1:] + right[:1], right)]
+    found = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs]) if pairs else []
+    return [dict(task=task.name, dimension=task.dimension, item=o["doc"]["id"], metric="swapped_bits", value=-lp / math.log(2),
+                 bytes=len(answer.encode()), chance=math.nan) for o, (lp, _), (_, answer) in zip(mine, found, pairs)]
+
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #9358692e
 def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval logs them
                    rows: list[list[dict]],                       # by task
@@ -152,7 +165,8 @@ def evaluate(model, tokenizer,
              batch_tokens: int = 1024,            # tokens in a batch; the last digits depend on it
              batch_size: int = 8,                 # sequences at once when generating, and on lm-eval's own path
              progress: ProgressFn | None = None,
-             stock: bool = False                  # score by lm-eval's own path
+             stock: bool = False,                 # score by lm-eval's own path
+             swapped: int = 0                     # items per task that are scored after another's prompt as well
             ) -> pd.DataFrame:                    # task, dimension, item, metric, value, bytes, chance
     "Score a model on tasks, item by item. `attrs` of the result say how (`scoring`) and what did not fit (`left_out`)."
     from lm_eval.evaluator import evaluate as run
@@ -165,12 +179,13 @@ def evaluate(model, tokenizer,
         lm = language_model(model, tokenizer, batch_tokens, batch_size, progress, stock=bool(reason))
         loaded = TaskManager(include_path=folders, include_defaults=False).load([o.name for o in chosen])
         samples = run(lm=lm, task_dict=loaded["tasks"], bootstrap_iters=0)["samples"]
+        others = [row for o in chosen for row in swapped_rows(lm, o, samples[o.name], swapped)]
     rows = []
     for task in chosen:
         mine = samples[task.name]
         if task.kind == "generate": rows.append(generated_rows(task, mine))
         else: rows.append([row for sample in mine for row in likelihood_rows(task, sample)])
-    items = pd.DataFrame([row for part in rows for row in part])
+    items = pd.DataFrame([row for part in rows for row in part] + others)
     items.attrs["scoring"] = f"lm-eval ({reason})" if reason else "packed"
     if left_out := left_out_items(chosen, samples, rows, lm.max_length): items.attrs["left_out"] = left_out
     return items

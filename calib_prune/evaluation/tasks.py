@@ -11,6 +11,7 @@ import ast
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -177,14 +178,15 @@ def render(task: Task,
 # %% ../../nbs/6_evaluation/01_tasks.ipynb #b0271154
 def choose(records: list[dict],  # all items, each with an `id`
            limit: int | None,    # how many to keep; None keeps all
-           seed: int = 0         # which fixed subset
+           seed: int = 0,        # which fixed subset
+           after: int = 0        # how many to pass over first: those that a limit of `after` keeps
           ) -> list[dict]:       # in file order
     "A fixed pseudo-random subset of items."
     if limit is not None and limit < 1:
         raise CalibPruneError(f"A limit of {limit} items leaves nothing to score; use 1 or more.")
     key = lambda i: hashlib.sha256(f"{seed}:{records[i]['id']}".encode()).digest()
     shuffled = sorted(range(len(records)), key=key)
-    return [records[i] for i in sorted(shuffled[:limit])]
+    return [records[i] for i in sorted(shuffled[after:None if limit is None else after + limit])]
 
 # %% ../../nbs/6_evaluation/01_tasks.ipynb #5200c992
 def task_config(task: Task, data: Path) -> dict:
@@ -224,14 +226,19 @@ def write_task(task: Task,
 
 # %% ../../nbs/6_evaluation/01_tasks.ipynb #669364e6
 def benchmark_tokens(tokenizer,
-                     limit: int | None = 50,              # items per task, the fixed subset that is scored; None for all
-                     tasks: str | list[str] = "default"
+                     limit: int | None = 50,              # items per task; None for all
+                     tasks: str | list[str] = "default",
+                     scored: Mapping[str, int | None] | None = None  # task → how many items are scored (None: all)
                     ) -> dict[str, np.ndarray]:           # dimension → token ids int64 of its prompts
-    "The tokens of the benchmark prompts, by capability, without the beginning that all prompts of a task share (ours)."
+    """The tokens of the benchmark prompts, by capability, without the beginning that all prompts of a task share (ours).
+
+    Items that are scored are passed over; a task without others is left out.
+    """
     found: dict[str, list[int]] = {}
     for task in get_tasks(tasks):
-        records = choose(read_jsonl(cached("benchmarks", task.benchmark)), limit)
-        prompts = [render(task, o)["context"] for o in records]
+        records, first = read_jsonl(cached("benchmarks", task.benchmark)), (scored or {}).get(task.name, 0)
+        prompts = [render(task, o)["context"] for o in ([] if first is None else choose(records, limit, after=first))]
+        if not prompts: continue
         same = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
         ids = tokenizer([o[same:] for o in prompts], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         mine = found.setdefault(task.dimension, [])

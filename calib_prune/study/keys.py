@@ -97,6 +97,7 @@ def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
     heldout, scoring, pruning = preset["heldout"], preset["scoring"], preset["pruning"]
     key = dict(scheme=SCHEME, model=model_key(preset), tasks=tasks_key(preset), batch_tokens=scoring["batch_tokens"],
                heldout=heldout | dict(revision=get_source(heldout["source"]).revision))
+    if scoring.get("swapped"): key |= dict(swapped=scoring["swapped"])
     if cell.strategy == "dense": return key | dict(versions=_versions_of("scoring"))
     recipe = read_recipe(cell.method)
     method = METHODS[recipe.method]
@@ -187,7 +188,8 @@ def metrics_key(preset: dict[str, Any], strategy: str,
     draws = {str(seed): calibration_key(mix_of(preset, strategy, seed), size["windows"], size["length"], seed)
              for seed in seeds_of(preset, strategy)}
     references = {o.name: content_hash([o.entry, _items(o)]) for o in tasks} | {"own text": file_sha256(own_text)[:16]}
-    return dict(scheme=SCHEME, model=model_key(preset), draws=draws, references=references,
+    scored = {o.name: limit_of(o, preset["scoring"]["limit"]) for o in tasks}  # prompts of these items are no references
+    return dict(scheme=SCHEME, model=model_key(preset), draws=draws, references=references, scored=scored,
                 batch_tokens=preset["scoring"]["batch_tokens"], versions=_versions_of("calibration set", "metrics"))
 
 # %% ../../nbs/7_study/03_keys.ipynb #27cba5f6

@@ -20,7 +20,8 @@ import pandas as pd
 from ..calibration.sets import build_calibration, parse_mix, source_stream, token_stream
 from ..core import DIMENSIONS, CalibPruneError, load_json, write_atomic
 from ..calibration.oit import METRICS, measure
-from ..evaluation.tasks import benchmark_tokens
+from ..evaluation.scoring import limit_of
+from ..evaluation.tasks import benchmark_tokens, get_tasks
 from ..progress import ProgressFn
 from ..calibration.sources import get_source
 from .presets import mix_of, seeds_of
@@ -30,9 +31,11 @@ from .results import json_rows
 def mismatch_references(preset: dict[str, Any], tokenizer,
                         own_text: str | Path        # what the dense model wrote, .jsonl
                        ) -> dict[str, np.ndarray]:  # dimension, or "model" → token ids
-    "The texts that calibration sets are compared with."
+    "The texts that calibration sets are compared with: prompts that the study does not score, and the dense model's own."
     own = token_stream(get_source(str(own_text)).documents(), tokenizer)[0]
-    return benchmark_tokens(tokenizer, tasks=preset["scoring"]["tasks"]) | {"model": own}
+    tasks, limit = preset["scoring"]["tasks"], preset["scoring"]["limit"]
+    scored = {o.name: limit_of(o, limit) for o in get_tasks(tasks)}
+    return benchmark_tokens(tokenizer, tasks=tasks, scored=scored) | {"model": own}
 
 # %% ../../nbs/7_study/05_metric_rows.ipynb #5c1f46a1
 ROW_COLUMNS = ["strategy", "seed", "metric", "value", "unit", "ci_low", "ci_high", "applicable", "note", "content"]

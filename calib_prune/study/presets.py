@@ -79,6 +79,7 @@ class ScoringForm(Form):
     tasks: Text | list[Text]
     limit: Count | dict[Text, Count | None] | None
     batch_tokens: Count
+    swapped: Count | None = None  # items per task that are also scored after another's prompt: see `measures.prompt_gains`
 
 class HeldoutForm(Form):
     source: Text
