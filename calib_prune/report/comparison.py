@@ -58,7 +58,7 @@ def dense_rows(part: Part, n_boot: int | None = None, seed: int = 0) -> pd.DataF
     dense = part.study["dense"]
     itself = Result(asdict(Cell("itself")), pd.DataFrame(), dense.items, {})
     alone = {"dense": dense, Cell("itself").name: itself}
-    compared = take(measured(part.preset, alone, n_boot, seed), [Cell("itself")])
+    compared = take(measured(part.preset, alone, n_boot, seed, part.found.measure), [Cell("itself")])
     return retention_rows(compared).assign(strategy="dense", source="", method="", draws=0)
 
 # %% ../../nbs/8_report/07_comparison.ipynb #b8726e52

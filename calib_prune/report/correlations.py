@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..calibration.oit import METRICS
 from ..core import DIMENSIONS
+from ..evaluation.measures import MEASURES
 from .plots import setting_label
 from .rank_statistics import COLUMNS, KEPT, MIN_SOURCES, correlate
 from .selection import Measured, grid_part, interval_note, lacking, span
@@ -75,7 +76,7 @@ def study_note(preset: dict[str, Any], found: Replicates | None) -> str:
     if found is None: return said + "."
     items = ", ".join(f"{k} {v}" for k, v in found.items.items() if k in DIMENSIONS and v)
     return (f"{said}, {span(found.cells['draws'])} draws per strategy; items: {items}. Retention is in percent of the dense "
-            "model's score.")
+            f"model's score ({MEASURES[found.measure].label.lower()}: {MEASURES[found.measure].about}).")
 
 def study_caption(preset: dict[str, Any], found: Replicates | None) -> str:
     "Model, size, draws, items, and which noise the intervals have."

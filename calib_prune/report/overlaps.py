@@ -38,7 +38,7 @@ def overlap_retention(whole: Measured, audit: Audit, wanted: list[Cell],
                       n_boot: int | None = None, seed: int = 0) -> pd.DataFrame:  # columns `COLUMNS`
     "What affected strategies keep on all items, and on those that no source overlaps."
     if lacking(whole.study): return pd.DataFrame(columns=COLUMNS)
-    clean = measured(whole.preset, without_overlaps(whole.study, audit), n_boot, seed)
+    clean = measured(whole.preset, without_overlaps(whole.study, audit), n_boot, seed, whole.found.measure)
     at = ["strategy", *COORDINATES, "dimension"]
     every, without = (retention_summary(take(o, wanted).found) for o in (whole, clean))
     without = without[[*at, *NUMBERS]].rename(columns={o: f"clean_{o}" for o in NUMBERS})

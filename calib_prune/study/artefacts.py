@@ -54,6 +54,10 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("F8", "self-generated", "Text that the model writes, by dimension", "self_generated", ABLATIONS),
     Artefact("T9", "ablations", "What each step of IGSP adds", "ablations", ABLATIONS),
     Artefact("F7", "frontier", "The pool of IGSP and its choice", "ablations", ABLATIONS),
+    Artefact("T11", "measures", "Which measure can tell sources apart", "measures"),
+    Artefact("T11", "totals", "Total retention by every measure", "measures"),
+    Artefact("T11", "prompt-gain", "How much models still draw from the question", "measures"),
+    Artefact("F10", "prompt-gain", "How much models still draw from the question", "measures"),
     Artefact("T10", "pruners", "Better pruners beside SparseGPT and Wanda", "pruners"),
     Artefact("T10", "gains", "What better pruners gain, by dimension and calibration set", "pruners"),
     Artefact("F9", "pruners", "What a better pruner gains against what it costs", "pruners"))}

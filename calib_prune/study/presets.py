@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core import CalibPruneError, as_path, unknown_name
+from ..evaluation.measures import MEASURES
 from ..pruning.masks import as_pattern, check_sparsity
 from .artefacts import NOTEBOOKS, needed_by
 
@@ -119,6 +120,7 @@ class PresetForm(Form):
     tables: Annotated[list[Literal[NOTEBOOKS]], Field(min_length=1)]  # type: ignore[valid-type]  # computed from `ARTEFACTS`
     hardware: HardwareForm
     resamples: Annotated[int, Field(ge=100, le=2**24)]  # of items and draws, for intervals
+    measure: Literal[(*MEASURES, "headline")] = "plain"  # type: ignore[valid-type]  # of the tables; headline: by the rule
 
     @model_validator(mode="after")
     def _strategies_are_defined(self):

@@ -1,0 +1,118 @@
+"Which measure can tell: reliability, chance, the headline, and the prompt gain."
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from calib_prune.calibration.sources import SUITE
+from calib_prune.core import DIMENSIONS
+from calib_prune.evaluation.measures import MEASURES
+from calib_prune.evaluation.tasks import TASKS
+from calib_prune.report.examples import example_preset, example_study
+from calib_prune.report.prompt_gain import gain_figure, gain_lines, gain_rows
+from calib_prune.report.resolution import (chance_rows, headline_of, measured_study, resolution_rows, resolution_text,
+                                           totals_rows, totals_text)
+from calib_prune.study.presets import Cell
+from calib_prune.study.results import Result
+
+CHANCE = dict(sciq=0.25, piqa=0.5, basic_skills_arithmetic=0.1)
+
+
+def with_bits(study):
+    "The made-up study with what every measure needs: a right answer costs 2 bits, a wrong one 4."
+    for o in study.values():
+        right = o.items[o.items.metric != "bits"]
+        o.items = pd.concat([o.items.assign(chance=o.items.task.map(CHANCE)),
+                             right.assign(metric="bits", value=4 - 2 * right.value, bytes=2, chance=np.nan)], ignore_index=True)
+    return study
+
+
+def fifteen(spread, at=0.7, n=300, seeds=(0, 1), seed=0):
+    rng = np.random.default_rng(seed)
+    kept = {o: np.clip(at + spread * rng.normal(size=4), 0.05, 1) for o in SUITE}
+    study = with_bits(example_study(kept, seeds=seeds, n=n, seed=seed))
+    return example_preset(study) | dict(calibration=dict(windows=32, length=512)), study
+
+
+def test_reliability_is_high_where_sources_differ_and_low_where_they_do_not():
+    wide, flat = (resolution_rows(*fifteen(o), 200).set_index(["measure", "dimension"]) for o in (0.15, 0.0))
+    assert (wide.reliability.loc[["plain", "answer-bits"]] > 0.8).all() and wide.can_tell.loc["plain"].all()
+    assert (flat.reliability.dropna() < 0.5).all() and not flat.can_tell.any()
+    assert (wide.sources == 15).sum() == 11 and wide.can_tell["above-chance", "Code"] == False  # noqa: E712  # HumanEval by bits only
+    o = wide.loc["plain", "General"]
+    assert o.reliability == pytest.approx(o.sd**2 / (o.sd**2 + o.noise_sd**2)) and abs(o.sd - 0.15) < 0.06
+
+
+def test_models_at_chance_take_the_voice_of_accuracies_but_not_of_bits():
+    preset, study = fifteen(0.02, at=0.5, n=4000)  # PIQA at chance, and yet the sources differ
+    rows = resolution_rows(preset, study, 100).set_index(["measure", "dimension"])
+    assert rows.at_chance["plain", "Commonsense"] > 0.5 and rows.reliability["plain", "Commonsense"] > 0.5
+    assert not rows.can_tell["plain", "Commonsense"] and rows.can_tell["answer-bits", "Commonsense"]
+    shares = chance_rows(study, [o for o in study if o != "dense"])
+    assert len(shares) == 30 * 3 and not shares[shares.dimension == "Math"].at_chance.any()
+
+
+def test_the_headline_follows():
+    preset, study = fifteen(0.15)
+    rows = resolution_rows(preset, study, 100)
+    by = rows.groupby("measure").can_tell.sum()
+    assert headline_of(rows) == max(("above-chance", "answer-bits", "plain"), key=lambda o: by[o])
+    assert measured_study(preset, study, 20).found.measure == "plain"
+    assert measured_study(preset | dict(measure="headline"), study, 20).found.measure == headline_of(rows)
+    assert measured_study(preset | dict(measure="answer-bits"), study, 20).found.measure == "answer-bits"
+
+
+def test_rows_that_lack_a_measure_say_so():
+    preset, study = fifteen(0.15, seeds=(0,))
+    for o in study.values(): o.items = o.items.drop(columns="chance")
+    rows = resolution_rows(preset, study, 50)
+    assert set(rows[rows.measure == "above-chance"].note) == {rows[rows.measure == "above-chance"].note.iloc[0]}
+    assert "what guessing gets" in rows[rows.measure == "above-chance"].note.iloc[0]
+    assert set(totals_rows(preset, study, 20).measure) == {"plain", "answer-bits"}
+    assert resolution_rows(preset, {"dense": study["dense"]}, 20).can_tell.sum() == 0
+
+
+def test_tables():
+    preset, study = fifteen(0.15, seeds=(0,), n=60)
+    text = resolution_text(resolution_rows(preset, study, 50))
+    assert list(text.columns) == ["measure", *DIMENSIONS] and list(text["measure"]) == [o.label for o in MEASURES.values()]
+    assert text["General"].str.fullmatch(r"\d\.\d\d (yes|no)").all()
+    assert len(totals_text(totals_rows(preset, study, 20))) == 15
+
+
+# --- prompt gain
+
+
+def swapped(gain, seed=0, n=12):
+    rng, rows = np.random.default_rng(seed), []
+    for task in ("jeopardy", "triviaqa", "mbpp"):
+        other = rng.uniform(10, 30, n)
+        about = dict(task=task, dimension=TASKS[task].dimension, bytes=5, chance=np.nan)
+        for metric, bits in (("bits", other * (1 - gain)), ("swapped_bits", other[: n // 2])):
+            rows += [dict(about, item=str(i), metric=metric, value=v) for i, v in enumerate(bits)]
+    return pd.DataFrame(rows)
+
+
+def made_up():
+    found = {"dense": Result(asdict(Cell("dense")), pd.DataFrame(), swapped(0.4), {})}
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        cell = Cell("uniform", "uniform", "sparsegpt", 0.6, seed, 32)
+        found[cell.name] = Result(asdict(cell), pd.DataFrame(), swapped(gain, seed), {})
+    return found
+
+
+def test_prompt_gains_are_shares_of_the_same_items():
+    rows = gain_rows(made_up(), 200).set_index(["strategy", "dimension"])
+    assert rows.value["dense", "General"] == pytest.approx(0.4) and rows.n_items["dense", "General"] == 12
+    assert rows.value["uniform", "Code"] == pytest.approx(0.2) and rows.draws["uniform", "Code"] == 2
+    assert rows.ci_low["dense", "Code"] == pytest.approx(0.4)  # every item has the same share
+    assert set(rows.index.get_level_values(1)) == {"General", "Code"}
+    assert gain_lines(gain_rows(made_up(), 50)).loc[1, "Code"].startswith("20 [")
+
+
+def test_prompt_gain_figure_and_rows_without():
+    figure = gain_figure(gain_rows(made_up(), 50), ["c4", "uniform"])
+    assert len(figure.axes) == 1 and "saves 50 %" in figure._suptitle.get_text()
+    bare = {k: Result(o.record, o.rows, o.items[o.items.metric == "bits"], {}) for k, o in made_up().items()}
+    assert gain_rows(bare, 50).empty and gain_lines(gain_rows(bare, 50)).empty
