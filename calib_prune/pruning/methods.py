@@ -151,7 +151,7 @@ class Recipe:
         return ", ".join([METHODS[self.method].label, *(said[k] + number(k, o) for k, o in self.extras.items())])
 
 STEPS = dict(refine=10, reconstruct=5)  # what they are if no number is given
-STEP_VERSIONS = dict(refine=1, reconstruct=1, allocation=1)  # raised when what they make changes: see `keys`
+STEP_VERSIONS = dict(refine=1, reconstruct=2, allocation=1)  # raised when what they make changes: see `keys`
 
 @cache
 def read_recipe(text: str  # "admm", "sparsegpt+refine", "wanda+refine=20+reconstruct=3+owl"

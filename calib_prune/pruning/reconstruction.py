@@ -18,7 +18,7 @@ from ..core import CalibPruneError, check_number
 from .layers import Call, prunable
 
 # %% ../../nbs/5_pruning/16_reconstruction.ipynb #45fa0164
-RATE = 0.02  # size of Adam's first step, as a share of a matrix's root mean square (ours)
+RATE = 0.003  # size of Adam's first step, as a share of a matrix's root mean square (ours)
 
 @dataclass(frozen=True)
 class Reconstruction:

@@ -187,7 +187,7 @@ def prune(model: PreTrainedModel,              # pruned in place
           damping: float = 0.01,               # added to the diagonal, as a fraction of its mean (SparseGPT, section 3)
           refine: int = 0,                     # conjugate-gradient steps on the weights that stay (`5_pruning/08_refine`)
           reconstruct: int = 0,                # passes of training the kept weights of each layer (`5_pruning/16_reconstruction`)
-          batch_tokens: int = 2048,            # tokens that pass through a layer at a time
+          batch_tokens: int = 2048,            # tokens that pass through a layer at a time; with `reconstruct` one window
           device: str | torch.device | None = None,  # where layers work; default: where the model is
           offload: bool = False,               # keep the windows' activations on the CPU
           checkpoint: str | Path | None = None,  # folder for finished layers: the same call again goes on from them
@@ -210,7 +210,8 @@ def prune(model: PreTrainedModel,              # pruned in place
     about = dict(version=METHODS[method].version, steps=steps, sparsity=sparsity, allocation=allocation, reconstruct=reconstruct,
                  batch_tokens=batch_tokens, device=work.type, groups=groups)
     with Checkpoint.of(checkpoint, model, tokens, how | about) as saved, fused_layers(model):
-        batches, where = split(tokens, max(1, batch_tokens // tokens.shape[1]), groups)
+        size = 1 if reconstruct else max(1, batch_tokens // tokens.shape[1])  # training takes one step per window
+        batches, where = split(tokens, size, groups)
         hidden, calls = capture(model, batches)
         windows = _Windows([x.to("cpu" if offload else work) for x in hidden], calls, where, work)
         del hidden
