@@ -140,8 +140,8 @@ class Recipe:
 
     @property
     def passes(self) -> float:
-        "Time of a prune, in forward passes of the calibration set, for `cost`. (What a reconstruction takes is a guess.)"
-        return METHODS[self.method].passes + 0.04 * self.refine + 4 * self.reconstruct + (self.allocation != "uniform")
+        "Time of a prune, in forward passes of the calibration set, for `cost`. "
+        return METHODS[self.method].passes + 0.04 * self.refine + 6.4 * self.reconstruct + (self.allocation != "uniform")
 
     @property
     def label(self) -> str:
