@@ -173,7 +173,7 @@ def test_of_several_calibration_sizes_the_one_with_most_strategies_counts():
 def test_wrong_input_is_named():
     found = strategy_retention(bootstrap_retention(example_study({"c4": (0.5,) * 4}), 20))
     with pytest.raises(CalibPruneError, match="'mixx'.*'mix'"): strategy_for(found, "mixx")
-    with pytest.raises(CalibPruneError, match="C9"): ledger(estimates(found, pd.DataFrame()).iloc[:-1])
+    with pytest.raises(CalibPruneError, match="O3 best"): ledger(estimates(found, pd.DataFrame()).iloc[:-1])
 
 
 @pytest.mark.parametrize("rho,n,chance", [(0.71, 15, 0.85), (0.55, 15, 0.55)])
@@ -209,3 +209,37 @@ def test_a_number_is_the_same_in_every_committed_table():
     np.testing.assert_allclose(numbers(found, "rho", *ends), rho, atol=1e-6)
     kept = dict(strategy="uniform", method="sparsegpt", dimension="Code")
     np.testing.assert_array_equal(*(numbers(read(o, **kept), "value", *ends) for o in ("T2-retention", "T8-self-generated")))
+
+
+def test_the_opposite_signs_as_one_test(right):
+    for name in ("O1 code", "O1 math"):
+        row = right.loc[name]
+        assert row["verdict"] in (SIZE, SIGN) and row["ours"] > 1 and "Permutation p = 0.00" in row["why"], row["why"]
+    assert np.isclose(right.loc["O1 code", "ours"], right.loc["C1 sparsegpt", "ours"] - right.loc["C3", "ours"])
+    for name in ("O2 code", "O2 math"): assert right.loc[name, "verdict"] in (SIZE, SIGN)  # perplexity works inside the registers, too
+
+
+def test_a_metric_that_only_tells_the_registers_apart():
+    of_code = {o: SUITE[o].dimension in ("Code", "Math") for o in SUITE}
+    rng = np.random.default_rng(5)
+    kept = {o: (0.7 - 0.3 * c + 0.05 * rng.normal(), 0.6, 0.3 + 0.3 * c + 0.05 * rng.normal(), 0.3 + 0.3 * c) for o, c in of_code.items()}
+    study = example_study(kept | {"uniform": (0.7,) * 4}, ("sparsegpt", "wanda"), seeds=(0, 1), n=400, seed=1)
+    metrics = pd.DataFrame([dict(strategy=o, seed=0, metric="distortion", value=10.0 - 5 * c + rng.random()) for o, c in of_code.items()])
+    found = ledger_of(study, metrics, 300, 999)
+    assert found.loc["O1 code", "verdict"] in (SIZE, SIGN) and found.loc["O2 code", "verdict"] == UNCLEAR
+    assert found.loc["O2 code", "ci_low"] < 0 < found.loc["O2 code", "ci_high"]
+
+
+def test_forms_without_a_scale_and_without_code(right):
+    study, metrics = like_paper()
+    at = dict(method="sparsegpt", sparsity=0.6)
+    found = strategy_retention(bootstrap_retention(study, 20)).where(**at)
+    total = {o: found.of(o)[0, 4] for o in found.cells["strategy"]}
+    best = max(total[o] for o in SUITE)
+    share = right.loc["C6 share"]
+    assert share["ours"] == pytest.approx((total["uniform"] - best) / (total["uniform"] - total["c4"]))
+    assert share["ci_low"] < share["ours"] < share["ci_high"] and share["unit"] == "share"
+    three = {o: 100 * found.of(o)[0, [0, 1, 3]].mean() for o in found.cells["strategy"]}
+    assert right.loc["O3 c4", "ours"] == pytest.approx(three["uniform"] - three["c4"])
+    assert right.loc["O3 best", "ours"] == pytest.approx(three["uniform"] - max(three[o] for o in SUITE))
+    assert right.loc["O3 best", "ci_low"] < right.loc["O3 best", "ours"]

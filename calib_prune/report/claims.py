@@ -14,9 +14,11 @@ from typing import Any
 import pandas as pd
 
 from ..core import CalibPruneError
+from .comparison import stacked
 from .correlations import correlate_study, whole_metrics
 from .estimates import (CHECKS, CLAIMS, CORRELATIONS, NOT, SIGN, SIZE, UNCLEAR, Check, estimates,
                                           verdict)
+from .rank_statistics import contrasts
 from .selection import Measured, grid_part
 from .tables import interval_text, save_table
 
@@ -24,12 +26,12 @@ from .tables import interval_text, save_table
 def number(value: float, unit: str) -> str:
     "A number as the ledger writes it."
     if unit == "count": return f"{value:.0f}"
-    return f"{value:+.2f}" if unit == "ρ" else f"{value:+.1f}"
+    return f"{value:+.2f}" if unit in ("ρ", "share") else f"{value:+.1f}"
 
 def with_interval(row: dict[str, Any], unit: str) -> str:
     "Our number with its interval; a count has none."
     if math.isnan(row["ci_low"]): return number(row["ours"], unit)
-    digits = 2 if unit == "ρ" else 1
+    digits = 2 if unit in ("ρ", "share") else 1
     return interval_text(row["ours"], row["ci_low"], row["ci_high"], "+", scale=1, digits=digits)
 
 # %% ../../nbs/8_report/15_claims.ipynb #21d910ea
@@ -96,7 +98,10 @@ def study_ledger(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows.lo
                  complete: bool = True                    # whether the study has been run to its end
                 ) -> pd.DataFrame:
     "The ledger of a study."
-    table = correlate_study(whole, whole_metrics(whole, metrics), n_perm, seed).table
+    related = correlate_study(whole, known := whole_metrics(whole, metrics), n_perm, seed)
+    table = related.table
+    if related.found and len(table):
+        table = stacked([table, contrasts(known, related.found, perplexity, n_perm, seed)], table.columns)
     return ledger(estimates(grid_part(whole).found, table, perplexity, complete))
 
 # %% ../../nbs/8_report/15_claims.ipynb #0da5c812
