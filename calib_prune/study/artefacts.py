@@ -48,6 +48,7 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T6", "contamination", "Benchmark items that the text gives away", "contamination", AUDITS),
     Artefact("T6", "retention", "Retention without those items", "contamination", AUDITS),
     Artefact("T7", "claims", "The claims of the paper, with verdicts", "claims", METRICS),
+    Artefact("T7", "measures", "Which verdicts depend on the measure", "claims", METRICS),
     Artefact("T8", "self-generated", "Text that the model writes, beside sources and mixes", "self_generated", ABLATIONS),
     Artefact("T8", "differences", "The same, as paired differences", "self_generated", ABLATIONS),
     Artefact("T8", "tuning", "How the tuned shares were found", "self_generated", ABLATIONS),
