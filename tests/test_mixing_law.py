@@ -1,0 +1,104 @@
+"The law of mixtures: shares, forms, predictions with intervals, the best mix, what is refused."
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.study.mixing_law import FORMS, as_shares, best_mix, fit, left_out_error, simplex, super_additive
+
+EVEN = dict.fromkeys(DIMENSIONS, 0.25)
+
+
+def mixes(n=20, seed=0): return pd.DataFrame(np.random.default_rng(seed).dirichlet(np.ones(4), n), columns=DIMENSIONS)
+
+
+def noisy(values, sd=0.01, b=200, seed=1):
+    rng = np.random.default_rng(seed)
+    return np.concatenate([values[None], values + sd * rng.normal(size=(b, *values.shape))])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_law_of_each_form_is_found_again(form):
+    x, rng = mixes(24), np.random.default_rng(3)
+    terms = FORMS[form](x.to_numpy())
+    truth = rng.uniform(0.2, 0.6, (terms.shape[1], 4))
+    law = fit(x, noisy(terms @ truth, 0), form)
+    np.testing.assert_allclose(law.coefficients[0], truth, atol=1e-8)
+    new = mixes(50, 9)
+    expected = FORMS[form](new.to_numpy()) @ truth
+    got = law.predict(new).set_index(["mix", "dimension"]).value
+    np.testing.assert_allclose(got.drop("Total", level=1).to_numpy().reshape(-1, 4), expected, atol=1e-8)
+    np.testing.assert_allclose(got.xs("Total", level=1), expected.mean(1), atol=1e-8)
+
+
+def test_error_of_mixes_left_out_is_that_of_refitting():
+    x, kept = mixes(14).to_numpy(), np.random.default_rng(0).random((14, 4))
+    for form, terms in FORMS.items():
+        errors = []
+        for i in range(14):
+            rest = np.arange(14) != i
+            found = np.linalg.lstsq(terms(x[rest]), kept[rest], rcond=None)[0]
+            errors.append(kept[i] - terms(x[[i]])[0] @ found)
+        assert left_out_error(form, x, kept) == pytest.approx(np.sqrt(np.mean(np.square(errors))))
+    assert left_out_error("pairs", x[:11], kept[:11]) == np.inf
+
+
+def test_a_straight_truth_is_not_taken_for_a_curved_one():
+    x = mixes(16)
+    truth = np.array([[0.8, 0.5, 0.4, 0.4], [0.5, 0.7, 0.4, 0.4], [0.3, 0.5, 0.9, 0.5], [0.4, 0.5, 0.5, 0.8]])
+    law = fit(x, noisy(x.to_numpy() @ truth, 0.01))
+    assert law.errors["linear"] < law.errors["pairs"]
+    flat = super_additive(fit(x, noisy(x.to_numpy() @ truth, 0.01), "linear"), EVEN)
+    np.testing.assert_allclose(flat.value, 0, atol=1e-12)
+
+
+def test_intervals_hold_the_truth_and_gains_of_mixing_are_seen():
+    truth = lambda x: 0.3 + 0.4 * np.sqrt(x)
+    x = pd.DataFrame(np.vstack([simplex(0.5), simplex(0.25)]), columns=DIMENSIONS)
+    law = fit(x, noisy(truth(x.to_numpy()), 0.01))
+    gains = super_additive(law, EVEN).set_index("dimension")
+    assert (gains.ci_low > 0.05).all() and gains.value["Total"] == pytest.approx(gains.value[list(DIMENSIONS)].mean())
+    found = best_mix(law, "worst").set_index("dimension")
+    np.testing.assert_allclose(found.share, 0.25, atol=0.051)
+    assert ((found.low <= found.share) & (found.share <= found.high)).all()
+
+
+def test_the_best_mix_serves_the_need():
+    x = pd.DataFrame(simplex(0.25), columns=DIMENSIONS)
+    law = fit(x, noisy(x.to_numpy() * 0.8 + 0.1, 0.001), "linear")
+    assert best_mix(law, dict(Code=1)).set_index("dimension").share.to_dict() == dict(General=0, Commonsense=0, Code=1, Math=0)
+    both = best_mix(law, dict(Code=1, Math=1)).set_index("dimension")
+    assert both.high["General"] <= 0.06 and both.high["Code"] == both.high["Math"] == 1  # a straight law leaves the two alike
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 10), min_size=4, max_size=4).filter(any))
+def test_shares(parts):
+    total = sum(parts)
+    np.testing.assert_allclose(as_shares({d: p / total for d, p in zip(DIMENSIONS, parts)})[0], np.array(parts) / total)
+
+
+def test_the_grid():
+    assert len(simplex(0.1)) == 286 and np.allclose(simplex(0.05).sum(1), 1) and (simplex(0.2) >= 0).all()
+
+
+@pytest.mark.parametrize("mix, said", [
+    (dict(General=0.5, Code=0.6), "sum to 1"), (dict(General=1.5, Code=-0.5), "0 or more"), (dict(Coed=1.0), "'Coed'.*'Code'"),
+    (dict(General=float("nan"), Code=1.0), "not one")])
+def test_mixes_outside_the_simplex_are_refused(mix, said):
+    with pytest.raises(CalibPruneError, match=said): as_shares(mix)
+    law = fit(mixes(12), noisy(np.full((12, 4), 0.5)), "linear")
+    for ask in (law.predict, lambda o: super_additive(law, o)):
+        with pytest.raises(CalibPruneError, match=said): ask(mix)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    x = mixes(12)
+    with pytest.raises(CalibPruneError, match="12 mixes need"): fit(x, np.zeros((3, 11, 4)))
+    with pytest.raises(CalibPruneError, match="5 mixes are too few for the form linear"): fit(x[:5], np.zeros((3, 5, 4)))
+    with pytest.raises(CalibPruneError, match="'cubic'"): fit(x, np.zeros((3, 12, 4)), "cubic")
+    law = fit(x, noisy(np.full((12, 4), 0.5)), "linear")
+    with pytest.raises(CalibPruneError, match="'Coed'"): best_mix(law, dict(Coed=1))
+    with pytest.raises(CalibPruneError, match="'best'"): best_mix(law, "best")
