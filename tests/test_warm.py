@@ -46,6 +46,14 @@ if do == "wait":  # with a child of its own
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interrupts_are_heeded():
+    "A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     here = tmp_path_factory.mktemp("warm")
