@@ -59,6 +59,9 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T11", "totals", "Total retention by every measure", "measures"),
     Artefact("T11", "prompt-gain", "How much models still draw from the question", "measures"),
     Artefact("F10", "prompt-gain", "How much models still draw from the question", "measures"),
+    Artefact("T12", "mixes", "What each mix keeps, and what the mixing law says of it", "mixing_law"),
+    Artefact("T12", "best", "The best mix for a need, by the mixing law", "mixing_law"),
+    Artefact("F11", "law", "The mixing law against measured mixes", "mixing_law"),
     Artefact("T10", "pruners", "Better pruners beside SparseGPT and Wanda", "pruners"),
     Artefact("T10", "gains", "What better pruners gain, by dimension and calibration set", "pruners"),
     Artefact("F9", "pruners", "What a better pruner gains against what it costs", "pruners"))}

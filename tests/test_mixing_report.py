@@ -1,0 +1,71 @@
+"The mixing law on the rows of a study."
+import numpy as np
+import pytest
+
+from calib_prune.calibration.sources import SOURCES
+from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.report.examples import example_preset, example_study
+from calib_prune.report.mixing import (best_rows, best_text, errors, gain_note, law_figure, law_of, mix_rows, mixes_of, shares_of)
+from calib_prune.report.selection import measured
+from calib_prune.study.presets import load_preset
+
+ONE = {d: next(k for k, o in SOURCES.items() if o.dimension == d) for d in DIMENSIONS}
+
+
+def study_of(truth, n=18, unseen=4, seed=0):
+    rng = np.random.default_rng(seed)
+    mixes = {f"{'unseen-' if i >= n - unseen else ''}{i}": rng.multinomial(28, np.full(4, 0.25)) + 1 for i in range(n)}
+    kept = {k: truth(x / 32) for k, x in mixes.items()}
+    study = example_study(kept, seeds=(0, 1), n=2000)
+    preset = example_preset(study)
+    preset["strategies"] = {k: ",".join(f"{ONE[d]}={v}" for d, v in zip(DIMENSIONS, x)) for k, x in mixes.items()}
+    return preset, measured(preset, study, 60).found, mixes
+
+
+def test_shares_are_of_whole_windows():
+    assert shares_of("c4=1,math=1", 32) == dict(General=0.5, Commonsense=0, Code=0, Math=0.5)
+    assert sum(shares_of("uniform", 32).values()) == pytest.approx(1) and shares_of("uniform", 32)["General"] != 5 / 15
+    preset, found, mixes = study_of(lambda x: 0.3 + 0.5 * x)
+    table = mixes_of(preset, found).set_index("strategy")
+    for name, x in mixes.items(): np.testing.assert_allclose(table.loc[name, list(DIMENSIONS)].astype(float), x / 32)
+    with pytest.raises(CalibPruneError): shares_of("nowhere.txt", 32)
+
+
+def test_unseen_mixes_have_no_part_in_the_fit():
+    preset, found, _ = study_of(lambda x: 0.3 + 0.5 * x)
+    law = law_of(preset, found)
+    changed = found.values.copy()
+    changed[:, mixes_of(preset, found)["unseen"].to_numpy()] = 0.9
+    from dataclasses import replace
+    other = law_of(preset, replace(found, values=changed))
+    np.testing.assert_array_equal(law.coefficients, other.coefficients)
+    assert law.errors == other.errors
+
+
+def test_a_true_law_predicts_and_a_wrong_one_does_not():
+    preset, found, _ = study_of(lambda x: 0.3 + 0.5 * x)
+    rows = mix_rows(preset, found, law_of(preset, found))
+    good = errors(rows).set_index("dimension")
+    assert (good.unseen < 0.5).all() and (good.n == 4).all() and good.spread["Code"] > 1
+    rng = np.random.default_rng(7)
+    preset, found, _ = study_of(lambda x: 0.3 + 0.4 * rng.random(4))
+    bad = errors(mix_rows(preset, found, law_of(preset, found))).set_index("dimension").loc[list(DIMENSIONS)]
+    assert bad.unseen.mean() > bad.spread.mean() * 0.8
+
+
+def test_words_and_pictures():
+    preset, found, _ = study_of(lambda x: 0.2 + 0.6 * np.sqrt(x))
+    law = law_of(preset, found)
+    assert gain_note(law).startswith("General +") and list(best_text(best_rows(law))["need"])[1] == "the worst dimension"
+    figure = law_figure(mix_rows(preset, found, law))
+    assert len(figure.axes) == 4 and "The law predicts unseen mixes to" in figure._suptitle.get_text()
+
+
+def test_the_preset_of_mixes_spans_the_simplex():
+    preset = load_preset("presets/mixes.yaml")
+    shares = np.array([list(shares_of(o, 32).values()) for k, o in preset["strategies"].items() if not k.startswith("unseen")])
+    unseen = [k for k in preset["strategies"] if k.startswith("unseen")]
+    assert shares.shape == (15, 4) and len(unseen) == 5 and (shares.max(0) == 1).all()
+    for k, o in preset["strategies"].items():
+        nominal = [int(part[1]) / 8 for part in k.split("-")[1:]]
+        np.testing.assert_allclose(list(shares_of(o, 32).values()), nominal, atol=0.08)
