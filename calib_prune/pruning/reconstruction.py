@@ -9,13 +9,13 @@ __all__ = ['RATE', 'Reconstruction', 'check_memory', 'targets', 'reconstruct']
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..core import CalibPruneError, check_number
-from .layers import Call, prunable
+from .layers import Call, changed_calls, prunable
 
 # %% ../../nbs/5_pruning/16_reconstruction.ipynb #45fa0164
 RATE = 0.003  # size of Adam's first step, as a share of a matrix's root mean square (ours)
@@ -60,16 +60,6 @@ def check_memory(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> N
                               "without --reconstruct.")
 
 # %% ../../nbs/5_pruning/16_reconstruction.ipynb #3958c6d1
-def _in_float32(value: Any,
-                done: dict[int, Tensor]  # by the id of the original: batches share tensors
-               ) -> Any:
-    "Floating-point tensors inside tuples and dictionaries, in float32."
-    if isinstance(value, Tensor):
-        if id(value) not in done: done[id(value)] = value.float() if value.is_floating_point() else value
-        return done[id(value)]
-    if isinstance(value, tuple): return tuple(_in_float32(o, done) for o in value)
-    return {k: _in_float32(o, done) for k, o in value.items()} if isinstance(value, dict) else value
-
 def targets(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> list[Tensor]:
     "What a layer makes of its inputs, kept where the inputs are."
     device = next(layer.parameters()).device
@@ -139,8 +129,7 @@ def reconstruct(layer: nn.Module,      # pruned; its kept weights are trained in
                ) -> Reconstruction:
     "Train the kept weights of a pruned layer towards the dense layer's output."
     check_number("passes", passes, 1, 10_000, whole=True)
-    done: dict[int, Tensor] = {}
-    calls = [Call(_in_float32(o.args, done), _in_float32(o.kwargs, done), o.by_name) for o in calls]
+    calls = changed_calls(calls, lambda o: o.float() if o.is_floating_point() else o)
     kinds = [m.weight.dtype for m in prunable(layer).values()]
     with torch.no_grad(), _trainable(layer) as weights:
         start, before = [w.clone() for w in weights], _error(layer, calls, hidden, wanted)

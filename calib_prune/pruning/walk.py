@@ -27,7 +27,7 @@ from .allocation import outlier_shares, spread_out
 from .checkpoint import Checkpoint, LinearReport
 from .hessian import SecondMoment
 from .experts import one_by_one
-from .layers import (Call, capture, check_layers, decoder_layers, get_weight,
+from .layers import (Call, capture, changed_calls, check_layers, decoder_layers, get_weight,
                                         measure_layer, prunable, share_groups)
 from .methods import (METHODS, STEP_VERSIONS, Recipe, check_allocation, check_method, check_reconstruct,
                                          check_refine, solve_all)
@@ -57,17 +57,6 @@ def prune_layer(index: int, layer: nn.Module,
                                         new.sparsity, new.error, new.damping, new.dead,
                                         all_tokens=name in all_tokens))
     return reports
-
-# %% ../../nbs/5_pruning/18_walk.ipynb #14a80909
-def _to(value: Any, device: torch.device,
-        moved: dict[int, torch.Tensor]  # by the id of the original
-       ) -> Any:
-    "Tensors inside tuples and dictionaries, moved to a device; a tensor that several batches share moves once."
-    if isinstance(value, torch.Tensor):
-        if id(value) not in moved: moved[id(value)] = value.to(device)
-        return moved[id(value)]
-    if isinstance(value, tuple): return tuple(_to(o, device, moved) for o in value)
-    return {k: _to(o, device, moved) for k, o in value.items()} if isinstance(value, dict) else value
 
 # %% ../../nbs/5_pruning/18_walk.ipynb #97f03717
 def check_sizes(batch_tokens: int, block: int, damping: float) -> None:
@@ -117,8 +106,7 @@ class _Windows:
     def ready(self, index: int, layer: nn.Module) -> list[Call]:
         "Move a layer to where it works; its calls, moved as well."
         layer.to(self.work)
-        moved: dict[int, torch.Tensor] = {}
-        return [Call(_to(c.args, self.work, moved), _to(c.kwargs, self.work, moved), c.by_name) for c in self.calls[index]]
+        return changed_calls(self.calls[index], lambda o: o.to(self.work))
 
     def measure(self, layer: nn.Module, here: list[Call], shared: list[list[str]]
                ) -> tuple[list[dict[str, SecondMoment]], set[str]]:

@@ -102,9 +102,9 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
     for ax, d in zip(axes, DIMENSIONS):
         mine = rows[rows["dimension"] == d]
         for unseen, o in mine.groupby("unseen"):
-            colour = DIMENSION_COLOURS[d]
-            ax.vlines(100 * o["value"], 100 * o["ci_low"], 100 * o["ci_high"], color=colour, linewidth=0.8)
-            ax.plot(100 * o["value"], 100 * o["predicted"], MARKERS[d], color=colour, mfc=colour if unseen else "white", markersize=4.5)
+            colour, x = DIMENSION_COLOURS[d], 100 * o["value"]
+            ax.vlines(x, 100 * o["ci_low"], 100 * o["ci_high"], color=colour, linewidth=0.8)
+            ax.plot(x, 100 * o["predicted"], MARKERS[d], color=colour, mfc=colour if unseen else "white", markersize=4.5)
         ends = 100 * np.array([mine[["value", "predicted"]].min().min(), mine[["value", "predicted"]].max().max()])
         ax.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
         ax.set(title=d, xlabel="measured, %")
