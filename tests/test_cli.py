@@ -91,6 +91,18 @@ def test_evaluate_reports_scores_and_retention(model, text, tmp_path):
     assert [r["n"] for r in out["scores"]] == [8] * 4
     assert {r["name"] for r in out["retention"] if r["level"] == "dimension"} == {"General", "Commonsense", "Code", "Math"}
     assert all(r["ci_low"] <= r["retention"] <= r["ci_high"] for r in out["retention"] if r["level"] == "total")
+    assert out["measure"] == "plain" and {"accuracy", "chance", "bits_per_byte"} <= set(out["scores"][0])
+    asked = ("evaluate", "--model", tmp_path / "out", "--dense", model, "--tasks", "piqa,mbpp", "--limit", 8)
+    bits = json.loads(run(*asked, "--measure", "answer-bits", "--json").stdout)
+    at = lambda o, name: next(r["retention"] for r in o["retention"] if r["name"] == name)
+    assert bits["measure"] == "answer-bits" and at(bits, "mbpp") == at(out, "mbpp") and at(bits, "piqa") != at(out, "piqa")
+    guessing = run(*asked, "--measure", "above-chance", code=1)
+    assert "bits/byte" in guessing.stdout and "no better than chance" in guessing.stderr, "the scores are shown all the same"
+
+
+def test_an_unknown_measure_is_refused_before_the_model_is_loaded(tmp_path):
+    done = run("evaluate", "--model", tmp_path / "none", "--measure", "answer-bit", "--json", code=1)
+    assert "Did you mean 'answer-bits'" in json.loads(done.stdout)["error"]
 
 
 @pytest.mark.parametrize("change, message", [

@@ -6,7 +6,7 @@
 __all__ = ['evaluate']
 
 # %% ../../nbs/9_cli/05_evaluate.ipynb #8b1ef33c
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -14,35 +14,46 @@ from rich.console import Console
 from .output import JsonOption, bars, print_json, show_table
 
 # %% ../../nbs/9_cli/05_evaluate.ipynb #2babf5de
+def _show(scored: list[dict[str, Any]], left_out: dict[str, int]) -> None:
+    "Scores for people."
+    show_table(scored, "scores")
+    for task, n in left_out.items():
+        Console().print(f"{task}: {n} items left out because their answers are longer than the model's context.", soft_wrap=True)
+
 def evaluate(
     model: Annotated[str, typer.Option(help="Model to score: a folder made by `prune`, or any model that `prune` takes.")],
     dense: Annotated[Optional[str], typer.Option(
-        help="The model before pruning: adds retention (pruned score over dense score) per dimension, "
-             "with 95% intervals.")] = None,
+        help="The model before pruning: adds what is left of each dimension, with 95% intervals.")] = None,
     tasks: Annotated[str, typer.Option(
         help="A task set (see `calib-prune tasks`) or task names separated by commas.")] = "default",
     limit: Annotated[int, typer.Option(help="Items per task, always the same random ones; 0 for all items.")] = 100,
+    measure: Annotated[str, typer.Option(
+        help="What is left, by `plain` (ratio of the tasks' own scores), `answer-bits` (of the right answers; also tells small "
+             "models apart) or `above-chance` (of accuracies).")] = "plain",
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
     batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through the model at a time.")] = 1024,
     as_json: JsonOption = False,
 ) -> None:
     "Score a model in four dimensions: General, Commonsense, Code, Math."
+    from calib_prune.evaluation.measures import get_measure
     from calib_prune.evaluation.retention import retention
     from calib_prune.evaluation.scoring import evaluate as run, scores
     from calib_prune.model.loading import load_model
     from calib_prune.study.results import json_rows
     from calib_prune.evaluation.tasks import get_tasks
-    names, items = [t.name for t in get_tasks(tasks)], {}
+    names, items, about = [t.name for t in get_tasks(tasks)], {}, get_measure(measure)
     with bars(as_json) as progress:
         for name in [model] if dense is None else [model, dense]:
             net, tokenizer = load_model(name, dtype, device)
             items[name] = run(net, tokenizer, names, limit=limit or None, batch_tokens=batch_tokens, progress=progress)
             del net  # one model in memory at a time
-    out = {"scores": scores(items[model])} | ({"retention": retention(items[dense], items[model])} if dense else {})
-    if as_json: print_json({k: json_rows(v) for k, v in out.items()} | items[model].attrs)
-    else:
-        for title, rows in out.items(): show_table(rows.to_dict("records"), title)
-        for task, n in items[model].attrs.get("left_out", {}).items():
-            Console().print(f"{task}: {n} items left out because their answers are longer than the model's context.",
-                            soft_wrap=True)
+    scored, left_out = scores(items[model]), items[model].attrs.get("left_out", {})
+    if not as_json:
+        short = scored.drop(columns="accuracy").rename(columns={"standard_error": "± s.e.", "bits_per_byte": "bits/byte"})
+        _show(short.to_dict("records"), left_out)  # before retention, which has no answer where the dense model only guesses
+    kept = retention(items[dense], items[model], measure=measure) if dense else None
+    if as_json:
+        out = {"scores": json_rows(scored)} | ({"measure": measure, "retention": json_rows(kept)} if kept is not None else {})
+        print_json(out | items[model].attrs)
+    elif kept is not None: show_table(kept.to_dict("records"), f"retention: {about.about}")
