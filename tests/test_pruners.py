@@ -215,7 +215,7 @@ def test_recipes_have_one_spelling_and_known_parts(text):
 def test_recipes_are_told_apart_in_tables_and_keys():
     texts = ["wanda", "wanda+refine", "wanda+refine=20", "wanda+reconstruct", "wanda+refine+reconstruct=3+owl"]
     assert len({read_recipe(o).label for o in texts}) == len({str(read_recipe(o).arguments) for o in texts}) == 5
-    assert read_recipe("wanda+refine=20").label == "Wanda, refined (20)" and read_recipe("wanda").extras == {}
+    assert read_recipe("wanda+refine=20").label == "Wanda + refined (20)" and read_recipe("wanda").extras == {}
     assert as_strategy("mix", "balanced+owl") == ("mix, balanced", "sparsegpt+owl")
 
 

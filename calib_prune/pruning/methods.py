@@ -148,7 +148,7 @@ class Recipe:
         "In tables and figures."
         said = dict(refine="refined", reconstruct="reconstructed", allocation=self.allocation.upper())
         number = lambda k, o: f" ({o})" if o != STEPS.get(k, o) else ""
-        return ", ".join([METHODS[self.method].label, *(said[k] + number(k, o) for k, o in self.extras.items())])
+        return " + ".join([METHODS[self.method].label, *(said[k] + number(k, o) for k, o in self.extras.items())])
 
 STEPS = dict(refine=10, reconstruct=5)  # what they are if no number is given
 STEP_VERSIONS = dict(refine=1, reconstruct=2, allocation=1)  # raised when what they make changes: see `keys`

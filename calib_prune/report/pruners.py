@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
-from ..pruning.methods import read_recipe
+from ..pruning.methods import METHODS, read_recipe
 from .plots import WIDTH, annotate, check_rows, headline, method_label, sparsity_label
 from .selection import Measured
 from .statistics import OUTCOMES, Replicates, strategy_retention
@@ -172,9 +172,9 @@ def _cost_panel(ax: Axes, points: pd.DataFrame, colours: dict[str, Any]) -> None
 # %% ../../nbs/8_report/16_pruners.ipynb #079e792d
 def _legend(figure: Figure, methods: Iterable[str], colours: dict[str, Any]) -> None:
     "Colours of the methods and shapes of what is added to them."
-    bases, families = dict.fromkeys(read_recipe(o).method for o in methods), {_family(o) for o in methods}
+    used, families = {read_recipe(o).method for o in methods}, {_family(o) for o in methods}
     line = lambda colour, marker, label: plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
-    handles = [line(colours[o], "o", method_label(o)) for o in bases]
+    handles = [line(colours[o], "o", method_label(o)) for o in METHODS if o in used]
     handles += [line("0.4", marker, o) for o, marker in FAMILIES.items() if o in families and o != "plain"]
     figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=8, handletextpad=0.1)
 
@@ -183,8 +183,7 @@ def pruner_figure(gained: pd.DataFrame, costs: pd.DataFrame, note: str = "") -> 
     total = gained[(gained["dimension"] == "Total") & (gained["strategy"] == "mean")]
     check_rows(total, "gains over SparseGPT")
     points = total.merge(costs, on=["sparsity", "method"])
-    bases = dict.fromkeys(read_recipe(o).method for o in points["method"])
-    colours = dict(zip(bases, sns.color_palette("colorblind", len(bases))))
+    colours = dict(zip(METHODS, sns.color_palette("colorblind", len(METHODS))))  # one colour per method, whichever are there
     levels = sorted(points["sparsity"].unique(), key=str)
     figure, axes = plt.subplots(1, len(levels), figsize=(WIDTH, 3), layout="constrained", squeeze=False, sharey=True)
     for ax, level in zip(axes[0], levels): _cost_panel(ax, points[points["sparsity"] == level], colours)
