@@ -40,6 +40,7 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T3", "correlations", "Correlations between metrics and retention", "correlations", METRICS),
     Artefact("F2", "perplexity", "Perplexity of the calibration text against retention", "correlations", METRICS),
     Artefact("F3", "correlations", "All correlations", "correlations", METRICS),
+    Artefact("F3", "axes", "How many different things the metrics measure", "correlations", METRICS),
     Artefact("T4", "sparsity", "Retention against sparsity", "sweep"),
     Artefact("F4", "margin", "The margin of the mix against sparsity", "sweep"),
     Artefact("T5", "draws", "Spread between draws and between sources", "draws"),
