@@ -30,7 +30,7 @@ def test_axes_and_groups():
     n, held = n_axes(rho)
     assert n == 2 and held == pytest.approx(1)
     independent = pd.DataFrame(np.eye(3), index=list("abc"), columns=list("abc"))
-    assert n_axes(independent)[0] == 0 and groups_of(independent) == [["a"], ["b"], ["c"]]
+    assert n_axes(independent)[0] == 3 and groups_of(independent) == [["a"], ["b"], ["c"]]
 
 
 def test_words_and_picture():

@@ -80,7 +80,7 @@ _TIME = (
     Metric("duration_document", "duration", "sup T_h − inf T_h", "mean over documents of last − first position + 1",
            "tokens", 1, math.inf, "the span of a document between its first and last sampled token", main=True),
     Metric("sampling_windows", "sampling rate", "samples / span", "pieces / documents", "windows per document",
-           1, math.inf, "how often a document is looked at: about once where a set is much smaller than its source", main=True),
+           1, math.inf, "how often a document is looked at: about once where the source is much larger", main=True),
     Metric("sampling_density", "sampling rate", "samples / span", "Σ sampled tokens / Σ spans", "share", 0, 1,
            "which share of the span was taken"))
 
@@ -90,7 +90,7 @@ _RELATION = (
            0, 1, "a 4-gram that comes back relates two places of the text", main=True),
     Metric("coverage", "coverage", "how widely carriers copy the information",
            "share of the frequent vocabulary that occurs", "share", 0, 1,
-           "how much of what all text shares has a copy in the set; among sets of one size it follows scope and variety", main=True),
+           "how much of what all text shares has a copy in the set; it follows scope and variety", main=True),
     Metric("distortion", "distortion", "distance of states and reflection",
            "exp(mean −ln p(token | those before in its window))", "per token", 1, math.inf,
            "how badly the dense model reflects the text: perplexity", "model", main=True),

@@ -34,7 +34,7 @@ def metric_ranks(metrics: pd.DataFrame,  # as in `rank_statistics.correlate`
 def n_axes(rho: pd.DataFrame) -> tuple[int, float]:  # axes; share of the ranks' variance that they hold
     "The number of independent axes."
     values = np.linalg.eigvalsh(rho.to_numpy())[::-1]
-    n = int((values > 1).sum())
+    n = int((values > 1 - 1e-9).sum())  # metrics that have nothing in common have eigenvalues of 1
     return n, float(values[:n].sum() / values.sum())
 
 def groups_of(rho: pd.DataFrame) -> list[list[str]]:
