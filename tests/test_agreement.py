@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 
 from calib_prune.core import DIMENSIONS
-from calib_prune.report.agreement import (DEPENDS, NONE, ONE, ROBUST, agreement, agreement_note, dimensions_of, ledgers)
-from calib_prune.report.estimates import CHECKS, NOT, SIGN, SIZE, UNCLEAR
+from calib_prune.report.agreement import (DEPENDS, NONE, ONE, OPEN, ROBUST, UNTESTED, agreement, agreement_note, dimensions_of,
+                                          ledgers)
+from calib_prune.report.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
 
 
 def judged(*verdicts):
@@ -21,7 +22,10 @@ def judged(*verdicts):
     (((UNCLEAR, True), (SIGN, True), (SIGN, True)), DEPENDS),
     (((NOT, True), (SIGN, False), (SIGN, False)), ONE),
     (((NOT, True), (NOT, True), (NOT, True)), ROBUST),
-    (((NOT, False), (SIGN, False), (SIGN, False)), NONE)])
+    (((NOT, False), (SIGN, False), (SIGN, False)), NONE),
+    (((UNCLEAR, True), (UNCLEAR, True), (SIGN, False)), OPEN),
+    (((PRESET, True), (PRESET, True), (MODEL, True)), UNTESTED),
+    (((PRESET, True), (SIGN, True), (SIZE, True)), ROBUST)])
 def test_agreement(verdicts, said):
     found = judged(*verdicts)
     assert found["agreement"] == said

@@ -27,10 +27,9 @@ def test_axes_and_groups():
     one, other = rng.normal(size=(2, 15))
     rho, _ = metric_ranks(frame(distortion=one, coverage=one**3, aggregation=-one, scope_vocabulary=other, variety_ngrams=np.exp(other)), list(SUITE))
     assert groups_of(rho) == [["distortion", "coverage", "aggregation"], ["scope_vocabulary", "variety_ngrams"]]
-    n, held = n_axes(rho)
-    assert n == 2 and held == pytest.approx(1)
+    assert 1.5 < n_axes(rho) < 2.1
     independent = pd.DataFrame(np.eye(3), index=list("abc"), columns=list("abc"))
-    assert n_axes(independent)[0] == 3 and groups_of(independent) == [["a"], ["b"], ["c"]]
+    assert n_axes(independent) == pytest.approx(3) and groups_of(independent) == [["a"], ["b"], ["c"]]
 
 
 def test_words_and_picture():

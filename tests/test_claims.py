@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.rank_statistics import correlate
+from calib_prune.report.rank_statistics import contrast, contrasts, correlate, resampling
 from calib_prune.report.statistics import bootstrap_retention, strategy_retention
 from calib_prune.report.claims import judge, ledger, save_ledger, study_ledger
 from calib_prune.report.estimates import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimate_growth,
@@ -228,6 +228,36 @@ def test_a_metric_that_only_tells_the_registers_apart():
     found = ledger_of(study, metrics, 300, 999)
     assert found.loc["O1 code", "verdict"] in (SIZE, SIGN) and found.loc["O2 code", "verdict"] == UNCLEAR
     assert found.loc["O2 code", "ci_low"] < 0 < found.loc["O2 code", "ci_high"]
+
+
+def test_a_share_needs_a_lead():
+    for kept in ({"c4": 0.6, "math": 0.7, "uniform": 0.5}, {"c4": 0.7, "math": 0.5, "uniform": 0.71}):
+        study = example_study({k: (v,) * 4 for k, v in kept.items()}, seeds=(0, 1), n=200, seed=0)
+        found = ledger_of(study, NO_METRICS, 60)
+        assert found.loc["C6 share", "verdict"] == UNCLEAR and math.isnan(found.loc["C6 share", "ours"])
+
+
+def test_the_partial_p_belongs_to_the_partial_difference():
+    groups = np.repeat([0, 1], (9, 6))
+    free, held = resampling(np.zeros(15, int), 50, 999, 0), resampling(groups, 50, 999, 0)
+    low, shown = 0, 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=15)
+        a, b = 5 * groups + 0.8 * x + 0.5 * rng.normal(size=15), rng.normal(size=15)
+        found = contrast(x, np.tile(a, (51, 1)), np.tile(b, (51, 1)), free, held)
+        low += found["partial_p"] < 0.05
+        null = contrast(rng.normal(size=15), np.tile(a, (51, 1)), np.tile(b, (51, 1)), free, held)
+        shown += null["partial_p"] < 0.05
+    assert low > 25 and shown <= 8  # power where there is an effect inside the registers, and the right size where there is none
+
+
+def test_a_dimension_that_every_source_keeps_alike_has_no_contrast():
+    study = example_study({o: (0.5 + 0.02 * i, 0.5, 0.5, 0.5) for i, o in enumerate(SUITE)}, seeds=(0,), n=400)
+    metrics = pd.DataFrame([dict(strategy=o, seed=0, metric="distortion", value=float(i)) for i, o in enumerate(SUITE)])
+    found = contrasts(metrics, strategy_retention(bootstrap_retention(study, 20)), "distortion", 99)
+    assert set(found["reason"]) == {"every source kept the same"} and found["p"].isna().all()
+    assert set(contrasts(metrics, strategy_retention(bootstrap_retention(study, 20)), "coverage", 99)["reason"]) == {"not measured"}
 
 
 def test_forms_without_a_scale_and_without_code(right):

@@ -182,8 +182,8 @@ def test_right_answers_after_the_prompt_of_another_item(benchmarks):
     pd.testing.assert_frame_equal(both[both.metric != "swapped_bits"].reset_index(drop=True), own)
     other = both[both.metric == "swapped_bits"]
     assert other.groupby("task").size().to_dict() == dict.fromkeys(NAMES, 5)
-    mine = [int(o) for o in other.item[other.task == "lambada"]]
-    for i, after in zip(mine, mine[1:] + mine[:1]):
+    order = [int(o) for o in own.item[own.task == "lambada"]]
+    for i, after in zip(order[:5], order[1:6]):
         ids = [TOKENIZER(o).input_ids for o in (benchmarks["lambada"][after]["context"], benchmarks["lambada"][i]["continuation"])]
         nats = one_by_one(model, [ids])[0][0]
         assert other.value[(other.task == "lambada") & (other.item == str(i))].item() == pytest.approx(-nats / math.log(2), rel=1e-4)
@@ -193,6 +193,8 @@ def test_right_answers_after_the_prompt_of_another_item(benchmarks):
     assert gains["gsm8k"] == pytest.approx(1 - sums["bits"] / sums["swapped_bits"])
     alone = evaluate(model, TOKENIZER, ["lambada"], limit=1, swapped=5)
     assert set(alone.metric) == {"bits"}, "a single item has no other"
+    first = evaluate(model, TOKENIZER, ["lambada"], limit=12, swapped=1)
+    assert first[first.metric == "swapped_bits"].value.item() == pytest.approx(other.value[other.task == "lambada"].iloc[0], rel=1e-4)
 
 
 def test_bits_and_accuracy_by_hand(benchmarks):

@@ -40,7 +40,8 @@ def test_formulas():
     assert task_retention("sciq", two(80.0), two(100.0), "answer-bits")[0] == 0.8
     assert task_retention("sciq", two(80.0), two(40.0))[0] == 0.5
     assert task_retention("sciq", two(60.0), two(-6.0), "above-chance")[0] == -0.1
-    assert np.isnan(task_retention("sciq", np.array([[2.0], [0.0]]), two(1.0), "above-chance")[1])
+    kept = task_retention("sciq", np.array([[2.0], [0.0], [-1.0]]), np.array([[1.0], [1.0], [-3.0]]), "above-chance")
+    assert kept[0] == 0.5 and np.isnan(kept[1:]).all(), "a replicate in which the dense model only guesses says nothing"
 
 
 def test_a_guess_keeps_nothing_above_chance():
@@ -103,4 +104,4 @@ def test_the_rule():
     assert can_tell("plain", 0.9, 0.5) and not can_tell("plain", 0.9, 0.51) and not can_tell("above-chance", math.nan, 0)
     assert can_tell("plain", 0.9, math.nan)  # no choice task, no floor
     assert {headline({o: 4}) for o in HEADLINE} == set(HEADLINE) == set(MEASURES)
-    assert headline(dict.fromkeys(HEADLINE, 3)) == HEADLINE[0]
+    assert headline(dict.fromkeys(HEADLINE, 3)) == HEADLINE[0] and headline(dict.fromkeys(HEADLINE, 0)) == "answer-bits"

@@ -5,7 +5,8 @@ import pytest
 from calib_prune.calibration.sources import SOURCES
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.mixing import (best_rows, best_text, errors, gain_note, law_figure, law_of, mix_rows, mixes_of, shares_of)
+from calib_prune.report.mixing import (best_rows, best_text, errors, gain_note, law_figure, law_of, mix_rows, mixes_of, mixing_gain,
+                                       shares_of)
 from calib_prune.report.selection import measured
 from calib_prune.study.presets import load_preset
 
@@ -56,7 +57,7 @@ def test_a_true_law_predicts_and_a_wrong_one_does_not():
 def test_words_and_pictures():
     preset, found, _ = study_of(lambda x: 0.2 + 0.6 * np.sqrt(x))
     law = law_of(preset, found)
-    assert gain_note(law).startswith("General +") and list(best_text(best_rows(law))["need"])[1] == "the worst dimension"
+    assert "not all" in gain_note(mixing_gain(preset, found)) and list(best_text(best_rows(law))["need"])[1] == "the worst dimension"
     figure = law_figure(mix_rows(preset, found, law))
     assert len(figure.axes) == 4 and "The law predicts unseen mixes to" in figure._suptitle.get_text()
 
@@ -69,3 +70,17 @@ def test_the_preset_of_mixes_spans_the_simplex():
     for k, o in preset["strategies"].items():
         nominal = [int(part[1]) / 8 for part in k.split("-")[1:]]
         np.testing.assert_allclose(list(shares_of(o, 32).values()), nominal, atol=0.08)
+
+
+def test_the_gain_of_mixing_is_measured():
+    kept = {"g": (0.8, 0.4, 0.3, 0.3), "c": (0.5, 0.7, 0.3, 0.3), "p": (0.3, 0.4, 0.9, 0.4), "m": (0.3, 0.4, 0.4, 0.8), "even": (0.7,) * 4,
+            "near": (0.1,) * 4}
+    study = example_study(kept, seeds=(0, 1), n=2000)
+    preset = example_preset(study)
+    mixes = {"g": "General", "c": "Commonsense", "p": "Code", "m": "Math"}
+    preset["strategies"] = {k: ONE[d] for k, d in mixes.items()} | dict(even=",".join(f"{o}=8" for o in ONE.values()),
+                                                                       near=",".join(f"{o}={n}" for o, n in zip(ONE.values(), (11, 7, 7, 7))))
+    gains = mixing_gain(preset, measured(preset, study, 60).found).set_index("dimension")
+    expected = 0.7 - np.mean([kept[k] for k in mixes], axis=0)
+    np.testing.assert_allclose(gains.value[list(DIMENSIONS)], expected, atol=1e-3)
+    assert gains.value["Total"] == pytest.approx(expected.mean(), abs=1e-3)

@@ -61,6 +61,7 @@ def test_costs_are_ratios_of_the_same_draw():
     ({"admm": (0.05, 31)}, ["admm"]),                       # 1.55 times: not affordable, but the best at any cost
     ({"admm": (0.015, 28), "alps": (0.02, 60)}, []),        # a lead too small to matter
     ({"admm": (0.01, 28), "alps": (0.09, 60)}, ["alps"]),
+    ({"wanda": (-0.06, 10), "alps": (0.0, 60)}, []),        # better than the worse one is not good enough
     ({"wanda": (-0.05, 10)}, []), ({}, [])])
 def test_the_rule(methods, names): assert chosen(made_up(methods)) == names
 
@@ -73,6 +74,13 @@ def test_table_and_figure():
     assert text.loc["L-ADMM", "Total"] == f"{100 * totals(kept, 0.6).value['admm']:.1f}"
     figure = pruner_figure(gained, costs)
     assert "reconstructed keeps" in figure._suptitle.get_text() and "4.5 times" in figure._suptitle.get_text()
+
+
+def test_a_method_with_fewer_draws_is_not_looked_at():
+    whole = made_up({"admm": (0.05, 28), "alps": (0.12, 60)})
+    study = {k: o for k, o in whole.study.items() if o.record["method"] != "alps" or o.record["seed"] == 0}
+    assert chosen(measured(whole.preset, study, 400)) == ["admm"]
+    assert cost_rows({"dense": study["dense"]}).empty
 
 
 def test_a_study_without_other_methods_or_draws():

@@ -63,12 +63,19 @@ def test_the_headline_follows():
     assert measured_study(preset | dict(measure="answer-bits"), study, 20).found.measure == "answer-bits"
 
 
+def test_one_draw_per_source_cannot_tell():
+    rows = resolution_rows(*fifteen(0.15, seeds=(0,)), 100)
+    assert not rows.can_tell.any() and rows.note.str.contains("one draw").any() and headline_of(rows) == "answer-bits"
+
+
 def test_rows_that_lack_a_measure_say_so():
-    preset, study = fifteen(0.15, seeds=(0,))
+    preset, study = fifteen(0.15)
     for o in study.values(): o.items = o.items.drop(columns="chance")
     rows = resolution_rows(preset, study, 50)
     assert set(rows[rows.measure == "above-chance"].note) == {rows[rows.measure == "above-chance"].note.iloc[0]}
     assert "what guessing gets" in rows[rows.measure == "above-chance"].note.iloc[0]
+    plain = rows[rows.measure == "plain"].set_index("dimension")
+    assert not plain.can_tell["Commonsense"] and "guessing" in plain.note["Commonsense"] and plain.can_tell["Code"], "Code is in bits"
     assert set(totals_rows(preset, study, 20).measure) == {"plain", "answer-bits"}
     assert resolution_rows(preset, {"dense": study["dense"]}, 20).can_tell.sum() == 0
 

@@ -74,7 +74,7 @@ def task_retention(task: str,
         raise CalibPruneError(f"The dense model scores {low} on task {task!r}, so nothing can be retained of it. "
                               "Use more items, or a task that this model can do.")
     above, below = (dense, pruned) if metric_of(TASKS[task], measure) == "bits" else (pruned, dense)
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below != 0)
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
 
 # %% ../../nbs/6_evaluation/05_measures.ipynb #3f0b455d
 def prompt_gains(items: pd.DataFrame  # from `scoring.evaluate` with `swapped`
@@ -100,4 +100,5 @@ def can_tell(measure: str,
 def headline(telling: dict[str, int]  # measure → number of dimensions in which it can tell
             ) -> str:
     "The measure that a model's main tables show."
+    if not any(telling.values()): return "answer-bits"
     return max(HEADLINE, key=lambda o: (telling.get(o, 0), -HEADLINE.index(o)))

@@ -136,8 +136,8 @@ def swapped_rows(lm, task: Task, samples: list[dict],  # as lm-eval logs them
     "The bits of the right answers after the prompt of the next item; none for generated answers, or for a single item."
     from lm_eval.api.instance import Instance
     mine = samples[:n] if task.kind != "generate" and len(samples) > 1 else []
-    right = [o["arguments"][o["doc"]["gold"]] for o in mine]
-    pairs = [(prompt, answer) for (prompt, _), (_, answer) in zip(right[1:] + right[:1], right)]
+    right = [o["arguments"][o["doc"]["gold"]] for o in samples[:n + 1]] if mine else []
+    pairs = [(right[(i + 1) % len(right)][0], right[i][1]) for i in range(len(mine))]
     found = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs]) if pairs else []
     return [dict(task=task.name, dimension=task.dimension, item=o["doc"]["id"], metric="swapped_bits", value=-lp / math.log(2),
                  bytes=len(answer.encode()), chance=math.nan) for o, (lp, _), (_, answer) in zip(mine, found, pairs)]

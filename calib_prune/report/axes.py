@@ -31,11 +31,10 @@ def metric_ranks(metrics: pd.DataFrame,  # as in `rank_statistics.correlate`
     rho = spearman(values[:, None], values[None]) if len(wide.columns) else np.empty((0, 0))
     return pd.DataFrame(rho, index=wide.columns, columns=wide.columns), why
 
-def n_axes(rho: pd.DataFrame) -> tuple[int, float]:  # axes; share of the ranks' variance that they hold
-    "The number of independent axes."
-    values = np.linalg.eigvalsh(rho.to_numpy())[::-1]
-    n = int((values > 1 - 1e-9).sum())  # metrics that have nothing in common have eigenvalues of 1
-    return n, float(values[:n].sum() / values.sum())
+def n_axes(rho: pd.DataFrame) -> float:
+    "The effective number of independent axes."
+    values = np.linalg.eigvalsh(rho.to_numpy())
+    return float(values.sum() ** 2 / (values**2).sum())
 
 def groups_of(rho: pd.DataFrame) -> list[list[str]]:
     "Metrics that rise and fall together: each joins the first group of which it correlates with every member."
@@ -68,6 +67,5 @@ def axes_figure(rho: pd.DataFrame, note: str = "") -> Figure:
     ax.tick_params(labelsize=6.5)
     ax.set(xlabel="", ylabel="")
     ax.grid(False)
-    n, held = n_axes(rho)
-    headline(figure, f"{len(order)} metrics measure about {n} different things ({100 * held:.0f} % of their ranks' variance)")
+    headline(figure, f"{len(order)} metrics measure about {n_axes(rho):.0f} different things")
     return annotate(figure, note)

@@ -304,8 +304,12 @@ def estimate_share(found: Replicates) -> Estimate:
     total = outcome(sources.values, "Total")
     best = total[:, total[0].argmax()]
     name = sources.cells["strategy"].to_numpy()[total[0].argmax()]
+    if name == strategy_for(here, "default"): raise Untestable(UNCLEAR, f"{name} is the best single source itself.")
+    leads = interval((mix - default)[1:])[0] > 0
+    if not leads: raise Untestable(UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share.")
     with np.errstate(divide="ignore", invalid="ignore"): share = (mix - best) / (mix - default)
-    detail = f"The best single source is {name}, chosen by the numbers compared. The interval is over {here.noise}."
+    detail = (f"The best single source is {name}, chosen by the numbers compared. The interval is over {here.noise}; it does not "
+              "allow for that choice.")
     return Estimate(float(share[0]), *interval(share[1:]), here.items["Total"], "items", detail)
 
 def _without_code(values: np.ndarray) -> np.ndarray:  # [..., outcomes] → [...]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'MIXES', 'NEEDS', 'shares_of', 'mixes_of', 'law_of', 'mix_rows', 'errors', 'best_rows', 'best_text',
-           'gain_note', 'law_figure']
+           'mixing_gain', 'gain_note', 'law_figure']
 
 # %% ../../nbs/8_report/20_mixing.ipynb #6323fdd9
 from typing import Any, Mapping
@@ -20,7 +20,8 @@ from ..core import DIMENSIONS, CalibPruneError
 from .plots import WIDTH, annotate, check_rows, headline
 from .statistics import OUTCOMES, Replicates
 from .tables import interval_text
-from ..study.mixing_law import Law, best_mix, fit, super_additive
+from ..resampling import interval
+from ..study.mixing_law import Law, best_mix, fit
 from ..style import DIMENSION_COLOURS, MARKERS
 
 # %% ../../nbs/8_report/20_mixing.ipynb #2514888d
@@ -87,11 +88,23 @@ def best_text(rows: pd.DataFrame) -> pd.DataFrame:
     wide = rows.assign(text=text).pivot(index="need", columns="dimension", values="text")
     return wide.reindex(index=list(NEEDS), columns=list(DIMENSIONS)).rename_axis(columns=None).reset_index()
 
-def gain_note(law: Law) -> str:
-    "Whether mixing is super-additive: equal parts against the average of the four kinds alone."
-    gains = super_additive(law, dict.fromkeys(DIMENSIONS, 0.25))
+def mixing_gain(preset: dict[str, Any], found: Replicates
+               ) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; empty without these mixes
+    "Is mixing super-additive? What the mix nearest to equal parts kept, less the mean of the four kinds alone: as measured."
+    mixes = mixes_of(preset, found)
+    shares = mixes[list(DIMENSIONS)].to_numpy(float)
+    alone = np.flatnonzero((shares == 1).any(1))
+    if len(alone) < len(DIMENSIONS): return pd.DataFrame(columns=["dimension", "value", "ci_low", "ci_high"])
+    even = np.abs(shares - 1 / len(DIMENSIONS)).sum(1).argmin()
+    gain = found.values[:, even] - found.values[:, alone].mean(1)
+    rows = [(d, gain[0, j], *interval(gain[1:, j])) for d in (*DIMENSIONS, "Total") for j in [OUTCOMES.index(d)]]
+    return pd.DataFrame(rows, columns=["dimension", "value", "ci_low", "ci_high"])
+
+def gain_note(gains: pd.DataFrame  # from `mixing_gain`
+             ) -> str:
+    "The gain of mixing in words."
     said = [f"{o.dimension} {interval_text(o.value, o.ci_low, o.ci_high, '+')}" for o in gains.itertuples()]
-    return ", ".join(said)
+    return ", ".join(said) or "not all of these mixes have been run"
 
 # %% ../../nbs/8_report/20_mixing.ipynb #f71d3320
 def law_figure(rows: pd.DataFrame,  # from `mix_rows`
@@ -112,4 +125,5 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
     found = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
     off, spread = found["unseen"].mean(), found["spread"].mean()
     headline(figure, f"The law predicts unseen mixes to {off:.1f} points; they differ by {spread:.1f}")
-    return annotate(figure, f"Filled: mixes that had no part in the fit. Bars: 95% intervals of the prediction. {note}")
+    about = "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, without its misfit."
+    return annotate(figure, f"{about} {note}")

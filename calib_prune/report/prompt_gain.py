@@ -65,8 +65,10 @@ def gain_figure(rows: pd.DataFrame,  # from `gain_rows`
                 strategies: list[str], method: str = "sparsegpt", note: str = "") -> Figure:
     "Prompt gain against sparsity, one panel per strategy, the dense model at 0."
     shares = rows[(rows["method"] == method) & rows["strategy"].isin(strategies)]
+    shares = shares[shares["windows"].isin(shares["windows"].mode()[:1])]  # one size of the calibration set: that of most rows
     shares = shares[[parse_sparsity(o)[1] is None for o in shares["sparsity"]]]
     check_rows(shares, "prompt gains")
+    check_rows(rows[rows["strategy"] == "dense"], "the dense model's prompt gains")
     names = [o for o in strategies if o in set(shares["strategy"])]
     dense = rows[rows["strategy"] == "dense"].assign(sparsity=0.0)
     figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 2.9), layout="constrained", squeeze=False, sharey=True)

@@ -8,7 +8,6 @@ __all__ = ['BASE', 'GOALS', 'GAINS', 'COSTS', 'AFFORDABLE', 'LEAD', 'FAMILIES', 
 
 # %% ../../nbs/8_report/16_pruners.ipynb #ba6ded23
 from dataclasses import replace
-from statistics import median
 from typing import Any, Iterable
 
 import matplotlib.pyplot as plt
@@ -96,10 +95,11 @@ def _of_study(study: dict[str, Result]) -> pd.DataFrame:
 def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # columns `COSTS`
     "Medians by sparsity and method; `times` the base method's seconds, pair by pair; perplexity as a geometric mean."
     found, on = _of_study(study), ["strategy", "seed", "sparsity"]
+    if found.empty: return pd.DataFrame(columns=COSTS)
     bases = found[found["method"] == base].set_index(on)["seconds"]
     found["times"] = found["seconds"].to_numpy() / bases.reindex(pd.MultiIndex.from_frame(found[on])).to_numpy()
     rows = [dict(sparsity=sparsity, method=method, perplexity=float(np.exp(np.log(mine["perplexity"]).mean())),
-                 error=mine["error"].mean(), **{k: median(mine[k]) for k in ("seconds", "times", "peak_gib")})
+                 error=mine["error"].mean(), **{k: mine[k].median() for k in ("seconds", "times", "peak_gib")})
             for (sparsity, method), mine in found.groupby(["sparsity", "method"], sort=False)]
     return pd.DataFrame(rows, columns=COSTS)
 
@@ -138,16 +138,16 @@ def totals(rows: pd.DataFrame, sparsity: Any  # columns `GAINS`
     return found.set_index("method")
 
 def chosen(whole: Measured, sparsity: Any = 0.6, base: str = BASE) -> list[str]:  # methods, the affordable one first
-    "The methods that join the study."
-    kept = totals(kept_rows(whole), sparsity)["value"].drop(base, errors="ignore")
-    if kept.empty: return []
+    "The methods that join the study; only those with the most draws are looked at."
+    gained = totals(gain_rows(whole, base), sparsity)
+    gained = gained[gained["draws"] == gained["draws"].max()]["value"]
+    if gained.empty: return []
     costs = cost_rows(whole.study, base)
     times = costs[costs["sparsity"] == sparsity].set_index("method")["times"]
     leads = lambda method, over: bool(totals(gain_rows(whole, over), sparsity).loc[method, "ci_low"] > LEAD)
-    affordable, best = kept[times.reindex(kept.index) <= AFFORDABLE], kept.idxmax()
-    first = affordable.idxmax() if len(affordable) else base
-    found = [first] if first != base and leads(first, base) else []
-    return found + [best] * (best != first and leads(best, first))
+    affordable, best = gained[times.reindex(gained.index) <= AFFORDABLE], gained.idxmax()
+    first = affordable.idxmax() if len(affordable) and leads(affordable.idxmax(), base) else base
+    return [o for o in (first,) if o != base] + [best] * (best != first and leads(best, first))
 
 # %% ../../nbs/8_report/16_pruners.ipynb #03b93292
 FAMILIES = {"plain": "o", "refined": "s", "reconstructed": "^", "allocated": "D"}

@@ -183,13 +183,19 @@ def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Se
 CONTRASTS = (("General", "Code"), ("General", "Math"))
 REGISTER = "Code", "Math"  # dimensions whose sources are code and formulas
 
+def _residual_ranks(x: np.ndarray, groups: np.ndarray) -> np.ndarray:  # [n]
+    "Ranks less the mean of their group: what is left of them with the group held fixed."
+    ranks = rankdata(x)
+    return ranks - np.array([ranks[groups == g].mean() for g in groups])
+
 def _contrast_p(x: np.ndarray, a: np.ndarray, b: np.ndarray,  # [n]
-                taken: np.ndarray, whole: bool                # from `pairings`
+                plan: Resampling
                ) -> float:
-    "Two-sided p-value of ρ(x, a) − ρ(x, b): pairings of the metric with the sources."
-    ranks = [rankdata(o) - (len(x) + 1) / 2 for o in (x, a, b)]
+    "Two-sided p-value of ρ(x, a) − ρ(x, b), the groups held fixed: pairings of the metric with the sources inside them."
+    ranks = [_residual_ranks(o, plan.own) for o in (x, a, b)]
     weights = ranks[1] / np.linalg.norm(ranks[1]) - ranks[2] / np.linalg.norm(ranks[2])
-    null, seen, extra = ranks[0][taken] @ weights, ranks[0] @ weights, 0 if whole else 1
+    taken, extra = plan.pairings[0], 0 if plan.pairings[1] else 1
+    null, seen = ranks[0][taken] @ weights, ranks[0] @ weights
     tails = [(int(o.sum()) + extra) / (len(null) + extra) for o in (null >= seen - 1e-9, null <= seen + 1e-9)]
     return min(1.0, 2 * min(tails))
 
@@ -200,13 +206,13 @@ def contrast(x: np.ndarray,                    # [n], a metric
             ) -> dict[str, float]:
     "ρ(metric, a) − ρ(metric, b), also with the register held fixed."
     delta = lambda rho, plan, *more: rho(x[plan.taken], _kept(a, plan), *more) - rho(x[plan.taken], _kept(b, plan), *more)
-    found = dict(n=len(x), rho=float(spearman(x, a[0]) - spearman(x, b[0])), p=_contrast_p(x, a[0], b[0], *free.pairings))
+    found = dict(n=len(x), rho=float(spearman(x, a[0]) - spearman(x, b[0])), p=_contrast_p(x, a[0], b[0], free))
     found |= dict(zip(("ci_low", "ci_high"), interval(delta(spearman, free))))
     if len(np.unique(held.own)) < 2: return found
     partial = partial_spearman(x, a[0], held.own) - partial_spearman(x, b[0], held.own)
     low, high = interval(delta(partial_spearman, held, held.own[held.taken]))
     return found | dict(partial=float(partial), partial_low=low, partial_high=high,
-                        partial_p=_contrast_p(x, a[0], b[0], *held.pairings))
+                        partial_p=_contrast_p(x, a[0], b[0], held))
 
 def _kept(y: np.ndarray, plan: Resampling) -> np.ndarray: return np.take_along_axis(y[1:], plan.taken, 1)
 
@@ -226,7 +232,9 @@ def contrasts(metrics: pd.DataFrame, found: Replicates,  # as in `correlate`
         plans = [resampling(o, len(values) - 1, n_perm, seed) for o in (np.zeros(len(cells), int), register)]
         for pair in CONTRASTS:
             a, b = (values[:, :, KEPT.index(d)] for d in pair)
-            reason = why.get(metric) or ("no task was scored" if np.isnan(a[0] + b[0]).any() else "")
+            reason = why.get(metric, "" if metric in wide else "not measured")
+            if np.isnan(a[0] + b[0]).any(): reason = reason or "no task was scored"
+            elif not (np.ptp(a[0]) and np.ptp(b[0])): reason = reason or "every source kept the same"
             numbers = {} if reason else contrast(wide[metric].to_numpy(), a, b, *plans)
             about = dict(n=len(cells), metric=metric, dimension=" − ".join(pair), noise=here.noise, reason=reason)
             rows.append(at | about | numbers)

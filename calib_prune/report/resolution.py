@@ -49,6 +49,13 @@ def _setting(whole: Measured) -> dict[str, Any]:  # empty if no single source wa
     single = cells[cells["source_dimension"] != ""]
     return dict(zip(columns, single.groupby(columns, sort=False).size().idxmax())) if len(single) else {}
 
+def _doubt(whole: Measured, at: dict[str, Any], name: str, dimension: str, share: float) -> str:  # empty if there is none
+    "Why a measure cannot be judged in a dimension."
+    if whole.found.where(**at).noise == "items only": return "one draw per source: their scatter would count as signal"
+    choices = {o for o in whole.study["dense"].items["task"] if TASKS[o].kind == "choice" and TASKS[o].dimension == dimension}
+    if name != "answer-bits" and choices and np.isnan(share): return "the rows do not say what guessing gets"
+    return ""
+
 def _of_measure(whole: Measured, name: str) -> list[dict[str, Any]]:
     "The rows of one measure."
     at = _setting(whole)
@@ -60,9 +67,10 @@ def _of_measure(whole: Measured, name: str) -> list[dict[str, Any]]:
         o = spread.loc[d] if d in spread.index else dict(sd=np.nan, noise_sd=np.nan, freedom=0)
         reliability = o["sd"]**2 / (o["sd"]**2 + o["noise_sd"]**2)
         share = chances[chances["dimension"] == d]["at_chance"].mean()
+        note = _doubt(whole, at, name, d, share)
         rows.append(dict(measure=name, dimension=d, method=at["method"], sparsity=at["sparsity"], sources=int(o["freedom"]) + 1,
                          sd=o["sd"], noise_sd=o["noise_sd"], reliability=reliability, at_chance=share, models=len(here),
-                         can_tell=can_tell(name, reliability, share), note=""))
+                         can_tell=can_tell(name, reliability, share) and not note, note=note))
     return rows
 
 # %% ../../nbs/8_report/17_resolution.ipynb #fc6f1138

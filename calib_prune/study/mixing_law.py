@@ -52,6 +52,7 @@ def left_out_error(form: str, shares: np.ndarray,  # [n, 4]
     terms = FORMS[form](shares)
     if len(terms) < terms.shape[1] + 2: return np.inf  # too few mixes for this form
     hat = terms @ np.linalg.pinv(terms)
+    if (np.diag(hat) > 1 - 1e-9).any(): return np.inf  # a mix that no other one can stand in for
     return float(np.sqrt(np.mean(((kept - hat @ kept) / (1 - np.diag(hat))[:, None]) ** 2)))
 
 # %% ../../nbs/7_study/12_mixing_law.ipynb #d76dfb03
@@ -84,6 +85,7 @@ def fit(mixes: pd.DataFrame,  # shares, one row per mix
     if kept.shape[1:] != shares.shape: raise CalibPruneError(f"{len(shares)} mixes need retention of the shape [replicates, "
                                                              f"{len(shares)}, {len(DIMENSIONS)}], not {list(kept.shape)}.")
     if form is not None and form not in FORMS: raise unknown_name("form of the mixing law", form, FORMS)
+    if np.isnan(kept[0]).any(): raise CalibPruneError("The law needs the retention of every dimension for every mix.")
     errors = {o: left_out_error(o, shares, kept[0]) for o in FORMS}
     if not np.isfinite(errors[form or "linear"]):
         raise CalibPruneError(f"{len(shares)} mixes are too few for the form {form or 'linear'}: measure more.")
@@ -92,7 +94,8 @@ def fit(mixes: pd.DataFrame,  # shares, one row per mix
 
 # %% ../../nbs/7_study/12_mixing_law.ipynb #f91f93fe
 def super_additive(law: Law, mix: Mapping[str, float]) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; fractions
-    "How much more a mix keeps than the average of its parts, each kept alone."
+    "How much more a mix keeps than the average of its parts, by a law whose form allows for a difference."
+    if law.form == "linear": raise CalibPruneError("By a linear law a mix keeps the average of its parts, whatever was measured.")
     shares = as_shares(mix)
     gain = law._values(shares)[:, 0] - np.einsum("i,bij->bj", shares[0], law._values(np.eye(len(DIMENSIONS))))
     gain = np.concatenate([gain, gain.mean(-1, keepdims=True)], -1)
@@ -103,7 +106,7 @@ def best_mix(law: Law,
              need: Mapping[str, float] | str,  # weights of the dimensions; or "worst": the dimension that is kept least
              step: float = 0.05
             ) -> pd.DataFrame:  # dimension, share, low, high: the best share, and the range of those that may be best
-    "The mix that suits a need best, with a 95 % region: of mixes that lie no further from the best than noise."
+    "The mix that suits a need best, and the shares of mixes that lie no further from it than noise (95 %, mix by mix)."
     grid = simplex(step)
     values = law._values(grid)
     if need == "worst": worth = values.min(-1)
