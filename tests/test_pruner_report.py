@@ -76,6 +76,17 @@ def test_table_and_figure():
     assert "reconstructed keeps" in figure._suptitle.get_text() and "4.5 times" in figure._suptitle.get_text()
 
 
+def test_a_pattern_that_only_the_base_has_so_far():
+    whole = made_up({"admm": (0.05, 28)})
+    cell = Cell("c4", "c4", "sparsegpt", "2:4", 0, 32)
+    about = asdict(cell) | dict(peak_gib=1.5, mean_error=0.03)
+    rows = pd.DataFrame([dict(metric="perplexity per token", score=30.0)])
+    more = {cell.name: Result(about, rows, example_items(np.full(4, 0.5), 1000), {"pruning": 20.0})}
+    both = measured(example_preset(whole.study | more), whole.study | more, 60)
+    assert len(pruner_text(kept_rows(both), gain_rows(both), cost_rows(both.study))) == 3
+    assert len(pruner_figure(gain_rows(both), cost_rows(both.study)).axes) == 1 and chosen(both) == ["admm"]
+
+
 def test_a_method_with_fewer_draws_is_not_looked_at():
     whole = made_up({"admm": (0.05, 28), "alps": (0.12, 60)})
     study = {k: o for k, o in whole.study.items() if o.record["method"] != "alps" or o.record["seed"] == 0}

@@ -67,7 +67,7 @@ def summary_rows(found: Replicates  # by strategy, from `strategy_retention`
                 low, high = interval(v[1:])
                 rows.append(dict(sparsity=sparsity, method=method, strategy=strategy, dimension=goal, value=v[0], ci_low=low,
                                  ci_high=high, draws=draws))
-    return pd.DataFrame(rows, columns=GAINS)
+    return pd.DataFrame(rows, columns=GAINS).astype({"sparsity": object})  # numbers and patterns
 
 def gain_rows(whole: Measured, base: str = BASE) -> pd.DataFrame:  # columns `GAINS`
     "Gains over the base method."
@@ -101,7 +101,7 @@ def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # co
     rows = [dict(sparsity=sparsity, method=method, perplexity=float(np.exp(np.log(mine["perplexity"]).mean())),
                  error=mine["error"].mean(), **{k: mine[k].median() for k in ("seconds", "times", "peak_gib")})
             for (sparsity, method), mine in found.groupby(["sparsity", "method"], sort=False)]
-    return pd.DataFrame(rows, columns=COSTS)
+    return pd.DataFrame(rows, columns=COSTS).astype({"sparsity": object})
 
 # %% ../../nbs/8_report/16_pruners.ipynb #cf01e7e7
 def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
