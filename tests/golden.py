@@ -61,6 +61,12 @@ def real_model(layers: int):
     return model
 
 
+def shuffled_prose(n: int) -> list[str]:
+    "Documents of the words of the prose, each in another order: enough to choose from."
+    words, rng = " ".join(PROSE).split(), np.random.default_rng(0)
+    return [" ".join(rng.permutation(words)[:rng.integers(8, 40)]) for _ in range(n)]
+
+
 # --- one function a stage and size
 
 def tiny_sets() -> Numbers:
@@ -73,15 +79,18 @@ def real_sets() -> Numbers:
 
 def tiny_text(protocol: str) -> Numbers:
     with TemporaryDirectory() as folder:
-        more = dict(igsp=dict(bins=2, choice=1.5), sgs=dict(source=str(write_atomic(f"{folder}/p.txt", "\f".join(Prose().documents())))))
+        texts = shuffled_prose(60) if protocol == "third" else Prose().documents()
+        prose, sampling = dict(source=str(write_atomic(f"{folder}/p.txt", "\f".join(texts)))), PROTOCOLS[protocol].sampling
+        more = dict(igsp=dict(bins=2, choice=1.5), sgs=prose, third=prose)
         made = PROTOCOLS[protocol].run(tiny_llama(), tiny_tokenizer(), budget=1024, length=64, seed=0,
-                                       sampling=PROTOCOLS[protocol].sampling, batch=8, **more.get(protocol, {}))
-    return dict(texts=content_hash(made.documents()), perplexity=made.report["perplexity"], repeated=made.report["repeated_4grams"])
+                                       **(dict(sampling=sampling, batch=8) if sampling else {}), **more.get(protocol, {}))
+    return dict(texts=content_hash(made.documents()), perplexity=made.report["perplexity"], repeated=made.report.get("repeated_4grams"))
 
 def real_text(protocol: str) -> Numbers:
-    more = dict(igsp=dict(bins=1, choice=1.5, pool=2.0)).get(protocol, {})
+    more = dict(igsp=dict(bins=1, choice=1.5, pool=2.0), third=dict(source="codeio")).get(protocol, {})
+    sampling = PROTOCOLS[protocol].sampling
     made = PROTOCOLS[protocol].run(real_model(4), real_tokenizer(), budget=120, length=24, seed=0,
-                                   sampling=PROTOCOLS[protocol].sampling, batch=8, **more)
+                                   **(dict(sampling=sampling, batch=8) if sampling else {}), **more)
     return dict(texts=content_hash(made.documents()), perplexity=made.report["perplexity"])
 
 def pruned(model, tokens, method: str, **how) -> Numbers:

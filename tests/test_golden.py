@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.real  # a slice of the default model, on fetched text
 SEEN = json.loads(golden.FILE.read_text())
 BESIDE = {"calibration set": "CALIBRATION_VERSION = ", "scoring": "SCORING_VERSION = ", "metrics": "METRICS_VERSION = ",
-          "audit": "AUDIT_VERSION = ", "self-cal": "SELF_CAL_VERSION = ", "sgs": "SGS_VERSION = ", "igsp": "IGSP_VERSION = "}
+          "audit": "AUDIT_VERSION = ", "self-cal": "SELF_CAL_VERSION = ", "sgs": "SGS_VERSION = ", "igsp": "IGSP_VERSION = ", "third": "THIRD_VERSION = "}
 
 
 def notebook(stage):

@@ -53,13 +53,14 @@ def generate(
     "Let the dense model write its own calibration text. After an interruption, the same command goes on."
     from dataclasses import replace
     from calib_prune.generation.writing import write
-    from calib_prune.generation.igsp import PROTOCOLS
+    from calib_prune.generation.igsp import PROTOCOLS, WRITERS
     from calib_prune.model.loading import load_model, model_revision
-    if protocol not in PROTOCOLS: raise unknown_name("protocol", protocol, PROTOCOLS)
+    if protocol not in WRITERS: raise unknown_name("protocol", protocol, WRITERS)
     check_number("windows", windows, 1, math.inf, whole=True)
     check_number("length", length, 1, math.inf, whole=True)
     check_number("pool", pool, 1, 1000)
     run, sampling = PROTOCOLS[protocol].run, PROTOCOLS[protocol].sampling
+    assert sampling  # of every writer
     own: dict[str, Any] = {}
     if protocol == "sgs": own = dict(source=source)
     if protocol == "igsp": own = dict(pool=pool, balance=None if balance == "none" else balance)

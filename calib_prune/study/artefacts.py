@@ -63,6 +63,9 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T12", "mixes", "What each mix keeps, and what the mixing law says of it", "mixing_law"),
     Artefact("T12", "best", "The best mix for a need, by the mixing law", "mixing_law"),
     Artefact("F11", "law", "The mixing law against measured mixes", "mixing_law"),
+    Artefact("T13", "thirds", "What perplexity does within a source", "thirds"),
+    Artefact("T13", "balance", "How alike the thirds of a source are", "thirds"),
+    Artefact("F12", "thirds", "Retention against perplexity within a source", "thirds"),
     Artefact("T10", "pruners", "Better pruners beside SparseGPT and Wanda", "pruners"),
     Artefact("T10", "gains", "What better pruners gain, by dimension and calibration set", "pruners"),
     Artefact("F9", "pruners", "What a better pruner gains against what it costs", "pruners"))}

@@ -159,6 +159,12 @@ def same_items(a: dict[str, Any], b: dict[str, Any]  # records of two cells
     return part(a) == part(b)
 
 # %% ../../nbs/7_study/03_keys.ipynb #574b74c8
+def _reference_key(preset: dict[str, Any]) -> dict[str, Any]:
+    "What prompts that no score uses depend on."
+    tasks = get_tasks(preset["scoring"]["tasks"])
+    return dict(references={o.name: content_hash([o.entry, _items(o)]) for o in tasks},
+                scored={o.name: limit_of(o, preset["scoring"]["limit"]) for o in tasks})
+
 def text_key(preset: dict[str, Any], strategy: str, seed: int) -> dict[str, Any]:
     "Everything that a strategy's generated text depends on."
     generated = protocol_of(preset["strategies"][strategy])
@@ -166,9 +172,10 @@ def text_key(preset: dict[str, Any], strategy: str, seed: int) -> dict[str, Any]
     protocol, settings = generated
     key = dict(scheme=SCHEME, model=model_key(preset), protocol=protocol, settings=settings, seed=seed,
                budget=preset["calibration"]["windows"] * preset["calibration"]["length"], versions=_versions_of(protocol))
-    named = inspect.signature(PROTOCOLS[protocol].run).parameters.get("source")
-    if named is None: return key
-    source = get_source(settings.get("source", named.default))
+    takes = inspect.signature(PROTOCOLS[protocol].run).parameters
+    if "prompts" in takes: key |= _reference_key(preset)
+    if "source" not in takes: return key
+    source = get_source(settings.get("source", takes["source"].default))
     return key | dict(source=[source.draw_key, source.revision, *([source.entry] if source.entry else [])])
 
 # %% ../../nbs/7_study/03_keys.ipynb #88286d38
@@ -184,12 +191,11 @@ def metrics_key(preset: dict[str, Any], strategy: str,
                 own_text: str | Path  # the file
                ) -> dict[str, Any]:
     "Everything that the metrics of a strategy's sets depend on."
-    size, tasks = preset["calibration"], get_tasks(preset["scoring"]["tasks"])
+    size, prompts = preset["calibration"], _reference_key(preset)
     draws = {str(seed): calibration_key(mix_of(preset, strategy, seed), size["windows"], size["length"], seed)
              for seed in seeds_of(preset, strategy)}
-    references = {o.name: content_hash([o.entry, _items(o)]) for o in tasks} | {"own text": file_sha256(own_text)[:16]}
-    scored = {o.name: limit_of(o, preset["scoring"]["limit"]) for o in tasks}  # prompts of these items are no references
-    return dict(scheme=SCHEME, model=model_key(preset), draws=draws, references=references, scored=scored,
+    references = prompts["references"] | {"own text": file_sha256(own_text)[:16]}
+    return dict(scheme=SCHEME, model=model_key(preset), draws=draws, references=references, scored=prompts["scored"],
                 batch_tokens=preset["scoring"]["batch_tokens"], versions=_versions_of("calibration set", "metrics"))
 
 # %% ../../nbs/7_study/03_keys.ipynb #27cba5f6
