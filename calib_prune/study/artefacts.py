@@ -66,6 +66,8 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T13", "thirds", "What perplexity does within a source", "thirds"),
     Artefact("T13", "balance", "How alike the thirds of a source are", "thirds"),
     Artefact("F12", "thirds", "Retention against perplexity within a source", "thirds"),
+    Artefact("T14", "unseen", "What metrics predict at sources that they have not seen", "unseen", METRICS),
+    Artefact("F13", "unseen", "Predicted against measured at unseen sources", "unseen", METRICS),
     Artefact("T10", "pruners", "Better pruners beside SparseGPT and Wanda", "pruners"),
     Artefact("T10", "gains", "What better pruners gain, by dimension and calibration set", "pruners"),
     Artefact("F9", "pruners", "What a better pruner gains against what it costs", "pruners"))}
