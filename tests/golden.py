@@ -79,7 +79,7 @@ def real_sets() -> Numbers:
 
 def tiny_text(protocol: str) -> Numbers:
     with TemporaryDirectory() as folder:
-        texts = shuffled_prose(60) if protocol == "third" else Prose().documents()
+        texts = shuffled_prose(80) if protocol == "third" else Prose().documents()
         prose, sampling = dict(source=str(write_atomic(f"{folder}/p.txt", "\f".join(texts)))), PROTOCOLS[protocol].sampling
         more = dict(igsp=dict(bins=2, choice=1.5), sgs=prose, third=prose)
         made = PROTOCOLS[protocol].run(tiny_llama(), tiny_tokenizer(), budget=1024, length=64, seed=0,
