@@ -15,7 +15,7 @@ from calib_prune.report.rank_statistics import (correlate, leave_one_out, pairin
                                                 spearman)
 from calib_prune.report.statistics import (OUTCOMES, best_of, bootstrap_retention, deviations,
                                            draw_spread, draw_variances, paired_difference, retention_summary,
-                                           shortfall, source_dimension, spread, strategy_retention)
+                                           shortfall, simultaneous, source_dimension, spread, strategy_retention)
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention_draws
 from calib_prune.resampling import interval
@@ -369,3 +369,16 @@ def test_a_task_that_the_dense_model_cannot_do_is_left_out_where_others_measure_
     assert found.left_out == ("hellaswag",) and plain.left_out == ()
     np.testing.assert_array_equal(found.values, plain.values)
     assert found.items == plain.items
+
+
+def test_simultaneous_intervals_hold_for_all_at_once():
+    rng = np.random.default_rng(5)
+    truth, sizes = np.linspace(-1, 1, 12), np.linspace(0.1, 2, 12)
+    missed = 0
+    for _ in range(200):
+        seen = truth + sizes * rng.normal(size=12)
+        low, high = simultaneous(np.vstack([seen, seen + sizes * rng.normal(size=(500, 12))]))
+        missed += ((truth < low) | (truth > high)).any()
+    assert 1 <= missed <= 22, "5 % of 200, within chance"
+    one = simultaneous(np.vstack([[0.0], rng.normal(size=(20_000, 1))]))
+    assert one[1][0] == pytest.approx(1.96, abs=0.05), "a single difference needs no allowance"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEST', 'REFERENCES', 'GOALS', 'FACTS', 'RETENTIONS', 'SHOWN_FACTS', 'SHOWN_MEASURES', 'in_grid', 'compared_cells',
-           'single_sources', 'compared_pairs', 'difference_rows', 'beyond_noise', 'text_facts', 'variant_rows',
-           'with_draws', 'by_shared_draws', 'ablation_rows', 'ablation_text', 'steps_that_show']
+           'single_sources', 'compared_pairs', 'at_once', 'difference_rows', 'beyond_noise', 'text_facts',
+           'variant_rows', 'with_draws', 'by_shared_draws', 'ablation_rows', 'ablation_text', 'steps_that_show']
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #849d4aa8
 import json
@@ -17,7 +17,7 @@ import pandas as pd
 
 from .comparison import DIFFERENCES, differences, over_best, stacked
 from .selection import Measured, Part, main_sparsity
-from .statistics import OUTCOMES, Replicates, as_strategy, strategy_retention
+from .statistics import OUTCOMES, Replicates, as_strategy, simultaneous, strategy_retention
 from .tables import interval_text, listed
 from ..resampling import interval
 from ..study.presets import Cell, cells, protocol_of
@@ -56,17 +56,27 @@ def compared_pairs(part: Part) -> list[tuple[str, str]]:
     references = best + [name for name in REFERENCES if name in names]
     return [(name, other) for i, name in enumerate(compared) for other in references + compared[i + 1:]]
 
-def difference_rows(part: Part, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:  # columns `DIFFERENCES`; fractions
-    "How much more the first of each pair kept than the second."
-    return stacked([over_best(part, a) if b == BEST else differences(part, a, b) for a, b in pairs], DIFFERENCES)
-
-# %% ../../nbs/8_report/12_self_generated.ipynb #7f406898
 GOALS = {"Total": "in total", "Worst": "in the worst dimension"}
 
+def at_once(part: Part, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:  # mix, over, dimension, all_low, all_high
+    "Intervals of all pairs and both goals that hold together; not of the best single source, which allows for its own choice."
+    known = set(part.found.cells["strategy"])
+    family = [(a, b, g) for a, b in pairs for g in GOALS if {a, b} <= known]
+    if not family: return pd.DataFrame(columns=["mix", "over", "dimension", "all_low", "all_high"])
+    delta = [part.found.of(a)[:, OUTCOMES.index(g)] - part.found.of(b)[:, OUTCOMES.index(g)] for a, b, g in family]
+    low, high = simultaneous(np.stack(delta, 1))
+    return pd.DataFrame(family, columns=["mix", "over", "dimension"]).assign(all_low=low, all_high=high)
+
+def difference_rows(part: Part, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:  # columns `DIFFERENCES`, all_low, all_high
+    "How much more the first of each pair kept than the second."
+    table = stacked([over_best(part, a) if b == BEST else differences(part, a, b) for a, b in pairs], DIFFERENCES)
+    return table.merge(at_once(part, pairs), how="left", on=["mix", "over", "dimension"])
+
+# %% ../../nbs/8_report/12_self_generated.ipynb #7f406898
 def _leads(table: pd.DataFrame, mix: str, over: Sequence[str], sign: int) -> list[str]:
     "Over which of the others, and where, the interval of `mix` lies on one side of 0."
     compared, found = table[(table["mix"] == mix) & table["over"].isin(over)], []
-    clear = compared[compared["ci_low"] > 0] if sign > 0 else compared[compared["ci_high"] < 0]
+    clear = compared[compared["all_low"] > 0] if sign > 0 else compared[compared["all_high"] < 0]
     for goal, words in GOALS.items():
         others = clear[clear["dimension"] == goal]["over"]
         if len(others): found.append(f"{words} than {listed(f'`{name}`' for name in others)}")
@@ -88,11 +98,11 @@ def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
     others, best = listed(f"`{name}`" for name in over), []
     for mix in ours:
         compared = table[(table["mix"] == mix) & table["over"].isin(over) & table["dimension"].isin(GOALS)]
-        if (compared["ci_low"] > 0).sum() == len(over) * len(GOALS): best.append(f"`{mix}`")
+        if (compared["all_low"] > 0).sum() == len(over) * len(GOALS): best.append(f"`{mix}`")
     said = "; ".join(_standing(table, mix, over) for mix in ours)
     verdict = (f"{listed(best)} beats {others} on both." if best else
                f"So nothing of ours beats {others} both in total and in the worst dimension.")
-    return f"By intervals without 0, against {others}: {said}. {verdict}"
+    return f"By intervals that hold for all pairs at once, against {others}: {said}. {verdict}"
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #32c2ef8a
 FACTS = ("pool", "aggregation", "perplexity", "imbalance")

@@ -7,7 +7,7 @@ __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'CLEARLY', 'SPREAD', 'PAIRED', 'R
            'pruned_cells', 'item_values', 'nothing_right', 'task_replicates', 'in_accuracy', 'outcome_replicates',
            'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups', 'deviations', 'draw_spread',
            'draw_variances', 'DrawNoise', 'draw_noise', 'strategy_retention', 'retention_summary', 'paired_difference',
-           'without_noise', 'spread', 'best_of', 'shortfall']
+           'without_noise', 'spread', 'simultaneous', 'best_of', 'shortfall']
 
 # %% ../../nbs/8_report/02_statistics.ipynb #c5d8abc9
 import math
@@ -347,11 +347,23 @@ def spread(found: Replicates, **at  # one setting
     return pd.DataFrame(rows)
 
 # %% ../../nbs/8_report/02_statistics.ipynb #725095c4
+def _scaled(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [k], [B, k]
+    "The size of each difference's noise, and the noise in these units. Quantiles: two or three draws have heavy tails."
+    size = np.diff(np.quantile(delta[1:], norm.cdf([-1, 1]), axis=0), axis=0)[0] / 2
+    return size, np.divide(delta[1:] - delta[0], size, out=np.zeros_like(delta[1:]), where=size > 0)
+
+def simultaneous(delta: np.ndarray,       # [1 + B, k]
+                 level: float = 0.95
+                ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper ends, [k]
+    "Intervals that hold for all of several differences at once: as wide as the largest of their noises needs."
+    size, scaled = _scaled(delta)
+    reach = np.quantile(np.abs(scaled).max(1), level) * size
+    return delta[0] - reach, delta[0] + reach
+
 def best_of(delta: np.ndarray              # [1 + B, candidates], how far each lies above something
            ) -> tuple[float, float, float]:  # estimate, and an interval that allows for the choice
     "The largest of several differences."
-    size = np.diff(np.quantile(delta[1:], norm.cdf([-1, 1]), axis=0), axis=0)[0] / 2  # two or three draws have heavy tails
-    scaled = np.divide(delta[1:] - delta[0], size, out=np.zeros_like(delta[1:]), where=size > 0)
+    size, scaled = _scaled(delta)
     reach = np.quantile(scaled.max(1), 0.975), np.quantile((-scaled).max(1), 0.975)
     return float(delta[0].max()), float((delta[0] - reach[0] * size).max()), float((delta[0] + reach[1] * size).max())
 
