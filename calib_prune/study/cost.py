@@ -15,7 +15,7 @@ import pandas as pd
 from ..evaluation.scoring import limit_of
 from ..data.fetch import cached
 from ..data.files import read_jsonl
-from ..generation.igsp import journal_name, protocol_with
+from ..generation.igsp import WRITERS, journal_name, protocol_with
 from ..pruning.methods import read_recipe
 from .presets import Cell, cells, protocol_of
 from ..evaluation.tasks import choose, get_tasks, render
@@ -34,19 +34,21 @@ def scored_tokens(preset: dict[str, Any]) -> tuple[float, float]:  # read, writt
 def tokens_of(mix: str,   # of a preset, `generated:…`
               budget: int # tokens in a calibration set
              ) -> float:
-    "Roughly how many tokens are written for a strategy's text."
+    "Roughly how many tokens are written for a strategy's text, or read where the text is chosen."
     generated = protocol_of(mix)
     assert generated, f"{mix} is not generated"
     settings = inspect.signature(protocol_with(*generated)).parameters
     setting = lambda name, otherwise: settings[name].default if name in settings else otherwise
-    return budget * setting("pool", 1) / (1 - setting("drop", 0))
+    return budget * setting("pool", 1) * setting("read", 1) / (1 - setting("drop", 0))
 
-def own_tokens(preset: dict[str, Any]) -> dict[str, float]:  # journal → tokens
-    "Roughly how many tokens the dense model writes for calibration."
+def own_tokens(preset: dict[str, Any],
+               written: bool = True     # by protocols that write; otherwise read, by those that choose passages of a source
+              ) -> dict[str, float]:    # journal → tokens
+    "Roughly how many tokens the dense model writes, or reads, for calibration."
     found, budget = {}, preset["calibration"]["windows"] * preset["calibration"]["length"]
     for cell in cells(preset, ablations=True):
         mix = preset["strategies"].get(cell.strategy, "")
-        if not (generated := protocol_of(mix)): continue
+        if not (generated := protocol_of(mix)) or (generated[0] in WRITERS) != written: continue
         journal = journal_name(*generated, cell.seed)
         found[journal] = max(found.get(journal, 0), tokens_of(mix, budget))
     return found
@@ -63,6 +65,8 @@ def work(preset: dict[str, Any]) -> pd.DataFrame:  # what, windows, seconds: one
         return hardware["seconds_per_cell"] + score + 2 * hardware["parameters"] * passed / hardware["flops"]
     rows = [(c.method or "dense", c.windows, seconds(c)) for c in cells(preset, ablations=True)]
     rows += [("writing", size["windows"], n / rate) for n in own_tokens(preset).values()]
+    per_token = 2 * hardware["parameters"] / hardware["flops"]
+    rows += [("reading", size["windows"], n * per_token) for n in own_tokens(preset, written=False).values()]
     return pd.DataFrame(rows, columns=["what", "windows", "seconds"])
 
 # %% ../../nbs/7_study/04_cost.ipynb #b06e51d9
