@@ -1,6 +1,7 @@
 # make reproduce   everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
 # make figures     tables and figures from committed rows alone (PRESET=default): no model is run
 # make test        everything that must hold: style, types, notebooks, export, pages, tests
+# make docs      the site, in build/site/html
 # make check       the fast part of it, in about a minute
 # make bench       side by side with peers and with the limit (FRESH=--fresh to start anew)
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN    := .venv/bin
 # Tests that need no fetched model or text, and start few processes.
 QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress tasks))
 
-.PHONY: reproduce figures test check bench export readme
+.PHONY: reproduce figures test check bench export readme docs
 
 reproduce: .venv/installed
 	$(BIN)/calib-prune fetch
@@ -27,6 +28,7 @@ test: .venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	bash scripts/browser.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 
@@ -43,6 +45,10 @@ export: .venv/installed
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname nbs/paper
+
+docs: .venv/installed
+	$(BIN)/python scripts/site.py
+	@echo "open build/site/html/index.html"
 
 readme: .venv/installed
 	$(BIN)/python scripts/readme.py

@@ -1,0 +1,318 @@
+"Lay out the pages of the site in build/site/source and build them: python scripts/site.py. Nothing is executed or downloaded."
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "site"
+SOURCE = BUILD / "source"
+settings = ConfigParser()
+settings.read(ROOT / "settings.ini")
+REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
+HOWTOS = ["prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method", "run-at-paper-scale", "read-the-json"]
+PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+MAIN = "default"  # the study of the front page and of the ledger
+FOLDERS = {"": "Foundations", "1_data": "Data", "2_model": "Model", "3_calibration": "Calibration", "4_generation": "Generation",
+           "5_pruning": "Pruning", "6_evaluation": "Evaluation", "7_study": "Study", "8_report": "Report", "9_cli": "Command line",
+           "paper": "Notebooks that papermill runs"}
+
+
+def write(path: str, text: str) -> None:
+    "Write a page of the source tree."
+    file = SOURCE / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text.strip() + "\n")
+
+
+def toctree(pages: list[str], **options: str) -> str:
+    "A table of contents."
+    lines = [f":{k}: {v}".rstrip() for k, v in options.items()]
+    return "\n".join(["```{toctree}", *lines, "", *pages, "```"])
+
+
+# --- links: pages of the site link to one another, everything else to the repository
+
+def target(link: str, page: str) -> str:
+    "Where a link of a page leads: a page or file of the site, or the repository."
+    path, mark, anchor = link.partition("#")
+    if not path: return "#" + re.sub(r"[^\w -]", "", anchor.lower()).replace(" ", "-")  # Jupyter writes the heading as it stands
+    if re.match(r"[a-z]+:", link): return link
+    file = (ROOT / page).parent.joinpath(path).resolve()
+    if not file.exists() or not file.is_relative_to(ROOT): return link
+    inside = file.relative_to(ROOT).as_posix()
+    up = "../" * page.count("/")
+    if inside == "README.md": return f"{up}index.md"
+    if inside.startswith("nbs") and file.is_dir(): return f"{up}{inside}/index.md"
+    if inside.startswith("figures/") and file.with_suffix(".md") in shown(): return f"{up}{inside.rsplit('.', 1)[0]}.md"
+    if (SOURCE / inside).is_file(): return f"{up}{inside}{mark}{anchor}"
+    return f"{REPOSITORY}/{quote(inside)}"
+
+
+def relinked(text: str, page: str) -> str:
+    "Markdown whose links lead somewhere on the site. Pictures keep their files; code is left alone."
+    def link(found: re.Match) -> str: return f"{found[1]}({target(found[2], page)})"
+    parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.DOTALL)
+    return "".join(o if i % 2 else re.sub(r"((?<!\!)\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)", link, o) for i, o in enumerate(parts))
+
+
+# --- notebooks without what only the export needs
+
+def reader_notebook(path: Path, page: str) -> dict:
+    "A notebook as readers want it: no export marks, imports folded away, links that work."
+    book, cells = json.loads(path.read_text()), []
+    for cell in book["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown": cells.append(cell | {"source": relinked(source, page)})
+        if cell["cell_type"] != "code" or source.startswith("#| default_exp"): continue
+        tags = [o for o in cell["metadata"].get("tags", []) if o != "parameters"]
+        if source.startswith("#| hide"): tags.append("remove-input")
+        source = re.sub(r"^#\| \w+.*\n?", "", source, flags=re.MULTILINE).strip("\n")
+        if not source: continue
+        only_imports = all(re.match(r"(from|import) |[\s)]|$", o) for o in source.splitlines())
+        if only_imports: tags.append("hide-input")
+        cells.append(cell | {"source": source, "metadata": {"tags": tags}})
+    return book | {"cells": cells}
+
+
+def add_notebooks() -> list[str]:
+    "All notebooks, and a page per folder; returns those pages."
+    indexes = []
+    for folder, title in FOLDERS.items():
+        names = []
+        for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb")):
+            page = path.relative_to(ROOT).as_posix()
+            if page in ("nbs/index.ipynb", "nbs/results.ipynb"): continue  # they are pages already
+            write(page, json.dumps(reader_notebook(path, page)))
+            names.append(path.stem)
+        about = "\n".join(f"- [{subtitle(ROOT / 'nbs' / folder / f'{o}.ipynb')}]({o}.ipynb)" for o in names)
+        write(f"nbs/{folder}/index.md", f"# {title}\n\n{about}\n\n{toctree(names, maxdepth='1', hidden='')}")
+        indexes.append(f"nbs/{folder}/index".replace("//", "/"))
+    return indexes
+
+
+def subtitle(path: Path) -> str:
+    "What a notebook is about: its title and the line below it."
+    first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    title, quoted = re.search(r"^# (.+)", first, re.MULTILINE), re.search(r"^> (.+)", first, re.MULTILINE)
+    return f"{title[1] if title else path.stem}: {quoted[1] if quoted else ''}".rstrip(": ")
+
+
+# --- tables and figures
+
+def shown() -> set[Path]:
+    "The tables and figures that have a page, by the path of the page in the repository."
+    from calib_prune.study.artefacts import ARTEFACTS
+    return {ROOT / "figures" / study / f"{stem}.md" for study in studies() for stem in ARTEFACTS
+            if any((ROOT / "figures" / study / f"{stem}.{end}").is_file() for end in ("csv", "png"))}
+
+
+def studies() -> list[str]:
+    "Studies with stored tables, the main one first."
+    found = [o.name for o in sorted((ROOT / "figures").iterdir()) if o.is_dir() and (ROOT / "presets" / f"{o.name}.yaml").is_file()]
+    return sorted(found, key=lambda o: (o != MAIN, o))
+
+
+def sortable(table: pd.DataFrame, caption: str, filters: list[str] = [],
+             fold: str = ""  # a column whose text is shown on demand
+            ) -> str:
+    "A table that can be sorted by a click or a key, and filtered by words and by columns of few values."
+    table = table.map(lambda o: html.escape(o) if isinstance(o, str) else o)
+    if fold: table = table.assign(**{fold: [f"<details><summary>show</summary>{o}</details>" for o in table[fold]]})
+    choices = "".join(
+        f'<label>{html.escape(o)} <select data-column="{list(table).index(o)}"><option value="">all</option>'
+        + "".join(f"<option>{v}</option>" for v in dict.fromkeys(table[o])) + "</select></label> " for o in filters)
+    words = '<label>find <input type="search" data-find></label>'
+    body = table.to_html(index=False, border=0, classes="sortable", escape=False, na_rep="")
+    body = body.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1)
+    return f'```{{raw}} html\n<div class="filtered"><p class="filters">{choices}{words} <output></output></p>\n' \
+           f'<div class="scroll">{body}</div></div>\n```'
+
+
+def artefact_page(study: str, stem: str) -> str:
+    "One table or figure: what it shows, the notebook that makes it, the rows that it is made of."
+    from calib_prune.study.artefacts import ARTEFACTS
+    made, folder = ARTEFACTS[stem], ROOT / "figures" / study
+    links = [f"[notebook](../../nbs/paper/{made.notebook}.ipynb)", f"[rows of the study]({REPOSITORY}/results/{study})",
+             f"[preset]({REPOSITORY}/presets/{study}.yaml)"]
+    if (csv := folder / f"{stem}.csv").is_file():
+        shutil.copy(csv, SOURCE / "figures" / study)
+        links.append(f"{{download}}`numbers (CSV) <{stem}.csv>`")
+        body = relinked(csv.with_suffix(".md").read_text(), f"figures/{study}/{stem}.md")
+        if stem == "T2-retention": body = f"{sortable(wide_retention(csv), made.title, ['method', 'sparsity', 'kind'])}\n\n{below_table(body)}"
+        if stem == "T7-claims": body = f"The same as a table to sort and filter: [ledger](../../claims.md).\n\n{body}"
+    else:
+        for end in ("png", "pdf"): shutil.copy(folder / f"{stem}.{end}", SOURCE / "figures" / study)
+        links.append(f"{{download}}`PDF <{stem}.pdf>`")
+        body = f"![{made.title}]({stem}.png)"
+        if stem == "F2-perplexity": body += f"\n\n{hover_figure(study)}"
+    return f"# {made.number}: {made.title}\n\n{' · '.join(links)}\n\n{body}"
+
+
+def below_table(text: str) -> str:
+    "What stands below a Markdown table."
+    return "\n".join(o for o in text.splitlines() if not o.startswith("|"))
+
+
+def wide_retention(csv: Path) -> pd.DataFrame:
+    "Table T2 with one column per dimension, numbers only, so that it sorts."
+    rows = pd.read_csv(csv).fillna({"method": "", "source": ""})
+    lines = ["method", "sparsity", "strategy", "source"]
+    wide = rows.assign(value=(100 * rows["value"]).round(1)).pivot_table(index=lines, columns="dimension", values="value", sort=False)
+    wide = wide.rename_axis(columns=None).reset_index().rename(columns=dict(source="kind"))
+    return wide.assign(sparsity=[f"{100 * float(o):.0f} %" if not isinstance(o, str) else o for o in wide["sparsity"]])
+
+
+def hover_figure(study: str) -> str:
+    "Figure F2 for one method as points that tell their numbers when pointed at or reached by the Tab key."
+    kept = pd.read_csv(ROOT / "figures" / study / "T2-retention.csv").query("method == 'sparsegpt'")
+    metrics = pd.read_csv(ROOT / "figures" / study / "T1-sources.csv").query("metric == 'distortion'").set_index("strategy")
+    panels = []
+    for d in ("General", "Commonsense", "Code", "Math"):
+        mine = kept[(kept["dimension"] == d) & kept["strategy"].isin(metrics.index) & (kept["source"] != "mix")]
+        panels.append(panel(d, [(o.strategy, o.source, metrics["value"][o.strategy], 100 * o.value, 100 * o.ci_low, 100 * o.ci_high)
+                                for o in mine.itertuples()]))
+    return ("## Point by point (SparseGPT)\n\nPoint at a source, or reach it with the Tab key.\n\n"
+            f'```{{raw}} html\n<div class="panels">{"".join(panels)}</div>\n```')
+
+
+def panel(title: str, points: list[tuple]) -> str:
+    "Retention against perplexity (logarithmic) as SVG; each point has a title."
+    import math
+    if not points: return ""
+    xs, lows, highs = [math.log(o[2]) for o in points], [o[4] for o in points], [o[5] for o in points]
+    x = lambda o: 40 + 250 * (math.log(o) - min(xs)) / (max(xs) - min(xs))
+    y = lambda o: 180 - 160 * (o - min(lows)) / (max(highs) - min(lows))
+    marks = [f'<line x1="36" x2="300" y1="{y(v):.1f}" y2="{y(v):.1f}" class="grid"/><text x="32" y="{y(v) + 4:.1f}" text-anchor="end">{v}</text>'
+             for v in range(10 * math.ceil(min(lows) / 10), int(max(highs)) + 1, 10)]
+    marks += [f'<text x="{x(v):.1f}" y="196" text-anchor="middle">{v}</text>' for v in (2, 4, 8, 16, 32, 64, 128) if min(xs) <= math.log(v) <= max(xs)]
+    for name, kind, p, value, low, high in points:
+        said = html.escape(f"{name} ({kind}): perplexity {p:.1f}, {title} {value:.1f} % [{low:.1f}, {high:.1f}]")
+        marks.append(f'<g tabindex="0" role="img" aria-label="{said}" class="{kind.lower()}"><title>{said}</title>'
+                     f'<line x1="{x(p):.1f}" x2="{x(p):.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
+                     f'<circle cx="{x(p):.1f}" cy="{y(value):.1f}" r="4.5"/></g>')
+    return (f'<figure><svg viewBox="0 0 310 215" role="group" aria-label="{title} against perplexity">{"".join(marks)}'
+            f'<text x="170" y="211" text-anchor="middle">perplexity of the text</text></svg><figcaption>{title} retention, %</figcaption></figure>')
+
+
+def add_gallery() -> list[str]:
+    "A page per table and figure, and an overview per study; returns the overviews."
+    from calib_prune.study.artefacts import ARTEFACTS
+    pages, have = [], shown()
+    for study in studies():
+        stems = [o for o in ARTEFACTS if ROOT / "figures" / study / f"{o}.md" in have]
+        if not stems: continue
+        (SOURCE / "figures" / study).mkdir(parents=True, exist_ok=True)
+        for stem in stems: write(f"figures/{study}/{stem}.md", artefact_page(study, stem))
+        cards = "\n".join(card(stem, ARTEFACTS[stem]) for stem in stems)
+        about = (ROOT / "presets" / f"{study}.yaml").read_text().splitlines()[0].lstrip("# ")
+        write(f"figures/{study}/index.md", f"# Study `{study}`\n\n{about}\n\n::::{{grid}} 1 2 2 3\n{cards}\n::::\n\n{toctree(stems, hidden='', maxdepth='1')}")
+        pages.append(f"figures/{study}/index")
+    return pages
+
+
+def card(stem: str, made) -> str:
+    "A card of the gallery."
+    picture = f":img-top: {stem}.png\n:img-alt: {made.title}\n" if made.number.startswith("F") else ""
+    return f":::{{grid-item-card}} {made.number}: {made.title}\n:link: {stem}\n:link-type: doc\n{picture}:::"
+
+
+def add_ledger() -> None:
+    "All claims with their verdicts, to sort and filter."
+    rows = pd.read_csv(ROOT / "figures" / MAIN / "T7-claims.csv")
+    def number(o: float, unit: str) -> str: return "" if pd.isna(o) else f"{o:+.2f}" if unit == "ρ" else f"{o:.1f}"
+    ends = [f" [{number(o.ci_low, o.unit)}, {number(o.ci_high, o.unit)}]" if pd.notna(o.ci_low) else "" for o in rows.itertuples()]
+    said = [f"{number(o.ours, o.unit)}{end}" for o, end in zip(rows.itertuples(), ends)]
+    table = rows.assign(ours=said, paper=[number(o.paper, o.unit) for o in rows.itertuples()])[["claim", "text", "check", "paper", "ours", "verdict", "why"]]
+    table = table.rename(columns=dict(text="what the paper says"))
+    write("claims.md", "# Claims ledger\n\nEvery claim of the paper with our numbers [95 % interval] and a verdict, which follows from the interval by a fixed "
+          f"rule. Made by [claims](nbs/paper/claims.ipynb); as a plain table: [T7](figures/{MAIN}/T7-claims.md).\n\n"
+          + sortable(table, "Claims and verdicts", ["claim", "verdict"], fold="why"))
+
+
+# --- library reference
+
+def add_reference() -> list[str]:
+    "A page per package, from docstrings and the comments beside parameters."
+    pages = []
+    for folder, title in list(FOLDERS.items())[:-1]:
+        package = folder.partition("_")[2]
+        modules = []
+        for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb")):
+            exported = re.search(r"#\| default_exp ([\w.]+)", path.read_text())
+            if exported: modules.append(exported[1])
+        name = package or "foundations"
+        parts = [f"## calib_prune.{o}\n\n```{{eval-rst}}\n.. automodule:: calib_prune.{o}\n   :members:\n```" for o in modules]
+        write(f"api/{name}.md", f"# {title}\n\n" + "\n\n".join(parts))
+        pages.append(name)
+    return pages
+
+
+def front_page(indexes: list[str], gallery: list[str], reference: list[str], howtos: list[str]) -> str:
+    "The question, one figure, its answer, and the ways on."
+    readme = (ROOT / "README.md").read_text()
+    question = re.search(r"^> (.+)", readme, re.MULTILINE)[1]
+    answer = re.search(r"^\*\*The answer in one sentence\*\*: (.+)", readme, re.MULTILINE)[1]
+    about = readme.split("\n\n")[2]
+    shutil.copy(ROOT / "figures" / MAIN / "F1-retention.png", SOURCE)
+    body = (ROOT / "docs" / "site" / "index.md").read_text()
+    body = body.replace("QUESTION", question).replace("ANSWER", answer[0].upper() + answer[1:]).replace("ABOUT", relinked(about, "README.md"))
+    trees = [toctree(["claims", *gallery, "docs/results", "speed"], hidden="", caption="Results", maxdepth="1"),
+             toctree(howtos, hidden="", caption="How to", maxdepth="1"),
+             toctree(indexes, hidden="", caption="Notebooks", maxdepth="1"),
+             toctree([f"api/{o}" for o in reference], hidden="", caption="Reference", maxdepth="1"),
+             toctree(["docs/glossary", "LOG", "CHANGELOG", "CONTRIBUTING"], hidden="", caption="More", maxdepth="1")]
+    return "\n\n".join([body, *trees])
+
+
+def add_speed() -> None:
+    "The benchmark's tables and figures on one page."
+    folder = ROOT / "figures" / "bench"
+    (SOURCE / "figures" / "bench").mkdir(parents=True, exist_ok=True)
+    parts = ["# Speed\n\nSide by side with peers in one run, as ratios (`make bench`)."]
+    for path in sorted(folder.glob("*.md")): parts.append(f"## {path.stem.capitalize()}\n\n{relinked(path.read_text(), f'figures/bench/{path.name}')}")
+    for path in sorted(folder.glob("*.png")):
+        shutil.copy(path, SOURCE / "figures" / "bench")
+        parts.append(f"![{path.stem}](figures/bench/{path.name})")
+    write("speed.md", "\n\n".join(parts))
+
+
+def missing() -> list[str]:
+    "Stored tables and figures that the site cannot do without."
+    wanted = [f"{stem}.{end}" for stem, end in (("F1-retention", "png"), ("T1-sources", "csv"), ("T2-retention", "csv"), ("T7-claims", "csv"))]
+    return [f"figures/{MAIN}/{o}" for o in wanted if not (ROOT / "figures" / MAIN / o).is_file()]
+
+
+def lay_out() -> None:
+    "Write all pages."
+    if lacking := missing():
+        sys.exit(f"The site shows {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not there: run `make figures PRESET={MAIN}` first.")
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.copytree(ROOT / "docs" / "site", SOURCE, ignore=shutil.ignore_patterns("index.md"))
+    pages = [*PAGES, *(f"docs/howto/{o}.md" for o in HOWTOS)]
+    for page in pages: write(page, "")  # links look whether a page is there
+    indexes = add_notebooks()
+    for page in pages:
+        text = relinked((ROOT / page).read_text(), page)
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+            file = (ROOT / page).parent.joinpath(picture).resolve()
+            (SOURCE / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, SOURCE / file.relative_to(ROOT))
+        write(page, text)
+    gallery = add_gallery()
+    add_ledger()
+    add_speed()
+    write("index.md", front_page(indexes, gallery, add_reference(), [f"docs/howto/{o}" for o in HOWTOS]))
+
+
+if __name__ == "__main__":
+    lay_out()
+    sys.exit(subprocess.call([sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-j", "auto", "-d", BUILD / "doctrees",
+                              SOURCE, BUILD / "html"]))
