@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,11 +18,13 @@ SOURCE = BUILD / "source"
 settings = ConfigParser()
 settings.read(ROOT / "settings.ini")
 REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
-HOWTOS = ["prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method", "run-at-paper-scale", "read-the-json"]
+HOWTOS = ["prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method", "run-at-paper-scale",
+          "read-the-json"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 MAIN = "default"  # the study of the front page and of the ledger
 FOLDERS = {"": "Foundations", "1_data": "Data", "2_model": "Model", "3_calibration": "Calibration", "4_generation": "Generation",
-           "5_pruning": "Pruning", "6_evaluation": "Evaluation", "7_study": "Study", "8_report": "Report", "9_cli": "Command line",
+           "5_pruning": "Pruning", "6_evaluation": "Evaluation", "7_study": "Study", "8_report": "Report",
+           "9_cli": "Command line",
            "paper": "Notebooks that papermill runs"}
 
 
@@ -60,7 +63,8 @@ def relinked(text: str, page: str) -> str:
     "Markdown whose links lead somewhere on the site. Pictures keep their files; code is left alone."
     def link(found: re.Match) -> str: return f"{found[1]}({target(found[2], page)})"
     parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.DOTALL)
-    return "".join(o if i % 2 else re.sub(r"((?<!\!)\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)", link, o) for i, o in enumerate(parts))
+    written = re.compile(r"((?<!\!)\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
+    return "".join(o if i % 2 else written.sub(link, o) for i, o in enumerate(parts))
 
 
 # --- notebooks without what only the export needs
@@ -116,19 +120,18 @@ def shown() -> set[Path]:
 
 def studies() -> list[str]:
     "Studies with stored tables, the main one first."
-    found = [o.name for o in sorted((ROOT / "figures").iterdir()) if o.is_dir() and (ROOT / "presets" / f"{o.name}.yaml").is_file()]
+    found = [o.name for o in (ROOT / "figures").iterdir() if (ROOT / "presets" / f"{o.name}.yaml").is_file()]
     return sorted(found, key=lambda o: (o != MAIN, o))
 
 
-def sortable(table: pd.DataFrame, caption: str, filters: list[str] = [],
+def sortable(table: pd.DataFrame, caption: str, filters: Sequence[str] = (),
              fold: str = ""  # a column whose text is shown on demand
             ) -> str:
     "A table that can be sorted by a click or a key, and filtered by words and by columns of few values."
     table = table.map(lambda o: html.escape(o) if isinstance(o, str) else o)
     if fold: table = table.assign(**{fold: [f"<details><summary>show</summary>{o}</details>" for o in table[fold]]})
-    choices = "".join(
-        f'<label>{html.escape(o)} <select data-column="{list(table).index(o)}"><option value="">all</option>'
-        + "".join(f"<option>{v}</option>" for v in dict.fromkeys(table[o])) + "</select></label> " for o in filters)
+    options = lambda o: "".join(f"<option>{v}</option>" for v in dict.fromkeys(["", *table[o]]))
+    choices = "".join(f'<label>{o} <select data-column="{list(table).index(o)}">{options(o)}</select></label> ' for o in filters)
     words = '<label>find <input type="search" data-find></label>'
     body = table.to_html(index=False, border=0, classes="sortable", escape=False, na_rep="")
     body = body.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1)
@@ -146,7 +149,8 @@ def artefact_page(study: str, stem: str) -> str:
         shutil.copy(csv, SOURCE / "figures" / study)
         links.append(f"{{download}}`numbers (CSV) <{stem}.csv>`")
         body = relinked(csv.with_suffix(".md").read_text(), f"figures/{study}/{stem}.md")
-        if stem == "T2-retention": body = f"{sortable(wide_retention(csv), made.title, ['method', 'sparsity', 'kind'])}\n\n{below_table(body)}"
+        if stem == "T2-retention":
+            body = f"{sortable(wide_retention(csv), made.title, ['method', 'sparsity', 'kind'])}\n\n{below_table(body)}"
         if stem == "T7-claims": body = f"The same as a table to sort and filter: [ledger](../../claims.md).\n\n{body}"
     else:
         for end in ("png", "pdf"): shutil.copy(folder / f"{stem}.{end}", SOURCE / "figures" / study)
@@ -165,7 +169,8 @@ def wide_retention(csv: Path) -> pd.DataFrame:
     "Table T2 with one column per dimension, numbers only, so that it sorts."
     rows = pd.read_csv(csv).fillna({"method": "", "source": ""})
     lines = ["method", "sparsity", "strategy", "source"]
-    wide = rows.assign(value=(100 * rows["value"]).round(1)).pivot_table(index=lines, columns="dimension", values="value", sort=False)
+    rows["value"] = (100 * rows["value"]).round(1)
+    wide = rows.pivot_table(index=lines, columns="dimension", values="value", sort=False)
     wide = wide.rename_axis(columns=None).reset_index().rename(columns=dict(source="kind"))
     return wide.assign(sparsity=[f"{100 * float(o):.0f} %" if not isinstance(o, str) else o for o in wide["sparsity"]])
 
@@ -177,8 +182,9 @@ def hover_figure(study: str) -> str:
     panels = []
     for d in ("General", "Commonsense", "Code", "Math"):
         mine = kept[(kept["dimension"] == d) & kept["strategy"].isin(metrics.index) & (kept["source"] != "mix")]
-        panels.append(panel(d, [(o.strategy, o.source, metrics["value"][o.strategy], 100 * o.value, 100 * o.ci_low, 100 * o.ci_high)
-                                for o in mine.itertuples()]))
+        percent = 100 * mine[["value", "ci_low", "ci_high"]].to_numpy()
+        perplexities = metrics["value"][mine["strategy"]]
+        panels.append(panel(d, [*zip(mine["strategy"], mine["source"], perplexities, *percent.T)]))
     return ("## Point by point (SparseGPT)\n\nPoint at a source, or reach it with the Tab key.\n\n"
             f'```{{raw}} html\n<div class="panels">{"".join(panels)}</div>\n```')
 
@@ -190,16 +196,20 @@ def panel(title: str, points: list[tuple]) -> str:
     xs, lows, highs = [math.log(o[2]) for o in points], [o[4] for o in points], [o[5] for o in points]
     x = lambda o: 40 + 250 * (math.log(o) - min(xs)) / (max(xs) - min(xs))
     y = lambda o: 180 - 160 * (o - min(lows)) / (max(highs) - min(lows))
-    marks = [f'<line x1="36" x2="300" y1="{y(v):.1f}" y2="{y(v):.1f}" class="grid"/><text x="32" y="{y(v) + 4:.1f}" text-anchor="end">{v}</text>'
-             for v in range(10 * math.ceil(min(lows) / 10), int(max(highs)) + 1, 10)]
-    marks += [f'<text x="{x(v):.1f}" y="196" text-anchor="middle">{v}</text>' for v in (2, 4, 8, 16, 32, 64, 128) if min(xs) <= math.log(v) <= max(xs)]
+    marks = []
+    for v in range(10 * math.ceil(min(lows) / 10), int(max(highs)) + 1, 10):
+        marks.append(f'<line x1="36" x2="300" y1="{y(v):.1f}" y2="{y(v):.1f}" class="grid"/>'
+                     f'<text x="32" y="{y(v) + 4:.1f}" text-anchor="end">{v}</text>')
+    for v in (2**k for k in range(1, 9) if min(xs) <= math.log(2**k) <= max(xs)):
+        marks.append(f'<text x="{x(v):.1f}" y="196" text-anchor="middle">{v}</text>')
     for name, kind, p, value, low, high in points:
         said = html.escape(f"{name} ({kind}): perplexity {p:.1f}, {title} {value:.1f} % [{low:.1f}, {high:.1f}]")
         marks.append(f'<g tabindex="0" role="img" aria-label="{said}" class="{kind.lower()}"><title>{said}</title>'
                      f'<line x1="{x(p):.1f}" x2="{x(p):.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
                      f'<circle cx="{x(p):.1f}" cy="{y(value):.1f}" r="4.5"/></g>')
     return (f'<figure><svg viewBox="0 0 310 215" role="group" aria-label="{title} against perplexity">{"".join(marks)}'
-            f'<text x="170" y="211" text-anchor="middle">perplexity of the text</text></svg><figcaption>{title} retention, %</figcaption></figure>')
+            f'<text x="170" y="211" text-anchor="middle">perplexity of the text</text></svg>'
+            f'<figcaption>{title} retention, %</figcaption></figure>')
 
 
 def add_gallery() -> list[str]:
@@ -213,7 +223,9 @@ def add_gallery() -> list[str]:
         for stem in stems: write(f"figures/{study}/{stem}.md", artefact_page(study, stem))
         cards = "\n".join(card(stem, ARTEFACTS[stem]) for stem in stems)
         about = (ROOT / "presets" / f"{study}.yaml").read_text().splitlines()[0].lstrip("# ")
-        write(f"figures/{study}/index.md", f"# Study `{study}`\n\n{about}\n\n::::{{grid}} 1 2 2 3\n{cards}\n::::\n\n{toctree(stems, hidden='', maxdepth='1')}")
+        grid = f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n::::"
+        tree = toctree(stems, hidden="", maxdepth="1")
+        write(f"figures/{study}/index.md", f"# Study `{study}`\n\n{about}\n\n{grid}\n\n{tree}")
         pages.append(f"figures/{study}/index")
     return pages
 
@@ -228,12 +240,14 @@ def add_ledger() -> None:
     "All claims with their verdicts, to sort and filter."
     rows = pd.read_csv(ROOT / "figures" / MAIN / "T7-claims.csv")
     def number(o: float, unit: str) -> str: return "" if pd.isna(o) else f"{o:+.2f}" if unit == "ρ" else f"{o:.1f}"
-    ends = [f" [{number(o.ci_low, o.unit)}, {number(o.ci_high, o.unit)}]" if pd.notna(o.ci_low) else "" for o in rows.itertuples()]
+    ends = [f" [{number(o.ci_low, o.unit)}, {number(o.ci_high, o.unit)}]" if pd.notna(o.ci_low) else ""
+            for o in rows.itertuples()]
     said = [f"{number(o.ours, o.unit)}{end}" for o, end in zip(rows.itertuples(), ends)]
-    table = rows.assign(ours=said, paper=[number(o.paper, o.unit) for o in rows.itertuples()])[["claim", "text", "check", "paper", "ours", "verdict", "why"]]
-    table = table.rename(columns=dict(text="what the paper says"))
-    write("claims.md", "# Claims ledger\n\nEvery claim of the paper with our numbers [95 % interval] and a verdict, which follows from the interval by a fixed "
-          f"rule. Made by [claims](nbs/paper/claims.ipynb); as a plain table: [T7](figures/{MAIN}/T7-claims.md).\n\n"
+    table = rows.assign(ours=said, paper=[number(o.paper, o.unit) for o in rows.itertuples()])
+    table = table[["claim", "text", "check", "paper", "ours", "verdict", "why"]].rename(columns=dict(text="what the paper says"))
+    write("claims.md", "# Claims ledger\n\nEvery claim of the paper with our numbers [95 % interval] and a verdict, which follows "
+          "from the interval by a fixed rule. Made by [claims](nbs/paper/claims.ipynb); as a plain table: "
+          f"[T7](figures/{MAIN}/T7-claims.md).\n\n"
           + sortable(table, "Claims and verdicts", ["claim", "verdict"], fold="why"))
 
 
@@ -249,7 +263,8 @@ def add_reference() -> list[str]:
             exported = re.search(r"#\| default_exp ([\w.]+)", path.read_text())
             if exported: modules.append(exported[1])
         name = package or "foundations"
-        parts = [f"## calib_prune.{o}\n\n```{{eval-rst}}\n.. automodule:: calib_prune.{o}\n   :members:\n```" for o in modules]
+        parts = [f"## calib_prune.{o}\n\n```{{eval-rst}}\n.. automodule:: calib_prune.{o}\n   :members:\n```"
+                 for o in modules]
         write(f"api/{name}.md", f"# {title}\n\n" + "\n\n".join(parts))
         pages.append(name)
     return pages
@@ -263,7 +278,8 @@ def front_page(indexes: list[str], gallery: list[str], reference: list[str], how
     about = readme.split("\n\n")[2]
     shutil.copy(ROOT / "figures" / MAIN / "F1-retention.png", SOURCE)
     body = (ROOT / "docs" / "site" / "index.md").read_text()
-    body = body.replace("QUESTION", question).replace("ANSWER", answer[0].upper() + answer[1:]).replace("ABOUT", relinked(about, "README.md"))
+    said = dict(QUESTION=question, ANSWER=answer[0].upper() + answer[1:], ABOUT=relinked(about, "README.md"))
+    for word, text in said.items(): body = body.replace(word, text)
     trees = [toctree(["claims", *gallery, "docs/results", "speed"], hidden="", caption="Results", maxdepth="1"),
              toctree(howtos, hidden="", caption="How to", maxdepth="1"),
              toctree(indexes, hidden="", caption="Notebooks", maxdepth="1"),
@@ -277,7 +293,8 @@ def add_speed() -> None:
     folder = ROOT / "figures" / "bench"
     (SOURCE / "figures" / "bench").mkdir(parents=True, exist_ok=True)
     parts = ["# Speed\n\nSide by side with peers in one run, as ratios (`make bench`)."]
-    for path in sorted(folder.glob("*.md")): parts.append(f"## {path.stem.capitalize()}\n\n{relinked(path.read_text(), f'figures/bench/{path.name}')}")
+    for path in sorted(folder.glob("*.md")):
+        parts.append(f"## {path.stem.capitalize()}\n\n{relinked(path.read_text(), f'figures/bench/{path.name}')}")
     for path in sorted(folder.glob("*.png")):
         shutil.copy(path, SOURCE / "figures" / "bench")
         parts.append(f"![{path.stem}](figures/bench/{path.name})")
@@ -286,14 +303,15 @@ def add_speed() -> None:
 
 def missing() -> list[str]:
     "Stored tables and figures that the site cannot do without."
-    wanted = [f"{stem}.{end}" for stem, end in (("F1-retention", "png"), ("T1-sources", "csv"), ("T2-retention", "csv"), ("T7-claims", "csv"))]
+    wanted = ["F1-retention.png", "T1-sources.csv", "T2-retention.csv", "T7-claims.csv"]
     return [f"figures/{MAIN}/{o}" for o in wanted if not (ROOT / "figures" / MAIN / o).is_file()]
 
 
 def lay_out() -> None:
     "Write all pages."
     if lacking := missing():
-        sys.exit(f"The site shows {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not there: run `make figures PRESET={MAIN}` first.")
+        sys.exit(f"The site shows {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not there: "
+                 f"run `make figures PRESET={MAIN}` first.")
     shutil.rmtree(SOURCE, ignore_errors=True)
     shutil.copytree(ROOT / "docs" / "site", SOURCE, ignore=shutil.ignore_patterns("index.md"))
     pages = [*PAGES, *(f"docs/howto/{o}.md" for o in HOWTOS)]
@@ -314,5 +332,5 @@ def lay_out() -> None:
 
 if __name__ == "__main__":
     lay_out()
-    sys.exit(subprocess.call([sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-j", "auto", "-d", BUILD / "doctrees",
-                              SOURCE, BUILD / "html"]))
+    sys.exit(subprocess.call([sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-j", "auto",
+                              "-d", BUILD / "doctrees", SOURCE, BUILD / "html"]))

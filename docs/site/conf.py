@@ -21,7 +21,8 @@ html_static_path, html_css_files, html_js_files = ["_static"], ["site.css"], ["t
 html_copy_source = html_show_sourcelink = False
 html_favicon = "_static/icon.svg"
 html_context = dict(default_mode="auto")
-html_theme_options = dict(show_toc_level=2, home_page_in_toc=True, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[])
+html_theme_options = dict(show_toc_level=2, home_page_in_toc=True, use_download_button=False,
+                          use_fullscreen_button=False, navbar_persistent=[])
 nb_code_prompt_show, nb_code_prompt_hide = "Show imports", "Hide imports"  # nothing else is folded
 
 
@@ -39,7 +40,8 @@ def with_parameters(app, what, name, obj, options, lines):
 
 def plain_text(app, what, name, obj, options, lines):
     "Docstrings are Markdown-like plain text: their stars and backquotes are no reStructuredText."
-    for i, line in enumerate(lines): lines[i] = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line).replace("*", r"\*").replace("|", r"\|")
+    for i, line in enumerate(lines):
+        lines[i] = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line).replace("*", r"\*").replace("|", r"\|")
 
 
 def formula(display):
