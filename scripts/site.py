@@ -18,7 +18,7 @@ SOURCE = BUILD / "source"
 settings = ConfigParser()
 settings.read(ROOT / "settings.ini")
 REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
-HOWTOS = ["prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method", "run-at-paper-scale",
+HOWTOS = ["install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method", "run-at-paper-scale",
           "read-the-json"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 MAIN = "default"  # the study of the front page and of the ledger
@@ -245,8 +245,8 @@ def add_ledger() -> None:
     said = [f"{number(o.ours, o.unit)}{end}" for o, end in zip(rows.itertuples(), ends)]
     table = rows.assign(ours=said, paper=[number(o.paper, o.unit) for o in rows.itertuples()])
     table = table[["claim", "text", "check", "paper", "ours", "verdict", "why"]].rename(columns=dict(text="what the paper says"))
-    write("claims.md", "# Claims ledger\n\nEvery claim of the paper with our numbers [95 % interval] and a verdict, which follows "
-          "from the interval by a fixed rule. Made by [claims](nbs/paper/claims.ipynb); as a plain table: "
+    write("claims.md", "# Claims ledger\n\nEvery claim of the paper with our numbers [95 % interval] and a verdict, which "
+          "follows from the interval by a fixed rule. Made by [claims](nbs/paper/claims.ipynb); as a plain table: "
           f"[T7](figures/{MAIN}/T7-claims.md).\n\n"
           + sortable(table, "Claims and verdicts", ["claim", "verdict"], fold="why"))
 

@@ -270,6 +270,6 @@ def test_reproduce_outside_a_checkout_says_where_to_go(tmp_path, monkeypatch):
     from calib_prune.core import CalibPruneError
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "calib_prune" / "cli" / "reproduce.py"))
-    with pytest.raises(CalibPruneError, match="call it in a checkout"): cli.repository()
+    with pytest.raises(CalibPruneError, match="`calib-prune init my-study` lays one out"): cli.repository()
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)
     assert (cli.repository() / "Snakefile").is_file()

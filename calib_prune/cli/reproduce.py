@@ -28,11 +28,11 @@ from ..study.preload import warm_process
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #de3c0315
 def repository() -> Path:
-    "The checkout that holds the Snakefile: the current folder, or where this package is installed from."
+    "The folder with the workflow: the current one, or the checkout that this package is installed from."
     for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (folder / "nbs/paper/prune_and_score.ipynb").is_file(): return folder
-    raise CalibPruneError("`calib-prune reproduce` runs the notebooks of the repository: call it in a checkout "
-                          "(the folder with the Snakefile), with the package installed by `pip install -e .`.")
+    raise CalibPruneError(f"There is no study in {Path.cwd()}. `calib-prune init my-study` lays one out: its workflow, presets "
+                          "and notebooks. Then call `calib-prune reproduce` in that folder.")
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #e7d10eed
 def _watch(process: subprocess.Popen, names: list[str], left: set[str], results: Path, console: Console) -> None:

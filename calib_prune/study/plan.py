@@ -7,6 +7,7 @@ __all__ = ['Job', 'command', 'Study', 'study_of', 'result_file', 'stamp_file', '
            'model_jobs', 'text_jobs', 'metric_jobs', 'audit_jobs', 'results_of', 'table_jobs', 'plan', 'targets']
 
 # %% ../../nbs/7_study/09_plan.ipynb #c8341710
+import os
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import calib_prune
 from ..core import write_atomic
 from .artefacts import made_by, needed_by
 from .presets import Cell, cells, measured_strategies, mix_of, seeds_of
@@ -177,7 +179,7 @@ def results_of(study: Study) -> dict[str, list[str]]:  # by kind, see `artefacts
 def table_jobs(study: Study) -> list[Job]:
     "One run per notebook that makes tables or figures; it runs again if results or code are newer."
     results, jobs = results_of(study), []
-    code = sorted(str(o) for o in Path("calib_prune").rglob("*.py") if o.name != "_modidx.py")
+    code = sorted(os.path.relpath(o) for o in Path(calib_prune.__file__).parent.rglob("*.py") if o.name != "_modidx.py")
     for book in study.preset["tables"]:
         files = [f"{study.figures}/{f}" for o in made_by([book]) for f in o.files]
         read = [o for kind in sorted(needed_by([book])) for o in results[kind]]

@@ -1,0 +1,23 @@
+"What setuptools cannot be told in pyproject.toml: the wheel also holds the notebooks, presets and workflow of studies."
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+FOUND = [ROOT / "Snakefile", *sorted(ROOT.glob("presets/*.yaml")), *sorted(ROOT.glob("nbs/paper/*.ipynb"))]
+STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb"]
+
+
+class WithStudy(build_py):
+    def run(self):
+        super().run()
+        if self.editable_mode: return  # a checkout has them
+        for name in STUDY:
+            target = Path(self.build_lib, "calib_prune", "project", name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+
+
+setup(cmdclass={"build_py": WithStudy})

@@ -1,0 +1,93 @@
+"""The wheel, away from the repository: the library, the command line, and studies that `init` lays out."""
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = "from calib_prune.cli.app import main; main()"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    "A Python that has the wheel, the packages it needs, and no checkout."
+    folder = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as w: w.extractall(site)
+    packages = next(o for o in sys.path if o.endswith("site-packages"))
+    (site / "needed.pth").write_text(packages + "\n")  # its own .pth files, such as that of the checkout, are not read
+    return folder / "bin" / "python"
+
+
+def run(python, cwd, *words, code=0):
+    done = subprocess.run([python, "-c", COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_the_wheel_is_small_and_holds_what_studies_need(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.stat().st_size < 1e6 and "calib_prune/py.typed" in names
+    for name in ("Snakefile", "presets/smoke.yaml", "nbs/paper/prune_and_score.ipynb"): assert f"calib_prune/project/{name}" in names
+    presets = {o.rsplit("/", 1)[1] for o in names if "/presets/" in o}
+    assert presets == {o.name for o in (ROOT / "presets").glob("*.yaml")}
+    assert not [o for o in names if o.startswith(("tests", "results", "nbs", "bench"))]
+
+
+def test_the_package_is_that_of_the_wheel(python, tmp_path):
+    said = subprocess.run([python, "-c", "import calib_prune; print(calib_prune.__file__)"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert str(python.parent.parent) in said
+
+
+def test_without_a_study_reproduce_says_what_to_do(python, tmp_path):
+    said = run(python, tmp_path, "reproduce", "--preset", "smoke", code=1).stderr
+    assert "calib-prune init my-study" in " ".join(said.split())
+
+
+def test_init_lays_out_and_refuses(python, tmp_path):
+    assert "calib-prune reproduce --preset smoke" in run(python, tmp_path, "init", "mine").stdout
+    for name in ("Snakefile", "presets/smoke.yaml", "nbs/paper/prune_and_score.ipynb"): assert (tmp_path / "mine" / name).read_bytes() == (ROOT / name).read_bytes()
+    before = sorted(o.name for o in tmp_path.rglob("*"))
+    said = run(python, tmp_path, "init", "mine", code=1).stderr
+    assert "is not empty" in said and sorted(o.name for o in tmp_path.rglob("*")) == before
+    (tmp_path / "file").write_text("x")
+    assert "is not empty" in run(python, tmp_path, "init", "file", code=1).stderr
+    (tmp_path / "empty").mkdir()
+    run(python, tmp_path, "init", "empty")
+    assert (tmp_path / "empty" / "Snakefile").is_file()
+
+
+@pytest.mark.real
+def test_a_study_runs_where_it_was_laid_out(python, tmp_path):
+    "A tiny model, two cells, one table, through Snakemake and papermill."
+    run(python, tmp_path, "init", "mine")
+    root, model = tmp_path / "mine", tmp_path / "tiny"
+    tiny_llama().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    text = (root / "presets/smoke.yaml").read_text()
+    import yaml
+    preset = yaml.safe_load(text)
+    preset |= dict(name="tiny", model=str(model), calibration=dict(windows=4, length=32), strategies=dict(csqa="csqa", arithmetic="arithmetic"),
+                   grid=[dict(strategies="all", methods=["wanda"], sparsities=[0.5], seeds=[0], windows=["default"])], tables=["main"])
+    preset["scoring"] |= dict(tasks=["jeopardy", "piqa", "mbpp", "gsm8k"], limit=dict(choice=12, bpb=2))
+    preset["heldout"] |= dict(documents=1, window=32)
+    (root / "presets/tiny.yaml").write_text(yaml.safe_dump(preset))
+    run(python, root, "reproduce", "--preset", "presets/tiny.yaml", "--jobs", "2")
+    assert (root / "figures/tiny/T2-retention.csv").is_file() and len(list((root / "results/tiny").glob("csqa-*.json"))) == 1
+    again = run(python, root, "reproduce", "--preset", "presets/tiny.yaml", "--dry-run")
+    assert "Nothing to be done" in again.stdout + again.stderr, "what is finished is known there"
