@@ -3,6 +3,7 @@
 # make test        everything that must hold: style, types, notebooks, export, pages, tests
 # make docs      the site, in build/site/html
 # make check       the fast part of it, in about a minute
+# make test-slurm a study on a Slurm of one node, as root on Debian (it writes /etc/slurm/slurm.conf)
 # make bench       side by side with peers and with the limit (FRESH=--fresh to start anew)
 PYTHON ?= python3
 PRESET ?= smoke
@@ -10,7 +11,7 @@ BIN    := .venv/bin
 # Tests that need no fetched model or text, and start few processes.
 QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress tasks))
 
-.PHONY: reproduce figures test check bench export readme docs
+.PHONY: reproduce figures test check bench export readme docs test-slurm
 
 reproduce: .venv/installed
 	$(BIN)/calib-prune fetch
@@ -31,6 +32,10 @@ test: .venv/installed
 	bash scripts/browser.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+
+test-slurm: .venv/installed
+	$(BIN)/calib-prune fetch
+	$(BIN)/python -m pytest -rP tests/cluster
 
 bench: .venv/installed bench/.venv/installed
 	$(BIN)/calib-prune fetch

@@ -3,7 +3,9 @@
 # `calib-prune reproduce --preset smoke` wraps this with progress bars and a lock. Which runs there are: nbs/7_study/09_plan.
 from calib_prune.study.plan import command, plan, results_of, study_of, targets, write_stamps
 
-study = study_of(config, workflow.configfiles[0], workflow.cores, bool(config.get("tables_only")), bool(config.get("again")))
+CORES = 1 if config.get("cluster") else workflow.cores  # a cluster has no number of its own
+said = {o: bool(config.get(o)) for o in ("tables_only", "again", "cluster")}
+study = study_of(config, workflow.configfiles[0], CORES, **said, gpus=int(config.get("gpus", 1)))
 write_stamps(study)
 rows = results_of(study)
 
@@ -38,6 +40,8 @@ for job in plan(study):
             run=command(job),
         priority: job.priority
         retries: job.retries
-        threads: job.cores or workflow.cores  # Snakemake lets a run's libraries use this many
+        threads: job.cores or CORES  # Snakemake lets a run's libraries use this many
+        resources:
+            **job.needs,
         shell:
             "{params.run}"

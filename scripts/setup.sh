@@ -20,4 +20,4 @@ fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "Installing calib-prune and what it needs into $venv (a few minutes the first time) ..."
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[dev,docs]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[dev,docs,cluster]"

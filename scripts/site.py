@@ -18,8 +18,8 @@ SOURCE = BUILD / "source"
 settings = ConfigParser()
 settings.read(ROOT / "settings.ini")
 REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
-HOWTOS = ["install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method", "run-at-paper-scale",
-          "read-the-json"]
+HOWTOS = ["install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method",
+          "run-at-paper-scale", "run-on-several-gpus", "run-on-slurm", "read-the-json"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 MAIN = "default"  # the study of the front page and of the ledger
 FOLDERS = {"": "Foundations", "1_data": "Data", "2_model": "Model", "3_calibration": "Calibration", "4_generation": "Generation",

@@ -33,7 +33,7 @@ def lay_out(folder: Path) -> list[str]:  # what was copied
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CalibPruneError(f"{folder} exists and is not empty: choose a new folder. Nothing was changed.")
     source = study_files()
-    found = [*sorted(source.glob("presets/*.yaml")), *sorted(source.glob("nbs/paper/*.ipynb"))]
+    found = [o for kind in ("presets/*.yaml", "profiles/*/config.yaml", "nbs/paper/*.ipynb") for o in sorted(source.glob(kind))]
     copied = [WORKFLOW, *(o.relative_to(source).as_posix() for o in found if o.name != "bench.ipynb")]  # of this package
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

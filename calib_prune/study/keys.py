@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEME', 'OWN_TEXT', 'MISSING', 'OLDER', 'versions', 'model_key', 'tasks_key', 'calibration_key', 'cell_key',
-           'changes', 'processor', 'environment', 'describe_run', 'same_items', 'text_key', 'own_text_key',
-           'metrics_key', 'sources_in', 'written_in', 'audit_key', 'written_audit_key', 'unfinished_texts',
-           'unfinished', 'unfinished_metrics', 'unfinished_audits', 'left_to_do', 'left_table']
+           'changes', 'processor', 'cluster_job', 'environment', 'describe_run', 'same_items', 'text_key',
+           'own_text_key', 'metrics_key', 'sources_in', 'written_in', 'audit_key', 'written_audit_key',
+           'unfinished_texts', 'unfinished', 'unfinished_metrics', 'unfinished_audits', 'left_to_do', 'left_table']
 
 # %% ../../nbs/7_study/03_keys.ipynb #24121db6
 import inspect
+import os
 import platform
 import re
 from collections import Counter
@@ -138,11 +139,16 @@ def processor() -> str:
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     return found[1].strip() if found else platform.processor()
 
+def cluster_job() -> dict[str, str]:
+    "The job of a Slurm cluster that this process runs in, and how often it was started again; empty elsewhere."
+    said = {name: os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "RESTART_COUNT", "JOB_NODELIST")}
+    return {f"slurm_{k.lower()}": v for k, v in said.items() if v}
+
 def environment() -> dict[str, str]:
     "The libraries and the kind of machine that make a result here."
     return dict(calib_prune=calib_prune.__version__, torch=version("torch"), transformers=version("transformers"),
                 python=platform.python_version(), machine=platform.machine(), processor=processor(),
-                instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
+                instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), **cluster_job())
 
 # %% ../../nbs/7_study/03_keys.ipynb #6689ac77
 def describe_run(preset: dict[str, Any], cell: Cell, model_revision: str,

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Job:
     log: str = ""                 # the executed notebook; its output is beside it, as .log
     progress: str = ""            # a file in which the run reports its progress
     retries: int = 0              # after a failure
+    needs: dict[str, int] = field(default_factory=dict)  # asked of a cluster: mem_mb, runtime in minutes, gpu
 
 # %% ../../nbs/7_study/09_plan.ipynb #6729215f
 def command(job: Job) -> str:
@@ -55,6 +56,8 @@ class Study:
     left: dict[str, dict[str, str]]  # see `keys.left_to_do`
     cores: int = 1                   # of the machine
     tables_only: bool = False        # make tables from existing results only
+    cluster: bool = False            # are runs started by a cluster, which may interrupt them?
+    gpus: int = 1                    # of this machine: as many models are made at once
 
     @property
     def results(self) -> str: return f"results/{self.preset['name']}"
@@ -66,9 +69,10 @@ class Study:
     def cells(self) -> dict[str, Cell]: return {c.name: c for c in cells(self.preset, ablations=True)}
 
 # %% ../../nbs/7_study/09_plan.ipynb #a61a67bb
-def study_of(preset: dict[str, Any], path: str, cores: int = 1, tables_only: bool = False, again: bool = False) -> Study:
+def study_of(preset: dict[str, Any], path: str, cores: int = 1, tables_only: bool = False, again: bool = False,
+             cluster: bool = False, gpus: int = 1) -> Study:
     "A study and what it lacks; `again` as in `keys.left_to_do`."
-    study = Study(preset, path, dict(models={}, texts={}, metrics={}, audits={}), cores, tables_only)
+    study = Study(preset, path, dict(models={}, texts={}, metrics={}, audits={}), cores, tables_only, cluster, gpus)
     if tables_only: return study
     from calib_prune.study.keys import left_to_do  # a slow import
     return replace(study, left=left_to_do(preset, study.results, again))
@@ -113,15 +117,19 @@ def texts_of(study: Study, *mixes: str) -> tuple[list[str], list[str]]:
     return [o for o in found if o in left], [o for o in found if o not in left]
 
 # %% ../../nbs/7_study/09_plan.ipynb #f54b7e5d
-def model_jobs(study: Study, cores: int | None = None) -> list[Job]:
+def model_jobs(study: Study, cores: int | None = None,
+               needs: Mapping[str, dict[str, int]] = {}  # from `cost.requests_of`
+              ) -> list[Job]:
     "One run per model that is left."
     jobs, order = [], priorities(study)
     for name in study.left["models"]:
         new, old = texts_of(study, study.cells[name].mix)
+        settings = dict(_paths(study), cell=name)
+        if study.cluster: settings["checkpoint"] = f"{study.results}/.checkpoints/{name}"
         jobs.append(Job(
-            "cell_" + re.sub(r"\W", "_", name), "prune_and_score", dict(_paths(study), cell=name),
+            "cell_" + re.sub(r"\W", "_", name), "prune_and_score", settings,
             [result_file(study, "models", name)], [stamp_file(study, "models", name), *new], old,
-            order[name], cores, _log(study, name), f"{study.results}/.progress/{name}.json"))
+            order[name], cores, _log(study, name), f"{study.results}/.progress/{name}.json", needs=needs.get(name, {})))
     return jobs
 
 # %% ../../nbs/7_study/09_plan.ipynb #dae817f5
@@ -191,9 +199,12 @@ def table_jobs(study: Study) -> list[Job]:
 def plan(study: Study) -> list[Job]:
     "All runs that a study lacks, and those of all tables: Snakemake skips tables newer than their inputs."
     if study.tables_only: return table_jobs(study)
-    from calib_prune.study.cost import cores_per_cell, memory_gib  # slow imports
-    cores = cores_per_cell(study.preset, study.cores, memory_gib())
-    return [*text_jobs(study), *model_jobs(study, cores), *metric_jobs(study), *audit_jobs(study), *table_jobs(study)]
+    from calib_prune.study.cost import cores_per_cell, memory_gib, requests_of  # slow imports
+    cores = 1 if study.cluster else cores_per_cell(study.preset, study.cores, memory_gib())
+    if study.gpus > 1: cores = max(1, study.cores // study.gpus)
+    needs = requests_of(study.preset)
+    texts = [replace(o, needs=needs["text"]) for o in (*text_jobs(study), *metric_jobs(study))]
+    return [*texts, *model_jobs(study, cores, needs), *audit_jobs(study), *table_jobs(study)]
 
 def targets(study: Study) -> list[str]:
     "Every file that a study should have."
