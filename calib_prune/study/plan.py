@@ -129,7 +129,8 @@ def model_jobs(study: Study, cores: int | None = None,
         jobs.append(Job(
             "cell_" + re.sub(r"\W", "_", name), "prune_and_score", settings,
             [result_file(study, "models", name)], [stamp_file(study, "models", name), *new], old,
-            order[name], cores, _log(study, name), f"{study.results}/.progress/{name}.json", needs=needs.get(name, {})))
+            order[name], cores, _log(study, name), f"{study.results}/.progress/{name}.json", int(study.cluster),
+            needs.get(name, {})))
     return jobs
 
 # %% ../../nbs/7_study/09_plan.ipynb #dae817f5
