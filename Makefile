@@ -1,6 +1,7 @@
 # make reproduce   everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
 # make figures     tables and figures from committed rows alone (PRESET=default): no model is run
 # make test        everything that must hold: style, types, notebooks, export, pages, tests
+# make lab       the notebooks in JupyterLab
 # make docs      the site, in build/site/html
 # make check       the fast part of it, in about a minute
 # make test-slurm a study on a Slurm of one node, as root on Debian (it writes /etc/slurm/slurm.conf)
@@ -11,7 +12,7 @@ BIN    := .venv/bin
 # Tests that need no fetched model or text, and start few processes.
 QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress tasks))
 
-.PHONY: reproduce figures test check bench export readme docs test-slurm
+.PHONY: reproduce figures test check bench export readme docs lab test-slurm
 
 reproduce: .venv/installed
 	$(BIN)/calib-prune fetch
@@ -50,6 +51,9 @@ export: .venv/installed
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname nbs/paper
+
+lab: .venv/installed
+	$(BIN)/jupyter lab nbs
 
 docs: .venv/installed
 	$(BIN)/python scripts/site.py

@@ -1,10 +1,12 @@
 """The wheel, away from the repository: the library, the command line, and studies that `init` lays out."""
+import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
@@ -73,6 +75,20 @@ def test_init_lays_out_and_refuses(python, tmp_path):
 
 
 @pytest.mark.real
+def test_an_own_study_starts_with_a_preset_and_a_notebook(python, tmp_path):
+    (tmp_path / "notes.txt").write_text("Some text. " * 50)
+    said = run(python, tmp_path, "new-study", "mine", "--calibration", "notes.txt=0.5,c4=0.5", "--calibration", "csqa", "--method", "admm",
+               "--sparsity", "2:4").stdout
+    assert "presets/mine.yaml" in said and "study.ipynb" in said
+    preset = yaml.safe_load((tmp_path / "mine/presets/mine.yaml").read_text())
+    assert preset["strategies"] == {"notes-0.5-c4-0.5": f"{tmp_path}/notes.txt=0.5,c4=0.5", "csqa": "csqa"} and preset["grid"][0]["sparsities"] == ["2:4"]
+    assert 'preset = "presets/mine.yaml"' in "".join(c["source"][0] for c in json.loads((tmp_path / "mine/study.ipynb").read_text())["cells"])
+    said = run(python, tmp_path, "new-study", "other", "--method", "wnda", code=1).stderr
+    assert "Did you mean 'wanda'" in said and not (tmp_path / "other").exists()
+    assert "is not empty" in run(python, tmp_path, "new-study", "mine", code=1).stderr
+
+
+@pytest.mark.real
 def test_a_study_runs_where_it_was_laid_out(python, tmp_path):
     "A tiny model, two cells, one table, through Snakemake and papermill."
     run(python, tmp_path, "init", "mine")
@@ -80,7 +96,6 @@ def test_a_study_runs_where_it_was_laid_out(python, tmp_path):
     tiny_llama().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     text = (root / "presets/smoke.yaml").read_text()
-    import yaml
     preset = yaml.safe_load(text)
     preset |= dict(name="tiny", model=str(model), calibration=dict(windows=4, length=32), strategies=dict(csqa="csqa", arithmetic="arithmetic"),
                    grid=[dict(strategies="all", methods=["wanda"], sparsities=[0.5], seeds=[0], windows=["default"])], tables=["main"])
@@ -91,3 +106,7 @@ def test_a_study_runs_where_it_was_laid_out(python, tmp_path):
     assert (root / "figures/tiny/T2-retention.csv").is_file() and len(list((root / "results/tiny").glob("csqa-*.json"))) == 1
     again = run(python, root, "reproduce", "--preset", "presets/tiny.yaml", "--dry-run")
     assert "Nothing to be done" in again.stdout + again.stderr, "what is finished is known there"
+    words = ["-m", "papermill", "--no-progress-bar", "nbs/paper/own_study.ipynb", "own.ipynb"]
+    for k, v in dict(preset="presets/tiny.yaml", results="results/tiny", figures="figures/tiny").items(): words += ["-r", k, v]
+    done = subprocess.run([python, *words], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and (root / "figures/tiny/own-retention.png").is_file(), done.stderr[-2000:]
