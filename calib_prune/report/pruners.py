@@ -107,6 +107,8 @@ def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # co
 def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     "One line per sparsity and method."
     about, lines = costs.set_index(["sparsity", "method"]), []
+    rank = {o: i for i, o in enumerate(dict.fromkeys(kept["sparsity"]))}  # blocks of a preset may mix them
+    kept = kept.sort_values("sparsity", key=lambda o: o.map(rank), kind="stable")
     gains_of = {(o.sparsity, o.method, o.strategy): o for o in gained[gained["dimension"] == "Total"].itertuples()}
     for (sparsity, method), mine in kept.groupby(["sparsity", "method"], sort=False):
         o = about.loc[(sparsity, method)]
@@ -164,7 +166,7 @@ def _cost_panel(ax: Axes, points: pd.DataFrame, colours: dict[str, Any]) -> None
                     color=colours[read_recipe(o.method).method])
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.axvline(AFFORDABLE, color="0.6", linewidth=0.8, linestyle=":")
-    ax.set(xscale="log", title=sparsity_label(points["sparsity"].iloc[0]), xlabel="time of pruning, times SparseGPT's")
+    ax.set(xscale="log", title=sparsity_label(points["sparsity"].iloc[0]))
     ticks = [o for o in (0.8, 1, 1.5, 2, 3, 5, 8, 12, 20) if points["times"].min() * 0.9 <= o <= points["times"].max() * 1.1]
     ax.set_xticks(ticks, [f"{o:g}" for o in ticks])
     ax.minorticks_off()
@@ -188,6 +190,7 @@ def pruner_figure(gained: pd.DataFrame, costs: pd.DataFrame, note: str = "") -> 
     figure, axes = plt.subplots(1, len(levels), figsize=(WIDTH, 3), layout="constrained", squeeze=False, sharey=True)
     for ax, level in zip(axes[0], levels): _cost_panel(ax, points[points["sparsity"] == level], colours)
     axes[0, 0].set_ylabel("total retention over SparseGPT, points")
+    figure.supxlabel("time of pruning, times SparseGPT's", fontsize=9)
     _legend(figure, points["method"], colours)
     at = max(levels, key=lambda o: parse_sparsity(o)[0])
     top = points.loc[points[points["sparsity"] == at]["value"].idxmax()]
