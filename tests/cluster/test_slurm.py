@@ -27,7 +27,7 @@ def jobs():
     return dict(o.split() for o in slurm("squeue", "-h", "-o", "%i %T", check=False).splitlines())
 
 
-def wait(what, until, seconds=240):
+def wait(what, until, seconds=600):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := until(): return found
@@ -89,7 +89,7 @@ def job_of(root, cell=CELL):
     return found and found[1]
 
 
-def finished(process, code=0, seconds=300):
+def finished(process, code=0, seconds=1200):
     out = process.communicate(timeout=seconds)[0]
     assert process.returncode == code, out
     return out
