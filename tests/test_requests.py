@@ -82,11 +82,10 @@ def test_what_slurm_refuses_is_reported(tmp_path):
 
 
 def test_rows_name_their_job(monkeypatch):
-    for name in ("JOB_ID", "RESTART_COUNT", "JOB_NODELIST"): monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    for name in ("JOB_ID", "JOB_NODELIST"): monkeypatch.delenv(f"SLURM_{name}", raising=False)
     assert cluster_job() == {} and not [o for o in environment() if o.startswith("slurm")]
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert environment()["slurm_job_id"] == "17" and cluster_job() == dict(slurm_job_id="17", slurm_restart_count="1")
+    assert environment()["slurm_job_id"] == "17" and cluster_job() == dict(slurm_job_id="17")
 
 
 HOLD = "import sys; from calib_prune.study.gpus import claim; print(claim(['a', 'b'], sys.argv[1]), flush=True); sys.stdin.read()"

@@ -124,6 +124,7 @@ class Checkpoint:
                  run: dict[str, Any]  # everything that the result depends on
                 ):
         self.folder, self.run, self.id = as_path(folder, "a checkpoint folder"), run, content_hash(run)
+        self.restored = 0  # layers of an earlier run
 
     def __enter__(self):
         check_checkpoint(self.folder)
@@ -155,7 +156,9 @@ class Checkpoint:
     def load(self, index: int, layer: nn.Module) -> list[LinearReport] | None:
         "Restore a layer that an earlier run has pruned, or return None."
         file = self._file(index)
-        return _restore(file, layer, self.id) if file.is_file() else None
+        found = _restore(file, layer, self.id) if file.is_file() else None
+        self.restored += found is not None
+        return found
 
 # %% ../../nbs/5_pruning/15_checkpoint.ipynb #b4254142
 def remove_checkpoint(folder: str | Path) -> None:

@@ -205,4 +205,6 @@ def prune(model: PreTrainedModel,              # pruned in place
         del hidden
         sparsities = _sparsities(model, windows, sparsity, allocation)
         reports = _walk(model, windows, sparsities, how, reconstruct, saved, progress)
-    return pd.DataFrame([asdict(r) for r in reports])
+    found = pd.DataFrame([asdict(r) for r in reports])
+    found.attrs["restored_layers"] = saved.restored if saved else 0
+    return found

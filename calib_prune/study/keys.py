@@ -140,8 +140,8 @@ def processor() -> str:
     return found[1].strip() if found else platform.processor()
 
 def cluster_job() -> dict[str, str]:
-    "The job of a Slurm cluster that this process runs in, and how often it was started again; empty elsewhere."
-    said = {name: os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "RESTART_COUNT", "JOB_NODELIST")}
+    "The job of a Slurm cluster that this process runs in, and its nodes; empty elsewhere."
+    said = {name: os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "JOB_NODELIST")}
     return {f"slurm_{k.lower()}": v for k, v in said.items() if v}
 
 def environment() -> dict[str, str]:

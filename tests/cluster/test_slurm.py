@@ -123,8 +123,8 @@ def test_a_requeued_cell_goes_on_at_its_layer(study):
     assert {k: after[k] for k in before} == before, "finished layers were not pruned again"
     finished(process)
     record = rows(study)[CELL]
-    assert record["slurm_job_id"] == job and record["slurm_restart_count"] == "1"
-    print(f"job {job} was requeued after {len(before)} layers and went on")
+    assert record["slurm_job_id"] == job and record["restored_layers"] >= len(before)
+    print(f"job {job} was requeued after {len(before)} layers; the second run restored {record['restored_layers']}")
 
 
 def test_a_node_that_dies_gives_its_cell_back(study):
@@ -134,9 +134,9 @@ def test_a_node_that_dies_gives_its_cell_back(study):
     job = job_of(study)
     slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     wait("the job to wait", lambda: jobs().get(job) == "PENDING")
-    slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    slurm("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # it may be back by itself
     finished(process)
-    assert int(rows(study)[CELL]["slurm_restart_count"]) >= 1 and len(before) >= 3
+    assert rows(study)[CELL]["restored_layers"] >= len(before) >= 3
 
 
 def test_a_lost_controller_is_waited_for(study):
