@@ -92,6 +92,11 @@ def test_layers_without_their_marker_are_refused(tmp_path):
     with pytest.raises(CalibPruneError, match="holds layers, but no run.json"): prune(tiny_llama(), TOKENS, "wanda", sparsity=0.7, checkpoint=tmp_path)
 
 
+def test_a_marker_that_is_being_written_is_no_layer(tmp_path):
+    (tmp_path / f".{MARKER}.0123abcd.part").write_text("{")  # of a run that begins at the same moment, or was killed then
+    assert len(prune(tiny_llama(), TOKENS, "wanda", sparsity=0.5, checkpoint=tmp_path)) > 0
+
+
 @pytest.mark.parametrize("points", range(8))
 def test_a_kill_while_a_checkpoint_is_removed_leaves_nothing_that_is_believed(tmp_path, monkeypatch, points):
     "However many of its files are gone, another run starts from nothing, and the same one goes on."

@@ -67,7 +67,7 @@ def check_checkpoint(folder: str | Path
         raise CalibPruneError(f"Checkpoint {folder} is not a folder: choose another name.")
     there = {o.name for o in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
     if MARKER in there: return load_json(folder / MARKER, checkpoint=dict, finished=bool)
-    if not there: return None
+    if all(OWN_FILES.fullmatch(o) and o.endswith(".part") for o in there): return None  # another run may begin just now
     if all(OWN_FILES.fullmatch(o) for o in there):
         raise CalibPruneError(f"Checkpoint {folder} holds layers, but no {MARKER} that says which run they belong to: they "
                               "cannot be used. Remove the folder, or choose another one.")
