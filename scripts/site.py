@@ -1,12 +1,14 @@
 "Lay out the pages of the site in build/site/source and build them: python scripts/site.py. Nothing is executed or downloaded."
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
-from configparser import ConfigParser
 from collections.abc import Sequence
+from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,8 +26,7 @@ PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTR
 MAIN = "default"  # the study of the front page and of the ledger
 FOLDERS = {"": "Foundations", "1_data": "Data", "2_model": "Model", "3_calibration": "Calibration", "4_generation": "Generation",
            "5_pruning": "Pruning", "6_evaluation": "Evaluation", "7_study": "Study", "8_report": "Report",
-           "9_cli": "Command line",
-           "paper": "Notebooks that papermill runs"}
+           "9_cli": "Command line", "paper": "Notebooks that papermill runs"}
 
 
 def write(path: str, text: str) -> None:
@@ -111,6 +112,7 @@ def subtitle(path: Path) -> str:
 
 # --- tables and figures
 
+@cache
 def shown() -> set[Path]:
     "The tables and figures that have a page, by the path of the page in the repository."
     from calib_prune.study.artefacts import ARTEFACTS
@@ -130,7 +132,7 @@ def sortable(table: pd.DataFrame, caption: str, filters: Sequence[str] = (),
     "A table that can be sorted by a click or a key, and filtered by words and by columns of few values."
     table = table.map(lambda o: html.escape(o) if isinstance(o, str) else o)
     if fold: table = table.assign(**{fold: [f"<details><summary>show</summary>{o}</details>" for o in table[fold]]})
-    options = lambda o: "".join(f"<option>{v}</option>" for v in dict.fromkeys(["", *table[o]]))
+    options = lambda o: '<option value="">all</option>' + "".join(f"<option>{v}</option>" for v in dict.fromkeys(table[o]) if v)
     choices = "".join(f'<label>{o} <select data-column="{list(table).index(o)}">{options(o)}</select></label> ' for o in filters)
     words = '<label>find <input type="search" data-find></label>'
     body = table.to_html(index=False, border=0, classes="sortable", escape=False, na_rep="")
@@ -191,7 +193,6 @@ def hover_figure(study: str) -> str:
 
 def panel(title: str, points: list[tuple]) -> str:
     "Retention against perplexity (logarithmic) as SVG; each point has a title."
-    import math
     if not points: return ""
     xs, lows, highs = [math.log(o[2]) for o in points], [o[4] for o in points], [o[5] for o in points]
     x = lambda o: 40 + 250 * (math.log(o) - min(xs)) / (max(xs) - min(xs))
@@ -208,7 +209,7 @@ def panel(title: str, points: list[tuple]) -> str:
                      f'<line x1="{x(p):.1f}" x2="{x(p):.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
                      f'<circle cx="{x(p):.1f}" cy="{y(value):.1f}" r="4.5"/></g>')
     return (f'<figure><svg viewBox="0 0 310 215" role="group" aria-label="{title} against perplexity">{"".join(marks)}'
-            f'<text x="170" y="211" text-anchor="middle">perplexity of the text</text></svg>'
+            '<text x="170" y="211" text-anchor="middle">perplexity of the text</text></svg>'
             f'<figcaption>{title} retention, %</figcaption></figure>')
 
 

@@ -10,7 +10,12 @@ stop() {
 }
 
 [ "$(id -u)" = 0 ] || { echo "Slurm's daemons start as root: run this as root, best in a container." >&2; exit 1; }
-if [ -f "$conf" ] && ! grep -qF "$mark" "$conf"; then echo "$conf is there and not of this script: nothing was changed." >&2; exit 1; fi
+if ! grep -qsF "$mark" "$conf"; then  # the first call: is another Slurm here?
+    for file in "$conf" /etc/slurm/cgroup.conf; do
+        if [ -e "$file" ]; then echo "$file is there and not of this script: nothing was changed." >&2; exit 1; fi
+    done
+    if pgrep -x 'slurmd|slurmctld' >/dev/null; then echo "Another Slurm runs on this machine: nothing was changed." >&2; exit 1; fi
+fi
 if [ "${1:-}" = stop ]; then stop; exit; fi
 [ "${1:-}" = start ] || { echo "slurm.sh start|stop" >&2; exit 2; }
 

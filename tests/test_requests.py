@@ -102,7 +102,7 @@ def test_a_gpu_is_free_again_when_its_process_is_dead(tmp_path):
         assert gpus.claim(["a", "b"], tmp_path) in (0, 1)
     finally:
         for o in (first, second): o.kill()
-        while gpus._held: gpus._held.pop().release()
+        gpus._held.close()
 
 
 def test_only_cuda_on_several_gpus_is_claimed(monkeypatch, tmp_path):
@@ -111,6 +111,6 @@ def test_only_cuda_on_several_gpus_is_claimed(monkeypatch, tmp_path):
     monkeypatch.setattr(gpus, "gettempdir", lambda: str(tmp_path))
     assert gpus.claimed_gpu("cpu") == "cpu" and gpus.claimed_gpu("cuda:1") == "cuda:1"
     assert gpus.claimed_gpu("cuda") == "cuda:0" and gpus.claimed_gpu("cuda") == "cuda:1"
-    while gpus._held: gpus._held.pop().release()
+    gpus._held.close()
     monkeypatch.setattr(gpus.torch.cuda, "device_count", lambda: 1)
     assert gpus.claimed_gpu("cuda") == "cuda"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from calib_prune.cli.init import lay_out
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,12 +43,14 @@ def run(python, cwd, *words, code=0):
     return done
 
 
-def test_the_wheel_is_small_and_holds_what_studies_need(wheel):
+def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.stat().st_size < 1e6 and "calib_prune/py.typed" in names
     for name in ("Snakefile", "presets/smoke.yaml", "nbs/paper/prune_and_score.ipynb"): assert f"calib_prune/project/{name}" in names
     presets = {o.rsplit("/", 1)[1] for o in names if "/presets/" in o}
     assert presets == {o.name for o in (ROOT / "presets").glob("*.yaml")}
+    held = {o.removeprefix("calib_prune/project/") for o in names if o.startswith("calib_prune/project/")}
+    assert held == {*lay_out(tmp_path / "from-checkout")}, "the wheel holds what `init` copies from a checkout"
     assert not [o for o in names if o.startswith(("tests", "results", "nbs", "bench"))]
 
 
@@ -70,8 +73,10 @@ def test_init_lays_out_and_refuses(python, tmp_path):
     (tmp_path / "file").write_text("x")
     assert "is not empty" in run(python, tmp_path, "init", "file", code=1).stderr
     (tmp_path / "empty").mkdir()
-    run(python, tmp_path, "init", "empty")
-    assert (tmp_path / "empty" / "Snakefile").is_file()
+    place = (tmp_path / "empty").stat().st_ino
+    run(python, tmp_path / "empty", "init", ".")
+    assert (tmp_path / "empty" / "Snakefile").is_file() and (tmp_path / "empty").stat().st_ino == place, "one may stand in it"
+    assert not [o for o in (tmp_path / "empty").iterdir() if o.name.startswith(".init")]
 
 
 @pytest.mark.real

@@ -41,13 +41,13 @@ def lay_out(folder: Path) -> list[str]:  # what was copied
     found = [o for kind in ("presets/*.yaml", "profiles/*/config.yaml", "nbs/paper/*.ipynb") for o in sorted(source.glob(kind))]
     copied = [WORKFLOW, *(o.relative_to(source).as_posix() for o in found if o.name != "bench.ipynb")]  # of this package
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=".init-") as d:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".init-") as d:
             for name in copied:
-                target = Path(d, "study", name)
+                target = Path(d, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, target)
-            Path(d, "study").rename(folder)  # all or nothing
+            for part in sorted(os.listdir(d), reverse=True): os.replace(Path(d, part), folder / part)  # the workflow last
     except OSError as e: raise CalibPruneError(f"Cannot write {folder}: {e.strerror or e}.") from e
     return copied
 
@@ -81,7 +81,7 @@ def own_preset(smoke: str,  # the text of presets/smoke.yaml
     strategies = {strategy_name(o): whole_paths(o) for o in mixes}
     if len(strategies) < len(mixes):
         raise CalibPruneError(f"Two of the calibration sets get the same name: {', '.join(map(strategy_name, mixes))}.")
-    number = lambda o: float(o) if re.fullmatch(r"[\d.]+", o) else o
+    number = lambda o: o if ":" in o else yaml.safe_load(o)  # YAML would read a pattern such as 2:4 as a time
     grid = dict(strategies="all", methods=[*methods], sparsities=[*map(number, sparsities)], seeds=[0, 1], windows=["default"])
     line = lambda o: yaml.safe_dump(o, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
     sets = "".join(f"  {k}: {line(v)}\n" for k, v in strategies.items())
@@ -89,7 +89,7 @@ def own_preset(smoke: str,  # the text of presets/smoke.yaml
         r"^# .*\n": f"# {name}: a study of {model}.\n",
         r"^name: .*$": f"name: {name}",
         r"^model: .*$": f"model: {line(model)}",
-        r"^strategies:.*\n(?:  .*\n)+": f"strategies:          # name: calibration mix; the first is compared with\n{sets}",
+        r"^strategies:.*\n(?:  .*\n)+": f"strategies:          # name: mix; others are compared with the first\n{sets}",
         r"^grid:.*\n(?:  .*\n)+": f"grid:                # blocks of cells, run in this order\n  - {line(grid)}\n",
         r"^tables: .*$": "tables: [main]       # notebooks of nbs/paper that make tables and figures"}
     for old, new in changed.items():

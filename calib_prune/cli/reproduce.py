@@ -128,7 +128,7 @@ def carry_over(
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #526a4f39
 def snakemake_command(path: Path,  # of the preset
-                      jobs: int,   # CPU cores; 0: all
+                      jobs: int,   # CPU cores, 0: all; on a cluster jobs at once, 0: as its profile says
                       tables_only: bool, again: bool,  # as in `study.plan`
                       profile: Path | None = None,     # of a cluster
                       gpus: int = 0                    # of this machine that runs may use
@@ -136,7 +136,8 @@ def snakemake_command(path: Path,  # of the preset
     "The command that runs the workflow."
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path), "--keep-going",
                "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
-    command += ["--profile", str(profile)] if profile else ["--cores", str(jobs or len(os.sched_getaffinity(0)))]
+    if profile: command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
+    else: command += ["--cores", str(jobs or len(os.sched_getaffinity(0)))]
     if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
     said = dict(tables_only=tables_only, again=again and not tables_only, cluster=profile is not None)
     config = [f"{k}=1" for k, v in said.items() if v] + ([f"gpus={gpus}"] if gpus > 1 and not profile else [])
@@ -150,7 +151,9 @@ def check_profile(name: str,  # a folder, or one in profiles/
     if found is None:
         known = sorted(o.parent.name for o in root.glob("profiles/*/config.yaml"))
         raise unknown_name("profile", name, known, "A profile is a folder with a config.yaml.")
-    executor = (yaml.safe_load((found / "config.yaml").read_text()) or {}).get("executor", "")
+    try: executor = dict(yaml.safe_load((found / "config.yaml").read_text()) or {}).get("executor", "")
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+        raise CalibPruneError(f"Profile {found / 'config.yaml'} is no YAML file of settings: {e}") from e
     if executor == "slurm" and find_spec("snakemake_executor_plugin_slurm") is None:
         raise CalibPruneError("For Slurm, Snakemake needs a plugin: pip install 'calib-prune[cluster]'.")
     if executor == "slurm" and not shutil.which("sbatch"):
@@ -195,7 +198,8 @@ def reproduce(
     preset: Annotated[str, typer.Option(
         help="`smoke`, `default`, `default2`, `mixes`, `thirds`, `unseen`, `pruners`, `pruners-qwen`, `paper`, or a preset "
              "file.")] = "smoke",
-    jobs: Annotated[int, typer.Option(help="CPU cores to use; 0 for all.")] = 0,
+    jobs: Annotated[int, typer.Option(
+        help="CPU cores to use, 0 for all; on a cluster, jobs at once, 0 for as many as its profile says.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
     tables_only: Annotated[bool, typer.Option(
         "--tables-only", help="Only make tables and figures, from existing results; runs no model.")] = False,

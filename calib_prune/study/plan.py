@@ -57,7 +57,7 @@ class Study:
     cores: int = 1                   # of the machine
     tables_only: bool = False        # make tables from existing results only
     cluster: bool = False            # are runs started by a cluster, which may interrupt them?
-    gpus: int = 1                    # of this machine: as many models are made at once
+    gpus: int = 1                    # of this machine; one model is made on each
 
     @property
     def results(self) -> str: return f"results/{self.preset['name']}"
@@ -129,8 +129,8 @@ def model_jobs(study: Study, cores: int | None = None,
         jobs.append(Job(
             "cell_" + re.sub(r"\W", "_", name), "prune_and_score", settings,
             [result_file(study, "models", name)], [stamp_file(study, "models", name), *new], old,
-            order[name], cores, _log(study, name), f"{study.results}/.progress/{name}.json", int(study.cluster),
-            needs.get(name, {})))
+            order[name], cores, _log(study, name), f"{study.results}/.progress/{name}.json",
+            retries=int(study.cluster), needs=needs.get(name, {})))
     return jobs
 
 # %% ../../nbs/7_study/09_plan.ipynb #dae817f5
