@@ -76,6 +76,7 @@ def test_the_ledger_holds_every_check(built):
     rows = pd.read_csv(ROOT / "figures" / "default" / "T7-claims.csv")
     page = (built / "claims.html").read_text()
     assert page.count("<summary>show</summary>") == len(rows) and all(o in page for o in rows["verdict"].unique())
+    assert page.count('<option value="">all</option>') == 2
 
 
 def test_without_tables_it_says_what_to_do(monkeypatch):
