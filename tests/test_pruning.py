@@ -1,12 +1,18 @@
 "The walker against a slow walker that assumes nothing, and the promises it makes for every family."
+import subprocess
+import sys
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib_prune.core import CalibPruneError
-from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model
+from calib_prune.model.loading import save_model
+from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
 from calib_prune.pruning.checkpoint import fingerprint
 from calib_prune.pruning.layers import decoder_layers, prunable
 from calib_prune.pruning.methods import METHODS
@@ -208,3 +214,42 @@ def test_a_checkpoint_serves_its_own_run_only(tmp_path):
     with pytest.raises(CalibPruneError, match="is damaged.*pruned again"): prune(tiny_llama(), tokens, **run)
     file.unlink()
     prune(tiny_llama(), tokens, **run)
+
+
+GROWTH = """
+import re, sys, threading
+from pathlib import Path
+import torch
+from calib_prune.model.loading import load_model
+from calib_prune.pruning.walk import prune
+
+def own(): return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+model, _ = load_model(sys.argv[1])
+prune(load_model(sys.argv[2])[0], torch.ones(2, 16, dtype=torch.int64), "wanda", 0.5)  # kernels are loaded
+before, most, done = own(), 0, threading.Event()
+def watch():
+    global most
+    while not done.wait(0.002): most = max(most, own())
+watcher = threading.Thread(target=watch)
+watcher.start()
+prune(model, torch.arange(32).view(2, 16), "wanda", 0.5, checkpoint=sys.argv[3] if len(sys.argv) > 3 else None)
+done.set()
+watcher.join()
+model.save_pretrained(sys.argv[1] + "-pruned" + str(len(sys.argv)))
+print(most - before)
+"""
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")
+def test_finished_layers_lie_on_disk(tmp_path):
+    "With a checkpoint the memory is that of a layer, however many there are; without one, every layer that was changed stays in it."
+    sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=4)
+    save_model(tiny_llama(**sizes, num_hidden_layers=32), tiny_tokenizer(), tmp_path / "deep", {})  # 300 MB in its layers
+    save_model(tiny_llama(**sizes, num_hidden_layers=1), tiny_tokenizer(), tmp_path / "flat", {})
+    grown = {}
+    for more in ((), (tmp_path / "cp",)):
+        done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path / "deep", tmp_path / "flat", *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        grown[len(more)] = int(done.stdout.split()[-1])  # MB
+    assert grown[0] > 150 and grown[1] < grown[0] / 2, grown
+    a, b = (load_file(tmp_path / f"deep-pruned{k}" / "model.safetensors") for k in (3, 4))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "where the weights lay changes nothing"

@@ -119,6 +119,17 @@ class _Windows:
         with fast_products(same_weights=True):
             for x, call in zip(self.hidden, here, strict=True): x.copy_(call(layer, x.to(self.work)))
 
+# %% ../../nbs/5_pruning/18_walk.ipynb #f6deabed
+def _own(layer: nn.Module) -> None:
+    "Give a layer's parameters memory of their own."
+    for p in layer.parameters(): p.data = p.data.clone()
+
+def _put_away(index: int, layer: nn.Module, done: list[LinearReport], home: torch.device, saved: Checkpoint | None) -> None:
+    "Keep a finished layer; it goes to where the model lies, or to disk where that is the CPU."
+    if saved and not saved.has(index): saved.save(index, layer, done)
+    if saved and home.type == "cpu": saved.lay_down(index, layer)
+    else: layer.to(home)
+
 # %% ../../nbs/5_pruning/18_walk.ipynb #8cdad53a
 def _walk(model: PreTrainedModel, windows: _Windows,
           sparsities: list[float],         # of each layer
@@ -134,8 +145,10 @@ def _walk(model: PreTrainedModel, windows: _Windows,
     for i, layer in enumerate(layers):
         if progress: progress("pruning", i, len(layers))
         here = windows.ready(i, layer)
+        if saved and windows.work.type == home.type == "cpu": _own(layer)
+        done = saved.load(i, layer) if saved else None
         with one_by_one(layer):
-            if not (done := saved and saved.load(i, layer)):
+            if not done:
                 make = (type(layer), *prunable(layer))
                 if make not in shared: shared[make] = share_groups(layer, here[0], windows.hidden[0].to(windows.work))
                 moments, all_tokens = windows.measure(layer, here, shared[make])
@@ -143,10 +156,9 @@ def _walk(model: PreTrainedModel, windows: _Windows,
                 done = prune_layer(i, layer, shared[make], moments, all_tokens, sparsity=sparsities[i], **how)
                 if passes: done = _reconstructed(i, layer, here, windows.hidden, wanted, passes, done)
                 del wanted
-                if saved: saved.save(i, layer, done)
-            reports += done
             if i + 1 < len(layers): windows.go_on(layer, here)
-        layer.to(home)
+        reports += done
+        _put_away(i, layer, done, home, saved)
     if progress: progress("pruning", len(layers), len(layers))
     return reports
 
