@@ -71,7 +71,7 @@ def generate(
         # The first text may take a minute; the bar is shown before it.
         if progress: progress("writing tokens", 0, round(windows * length * own.get("pool", 1)))
         made = run(net, tokenizer, budget=windows * length, seed=seed, sampling=sampling, batch=batch, journal=journal,
-                   about=dict(model=model, model_revision=model_revision(model, net)), progress=progress, **own)
+                   about=dict(model=model, model_revision=model_revision(model, revision)), progress=progress, **own)
         report = finite(made.report)  # the spread of a single text is NaN
         write(replace(made, report=report), path, resumed)
         journal.unlink(missing_ok=True)

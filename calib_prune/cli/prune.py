@@ -86,7 +86,7 @@ def prune(
         with bars(as_json) as progress:
             report = run(net, cal.tokens, method, number, pattern, device=device, offload=offload, checkpoint=checkpoint,
                          groups=cal.groups, progress=progress, **settings)
-        record = dict(model=model, model_revision=model_revision(model, net), method=method, sparsity=sparsity,
+        record = dict(model=model, model_revision=model_revision(model, revision), method=method, sparsity=sparsity,
                       calibration=dict(mix=calibration, **cal.record()), dtype=dtype, device=device, **settings,
                       **_summary(report, method, Recipe(method, refine, reconstruct, allocation).extras))
         as_stored(net, *types)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -179,14 +180,14 @@ def load_model(name: str,                   # one of `NAMED_MODELS`, a local fol
     return model, tokenizer
 
 # %% ../../nbs/2_model/08_loading.ipynb #6e4a9241
-def model_revision(name: str,                     # as given to `load_model`
-                   model: PreTrainedModel | None = None  # the loaded model, which knows a hub commit
-                  ) -> str:                       # "commit:…" or "sha256:…"
-    "The exact version of a model's weights."
+def model_revision(name: str,                    # as given to `load_model`
+                   revision: str | None = None   # of a hub id, as given to it
+                  ) -> str:                      # "commit:…" or "sha256:…"
+    "The exact version of a model's weights, which `load_model` has read."
     where = locate_model(name)
     if isinstance(where, str):
-        commit = getattr(model.config, "_commit_hash", None) if model is not None else None
-        return f"commit:{commit or 'unknown'}"
+        file = try_to_load_from_cache(where, "config.json", revision=revision)
+        return f"commit:{Path(file).parent.name if isinstance(file, str) else 'unknown'}"
     files = [where] if where.is_file() else sorted(where.glob("*.safetensors")) + [where / "config.json"]
     return "sha256:" + content_hash([[o.name, file_sha256(o)] for o in files])
 
