@@ -172,6 +172,8 @@ def run_workflow(command: list[str], root: Path,  # the checkout
     with only_run(results / ".lock", results) as lock:
         shutil.rmtree(results / ".progress", ignore_errors=True)
         for old in (results / "notebooks").glob("*.log"): old.unlink()
+        for old in results.glob(".*.part"):  # of killed runs
+            if old.is_file(): old.unlink()
         with ExitStack() as stack, open(log, "w") as out:
             env = os.environ | (stack.enter_context(warm_process(root, results / "warm.log")) if warm else {})
             process = subprocess.Popen(command, cwd=root, env=env, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock])
