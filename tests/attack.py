@@ -410,7 +410,7 @@ def state_cases() -> Iterator[Case]:
             yield Case("damaged state", f"{part} {name}", lambda folder, f=f, damage=damage: f(folder, damage))
 
 
-PATIENCE, WAIT, MEMORY = 60, 300, 8 << 30  # seconds of work for a case, seconds in all, bytes of address space
+PATIENCE, WAIT, MEMORY = 60, 120, 8 << 30  # seconds of work for a case, seconds in all, bytes of address space
 
 
 class Stuck(BaseException):

