@@ -5,7 +5,7 @@
 # make docs      the site, in build/site/html
 # make check       the fast part of it, in about a minute
 # make test-slurm a study on a Slurm of one node, as root on Debian (it writes /etc/slurm/slurm.conf)
-# make torture     kills, bad inputs, two runs at once: thousands of tries, hours on two cores
+# make torture     kills at any moment, bad inputs, two runs at once: thousands of tries, about an hour
 # make bench       side by side with peers and with the limit (FRESH=--fresh to start anew)
 PYTHON ?= python3
 PRESET ?= smoke

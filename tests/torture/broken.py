@@ -18,7 +18,7 @@ from tests.torture.inputs import verdict
 from tests.torture.kills import Work, killed, stepped
 from tests.torture.writers import paired
 
-WORK = .1  # seconds that a work computes
+WORK = .05  # seconds that a work computes
 
 
 def work() -> None:

@@ -117,14 +117,8 @@ def option_cases() -> Iterator[Case]:
                 more = ["--json"] if as_json and command != "reproduce" else []
                 if flag: return smallest(folder, command, {None: [option], "twice": [option] * 2}.get(value, [f"{option}{value}"]) + more, [])
                 value = value.format(folder=folder) if kind in NAMES else value
-                if command not in ("fetch", "init", "new-study", "reproduce", "carry-over"): base_model_once(folder)
                 return smallest(folder, command, more, [value]) if argument else smallest(folder, command, [option, value, *more], [])
             yield Case("options", f"{command} {option} {kind}{' --json' * as_json}", run)
-
-
-def base_model_once(folder: Path) -> None:
-    "What a value may name; the command makes its own."
-    if not (folder / "model").exists(): (folder / "elsewhere").mkdir(exist_ok=True)
 
 
 # --- folders of `init` and `new-study`
@@ -349,7 +343,7 @@ class Index(BaseHTTPRequestHandler):
                 self.wfile.write(data[:5])
                 self.wfile.flush()
                 self.server.over.wait(30)
-            case "no http": self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+            case "ssh": self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
             case _: raise AssertionError(how)
 
     do_CONNECT = do_HEAD = do_GET
@@ -375,12 +369,13 @@ HOWS = ("500", "404", "403", "503", "html", "empty", "garbage", "json", "cut", "
 
 def index_cases() -> Iterator[Case]:
     "An index on this machine that misbehaves, for the list of files or for the file; and a proxy."
-    quick = dict(PIP_FIND_LINKS=None, PIP_NO_INDEX=None, PIP_EXTRA_INDEX_URL=None, PIP_DEFAULT_TIMEOUT="1", PIP_RETRIES="0", PIP_CONFIG_FILE=os.devnull,
+    patience = lambda how: "2" if how.endswith(("hang", "slow")) else "30"  # of pip, in seconds
+    quick = dict(PIP_FIND_LINKS=None, PIP_NO_INDEX=None, PIP_EXTRA_INDEX_URL=None, PIP_DEFAULT_TIMEOUT="2", PIP_RETRIES="0", PIP_CONFIG_FILE=os.devnull,
                  PIP_NO_CACHE_DIR="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", HF_HUB_OFFLINE="1")
     def library(folder, how):
         path, entries, pins = wheel_of(folder)
-        with served(path, how) as at, environment(**quick, PIP_INDEX_URL=f"{at}/simple"): found = fetched(folder, entries, pins())
-        good = how == "both whole" or how in ("page json",) and found.kind == "done"
+        with served(path, how) as at, environment(**quick | dict(PIP_DEFAULT_TIMEOUT=patience(how)), PIP_INDEX_URL=f"{at}/simple"): found = fetched(folder, entries, pins())
+        good = how in ("both whole", "page other")  # what follows a page is no harm
         if found.kind != "traceback" and (found.kind == "done") != good: return Outcome("traceback", f"{how}: {found}")
         return found
     def cli(folder, how, *argv):
@@ -392,7 +387,7 @@ def index_cases() -> Iterator[Case]:
         yield Case("index", f"{where} {how}", lambda f, how=f"{where} {how}": library(f, how))
         for argv in (["smollm2-135m"], ["qwen2.5-coder-0.5b", "--json"], ["--json"]):
             yield Case("index", f"{where} {how}: fetch {' '.join(argv)}", lambda f, how=f"{where} {how}", argv=argv: cli(f, how, *argv))
-    for how in ("500", "403", "407", "503", "html", "empty", "garbage", "reset", "hang", "slow", "no http"):
+    for how in ("500", "403", "407", "503", "html", "empty", "garbage", "reset", "hang", "slow", "ssh"):
         for scheme, as_json in itertools.product(("http", "https"), (False, True)):
             def run(folder, how=how, scheme=scheme, as_json=as_json):
                 path, _, _ = wheel_of(folder)
