@@ -5,6 +5,7 @@
 # make docs      the site, in build/site/html
 # make check       the fast part of it, in about a minute
 # make test-slurm a study on a Slurm of one node, as root on Debian (it writes /etc/slurm/slurm.conf)
+# make torture     kills at any moment, bad inputs, two runs at once: thousands of tries, about an hour
 # make bench       side by side with peers and with the limit (FRESH=--fresh to start anew)
 PYTHON ?= python3
 PRESET ?= smoke
@@ -12,7 +13,7 @@ BIN    := .venv/bin
 # Tests that need no fetched model or text, and start few processes.
 QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress tasks))
 
-.PHONY: reproduce figures test check bench export readme docs lab test-slurm
+.PHONY: reproduce figures test check bench torture export readme docs lab test-slurm
 
 reproduce: .venv/installed
 	$(BIN)/calib-prune fetch
@@ -37,6 +38,10 @@ test: .venv/installed
 test-slurm: .venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/python -m pytest -rP tests/cluster
+
+torture: .venv/installed
+	$(BIN)/calib-prune fetch
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.torture
 
 bench: .venv/installed bench/.venv/installed
 	$(BIN)/calib-prune fetch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIMENSIONS', 'NAME_BYTES', 'PATH_BYTES', 'CalibPruneError', 'unknown_name', 'check_number', 'as_path', 'cache_dir',
-           'write_atomic', 'Busy', 'only_run', 'damaged', 'load_json', 'content_hash', 'file_sha256', 'as_fraction',
-           'share']
+           'write_atomic', 'parts_of', 'Busy', 'only_run', 'damaged', 'load_json', 'content_hash', 'file_sha256',
+           'as_fraction', 'share']
 
 # %% ../nbs/00_core.ipynb #a3400b47
 import difflib
@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -108,6 +109,11 @@ def write_atomic(path: str | Path,   # the file to make or replace
     finally:
         with suppress(OSError): part.unlink()  # absent after a success
     return path
+
+def parts_of(path: Path) -> list[Path]:
+    "What killed runs left of a file that they were writing. Whoever holds a lock on the file may remove it."
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
+    return [o for o in path.parent.iterdir() if name.fullmatch(o.name)] if path.parent.is_dir() else []
 
 # %% ../nbs/00_core.ipynb #14b40396
 class Busy(CalibPruneError):

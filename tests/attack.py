@@ -1,6 +1,6 @@
 """An attack from outside: thousands of bad inputs to every command and reader, and what came of each.
 
-`python -m tests.attack` runs all of it and prints the counts; tests/test_attack.py runs a part. Everything happens in folders of its own.
+`python -m tests.torture --only inputs` runs all of it, with the further inputs of tests/torture/inputs.py. Everything happens in folders of its own.
 """
 import contextlib
 import io
@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,15 +269,16 @@ def run_command(folder: Path, command: str, more: list[str]) -> Outcome:
 
 # --- D: paths
 
+TAKES = {"prune": ("--model", "--calibration", "--output", "--checkpoint"), "evaluate": ("--model", "--dense"),
+         "measure": ("--calibration", "--model", "--tokenizer", "--own-text"), "generate": ("--model", "--output", "--source"),
+         "reproduce": ("--preset",)}
+
 def path_cases() -> Iterator[Case]:
     names = {"empty": "", "space": " ", "user": "~nosuchuser/x", "user.txt": "~nosuchuser/x.txt", "long": "x" * 300, "long.txt": "x" * 300 + ".txt",
              "zero": "a\0b", "device": "/dev/null", "full": "/dev/full", "below a file": "{folder}/text.txt/x.txt", "dots": "../" * 60 + "proc/x.txt",
              "proc": "/proc/self/mem", "locked": "{folder}/locked/x.txt", "unicode": "\udcff.txt", "newline": "a\nb.txt", "deep": "a/" * 3000 + "x.txt",
              "fifo": "{folder}/fifo.txt", "loop": "{folder}/loop.txt", "folder": "{folder}/model", "option": "--help.txt"}
-    takes = {"prune": ("--model", "--calibration", "--output", "--checkpoint"), "evaluate": ("--model", "--dense"),
-             "measure": ("--calibration", "--model", "--tokenizer", "--own-text"), "generate": ("--model", "--output", "--source"),
-             "reproduce": ("--preset",)}
-    for (command, options), (kind, name), as_json in itertools.product(takes.items(), names.items(), (False, True)):
+    for (command, options), (kind, name), as_json in itertools.product(TAKES.items(), names.items(), (False, True)):
         for option in options:
             def run(folder, command=command, option=option, name=name, as_json=as_json):
                 os.mkfifo(folder / "fifo.txt")
@@ -410,17 +410,22 @@ def state_cases() -> Iterator[Case]:
             yield Case("damaged state", f"{part} {name}", lambda folder, f=f, damage=damage: f(folder, damage))
 
 
-PATIENCE, MEMORY = 60, 8 << 30  # seconds for a case, bytes of address space
+PATIENCE, WAIT, MEMORY = 60, 120, 8 << 30  # seconds of work for a case, seconds in all, bytes of address space
 
 
 class Stuck(BaseException):
     "A case that does not end."
 
 
+stuck: list[int] = []  # signals that came during a case: what it calls may swallow the error
+
+
 def limits() -> None:
     "Let a case that hangs or eats the memory fail alone."
-    def stop(*_): raise Stuck
-    signal.signal(signal.SIGALRM, stop)
+    def stop(number, _):
+        stuck.append(number)
+        raise Stuck
+    for number in (signal.SIGALRM, signal.SIGPROF): signal.signal(number, stop)
     os.environ.update(HF_HUB_OFFLINE="1", PIP_NO_INDEX="1")  # nothing is fetched
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
@@ -428,39 +433,18 @@ def limits() -> None:
 CASES = (model_cases, gguf_cases, preset_cases, number_cases, path_cases, text_cases, state_cases)
 
 
-def attack(stride: int = 1,      # every how many-th case
-           offset: int = 0,
-           show: bool = False) -> tuple[Counter, list[tuple[str, str, Outcome]]]:  # (part, kind) → how many; what went wrong
-    "Run cases and count what came of them."
-    counts, wrong = Counter(), []
-    for case in itertools.islice((o for f in CASES for o in f()), offset, None, stride):
-        before = Path.cwd()
-        with TemporaryDirectory() as d:
-            os.chdir(d)  # what is written to a name such as "x" stays there
-            signal.alarm(PATIENCE)
-            try: found = case.run(Path(d))
-            except BaseException: found = Outcome("traceback", traceback.format_exc()[-1500:])
-            finally:
-                signal.alarm(0)
-                os.chdir(before)
-        counts[case.part, found.kind] += 1
-        if found.kind == "traceback" or not found.json_ok: wrong.append((case.part, case.name, found))
-        if show and found.kind == "traceback": print(f"{case.part}: {case.name}: {found.said.splitlines()[-1:]}", flush=True)
-        if show and not found.json_ok: print(f"{case.part}: {case.name}: no JSON", flush=True)
-    return counts, wrong
-
-
-def report(counts: Counter, wrong: list) -> str:
-    "The counts as a table."
-    parts = dict.fromkeys(p for p, _ in counts)
-    lines = [f"{p:16}" + "".join(f"{counts[p, k]:5} {k}" for k in ("done", "refused", "usage", "traceback")) for p in parts]
-    no_json = sum(not o.json_ok for *_, o in wrong)
-    return "\n".join([*lines, f"{sum(counts.values())} inputs, {sum(v for (_, k), v in counts.items() if k == 'traceback')} tracebacks, "
-                              f"{no_json} times no JSON where JSON was asked for"])
-
-
-if __name__ == "__main__":
-    limits()
-    found = attack(int(sys.argv[1]) if len(sys.argv) > 1 else 1, show=True)
-    print(report(*found))
-    sys.exit(bool(found[1]))
+def try_case(case: Case) -> Outcome:
+    "Run a case in a folder of its own."
+    before = Path.cwd()
+    with TemporaryDirectory() as d:
+        os.chdir(d)  # what is written to a name such as "x" stays there
+        stuck.clear()
+        signal.alarm(WAIT)
+        signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+        try: found = case.run(Path(d))
+        except BaseException: found = Outcome("traceback", traceback.format_exc()[-1500:])
+        finally:
+            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            os.chdir(before)
+    return Outcome("traceback", f"it did not end: {found.said}") if stuck else found

