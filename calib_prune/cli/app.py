@@ -69,5 +69,5 @@ def main() -> None:
         sys.stdout.flush()
     except OSError as e:  # closed or full: nothing more can be printed there
         sys.stdout, code = open(os.devnull, "w"), 1
-        if not isinstance(e, BrokenPipeError): print(f"Error: cannot write the output: {e.strerror}.", file=sys.stderr)
+        if not isinstance(e, BrokenPipeError): print(f"Error: cannot write the output: {e.strerror or e}.", file=sys.stderr)
     sys.exit(code)

@@ -20,7 +20,7 @@ import yaml
 
 import calib_prune
 from .output import JsonOption, print_json
-from ..core import CalibPruneError, as_path, write_atomic
+from ..core import CalibPruneError, as_path, temporary_folder, write_atomic
 
 # %% ../../nbs/9_cli/09_init.ipynb #52204d1c
 WORKFLOW, NEEDED = "Snakefile", "nbs/paper/prune_and_score.ipynb"
@@ -117,7 +117,7 @@ def new_study(
     model = str(Path(model).absolute()) if os.path.exists(model) else model
     text = own_preset((study_files() / "presets/smoke.yaml").read_text(), name, model, calibration or ["c4", "uniform"],
                       method or ["sparsegpt"], sparsity or ["0.5"])
-    with TemporaryDirectory() as d:  # refused before anything is written
+    with temporary_folder() as d:  # refused before anything is written
         check_names(load_preset(write_atomic(Path(d, f"{name}.yaml"), text)))
     lay_out(path)
     write_atomic(path / "presets" / f"{name}.yaml", text)

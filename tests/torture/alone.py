@@ -178,7 +178,8 @@ def read_only(folder: Path | str, keep: list[Path] = []) -> None:
 
 def needed_folders() -> list[Path]:
     "What a process needs to read in order to run this package."
-    return [*dict.fromkeys(Path(o).resolve() for o in (sys.base_prefix, sys.prefix, ROOT))]
+    data = [o for o in (PLACE / "cache").iterdir() if o.is_symlink()] if (PLACE / "cache").is_dir() else []
+    return [*dict.fromkeys(Path(o).resolve() for o in (sys.base_prefix, sys.prefix, ROOT, *data))]
 
 
 def let_others_read(*more: Path) -> None:

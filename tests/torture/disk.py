@@ -25,7 +25,7 @@ from tests.torture.alone import ROOT, SKIP, Results
 
 MINE = "mine.txt"  # a file of the user's that is there before
 PLENTY = 1 << 29
-SAYS_FULL = re.compile(r"[Nn]o space left|[Dd]isk quota|File too large|StorageFull|FileTooLarge")
+SAYS_FULL = re.compile(r"[Nn]o space left|[Dd]isk quota|enough disk space|File too large|StorageFull|FileTooLarge")
 SAYS_CLOSED = re.compile(r"Read-only|read-only|[Pp]ermission denied|can(not)? be written|cannot be made")
 
 
@@ -38,6 +38,7 @@ class Job:
     short: int = 2
     again: bool = True                      # may it be run again although the first time ended well?
     prepare: Callable[[Path, Path], Any] = lambda disk, inputs: None
+    room: int = 0                           # bytes that it needs on the way, where that is more than it leaves
     stays: str = r"$^"                      # what may stay although it is hidden or half: a pattern of names
     varies: str = r"$^"                     # files of which only the form is compared
     where: str = ""                         # where below the inputs the disk is mounted; default: a folder of its own
@@ -168,9 +169,7 @@ def checkout(disk: Path, inputs: Path) -> None:
     import yaml
     root = inputs / "checkout"
     root.mkdir(exist_ok=True)
-    (root / "nbs").mkdir()
-    (root / "nbs/paper").symlink_to(ROOT / "nbs/paper")
-    (root / "calib_prune").symlink_to(ROOT / "calib_prune")
+    for name in ("nbs/paper", "calib_prune"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
     smoke = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
     preset = smoke | dict(
@@ -185,10 +184,9 @@ def checkout(disk: Path, inputs: Path) -> None:
 def run_study(disk, inputs):
     "Rows only: figures are tried by themselves."
     root = inputs / "checkout"
-    program = "import calib_prune.cli.reproduce as r; from pathlib import Path; r.repository = lambda: Path.cwd(); " \
-              "from calib_prune.cli.app import main; main()"
+    program = "from calib_prune.cli.app import main; main()"
     done = subprocess.run([sys.executable, "-c", program, "reproduce", "--preset", "tiny.yaml", "--jobs", "1", "--", "rows"], cwd=root,
-                          env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=150)
+                          env=os.environ | dict(PYTHONPATH=str(root)), capture_output=True, text=True, timeout=150)
     said = done.stdout + done.stderr
     kind = "traceback" if "Traceback" in said else "done" if done.returncode == 0 else "refused"
     return [kind, said[-1500:]]
@@ -196,16 +194,16 @@ def run_study(disk, inputs):
 
 JOBS = (
     Job("prune: output", lambda d, i: usual(d, i, "prune", "--output", d / "out"), 10, 3, again=False, varies=r"calib_prune\.json$"),
-    Job("prune: checkpoint", lambda d, i: usual(d, i, "prune", "--output", i / "out", "--checkpoint", d / "cp"), 8, 2, again=False,
+    Job("prune: checkpoint", lambda d, i: usual(d, i, "prune", "--output", i / "out", "--checkpoint", d / "cp"), 8, 2, again=False, room=110_000,
         stays=r"^cp/(run\.json|layer-\d+\.safetensors)$", varies=r"run\.json$"),
-    Job("prune: all on one disk", lambda d, i: usual(d, i, "prune", "--output", d / "a/out", "--checkpoint", d / "a/cp"), 6, 0, again=False,
+    Job("prune: all on one disk", lambda d, i: usual(d, i, "prune", "--output", d / "a/out", "--checkpoint", d / "a/cp"), 6, 0, again=False, room=270_000,
         stays=r"^a/cp/(run\.json|layer-\d+\.safetensors)$", varies=r"calib_prune\.json$"),
-    Job("generate", lambda d, i: usual(d, i, "generate", "--output", d / "new/own.jsonl"), 6, 2, again=False,
+    Job("generate", lambda d, i: usual(d, i, "generate", "--output", d / "new/own.jsonl"), 6, 2, again=False, room=20_000,
         stays=r"own\.jsonl\.partial$", varies=r"own\.report\.json$"),
-    Job("evaluate: cache", with_cache(lambda d, i: usual(d, i, "evaluate")), 8, 2, prepare=fill_cache, varies=r"arrow/", stays=r"\.lock$"),
+    Job("evaluate: cache", with_cache(lambda d, i: usual(d, i, "evaluate")), 8, 2, prepare=fill_cache, stays=r"arrow/", varies=r"yaml$"),
     Job("measure: cache", with_cache(lambda d, i: usual(d, i, "measure")), 6, 1, prepare=fill_cache),
     Job("save_calibration", save_set, varies=r"parquet$"), Job("task items", write_items), Job("rows of a study", save_rows, varies=r"\.json$"),
-    Job("tables", save_tables), Job("figures", save_picture), Job("progress", note_progress, 2, 1),
+    Job("tables", save_tables), Job("figures", save_picture), Job("progress", note_progress, 2, 1, varies=r"json$"),
     Job("init", lambda d, i: alone.say("init", d / "study"), again=False),
     Job("new-study", lambda d, i: alone.say("new-study", d / "study", "--model", i / "model", "--calibration", i / "text.txt"), again=False),
     Job("fetch", fetch_wheels, 6, 1, stays=r"cache/\.lock$", varies=r"manifest\.json$", seconds=120),
@@ -255,7 +253,7 @@ def verdict(job: Job, disk: Path, told: dict[str, Any], whole: dict[str, str], s
     "What is wrong with how a job went on a disk that was full, or closed, and then was not; empty if nothing."
     kind, said = told["first"]
     if kind not in ("done", "refused"): return f"{kind}: {said[-300:]}"
-    if kind == "refused" and not says.search(said): return f"the reason is not said: {said[-300:]}"
+    if kind == "refused" and not says.search(said): return f"the reason is not said: {said[:400]}"
     if kind == "refused" and str(disk) not in said: return f"no file is named: {said[-300:]}"
     if not job.stays and not job.varies: return "" if told["second"][0] == "done" else f"with room: {told['second'][1][-300:]}"
     for name, mark in told["left"].items():
@@ -390,6 +388,7 @@ def inputs_in(folder: Path) -> None:
     "A tiny model and text."
     from calib_prune.model.loading import save_model
     from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+    folder.mkdir()
     save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), folder / "model", {})
     (folder / "text.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(400)))
 
@@ -402,21 +401,25 @@ def lacks_data(job: str) -> str:
 
 
 def told_in(model: Path, act: Callable[[Path], Any], seconds: float) -> alone.Ended:
-    "A try in a folder of its own, with copies of the inputs."
-    with alone.scratch() as d:
-        d.chmod(0o755)
-        shutil.copytree(model, d, dirs_exist_ok=True)
-        return alone.in_fork(lambda: act(d), seconds)
+    "A try with copies of the inputs, always in the same place: some files hold the path they were written to."
+    here = model / "here"
+    shutil.copytree(model / "inputs", here)
+    try: return alone.in_fork(lambda: act(here), seconds)
+    finally:
+        for o in here.rglob("*"):
+            if o.is_dir() and not o.is_symlink(): o.chmod(0o755)
+        shutil.rmtree(here)
 
 
 def results(short: bool, seed: int) -> Results:
     rng, no_mounts = random.Random(seed), alone.why_not()
     with alone.scratch() as world:
-        inputs_in(world)
+        world.chmod(0o755)
+        inputs_in(world / "inputs")
         for job in JOBS:
             if (job.short if short else job.points) and alone.wanted(job.name): yield from tries_of(job, world, short, rng, no_mounts)
         for kind in LACKS:
-            for name in lacking(world):
+            for name in lacking(world / "here"):
                 title = f"{name}: {kind}"
                 if not alone.wanted(title) or short and rng.random() > 0.15: continue
                 if no_mounts and "written" in kind + ("written" if "temporary" in kind else ""):
@@ -456,17 +459,13 @@ def tries_of(job: Job, world: Path, short: bool, rng: random.Random, no_mounts: 
     if whole.fault or whole.value["first"][0] != "done":
         yield "disk", f"{job.name}: with room", whole.fault or f"{whole.value['first']}"
         return
-    room, files = whole.value["used"]
+    room, files = max(job.room, whole.value["used"][0]), max(4 if job.room else 0, whole.value["used"][1])
     for i in range(points):
         size = 4096 * round((i + rng.random()) / points * 1.1 * room / 4096)
         few = rng.randrange(1, max(2, files)) if i % 3 == 2 else 0  # now and then there is room, but not for another file
         title = f"{job.name}: disk full after {f'{few} files' if few else f'{size} bytes'} of {f'{files}' if few else f'{room}'}"
         size = PLENTY // 2 if few else size
-        place: list[Path] = []
-        def act(d):
-            return on_disk(job, d, size, few) | dict(place=str(place_of(job, d)))
-        found = told_in(world, act, job.seconds)
-        del place
+        found = told_in(world, lambda d: on_disk(job, d, size, few) | dict(place=str(place_of(job, d))), job.seconds)
         yield "disk", title, found.fault or verdict(job, Path(found.value["place"]), found.value, alike(whole.value["after"]))
     if job.where: return
     for how in ("read-only mount", "another user's") if short else ("read-only mount", "read-only bind", "another user's"):
