@@ -209,7 +209,9 @@ def become(uid: int, home: Path | None = None) -> None:
     os.setgroups([])
     os.setgid(uid)
     os.setuid(uid)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a change of user forgets it
+    libc = ctypes.CDLL(None)
+    libc.prctl(1, signal.SIGKILL)  # a change of user forgets it
+    libc.prctl(4, 1, 0, 0, 0)      # and makes /proc/self root's
     for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME"): os.environ.pop(name, None)
     if home is not None: os.environ["HOME"] = str(home)
 
