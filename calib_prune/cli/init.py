@@ -9,9 +9,10 @@ __all__ = ['WORKFLOW', 'NEEDED', 'study_files', 'lay_out', 'init', 'strategy_nam
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Annotated, Optional
 
 import nbformat
@@ -33,7 +34,9 @@ def study_files() -> Path:
     raise CalibPruneError(f"This installation in {package} lacks the notebooks of studies. Install the package's wheel again.")
 
 # %% ../../nbs/9_cli/09_init.ipynb #5eaed081
-def lay_out(folder: Path) -> list[str]:  # what was copied
+def lay_out(folder: Path,
+            own: Mapping[str, str] = MappingProxyType({})  # further files: name → text
+           ) -> list[str]:                                 # what was copied
     "Copy the files of a study into a folder that does not exist yet or is empty."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CalibPruneError(f"{folder} exists and is not empty: choose a new folder. Nothing was changed.")
@@ -47,6 +50,7 @@ def lay_out(folder: Path) -> list[str]:  # what was copied
                 target = Path(d, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, target)
+            for name, text in own.items(): Path(d, name).write_text(text, encoding="utf-8")
             for part in sorted(os.listdir(d), reverse=True): os.replace(Path(d, part), folder / part)  # the workflow last
     except OSError as e: raise CalibPruneError(f"Cannot write {folder}: {e.strerror or e}.") from e
     return copied
@@ -119,12 +123,10 @@ def new_study(
                       method or ["sparsegpt"], sparsity or ["0.5"])
     with temporary_folder() as d:  # refused before anything is written
         check_names(load_preset(write_atomic(Path(d, f"{name}.yaml"), text)))
-    lay_out(path)
-    write_atomic(path / "presets" / f"{name}.yaml", text)
-    book = nbformat.read(path / "nbs/paper/own_study.ipynb", as_version=4)
+    book = nbformat.read(study_files() / "nbs/paper/own_study.ipynb", as_version=4)
     cell = next(o for o in book.cells if "parameters" in o.metadata.get("tags", []))
     cell.source = cell.source.replace("/smoke", f"/{name}")
-    write_atomic(path / "study.ipynb", nbformat.writes(book) + "\n")
+    lay_out(path, {f"presets/{name}.yaml": text, "study.ipynb": nbformat.writes(book) + "\n"})
     if as_json: print_json(dict(folder=str(path), preset=f"presets/{name}.yaml", notebook="study.ipynb"))
     else:
         print(f"{path}/presets/{name}.yaml and {path}/study.ipynb. Next:\n  cd {path}\n"

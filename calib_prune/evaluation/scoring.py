@@ -177,8 +177,9 @@ def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
     except (OSError, DatasetGenerationError) as e:
         why: BaseException = e
         while reason := why.__cause__ or why.__context__: why = reason
-        raise CalibPruneError(f"Cannot write the tasks in {Path(folders[0]).parent}: {getattr(why, 'strerror', None) or why}. Make room "
-                              "there, or set CALIB_PRUNE_CACHE to a folder on another disk.") from e
+        said = str(getattr(why, "strerror", None) or why).rstrip(".")
+        raise CalibPruneError(f"Cannot write the tasks in {Path(folders[0]).parent}: {said}. Make room there, or set "
+                              "CALIB_PRUNE_CACHE to a folder on another disk.") from e
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #9105a13b
 @reused_memory()

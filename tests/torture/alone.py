@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -165,7 +165,7 @@ def small_disk(folder: Path, size: int, files: int = 0) -> None:
         mount("none", folder, "tmpfs", 0, f"{room},mode=777")
 
 
-def read_only(folder: Path | str, keep: list[Path] = []) -> None:
+def read_only(folder: Path | str, keep: Sequence[Path] = ()) -> None:
     "Make a folder read-only by a mount, but for some folders below it."
     mount("none", "/mnt", "tmpfs")
     for i, o in enumerate(keep):

@@ -2,19 +2,14 @@
 
 Nothing that comes in a file may run, no secret may come out, and no try may use up memory or time. `python -m tests.torture.poison [--short]`.
 """
-import contextlib
-import ctypes
 import gzip
 import json
 import os
 import pickle
 import random
 import shutil
-import socket
 import struct
 import sys
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +17,7 @@ from pathlib import Path
 
 from tests.attack import Outcome, attempt, base_gguf, dry_run, edited, prune_with, text_file
 from tests.torture import alone
-from tests.torture.alone import ROOT, SKIP, Results
+from tests.torture.alone import SKIP, Results
 
 SECRET = "torture-secret-5f1c"   # what must not be read
 TOKEN = "torture-canary"         # in the names of files that must not appear

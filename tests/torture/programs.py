@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.torture import alone
 from tests.torture.alone import SKIP, Results
 
-SECRET, TOKEN = "torture-secret-77aa", "torture-canary"
+SECRET = "torture-secret-77aa"
 ANSWER = "\ndef add(a, b): return 0\n"  # what is wrong, whatever else a program does
 TESTS = """
 EXPECTED = "torture-expected-31c9"
@@ -35,11 +35,12 @@ HONEST = "def add(a, b): return a + b"
 class Place:
     "What a program may try to reach."
     folder: Path
+    token: str  # in the name of whatever it may leave
     tcp: int
     udp: int
 
     def fill(self, program: str) -> str:
-        for name, value in dict(FOLDER=self.folder, TCP=self.tcp, UDP=self.udp, TOKEN=TOKEN, PARENT=os.getpid()).items():
+        for name, value in dict(FOLDER=self.folder, TCP=self.tcp, UDP=self.udp, TOKEN=self.token, PARENT=os.getpid()).items():
             program = program.replace(f"<{name}>", str(value))
         return program
 
@@ -215,6 +216,7 @@ def place(folder: Path):
     os.environ.update(HOME=str(folder), TORTURE_TOKEN=SECRET)
     tempfile.tempdir = str(folder / "tmp")
     (folder / "tmp").mkdir()
+    token = f"torture-canary-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         def listening(kind, sort, where):
             s = stack.enter_context(socket.socket(kind, sort))
@@ -225,14 +227,14 @@ def place(folder: Path):
         os.chdir(folder)  # names of sockets are short
         tcp = listening(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0))
         udp = listening(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0))
-        unix = [listening(socket.AF_UNIX, socket.SOCK_STREAM, o) for o in ("socket", f"\0{TOKEN}")]
-        yield Place(folder, tcp.getsockname()[1], udp.getsockname()[1]), (tcp, udp, *unix)
+        unix = [listening(socket.AF_UNIX, socket.SOCK_STREAM, o) for o in ("socket", f"\0{token}")]
+        yield Place(folder, token, tcp.getsockname()[1], udp.getsockname()[1]), (tcp, udp, *unix)
 
 
-def traces(folder: Path, sockets) -> str:
+def traces(folder: Path, token: str, sockets) -> str:
     "What a program left outside; empty if nothing."
     for where in (folder, folder / "tmp", Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/dev/mqueue")):
-        if where.is_dir() and any(TOKEN in o.name for o in where.iterdir()): return f"a file in {where}"
+        if where.is_dir() and any(token in o.name for o in where.iterdir()): return f"a file in {where}"
     if not (folder / "secret.txt").is_file() or (folder / "secret.txt").read_text() != SECRET: return "a file was changed"
     if (folder / "secret.txt").stat().st_mode & 0o777 != 0o644: return "the rights of a file were changed"
     if any((folder / "tmp").iterdir()): return f"temporary files: {[o.name for o in (folder / 'tmp').iterdir()]}"
@@ -260,7 +262,7 @@ def tried(name: str, program: str, kind: str, folder: Path, passes: bool = False
         found = run(where.fill(program), kind, timeout)
         took = time.monotonic() - began
         time.sleep(0.05)
-        left = traces(folder, sockets)
+        left = traces(folder, where.token, sockets)
         for o in children(os.getpid()):
             with contextlib.suppress(OSError): os.kill(o, signal.SIGKILL)
     if left: return left
