@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIMENSIONS', 'NAME_BYTES', 'PATH_BYTES', 'CalibPruneError', 'unknown_name', 'check_number', 'as_path', 'cache_dir',
-           'write_atomic', 'parts_of', 'Busy', 'only_run', 'damaged', 'load_json', 'content_hash', 'file_sha256',
-           'as_fraction', 'share']
+           'write_atomic', 'parts_of', 'temporary_folder', 'Busy', 'only_run', 'damaged', 'load_json', 'content_hash',
+           'file_sha256', 'as_fraction', 'share']
 
 # %% ../nbs/00_core.ipynb #a3400b47
 import difflib
@@ -17,6 +17,7 @@ import re
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Iterable, Iterator
 from uuid import uuid4
 
@@ -115,6 +116,16 @@ def parts_of(path: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
     return [o for o in path.parent.iterdir() if name.fullmatch(o.name)] if path.parent.is_dir() else []
 
+# %% ../nbs/00_core.ipynb #fce92551
+@contextmanager
+def temporary_folder(prefix: str = "calib-prune-") -> Iterator[str]:
+    "A folder of this user's alone, removed at the end."
+    try: held = TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as e:
+        raise CalibPruneError(f"No folder for temporary files can be made: {e.strerror or e}. Set TMPDIR to a folder that can be "
+                              "written, on a disk with room.") from e
+    with held as folder: yield folder
+
 # %% ../nbs/00_core.ipynb #14b40396
 class Busy(CalibPruneError):
     "Another process holds what this one needs."
@@ -122,7 +133,7 @@ class Busy(CalibPruneError):
 def _hold(path: Path) -> int | None:  # file descriptor; None if another process has it
     import fcntl
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # a link may be another user's trap
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The previous holder may have removed the file between our two calls: ours is lost then.
@@ -169,6 +180,8 @@ def load_json(path: str | Path,  # a JSON file that this package wrote
               **keys: type       # what it must hold, and of which type
              ) -> dict[str, Any]:
     "Read a JSON object back; an error that names the file if it is damaged."
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may never end
+        raise CalibPruneError(f"Cannot read {path}: it is not a file.")
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e: raise CalibPruneError(f"Cannot read {path}: {e.strerror or e}.") from e
     except (ValueError, RecursionError) as e: wrong = f"it is not JSON ({e})"

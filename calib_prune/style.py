@@ -7,6 +7,7 @@ __all__ = ['DIMENSION_COLOURS', 'SOURCE_KINDS', 'MARKERS', 'paper_style', 'save_
            'readable', 'make_readable']
 
 # %% ../nbs/03_style.ipynb #6a64fb76
+import io
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from .core import DIMENSIONS
+from .core import DIMENSIONS, write_atomic
 
 # %% ../nbs/03_style.ipynb #c053e681
 DIMENSION_COLOURS = dict(zip(DIMENSIONS, sns.color_palette("colorblind", len(DIMENSIONS)), strict=True))
@@ -33,12 +34,12 @@ def save_figure(figure: Figure, path: str | Path  # without suffix
                ) -> list[Path]:
     "Save a figure as PDF and PNG, without dates."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # lay out and measure once: doing so per file takes seconds
     box = figure.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, bbox_inches=box)
-    figure.savefig(path.with_suffix(".png"), metadata={"Software": None}, bbox_inches=box)
+    for kind, dated in ((".pdf", "CreationDate"), (".png", "Software")):
+        figure.savefig(drawn := io.BytesIO(), format=kind[1:], metadata={dated: None}, bbox_inches=box)
+        write_atomic(path.with_suffix(kind), drawn.getvalue())  # whole, or as it was
     return [path.with_suffix(".pdf"), path.with_suffix(".png")]
 
 # %% ../nbs/03_style.ipynb #9e3e12c1

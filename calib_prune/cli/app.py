@@ -6,6 +6,7 @@
 __all__ = ['app', 'COMMANDS', 'main']
 
 # %% ../../nbs/9_cli/10_app.ipynb #bb21e43c
+import errno
 import os
 import sys
 from typing import Any
@@ -57,8 +58,9 @@ def _outcome(as_json: bool) -> Any:
     except MemoryError:
         _print_error("There is not enough memory for this. Try smaller batches, fewer windows or shorter windows.", as_json)
     except OSError as e:
-        if e.filename is None: raise  # not a file but this program's own output
-        _print_error(f"{e.filename}: {e.strerror}.", as_json)
+        if e.filename is None and e.errno != errno.ENOENT: raise  # not a file but this program's own output
+        if e.filename is None: _print_error(f"{e.strerror}. Set TMPDIR to a folder that can be written.", as_json)
+        else: _print_error(f"{e.filename}: {e.strerror}.", as_json)
     return 1
 
 # %% ../../nbs/9_cli/10_app.ipynb #76ad9d6a
@@ -69,5 +71,5 @@ def main() -> None:
         sys.stdout.flush()
     except OSError as e:  # closed or full: nothing more can be printed there
         sys.stdout, code = open(os.devnull, "w"), 1
-        if not isinstance(e, BrokenPipeError): print(f"Error: cannot write the output: {e.strerror}.", file=sys.stderr)
+        if not isinstance(e, BrokenPipeError): print(f"Error: cannot write the output: {e.strerror or e}.", file=sys.stderr)
     sys.exit(code)

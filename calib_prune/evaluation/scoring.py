@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['SCORING_VERSION', 'Limit', 'language_model', 'likelihood_rows', 'last_number', 'generated_rows', 'quiet', 'limit_of',
-           'swapped_rows', 'left_out_items', 'evaluate', 'scores']
+           'swapped_rows', 'left_out_items', 'written_tasks', 'load_tasks', 'evaluate', 'scores']
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #2844d8cd
 import logging
 import math
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Iterator
 
 import numpy as np
 import pandas as pd
 
-from ..core import CalibPruneError, unknown_name
+from ..core import CalibPruneError, cache_dir, temporary_folder, unknown_name
 from .sandbox import run_sandboxed, run_tests
 from .measures import measured_values
 from .tasks import KINDS, TASKS, Task, get_tasks, write_task
@@ -157,6 +160,27 @@ def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval lo
         if there < n: found[task.name] = n - there
     return found
 
+# %% ../../nbs/6_evaluation/06_scoring.ipynb #e3915b2f
+@contextmanager
+def written_tasks(tasks: list[Task], limit: Limit) -> Iterator[list[str]]:
+    "The folders of tasks for lm-eval."
+    root = cache_dir() / "tasks"
+    above = next(o for o in (root, *root.parents) if o.exists())
+    with nullcontext() if os.access(above, os.W_OK) else temporary_folder() as folder:
+        yield [str(write_task(o, limit_of(o, limit), folder)) for o in tasks]
+
+def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
+    "Tasks of lm-eval, by name."
+    from datasets.exceptions import DatasetGenerationError
+    from lm_eval.tasks import TaskManager
+    try: return TaskManager(include_path=folders, include_defaults=False).load(names)["tasks"]
+    except (OSError, DatasetGenerationError) as e:
+        why: BaseException = e
+        while reason := why.__cause__ or why.__context__: why = reason
+        said = str(getattr(why, "strerror", None) or why).rstrip(".")
+        raise CalibPruneError(f"Cannot write the tasks in {Path(folders[0]).parent}: {said}. Make room there, or set "
+                              "CALIB_PRUNE_CACHE to a folder on another disk.") from e
+
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #9105a13b
 @reused_memory()
 def evaluate(model, tokenizer,
@@ -170,15 +194,13 @@ def evaluate(model, tokenizer,
             ) -> pd.DataFrame:                    # task, dimension, item, metric, value, bytes, chance
     "Score a model on tasks, item by item. `attrs` of the result say how (`scoring`) and what did not fit (`left_out`)."
     from lm_eval.evaluator import evaluate as run
-    from lm_eval.tasks import TaskManager
     chosen = get_tasks(tasks)
     if any(o.program for o in chosen): run_sandboxed("pass")  # fails now, not after hours of generating
-    folders = [str(write_task(o, limit_of(o, limit))) for o in chosen]
     reason = "asked for" if stock else unpackable(model)
-    with quiet():
+    with quiet(), written_tasks(chosen, limit) as folders:
         lm = language_model(model, tokenizer, batch_tokens, batch_size, progress, stock=bool(reason))
-        loaded = TaskManager(include_path=folders, include_defaults=False).load([o.name for o in chosen])
-        samples = run(lm=lm, task_dict=loaded["tasks"], bootstrap_iters=0)["samples"]
+        loaded = load_tasks(folders, [o.name for o in chosen])
+        samples = run(lm=lm, task_dict=loaded, bootstrap_iters=0)["samples"]
         others = [row for o in chosen for row in swapped_rows(lm, o, samples[o.name], swapped)]
     rows = []
     for task in chosen:

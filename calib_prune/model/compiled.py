@@ -61,6 +61,15 @@ def _cannot_keep(why: Exception) -> None:
     warnings.warn(f"Compiled kernels cannot be kept in {where} ({_said[0]}): each process compiles them anew, which takes "
                   "seconds. Set CALIB_PRUNE_CACHE to a folder that can be written.", stacklevel=2)
 
+def _check_owner(folder: Path) -> None:
+    "Refuse a folder of the cache in which another user may have put code: machine code is run, and its index is a pickle."
+    if not hasattr(os, "getuid"): return
+    for o in (folder, *folder.parents):
+        found = o.stat()
+        if os.getuid() and found.st_uid not in (0, os.getuid()): raise OSError(f"{o} belongs to another user")
+        if found.st_mode & 0o1002 == 0o002: raise OSError(f"everyone can write {o}")
+        if o == cache_dir(): return
+
 class _KernelCache(FunctionCache):
     "numba's cache of a function, in our folder; what cannot be read is compiled anew."
     def __init__(self, function: Callable, folder: Path):
@@ -68,6 +77,7 @@ class _KernelCache(FunctionCache):
         try: super().__init__(function)
         finally: numba.config.CACHE_DIR = before
         if not Path(self._cache_path).is_relative_to(folder): raise OSError("it cannot be written")
+        _check_owner(Path(self._cache_path))
         self._cache_file = _SealedFile(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
 
     def load_overload(self, sig, target_context):

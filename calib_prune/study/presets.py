@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Text', 'Name', 'Count', 'Positive', 'Sparsity', 'Seed', 'parse_sparsity', 'Form', 'CalibrationForm', 'PruningForm',
-           'ScoringForm', 'HeldoutForm', 'HardwareForm', 'BlockForm', 'PresetForm', 'load_preset', 'Cell',
-           'protocol_of', 'mix_of', 'cells', 'find_cell', 'seeds_of', 'measured_strategies']
+           'ScoringForm', 'HeldoutForm', 'HardwareForm', 'BlockForm', 'PresetForm', 'shown_value', 'load_preset',
+           'Cell', 'protocol_of', 'mix_of', 'cells', 'find_cell', 'seeds_of', 'measured_strategies']
 
 # %% ../../nbs/7_study/01_presets.ipynb #72bfea6f
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -142,12 +143,21 @@ class _OnceLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > 10_000:  # merges of merges grow without end
+            raise yaml.constructor.ConstructorError(None, None, "it has more than 10,000 keys", node.start_mark)
+
 # %% ../../nbs/7_study/01_presets.ipynb #bc3117f6
+def shown_value(value: Any) -> str:
+    "A value for a message. YAML may name one part many times: written out, a few lines would fill the memory."
+    return ascii(value) if isinstance(value, str) else reprlib.repr(value).encode("ascii", "backslashreplace").decode()
+
 def _wrong(errors: Sequence[Mapping[str, Any]]) -> str:
     "The first five errors that pydantic found, one line per error."
     lines = []
     for o in errors[:5]:
-        where, given = ".".join(map(str, o["loc"])) or "the preset", ascii(o["input"])
+        where, given = ".".join(map(str, o["loc"])) or "the preset", shown_value(o["input"])
         note = " (YAML reads 3e11 as text: write 3.0e+11)" if o["type"] == "float_type" and isinstance(o["input"], str) else ""
         shown = "" if o["type"] in ("missing", "value_error") and len(given) > 80 else f", not {given[:80]}"
         lines.append(f"{where}: {o['msg'].removeprefix('Value error, ')}{shown}{note}")
