@@ -197,6 +197,11 @@ def test_right_answers_after_the_prompt_of_another_item(benchmarks):
     assert first[first.metric == "swapped_bits"].value.item() == pytest.approx(other.value[other.task == "lambada"].iloc[0], rel=1e-4)
 
 
+def test_items_that_are_passed_over_are_not_scored(benchmarks):
+    first, later = (evaluate(tiny_llama(seed=1), TOKENIZER, ["lambada", "sciq"], limit=6, **o) for o in ({}, dict(skip=6)))
+    for _, both in pd.concat([first, later]).groupby(["task", "metric"]): assert both["item"].nunique() == len(both) == 12
+
+
 def test_bits_and_accuracy_by_hand(benchmarks):
     model = tiny_llama(seed=1)
     items = evaluate(model, TOKENIZER, NAMES).set_index(["task", "metric", "item"])

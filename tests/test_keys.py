@@ -11,7 +11,7 @@ import pytest
 
 from calib_prune.study import carry_over, keys
 from calib_prune.core import CalibPruneError
-from calib_prune.study.keys import OLDER, changes, left_to_do, versions
+from calib_prune.study.keys import OLDER, cell_key, changes, left_to_do, scored_items, versions
 from calib_prune.calibration.sources import LibrarySource
 from calib_prune.study.presets import cells, load_preset, measured_strategies, protocol_of
 from calib_prune.evaluation.tasks import TASKS
@@ -147,6 +147,15 @@ def test_fewer_items_leave_the_models_alone_that_have_them():
     limit = PRESET["scoring"]["limit"]
     assert not left(PRESET | dict(scoring=PRESET["scoring"] | dict(limit=limit | dict(boolq=5))))["models"], "of a task that is not scored"
     assert set(left(PRESET | dict(scoring=PRESET["scoring"] | dict(limit=limit | dict(piqa=5))))["models"]) == ALL
+
+
+def test_items_that_are_passed_over_are_part_of_the_key_and_of_no_reference():
+    study = load_preset(ROOT / "presets/smoke.yaml")
+    others = study | dict(scoring=study["scoring"] | dict(skip=64))
+    cell = cells(study)[1]
+    assert cell_key(others, cell)["tasks"].keys() == cell_key(study, cell)["tasks"].keys()
+    assert not cell_key(others, cell)["tasks"].items() & cell_key(study, cell)["tasks"].items()
+    assert all(scored_items(others)[k] == n + 64 for k, n in scored_items(study).items())
 
 
 def test_another_text_in_a_file_is_another_key(tmp_path):

@@ -86,6 +86,13 @@ def test_files_for_lm_eval(benchmarks, tmp_path):
         "until": ["\n\n", "Question:"], "max_gen_toks": 320, "do_sample": False}
 
 
+def test_items_may_be_passed_over(benchmarks, tmp_path):
+    def ids(**how): return {json.loads(o)["id"] for o in open(write_task(TASKS["sciq"], folder=tmp_path, **how) / "items.jsonl")}
+    every, first = ids(), ids(limit=5)
+    assert ids(limit=5, after=5) == ids(limit=10) - first and ids(after=5) == every - first
+    with pytest.raises(CalibPruneError, match=f"has {len(every)} items: passing over {len(every)} of them leaves none"): ids(after=len(every))
+
+
 def test_files_are_mended_after_a_move(benchmarks, tmp_path):
     old = write_task(TASKS["sciq"], limit=5, folder=tmp_path / "old")
     want = (old / "items.jsonl").read_text()

@@ -162,12 +162,12 @@ def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval lo
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #e3915b2f
 @contextmanager
-def written_tasks(tasks: list[Task], limit: Limit) -> Iterator[list[str]]:
+def written_tasks(tasks: list[Task], limit: Limit, skip: int = 0) -> Iterator[list[str]]:
     "The folders of tasks for lm-eval."
     root = cache_dir() / "tasks"
     above = next(o for o in (root, *root.parents) if o.exists())
     with nullcontext() if os.access(above, os.W_OK) else temporary_folder() as folder:
-        yield [str(write_task(o, limit_of(o, limit), folder)) for o in tasks]
+        yield [str(write_task(o, limit_of(o, limit), folder, after=skip)) for o in tasks]
 
 def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
     "Tasks of lm-eval, by name."
@@ -190,14 +190,15 @@ def evaluate(model, tokenizer,
              batch_size: int = 8,                 # sequences at once when generating, and on lm-eval's own path
              progress: ProgressFn | None = None,
              stock: bool = False,                 # score by lm-eval's own path
-             swapped: int = 0                     # items per task that are scored after another's prompt as well
+             swapped: int = 0,                    # items per task that are scored after another's prompt as well
+             skip: int = 0                        # items per task that are passed over, of those that a limit would keep first
             ) -> pd.DataFrame:                    # task, dimension, item, metric, value, bytes, chance
     "Score a model on tasks, item by item. `attrs` of the result say how (`scoring`) and what did not fit (`left_out`)."
     from lm_eval.evaluator import evaluate as run
     chosen = get_tasks(tasks)
     if any(o.program for o in chosen): run_sandboxed("pass")  # fails now, not after hours of generating
     reason = "asked for" if stock else unpackable(model)
-    with quiet(), written_tasks(chosen, limit) as folders:
+    with quiet(), written_tasks(chosen, limit, skip) as folders:
         lm = language_model(model, tokenizer, batch_tokens, batch_size, progress, stock=bool(reason))
         loaded = load_tasks(folders, [o.name for o in chosen])
         samples = run(lm=lm, task_dict=loaded, bootstrap_iters=0)["samples"]

@@ -214,10 +214,14 @@ def _holds(path: Path, items: list[dict]) -> bool:
 def write_task(task: Task,
                limit: int | None = None,          # items kept, see `choose`
                folder: str | Path | None = None,  # default: `tasks` in the cache folder
-               seed: int = 0                      # which fixed subset
+               seed: int = 0,                     # which fixed subset
+               after: int = 0                     # items passed over, see `choose`
               ) -> Path:                          # the folder to give to lm-eval, named by its content
     "Write a task for lm-eval; the same task and limit always lead to the same folder."
-    items = [render(task, o) for o in choose(read_jsonl(cached("benchmarks", task.benchmark)), limit, seed)]
+    records = read_jsonl(cached("benchmarks", task.benchmark))
+    if after >= len(records):
+        raise CalibPruneError(f"Task {task.name} has {len(records)} items: passing over {after} of them leaves none to score.")
+    items = [render(task, o) for o in choose(records, limit, seed, after)]
     root = Path(folder or cache_dir() / "tasks").absolute()
     out = root / f"{task.name}-{content_hash([task_config(task, Path()), items])}"
     data, config = out / "items.jsonl", out / f"{task.name}.yaml"

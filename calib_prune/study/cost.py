@@ -27,7 +27,8 @@ def scored_tokens(preset: dict[str, Any]) -> tuple[float, float]:  # read, writt
     "Roughly how many tokens are read and written to score one model."
     read = written = 0.0
     for task in get_tasks(preset["scoring"]["tasks"]):
-        chosen = choose(read_jsonl(cached("benchmarks", task.benchmark)), limit_of(task, preset["scoring"]["limit"]))
+        chosen = choose(read_jsonl(cached("benchmarks", task.benchmark)), limit_of(task, preset["scoring"]["limit"]),
+                        after=preset["scoring"].get("skip") or 0)
         read += sum(len(str(v)) for o in chosen for v in render(task, o).values()) / 4
         written += task.max_tokens * len(chosen) if task.kind == "generate" else 0
     return read, written

@@ -20,18 +20,17 @@ import pandas as pd
 from ..calibration.sets import build_calibration, parse_mix, source_stream, token_stream
 from ..core import DIMENSIONS, CalibPruneError, load_json, write_atomic
 from ..calibration.oit import METRICS, measure
-from ..evaluation.scoring import limit_of
-from ..evaluation.tasks import benchmark_tokens, get_tasks
+from ..evaluation.tasks import benchmark_tokens
 from ..progress import ProgressFn
 from ..calibration.sources import get_source
+from .keys import scored_items
 from .presets import mix_of, seeds_of
 from .results import json_rows
 
 # %% ../../nbs/7_study/05_metric_rows.ipynb #256314e1
 def unscored_prompts(preset: dict[str, Any], tokenizer) -> dict[str, np.ndarray]:  # dimension → token ids
     "Prompts of the study's tasks that no score uses."
-    tasks, limit = preset["scoring"]["tasks"], preset["scoring"]["limit"]
-    return benchmark_tokens(tokenizer, tasks=tasks, scored={o.name: limit_of(o, limit) for o in get_tasks(tasks)})
+    return benchmark_tokens(tokenizer, tasks=preset["scoring"]["tasks"], scored=scored_items(preset))
 
 def mismatch_references(preset: dict[str, Any], tokenizer,
                         own_text: str | Path        # what the dense model wrote, .jsonl

@@ -82,6 +82,7 @@ class ScoringForm(Form):
     limit: Count | dict[Text, Count | None] | None
     batch_tokens: Count
     swapped: Count | None = None  # items per task that are also scored after another's prompt: see `measures.prompt_gains`
+    skip: Count | None = None  # items per task to pass over: a recipe that was learnt from some items is judged by others
 
 class HeldoutForm(Form):
     source: Text
