@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from calib_prune.model.loading import RECORD, save_model
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = dict(inputs=200, kills=10, steps=20, writers=9)  # tries in short
 
@@ -45,10 +48,31 @@ def test_what_is_broken_on_purpose_is_found(broken, part, least):
 
 @pytest.mark.parametrize("name, said", [("bad kills: half", "a.json is half-written"), ("bad kills: never_again", "run again"),
                                         ("bad kills: grows", "another result"), ("bad kills: litters", "left behind"),
-                                        ("bad kills: crashes_again", "FileExistsError"), ("bad steps: a_model_in_parts", "is a part of a model"),
+                                        ("bad kills: crashes_again", "FileExistsError"), ("bad steps: half_in_between", "a.json is half-written"),
                                         ("bad writers: badly", "another reason"), ("bad inputs: hangs", "did not end")])
 def test_it_says_what_is_wrong(broken, name, said):
     assert said in broken[name][2], broken[name]
+
+
+@pytest.mark.parametrize("damage, said", [(lambda m: None, ""), (lambda m: (m / RECORD).unlink(), "is a part of a model"),
+                                          (lambda m: (m / "model.safetensors").unlink(), "does not load"),
+                                          (lambda m: (m / "config.json").unlink(), "does not load"),
+                                          (lambda m: (m / "model.safetensors").write_bytes(b"half"), "model.safetensors is half-written"),
+                                          (lambda m: (m / "tokenizer.json").write_text("{"), "tokenizer.json is half-written")])
+def test_a_model_must_be_whole(tmp_path, damage, said):
+    from tests.torture.kills import half_written
+    damage(save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {}))
+    found = half_written(tmp_path)
+    assert said in found and bool(said) == bool(found)
+
+
+@pytest.mark.parametrize("name, text, whole", [("a.jsonl", '{"a": 1}\n', True), ("a.jsonl", '{"a": 1}\n{"a"', False), ("a.jsonl", '{"a": 1}', False), ("a.yaml", "a: 1\n", True),
+                                               ("a.yaml", "", False), ("a.parquet", "PAR1", False), ("a.npy", "half", False), (".a.json", "{", True), (".b/a.json", "{", True)])
+def test_files_are_read_as_their_names_say(tmp_path, name, text, whole):
+    from tests.torture.kills import half_written
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    assert bool(half_written(tmp_path)) != whole
 
 
 def test_every_option_of_the_command_line_is_attacked():

@@ -76,10 +76,13 @@ def refuses_badly(folder: Path) -> None:
     work()
 
 
-def a_model_in_parts(folder: Path) -> None:
-    (folder / "out").mkdir(exist_ok=True)
-    whole(folder / "out", "config.json", "{}")
-    whole(folder / "out", "calib_prune.json", "{}")
+def half_in_between(folder: Path) -> None:
+    "Another change is made while half of a file is there."
+    with open(folder / "a.json", "w") as f:
+        f.write('{"a": ')
+        f.flush()
+        (folder / "b.json").replace(folder / "c.json")
+        f.write("1}")
 
 
 def mine(folder: Path) -> None: whole(folder, text=json.dumps(os.getpid()))
@@ -114,7 +117,7 @@ def works(kind: str, good: dict[str, Callable], bad: dict[str, Callable], how: C
 def found() -> Iterator[tuple[str, list[Result]]]:
     yield from works("kills", dict(whole=whole), dict(half=half, never_again=never_again, grows=grows, litters=litters, crashes_again=crashes_again),
                      lambda w: killed(w, 6, random.Random(1)))
-    yield from works("steps", dict(whole=whole), dict(a_model_in_parts=a_model_in_parts, moves_late=moves_late), lambda w: stepped(w, None, random.Random(0)))
+    yield from works("steps", dict(whole=whole), dict(half_in_between=half_in_between, moves_late=moves_late), lambda w: stepped(w, None, random.Random(0)))
     yield from works("writers", dict(refuses_second=refuses_second), dict(mine=mine, grows=grows, crashes=crashes_again, badly=refuses_badly),
                      lambda w: paired(w, 3, random.Random(0)))
     attack.limits()

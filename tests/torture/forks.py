@@ -70,7 +70,9 @@ def start(act: Callable[[], object], log: Path) -> int:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
         act()
         code = 0
-    except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str): os.write(2, e.code.encode())
     except CalibPruneError as e:  # the library's way to refuse
         os.write(2, f"Error: {e}".encode())
         code = 1
