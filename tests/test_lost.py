@@ -173,6 +173,32 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     assert [o.name for o in tmp_path.iterdir()] == ["out"] and RECORD in {o.name for o in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.parametrize("moved", range(6))
+def test_a_kill_while_files_are_moved_into_an_empty_folder(tmp_path, moved):
+    (tmp_path / "out").mkdir()
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "whole", {})
+    if not (pid := os.fork()):
+        rename, done = Path.rename, []
+        def die_later(self, target):
+            if len(done) == moved: os._exit(9)
+            done.append(rename(self, target))
+        Path.rename = die_later
+        save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (9 if moved < len([*(tmp_path / "whole").iterdir()]) else 0)
+    assert RECORD not in {o.name for o in (tmp_path / "out").iterdir()}
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_list_of_moved_files_names_only_files_of_the_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "out" / PART).write_text(json.dumps(["../mine.txt", 5, ".."]))
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
+    assert (tmp_path / "mine.txt").read_text() == "mine" and PART not in {o.name for o in (tmp_path / "out").iterdir()}
+
+
 def test_a_hidden_folder_of_the_users_is_left_alone(tmp_path):
     (tmp_path / ".out.part").mkdir()
     (tmp_path / ".out.part" / "a.txt").write_text("mine")

@@ -193,12 +193,19 @@ def model_revision(name: str,                    # as given to `load_model`
 
 # %% ../../nbs/2_model/08_loading.ipynb #8dcd8d00
 RECORD = "calib_prune.json"  # the file in a saved model's folder that says how it was made
-PART = ".calib_prune.part"   # the file that marks a part folder as ours
+PART = ".calib_prune.part"   # the file that marks a part folder as ours; in an output folder, it names what is being moved there
+
+def _moving(folder: Path) -> set[str]:
+    "The names of files that a run is moving into a folder, or was when it was killed."
+    try: names = json.loads((folder / PART).read_text())
+    except (OSError, ValueError): return set()  # nothing was moved before the list was whole
+    plain = lambda o: isinstance(o, str) and Path(o).name == o != ".."
+    return {o for o in names if plain(o)} if isinstance(names, list) else set()
 
 def check_output(folder: str | Path) -> Path:
     "The same folder, checked for output: absent, or empty but for what a killed run of ours left there."
     folder = as_path(folder, "an output folder").absolute()
-    mine = {f".{folder.name}.lock", f".{folder.name}.part"}
+    mine = {f".{folder.name}.lock", f".{folder.name}.part", PART} | _moving(folder)
     if folder.exists() and (not folder.is_dir() or {o.name for o in folder.iterdir()} - mine):
         raise CalibPruneError(f"Output {folder} exists and is not empty: choose a new folder, or remove it first.")
     above = next(o for o in (folder, *folder.parents) if o.exists())
@@ -215,14 +222,24 @@ def _clear(part: Path) -> None:
     except OSError:
         raise CalibPruneError(f"{part} is in the way, and was not made by this program: remove it.") from None
 
+def _take_back(folder: Path) -> None:
+    "Remove what was moved into a folder, if not all of it was."
+    for name in _moving(folder):
+        file = folder / name
+        if file.is_dir() and not file.is_symlink(): shutil.rmtree(file, ignore_errors=True)
+        else: file.unlink(missing_ok=True)
+    (folder / PART).unlink(missing_ok=True)
+
 def _publish(part: Path, folder: Path, inside: bool) -> None:  # inside: is the part folder in the output folder?
     "Move what was saved to where it belongs, the record last."
     if not inside:
         part.rename(folder)
         (folder / PART).unlink()
         return
-    for file in sorted(part.iterdir(), key=lambda o: o.name == RECORD):
-        if file.name != PART: file.rename(folder / file.name)
+    files = sorted((o for o in part.iterdir() if o.name != PART), key=lambda o: o.name == RECORD)
+    (folder / PART).write_text(json.dumps([o.name for o in files]))  # a kill from here on leaves what the next run removes
+    for file in files: file.rename(folder / file.name)
+    (folder / PART).unlink()
 
 # %% ../../nbs/2_model/08_loading.ipynb #1f1ca294
 class OutputFolder:
@@ -238,6 +255,9 @@ class OutputFolder:
         self._stack.enter_context(only_run(where / f".{self.folder.name}.lock", self.folder))
         _clear(self.part)  # whoever left it held the lock that we hold now
         self._stack.callback(_clear, self.part)
+        if self.inside:
+            _take_back(self.folder)
+            self._stack.callback(_take_back, self.folder)
         check_output(self.folder)  # a run that has just ended may have filled it
         return self
 
