@@ -189,7 +189,7 @@ def content_hash(obj: Any,         # anything that JSON can hold
                 ) -> str:
     "A short hash of a JSON-like value, the same on every machine."
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 # %% ../nbs/00_core.ipynb #279bfa51
 def file_sha256(path: str | Path) -> str:

@@ -152,7 +152,7 @@ def check_profile(name: str,  # a folder, or one in profiles/
         known = sorted(o.parent.name for o in root.glob("profiles/*/config.yaml"))
         raise unknown_name("profile", name, known, "A profile is a folder with a config.yaml.")
     try: executor = dict(yaml.safe_load((found / "config.yaml").read_text()) or {}).get("executor", "")
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as e:
         raise CalibPruneError(f"Profile {found / 'config.yaml'} is no YAML file of settings: {e}") from e
     if executor == "slurm" and find_spec("snakemake_executor_plugin_slurm") is None:
         raise CalibPruneError("For Slurm, Snakemake needs a plugin: pip install 'calib-prune[cluster]'.")

