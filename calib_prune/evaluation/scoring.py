@@ -173,8 +173,8 @@ def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
     "Tasks of lm-eval, by name. It would run what other files in their folders name."
     from datasets.exceptions import DatasetGenerationError
     from lm_eval.tasks import TaskManager
-    foreign = [o for at, name in zip(folders, names, strict=True) for o in Path(at).rglob("*.y*ml") if o != Path(at, f"{name}.yaml")]
-    if foreign: raise CalibPruneError(f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
+    own = {Path(at, f"{name}.yaml") for at, name in zip(folders, names, strict=True)}
+    if foreign := sorted({o for at in folders for o in Path(at).rglob("*.y*ml")} - own): raise CalibPruneError(f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
     try: return TaskManager(include_path=folders, include_defaults=False).load(names)["tasks"]
     except (OSError, ValueError, DatasetGenerationError) as e:
         why: BaseException = e
