@@ -174,7 +174,8 @@ def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
     from datasets.exceptions import DatasetGenerationError
     from lm_eval.tasks import TaskManager
     own = {Path(at, f"{name}.yaml") for at, name in zip(folders, names, strict=True)}
-    if foreign := sorted({o for at in folders for o in Path(at).rglob("*.y*ml")} - own): raise CalibPruneError(f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
+    foreign = sorted({o for at in folders for o in Path(at).rglob("*.y*ml")} - own)
+    if foreign: raise CalibPruneError(f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
     try: return TaskManager(include_path=folders, include_defaults=False).load(names)["tasks"]
     except (OSError, ValueError, DatasetGenerationError) as e:
         why: BaseException = e

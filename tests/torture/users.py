@@ -167,9 +167,9 @@ def meetings(world: Path) -> dict[str, tuple]:
     def generate(p): return usual(p, inputs, "generate", "--output", p / "own.jsonl")
     def evaluate(p):
         with variable("CALIB_PRUNE_CACHE", p / "cache"):
-            (p / "cache").mkdir(exist_ok=True)
-            for name in ("benchmarks", "models", "sources", "manifest.json"):
-                if not (p / "cache" / name).is_symlink(): (p / "cache" / name).symlink_to(alone.PLACE / "cache" / name)
+            if not (p / "cache").exists():
+                (p / "cache").mkdir()
+                for name in ("benchmarks", "models", "sources", "manifest.json"): (p / "cache" / name).symlink_to(alone.PLACE / "cache" / name)
             return usual(p, inputs, "evaluate")
     nothing = lambda p: ["done", ""]
     same = (0o022, 0o022)
