@@ -167,13 +167,13 @@ def tokenizers() -> Iterator[Poison]:
 
 
 def weights() -> Iterator[Poison]:
-    def header(name, make, refused=True):  # make: header, size of the data → bytes of the whole file
+    def header(name, make, refused=True, seconds=20):  # make: header, size of the data → bytes of the whole file
         def change(m, folder):
             data = (m / "model.safetensors").read_bytes()
             size = int.from_bytes(data[:8], "little")
             made = make(json.loads(data[8:8 + size]), data[8 + size:])
             (m / "model.safetensors").write_bytes(made)
-        return of_model(f"safetensors: {name}", change, refused)
+        return of_model(f"safetensors: {name}", change, refused, seconds)
     def with_header(head, data): return struct.pack("<Q", len(text := json.dumps(head).encode())) + text + data
     def first(head): return next(k for k in head if k != "__metadata__")
     def changed(**values): return lambda h, d: with_header(h | {first(h): h[first(h)] | values}, d)
@@ -182,7 +182,7 @@ def weights() -> Iterator[Poison]:
     yield header("a header of blanks", lambda h, d: struct.pack("<Q", 9 * 10 ** 7) + b" " * (9 * 10 ** 7))
     yield header("a header of brackets", lambda h, d: struct.pack("<Q", 10 ** 6) + b"[" * 10 ** 6)
     yield header("a header of text", lambda h, d: struct.pack("<Q", 10 ** 7) + b'{"' + b"a" * (10 ** 7 - 2))
-    yield header("a million tensors", lambda h, d: with_header(h | {f"x{i}": dict(dtype="F32", shape=[0], data_offsets=[0, 0]) for i in range(100_000)}, d), False)
+    yield header("a million tensors", lambda h, d: with_header(h | {f"x{i}": dict(dtype="F32", shape=[0], data_offsets=[0, 0]) for i in range(100_000)}, d), False, 90)
     yield header("a tensor of 2^62 numbers", changed(shape=[2 ** 31, 2 ** 31]))
     yield header("a shape that wraps to 0", changed(shape=[2 ** 32, 2 ** 32]))
     yield header("offsets outside", changed(data_offsets=[0, 10 ** 15]))
@@ -209,7 +209,7 @@ def weights() -> Iterator[Poison]:
             shutil.copy(folder / "outside.safetensors", m / "inside/x.safetensors")
             (m / "x.safetensors").symlink_to(folder / "gone.safetensors")
             (m / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": told(folder)}}))
-        return of_model(f"index: {name}", change, refused=refused)
+        return of_model(f"index: {name}", change, refused)
     yield index("leads up", lambda f: "../outside.safetensors")
     yield index("is absolute", lambda f: str(f / "outside.safetensors"))
     yield index("leads to a secret", lambda f: str(f / "secret.txt"))
@@ -354,7 +354,7 @@ def tables() -> Iterator[Poison]:
             table = make(folder)
             if isinstance(table, pa.Table): pq.write_table(table, folder / "x.parquet")
             return prune_with(folder, "--calibration", str(folder / "x.parquet"))
-        return Poison(f"parquet: {name}", act, refused)
+        return Poison(f"parquet: {name}", act, refused, 60)
     words = "some words and 1 2 3 numbers. " * 40
     def extension(folder):
         bomb = pickle.dumps(Bomb(folder / TOKEN))
