@@ -84,7 +84,9 @@ def as_path(name: str | Path,     # as the user wrote it
 # %% ../nbs/00_core.ipynb #960ae3ef
 def cache_dir() -> Path:
     "The cache folder: `$CALIB_PRUNE_CACHE`, or the platform's convention. It may not exist yet."
-    wanted = os.environ.get("CALIB_PRUNE_CACHE") or user_cache_dir("calib-prune")
+    try: wanted = os.environ.get("CALIB_PRUNE_CACHE") or user_cache_dir("calib-prune")
+    except RuntimeError as e:  # a user without a home directory
+        raise CalibPruneError(f"There is no cache folder: {e}. Set CALIB_PRUNE_CACHE to a folder that can be written.") from e
     path = as_path(wanted, "the cache folder, CALIB_PRUNE_CACHE")
     if path.exists() and not path.is_dir():
         raise CalibPruneError(f"The cache folder {path} is not a folder. Set CALIB_PRUNE_CACHE to a folder "
@@ -195,7 +197,7 @@ def content_hash(obj: Any,         # anything that JSON can hold
                 ) -> str:
     "A short hash of a JSON-like value, the same on every machine."
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 # %% ../nbs/00_core.ipynb #279bfa51
 def file_sha256(path: str | Path) -> str:

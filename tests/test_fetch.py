@@ -209,6 +209,16 @@ def test_a_full_disk_leaves_nothing_half_written(world, error):
     assert set(fetch(**world).made) == {"models/m", "sources/z.jsonl"}
 
 
+def test_a_part_of_the_cache_on_another_disk(world, monkeypatch):
+    real = os.replace
+    def across(a, b):
+        if os.path.dirname(os.path.dirname(a)) == str(world["root"]) and Path(b).parent.parent == world["root"]: raise OSError(18, "cross-device")
+        real(a, b)
+    monkeypatch.setattr("os.replace", across)
+    assert len(fetch(**world).made) == 4 and not list(world["root"].rglob(".fetch-*"))
+    monkeypatch.undo()
+
+
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("kept")
     for below in ("file/a", "file/folder/a"):

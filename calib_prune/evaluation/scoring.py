@@ -170,16 +170,19 @@ def written_tasks(tasks: list[Task], limit: Limit, skip: int = 0) -> Iterator[li
         yield [str(write_task(o, limit_of(o, limit), folder, after=skip)) for o in tasks]
 
 def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
-    "Tasks of lm-eval, by name."
+    "Tasks of lm-eval, by name. It would run what other files in their folders name."
     from datasets.exceptions import DatasetGenerationError
     from lm_eval.tasks import TaskManager
+    own = {Path(at, f"{name}.yaml") for at, name in zip(folders, names, strict=True)}
+    foreign = sorted({o for at in folders for o in Path(at).rglob("*.y*ml")} - own)
+    if foreign: raise CalibPruneError(f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
     try: return TaskManager(include_path=folders, include_defaults=False).load(names)["tasks"]
-    except (OSError, DatasetGenerationError) as e:
+    except (OSError, ValueError, DatasetGenerationError) as e:
         why: BaseException = e
         while reason := why.__cause__ or why.__context__: why = reason
         said = str(getattr(why, "strerror", None) or why).rstrip(".")
-        raise CalibPruneError(f"Cannot write the tasks in {Path(folders[0]).parent}: {said}. Make room there, or set "
-                              "CALIB_PRUNE_CACHE to a folder on another disk.") from e
+        raise CalibPruneError(f"Cannot keep the tasks in {Path(folders[0]).parent}: {said}. Make room there, remove that folder, "
+                              "or set CALIB_PRUNE_CACHE to a folder on another disk.") from e
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #9105a13b
 @reused_memory()

@@ -152,7 +152,8 @@ class _OnceLoader(yaml.SafeLoader):
 # %% ../../nbs/7_study/01_presets.ipynb #bc3117f6
 def shown_value(value: Any) -> str:
     "A value for a message. YAML may name one part many times: written out, a few lines would fill the memory."
-    return ascii(value) if isinstance(value, str) else reprlib.repr(value).encode("ascii", "backslashreplace").decode()
+    try: return ascii(value) if isinstance(value, str) else reprlib.repr(value).encode("ascii", "backslashreplace").decode()
+    except ValueError: return "a number of thousands of digits"
 
 def _wrong(errors: Sequence[Mapping[str, Any]]) -> str:
     "The first five errors that pydantic found, one line per error."

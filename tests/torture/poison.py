@@ -167,13 +167,13 @@ def tokenizers() -> Iterator[Poison]:
 
 
 def weights() -> Iterator[Poison]:
-    def header(name, make):  # make: header, size of the data → bytes of the whole file
+    def header(name, make, refused=True, seconds=20):  # make: header, size of the data → bytes of the whole file
         def change(m, folder):
             data = (m / "model.safetensors").read_bytes()
             size = int.from_bytes(data[:8], "little")
             made = make(json.loads(data[8:8 + size]), data[8 + size:])
             (m / "model.safetensors").write_bytes(made)
-        return of_model(f"safetensors: {name}", change, refused=True)
+        return of_model(f"safetensors: {name}", change, refused, seconds)
     def with_header(head, data): return struct.pack("<Q", len(text := json.dumps(head).encode())) + text + data
     def first(head): return next(k for k in head if k != "__metadata__")
     def changed(**values): return lambda h, d: with_header(h | {first(h): h[first(h)] | values}, d)
@@ -182,7 +182,7 @@ def weights() -> Iterator[Poison]:
     yield header("a header of blanks", lambda h, d: struct.pack("<Q", 9 * 10 ** 7) + b" " * (9 * 10 ** 7))
     yield header("a header of brackets", lambda h, d: struct.pack("<Q", 10 ** 6) + b"[" * 10 ** 6)
     yield header("a header of text", lambda h, d: struct.pack("<Q", 10 ** 7) + b'{"' + b"a" * (10 ** 7 - 2))
-    yield header("a million tensors", lambda h, d: with_header(h | {f"x{i}": dict(dtype="F32", shape=[0], data_offsets=[0, 0]) for i in range(200_000)}, d))
+    yield header("a million tensors", lambda h, d: with_header(h | {f"x{i}": dict(dtype="F32", shape=[0], data_offsets=[0, 0]) for i in range(100_000)}, d), False, 90)
     yield header("a tensor of 2^62 numbers", changed(shape=[2 ** 31, 2 ** 31]))
     yield header("a shape that wraps to 0", changed(shape=[2 ** 32, 2 ** 32]))
     yield header("offsets outside", changed(data_offsets=[0, 10 ** 15]))
@@ -209,7 +209,7 @@ def weights() -> Iterator[Poison]:
             shutil.copy(folder / "outside.safetensors", m / "inside/x.safetensors")
             (m / "x.safetensors").symlink_to(folder / "gone.safetensors")
             (m / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": told(folder)}}))
-        return of_model(f"index: {name}", change, refused=refused)
+        return of_model(f"index: {name}", change, refused)
     yield index("leads up", lambda f: "../outside.safetensors")
     yield index("is absolute", lambda f: str(f / "outside.safetensors"))
     yield index("leads to a secret", lambda f: str(f / "secret.txt"))
@@ -354,7 +354,7 @@ def tables() -> Iterator[Poison]:
             table = make(folder)
             if isinstance(table, pa.Table): pq.write_table(table, folder / "x.parquet")
             return prune_with(folder, "--calibration", str(folder / "x.parquet"))
-        return Poison(f"parquet: {name}", act, refused)
+        return Poison(f"parquet: {name}", act, refused, 60)
     words = "some words and 1 2 3 numbers. " * 40
     def extension(folder):
         bomb = pickle.dumps(Bomb(folder / TOKEN))
@@ -366,9 +366,11 @@ def tables() -> Iterator[Poison]:
         return pa.table(dict(text=[words] * 4)).replace_schema_metadata(about | {b"calib_prune": pickle.dumps(Bomb(folder / TOKEN))})
     yield parquet("strange metadata", pandas_metadata)
     yield parquet("pickles in a column", lambda f: pa.table(dict(text=[pickle.dumps(Bomb(f / TOKEN))] * 4)), refused=True)
-    def bomb(folder): return pa.table(dict(text=pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["a b " * 2_000_000]))))
-    yield parquet("a small file of 3 GB of text", lambda f: pq.write_table(bomb(f).cast(pa.schema([("text", pa.large_string())])).slice(0, 200),
-                                                                          f / "x.parquet", compression="zstd"))
+    def bomb(folder):
+        row = pa.table(dict(text=["a b " * 500_000]))
+        with pq.ParquetWriter(folder / "x.parquet", row.schema, compression="zstd") as out:
+            for _ in range(300): out.write_table(row)
+    yield parquet("a small file of 600 MB of text", bomb)
     def damaged(at):
         def make(folder):
             pq.write_table(pa.table(dict(text=[words] * 40)), folder / "x.parquet")
@@ -480,7 +482,8 @@ def what_went_wrong(poison: Poison, folder: Path, ended: alone.Ended) -> str:
     kind, said = ended.value
     if kind == "traceback": return f"traceback: {said[-500:]}"
     if SECRET in said: return "a secret was shown"
-    if (folder / "out").is_dir() and any(SECRET.encode() in o.read_bytes() for o in (folder / "out").iterdir()): return "a secret was copied"
+    if any(SECRET.encode() in o.read_bytes() for o in (folder / "out").rglob("*") if o.is_file()): return "a secret was copied"
+    if any(o.stat().st_mode & 0o111 != 0o111 for o in (folder / "out").rglob("*") if o.is_dir()): return "a folder that cannot be entered"
     if ended.peak_mb > MEMORY_MB: return f"it took {ended.peak_mb} MB"
     if poison.refused and kind == "done": return "it was not refused"
     return ""

@@ -41,7 +41,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[str]]] = {
     "evaluate": lambda w, i: usual(w, i, "evaluate"), "evaluate in the sandbox": generated,
     "measure": lambda w, i: usual(w, i, "measure"), "init": lambda w, i: alone.say("init", w / "study", "--json"),
     "new-study": lambda w, i: alone.say("new-study", w / "study", "--model", i / "model", "--calibration", i / "text.txt", "--json"),
-    "fetch": lambda w, i: disk.fetch_wheels(w, w), "kernel": lambda w, i: disk.compile_kernel(w, w), "reproduce": study,
+    "fetch": lambda w, i: disk.fetch_wheels(w / "new", w), "kernel": lambda w, i: disk.compile_kernel(w, w), "reproduce": study,
 }
 NEEDS_DATA = ("evaluate", "measure", "reproduce")
 SLOW = ("reproduce",)
@@ -167,9 +167,9 @@ def meetings(world: Path) -> dict[str, tuple]:
     def generate(p): return usual(p, inputs, "generate", "--output", p / "own.jsonl")
     def evaluate(p):
         with variable("CALIB_PRUNE_CACHE", p / "cache"):
-            (p / "cache").mkdir(exist_ok=True)
-            for name in ("benchmarks", "models", "sources", "manifest.json"):
-                if not (p / "cache" / name).is_symlink(): (p / "cache" / name).symlink_to(alone.PLACE / "cache" / name)
+            if not (p / "cache").exists():
+                (p / "cache").mkdir()
+                for name in ("benchmarks", "models", "sources", "manifest.json"): (p / "cache" / name).symlink_to(alone.PLACE / "cache" / name)
             return usual(p, inputs, "evaluate")
     nothing = lambda p: ["done", ""]
     same = (0o022, 0o022)
