@@ -1,4 +1,6 @@
 "Loading and saving: nothing from a model folder is executed, nothing half-written stays."
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -90,6 +92,21 @@ def test_weights_that_do_not_fit_their_config(tmp_path):
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 40'))
     with pytest.raises(CalibPruneError, match="Cannot load"): load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "num_key_value_heads", "intermediate_size"])
+def test_sizes_that_the_files_cannot_have_take_no_memory(tmp_path, name):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {name: 10**12}))
+    with pytest.raises(CalibPruneError, match=f"{name} is 1,000,000,000,000, but its files hold 21 tensors"): load_model(str(folder))
+
+
+def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(CalibPruneError, match="model.safetensors is damaged.*not a file"): load_model(str(folder))
 
 
 def test_the_current_folder_is_a_fine_output(tmp_path, monkeypatch):
