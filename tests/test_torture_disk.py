@@ -40,7 +40,7 @@ WRITERS = {  # name → (job, what is found)
     "a silent one": (disk.Job("x", lambda d, i: write_half(d / "a.bin", b"a" * 50_000, "It failed.")), "the reason is not said"),
     "one without a name": (disk.Job("x", lambda d, i: write_half(d / "a.bin", b"a" * 50_000, "No space left.")), "no file is named"),
     "a rest": (disk.Job("x", lambda d, i: write_half(d / ".a.part", b"a" * 50_000)), ".a.part was left"),
-    "another name": (disk.Job("x", lambda d, i: write_half(d / f"a{len(list(d.iterdir()))}.bin", b"a" * 50_000)), "no whole run writes"),
+    "another name": (disk.Job("x", lambda d, i: write_half(d / f"a{os.getpid()}.bin", b"a" * 50_000)), "no whole run writes"),
     "one that does not recover": (disk.Job("x", lambda d, i: ["refused", f"{d} exists"] if (d / "a").exists() else (
         (d / "a").mkdir(), write_half(d / "a/.b.part", b"a" * 50_000), (d / "a/.b.part").unlink(), ["refused", f"{d}: No space left"])[-1]), "with room"),
     "one that takes a user's file": (disk.Job("x", lambda d, i: ((d / disk.MINE).write_text("yours"), ["done", ""])[1]), "the user's is changed")}

@@ -92,10 +92,11 @@ def in_fork(act: Callable[[], Any],  # what it returns must be JSON
            ) -> Ended:
     "Call a function in a fork with limits, and kill the fork and its children when it is over."
     read, write = os.pipe()
-    began, before = time.monotonic(), resident_mb()
+    began = time.monotonic()
     sys.stdout.flush()
     if not (pid := os.fork()):
         os.close(read)
+        os.write(write, b"%d\n" % resident_mb())  # less than its parent's: pages of files are mapped when they are read
         with contextlib.suppress(BaseException): _act(act, write, memory)
         os._exit(1)
     os.close(write)
@@ -108,7 +109,8 @@ def in_fork(act: Callable[[], Any],  # what it returns must be JSON
     os.close(read)
     with contextlib.suppress(OSError): os.killpg(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
-    took, peak = time.monotonic() - began, max(0, (usage.ru_maxrss >> 10) - before)
+    before, _, said = said.partition(b"\n")
+    took, peak = time.monotonic() - began, max(0, (usage.ru_maxrss >> 10) - int(before or 0))
     if late: return Ended(None, f"it did not end in {seconds:.0f} s", peak, took)
     try: told = json.loads(said)
     except ValueError: return Ended(None, f"it died: status {os.waitstatus_to_exitcode(status)}", peak, took)
