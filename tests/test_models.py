@@ -102,6 +102,28 @@ def test_sizes_that_the_files_cannot_have_take_no_memory(tmp_path, name):
     with pytest.raises(CalibPruneError, match=f"{name} is 1,000,000,000,000, but its files hold 21 tensors"): load_model(str(folder))
 
 
+def test_a_link_that_leads_out_of_a_model_is_not_followed(tmp_path):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    (tmp_path / "secret").write_text("secret")
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(CalibPruneError, match="chat_template.jinja is a link to .*secret, outside the model's folder"): load_model(str(folder))
+
+
+def test_a_snapshot_of_the_hub_may_link_to_its_blobs(tmp_path):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "snapshots/abc", {})
+    (tmp_path / "blobs").mkdir()
+    for o in [*folder.iterdir()]: o.rename(tmp_path / "blobs" / o.name), o.symlink_to(f"../../blobs/{o.name}")
+    load_model(str(folder))
+
+
+def test_a_token_numbered_beyond_reason(tmp_path):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["added_tokens"][0]["id"] = 10**9
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(CalibPruneError, match="it numbers a token 1,000,000,000"): load_model(str(folder))
+
+
 def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path):
     folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
     (folder / "model.safetensors").unlink()

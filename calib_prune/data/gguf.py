@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+# %% ../../nbs/1_data/02_gguf.ipynb #d18ed323
+def _check_layers(path: Path) -> None:
+    "Refuse a file that says it has more layers than tensors: memory would be taken for all of them."
+    found = GGUFReader(path)
+    for name, field in found.fields.items():
+        if name.endswith(".block_count") and int(field.contents()) > len(found.tensors):
+            raise ValueError(f"{name} is {field.contents()}, but the file holds {len(found.tensors)} tensors")
 
 # %% ../../nbs/1_data/02_gguf.ipynb #37b5c6e3
 def _dequantised(path: Path,  # a GGUF file
                  dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer from a GGUF file, without the marks of quantisation, which would prevent saving."
+    _check_layers(path)
     safe = dict(gguf_file=path.name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **safe)
     model.hf_quantizer, model.is_quantized = None, False

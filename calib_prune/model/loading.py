@@ -80,6 +80,25 @@ def _check_index(index: Path) -> None:
             raise damaged(index, f"{name}, which should hold {weight}, is missing")
 
 # %% ../../nbs/2_model/08_loading.ipynb #c47298ee
+def _check_links(folder: Path) -> None:
+    "Refuse links to files that are no part of the model: what they hold would be copied into an output."
+    own = folder.resolve(), folder.resolve().parent.parent / "blobs"  # the hub's cache links to blobs
+    for o in folder.iterdir():
+        target = Path(os.path.realpath(o))
+        if o.is_symlink() and o.suffix != ".safetensors" and not any(target.is_relative_to(k) for k in own):
+            raise CalibPruneError(f"{o} is a link to {target}, outside the model's folder: what it holds would be copied into "
+                                  "what is saved. Put a copy in its place if that is what you want.")
+
+def _check_tokens(path: Path, told: dict[str, Any]) -> None:  # tokenizer.json, and what it holds
+    "Refuse token numbers for which a tokenizer would fill the memory."
+    model, added = told.get("model"), told.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*vocab.values()] if isinstance(vocab, dict) else []
+    ids += [o.get("id") for o in added if isinstance(o, dict)] if isinstance(added, list) else []
+    highest = max((o for o in ids if isinstance(o, int)), default=0)
+    if highest > 1_000_000 + 16 * len(ids):  # ours: real vocabularies have few gaps
+        raise damaged(path, f"it numbers a token {highest:,}, and has {len(ids):,} tokens")
+
 def _checked_folder(folder: Path) -> Path:
     "The same folder, checked: it loads without running anything from it, and its JSON files are whole."
     if not (folder / "config.json").is_file():
@@ -90,7 +109,10 @@ def _checked_folder(folder: Path) -> Path:
         if pickles: raise _pickle_error(folder, ", ".join(pickles))
         raise CalibPruneError(f"{folder} has a config.json but no weights: expected *.safetensors in it.")
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        if (folder / name).exists(): load_json(folder / name)
+        if not (folder / name).exists(): continue
+        told = load_json(folder / name)
+        if name == "tokenizer.json": _check_tokens(folder / name, told)
+    _check_links(folder)
     return folder
 
 # %% ../../nbs/2_model/08_loading.ipynb #693f5f88
@@ -128,9 +150,10 @@ def _check_config(config: Any, what: str | Path) -> None:
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise CalibPruneError(f"Cannot load {what}: {name} is {size!r}, but must be a whole number above 0.")
 
-BOUNDED = (*(o for o in SIZES if o != "max_position_embeddings"), "num_experts", "num_local_experts", "n_routed_experts")
+BOUNDED = (*(o for o in SIZES if o != "max_position_embeddings"), "num_experts", "num_local_experts", "n_routed_experts",
+           "num_layers", "n_layer", "n_embd", "n_head", "num_labels")  # names that families have for them
 
-def _check_weights(folder: Path, config: Any) -> None:
+def _check_weights(folder: Path) -> None:
     "Name the file of weights that cannot be read; refuse sizes that they cannot have before memory is taken for them."
     most = tensors = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -138,8 +161,8 @@ def _check_weights(folder: Path, config: Any) -> None:
         with _reading(file), safe_open(file, "pt") as weights:
             shapes = [weights.get_slice(o).get_shape() for o in weights.keys()]
             most, tensors = max([most, *(n for o in shapes for n in o)]), tensors + len(shapes)
-    for name in BOUNDED:
-        size = getattr(config.get_text_config(), name, None)
+    told = load_json(folder / "config.json")
+    for name, size in [(k, o.get(k)) for o in (told, *told.values()) if isinstance(o, dict) for k in BOUNDED]:
         if isinstance(size, int) and size > max(most, tensors):
             raise CalibPruneError(f"Cannot load {folder}: by config.json {name} is {size:,}, but its files hold {tensors:,} "
                                   f"tensors of at most {most:,} rows or columns.")
@@ -153,9 +176,9 @@ def _try_out(model: PreTrainedModel) -> None:
 def _load_folder(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer of a local folder or a hub id."
     of = lambda name: where / name if isinstance(where, Path) else f"{name} of {where}"
+    if isinstance(where, Path): _check_weights(where)
     with _reading(of("config.json")): config = AutoConfig.from_pretrained(where, **safe)
     _check_config(config, of("config.json"))
-    if isinstance(where, Path): _check_weights(where, config)
     with _reading(where):
         model, found = AutoModelForCausalLM.from_pretrained(
             where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,

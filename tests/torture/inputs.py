@@ -54,7 +54,7 @@ NAMES = {"empty": "", "space": " ", "user": "~nosuchuser/x", "home": "~", "long"
          "loop": "{folder}/loop", "dangling": "{folder}/dangling", "fifo": "{folder}/fifo", "folder": "{folder}/model", "root": "/", "dot": ".",
          "above": "..", "markup": "[/]", "bold": "[bold red]", "braces": "{{x}}", "quote": "a'b\"c", "colon": "a: b", "comma": "a,b", "equals": "=",
          "dash": "-", "emoji": "🙂", "arabic": "٣", "percent": "%s%n", "backslash": "a\\b", "bracket": "[", "brace": "{{", "ampersand": "&a",
-         "star": "*a", "tag": "!!python/name:os.system", "tab": "a\tb", "255": "y" * 255, "minus": "--json"}
+         "star": "*a", "tag": "!!python/name:os.system", "tab": "a\tb", "255": "y" * 255, "minus": "-1"}
 
 
 def attacked_elsewhere() -> set[tuple[str, str]]:

