@@ -24,7 +24,7 @@ from .correlations import probability
 from .plots import WIDTH, annotate, check_rows, headline
 from .rank_statistics import KEPT, MIN_SOURCES, pairings, permutation_p, resampled, source_metrics, spearman
 from .statistics import OUTCOMES, Replicates
-from .tables import interval_text
+from .tables import interval_text, listed
 from ..resampling import interval
 from ..study.metric_rows import metric_label
 from ..style import MARKERS, colour_of, legend_above
@@ -159,7 +159,9 @@ def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
     axes[0].set_ylabel("predicted, %")
     legend_above(figure, {split.kinds[o] for o in split.further})
     better = [d for d in DIMENSIONS if best.loc[d, "error"] < best.loc[d, "constant"] and best.loc[d, "q"] < 0.05]
-    headline(figure, f"At unseen sources, one metric predicts {', '.join(better)}" if better
-             else "At unseen sources, no metric predicts better than a constant")
+    short = [d for d in DIMENSIONS if d not in better]
+    headline(figure, f"Metrics chosen on the study's sources predict {listed(better)} of unseen text"
+             f"{f', but not {listed(short)}' if short else ''}" if better
+             else "No metric chosen on the study's sources predicts unseen text better than a constant")
     about = f"Lines frozen on {len(split.first)} sources, asked for {len(split.further)} others. Bars: 95% intervals."
     return annotate(figure, f"{about} {note}")
