@@ -136,4 +136,4 @@ if __name__ == "__main__":
     adopt()
     for name, results in found():
         wrong = [o.wrong for o in results if o.wrong]
-        print(json.dumps([name, len(results), len(wrong), (wrong or [""])[0][:300]]), flush=True)
+        print(json.dumps([name, len(results), len(wrong), (wrong or [""])[0][:3000]]), flush=True)
