@@ -198,8 +198,8 @@ def show_headlines(figures: Path) -> None:
 def reproduce(
     context: typer.Context,
     preset: Annotated[str, typer.Option(
-        help="`smoke`, `default`, `default2`, `mixes`, `thirds`, `unseen`, `pruners`, `pruners-qwen`, `paper`, or a preset "
-             "file.")] = "smoke",
+        help="`smoke`, `default`, `default2`, `mixes`, `thirds`, `unseen`, `pruners`, `pruners-qwen`, `qwen`, `paper`, or "
+             "a preset file.")] = "smoke",
     jobs: Annotated[int, typer.Option(
         help="CPU cores to use, 0 for all; on a cluster, jobs at once, 0 for as many as its profile says.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
