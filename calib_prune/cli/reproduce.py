@@ -201,7 +201,7 @@ def reproduce(
         help="`smoke`, `default`, `default2`, `mixes`, `thirds`, `unseen`, `pruners`, `pruners-qwen`, `qwen`, `paper`, or "
              "a preset file.")] = "smoke",
     jobs: Annotated[int, typer.Option(
-        help="CPU cores to use, 0 for all; on a cluster, jobs at once, 0 for as many as its profile says.")] = 0,
+        help="CPU cores to use; 0: all. On a cluster, the number of jobs at once; 0: the number in its profile.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
     tables_only: Annotated[bool, typer.Option(
         "--tables-only", help="Only make tables and figures, from existing results; runs no model.")] = False,

@@ -231,6 +231,7 @@ PART = ".calib_prune.part"   # the file that marks a part folder as ours; in an 
 
 def _moving(folder: Path) -> set[str]:
     "The names of files that a run is moving into a folder, or was when it was killed."
+    if (folder / RECORD).exists(): return set()  # it comes last: the model is whole, and stays
     try: names = json.loads((folder / PART).read_text())
     except (OSError, ValueError): return set()  # nothing was moved before the list was whole
     plain = lambda o: isinstance(o, str) and Path(o).name == o != ".."

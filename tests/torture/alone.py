@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import sys
 import time
@@ -20,43 +19,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PLACE = ROOT / "build/torture"
-SKIP = "skipped: "
+from tests.torture import PLACE, ROOT, SKIP
+from tests.torture.forks import warm
+
 Results = Iterator[tuple[str, str, str]]  # part, name, failure or ""
 
 
 # --- before anything of the package is imported
 
-def own_cache() -> Path:
-    "A cache of this torture: fetched data are links to the user's, everything else is written here."
-    from platformdirs import user_cache_dir
-    real = Path(os.environ.get("CALIB_PRUNE_CACHE") or user_cache_dir("calib-prune"))
-    mine = PLACE / "cache"
-    if real == mine: return mine
-    mine.mkdir(parents=True, exist_ok=True)
-    for name in ("benchmarks", "models", "sources"):
-        if (real / name).is_dir() and not (mine / name).exists(): (mine / name).symlink_to(real / name)
-    if (real / "manifest.json").is_file(): shutil.copyfile(real / "manifest.json", mine / "manifest.json")
-    if (real / "kernels").is_dir() and not (mine / "kernels").exists(): shutil.copytree(real / "kernels", mine / "kernels")
-    return mine
-
-
 def settle() -> None:
     "Import everything, once and for all forks; and prune once, so that kernels are compiled."
-    if "torch" not in sys.modules: os.environ["CALIB_PRUNE_CACHE"] = str(own_cache())  # kernels are kept where this said at import
-    os.environ.update(HF_HUB_OFFLINE="1", PIP_NO_INDEX="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
-                      HF_HUB_DISABLE_PROGRESS_BARS="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
-    import torch
-    import lm_eval.models.huggingface  # noqa: F401
-    import calib_prune.cli.app
-    import calib_prune.evaluation.scoring, calib_prune.generation.igsp, calib_prune.calibration.oit  # noqa: E401, F401
-    import calib_prune.study.results, calib_prune.study.keys, calib_prune.report.tables, calib_prune.style  # noqa: E401, F401
-    from calib_prune.model.tiny import tiny_llama
-    from calib_prune.pruning.walk import prune
-    assert Path(calib_prune.__file__).parent.parent == ROOT, calib_prune.__file__
-    torch.set_num_threads(1)  # threads would not survive a fork
-    prune(tiny_llama(), torch.ones(2, 16, dtype=torch.int64), "wanda")
+    warm()
+    import calib_prune.report.tables, calib_prune.style  # noqa: E401, F401
 
 
 @contextlib.contextmanager
