@@ -86,7 +86,7 @@ def test_a_skipped_try_is_not_a_passed_one(monkeypatch, capsys):
 
 # --- poison
 
-def poisoned_by(act, folder, seconds=5, **more):
+def poisoned_by(act, folder, seconds=120, **more):
     from tests.attack import Outcome
     found = poison.Poison("x", act, seconds=seconds, **more)
     def run():

@@ -59,10 +59,7 @@ def start(act: Callable[[], object], log: Path) -> int:
     if pid := os.fork(): return pid
     code = 70
     try:
-        nice = ""
-        with suppress(OSError): nice = Path("/proc/self/autogroup").read_text().split()[-1]
         os.setsid()
-        with suppress(OSError): Path("/proc/self/autogroup").write_text(nice)  # a new session forgets how modest this one is
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for fd in (1, 2): os.dup2(out, fd)
