@@ -59,7 +59,7 @@ def test_intervals_hold_the_truth_and_gains_of_mixing_are_seen():
     law = fit(x, noisy(truth(x.to_numpy()), 0.01))
     gains = super_additive(law, EVEN).set_index("dimension")
     assert (gains.ci_low > 0.05).all() and gains.value["Total"] == pytest.approx(gains.value[list(DIMENSIONS)].mean())
-    found = best_mix(law, "worst").set_index("dimension")
+    found = best_mix(law, dict(worst=1)).set_index("dimension")
     np.testing.assert_allclose(found.share, 0.25, atol=0.051)
     assert ((found.low <= found.share) & (found.share <= found.high)).all()
 
@@ -104,4 +104,5 @@ def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(CalibPruneError, match="'cubic'"): fit(x, np.zeros((3, 12, 4)), "cubic")
     law = fit(x, noisy(np.full((12, 4), 0.5)), "linear")
     with pytest.raises(CalibPruneError, match="'Coed'"): best_mix(law, dict(Coed=1))
-    with pytest.raises(CalibPruneError, match="'best'"): best_mix(law, "best")
+    with pytest.raises(CalibPruneError, match="'best'"): best_mix(law, dict(best=1))
+    with pytest.raises(CalibPruneError, match="at least one dimension"): best_mix(law, dict(Code=0))

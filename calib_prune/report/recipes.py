@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'GOALS', 'LEADS', 'KEPT', 'recipe_label', 'known_recipes', 'kept_by', 'lead_rows', 'families', 'holds',
-           'shortfalls', 'verdict', 'recipe_rows', 'recipe_text', 'lead_text', 'recipe_figure']
+           'shortfalls', 'verdict', 'recipe_rows', 'recipe_text', 'all_leads', 'lead_text', 'recipe_figure']
 
 # %% ../../nbs/8_report/24_recipes.ipynb #1ced91b3
 from collections.abc import Sequence
@@ -80,9 +80,10 @@ def verdict(recipe: Recipe, leads: dict[str, pd.DataFrame]) -> str:  # question 
 KEPT = ["recipe", "outcome", "value", "ci_low", "ci_high", "lead", "lead_low", "lead_high"]
 
 def recipe_rows(found: Replicates, base: Recipe) -> pd.DataFrame:  # columns `KEPT`; fractions
-    "What every recipe keeps, and its lead over one of them."
+    "What every recipe keeps, and its lead over one of them; without that one, nothing."
     rows = []
-    for recipe in known_recipes(found):
+    known = known_recipes(found)
+    for recipe in known if base in known else ():
         for name in OUTCOMES[:-1]:
             j = OUTCOMES.index(name)
             kept = kept_by(found, recipe)[:, j]
@@ -99,13 +100,17 @@ def recipe_text(rows: pd.DataFrame) -> pd.DataFrame:
         lines.append({"recipe": recipe} | {k: f"{100 * o.value[k]:.1f}" for k in OUTCOMES[:-1]} | more)
     return pd.DataFrame(lines)
 
-def lead_text(leads: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def all_leads(leads: dict[str, pd.DataFrame]) -> pd.DataFrame:  # question, then columns `LEADS`
+    "The families of several questions below each other; each keeps its own intervals."
+    named = [rows.assign(question=question) for question, rows in leads.items()]
+    return pd.concat(named, ignore_index=True)[["question", *LEADS]]
+
+def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
     "For people: leads with intervals that hold at once, by question."
     lines = []
-    for question, rows in leads.items():
-        for over, mine in rows.groupby("over", sort=False):
-            said = {o.goal: interval_text(o.value, o.all_low, o.all_high, "+") for o in mine.itertuples()}
-            lines.append(dict(question=question, over=over) | said)
+    for (question, recipe, over), mine in rows.groupby(["question", "recipe", "over"], sort=False):
+        said = {o.goal: interval_text(o.value, o.all_low, o.all_high, "+") for o in mine.itertuples()}
+        lines.append(dict(question=question, recipe=recipe, over=over) | said)
     return pd.DataFrame(lines)
 
 # %% ../../nbs/8_report/24_recipes.ipynb #8008e520
@@ -122,5 +127,6 @@ def recipe_figure(rows: pd.DataFrame, note: str = "") -> Figure:  # from `recipe
     total = rows[rows["outcome"] == "Total"]
     top = total.loc[total["value"].idxmax()]
     lead = interval_text(top["lead"], top["lead_low"], top["lead_high"], "+")
-    headline(figure, f"{top['recipe']} keeps most in total: {lead} points over {total['recipe'].iloc[0]}")
+    base = total.loc[total["lead"].abs().idxmin(), "recipe"]
+    headline(figure, f"{top['recipe']} keeps most in total: {lead} points over {base}")
     return annotate(figure, f"95% intervals over items and calibration draws. {note}")

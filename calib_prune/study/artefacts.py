@@ -68,6 +68,9 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("F12", "thirds", "Retention against perplexity within a source", "thirds"),
     Artefact("T14", "unseen", "What metrics predict at sources that they have not seen", "unseen", METRICS),
     Artefact("F13", "unseen", "Predicted against measured at unseen sources", "unseen", METRICS),
+    Artefact("T15", "recipes", "What each recipe of text and method keeps", "recipes"),
+    Artefact("T15", "leads", "Whether a recipe is better than today's use, and why", "recipes"),
+    Artefact("F14", "recipes", "Recipes, in total and in the worst dimension", "recipes"),
     Artefact("T10", "pruners", "Better pruners beside SparseGPT and Wanda", "pruners"),
     Artefact("T10", "gains", "What better pruners gain, by dimension and calibration set", "pruners"),
     Artefact("F9", "pruners", "What a better pruner gains against what it costs", "pruners"))}

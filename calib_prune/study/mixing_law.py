@@ -103,18 +103,16 @@ def super_additive(law: Law, mix: Mapping[str, float]) -> pd.DataFrame:  # dimen
     return pd.DataFrame(rows, columns=["dimension", "value", "ci_low", "ci_high"])
 
 def best_mix(law: Law,
-             need: Mapping[str, float] | str,  # weights of the dimensions; or "worst": the dimension that is kept least
+             need: Mapping[str, float],  # weights of the dimensions, and of "worst": the one that is kept least
              step: float = 0.05
             ) -> pd.DataFrame:  # dimension, share, low, high: the best share, and the range of those that may be best
     "The mix that suits a need best, and the shares of mixes that lie no further from it than noise (95 %, mix by mix)."
     grid = simplex(step)
     values = law._values(grid)
-    if need == "worst": worth = values.min(-1)
-    elif isinstance(need, str): raise unknown_name("need", need, ["worst"], "Or give weights of the dimensions.")
-    else:
-        weights = pd.Series(dict(need), dtype=float)
-        if odd := set(weights.index) - set(DIMENSIONS): raise unknown_name("dimension", sorted(odd)[0], DIMENSIONS)
-        worth = values @ weights.reindex(list(DIMENSIONS), fill_value=0.0).to_numpy()
+    known = [*DIMENSIONS, "worst"]
+    if odd := set(need) - set(known): raise unknown_name("dimension", sorted(odd)[0], known)
+    if not any(need.values()): raise CalibPruneError("A need gives at least one dimension a weight.")
+    worth = np.concatenate([values, values.min(-1, keepdims=True)], -1) @ np.array([need.get(k, 0.0) for k in known])
     top = worth[0].argmax()
     behind = worth[:, [top]] - worth
     possible = grid[np.quantile(behind[1:], 0.05, axis=0) <= 0]

@@ -1,0 +1,87 @@
+"Recipes: leads that hold at once, verdicts, and what the presets `better` and `better-qwen` promise."
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from calib_prune.core import DIMENSIONS
+from calib_prune.report.examples import example_preset, example_study
+from calib_prune.report.mixing import shares_of
+from calib_prune.report.recipes import all_leads, families, holds, known_recipes, lead_rows, lead_text, recipe_figure, recipe_rows, recipe_text, verdict
+from calib_prune.report.selection import measured
+from calib_prune.study.presets import load_preset
+from calib_prune.study.tuning import mix_of_shares
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE, REFERENCES = ("law", "admm"), ("uniform", "igsp")
+
+
+def made_up(more, gain=0.05, sd=0.003, seed=1):
+    study = {}
+    for method, plus in (("sparsegpt", 0.0), ("admm", gain)):
+        kept = {k: tuple(0.55 + 0.05 * d + v + plus for d in range(4)) for k, v in more.items()}
+        study |= example_study(kept, (method,), seeds=(0, 1, 2), n=1000, draw_sd=sd, seed=seed)
+    return measured(example_preset(study), study, 500).found
+
+
+def leads_of(found, recipe=RECIPE): return {k: lead_rows(found, o) for k, o in families(recipe, REFERENCES).items()}
+
+
+GOOD = made_up({"uniform": 0.04, "igsp": 0.0, "law": 0.12})
+
+
+def test_a_lead_is_a_paired_difference():
+    rows = leads_of(GOOD)["what the text adds"].set_index(["over", "goal"])
+    ours, theirs = GOOD.of("law", method="admm"), GOOD.of("igsp", method="admm")
+    assert rows.value["igsp, L-ADMM", "Total"] == pytest.approx(ours[0, 4] - theirs[0, 4])
+    np.testing.assert_allclose(rows.loc[("igsp, L-ADMM", "Total"), ["ci_low", "ci_high"]].astype(float), np.quantile((ours - theirs)[1:, 4], [.025, .975]))
+    assert len(rows) == 4 and (rows.all_low <= rows.ci_low).all() and (rows.all_high >= rows.ci_high).all()
+
+
+def test_better_is_said_of_what_is_better_alone():
+    assert all(map(holds, leads_of(GOOD).values())) and verdict(RECIPE, leads_of(GOOD)).endswith("better than all that it is compared with.")
+    same = leads_of(made_up({"uniform": 0.12, "igsp": 0.0, "law": 0.12}))
+    assert holds(same["beside today's use"]) and not holds(same["what the text adds"])
+    assert "what the text adds" in verdict(RECIPE, same) and "over uniform, L-ADMM" in verdict(RECIPE, same) and "igsp" not in verdict(RECIPE, same)
+
+
+def test_a_lead_within_noise_is_none():
+    noisy = made_up({"uniform": 0.04, "igsp": 0.0, "law": 0.05}, gain=0.0, sd=0.05)
+    assert "not shown to be better" in verdict(RECIPE, leads_of(noisy))
+
+
+def test_what_has_not_been_run_decides_nothing():
+    missing = ("law", "alps")
+    found = leads_of(GOOD, missing)
+    assert not any(map(len, found.values())) and "Not all" in verdict(missing, found) and not holds(found["what the text adds"])
+    assert recipe_rows(GOOD, ("c4", "sparsegpt")).empty and lead_text(all_leads(found)).empty
+
+
+def test_tables_hold_every_recipe_and_the_figure_names_the_best():
+    rows = recipe_rows(GOOD, ("uniform", "sparsegpt"))
+    text = recipe_text(rows)
+    assert len(text) == len(known_recipes(GOOD)) == 6 and set(DIMENSIONS) < set(text)
+    pooled = lead_text(all_leads(leads_of(GOOD)))
+    assert pooled.question.value_counts().to_dict() == {"beside today's use": 2, "what the text adds": 2}
+    figure = recipe_figure(rows)
+    assert figure._suptitle.get_text().startswith("law, L-ADMM keeps most in total") and figure._suptitle.get_text().endswith("over uniform, SparseGPT")
+
+
+# --- the presets
+
+@pytest.mark.parametrize("name", ["better", "better-qwen"])
+def test_the_recipe_is_the_mix_that_the_law_names_and_is_judged_by_other_items(name):
+    preset, learnt = (load_preset(ROOT / f"presets/{o}.yaml") for o in (name, "mixes"))
+    best = pd.read_csv(ROOT / "figures/mixes/T12-best.csv").query("need == 'all alike, and the worst'").set_index("dimension").share
+    assert preset["strategies"]["law"] == mix_of_shares(best.to_dict())
+    assert sum(shares_of(preset["strategies"]["law"], preset["calibration"]["windows"]).values()) == 1
+    assert preset["scoring"]["skip"] >= max(learnt["scoring"]["limit"].values())
+    assert preset["calibration"] == learnt["calibration"]
+
+
+@pytest.mark.parametrize("name", ["better", "better-qwen"])
+def test_no_item_of_a_recipe_taught_the_law(name):
+    items = lambda o: set(pd.read_parquet(o)[["task", "item"]].itertuples(index=False)) if o.is_file() else set()
+    learnt, judged = (items(ROOT / f"results/{o}/dense.items.parquet") for o in ("mixes", name))
+    assert learnt and not learnt & judged
