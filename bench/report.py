@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from calib_prune.report.plots import annotate, headline
 
 # By bench.run, and by bench.writing:
-FILES = ("bfloat16", "busy", "errors", "growth", "kernel", "limit", "memory", "prune", "score", "second", "start")
+FILES = ("ability", "bfloat16", "busy", "errors", "growth", "kernel", "limit", "memory", "prune", "score", "second", "start")
 WRITING = "writing"
 COLUMNS = ("ours", "plain", "llm-compressor", "lm-eval", "generate", "generate, one by one", "limit")
 COLOURS = dict(zip(COLUMNS, sns.color_palette("colorblind", len(COLUMNS)), strict=True))
@@ -87,6 +87,15 @@ def prune_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
                   **{k: 100 * v for k, v in by_who(errors, "mean").items()}},
                  {"measure": f"{name}, weights pruned", "unit": "%",
                   **{k: 100 * v for k, v in by_who(errors, "sparsity").items()}}]
+    return rows
+
+
+def ability_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
+    "What each implementation's models keep."
+    rows = []
+    for (method, part), mine in results["ability"].groupby(["method", "part"], sort=False):
+        name = f"{NAMES[method]}, kept {'in total' if part == 'total' else f'of {part}'}, answer bits"
+        rows.append({"measure": name, "unit": "%", **{k: 100 * v for k, v in by_who(mine, "value").items()}})
     return rows
 
 
@@ -166,7 +175,7 @@ def memory_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
 
 def measure_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
     "Medians of everything measured, one column per implementation."
-    parts = (kernel_rows, prune_rows, score_rows, second_rows, busy_rows, start_rows, writing_rows, memory_rows)
+    parts = (kernel_rows, prune_rows, ability_rows, score_rows, second_rows, busy_rows, start_rows, writing_rows, memory_rows)
     rows = [row for part in parts for row in part(results)]
     return pd.DataFrame(rows).reindex(columns=["measure", "unit", *COLUMNS])
 

@@ -229,6 +229,26 @@ def errors(source: str = "c4", windows: int = 32, length: int = 512, layers: Lay
     put(rows)
 
 
+@app.command()
+def ability(choice: int, bpb: int, layers: Layers = 30, model: Model = MODEL) -> None:
+    "What every saved result keeps, in answer bits, by dimension and in total."
+    from safetensors.torch import load_file
+
+    from calib_prune.evaluation.retention import retention
+    from calib_prune.evaluation.scoring import evaluate
+    loaded, tokenizer = load(model, layers)
+    def scored(): return evaluate(loaded, tokenizer, "default", limit=dict(choice=choice, bpb=bpb))
+    dense, rows = scored(), []
+    for method in METHODS:
+        for who in WHO:
+            odd = loaded.load_state_dict(load_file(weight_file(method, who)), strict=False)
+            assert not odd.unexpected_keys, odd.unexpected_keys
+            kept = retention(dense, scored(), measure="answer-bits")
+            rows += [dict(who=who, method=method, part=o.name, value=o.retention, ci_low=o.ci_low, ci_high=o.ci_high)
+                     for o in kept[kept.level != "task"].itertuples()]
+    put(rows)
+
+
 @contextmanager
 def recorded_requests() -> Iterator[list]:
     "Inside, what our scoring is asked to compute is noted."
@@ -448,6 +468,7 @@ def steps(plan: Plan) -> Iterator[Step]:
     for d in plan.squares: yield own("kernel", dict(what=f"square {d}"), "kernel", "--square", d, "--rounds", plan.rounds)
     yield from whole_steps(plan)
     yield own("errors", dict(what="saved results"), "errors", *size)
+    yield own("ability", dict(what="saved results"), "ability", *(4 * o for o in plan.items), "--layers", plan.layers)
     yield own("score", dict(who="agreement", turn=0), "agree")
     for more in (busy_steps, bfloat16_steps, second_steps): yield from more(plan)
     yield Step("start", dict(what="a cell before its work"), ["-m", "bench.start"])
