@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tokenize import TokenError
 from typing import IO, Any, Iterable, Iterator, Mapping, Protocol
-from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -27,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..core import (DIMENSIONS, CalibPruneError, as_fraction, cache_dir, check_number,
-                              content_hash, damaged, write_atomic)
+                              content_hash, damaged, whole_file, write_atomic)
 from ..model.loading import end_of_text_id
 from .sources import SUITE, get_source
 
@@ -182,14 +181,11 @@ KEPT = 2  # version of the kept files; raise it to have them made again. No resu
 def _write_array(path: Path, raw: IO[bytes]  # int32
                 ) -> None:
     "Move raw numbers into a NumPy file, so that a reader never meets half of it."
-    size, part = raw.tell() // 4, path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
+    size = raw.tell() // 4
     raw.seek(0)
-    try:
-        with open(part, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, dict(descr="<i4", fortran_order=False, shape=(size,)))
-            shutil.copyfileobj(raw, file)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="<i4", fortran_order=False, shape=(size,)))
+        shutil.copyfileobj(raw, file)
 
 # %% ../../nbs/3_calibration/03_sets.ipynb #9047c17c
 def _keep_stream(documents: Iterable[str], tokenizer, files: list[Path]) -> None:

@@ -14,20 +14,19 @@ from typing import Annotated, Any, Iterator, Optional
 import typer
 
 from .output import JsonOption, bars, finite, print_json, show_table
-from ..core import CalibPruneError, check_number, only_run, parts_of, unknown_name
+from ..core import CalibPruneError, check_number, only_run, unknown_name
 
 # %% ../../nbs/9_cli/07_generate.ipynb #926867ca
 @contextmanager
 def claimed(output: str) -> Iterator[tuple[Path, Path, bool]]:  # file, journal, whether a run was interrupted
     "Lock a file, so that only this run writes it."
-    from calib_prune.generation.writing import check_target, report_of
+    from calib_prune.generation.writing import check_target
     journal = (path := check_target(output, resumed=True)).with_name(f"{path.name}.partial")
     check_target(output, resumed=journal.exists())
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise CalibPruneError(f"Cannot make the folder of {path}: {e.strerror}.") from e
     with only_run(path.with_name(f".{path.name}.lock"), path):
         check_target(output, resumed=(resumed := journal.exists()))  # a run that has just ended may have written it
-        for part in [o for file in (path, journal, report_of(path)) for o in parts_of(file)]: part.unlink(missing_ok=True)
         yield path, journal, resumed
 
 # %% ../../nbs/9_cli/07_generate.ipynb #6c133ca7

@@ -266,12 +266,13 @@ def _take_back(folder: Path) -> None:
     (folder / PART).unlink(missing_ok=True)
 
 def _publish(part: Path, folder: Path, inside: bool) -> None:  # inside: is the part folder in the output folder?
-    "Move what was saved to where it belongs, the record last."
+    "Move what was saved to where it belongs: the record last, before it the configuration, without which nothing loads a model."
     if not inside:
         part.rename(folder)
         (folder / PART).unlink()
         return
-    files = sorted((o for o in part.iterdir() if o.name != PART), key=lambda o: o.name == RECORD)
+    order = ("config.json", RECORD)
+    files = sorted((o for o in part.iterdir() if o.name != PART), key=lambda o: order.index(o.name) if o.name in order else -1)
     (folder / PART).write_text(json.dumps([o.name for o in files]))  # a kill from here on leaves what the next run removes
     for file in files: file.rename(folder / file.name)
     (folder / PART).unlink()

@@ -63,6 +63,9 @@ def check_checkpoint(folder: str | Path
                     ) -> dict[str, Any] | None:  # its marker; None for a folder that is absent or empty
     "Refuse a folder that holds anything without the marker of a checkpoint. Call it before any work."
     folder = as_path(folder, "a checkpoint folder")
+    try: str(folder).encode()
+    except UnicodeEncodeError as e:
+        raise CalibPruneError(f"Checkpoint {ascii(str(folder))[1:-1]} cannot be kept: its name is not UTF-8.") from e
     if folder.exists() and not folder.is_dir():
         raise CalibPruneError(f"Checkpoint {folder} is not a folder: choose another name.")
     there = {o.name for o in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
@@ -89,11 +92,14 @@ def _restore(file: Path, layer: nn.Module,
             ) -> list[LinearReport]:
     "Copy the parameters in a file into a layer; returns the file's reports."
     try:
-        with safe_open(file, "pt") as kept:
-            told, weights = kept.metadata(), {name: kept.get_tensor(name) for name in kept.keys()}
+        with safe_open(file, "pt") as held:
+            told, weights = held.metadata(), {name: held.get_tensor(name) for name in held.keys()}
         if told["run"] != run: raise ValueError("it is of another run")
         if told["content"] != layer_hash(weights, told["reports"]): raise ValueError("its bytes have changed")
-        for name, p in layer.named_parameters(): p.data.copy_(weights[name])
+        for name, p in layer.named_parameters():
+            kept = weights[name]
+            if (kept.shape, kept.dtype) != (p.shape, p.dtype): raise ValueError(f"its {name} has another shape or type")
+            p.data.copy_(kept)
         return [LinearReport(**r) for r in json.loads(told["reports"])]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
         raise CalibPruneError(f"{file} is damaged ({e}): remove it, and that layer is pruned again.") from e
