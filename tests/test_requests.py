@@ -114,3 +114,10 @@ def test_only_cuda_on_several_gpus_is_claimed(monkeypatch, tmp_path):
     gpus._held.close()
     monkeypatch.setattr(gpus.torch.cuda, "device_count", lambda: 1)
     assert gpus.claimed_gpu("cuda") == "cuda"
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    (log := tmp_path / "snakemake.log").write_text("    log: results/x/notebooks/a.ipynb, results/x/notebooks/a.log (check log file(s) for error details)\n")
+    assert "No space" not in cli.failure_report(log)
+    monkeypatch.setattr("shutil.disk_usage", lambda o: type("usage", (), dict(free=1000)))
+    assert f"a. Everything else is kept. No space left on the disk of {tmp_path}" in cli.failure_report(log)

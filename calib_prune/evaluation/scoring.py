@@ -13,6 +13,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from errno import ENOENT
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -178,8 +179,10 @@ def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
     if foreign: raise CalibPruneError(f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
     try: return TaskManager(include_path=folders, include_defaults=False).load(names)["tasks"]
     except (OSError, ValueError, DatasetGenerationError) as e:
-        why: BaseException = e
-        while reason := why.__cause__ or why.__context__: why = reason
+        found: list[BaseException] = [e]
+        for o in found: found += [c for c in (o.__cause__, o.__context__) if c and c not in found]
+        # A file may be missing because another one could not be written.
+        why = next((o for o in reversed(found) if isinstance(o, OSError) and o.errno not in (None, ENOENT)), found[-1])
         said = str(getattr(why, "strerror", None) or why).rstrip(".")
         raise CalibPruneError(f"Cannot keep the tasks in {Path(folders[0]).parent}: {said}. Make room there, remove that folder, "
                               "or set CALIB_PRUNE_CACHE to a folder on another disk.") from e

@@ -190,7 +190,7 @@ def run_study(disk, inputs):
     said, log = done.stdout + done.stderr, root / "results/tiny/snakemake.log"
     kind = "traceback" if "Traceback" in said else "done" if done.returncode == 0 else "refused"
     more = log.read_text()[-3000:] if done.returncode and log.is_file() else ""  # the folder is gone when a failure is read
-    return [kind, more + said[-1500:]]
+    return [kind, said[-1500:] + more]
 
 
 JOBS = (
@@ -209,7 +209,7 @@ JOBS = (
     Job("new-study", lambda d, i: alone.say("new-study", d / "study", "--model", i / "model", "--calibration", i / "text.txt"), again=False),
     Job("fetch", fetch_wheels, 6, 1, stays=r"cache/\.lock$", varies=r"manifest\.json$", seconds=120),
     Job("kernel cache", with_cache(compile_kernel), 4, 1, varies=r"kernels/", prepare=lambda d, i: (d / "cache").mkdir()),
-    Job("reproduce", with_cache(run_study), 3, 0, prepare=lambda d, i: (checkout(d, i), fill_cache(d, i)), where="checkout/results", seconds=400,
+    Job("reproduce", with_cache(run_study), 3, 0, prepare=fill_cache, where="checkout/results", seconds=400,
         stays=r"", varies=r""),
 )
 
@@ -281,11 +281,11 @@ def on_disk(job: Job, inputs: Path, size: int, files: int = 0) -> dict[str, Any]
     "In a fork: a job on a small disk, and again when there is room."
     disk = place_of(job, inputs)
     alone.private_mounts()
-    if job.where: job.prepare(inputs / "cache-of-it", inputs) if (inputs / "cache-of-it").mkdir() else None
+    if job.where: checkout(disk, inputs)
     disk.mkdir(parents=True, exist_ok=True)
     alone.small_disk(disk, PLENTY)
     (disk / MINE).write_text("mine")
-    if not job.where: job.prepare(disk, inputs)
+    job.prepare(disk, inputs)
     base, count = used(disk)
     if size != PLENTY: alone.small_disk(disk, base + size, count + files if files else 1 << 16)
     os.chdir(inputs)
