@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Text', 'Name', 'Count', 'Positive', 'Sparsity', 'Seed', 'parse_sparsity', 'Form', 'CalibrationForm', 'PruningForm',
            'ScoringForm', 'HeldoutForm', 'HardwareForm', 'BlockForm', 'PresetForm', 'shown_value', 'load_preset',
-           'Cell', 'protocol_of', 'mix_of', 'cells', 'find_cell', 'seeds_of', 'measured_strategies']
+           'at_root', 'Cell', 'protocol_of', 'mix_of', 'cells', 'find_cell', 'seeds_of', 'measured_strategies']
 
 # %% ../../nbs/7_study/01_presets.ipynb #72bfea6f
+import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -179,6 +180,14 @@ def load_preset(path: str | Path) -> dict[str, Any]:
     except ValidationError as e: raise CalibPruneError(f"Preset {path} is wrong:\n  {_wrong(e.errors())}") from e
     except RecursionError as e: raise CalibPruneError(f"Preset {path} is wrong: it contains itself.") from e
     return preset
+
+# %% ../../nbs/7_study/01_presets.ipynb #ad292caa
+def at_root() -> Path:
+    "Go up to the root of the study that the current folder is a part of; outside of a study, stay."
+    here = Path.cwd()
+    root = next((o for o in (here, *here.parents) if (o / "nbs/paper/prune_and_score.ipynb").is_file()), here)
+    os.chdir(root)
+    return root
 
 # %% ../../nbs/7_study/01_presets.ipynb #fb1b5399
 @dataclass(frozen=True)
