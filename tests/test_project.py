@@ -74,6 +74,13 @@ def test_parameter_cells_hold_literals_only(path):
         ast.literal_eval(statement.value)
 
 
+def test_paper_notebooks_find_the_root_before_they_read():
+    "JupyterLab starts them in their own folder."
+    for path in sorted(ROOT.glob("nbs/paper/*.ipynb")):
+        code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+        if path.stem != "own_study": assert "\nat_root()" in re.split(r"load_preset\(|load_results\(", code)[0], path.name
+
+
 def test_paper_notebooks_are_committed_without_outputs():
     "Their results belong to a run, not to the source."
     for path in ROOT.glob("nbs/paper/*.ipynb"):
