@@ -28,6 +28,7 @@ def made_up(more, gain=0.05, sd=0.003, seed=1):
 def leads_of(found, recipe=RECIPE): return {k: lead_rows(found, o) for k, o in families(recipe, REFERENCES).items()}
 
 
+TEXTS = dict(strategies={"uniform": "uniform", "igsp": "generated:igsp", "law": "c4=1,codeio=3"})
 GOOD = made_up({"uniform": 0.04, "igsp": 0.0, "law": 0.12})
 
 
@@ -55,17 +56,19 @@ def test_what_has_not_been_run_decides_nothing():
     missing = ("law", "alps")
     found = leads_of(GOOD, missing)
     assert not any(map(len, found.values())) and "Not all" in verdict(missing, found) and not holds(found["what the text adds"])
-    assert recipe_rows(GOOD, ("c4", "sparsegpt")).empty and lead_text(all_leads(found)).empty
+    assert recipe_rows(TEXTS, GOOD, ("c4", "sparsegpt")).empty and lead_text(all_leads(found)).empty
 
 
 def test_tables_hold_every_recipe_and_the_figure_names_the_best():
-    rows = recipe_rows(GOOD, ("uniform", "sparsegpt"))
+    rows = recipe_rows(TEXTS, GOOD, ("uniform", "sparsegpt"))
     text = recipe_text(rows)
     assert len(text) == len(known_recipes(GOOD)) == 6 and set(DIMENSIONS) < set(text)
+    assert rows.drop_duplicates("recipe").method.tolist() == ["SparseGPT"] * 3 + ["L-ADMM"] * 3
+    assert set(rows.kind[rows.recipe.str.startswith("igsp")]) == {"self-generated"} and set(rows.kind) == {"mix", "self-generated"}
     pooled = lead_text(all_leads(leads_of(GOOD)))
     assert pooled.question.value_counts().to_dict() == {"beside today's use": 2, "what the text adds": 2}
     figure = recipe_figure(rows)
-    assert figure._suptitle.get_text().startswith("law, L-ADMM keeps most in total") and figure._suptitle.get_text().endswith("over uniform, SparseGPT")
+    assert figure._suptitle.get_text().startswith("Most in total: law, L-ADMM, ") and figure._suptitle.get_text().endswith("over uniform, SparseGPT")
 
 
 # --- the presets

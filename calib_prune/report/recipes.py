@@ -15,10 +15,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .comparison import kind_of
 from .plots import WIDTH, annotate, check_rows, headline, method_label
 from .statistics import OUTCOMES, Replicates, simultaneous
 from .tables import interval_text, listed
 from ..resampling import interval
+from ..style import MARKERS, colour_of, legend_above
 
 # %% ../../nbs/8_report/24_recipes.ipynb #bbfb8e03
 Recipe = tuple[str, str]  # strategy, method
@@ -77,18 +79,19 @@ def verdict(recipe: Recipe, leads: dict[str, pd.DataFrame]) -> str:  # question 
     return f"{recipe_label(recipe)} is not shown to be better everywhere; {'; '.join(said)}."
 
 # %% ../../nbs/8_report/24_recipes.ipynb #e9ca89a7
-KEPT = ["recipe", "outcome", "value", "ci_low", "ci_high", "lead", "lead_low", "lead_high"]
+KEPT = ["recipe", "method", "kind", "outcome", "value", "ci_low", "ci_high", "lead", "lead_low", "lead_high"]
 
-def recipe_rows(found: Replicates, base: Recipe) -> pd.DataFrame:  # columns `KEPT`; fractions
-    "What every recipe keeps, and its lead over one of them; without that one, nothing."
-    rows = []
-    known = known_recipes(found)
-    for recipe in known if base in known else ():
+def recipe_rows(preset: dict[str, Any], found: Replicates, base: Recipe) -> pd.DataFrame:  # columns `KEPT`; fractions
+    "What every recipe keeps, by method, and its lead over one of them; without that one, nothing."
+    rows, known = [], known_recipes(found)
+    methods = list(dict.fromkeys(method for _, method in known))
+    for recipe in sorted(known, key=lambda o: methods.index(o[1])) if base in known else ():
+        about = recipe_label(recipe), method_label(recipe[1]), kind_of(preset, recipe[0], "")
         for name in OUTCOMES[:-1]:
             j = OUTCOMES.index(name)
             kept = kept_by(found, recipe)[:, j]
             lead = kept - kept_by(found, base)[:, j]
-            rows.append((recipe_label(recipe), name, kept[0], *interval(kept[1:]), lead[0], *interval(lead[1:])))
+            rows.append((*about, name, kept[0], *interval(kept[1:]), lead[0], *interval(lead[1:])))
     return pd.DataFrame(rows, columns=KEPT)
 
 def recipe_text(rows: pd.DataFrame) -> pd.DataFrame:
@@ -115,18 +118,20 @@ def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
 
 # %% ../../nbs/8_report/24_recipes.ipynb #8008e520
 def recipe_figure(rows: pd.DataFrame, note: str = "") -> Figure:  # from `recipe_rows`
-    "What each recipe keeps in total and in the worst dimension."
+    "What each recipe keeps in total and in the worst dimension, by method."
     check_rows(rows, "recipes")
-    names = list(dict.fromkeys(rows["recipe"]))[::-1]
-    figure, axes = plt.subplots(1, len(GOALS), figsize=(WIDTH, 0.9 + 0.3 * len(names)), layout="constrained", sharey=True)
+    first = rows.drop_duplicates("recipe").reset_index(drop=True)
+    heights = -(first.index + 0.7 * first.groupby("method", sort=False).ngroup())  # a gap between methods
+    figure, axes = plt.subplots(1, len(GOALS), figsize=(WIDTH, 1.2 + 0.25 * len(first)), layout="constrained", sharey=True)
     for ax, goal in zip(axes, GOALS):
-        mine: Any = rows[rows["outcome"] == goal].set_index("recipe").loc[names]
-        reach = 100 * np.stack([mine["value"] - mine["ci_low"], mine["ci_high"] - mine["value"]])
-        ax.errorbar(100 * mine["value"], range(len(names)), xerr=reach, fmt="o", color="C0", markersize=5, linewidth=1.1)
-        ax.set(xlabel=f"kept {GOALS[goal]}, %", yticks=range(len(names)), yticklabels=names)
+        mine: Any = 100 * rows[rows["outcome"] == goal][["value", "ci_low", "ci_high"]].reset_index(drop=True)
+        ax.hlines(heights, mine["ci_low"], mine["ci_high"], color="0.4", linewidth=1.1)
+        for kind in first["kind"].unique():
+            at = first["kind"] == kind
+            ax.plot(mine["value"][at], heights[at], MARKERS[kind], color=colour_of(kind), markersize=6)
+        ax.set(xlabel=f"kept {GOALS[goal]}, %", yticks=heights, yticklabels=first["recipe"])
+    legend_above(figure, first["kind"])
     total = rows[rows["outcome"] == "Total"]
-    top = total.loc[total["value"].idxmax()]
-    lead = interval_text(top["lead"], top["lead_low"], top["lead_high"], "+")
-    base = total.loc[total["lead"].abs().idxmin(), "recipe"]
-    headline(figure, f"{top['recipe']} keeps most in total: {lead} points over {base}")
-    return annotate(figure, f"95% intervals over items and calibration draws. {note}")
+    top, base = total.loc[total["value"].idxmax()], total.loc[total["lead"].abs().idxmin(), "recipe"]
+    headline(figure, f"Most in total: {top['recipe']}, {100 * top['lead']:.1f} points over {base}")
+    return annotate(figure, note)
