@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from calib_prune.data import fetch as fetch_module
-from calib_prune.core import CalibPruneError, file_sha256, write_atomic
+from calib_prune.core import HOST, CalibPruneError, file_sha256, write_atomic
 from calib_prune.data.fetch import cached, fetch, joined, wanted
 from calib_prune.data.files import documents, read_jsonl, write_jsonl
 from calib_prune.data.wheels import (BENCHMARKS, ENTRIES, NAMED_MODELS, PINS, QWEN_CODER, Entry, HubFile, Wheel, boxed, humaneval,
@@ -131,7 +131,9 @@ def test_a_pipe_in_the_cache_is_not_waited_for(world, name):
 
 def test_what_a_killed_fetch_was_writing_is_removed(world):
     fetch(**world)
-    (world["root"] / ".manifest.json.0123abcd.part").touch()
+    (world["root"] / f".manifest.json.{HOST}abcde.part").touch()
+    (old := world["root"] / ".manifest.json.0123abcd.part").touch()  # of another machine
+    os.utime(old, (0, 0))
     fetch(**world)
     assert {o.name for o in world["root"].iterdir()} == {"sources", "benchmarks", "models", "manifest.json", ".lock"}
 

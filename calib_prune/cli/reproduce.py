@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Optional
 
 import typer
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from .output import JsonOption, print_json, show_table
-from ..core import CalibPruneError, as_path, cache_dir, check_number, only_run, unknown_name
+from ..core import CalibPruneError, as_path, cache_dir, check_number, only_run, temporary_folder, unknown_name
 from ..progress import StageBar, new_bars, read_progress
 from ..study.preload import warm_process
 
@@ -172,12 +171,14 @@ def check_profile(name: str,  # a folder, or one in profiles/
 def named_user() -> Iterator[None]:
     "See to it that whatever runs inside finds a name of its user and a home folder that can be written."
     before = dict(os.environ)
-    with TemporaryDirectory(prefix="calib-prune-home-") as folder:
+    with temporary_folder("calib-prune-home-") as folder:
         try: getpass.getuser()
         except (KeyError, OSError): os.environ["LOGNAME"] = str(os.getuid())
-        try: writable = os.access(Path.home(), os.W_OK)
-        except RuntimeError: writable = False
-        if not writable: os.environ.update(CALIB_PRUNE_CACHE=str(cache_dir()), HOME=folder)
+        try: home = Path.home()
+        except RuntimeError: home = Path("/dev/null")
+        if not os.access(home, os.W_OK) or not home.is_dir():
+            hub = os.environ.get("HF_HOME") or str(home / ".cache/huggingface")  # models that lie there are still to be found
+            os.environ.update(CALIB_PRUNE_CACHE=str(cache_dir()), HF_HOME=hub, HOME=folder)
         try: yield
         finally:
             os.environ.clear()
@@ -249,7 +250,7 @@ def reproduce(
         left = left_to_do(study, results, again)
     if dry_run:
         from calib_prune.study.cost import estimate
-        done = subprocess.run([*command, "--dry-run"], cwd=root)
+        with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)
         if not tables_only:
             show_table(left_table(left), f"What is left to do in {results}")
             show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")

@@ -71,9 +71,12 @@ def shortfalls(leads: pd.DataFrame) -> str:
     points = [interval_text(o.value, o.all_low, o.all_high, "+") for o in short.itertuples()]
     return listed(f"{GOALS[o.goal]} over {o.over} ({said})" for o, said in zip(short.itertuples(), points))
 
-def verdict(recipe: Recipe, leads: dict[str, pd.DataFrame]) -> str:  # question → rows
+def verdict(recipe: Recipe, leads: dict[str, pd.DataFrame],  # question → rows
+            questions: dict[str, list[tuple[Recipe, Recipe]]]  # from `families`
+           ) -> str:
     "What the intervals say of a recipe."
-    if not all(len(o) for o in leads.values()): return "Not all of the models that are compared have been run."
+    if any(len(leads[k]) < len(o) * len(GOALS) for k, o in questions.items()):
+        return f"Of {recipe_label(recipe)} nothing is decided: not all of the models that are compared have been run."
     if all(holds(o) for o in leads.values()): return f"{recipe_label(recipe)} is better than all that it is compared with."
     said = [f"{question}: {shortfalls(o)}" for question, o in leads.items() if not holds(o)]
     return f"{recipe_label(recipe)} is not shown to be better everywhere; {'; '.join(said)}."
@@ -117,7 +120,8 @@ def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
     return pd.DataFrame(lines)
 
 # %% ../../nbs/8_report/24_recipes.ipynb #8008e520
-def recipe_figure(rows: pd.DataFrame, note: str = "") -> Figure:  # from `recipe_rows`
+def recipe_figure(rows: pd.DataFrame, base: Recipe,  # as for `recipe_rows`, which gives the rows
+                  note: str = "") -> Figure:
     "What each recipe keeps in total and in the worst dimension, by method."
     check_rows(rows, "recipes")
     first = rows.drop_duplicates("recipe").reset_index(drop=True)
@@ -132,6 +136,7 @@ def recipe_figure(rows: pd.DataFrame, note: str = "") -> Figure:  # from `recipe
         ax.set(xlabel=f"kept {GOALS[goal]}, %", yticks=heights, yticklabels=first["recipe"])
     legend_above(figure, first["kind"])
     total = rows[rows["outcome"] == "Total"]
-    top, base = total.loc[total["value"].idxmax()], total.loc[total["lead"].abs().idxmin(), "recipe"]
-    headline(figure, f"Most in total: {top['recipe']}, {100 * top['lead']:.1f} points over {base}")
+    top = total.loc[total["value"].idxmax()]
+    more = f", {100 * top['lead']:.1f} points over {recipe_label(base)}" if top["recipe"] != recipe_label(base) else ""
+    headline(figure, f"Most in total: {top['recipe']}{more}")
     return annotate(figure, note)

@@ -86,7 +86,7 @@ def how(found: list[str], may_lack: bool) -> str:
     if kind == "done": return ""
     plain = any(o in said for o in ("CALIB_PRUNE_CACHE", "home directory", "calib-prune fetch", "TMPDIR", "Permission denied"))
     if may_lack and kind == "refused" and plain: return ""
-    return f"{kind}: {said[-3500:]}"
+    return f"{kind}: {said[-500:]}"
 
 
 # --- what one user leaves for another
