@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from calib_prune.report.plots import annotate, headline
 
 # By bench.run, and by bench.writing:
-FILES = ("ability", "bfloat16", "busy", "errors", "growth", "kernel", "limit", "memory", "prune", "score", "second", "start")
-WRITING = "writing"
+FILES = ("bfloat16", "busy", "errors", "growth", "kernel", "limit", "memory", "prune", "score", "second", "start")
+WRITING, ABILITY = "writing", "ability"  # ability is no time: it may be of a later state of the code
 COLUMNS = ("ours", "plain", "llm-compressor", "lm-eval", "generate", "generate, one by one", "limit")
 COLOURS = dict(zip(COLUMNS, sns.color_palette("colorblind", len(COLUMNS)), strict=True))
 NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda"}
@@ -26,7 +26,7 @@ def load_results(folder: str | Path) -> dict[str, pd.DataFrame]:
         file = Path(folder) / f"{name}.json"
         if name == "bfloat16" and not file.is_file(): return []  # measured where the processor has such products
         return json.loads(file.read_text())["rows"]
-    return {o: pd.DataFrame(rows(o)) for o in (*FILES, WRITING)}
+    return {o: pd.DataFrame(rows(o)) for o in (*FILES, WRITING, ABILITY)}
 
 
 def describe_machine(folder: str | Path) -> str:
@@ -93,7 +93,7 @@ def prune_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
 def ability_rows(results: dict[str, pd.DataFrame]) -> list[dict]:
     "What each implementation's models keep."
     rows = []
-    for (method, part), mine in results["ability"].groupby(["method", "part"], sort=False):
+    for (method, part), mine in results[ABILITY].groupby(["method", "part"], sort=False):
         name = f"{NAMES[method]}, kept {'in total' if part == 'total' else f'of {part}'}, answer bits"
         rows.append({"measure": name, "unit": "%", **{k: 100 * v for k, v in by_who(mine, "value").items()}})
     return rows

@@ -158,8 +158,8 @@ def test_results_are_of_one_state():
 def test_tables_hold_every_measurement():
     found = load_results(RESULTS)
     measures, targets, growth = measure_table(found), target_table(found), growth_table(found)
-    pruning, scoring, second, busy, start, writing = 10, 3, 2, 6, 2, 1
-    rows = pruning + scoring + second + busy + start + writing + len(found["kernel"]) + len(found["memory"])
+    pruning, ability, scoring, second, busy, start, writing = 10, 10, 3, 2, 6, 2, 1
+    rows = pruning + ability + scoring + second + busy + start + writing + len(found["kernel"]) + len(found["memory"])
     assert len(measures) == rows and measures["ours"].notna().all()
     assert targets["measured"].notna().all() and len(growth) == len(found["growth"])
 
