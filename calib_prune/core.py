@@ -135,8 +135,8 @@ def only_run(path: Path,     # the lock file; its folder must exist
         finally: os.close(fd)
 
 # %% ../nbs/00_core.ipynb #efd1cfdf
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:3]
-PATIENCE = 3600  # seconds
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:3]  # the machine that a part is from
+PATIENCE = 3600  # seconds that a part of another machine is left alone
 
 def parts_of(path: Path) -> list[Path]:
     "The parts of a file: of runs that are writing it, and of runs that were killed."

@@ -8,9 +8,10 @@ import pytest
 from calib_prune.core import DIMENSIONS
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.mixing import shares_of
-from calib_prune.report.recipes import all_leads, families, holds, known_recipes, lead_rows, lead_text, recipe_figure, recipe_rows, recipe_text, verdict
+from calib_prune.report.recipes import all_leads, families, holds, known_recipes, lead_rows, lead_text, recipe_figure, recipe_rows, recipe_text, verdict, without_shared
 from calib_prune.report.selection import measured
 from calib_prune.study.presets import load_preset
+from calib_prune.study.results import Result
 from calib_prune.study.tuning import mix_of_shares
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,14 @@ def test_tables_hold_every_recipe_and_the_figure_names_the_best():
     figure = recipe_figure(rows, ("uniform", "sparsegpt"))
     assert figure._suptitle.get_text().startswith("Most in total: law, L-ADMM, ") and figure._suptitle.get_text().endswith("over uniform, SparseGPT")
     assert recipe_figure(recipe_rows(TEXTS, GOOD, RECIPE), RECIPE)._suptitle.get_text() == "Most in total: law, L-ADMM"
+
+
+def test_shared_problems_are_left_out_where_a_source_shares_them():
+    def scored(sources):
+        items = pd.DataFrame(dict(task=["mbpp", "gsm8k", "sciq"]))
+        return {k: Result(dict(calibration=c), pd.DataFrame(), items, {}) for k, c in (("dense", None), ("x", dict(counts=sources)))}
+    left = lambda sources: [*map(list, (r.items.task for r in without_shared(scored(sources)).values()))]
+    assert left({"polyglot": 3}) == [["gsm8k", "sciq"]] * 2 and left({"c4": 3}) == [["mbpp", "gsm8k", "sciq"]] * 2
 
 
 # --- the presets
