@@ -449,7 +449,8 @@ def test_an_error_of_one_item_reaches_the_caller_and_threads_are_as_before(monke
 
 
 FORK = """
-import signal, threading
+import signal, threading, torch
+torch.set_num_threads(1)  # torch's own threads do not survive a fork; ours have to
 compiled.threads, tiles.SMALL = (lambda: 3), 0
 all_there = threading.Barrier(compiled.cores() + 1)
 compiled.in_threads(lambda *_: all_there.wait(), all_there.parties)
