@@ -1,5 +1,6 @@
 "Float32 products by oneDNN: the same numbers up to rounding, for every shape, and only where they fit."
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -38,6 +39,30 @@ def test_the_mode_leaves_alone_what_does_not_fit():
             assert close(layer(x), F.linear(x, layer.weight, layer.bias))
             assert layer.double()(x.double()).dtype == torch.float64
             assert close(F.linear(x, weight=torch.eye(16)), x)  # keywords go their usual way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_the_linear_map(dtype, bias):
+    if dtype == torch.bfloat16 and not multiplies_bfloat16(): pytest.skip("this processor has no products of bfloat16")
+    layer, x, slope = torch.nn.Linear(40, 24, bias=bias, dtype=dtype), torch.randn(2, 7, 40, dtype=dtype), torch.randn(2, 7, 24, dtype=dtype)
+    exact = torch.nn.Linear(40, 24, bias=bias, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    inputs = []
+    for module, mode in ((layer, _ByOneDNN((dtype,))), (exact, nullcontext())):
+        inputs.append(x.detach().to(module.weight.dtype).requires_grad_())
+        with mode: (module(inputs[-1]) * slope).sum().backward()
+    found, expected = ([i.grad, *(p.grad for p in m.parameters())] for i, m in zip(inputs, (layer, exact), strict=True))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=torch.finfo(dtype).eps, atol=1e-5)  # one rounding, of the sum
+
+
+def test_gradients_of_what_is_needed_alone():
+    layer, x = torch.nn.Linear(16, 8), torch.randn(3, 16)
+    layer.weight.requires_grad_(False)
+    with _ByOneDNN(): layer(x).sum().backward()
+    assert layer.weight.grad is None and torch.equal(layer.bias.grad, torch.full((8,), 3.0))
 
 
 def test_the_choice_holds_only_inside():
