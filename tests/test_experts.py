@@ -1,4 +1,6 @@
 """Mixtures of experts: as the same model with its experts apart, routers dense, neglected experts handled, saved for transformers."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -137,3 +139,20 @@ def test_a_killed_prune_of_a_mixture_goes_on(tmp_path):
     again = tiny_model("qwen3_moe", num_hidden_layers=3)
     assert prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c").equals(prune(model, WINDOWS, "sparsegpt", 0.5))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_experts_without_a_gate_compute_the_same_apart():
+    family = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    layer, rng = nn.Module(), torch.Generator().manual_seed(0)
+    layer.experts = family.NemotronHExperts(SimpleNamespace(
+        n_routed_experts=4, hidden_size=12, moe_intermediate_size=20, moe_latent_size=None, mlp_hidden_act="relu2", _experts_implementation="eager"))
+    for o in layer.experts.parameters(): o.data = torch.randn(o.shape, generator=rng)
+    hidden, weights = torch.randn(30, 12, generator=rng), torch.rand(30, 2, generator=rng)
+    index = torch.stack([torch.randint(0, 2, (30,), generator=rng), torch.randint(2, 4, (30,), generator=rng)], -1)
+    with torch.no_grad():
+        fused = layer.experts(hidden, index, weights)
+        with one_by_one(layer):
+            assert [*prunable(layer)] == [f"experts.{e}.{name}" for e in range(4) for name in ("up_proj", "down_proj")]
+            torch.testing.assert_close(layer.experts(hidden, index, weights), fused)
+            layer.experts[1].up_proj.weight.zero_()
+    assert not layer.experts.up_proj[1].any() and layer.experts.up_proj[0].any()
