@@ -72,6 +72,26 @@ def test_the_best_mix_serves_the_need():
     assert both.high["General"] <= 0.06 and both.high["Code"] == both.high["Math"] == 1  # a straight law leaves the two alike
 
 
+@pytest.mark.parametrize("step", [0.25, 0.2])
+def test_the_best_mix_is_among_those_that_may_be_best(step):
+    x, rng, hits, studies = mixes(20), np.random.default_rng(0), 0, 200
+    terms = FORMS["entropy"](x.to_numpy())
+    truth = np.vstack([rng.uniform(0.5, 0.6, (4, 4)), rng.uniform(-0.1, 0, (4, 4))])  # nearly flat: noise decides which looks best
+    grid = simplex(step)
+    best = grid[(FORMS["entropy"](grid) @ truth).mean(1).argmax()]
+    for seed in range(studies):
+        measured = terms @ truth + 0.01 * np.random.default_rng(seed).normal(size=(20, 4))
+        found = best_mix(fit(x, noisy(measured, b=300, seed=seed + studies), "entropy"), EVEN, step)
+        hits += ((found.low <= best) & (best <= found.high)).all()
+    assert hits >= 0.93 * studies
+
+
+def test_without_noise_one_mix_is_the_best():
+    x = mixes(20)
+    found = best_mix(fit(x, noisy(FORMS["entropy"](x.to_numpy()) @ np.repeat([[0.5], [-0.2]], 4, 0).repeat(4, 1), 0), "entropy"), EVEN, 0.25)
+    assert (found.low == found.high).all() and (found.share == 0.25).all()
+
+
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 10), min_size=4, max_size=4).filter(any))
 def test_shares(parts):
