@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIMENSIONS', 'NAME_BYTES', 'PATH_BYTES', 'UNLOCKABLE', 'HOST', 'PATIENCE', 'CalibPruneError', 'unknown_name',
-           'check_number', 'as_path', 'cache_dir', 'Busy', 'only_run', 'parts_of', 'sweep_parts', 'whole_file',
-           'write_atomic', 'temporary_folder', 'damaged', 'load_json', 'content_hash', 'file_sha256', 'as_fraction',
-           'share']
+           'check_number', 'as_path', 'cache_dir', 'is_study', 'Busy', 'only_run', 'parts_of', 'sweep_parts',
+           'whole_file', 'write_atomic', 'temporary_folder', 'damaged', 'load_json', 'content_hash', 'file_sha256',
+           'as_fraction', 'share']
 
 # %% ../nbs/00_core.ipynb #a3400b47
 import difflib
@@ -96,6 +96,11 @@ def cache_dir() -> Path:
         raise CalibPruneError(f"The cache folder {path} is not a folder. Set CALIB_PRUNE_CACHE to a folder "
                               "that can be written.")
     return path
+
+# %% ../nbs/00_core.ipynb #100520da
+def is_study(folder: Path) -> bool:
+    "Whether a study lies in a folder."
+    return (folder / "nbs/paper/prune_and_score.ipynb").is_file()
 
 # %% ../nbs/00_core.ipynb #14b40396
 class Busy(CalibPruneError):

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from .output import JsonOption, print_json, show_table
-from ..core import CalibPruneError, as_path, cache_dir, check_number, only_run, temporary_folder, unknown_name
+from ..core import CalibPruneError, as_path, cache_dir, check_number, is_study, only_run, temporary_folder, unknown_name
 from ..progress import StageBar, new_bars, read_progress
 from ..study.preload import warm_process
 
@@ -34,7 +34,7 @@ from ..study.preload import warm_process
 def repository() -> Path:
     "The folder with the workflow: the current one, or the checkout that this package is installed from."
     for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (folder / "nbs/paper/prune_and_score.ipynb").is_file(): return folder
+        if is_study(folder): return folder
     raise CalibPruneError(f"There is no study in {Path.cwd()}. `calib-prune init my-study` lays one out: its workflow, presets "
                           "and notebooks. Then call `calib-prune reproduce` in that folder.")
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..core import CalibPruneError, as_path, unknown_name
+from ..core import CalibPruneError, as_path, is_study, unknown_name
 from ..evaluation.measures import MEASURES
 from ..pruning.masks import as_pattern, check_sparsity
 from .artefacts import NOTEBOOKS, needed_by
@@ -185,7 +185,7 @@ def load_preset(path: str | Path) -> dict[str, Any]:
 def at_root() -> Path:
     "Go up to the root of the study that the current folder is a part of; outside of a study, stay."
     here = Path.cwd()
-    root = next((o for o in (here, *here.parents) if (o / "nbs/paper/prune_and_score.ipynb").is_file()), here)
+    root = next((o for o in (here, *here.parents) if is_study(o)), here)
     os.chdir(root)
     return root
 
