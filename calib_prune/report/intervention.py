@@ -132,7 +132,7 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
     axes[0].set_ylabel("retention, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=len(sources), fontsize=8)
     headline(figure, third_message(effects))
-    return annotate(figure, f"Thirds of one source by perplexity, matched in everything else. 95% intervals. {note}")
+    return annotate(figure, f"Thirds of one source by perplexity, matched in number of documents and distance to the prompts as far as could be (T13). {note}")
 
 def third_message(effects: pd.DataFrame) -> str:
     "What the experiment says, in one sentence."
@@ -141,5 +141,5 @@ def third_message(effects: pd.DataFrame) -> str:
     said = ", ".join(f"{d} {100 * v:+.1f} points" for d, v in moved.items()).replace("-", "−")
     if moved: return f"Within a source, from low to high perplexity: {said}"
     still = [d for d in DIMENSIONS if effect_verdict(effects, d) == "does not move"]
-    if still: return f"Within a source, perplexity moves {', '.join(still)} by less than 2 points"
+    if still: return f"Within a source, perplexity moves {', '.join(still)} by less than 2 points on average"
     return "Within a source, this study cannot tell what perplexity does"
