@@ -132,7 +132,7 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
     axes[0].set_ylabel("retention, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=len(sources), fontsize=8)
     headline(figure, third_message(effects))
-    said = "Thirds of one source by perplexity, matched in number of documents and distance to the prompts as far as could be (T13)."
+    said = "Thirds of one source by perplexity, matched in documents and distance to the prompts as far as could be (T13)."
     return annotate(figure, f"{said} {note}")
 
 def third_message(effects: pd.DataFrame) -> str:
