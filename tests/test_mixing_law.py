@@ -86,6 +86,18 @@ def test_the_best_mix_is_among_those_that_may_be_best(step):
     assert hits >= 0.93 * studies
 
 
+def test_intervals_hold_what_a_law_of_the_wrong_form_misses():
+    x, new = mixes(40), mixes(200, 5)
+    def truth(o): return np.repeat(0.3 + 0.3 * np.sqrt(o.to_numpy()[:, [2]]), 4, 1)  # curved, and the law is straight
+    wrong, right = (fit(x, noisy(o, 0.002, b=1000), "linear") for o in (truth(x), x.to_numpy() @ np.full((4, 4), 0.5)))
+    assert (wrong.misfit > 3).all() and (right.misfit < 1.5).all()
+    got = wrong.predict(new).query("dimension == 'Code'")
+    narrow = (got.ci_high - got.ci_low) / wrong.misfit[2] / 2
+    off = (got.value - truth(new)[:, 2]).abs()
+    assert (off > narrow).mean() > 0.8, "noise alone says little of it"
+    assert (off > wrong.misfit[2] * narrow).mean() < (off > narrow).mean() - 0.2
+
+
 def test_without_noise_one_mix_is_the_best():
     x = mixes(20)
     found = best_mix(fit(x, noisy(FORMS["entropy"](x.to_numpy()) @ np.repeat([[0.5], [-0.2]], 4, 0).repeat(4, 1), 0), "entropy"), EVEN, 0.25)

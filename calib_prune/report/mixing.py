@@ -127,5 +127,5 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
     found = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
     off, spread = found["unseen"].mean(), found["spread"].mean()
     headline(figure, f"The law predicts unseen mixes to {off:.1f} points; they differ by {spread:.1f}")
-    about = "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, without its misfit."
+    about = "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, its misfit included."
     return annotate(figure, f"{about} {note}")
