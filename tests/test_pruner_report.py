@@ -94,6 +94,15 @@ def test_a_method_with_fewer_draws_is_not_looked_at():
     assert cost_rows({"dense": study["dense"]}).empty
 
 
+def test_a_method_on_fewer_calibration_sets_says_so_and_draws_are_shown():
+    whole = made_up({"admm": (0.05, 28), "alps": (0.12, 60)})
+    study = {k: o for k, o in whole.study.items() if o.record["method"] != "alps" or (o.record["strategy"], o.record["seed"]) == ("c4", 0)}
+    part = measured(whole.preset, study, 400)
+    text = pruner_text(kept_rows(part), gain_rows(part), cost_rows(study)).set_index("method")
+    assert text["draws"].to_dict() == {"SparseGPT": 3, "L-ADMM": 3, "ALPS (c4 alone)": 1}
+    assert gain_text(gain_rows(part)).set_index(["method", "strategy"]).loc[("ALPS", "c4"), "draws"] == 1
+
+
 def test_a_study_without_other_methods_or_draws():
     alone = made_up({})
     assert gain_rows(alone).empty and list(gain_rows(alone).columns) == GAINS and gain_text(gain_rows(alone)).empty

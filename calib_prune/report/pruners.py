@@ -105,19 +105,21 @@ def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # co
 
 # %% ../../nbs/8_report/16_pruners.ipynb #cf01e7e7
 def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    "One line per sparsity and method."
+    "One line per sparsity and method. With one draw per calibration set an interval is over items only."
     about, lines = costs.set_index(["sparsity", "method"]), []
     rank = {o: i for i, o in enumerate(dict.fromkeys(kept["sparsity"]))}  # blocks of a preset may mix them
     kept = kept.sort_values("sparsity", key=lambda o: o.map(rank), kind="stable")
     gains_of = {(o.sparsity, o.method, o.strategy): o for o in gained[gained["dimension"] == "Total"].itertuples()}
+    most = max(kept.groupby(["sparsity", "method"])["strategy"].nunique())
     for (sparsity, method), mine in kept.groupby(["sparsity", "method"], sort=False):
         o = about.loc[(sparsity, method)]
         cell = mine[mine["strategy"] == "mean"].set_index("dimension")
         gain = gains_of.get((sparsity, method, "mean"))
         said = interval_text(gain.value, gain.ci_low, gain.ci_high, "+") if gain is not None else "–"
-        lines.append(dict(sparsity=sparsity_label(sparsity), method=method_label(method), error=f"{100 * o.error:.2f}",
+        only = f" ({mine['strategy'].iloc[0]} alone)" if mine["strategy"].nunique() < most else ""
+        lines.append(dict(sparsity=sparsity_label(sparsity), method=method_label(method) + only, error=f"{100 * o.error:.2f}",
                           perplexity=f"{o.perplexity:.1f}", **{d: f"{100 * cell.value[d]:.1f}" for d in GOALS},
-                          gain=said, time=f"{o.times:.2f}×", memory=f"{o.peak_gib:.2f}"))
+                          gain=said, draws=mine["draws"].min(), time=f"{o.times:.2f}×", memory=f"{o.peak_gib:.2f}"))
     return pd.DataFrame(lines).rename(columns=dict(error="error, %", perplexity="held-out perplexity", memory="GiB",
                                                    gain="total over SparseGPT"))
 
@@ -126,7 +128,7 @@ def gain_text(gained: pd.DataFrame) -> pd.DataFrame:
     "One line per sparsity, method and calibration set; then their mean and their difference."
     rows = gained.assign(text=[interval_text(o.value, o.ci_low, o.ci_high, "+") for o in gained.itertuples()],
                          method=gained["method"].map(method_label), sparsity=gained["sparsity"].map(sparsity_label))
-    lines = ["sparsity", "method", "strategy"]
+    lines = ["sparsity", "method", "strategy", "draws"]
     wide = rows.pivot_table(index=lines, columns="dimension", values="text", aggfunc="first", sort=False)
     return wide.rename_axis(columns=None).reset_index() if len(rows) else rows
 

@@ -101,9 +101,9 @@ def fit(mixes: pd.DataFrame,  # shares, one row per mix
         raise CalibPruneError(f"{len(shares)} mixes are too few for the form {form or 'linear'}: measure more.")
     chosen = form or min(errors, key=lambda o: errors[o])
     terms = FORMS[chosen](shares)
-    fitted, wider = np.linalg.pinv(terms) @ kept, misfit(terms, kept)
-    fitted[1:] = fitted[0] + wider * (fitted[1:] - fitted[0])
-    return Law(chosen, fitted, errors, wider)
+    solve, wider, noise = np.linalg.pinv(terms), misfit(terms, kept), kept - kept[0]
+    common = noise.mean(1, keepdims=True)  # a luck of items that all mixes share
+    return Law(chosen, solve @ (kept[0] + common + wider * (noise - common)), errors, wider)
 
 # %% ../../nbs/7_study/12_mixing_law.ipynb #f91f93fe
 def super_additive(law: Law, mix: Mapping[str, float]) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; fractions
