@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.study.mixing_law import FORMS, as_shares, best_mix, fit, left_out_error, simplex, super_additive
+from calib_prune.study.mixing_law import FORMS, _may_be_best, as_shares, best_mix, fit, left_out_error, simplex, super_additive
 
 EVEN = dict.fromkeys(DIMENSIONS, 0.25)
 
@@ -72,30 +72,59 @@ def test_the_best_mix_serves_the_need():
     assert both.high["General"] <= 0.06 and both.high["Code"] == both.high["Math"] == 1  # a straight law leaves the two alike
 
 
-@pytest.mark.parametrize("step", [0.25, 0.2])
-def test_the_best_mix_is_among_those_that_may_be_best(step):
-    x, rng, hits, studies = mixes(20), np.random.default_rng(0), 0, 200
-    terms = FORMS["entropy"](x.to_numpy())
-    truth = np.vstack([rng.uniform(0.5, 0.6, (4, 4)), rng.uniform(-0.1, 0, (4, 4))])  # nearly flat: noise decides which looks best
-    grid = simplex(step)
-    best = grid[(FORMS["entropy"](grid) @ truth).mean(1).argmax()]
+def test_any_of_equally_good_mixes_stays_possible():
+    "Among 20 mixes that are alike but for noise, none is refused more often than in 5 % of studies."
+    rng, kept, studies = np.random.default_rng(0), 0, 400
+    for _ in range(studies):
+        measured = rng.normal(size=20)
+        kept += _may_be_best(np.vstack([measured, measured + rng.normal(size=(500, 20))]), np.arange(20))[0]
+    assert 0.93 * studies <= kept < studies
+
+
+def test_a_mix_that_is_worse_beyond_noise_is_refused():
+    worth = np.array([0, 1, 1, -9.0]) + np.vstack([np.zeros(4), np.random.default_rng(0).normal(size=(500, 4))])
+    assert _may_be_best(worth, np.arange(4)).tolist() == [True, True, True, False]
+    assert _may_be_best(worth, np.array([0, 1])).tolist() == [True, True, True, False]
+
+
+def test_a_grid_of_an_odd_number_of_steps():
+    x = mixes(20)
+    found = best_mix(fit(x, noisy(FORMS["entropy"](x.to_numpy()) @ np.full((8, 4), 0.1)), "entropy"), EVEN, 0.2)
+    assert (found.low <= found.share).all() and (found.share <= found.high).all()
+
+
+def test_noise_that_all_mixes_share_is_not_stretched_by_misfit():
+    x, rng = mixes(40), np.random.default_rng(0)
+    truth = np.repeat(0.3 + 0.3 * np.sqrt(x.to_numpy()[:, [2]]), 4, 1)
+    together = 0.05 * rng.normal(size=(500, 1, 4))
+    law = fit(x, np.concatenate([truth[None], truth + together + 0.001 * rng.normal(size=(500, 40, 4))]), "linear")
+    assert (law.wider > 5).all()
+    found = law.predict(EVEN).query("dimension == 'Code'").iloc[0]
+    assert found.ci_high - found.ci_low == pytest.approx(2 * 1.96 * 0.05, rel=0.15)
+
+
+def test_a_misfit_that_dimensions_share_counts_in_their_mean():
+    x = mixes(40)
+    curve = 0.3 * np.sqrt(x.to_numpy()[:, [2]])
+    widths = {}
+    for name, signs in {"together": [1, 1, 1, 1], "against": [1, 1, -1, -1]}.items():
+        truth = 0.5 + curve * signs
+        found = fit(x, noisy(truth, 0.002, b=1000), "linear").predict(EVEN).set_index("dimension")
+        widths[name] = (found.ci_high - found.ci_low)[["Code", "Total"]]
+    assert widths["together"]["Code"] == pytest.approx(widths["against"]["Code"], rel=0.1)
+    assert widths["together"]["Total"] > 3 * widths["against"]["Total"]
+
+
+def test_intervals_hold_in_studies_with_misfit():
+    "The true straight line, where each mix is off it by chance: intervals hold it in 95 % of studies, though noise is a third of that."
+    x, hits, studies = mixes(15), 0, 200
+    line = x.to_numpy() @ np.full((4, 4), 0.1)
     for seed in range(studies):
-        measured = terms @ truth + 0.01 * np.random.default_rng(seed).normal(size=(20, 4))
-        found = best_mix(fit(x, noisy(measured, b=300, seed=seed + studies), "entropy"), EVEN, step)
-        hits += ((found.low <= best) & (best <= found.high)).all()
-    assert hits >= 0.93 * studies
-
-
-def test_intervals_hold_what_a_law_of_the_wrong_form_misses():
-    x, new = mixes(40), mixes(200, 5)
-    def truth(o): return np.repeat(0.3 + 0.3 * np.sqrt(o.to_numpy()[:, [2]]), 4, 1)  # curved, and the law is straight
-    wrong, right = (fit(x, noisy(o, 0.002, b=1000), "linear") for o in (truth(x), x.to_numpy() @ np.full((4, 4), 0.5)))
-    assert (wrong.misfit > 3).all() and (right.misfit < 1.5).all()
-    got = wrong.predict(new).query("dimension == 'Code'")
-    narrow = (got.ci_high - got.ci_low) / wrong.misfit[2] / 2
-    off = (got.value - truth(new)[:, 2]).abs()
-    assert (off > narrow).mean() > 0.8, "noise alone says little of it"
-    assert (off > wrong.misfit[2] * narrow).mean() < (off > narrow).mean() - 0.2
+        off = 0.003 * np.random.default_rng(seed).normal(size=line.shape)
+        law = fit(x, noisy(line + off, 0.001, b=300, seed=seed + studies), "linear")
+        found = law.predict(EVEN).query("dimension == 'Math'").iloc[0]
+        hits += found.ci_low <= 0.1 <= found.ci_high
+    assert 0.91 * studies <= hits < studies
 
 
 def test_without_noise_one_mix_is_the_best():

@@ -131,10 +131,11 @@ def test_inputs_solved_side_by_side_give_the_same(method, monkeypatch):
     models, reports, before, set_threads = [tiny_llama(), tiny_llama()], [], torch.get_num_threads(), torch.set_num_threads
     set_threads(1)  # products round by the number of torch's threads, and ALPS takes another path from another rounding
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    for n, model in enumerate(models, 1):
-        monkeypatch.setattr("calib_prune.model.compiled.threads", lambda n=n: n)
-        reports.append(prune(model, windows(), method, groups=GROUPS))
-    set_threads(before)
+    try:
+        for n, model in enumerate(models, 1):
+            monkeypatch.setattr("calib_prune.model.compiled.threads", lambda n=n: n)
+            reports.append(prune(model, windows(), method, groups=GROUPS))
+    finally: set_threads(before)
     pd.testing.assert_frame_equal(*reports, rtol=1e-5)
     for p, q in zip(*(o.parameters() for o in models), strict=True): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert all(p.is_leaf and p.grad_fn is None for p in models[1].parameters()), "no thread keeps gradients"

@@ -53,7 +53,7 @@ def most_typical(facts: np.ndarray,  # float [passages, facts], standardised ove
 
 def matched_thirds(facts: pd.DataFrame, n: int  # passages per third
                   ) -> np.ndarray:              # int [3, n]: rows of low, middle and high passages
-    "Passages of low, middle and high perplexity that are alike in everything else."
+    "Passages of low, middle and high perplexity, as alike in everything else as the source allows."
     if len(facts) < 3 * n: raise CalibPruneError(f"{3 * n} passages are needed for {n} of each third; there are {len(facts)}.")
     ranked = np.argsort(facts["log_perplexity"].to_numpy(), kind="stable")
     other = facts.drop(columns="log_perplexity").to_numpy(float)

@@ -49,7 +49,7 @@ def _means(found: Replicates, sparsity: Any, method: str) -> dict[str, tuple[np.
     "Replicates by strategy, their mean, and for two strategies the first less the second."
     here = found.where(sparsity=sparsity, method=method)
     each = {o: (here.values[:, i], here.cells["draws"][i]) for i, o in enumerate(here.cells["strategy"])}
-    draws = sum(n for _, n in each.values())
+    draws = min(n for _, n in each.values())
     more = {"mean": (np.mean([v for v, _ in each.values()], axis=0), draws)}
     if len(each) == 2:
         (a, (x, _)), (b, (y, _)) = each.items()
@@ -110,16 +110,18 @@ def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -
     rank = {o: i for i, o in enumerate(dict.fromkeys(kept["sparsity"]))}  # blocks of a preset may mix them
     kept = kept.sort_values("sparsity", key=lambda o: o.map(rank), kind="stable")
     gains_of = {(o.sparsity, o.method, o.strategy): o for o in gained[gained["dimension"] == "Total"].itertuples()}
-    most = max(kept.groupby(["sparsity", "method"])["strategy"].nunique())
+    sets = [o for o in dict.fromkeys(kept["strategy"]) if o != "mean" and " − " not in o]
     for (sparsity, method), mine in kept.groupby(["sparsity", "method"], sort=False):
         o = about.loc[(sparsity, method)]
         cell = mine[mine["strategy"] == "mean"].set_index("dimension")
         gain = gains_of.get((sparsity, method, "mean"))
-        said = interval_text(gain.value, gain.ci_low, gain.ci_high, "+") if gain is not None else "–"
-        only = f" ({mine['strategy'].iloc[0]} alone)" if mine["strategy"].nunique() < most else ""
+        said = interval_text(gain.value, gain.ci_low, gain.ci_high, "+") if gain else "–"
+        there = [o for o in sets if o in set(mine["strategy"])]
+        only = f" ({', '.join(there)} alone)" if len(there) < len(sets) else ""
         lines.append(dict(sparsity=sparsity_label(sparsity), method=method_label(method) + only, error=f"{100 * o.error:.2f}",
                           perplexity=f"{o.perplexity:.1f}", **{d: f"{100 * cell.value[d]:.1f}" for d in GOALS},
-                          gain=said, draws=mine["draws"].min(), time=f"{o.times:.2f}×", memory=f"{o.peak_gib:.2f}"))
+                          gain=said, draws=gain.draws if gain else cell["draws"].min(), time=f"{o.times:.2f}×",
+                          memory=f"{o.peak_gib:.2f}"))
     return pd.DataFrame(lines).rename(columns=dict(error="error, %", perplexity="held-out perplexity", memory="GiB",
                                                    gain="total over SparseGPT"))
 

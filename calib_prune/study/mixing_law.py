@@ -12,6 +12,7 @@ from typing import Mapping
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm, t as student
 
 from ..core import DIMENSIONS, CalibPruneError, unknown_name
 from ..resampling import interval
@@ -56,13 +57,41 @@ def left_out_error(form: str, shares: np.ndarray,  # [n, 4]
     return float(np.sqrt(np.mean(((kept - hat @ kept) / (1 - np.diag(hat))[:, None]) ** 2)))
 
 # %% ../../nbs/7_study/12_mixing_law.ipynb #a5527db3
+def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:  # of a symmetric matrix
+    values, vectors = np.linalg.eigh(matrix)
+    there = values > 1e-9 * max(values.max(), 1e-12)  # a direction without noise stays without
+    return (vectors * np.where(there, np.where(there, values, 1) ** exponent, 0)) @ vectors.T
+
 def misfit(terms: np.ndarray,  # [n, terms] of the mixes
            kept: np.ndarray    # [1 + B, n, outcomes]
-          ) -> np.ndarray:     # [outcomes], at least 1
-    "How much further measured mixes lie from a law than noise alone would put them."
+          ) -> np.ndarray:     # [outcomes, outcomes]: turns noise of a mix into noise and misfit
+    "How much further measured mixes lie from a law than noise alone would put them, in every direction."
     over = kept - terms @ (np.linalg.pinv(terms) @ kept)
-    noise = np.sqrt(np.mean((over[1:] - over[0]) ** 2, axis=(0, 1)))
-    return np.maximum(1, np.sqrt(np.mean(over[0] ** 2, axis=0)) / np.where(noise > 0, noise, np.inf))
+    noise = over[1:] - over[0]
+    expected = np.einsum("bni,bnj->ij", noise, noise) / len(noise)
+    root, whiten = _power(expected, 0.5), _power(expected, -0.5)
+    times, directions = np.linalg.eigh(whiten @ over[0].T @ over[0] @ whiten)
+    free = len(terms) - np.linalg.matrix_rank(terms)
+    wider = np.where(times > 1, np.sqrt(times.clip(1)) * student.ppf(0.975, free) / norm.ppf(0.975), 1)
+    return root @ (directions * wider) @ directions.T @ whiten
+
+# %% ../../nbs/7_study/12_mixing_law.ipynb #e3043982
+def _squares(noise: np.ndarray) -> np.ndarray:  # [1 + B, n, outcomes] → [outcomes, outcomes], means of products
+    return np.einsum("bni,bnj->ij", noise[1:], noise[1:]) / noise[1:, :, 0].size
+
+def _stretched(kept: np.ndarray,   # [1 + B, n, outcomes]
+               misfit: np.ndarray  # [outcomes, outcomes], see there
+              ) -> tuple[np.ndarray, np.ndarray]:  # as `kept`; [outcomes]: how many times as far apart
+    """Replicates with misfit beside the noise. What all mixes share, a luck of items, is not misfit; but a mean over mixes
+    holds some of their own noise."""
+    noise, n = kept - kept[0], kept.shape[1]
+    shared = noise.mean(1, keepdims=True)
+    own = noise - shared
+    widened = own @ misfit.T
+    before, after, in_all = _squares(own), _squares(widened), _squares(shared)
+    more = _power(in_all + (after - before) / (n - 1), 0.5) @ _power(in_all, -0.5)
+    times = np.sqrt(np.diag(after) / np.where(np.diag(before) > 0, np.diag(before), np.inf))
+    return kept[0] + shared @ more.T + widened, np.maximum(times, 1)
 
 # %% ../../nbs/7_study/12_mixing_law.ipynb #d76dfb03
 @dataclass(frozen=True)
@@ -71,7 +100,7 @@ class Law:
     form: str
     coefficients: np.ndarray  # [1 + B, terms, 4]; the first are as measured
     errors: dict[str, float]  # form → error at mixes left out, fractions
-    misfit: np.ndarray        # [4], see `misfit`
+    wider: np.ndarray         # [4], how many times the noise the intervals of each dimension allow for
 
     def _values(self, shares: np.ndarray) -> np.ndarray:  # [1 + B, n, 4]
         return FORMS[self.form](shares) @ self.coefficients
@@ -101,9 +130,8 @@ def fit(mixes: pd.DataFrame,  # shares, one row per mix
         raise CalibPruneError(f"{len(shares)} mixes are too few for the form {form or 'linear'}: measure more.")
     chosen = form or min(errors, key=lambda o: errors[o])
     terms = FORMS[chosen](shares)
-    solve, wider, noise = np.linalg.pinv(terms), misfit(terms, kept), kept - kept[0]
-    common = noise.mean(1, keepdims=True)  # a luck of items that all mixes share
-    return Law(chosen, solve @ (kept[0] + common + wider * (noise - common)), errors, wider)
+    replicates, wider = _stretched(kept, misfit(terms, kept))
+    return Law(chosen, np.linalg.pinv(terms) @ replicates, errors, wider)
 
 # %% ../../nbs/7_study/12_mixing_law.ipynb #f91f93fe
 def super_additive(law: Law, mix: Mapping[str, float]) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; fractions
@@ -140,7 +168,7 @@ def best_mix(law: Law,
     if odd := set(need) - set(known): raise unknown_name("dimension", sorted(odd)[0], known)
     if not any(need.values()): raise CalibPruneError("A need gives at least one dimension a weight.")
     grid = simplex(step)
-    values = law._values(grid)[:1 + REPLICATES]
+    values = FORMS[law.form](grid) @ law.coefficients[:1 + REPLICATES]
     worth = np.concatenate([values, values.min(-1, keepdims=True)], -1) @ np.array([need.get(k, 0.0) for k in known])
     top = worth[0].argmax()
     apart = 2 if round(1 / step) % 2 == 0 else 1
