@@ -62,28 +62,27 @@ def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:  # of a symmetric
     there = values > 1e-9 * max(values.max(), 1e-12)  # a direction without noise stays without
     return (vectors * np.where(there, np.where(there, values, 1) ** exponent, 0)) @ vectors.T
 
+def _squares(noise: np.ndarray) -> np.ndarray:  # [1 + B, n, outcomes] → [outcomes, outcomes], means of products
+    return np.einsum("bni,bnj->ij", noise[1:], noise[1:]) / noise[1:, :, 0].size
+
 def misfit(terms: np.ndarray,  # [n, terms] of the mixes
            kept: np.ndarray    # [1 + B, n, outcomes]
           ) -> np.ndarray:     # [outcomes, outcomes]: turns noise of a mix into noise and misfit
     "How much further measured mixes lie from a law than noise alone would put them, in every direction."
     over = kept - terms @ (np.linalg.pinv(terms) @ kept)
-    noise = over[1:] - over[0]
-    expected = np.einsum("bni,bnj->ij", noise, noise) / len(noise)
+    expected, found = _squares(over - over[0]), over[0].T @ over[0] / len(terms)
     root, whiten = _power(expected, 0.5), _power(expected, -0.5)
-    times, directions = np.linalg.eigh(whiten @ over[0].T @ over[0] @ whiten)
+    times, directions = np.linalg.eigh(whiten @ found @ whiten)
     free = len(terms) - np.linalg.matrix_rank(terms)
     wider = np.where(times > 1, np.sqrt(times.clip(1)) * student.ppf(0.975, free) / norm.ppf(0.975), 1)
     return root @ (directions * wider) @ directions.T @ whiten
 
 # %% ../../nbs/7_study/12_mixing_law.ipynb #e3043982
-def _squares(noise: np.ndarray) -> np.ndarray:  # [1 + B, n, outcomes] → [outcomes, outcomes], means of products
-    return np.einsum("bni,bnj->ij", noise[1:], noise[1:]) / noise[1:, :, 0].size
-
 def _stretched(kept: np.ndarray,   # [1 + B, n, outcomes]
                misfit: np.ndarray  # [outcomes, outcomes], see there
               ) -> tuple[np.ndarray, np.ndarray]:  # as `kept`; [outcomes]: how many times as far apart
-    """Replicates with misfit beside the noise. What all mixes share, a luck of items, is not misfit; but a mean over mixes
-    holds some of their own noise."""
+    """Replicates with misfit beside the noise. Noise that all mixes share comes from the items and is not stretched; but a mean
+    over mixes also holds some of their own."""
     noise, n = kept - kept[0], kept.shape[1]
     shared = noise.mean(1, keepdims=True)
     own = noise - shared
