@@ -1,5 +1,6 @@
 """Passages of a source by perplexity, matched in everything else; and what a study of them says."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.intervention import MEAN, effect_text, effect_verdict, text_facts, third_effects, third_message
 from calib_prune.report.selection import measured
+from calib_prune.report.statistics import OUTCOMES
 from calib_prune.study.keys import text_key
 from calib_prune.study.presets import load_preset, mix_of
 from tests.golden import shuffled_prose
@@ -120,14 +122,32 @@ def study_of(change, sources=("wikipedia", "math"), **how):
     study = example_study(kept, **(dict(seeds=(0, 1, 2), n=400, draw_sd=0.002, seed=2) | how))
     preset = example_preset(study)
     preset["strategies"] = {k: "generated:third source={} third={}".format(*k.split("-")) for k in kept}
-    return preset, measured(preset, study, 400).found
+    return preset, measured(preset, study, 400).cells
 
 
 def test_an_effect_is_the_high_third_less_the_low_one():
-    preset, found = study_of((0.0, 0.05, -0.1, 0.02), seed=None)
-    effects = third_effects(preset, found).set_index(["source", "dimension"])["value"]
+    preset, cells = study_of((0.0, 0.05, -0.1, 0.02), seed=None)
+    effects = third_effects(preset, cells).set_index(["source", "dimension"])["value"]
     for source in ("wikipedia", "math", MEAN):
         assert effects[source].round(6).to_dict() == pytest.approx(dict(zip((*DIMENSIONS, "Total"), (0, 0.1, -0.2, 0.05, -0.0125))), abs=0.01)
+
+
+def test_what_a_draw_does_to_both_thirds_is_no_noise_of_their_difference():
+    preset, cells = study_of((0.0,) * 4, draw_sd=0.0)
+    common = {(o.strategy.split("-")[0], o.seed): 0.05 * np.random.default_rng(i).normal(size=len(OUTCOMES)) for i, o in cells.cells.iterrows()}
+    shaken = np.stack([common[o.strategy.split("-")[0], o.seed] for o in cells.cells.itertuples()])
+    moved = replace(cells, values=cells.values + shaken)
+    pd.testing.assert_frame_equal(third_effects(preset, moved), third_effects(preset, cells), atol=1e-9)
+    alone = moved.rows([o.seed == (0 if o.strategy.endswith("low") else 1) for o in moved.cells.itertuples()])
+    assert third_effects(preset, alone).empty, "thirds of different draws are no pair"
+
+
+def test_draws_that_part_the_thirds_are_noise():
+    preset, cells = study_of((0.0,) * 4, draw_sd=0.0)
+    apart = np.array([{0: 0.04, 1: 0.0, 2: -0.04}[o.seed] * o.strategy.endswith("high") for o in cells.cells.itertuples()])
+    wide, still = (third_effects(preset, replace(cells, values=cells.values + more)).eval("ci_high - ci_low")
+                   for more in (apart[:, None], 0.0))
+    assert (wide > still + 0.01).all()
 
 
 def test_verdicts():
@@ -140,7 +160,7 @@ def test_verdicts():
 
 
 def test_the_table_says_what_was_found(tmp_path):
-    preset, found = study_of((0.0, 0.0, -0.1, 0.0))
+    preset, cells = study_of((0.0, 0.0, -0.1, 0.0))
     (tmp_path / "generated").mkdir()
     for k in preset["strategies"]:
         for seed in range(3):
@@ -151,15 +171,15 @@ def test_the_table_says_what_was_found(tmp_path):
     assert mix_of(preset, "math-low", 1).endswith("math-low-s1.jsonl")
     texts, balances = text_facts(preset, tmp_path)
     assert len(texts) == 18 and balances.groupby("source")["after"].mean().round(6).to_dict() == dict(math=0.1, wikipedia=0.1)
-    table = effect_text(third_effects(preset, found), texts).set_index("source")
+    table = effect_text(third_effects(preset, cells), texts).set_index("source")
     assert table.loc["math", list(THIRDS)].tolist() == ["8.0", "16.0", "32.0"]
     assert table.loc["perplexity", "Code"] == "moves" and table.loc["math", "Code"].startswith("-")
-    assert "Code −" in third_message(third_effects(preset, found))
+    assert "Code −" in third_message(third_effects(preset, cells))
 
 
 def test_half_a_study_says_nothing_of_the_other_half():
-    preset, found = study_of((0.0,) * 4)
-    some = found.rows(found.cells["strategy"].isin(["wikipedia-low", "wikipedia-high", "math-low"]).tolist())
+    preset, cells = study_of((0.0,) * 4)
+    some = cells.rows(cells.cells["strategy"].isin(["wikipedia-low", "wikipedia-high", "math-low"]).tolist())
     effects = third_effects(preset, some)
     assert set(effects["source"]) == {"wikipedia"} and effect_verdict(effects, "Code") == "cannot tell"
-    assert len(third_effects(preset, found.rows([False] * len(found.cells)))) == 0
+    assert len(third_effects(preset, cells.rows([False] * len(cells.cells)))) == 0
