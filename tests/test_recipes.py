@@ -80,6 +80,11 @@ def test_tables_hold_every_recipe_and_the_figure_names_the_best():
     assert recipe_figure(recipe_rows(TEXTS, GOOD, RECIPE), RECIPE)._suptitle.get_text() == "Most in total: law, L-ADMM"
 
 
+def test_a_question_that_nothing_answers_leaves_numbers_numbers():
+    leads = leads_of(GOOD) | {"ALPS against L-ADMM": lead_rows(GOOD, [(("law", "alps"), RECIPE)])}
+    pd.testing.assert_frame_equal(all_leads(leads), all_leads(leads_of(GOOD)))
+
+
 def test_shared_problems_are_left_out_where_a_source_shares_them():
     def scored(sources):
         items = pd.DataFrame(dict(task=["mbpp", "gsm8k", "sciq"]))

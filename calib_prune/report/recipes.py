@@ -51,7 +51,7 @@ def lead_rows(found: Replicates,  # of one sparsity
     "How much more the first of each pair keeps than the second, with intervals for each alone and for all at once."
     known = set(known_recipes(found))
     family = [(a, b, goal) for a, b in pairs if {a, b} <= known for goal in GOALS]
-    if not family: return pd.DataFrame(columns=LEADS)
+    if not family: return pd.DataFrame(columns=LEADS).astype(dict.fromkeys(LEADS[3:], float))
     at = [OUTCOMES.index(goal) for *_, goal in family]
     delta = np.stack([kept_by(found, a)[:, j] - kept_by(found, b)[:, j] for (a, b, _), j in zip(family, at)], 1)
     alone, together = [interval(o) for o in delta[1:].T], zip(*simultaneous(delta))
