@@ -51,7 +51,7 @@ def lead_rows(found: Replicates,  # of one sparsity
     "How much more the first of each pair keeps than the second, with intervals for each alone and for all at once."
     known = set(known_recipes(found))
     family = [(a, b, goal) for a, b in pairs if {a, b} <= known for goal in GOALS]
-    if not family: return pd.DataFrame(columns=LEADS).astype(dict.fromkeys(LEADS[3:], float))
+    if not family: return pd.DataFrame(columns=LEADS)
     at = [OUTCOMES.index(goal) for *_, goal in family]
     delta = np.stack([kept_by(found, a)[:, j] - kept_by(found, b)[:, j] for (a, b, _), j in zip(family, at)], 1)
     alone, together = [interval(o) for o in delta[1:].T], zip(*simultaneous(delta))
@@ -119,8 +119,8 @@ def recipe_text(rows: pd.DataFrame) -> pd.DataFrame:
 
 def all_leads(leads: dict[str, pd.DataFrame]) -> pd.DataFrame:  # question, then columns `LEADS`
     "The families of several questions below each other; each keeps its own intervals."
-    named = [rows.assign(question=question) for question, rows in leads.items()]
-    return pd.concat(named, ignore_index=True)[["question", *LEADS]]
+    named = [rows.assign(question=question) for question, rows in leads.items() if len(rows)]  # empty ones have no types
+    return pd.concat(named or [pd.DataFrame(columns=["question", *LEADS])], ignore_index=True)[["question", *LEADS]]
 
 def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
     "For people: leads with intervals that hold at once, by question."
