@@ -6,7 +6,9 @@ import pytest
 from calib_prune.core import DIMENSIONS
 from calib_prune.report.agreement import (DEPENDS, NONE, ONE, OPEN, ROBUST, UNTESTED, agreement, agreement_note, dimensions_of,
                                           ledgers)
+from calib_prune.report.claims import study_ledger
 from calib_prune.report.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
+from calib_prune.report.selection import measured
 
 
 def judged(*verdicts):
@@ -51,3 +53,5 @@ def test_rows_without_a_measure_leave_it_out():
     assert set(table["measure"]) == {"answer-bits", "plain"} and len(table) == 2 * len(CHECKS)
     at = table.set_index(["measure", "name"])
     assert np.isclose(at.loc[("plain", "C6 c4"), "ours"], 22.5) and at.loc[("answer-bits", "C6 c4"), "ours"] < 22.5
+    again = ledgers(preset, study, metrics, 60, 99, known={"plain": study_ledger(measured(preset, study, 60), metrics, n_perm=99)})
+    pd.testing.assert_frame_equal(again, table)

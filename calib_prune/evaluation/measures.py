@@ -51,10 +51,12 @@ def measured_values(items: pd.DataFrame,    # from `scoring.evaluate`
     if (double := mine.duplicated(["task", "item"])).any():
         raise CalibPruneError(f"An item of task {mine.task[double].iloc[0]!r} is there twice; "
                               "give the items of one model only.")
-    lost = [o for o, metric in metrics.items() if metric and o not in set(mine.task)]
+    there = set(mine.task.unique())
+    lost = [o for o, metric in metrics.items() if metric and o not in there]
     if lost: raise CalibPruneError(f"The scores of task {lost[0]!r} have no {metrics[lost[0]]!r}, which measure {measure} reads.")
     if get_measure(measure).beyond_chance: mine = mine.assign(value=mine.value - _chances(mine))
-    rank = mine.task.map(lambda o: (DIMENSIONS.index(TASKS[o].dimension), o))
+    order = sorted(there, key=lambda o: (DIMENSIONS.index(TASKS[o].dimension), o))
+    rank = mine.task.map({o: i for i, o in enumerate(order)})
     return mine.assign(rank=rank).sort_values(["rank", "item"]).drop(columns="rank").reset_index(drop=True)
 
 def _chances(mine: pd.DataFrame) -> pd.Series:

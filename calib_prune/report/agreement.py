@@ -7,6 +7,7 @@ __all__ = ['LEDGERS', 'ROBUST', 'ONE', 'NONE', 'DEPENDS', 'OPEN', 'UNTESTED', 'd
            'agreement_note']
 
 # %% ../../nbs/8_report/19_agreement.ipynb #c14b137f
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -36,15 +37,18 @@ def dimensions_of(check: str  # a key of `CHECKS`
 LEDGERS = ["measure", "tells", "name", *LEDGER]
 
 def ledgers(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame,  # as in `claims.study_ledger`
-            n_boot: int | None = None, n_perm: int = 19999, complete: bool = True
+            n_boot: int | None = None, n_perm: int = 19999, complete: bool = True,
+            known: Mapping[str, pd.DataFrame] = {}  # measure → its ledger, if it has been made
            ) -> pd.DataFrame:  # columns `LEDGERS`
     "The ledger under every measure that the rows hold; `tells`: whether it is to be believed in the check's dimensions."
     resolved = resolution_rows(preset, study, min(QUICK, n_boot or QUICK)).set_index(["measure", "dimension"])["can_tell"]
     tables = []
     for name in MEASURES:
-        try: whole = measured(preset, study, n_boot, measure=name)
-        except CalibPruneError: continue
-        table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete)
+        table = known.get(name)
+        if table is None:
+            try: whole = measured(preset, study, n_boot, measure=name)
+            except CalibPruneError: continue
+            table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete)
         tells = [all(resolved[name, d] for d in dimensions_of(check)) for check in CHECKS]
         tables.append(table.assign(measure=name, tells=tells, name=list(CHECKS)))
     return stacked(tables, LEDGERS).reindex(columns=LEDGERS)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'MIN_SOURCES', 'COLUMNS', 'CONTRASTS', 'REGISTER', 'row_correlation', 'spearman', 'partial_spearman',
-           'pairings', 'permutation_p', 'resampled', 'leave_one_out', 'Resampling', 'resampling', 'relate',
+           'pairings', 'permutation_p', 'resampled', 'leave_one_out', 'Resampling', 'resampling', 'Ranked', 'relate',
            'source_metrics', 'correlate', 'setting_correlations', 'contrast', 'contrasts']
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #d9f4bf00
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Sequence
 
 import numpy as np
@@ -38,7 +39,9 @@ def spearman(x: np.ndarray, y: np.ndarray  # [..., n]
 def partial_spearman(x: np.ndarray, y: np.ndarray, own: np.ndarray  # [..., n]
                     ) -> np.ndarray:
     "Spearman's partial correlation of `x` and `y` with `own` held fixed; NaN where `own` leaves nothing to explain."
-    xy, xz, yz = spearman(x, y), spearman(x, own), spearman(y, own)
+    return _partial(spearman(x, y), spearman(x, own), spearman(y, own))
+
+def _partial(xy: np.ndarray, xz: np.ndarray, yz: np.ndarray) -> np.ndarray:  # correlations, [...]
     left = (1 - xz**2) * (1 - yz**2)
     return np.clip(np.divide(xy - xz * yz, np.sqrt(left), out=np.full(left.shape, np.nan), where=left > 1e-12), -1, 1)
 
@@ -96,27 +99,42 @@ class Resampling:
     taken: np.ndarray        # [B, n], from `resampled`
     pairings: tuple[np.ndarray, bool]
 
+    def ranks(self, values: np.ndarray  # [n], or [1 + B, n] with replicates
+             ) -> np.ndarray:           # [B, n]
+        "Ranks of a quantity in every resample."
+        drawn = values[self.taken] if values.ndim == 1 else np.take_along_axis(values[1:], self.taken, 1)
+        return rankdata(drawn, axis=1)
+
+    @cached_property
+    def own_ranks(self) -> np.ndarray: return self.ranks(self.own)  # [B, n]
+
 def resampling(groups: np.ndarray, n_boot: int, n_perm: int, seed: int) -> Resampling:
     "Draw permutations and resamples for one grouping of the sources."
     return Resampling(groups, resampled(groups, n_boot, seed), pairings(groups, n_perm, seed))
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #11bbfe0e
-def relate(x: np.ndarray,     # [n], a metric
-           y: np.ndarray,     # [1 + B, n], retention in one dimension and its replicates
-           free: Resampling,  # of all sources
-           held: Resampling   # inside the dimension's own sources and the others
+@dataclass(frozen=True)
+class Ranked:
+    "A quantity of the sources, and its ranks in the resamples."
+    values: np.ndarray  # [n], as measured
+    free: np.ndarray    # [B, n], of all sources
+    held: np.ndarray    # [B, n], inside the dimension's own sources and the others
+
+def relate(x: Ranked, y: Ranked,  # a metric; retention in one dimension
+           free: Resampling, held: Resampling
           ) -> dict[str, float]:
     "Everything that is said about one metric and one dimension."
-    kept = lambda o: np.take_along_axis(y[1:], o.taken, 1)
-    once, partial = leave_one_out(x, y[0]), np.nan
-    found = dict(n=len(x), rho=float(spearman(x, y[0])),
-                 **dict(zip(("ci_low", "ci_high"), interval(spearman(x[free.taken], kept(free))))),
-                 p=permutation_p(x, y[0][:, None], *free.pairings)[0], loo_low=np.min(once), loo_high=np.max(once))
-    if len(np.unique(held.own)) == 2: partial = float(partial_spearman(x, y[0], held.own))
+    a, b, partial = x.values, y.values, np.nan
+    once = leave_one_out(a, b)
+    found = dict(n=len(a), rho=float(spearman(a, b)), **_ends("ci", row_correlation(x.free, y.free)),
+                 p=permutation_p(a, b[:, None], *free.pairings)[0], loo_low=np.min(once), loo_high=np.max(once))
+    if len(np.unique(held.own)) == 2: partial = float(partial_spearman(a, b, held.own))
     if np.isnan(partial): return found
-    own = held.own[held.taken]
-    return found | dict(partial=partial, partial_p=permutation_p(x, y[0][:, None], *held.pairings)[0],
-                        **dict(zip(("partial_low", "partial_high"), interval(partial_spearman(x[held.taken], kept(held), own)))))
+    with_own = row_correlation(x.held, held.own_ranks), row_correlation(y.held, held.own_ranks)
+    return found | dict(partial=partial, partial_p=permutation_p(a, b[:, None], *held.pairings)[0],
+                        **_ends("partial", _partial(row_correlation(x.held, y.held), *with_own)))
+
+def _ends(name: str, values: np.ndarray) -> dict[str, float]: return dict(zip((f"{name}_low", f"{name}_high"), interval(values)))
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #d47eee39
 def source_metrics(metrics: pd.DataFrame,  # tidy: strategy, seed, metric, value; perhaps applicable, note
@@ -170,13 +188,16 @@ def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Se
     wide, why = source_metrics(metrics, list(cells["strategy"]))
     groups = {d: (cells["source_dimension"] == d).to_numpy(int) for d in DIMENSIONS} | {"Total": np.zeros(len(cells), int)}
     plans = {d: resampling(g, n_boot, n_perm, seed) for d, g in groups.items()}
-    rows = []
-    for metric, (j, d) in itertools.product(wide, enumerate(KEPT)):
-        y = values[:, :, j]
-        reason = why.get(metric) or ("no task was scored" if np.isnan(y[0]).any() else
-                                     "every source kept the same" if np.ptp(y[0]) == 0 else "")
-        numbers = {} if reason else relate(wide[metric].to_numpy(), y, plans["Total"], plans[d])
-        rows.append(dict(n=len(cells)) | numbers | dict(metric=metric, dimension=d, noise=here.noise, reason=reason))
+    free, kept, rows = plans["Total"], {d: values[:, :, j] for j, d in enumerate(KEPT)}, []
+    outcomes = {d: Ranked(y[0], free.ranks(y), plans[d].ranks(y)) for d, y in kept.items()}
+    for metric in wide:
+        x = wide[metric].to_numpy()
+        of_x = None if metric in why else free.ranks(x)
+        for d, y in outcomes.items():
+            reason = why.get(metric) or ("no task was scored" if np.isnan(y.values).any() else
+                                         "every source kept the same" if np.ptp(y.values) == 0 else "")
+            numbers = {} if reason else relate(Ranked(x, of_x, plans[d].ranks(x)), y, free, plans[d])
+            rows.append(dict(n=len(cells)) | numbers | dict(metric=metric, dimension=d, noise=here.noise, reason=reason))
     return rows
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #a7fa004b
