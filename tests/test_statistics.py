@@ -334,6 +334,17 @@ def test_what_cannot_be_correlated_has_a_reason_and_no_number(table):
     assert table.query("dimension == 'Total'")["partial"].isna().all() and table.loc[table["p"].notna() & (table["dimension"] == "Code"), "partial"].notna().all()
 
 
+def test_only_the_metrics_asked_for_get_intervals(table):
+    kept = fifteen(0)
+    found = strategy_retention(bootstrap_retention(example_study(kept, ("sparsegpt",), seeds=(0, 1), n=200) | example_study(fifteen(1), ("wanda",), n=200), 200))
+    some = correlate(metrics(kept), found, 999, in_full=["distortion"])
+    same = ["n", "rho", "p", "q", "reason"]
+    pd.testing.assert_frame_equal(some[same], table[same])
+    asked = table["metric"] == "distortion"
+    pd.testing.assert_frame_equal(some[asked], table[asked])
+    assert some.loc[~asked, ["ci_low", "partial", "loo_low"]].isna().all(axis=None)
+
+
 def test_which_noise_the_interval_has_is_said(table):
     assert table.groupby("method")["noise"].unique().map(list).to_dict() == {"sparsegpt": ["items and draws"], "wanda": ["items only"]}
     assert ((table["ci_low"] <= table["rho"]) & (table["loo_low"] <= table["rho"]) & (table["rho"] <= table["loo_high"]))[table["p"].notna()].all()

@@ -98,7 +98,7 @@ def study_ledger(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows.lo
                  complete: bool = True                    # whether the study has been run to its end
                 ) -> pd.DataFrame:
     "The ledger of a study."
-    related = correlate_study(whole, known := whole_metrics(whole, metrics), n_perm, seed)
+    related = correlate_study(whole, known := whole_metrics(whole, metrics), n_perm, seed, in_full=[perplexity])
     table = related.table
     if related.found and len(table):
         table = stacked([table, contrasts(known, related.found, perplexity, n_perm, seed)], table.columns)

@@ -9,7 +9,7 @@ __all__ = ['Correlations', 'unmeasured', 'whole_metrics', 'correlate_study', 'ma
 
 # %% ../../nbs/8_report/09_correlations.ipynb #c738d021
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Collection
 
 import pandas as pd
 
@@ -44,7 +44,9 @@ def whole_metrics(whole: Measured, metrics: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/8_report/09_correlations.ipynb #1b634ba0
 def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows.load_metrics`
-                    n_perm: int = 19999, seed: int = 0) -> Correlations:
+                    n_perm: int = 19999, seed: int = 0,
+                    in_full: Collection[str] | None = None  # as in `correlate`
+                   ) -> Correlations:
     "Correlate every metric with every dimension's retention over the single sources that are pruned and measured."
     empty = pd.DataFrame(columns=["method", "sparsity", "metric", "dimension", *COLUMNS])
     if note := lacking(whole.study): return Correlations(None, empty, note)
@@ -55,7 +57,7 @@ def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows
     if most < MIN_SOURCES:
         return Correlations(found, empty, f"{most} single sources are pruned in one setting and measured so far. A correlation "
                                           f"needs {MIN_SOURCES} or more.")
-    table = correlate(metrics, found, n_perm, seed)
+    table = correlate(metrics, found, n_perm, seed, in_full)
     settings = set(table[["method", "sparsity"]].itertuples(index=False, name=None))
     pruned = found.cells[["method", "sparsity"]].itertuples(index=False, name=None)
     return Correlations(found.rows([at in settings for at in pruned]), table)

@@ -12,7 +12,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Sequence
+from typing import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -126,13 +126,16 @@ def relate(x: Ranked, y: Ranked,  # a metric; retention in one dimension
     "Everything that is said about one metric and one dimension."
     a, b, partial = x.values, y.values, np.nan
     once = leave_one_out(a, b)
-    found = dict(n=len(a), rho=float(spearman(a, b)), **_ends("ci", row_correlation(x.free, y.free)),
-                 p=permutation_p(a, b[:, None], *free.pairings)[0], loo_low=np.min(once), loo_high=np.max(once))
+    found = _rho(a, b, free) | _ends("ci", row_correlation(x.free, y.free)) | dict(loo_low=np.min(once), loo_high=np.max(once))
     if len(np.unique(held.own)) == 2: partial = float(partial_spearman(a, b, held.own))
     if np.isnan(partial): return found
     with_own = row_correlation(x.held, held.own_ranks), row_correlation(y.held, held.own_ranks)
     return found | dict(partial=partial, partial_p=permutation_p(a, b[:, None], *held.pairings)[0],
                         **_ends("partial", _partial(row_correlation(x.held, y.held), *with_own)))
+
+def _rho(x: np.ndarray, y: np.ndarray,  # [n]
+         free: Resampling) -> dict[str, float]:
+    return dict(n=len(x), rho=float(spearman(x, y)), p=permutation_p(x, y[:, None], *free.pairings)[0])
 
 def _ends(name: str, values: np.ndarray) -> dict[str, float]: return dict(zip((f"{name}_low", f"{name}_high"), interval(values)))
 
@@ -165,7 +168,8 @@ COLUMNS = ["n", "rho", "ci_low", "ci_high", "p", "q", "loo_low", "loo_high", "pa
 def correlate(metrics: pd.DataFrame,    # tidy: strategy, seed, metric, value; perhaps applicable, note, unit
               found: Replicates,        # from `strategy_retention`
               n_perm: int = 19999,      # enough for p = 0.0001, which a family of some hundred tests needs
-              seed: int = 0
+              seed: int = 0,
+              in_full: Collection[str] | None = None  # metrics that get intervals and partial correlations; None: all
              ) -> pd.DataFrame:         # coordinates, metric, dimension, and `COLUMNS`
     "Spearman's ρ of every metric with every dimension's retention over the single sources, one setting at a time."
     rows = []
@@ -173,7 +177,7 @@ def correlate(metrics: pd.DataFrame,    # tidy: strategy, seed, metric, value; p
         here = found.where(**at)
         sources = here.cells["source_dimension"] != ""
         if sources.sum() < MIN_SOURCES: continue
-        rows += [at | row for row in setting_correlations(metrics, here, sources, n_perm, seed)]
+        rows += [at | row for row in setting_correlations(metrics, here, sources, n_perm, seed, in_full)]
     if not rows: raise CalibPruneError(f"No setting of this study has {MIN_SOURCES} single sources: nothing can be correlated.")
     table = pd.DataFrame(rows).reindex(columns=[*COORDINATES, "metric", "dimension", *COLUMNS])
     tested = table["p"].notna()
@@ -182,7 +186,7 @@ def correlate(metrics: pd.DataFrame,    # tidy: strategy, seed, metric, value; p
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #1ebe6fd5
 def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Series,
-                         n_perm: int, seed: int) -> list[dict]:
+                         n_perm: int, seed: int, in_full: Collection[str] | None = None) -> list[dict]:
     "The rows of `correlate` for one setting."
     cells, values, n_boot = here.cells[sources], here.values[:, sources], len(here.values) - 1
     wide, why = source_metrics(metrics, list(cells["strategy"]))
@@ -192,11 +196,13 @@ def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Se
     outcomes = {d: Ranked(y[0], free.ranks(y), plans[d].ranks(y)) for d, y in kept.items()}
     for metric in wide:
         x = wide[metric].to_numpy()
-        of_x = None if metric in why else free.ranks(x)
+        full = in_full is None or metric in in_full
+        of_x = free.ranks(x) if full and metric not in why else None
         for d, y in outcomes.items():
             reason = why.get(metric) or ("no task was scored" if np.isnan(y.values).any() else
                                          "every source kept the same" if np.ptp(y.values) == 0 else "")
-            numbers = {} if reason else relate(Ranked(x, of_x, plans[d].ranks(x)), y, free, plans[d])
+            numbers = {} if reason else _rho(x, y.values, free)
+            if numbers and full: numbers = relate(Ranked(x, of_x, plans[d].ranks(x)), y, free, plans[d])
             rows.append(dict(n=len(cells)) | numbers | dict(metric=metric, dimension=d, noise=here.noise, reason=reason))
     return rows
 

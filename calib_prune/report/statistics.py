@@ -21,7 +21,7 @@ from scipy.stats import chi2, norm
 
 from ..calibration.sources import FURTHER, PAPER_SOURCES, SOURCES
 from ..core import DIMENSIONS, CalibPruneError, unknown_name
-from ..evaluation.measures import MEASURES, get_measure, measured_values, metric_of, task_retention
+from ..evaluation.measures import MEASURES, get_measure, measured_rows, measured_values, metric_of, task_retention
 from ..evaluation.retention import paired_values
 from ..evaluation.tasks import TASKS
 from ..pruning.methods import METHODS
@@ -104,10 +104,12 @@ def item_values(study: dict[str, Result],
                ) -> dict[str, np.ndarray]:  # task → [items, 1 + cells], the dense model first
     "The values of all models of a study, item by item."
     dense = study["dense"].items
-    of_dense, columns = measured_values(dense, measure), []
+    rows, keys = measured_rows(dense, measure), dense[["task", "item", "metric"]]
+    of_dense, columns = measured_values(dense, measure, rows), []
     for result in study.values():
         if result.record["strategy"] == "dense": continue
-        other = measured_values(result.items, measure)
+        alike = result.items[list(keys)].equals(keys)  # nearly always: where each row lies need be found only once
+        other = measured_values(result.items, measure, rows if alike else None)
         if not of_dense[["task", "item"]].equals(other[["task", "item"]]):
             paired_values(dense, result.items, measure)  # says what differs
         columns.append(other["value"])
