@@ -201,8 +201,9 @@ def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Se
         for d, y in outcomes.items():
             reason = why.get(metric) or ("no task was scored" if np.isnan(y.values).any() else
                                          "every source kept the same" if np.ptp(y.values) == 0 else "")
-            numbers = {} if reason else _rho(x, y.values, free)
-            if numbers and full: numbers = relate(Ranked(x, of_x, plans[d].ranks(x)), y, free, plans[d])
+            numbers: dict[str, float] = {}
+            if not reason and full: numbers = relate(Ranked(x, of_x, plans[d].ranks(x)), y, free, plans[d])
+            elif not reason: numbers = _rho(x, y.values, free)
             rows.append(dict(n=len(cells)) | numbers | dict(metric=metric, dimension=d, noise=here.noise, reason=reason))
     return rows
 
