@@ -1,14 +1,20 @@
 "Which verdicts depend on the measure."
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from calib_prune.core import DIMENSIONS
-from calib_prune.report.agreement import (DEPENDS, NONE, ONE, OPEN, ROBUST, UNTESTED, agreement, agreement_note, dimensions_of,
-                                          ledgers)
+from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.report.agreement import (DEPENDS, NONE, ONE, OPEN, ROBUST, TOGETHER, UNTESTED, agreement, agreement_note, dimensions_of,
+                                          ledgers, model_agreement, read_ledgers)
 from calib_prune.report.claims import study_ledger
 from calib_prune.report.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
+from calib_prune.report.examples import example_preset
 from calib_prune.report.selection import measured
+from calib_prune.study.presets import load_preset
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def judged(*verdicts):
@@ -55,3 +61,57 @@ def test_rows_without_a_measure_leave_it_out():
     assert np.isclose(at.loc[("plain", "C6 c4"), "ours"], 22.5) and at.loc[("answer-bits", "C6 c4"), "ours"] < 22.5
     again = ledgers(preset, study, metrics, 60, 99, known={"plain": study_ledger(measured(preset, study, 60), metrics, n_perm=99)})
     pd.testing.assert_frame_equal(again, table)
+
+
+# --- models
+
+def ledger_of(*verdicts):
+    "One check under two measures: (verdict, whether the measure can tell)."
+    return pd.DataFrame([dict(measure=m, name="C6", claim="C6", check="mix − best", verdict=v, tells=t)
+                         for m, (v, t) in zip(("answer-bits", "plain"), verdicts)])
+
+
+@pytest.mark.parametrize("one, other, said, together", [
+    (((SIZE, True), (SIGN, True)), ((SIGN, True), (NOT, False)), ["reproduced", "reproduced"], ROBUST),
+    (((SIZE, True), (SIGN, True)), ((NOT, True), (NOT, True)), ["reproduced", NOT], TOGETHER[DEPENDS]),
+    (((SIZE, True), (NOT, True)), ((SIGN, True), (NOT, False)), [DEPENDS, "reproduced"], TOGETHER[DEPENDS]),
+    (((UNCLEAR, True), (NOT, False)), ((UNCLEAR, True), (NOT, False)), [UNCLEAR, UNCLEAR], OPEN),
+    (((NOT, True), (SIGN, False)), ((PRESET, True), (PRESET, True)), [NOT, UNTESTED], TOGETHER[ONE]),
+    (((NOT, False), (SIGN, False)), ((SIGN, False), (SIGN, False)), [NONE, NONE], TOGETHER[NONE]),
+    (((MODEL, False), (MODEL, False)), ((PRESET, True), (PRESET, True)), [UNTESTED, UNTESTED], UNTESTED)])
+def test_a_check_is_robust_if_all_models_and_measures_that_can_tell_agree(one, other, said, together):
+    row = model_agreement({"small": ledger_of(*one), "large": ledger_of(*other)}).iloc[0]
+    assert [row["small"], row["large"], row["agreement"]] == [*said, together]
+
+
+def test_a_ledger_that_is_not_there_or_is_none_is_named(tmp_path):
+    with pytest.raises(CalibPruneError, match="reproduce --preset qwen"): read_ledgers(tmp_path / "qwen" / "T7-measures.csv")
+    (tmp_path / "T7-measures.csv").write_text("claim,check\nC1,x\n")
+    with pytest.raises(CalibPruneError, match="no column 'measure'"): read_ledgers(tmp_path / "T7-measures.csv")
+
+
+@pytest.mark.parametrize("old, new, said", [("\nbeside: [qwen]", "", "needs `beside`"), ("measures, claims,", "measures,", "name `claims`")])
+def test_models_are_set_beside_what_a_preset_names(old, new, said, tmp_path):
+    text = (ROOT / "presets/default2.yaml").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "default2.yaml").write_text(text.replace(old, new))
+    with pytest.raises(CalibPruneError, match=said): load_preset(tmp_path / "default2.yaml")
+
+
+def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
+    from papermill import execute_notebook
+    from tests.test_claims import like_paper
+    study, metrics = like_paper()
+    table = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99)
+    (tmp_path / "default2").mkdir()
+    table.to_csv(tmp_path / "default2/T7-measures.csv", index=False)
+    run = lambda: execute_notebook(ROOT / "nbs/paper/models.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=ROOT, parameters=dict(
+        preset=str(ROOT / "presets/default2.yaml"), results="none", figures=str(tmp_path / "default2")))
+    run()
+    alone = (tmp_path / "default2/T7-models.md").read_text()
+    assert "Not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone
+    (tmp_path / "qwen").mkdir()
+    table.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
+    run()
+    assert "Not run yet" not in (tmp_path / "default2/T7-models.md").read_text()
+    assert set(pd.read_csv(tmp_path / "default2/T7-models.csv")["model"]) == {"smollm2-135m", "qwen2.5-coder-0.5b"}

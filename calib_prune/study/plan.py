@@ -18,7 +18,7 @@ from typing import Any
 
 import calib_prune
 from ..core import write_atomic
-from .artefacts import made_by, needed_by
+from .artefacts import LEDGER, made_by, needed_by
 from .presets import Cell, cells, measured_strategies, mix_of, seeds_of
 
 # %% ../../nbs/7_study/09_plan.ipynb #ea4e47d2
@@ -182,7 +182,8 @@ def results_of(study: Study) -> dict[str, list[str]]:  # by kind, see `artefacts
     files = lambda kind, names: _usable(study, [result_file(study, kind, o) for o in names])
     return dict(models=files("models", grid), ablations=files("models", every[len(grid):]),
                 metrics=files("metrics", measured_strategies(study.preset)),
-                audits=files("audits", study.left["audits"]))
+                audits=files("audits", study.left["audits"]),
+                ledger=[f"{study.figures}/{LEDGER}"] if "ledger" in needed_by(study.preset["tables"]) else [])
 
 # %% ../../nbs/7_study/09_plan.ipynb #04cdc3eb
 def table_jobs(study: Study) -> list[Job]:

@@ -124,6 +124,7 @@ class PresetForm(Form):
     hardware: HardwareForm
     resamples: Annotated[int, Field(ge=100, le=2**24)]  # of items and draws, for intervals
     measure: Literal[(*MEASURES, "headline")] = "plain"  # type: ignore[valid-type]  # of the tables; headline: by the rule
+    beside: list[Name] = []  # presets of studies on other models, whose ledgers the notebook `models` sets beside this one's
 
     @model_validator(mode="after")
     def _strategies_are_defined(self):
@@ -132,6 +133,13 @@ class PresetForm(Form):
                 for name in block.strategies if isinstance(block.strategies, list) else ():
                     if name not in self.strategies:
                         raise ValueError(str(unknown_name(f"strategy in {part}.{i}", name, self.strategies)))
+        return self
+
+    @model_validator(mode="after")
+    def _models_have_ledgers(self):
+        if "models" not in self.tables: return self
+        if "claims" not in self.tables: raise ValueError("the table `models` reads the ledger: name `claims` in `tables` as well")
+        if not self.beside: raise ValueError("the table `models` needs `beside`, a list of presets on other models")
         return self
 
 # %% ../../nbs/7_study/01_presets.ipynb #3736cbf1
