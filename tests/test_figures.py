@@ -35,7 +35,7 @@ SWEPT = {"strategies": ["c4", "math", "uniform"], "methods": ["sparsegpt"], "see
 def small_preset():
     "The default preset with a smaller grid."
     preset = load_preset(ROOT / "presets/default.yaml")
-    preset |= {"strategies": {o: o for o in KEPT}, "ablations": None, "resamples": 200}
+    preset |= {"strategies": {o: o for o in KEPT}, "ablations": None, "resamples": 200, "measure": "plain"}
     preset["grid"] = [
         {"strategies": "all", "methods": ["sparsegpt", "wanda"], "sparsities": [0.6], "seeds": [0, 1], "windows": ["default"]},
         SWEPT | {"sparsities": [0.3, 0.5, "2:4"], "windows": ["default"]}, SWEPT | {"sparsities": [0.6], "windows": [8]}]
