@@ -103,6 +103,24 @@ def test_finished_then_reused_then_tables_alone(checkout):
     assert "pruning.batch_tokens: 4096 → 2048" in " ".join(listed.split()), "and why"
 
 
+def test_no_finished_run_keeps_waking_the_scheduler(checkout):
+    "Snakemake's limit on jobs per second starts a timer per finished job that never ends: see the Snakefile."
+    from calib_prune.cli.reproduce import snakemake_command
+    reproduce(checkout)
+    spy = ("from snakemake.scheduling.job_scheduler import JobScheduler as J; J._schedule_reevalutation\n"
+           "J._schedule_reevalutation = lambda *_: open('woken', 'a').write('x')\nfrom snakemake.cli import main; main()")
+    def wakes(snakefile):
+        (checkout / "woken").unlink(missing_ok=True)
+        command = snakemake_command(checkout / "tiny.yaml", 1, True, False)[3:]
+        command[command.index("Snakefile")] = snakefile
+        done = subprocess.run([sys.executable, "-c", spy, *command], cwd=checkout, env=os.environ | dict(PYTHONPATH=str(checkout)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return (checkout / "woken").is_file()
+    assert not wakes("Snakefile")
+    (checkout / "Limited").write_text((checkout / "Snakefile").read_text().replace("workflow.scheduler.job_rate_limiter = None", "pass"))
+    assert wakes("Limited")
+
+
 def test_ten_power_cuts_change_nothing(checkout):
     shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
     reproduce(checkout, "--jobs", "2", "--", "rows")
