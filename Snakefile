@@ -12,7 +12,7 @@ rows = results_of(study)
 
 onstart:
     # Snakemake's limit on jobs per second starts a timer for each finished job, and each of them wakes the scheduler every second from
-    # then on (its pull request 3744): after some hundred jobs that takes most of a core. Our runs take minutes, so no limit is needed.
+    # then on (its pull request 3744): a quarter of a core after 50 jobs, and growing. Our runs take minutes, so no limit is needed.
     workflow.scheduler.job_rate_limiter = None
 
 

@@ -1,4 +1,4 @@
-"Which verdicts depend on the measure."
+"Which verdicts depend on the measure or the model."
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +104,13 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     study, metrics = like_paper()
     table = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99)
     (tmp_path / "default2").mkdir()
-    table.to_csv(tmp_path / "default2/T7-measures.csv", index=False)
     run = lambda: execute_notebook(ROOT / "nbs/paper/models.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=ROOT, parameters=dict(
         preset=str(ROOT / "presets/default2.yaml"), results="none", figures=str(tmp_path / "default2")))
+    begun = tmp_path / "default2/T7-measures.csv"
+    begun.write_text("status\n\n")
+    run()
+    assert "No study has a ledger yet" in (tmp_path / "default2/T7-models.md").read_text()
+    table.to_csv(begun, index=False)
     run()
     alone = (tmp_path / "default2/T7-models.md").read_text()
     assert "Not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone

@@ -70,14 +70,18 @@ def _agrees(tested: int, verdicts: list[str]  # measures that the study tests; v
     judged = {_direction(o) for o in verdicts}
     return DEPENDS if len(judged) > 1 else OPEN if judged == {UNCLEAR} else ROBUST
 
+def _told(mine: pd.DataFrame  # of one check, from `ledgers`
+         ) -> tuple[int, list[str]]:
+    "How many rows are tested, and the verdicts of those that can tell."
+    tested = mine[~mine["verdict"].isin([PRESET, MODEL, YET])]
+    return len(tested), list(tested[tested["tells"]]["verdict"])
+
 def agreement(table: pd.DataFrame  # from `ledgers`
              ) -> pd.DataFrame:    # one row per check: claim, check, a verdict per measure, agreement
     "Every check with its verdict under each measure, and whether they agree."
     rows = []
     for _, mine in table.groupby("name", sort=False):
-        tested = mine[~mine["verdict"].isin([PRESET, MODEL, YET])]
-        told = tested[tested["tells"]]
-        agrees = _agrees(len(tested), list(told["verdict"]))
+        agrees = _agrees(*_told(mine))
         verdicts = {MEASURES[o.measure].label: o.verdict if o.tells else "cannot tell" for o in mine.itertuples()}
         rows.append(dict(claim=mine["claim"].iloc[0], check=mine["check"].iloc[0], **verdicts, agreement=agrees))
     return pd.DataFrame(rows)
@@ -94,9 +98,9 @@ TOGETHER = {DEPENDS: "depends on the model or the measure", ONE: "one can tell",
 def _said(mine: pd.DataFrame  # of one check and model, from `ledgers`
          ) -> str:
     "The verdict of one model, in direction; or why there is none."
-    tested = mine[~mine["verdict"].isin([PRESET, MODEL, YET])]
-    if not len(tested): return UNTESTED
-    said = {_direction(o) for o in tested[tested["tells"]]["verdict"]}
+    tested, verdicts = _told(mine)
+    if not tested: return UNTESTED
+    said = {_direction(o) for o in verdicts}
     return NONE if not said else DEPENDS if len(said) > 1 else said.pop()
 
 def model_agreement(tables: Mapping[str, pd.DataFrame]  # model → its `ledgers`
@@ -104,8 +108,7 @@ def model_agreement(tables: Mapping[str, pd.DataFrame]  # model → its `ledgers
     "Every check with its verdict on each model, and whether all that can tell agree."
     every, rows = pd.concat([o.assign(model=model) for model, o in tables.items()]), []
     for _, mine in every.groupby("name", sort=False):
-        tested = mine[~mine["verdict"].isin([PRESET, MODEL, YET])]
-        agrees = _agrees(len(tested), list(tested[tested["tells"]]["verdict"]))
+        agrees = _agrees(*_told(mine))
         verdicts = {model: _said(o) for model, o in mine.groupby("model", sort=False)}
         about = dict(claim=mine["claim"].iloc[0], check=mine["check"].iloc[0])
         rows.append(about | verdicts | dict(agreement=TOGETHER.get(agrees, agrees)))
@@ -113,12 +116,13 @@ def model_agreement(tables: Mapping[str, pd.DataFrame]  # model → its `ledgers
 
 # %% ../../nbs/8_report/19_agreement.ipynb #2a4ca1fb
 def read_ledgers(path: str | Path  # T7-measures.csv of a study
-                ) -> pd.DataFrame:  # columns `LEDGERS`
+                ) -> pd.DataFrame:  # columns `LEDGERS`; empty if the study has just begun
     "A ledger by measure, as the notebook `claims` saved it."
     if not Path(path).is_file():
         raise CalibPruneError(f"{path} is not there. The notebook `claims` of that study makes it: "
                               f"calib-prune reproduce --preset {Path(path).parent.name}.")
     table = pd.read_csv(path)
+    if list(table) == ["status"]: return pd.DataFrame(columns=LEDGERS)
     if lost := [o for o in LEDGERS if o not in table]:
         raise CalibPruneError(f"{path} has no column {lost[0]!r}, so it is no ledger by measure. "
                               "Make it anew by the notebook `claims`.")

@@ -39,9 +39,10 @@ def spearman(x: np.ndarray, y: np.ndarray  # [..., n]
 def partial_spearman(x: np.ndarray, y: np.ndarray, own: np.ndarray  # [..., n]
                     ) -> np.ndarray:
     "Spearman's partial correlation of `x` and `y` with `own` held fixed; NaN where `own` leaves nothing to explain."
-    return _partial(spearman(x, y), spearman(x, own), spearman(y, own))
+    return _partial(*(rankdata(o, axis=-1) for o in (x, y, own)))
 
-def _partial(xy: np.ndarray, xz: np.ndarray, yz: np.ndarray) -> np.ndarray:  # correlations, [...]
+def _partial(x: np.ndarray, y: np.ndarray, own: np.ndarray) -> np.ndarray:  # ranks, [..., n]
+    xy, xz, yz = row_correlation(x, y), row_correlation(x, own), row_correlation(y, own)
     left = (1 - xz**2) * (1 - yz**2)
     return np.clip(np.divide(xy - xz * yz, np.sqrt(left), out=np.full(left.shape, np.nan), where=left > 1e-12), -1, 1)
 
@@ -129,9 +130,8 @@ def relate(x: Ranked, y: Ranked,  # a metric; retention in one dimension
     found = _rho(a, b, free) | _ends("ci", row_correlation(x.free, y.free)) | dict(loo_low=np.min(once), loo_high=np.max(once))
     if len(np.unique(held.own)) == 2: partial = float(partial_spearman(a, b, held.own))
     if np.isnan(partial): return found
-    with_own = row_correlation(x.held, held.own_ranks), row_correlation(y.held, held.own_ranks)
     return found | dict(partial=partial, partial_p=permutation_p(a, b[:, None], *held.pairings)[0],
-                        **_ends("partial", _partial(row_correlation(x.held, y.held), *with_own)))
+                        **_ends("partial", _partial(x.held, y.held, held.own_ranks)))
 
 def _rho(x: np.ndarray, y: np.ndarray,  # [n]
          free: Resampling) -> dict[str, float]:
@@ -233,16 +233,13 @@ def contrast(x: np.ndarray,                    # [n], a metric
              free: Resampling, held: Resampling  # of all sources; inside the two registers
             ) -> dict[str, float]:
     "ρ(metric, a) − ρ(metric, b), also with the register held fixed."
-    delta = lambda rho, plan, *more: rho(x[plan.taken], _kept(a, plan), *more) - rho(x[plan.taken], _kept(b, plan), *more)
+    delta = lambda rho, plan, *own: np.subtract(*(rho(plan.ranks(x), plan.ranks(o), *own) for o in (a, b)))
     found = dict(n=len(x), rho=float(spearman(x, a[0]) - spearman(x, b[0])), p=_contrast_p(x, a[0], b[0], free))
-    found |= dict(zip(("ci_low", "ci_high"), interval(delta(spearman, free))))
+    found |= _ends("ci", delta(row_correlation, free))
     if len(np.unique(held.own)) < 2: return found
     partial = partial_spearman(x, a[0], held.own) - partial_spearman(x, b[0], held.own)
-    low, high = interval(delta(partial_spearman, held, held.own[held.taken]))
-    return found | dict(partial=float(partial), partial_low=low, partial_high=high,
-                        partial_p=_contrast_p(x, a[0], b[0], held))
-
-def _kept(y: np.ndarray, plan: Resampling) -> np.ndarray: return np.take_along_axis(y[1:], plan.taken, 1)
+    return found | dict(partial=float(partial), partial_p=_contrast_p(x, a[0], b[0], held),
+                        **_ends("partial", delta(_partial, held, held.own_ranks)))
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #b4353011
 def contrasts(metrics: pd.DataFrame, found: Replicates,  # as in `correlate`

@@ -104,11 +104,11 @@ def item_values(study: dict[str, Result],
                ) -> dict[str, np.ndarray]:  # task → [items, 1 + cells], the dense model first
     "The values of all models of a study, item by item."
     dense = study["dense"].items
-    rows, keys = measured_rows(dense, measure), dense[["task", "item", "metric"]]
+    rows, key = measured_rows(dense, measure), ["task", "item", "metric"]
     of_dense, columns = measured_values(dense, measure, rows), []
     for result in study.values():
         if result.record["strategy"] == "dense": continue
-        alike = result.items[list(keys)].equals(keys)  # nearly always: where each row lies need be found only once
+        alike = result.items[key].equals(dense[key])  # nearly always: where each row lies need be found only once
         other = measured_values(result.items, measure, rows if alike else None)
         if not of_dense[["task", "item"]].equals(other[["task", "item"]]):
             paired_values(dense, result.items, measure)  # says what differs
