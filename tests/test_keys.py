@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from calib_prune.study import carry_over, keys
+from calib_prune.study import keys
 from calib_prune.core import CalibPruneError
 from calib_prune.study.keys import OLDER, cell_key, changes, left_to_do, scored_items, versions
 from calib_prune.calibration.sources import LibrarySource
@@ -41,7 +41,7 @@ def as_the_committed_results_were_made(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(LibrarySource, "revision", RECORDED)
     monkeypatch.setattr(keys, "versions", lambda: dict(THEN))
-    for module in (keys, carry_over): monkeypatch.setattr(module, "metrics_key", without_scored)
+    monkeypatch.setattr(keys, "metrics_key", without_scored)
 
 METRICS_KEY = keys.metrics_key
 def without_scored(*about):
@@ -60,7 +60,7 @@ def test_every_committed_result_is_finished_but_for_raised_versions(monkeypatch)
     raised = {f"versions.{k}: {v} → {versions()[k]}" for k, v in THEN.items() if versions()[k] != v}
     assert {part for mine in left().values() for why in mine.values() for part in why.split("; ")} <= raised
     kept = {str(o.relative_to(RESULTS)) for o in RESULTS.rglob("*.json") if not o.name.startswith(".") and "notebooks" not in o.parts}
-    assert len(CELLS) == 117 and len(measured_strategies(PRESET)) == 20 and {f"{c.name}.json" for c in CELLS} <= kept
+    assert len(CELLS) > 100 and {f"{c.name}.json" for c in CELLS} | {f"metrics/{k}.json" for k in STRATEGIES} <= kept
 
 
 EDITS = {  # file → [(what is there, what an edit makes of it)]
@@ -181,46 +181,26 @@ def contents(folder): return {o.relative_to(folder): o.read_bytes() for o in sor
 
 
 def with_old_keys(folder):
-    "Results as version 0.1 left them."
-    def rewrite(path, old, where=lambda o: o):
+    "Results as version 0.1 left them: instead of a key, a hash of whole modules."
+    found = [path for path in (*folder.glob("*.json"), *folder.glob("*/*.json")) if '"key"' in path.read_text()]
+    for path in found:
         done = json.loads(path.read_text())
-        where(done).pop("key")
-        where(done)["identity"] = old
+        record = done.get("record", done)
+        del record["key"]
+        record["identity"] = "0123456789abcdef"
         path.write_text(json.dumps(done))
-    for c in CELLS:
-        rewrite(folder / f"{c.name}.json", carry_over.old_cell_key(PRESET, c), lambda o: o["record"])
-        if protocol_of(PRESET["strategies"].get(c.strategy, "")):
-            report = folder / "generated" / f"{Path(c.mix).stem}.report.json"
-            if "identity" not in json.loads(report.read_text()): rewrite(report, carry_over.old_text_key(PRESET, c.strategy, c.seed))
-    for name in STRATEGIES: rewrite(folder / "metrics" / f"{name}.json", carry_over.old_metrics_key(PRESET, name))
-    own = folder / "metrics/own-text.report.json"
-    own.write_text(json.dumps({k: v for k, v in json.loads(own.read_text()).items() if k != "key"}))
-    written = {k: [keys.file_sha256(o) for o in v] for k, v in keys.written_in(PRESET, folder).items()}
-    for stem, searched in (("contamination", keys.sources_in(PRESET)), ("contamination-written", written)):
-        rewrite(folder / f"{stem}.json", carry_over.old_audit_key(PRESET, searched))
+    return len(found)
 
 
-def test_carrying_over_gives_every_result_the_key_that_it_has(copied):
-    before = contents(copied)
-    with_old_keys(copied)
-    with pytest.raises(CalibPruneError, match="159 of the results have keys of an older scheme.*calib-prune carry-over --preset default.*--again"):
+def test_results_of_an_older_scheme_are_refused_and_kept(copied):
+    count, before = with_old_keys(copied), contents(copied)
+    assert count > len(CELLS) + len(STRATEGIES)
+    with pytest.raises(CalibPruneError, match=f"{count} of the results have keys of an older scheme.*--preset default --again"):
         left(folder=copied)
-    old = contents(copied)
-    assert all(why.endswith(OLDER) for mine in left_to_do(PRESET, copied, again=True).values() for why in mine.values())
-    assert contents(copied) == old, "asking changes nothing"
-    found = carry_over.carry_over(PRESET, copied)
-    assert {k: (len(v), all(v.values())) for k, v in found.items()} == dict(
-        texts=(19, True), models=(117, True), metrics=(21, True), audits=(2, True))
-    assert contents(copied) == before, "byte for byte what is committed"
-
-
-def test_an_old_result_that_no_longer_holds_is_left_alone(copied):
-    with_old_keys(copied)
-    path = copied / "c4-wanda-0.6-n32-s0.json"
-    path.write_text(path.read_text().replace(carry_over.old_cell_key(PRESET, next(c for c in CELLS if c.name == path.stem)), "0" * 16))
-    before = path.read_bytes()
-    found = carry_over.carry_over(PRESET, copied)
-    assert [k for k, held in found["models"].items() if not held] == [path.name] and path.read_bytes() == before
+    found = left_to_do(PRESET, copied, again=True)
+    assert all(why.endswith(OLDER) for mine in found.values() for why in mine.values())
+    assert sum(map(len, found.values())) == count and set(found["models"]) == ALL and set(found["metrics"]) == STRATEGIES | {"own text"}
+    assert contents(copied) == before, "asking changes nothing"
 
 
 @pytest.mark.parametrize("name", ["dense.json", "generated/sgs-s0.report.json", "metrics/c4.json", "metrics/own-text.report.json",

@@ -23,14 +23,14 @@ from .lists import methods, sources, tasks
 from .measure import measure
 from .output import print_json
 from .prune import prune
-from .reproduce import carry_over, reproduce
+from .reproduce import reproduce
 from ..core import CalibPruneError
 
 # %% ../../nbs/9_cli/10_app.ipynb #910e26cb
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   help="Prune a language model and see which abilities are lost with which calibration data.")
 
-COMMANDS = fetch, sources, tasks, methods, prune, evaluate, measure, generate, init, new_study, carry_over
+COMMANDS = fetch, sources, tasks, methods, prune, evaluate, measure, generate, init, new_study
 for command in COMMANDS: app.command()(command)
 app.command(context_settings={"allow_extra_args": True})(reproduce)
 

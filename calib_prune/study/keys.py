@@ -316,8 +316,7 @@ def left_to_do(preset: dict[str, Any],
     if not older or again: return found
     raise CalibPruneError(
         f"In {folder}, {len(older)} of the results have keys of an older scheme (such as {older[0]}). Nothing was changed. "
-        f"`calib-prune carry-over --preset {preset['name']}` gives those that are still valid a new key without running "
-        f"anything; `calib-prune reproduce --preset {preset['name']} --again` makes them again.")
+        f"`calib-prune reproduce --preset {preset['name']} --again` makes them again; to keep them, move the folder aside.")
 
 # %% ../../nbs/7_study/03_keys.ipynb #6596ffcc
 def left_table(left: dict[str, dict[str, str]]  # from `left_to_do`

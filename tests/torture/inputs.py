@@ -81,9 +81,9 @@ def smallest(folder: Path, command: str, more: list[str], arguments: list[str]) 
     text_file(folder)
     with inside(folder):
         if command in ("init", "new-study"): return call(command, *(arguments or ["study"]), *more)
-        if command in ("carry-over", "reproduce"):
+        if command == "reproduce":
             study_in(folder / "in" / "here")
-            if command == "reproduce": return dry_run(*more)
+            return dry_run(*more)
         return call(command, *more)
 
 
