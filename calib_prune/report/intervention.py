@@ -186,5 +186,6 @@ def far_text(far: pd.DataFrame) -> pd.DataFrame:  # from `far_effects`
     for effect, mine in far.groupby("effect", sort=False):
         said = {o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()}
         lines.append({"the effect in": effect, "times": f"{mine['times'].iloc[0]:.1f}", **said})
-    differ = far.drop_duplicates("dimension").set_index("dimension")["differ"]
-    return pd.DataFrame([*lines, {"the effect in": "measured between the two", "times": "", **(100 * differ).map("{:+.1f}".format)}])
+    differ = 100 * far.drop_duplicates("dimension").set_index("dimension")["differ"]
+    lines.append({"the effect in": "measured between the two", "times": "", **differ.map("{:+.1f}".format)})
+    return pd.DataFrame(lines)
