@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.rank_statistics import contrast, contrasts, correlate, resampling
 from calib_prune.report.statistics import bootstrap_retention, strategy_retention
-from calib_prune.report.claims import judge, ledger, save_ledger, study_ledger
-from calib_prune.report.estimates import (CHECKS, CLAIMS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, estimate_growth,
-                                          estimates, power, strategy_for, verdict)
+from calib_prune.report.claims import claim_levels, judge, ledger, save_ledger, study_ledger
+from calib_prune.report.estimates import (CHECKS, CLAIMS, MODEL, NOT, PAPER, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, Levels,
+                                          estimate_growth, estimates, power, strategy_for, verdict)
 from calib_prune.report.selection import measured
 from calib_prune.core import CalibPruneError
+from calib_prune.evaluation.tasks import TASKS
+from calib_prune.study.presets import load_preset
 from calib_prune.calibration.sources import SUITE
 
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
 NO_METRICS = pd.DataFrame(columns=["strategy", "metric", "value"])
 ENDS = st.tuples(st.integers(-20, 20), st.integers(-20, 20)).map(sorted)
 
@@ -45,14 +48,14 @@ def ledger_of(study, metrics, n_boot, n_perm=99):
     return study_ledger(measured(example_preset(study), study, n_boot), metrics, n_perm=n_perm).set_index(pd.Index(CHECKS))
 
 
-def like_paper(sign=1):
-    "The higher its perplexity, the more General, the less Code and Math a source keeps; the mix keeps everything; 30% costs nothing."
+def like_paper(sign=1, at=0.6, low=0.3):
+    "The higher its perplexity, the more General, the less Code and Math a source keeps; the mix keeps everything; the low sparsity costs nothing."
     steps = np.random.default_rng(0).permutation(np.linspace(0, 1, 15))
     kept = {o: (0.45 + 0.3 * s, 0.6, 0.75 - 0.5 * s, 0.65 - 0.3 * s) for o, s in zip(SUITE, steps)}
     kept["c4"] = (0.75, 0.6, 0.25, 0.35)
     study = example_study(kept | {"uniform": (0.75, 0.65, 0.8, 0.65), "igsp": (0.7,) * 4, "sgs": (0.6,) * 4},
-                          ("sparsegpt", "wanda"), seeds=(0, 1), n=200)
-    study |= example_study({o: (0.9,) * 4 for o in ("c4", "uniform")}, sparsities=(0.3,), n=200)
+                          ("sparsegpt", "wanda"), sparsities=(at,), seeds=(0, 1), n=200)
+    study |= example_study({o: (0.9,) * 4 for o in ("c4", "uniform")}, sparsities=(low,), n=200)
     metrics = pd.DataFrame([dict(strategy=o, seed=s, metric="distortion", value=math.exp(sign * 4 * v[0]))
                             for o, v in kept.items() for s in (0, 1)])
     return study, metrics
@@ -61,6 +64,15 @@ def like_paper(sign=1):
 @pytest.fixture(scope="module")
 def right():
     return ledger_of(*like_paper(), 300, 999)
+
+
+def right_answers(items):
+    "Code by right answers instead of bits per byte, with the same retention."
+    bits = items["metric"] == "bits"
+    values = items["value"].to_numpy(copy=True)
+    values[bits] = np.arange(bits.sum()) < round(bits.sum() / values[bits].mean())
+    name = items["task"].where(~bits, "humaneval_generate")
+    return items.assign(task=name, metric=[TASKS[o].metric for o in name], value=values, bytes=0)
 
 
 def test_every_claim_has_its_checks_and_a_verdict(right):
@@ -113,9 +125,10 @@ def test_sizes_decide_only_what_is_scored_alike():
     study, metrics = like_paper()
     ours = estimates(strategy_retention(bootstrap_retention(study, 50)), pd.DataFrame()).set_index("check")
     assert not ours.loc[["C5 c4", "C6", "C6 c4", "C7 sgs", "C8", "C9"], "comparable"].any()
-    rights = {k: replace(r, items=r.items[r.items["metric"] != "bits"].reset_index(drop=True)) for k, r in study.items()}
+    rights = {k: replace(r, items=right_answers(r.items)) for k, r in study.items()}
     found = strategy_retention(bootstrap_retention(rights, 50))
-    assert estimates(found, pd.DataFrame()).set_index("check").loc[["C5 c4", "C6 c4", "C9"], "comparable"].all()
+    comparable = estimates(found, pd.DataFrame()).set_index("check").loc[["C5 c4", "C6", "C6 c4", "C7 sgs", "C8", "C9"], "comparable"]
+    assert list(comparable) == [True] * 6
 
 
 def test_significance_is_refuted_by_the_other_sign_alone():
@@ -174,6 +187,27 @@ def test_wrong_input_is_named():
     found = strategy_retention(bootstrap_retention(example_study({"c4": (0.5,) * 4}), 20))
     with pytest.raises(CalibPruneError, match="'mixx'.*'mix'"): strategy_for(found, "mixx")
     with pytest.raises(CalibPruneError, match="O3 best"): ledger(estimates(found, pd.DataFrame()).iloc[:-1])
+
+
+def test_a_study_of_another_sparsity_is_judged_there():
+    "The same made-up study at 50 instead of 60 %, and 40 instead of 30: the same verdicts, but no size in points."
+    study, metrics = like_paper(at=0.5, low=0.4)
+    rights = {k: replace(r, items=right_answers(r.items)) for k, r in study.items()}
+    found = ledger_of(rights, metrics, 300, 999)
+    assert {"ρ(perplexity, General), Wanda 50%", "mix − C4, total, SparseGPT 40%",
+            "growth of mix − C4 from 40% to 50%, total, SparseGPT"} <= set(found["check"])
+    for name in ("C1 wanda", "C1 sparsegpt", "C2", "C3", "C4", "C5", "C6 c4", "C8", "C9"):
+        assert found.loc[name, "verdict"] in (SIZE, SIGN), (name, found.loc[name, "why"])
+    points = found[(found["unit"] == "points") & found["paper"].notna()]
+    assert len(points) == 10 and SIZE not in set(points["verdict"])
+    measured_points = points[points["ours"].notna()]
+    assert len(measured_points) > 6 and measured_points["why"].str.contains("another sparsity").all()
+    assert not found.loc[["C1 wanda", "C6 share"], "why"].str.contains("another sparsity").any()
+
+
+def test_claims_are_judged_where_most_strategies_are_pruned():
+    found = {o: claim_levels(load_preset(PRESETS / f"{o}.yaml")) for o in ("default", "qwen", "paper")}
+    assert found["default"] == found["paper"] == PAPER == Levels(0.6, 0.3, 0.6) and found["qwen"] == Levels(0.5, 0.5, 0.6)
 
 
 @pytest.mark.parametrize("rho,n,chance", [(0.71, 15, 0.85), (0.55, 15, 0.55)])

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from calib_prune.report.examples import example_study
-from calib_prune.report.claims import study_ledger
+from calib_prune.report.claims import claim_levels, study_ledger
 from calib_prune.report.estimates import PRESET
 from calib_prune.report.selection import measured
 from calib_prune.generation.igsp import journal_name
@@ -76,14 +76,16 @@ def test_it_lists_its_cells_and_hours_without_a_hub(root):
     assert re.search(r"writing\s+128\s+9\s+\d", done.stdout), "nine texts: the ablations only choose"
 
 
-def test_it_plans_what_every_claim_needs():
-    preset = load_preset(ROOT / "presets/paper.yaml")
+@pytest.mark.parametrize("name", ["paper", "default2", "qwen"])
+def test_a_study_plans_what_every_claim_needs(name):
+    preset = load_preset(ROOT / f"presets/{name}.yaml")
     any_cell = list(example_study({"c4": (0.5,) * 4}, n=10).values())
     study = {c.name: replace(any_cell[c.strategy != "dense"], record=asdict(c)) for c in cells(preset)}
     read = pd.DataFrame([dict(strategy=o, seed=0, metric="distortion", value=math.exp(i)) for i, o in enumerate(preset["strategies"])])
     found = study_ledger(measured(preset, study, 50), read, n_perm=99)
     assert set(found["claim"]) == {*(f"C{i}" for i in range(1, 10)), "O1", "O2", "O3"} and PRESET not in set(found["verdict"])
-    drawn = {(c.strategy, c.seed) for c in cells(preset) if (c.method, c.sparsity) == ("sparsegpt", 0.6)}
+    at = claim_levels(preset).at
+    drawn = {(c.strategy, c.seed) for c in cells(preset) if (c.method, c.sparsity) == ("sparsegpt", at)}
     assert drawn >= {(o, seed) for o in ("self-cal", "sgs", "igsp") for seed in range(3)}
 
 
