@@ -79,7 +79,7 @@ def wide_text(table: pd.DataFrame,  # columns of `rows`, dimension, quantity, va
 # %% ../../nbs/8_report/07_comparison.ipynb #fa14e5b4
 def save_rows(table: pd.DataFrame, shown: pd.DataFrame | Sequence[str],  # as people read it; or the columns that make a line
               path: str | Path, caption: str,
-              lacking: str = "The cells that this table needs have not been run yet.") -> str:  # the Markdown
+              lacking: str = "No cell that this table needs has been run.") -> str:  # the Markdown
     "Save a table; one without rows says why."
     if table.empty: table = shown = pd.DataFrame({"note": [lacking]})
     elif not isinstance(shown, pd.DataFrame): shown = wide_text(table, shown)

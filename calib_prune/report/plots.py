@@ -63,7 +63,7 @@ def annotate(figure: Figure, note: str) -> Figure:
 
 # %% ../../nbs/8_report/05_plots.ipynb #4be9c104
 def figure_of(draw: Callable[..., Figure], table: pd.DataFrame, note: str,
-              lacking: str = "The cells that this figure needs have not been run yet.") -> Figure:
+              lacking: str = "No cell that this figure needs has been run.") -> Figure:
     "The figure, or one that says why there is none."
     if len(table): return draw(table, note)
     figure = plt.figure(figsize=(WIDTH, 0.8))
