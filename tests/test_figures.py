@@ -15,6 +15,7 @@ from calib_prune.style import contrast, save_figure
 from calib_prune.report.comparison import (base_differences, differences, margin_rows, mix_differences, over_best, range_rows,
                                            retention_rows, sd_interval, spread_rows, swept_part)
 from calib_prune.report.comparison_figures import averaging_figure, margin_figure, retention_panels, strategy_figure
+from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.plots import figure_of
 from calib_prune.report.selection import (caption, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
                                           size_cells, sweep_cells, take)
@@ -143,6 +144,18 @@ def test_the_best_source_is_the_best():
         each = [o.set_index(["method", "dimension"]).loc[(method, dimension), "value"] for s in ("c4", "stdlib", "math")
                 for o in [differences(found, "uniform", s)]]
         assert row["value"] == min(each) and row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_a_sweep_chooses_its_best_source_among_the_same_ones_at_every_point():
+    "Only c4 and math are pruned to 40 %; stdlib, the best, must not come in at 60 %."
+    kept = {"c4": (0.5,) * 4, "math": (0.6,) * 4, "stdlib": (0.9,) * 4, "uniform": (0.7,) * 4}
+    made = example_study(kept, ("sparsegpt", "wanda"), sparsities=(0.5, 0.6), n=80)
+    made |= example_study({k: v for k, v in kept.items() if k != "stdlib"}, sparsities=(0.4,), n=80)
+    preset = example_preset(made)
+    swept = take(measured(preset, made, 50), sweep_cells(preset))
+    rows = margin_rows(swept, "uniform", "c4", "sparsity").query("over == 'best single source' and dimension == 'Total'")
+    assert {k: set(mine["best"]) for k, mine in rows.groupby("method")} == {"sparsegpt": {"math"}, "wanda": {"stdlib"}}
+    assert {k: list(mine["n_sources"]) for k, mine in rows.groupby("method")} == {"sparsegpt": [2, 2, 2], "wanda": [3, 3]}
 
 
 def test_a_mix_that_is_not_there_has_no_margin():

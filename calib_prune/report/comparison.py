@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEYS', 'HEADINGS', 'DIFFERENCES', 'SPREADS', 'RANGES', 'kind_of', 'in_order', 'retention_rows', 'dense_rows',
            'wide_text', 'save_rows', 'differences', 'over_best', 'stacked', 'mix_differences', 'base_differences',
-           'margin_rows', 'sweep_rows', 'swept_part', 'sd_interval', 'source_spread', 'spread_rows', 'spread_text',
-           'range_rows']
+           'swept_through', 'margin_rows', 'sweep_rows', 'swept_part', 'sd_interval', 'source_spread', 'spread_rows',
+           'spread_text', 'range_rows']
 
 # %% ../../nbs/8_report/07_comparison.ipynb #5548990c
 from dataclasses import asdict, replace
@@ -141,11 +141,21 @@ def base_differences(part: Part, base: str = "c4") -> pd.DataFrame:  # columns `
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
 # %% ../../nbs/8_report/07_comparison.ipynb #2b44bec7
+def swept_through(wanted: list[Cell], along: str) -> set[str]:
+    "The strategies with the most values along a sweep: a best source is chosen among the same ones at every point."
+    values: dict[str, set[Any]] = {}
+    for c in wanted: values.setdefault(c.strategy, set()).add(getattr(c, along))
+    most = max(map(len, values.values()), default=0)
+    return {o for o, mine in values.items() if len(mine) == most}
+
 def margin_rows(part: Part, mix: str, baseline: str, along: str  # "sparsity" or "windows"
                ) -> pd.DataFrame:  # columns `DIFFERENCES`
-    "The margin of the mix over the baseline and over the best of the sources that are swept."
-    swept = {c.strategy for c in varied(part.wanted, along)}
-    table = stacked([differences(part, mix, baseline), over_best(part, mix, swept)], DIFFERENCES).astype({"n_sources": "Int64"})
+    "The margin of the mix over the baseline and over the best of the sources that are swept all through."
+    tables = [differences(part, mix, baseline)]
+    for method in dict.fromkeys(c.method for c in part.wanted):
+        among = swept_through([c for c in part.wanted if c.method == method], along)
+        tables.append(over_best(replace(part, found=part.found.where(method=method)), mix, among))
+    table = stacked(tables, DIFFERENCES).astype({"n_sources": "Int64"})
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
 # %% ../../nbs/8_report/07_comparison.ipynb #ec719595

@@ -168,7 +168,7 @@ def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
     best, total = table["over"] == "best single source", table["dimension"] == "Total"
     mix, base = table["mix"].iloc[0], next(iter(table["over"][~best]), "the baseline")
     many = span(table["n_sources"].dropna().astype(int)) if best.any() else ""
-    figure, axes = panels(table, 2.5, 2, sharex=True)
+    figure, axes = panels(table, 2.5, 2, sharex=True, sharey="col")
     for (left, right), method in zip(axes, dict.fromkeys(table["method"])):
         here = table["method"] == method
         margin_panel(left, f"{method_label(method)}: total retention", [
@@ -183,8 +183,8 @@ def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
     line = table[total & ~best & (table["method"] == table["method"].iloc[0])]
     if len(line) > 1:
         peak = line.loc[line["value"].idxmax()]
-        headline(figure, f"The margin of {mix} over {base} is largest at {sparsity_label(peak['sparsity'])}: "
-                        f"{100 * peak['value']:+.1f} points")
+        headline(figure, f"{method_label(peak['method'])}: the margin of {mix} over {base} is largest at "
+                         f"{sparsity_label(peak['sparsity'])}, {100 * peak['value']:+.1f} points")
     return annotate(figure, note)
 
 # %% ../../nbs/8_report/08_comparison_figures.ipynb #86f9a5ca
