@@ -167,10 +167,10 @@ def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
     check_rows(table, "margins of the mix")
     best, total = table["over"] == "best single source", table["dimension"] == "Total"
     mix, base = table["mix"].iloc[0], next(iter(table["over"][~best]), "the baseline")
-    many = span(table["n_sources"].dropna().astype(int)) if best.any() else ""
     figure, axes = panels(table, 2.5, 2, sharex=True, sharey="col")
     for (left, right), method in zip(axes, dict.fromkeys(table["method"])):
         here = table["method"] == method
+        many = span(table[here & best]["n_sources"].astype(int)) if (here & best).any() else ""
         margin_panel(left, f"{method_label(method)}: total retention", [
             (f"over {base}", table[here & total & ~best], dict(fmt="o-", color="black")),
             (f"over the best of {many} single sources", table[here & total & best], dict(fmt="s--", color="0.45"))])
