@@ -116,6 +116,13 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     assert "Not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone
     (tmp_path / "qwen").mkdir()
     table.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
+    with pytest.raises(Exception, match="judges 'ρ.perplexity, General., Wanda 60%', but its preset asks for .* Wanda 50%"): run()
+    study, metrics = like_paper(at=0.5, low=0.5, high=0.6)
+    half = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99)
+    half.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
     run()
-    assert "Not run yet" not in (tmp_path / "default2/T7-models.md").read_text()
+    said = (tmp_path / "default2/T7-models.md").read_text()
+    assert "Not run yet" not in said and "smollm2-135m: 60%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%" in said
+    lines = said.split("\n\n")[0]
+    assert "| mix − C4, total, SparseGPT  " in lines and "%" not in lines, "a check that models judge at different sparsities names none"
     assert set(pd.read_csv(tmp_path / "default2/T7-models.csv")["model"]) == {"smollm2-135m", "qwen2.5-coder-0.5b"}

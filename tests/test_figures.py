@@ -15,6 +15,7 @@ from calib_prune.style import contrast, save_figure
 from calib_prune.report.comparison import (base_differences, differences, margin_rows, mix_differences, over_best, range_rows,
                                            retention_rows, sd_interval, spread_rows, swept_part)
 from calib_prune.report.comparison_figures import averaging_figure, margin_figure, retention_panels, strategy_figure
+from calib_prune.report.correlation_figures import in_settings, metric_message, survival_message
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.plots import figure_of
 from calib_prune.report.selection import (caption, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
@@ -156,6 +157,11 @@ def test_a_sweep_chooses_its_best_source_among_the_same_ones_at_every_point():
     rows = margin_rows(swept, "uniform", "c4", "sparsity").query("over == 'best single source' and dimension == 'Total'")
     assert {k: set(mine["best"]) for k, mine in rows.groupby("method")} == {"sparsegpt": {"math"}, "wanda": {"stdlib"}}
     assert {k: list(mine["n_sources"]) for k, mine in rows.groupby("method")} == {"sparsegpt": [2, 2, 2], "wanda": [3, 3]}
+    made |= example_study({"uniform": (0.7,) * 4}, sparsities=(0.7,), n=80)  # the mix goes further than any source
+    preset = example_preset(made)
+    further = margin_rows(take(measured(preset, made, 50), sweep_cells(preset)), "uniform", "c4", "sparsity")
+    further = further.query("over == 'best single source' and dimension == 'Total'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(further[["method", "sparsity", "best", "value"]], rows.reset_index(drop=True)[["method", "sparsity", "best", "value"]])
 
 
 def test_a_mix_that_is_not_there_has_no_margin():
@@ -278,3 +284,16 @@ def test_colours_show_the_difference_from_c4_and_not_the_level_of_a_column():
     assert (shown[names.index("c4")] == 0).all()
     expected = delta.query("method == 'sparsegpt' and mix == 'math' and dimension == 'Math'")["value"].item()
     assert np.isclose(shown[names.index("math"), 3], 100 * expected)
+
+
+def test_titles_of_correlations_speak_of_the_panels_shown():
+    row = lambda sparsity, dimension, rho, p, q: dict(method="wanda", sparsity=sparsity, metric="distortion", dimension=dimension, rho=rho, p=p, q=q)
+    table = pd.DataFrame([row(0.6, "General", 0.6, 0.01, 0.2), row(0.6, "Code", -0.9, 0.001, 0.01), row(0.6, "Total", -0.9, 0.001, 0.01),
+                          row(0.5, "General", 0.99, 0.0001, 0.001), row(0.5, "Code", 0.1, 0.7, 0.8)])
+    shown = in_settings(table, [dict(method="wanda", sparsity=0.6)])
+    assert metric_message(shown, "distortion") == ("Perplexity and retention: p < 0.05 in 2 of 2 panels, q < 0.05 in 1 "
+                                                   "(General, Wanda 60%: ρ +0.60; Code, Wanda 60%: ρ −0.90)")
+    assert metric_message(shown.assign(p=0.5, q=0.5), "distortion") == "Perplexity and retention: p < 0.05 in 0 of 2 panels, q < 0.05 in none"
+    assert survival_message(shown, 5).startswith("2 of the 3 correlations shown survive the correction for 5 tests; the strongest: ")
+    assert survival_message(shown.assign(q=0.5), 5) == "None of the 3 correlations shown survives the correction for 5 tests"
+    assert survival_message(shown[shown["dimension"] != "Total"], 5).startswith("1 of the 2 correlations shown survives ")

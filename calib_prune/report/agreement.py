@@ -17,7 +17,7 @@ from ..core import DIMENSIONS, CalibPruneError
 from ..evaluation.measures import MEASURES
 from .claims import LEDGER, study_ledger
 from .comparison import stacked
-from .estimates import CHECKS, CORRELATIONS, MODEL, OPPOSITE, PRESET, SIGN, SIZE, UNCLEAR, YET
+from .estimates import CHECKS, Levels, CORRELATIONS, MODEL, OPPOSITE, PRESET, SIGN, SIZE, UNCLEAR, YET
 from .resolution import QUICK, resolution_rows
 from .selection import measured
 from ..study.results import Result
@@ -93,7 +93,7 @@ def agreement_note(table: pd.DataFrame  # from `agreement`
     return "; ".join(f"{n} of {len(table)} checks: {kind}" for kind, n in counts.items()) + "."
 
 # %% ../../nbs/8_report/19_agreement.ipynb #cf90bce8
-TOGETHER = {DEPENDS: "depends on the model or the measure", ONE: "one can tell", NONE: "none can tell"}
+TOGETHER = {DEPENDS: "depends on the model, its sparsity or the measure", ONE: "one can tell", NONE: "none can tell"}
 
 def _said(mine: pd.DataFrame  # of one check and model, from `ledgers`
          ) -> str:
@@ -107,15 +107,16 @@ def model_agreement(tables: Mapping[str, pd.DataFrame]  # model → its `ledgers
                    ) -> pd.DataFrame:  # one row per check: claim, check, a verdict per model, agreement
     "Every check with its verdict on each model, and whether all that can tell agree."
     every, rows = pd.concat([o.assign(model=model) for model, o in tables.items()]), []
-    for _, mine in every.groupby("name", sort=False):
+    for name, mine in every.groupby("name", sort=False):
         agrees = _agrees(*_told(mine))
         verdicts = {model: _said(o) for model, o in mine.groupby("model", sort=False)}
-        about = dict(claim=mine["claim"].iloc[0], check=mine["check"].iloc[0])
-        rows.append(about | verdicts | dict(agreement=TOGETHER.get(agrees, agrees)))
+        said = mine["check"].iloc[0] if mine["check"].nunique() == 1 else CHECKS[name].anywhere()
+        rows.append(dict(claim=mine["claim"].iloc[0], check=said) | verdicts | dict(agreement=TOGETHER.get(agrees, agrees)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/8_report/19_agreement.ipynb #2a4ca1fb
-def read_ledgers(path: str | Path  # T7-measures.csv of a study
+def read_ledgers(path: str | Path,              # T7-measures.csv of a study
+                 levels: Levels | None = None   # sparsities at which its preset judges the claims today
                 ) -> pd.DataFrame:  # columns `LEDGERS`; empty if the study has just begun
     "A ledger by measure, as the notebook `claims` saved it."
     if not Path(path).is_file():
@@ -126,4 +127,10 @@ def read_ledgers(path: str | Path  # T7-measures.csv of a study
     if lost := [o for o in LEDGERS if o not in table]:
         raise CalibPruneError(f"{path} has no column {lost[0]!r}, so it is no ledger by measure. "
                               "Make it anew by the notebook `claims`.")
+    if levels:
+        wanted = {name: check.said(levels) for name, check in CHECKS.items()}
+        other = table[table["check"] != table["name"].map(wanted)]
+        if len(other):
+            raise CalibPruneError(f"{path} judges {other['check'].iloc[0]!r}, but its preset asks for "
+                                  f"{wanted.get(other['name'].iloc[0])!r}. Make it anew by the notebook `claims`.")
     return table

@@ -141,20 +141,22 @@ def base_differences(part: Part, base: str = "c4") -> pd.DataFrame:  # columns `
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
 # %% ../../nbs/8_report/07_comparison.ipynb #2b44bec7
-def swept_through(wanted: list[Cell], along: str) -> set[str]:
-    "The strategies with the most values along a sweep: a best source is chosen among the same ones at every point."
+def swept_through(part: Part, method: str, along: str) -> set[str]:
+    "The single sources with the most values along a sweep: the best one is chosen among the same ones at every point."
+    sources = set(part.found.cells["strategy"][part.found.cells["source_dimension"] != ""])
     values: dict[str, set[Any]] = {}
-    for c in wanted: values.setdefault(c.strategy, set()).add(getattr(c, along))
-    most = max(map(len, values.values()), default=0)
-    return {o for o, mine in values.items() if len(mine) == most}
+    for c in part.wanted:
+        if c.method == method and c.strategy in sources: values.setdefault(c.strategy, set()).add(getattr(c, along))
+    widest = max(values.values(), key=len, default=set())
+    return {o for o, mine in values.items() if mine == widest}
 
 def margin_rows(part: Part, mix: str, baseline: str, along: str  # "sparsity" or "windows"
                ) -> pd.DataFrame:  # columns `DIFFERENCES`
     "The margin of the mix over the baseline and over the best of the sources that are swept all through."
     tables = [differences(part, mix, baseline)]
     for method in dict.fromkeys(c.method for c in part.wanted):
-        among = swept_through([c for c in part.wanted if c.method == method], along)
-        tables.append(over_best(replace(part, found=part.found.where(method=method)), mix, among))
+        mine = replace(part, found=part.found.where(method=method))
+        tables.append(over_best(mine, mix, swept_through(part, method, along)))
     table = stacked(tables, DIFFERENCES).astype({"n_sources": "Int64"})
     return in_order(table, ["method"], [c.method for c in part.wanted])
 

@@ -145,7 +145,8 @@ def survival_message(table: pd.DataFrame,  # the correlations shown
     if left.empty: return f"None of the {shown} correlations shown survives the correction for {tests} tests"
     best = left.loc[left["rho"].abs().idxmax()]
     said = f"{metric_label(best['metric'])} and {best['dimension']}, ρ {best['rho']:+.2f}".replace("ρ -", "ρ −")
-    return f"{len(left)} of the {shown} correlations shown survive the correction for {tests} tests; the strongest: {said}"
+    survive = "survives" if len(left) == 1 else "survive"
+    return f"{len(left)} of the {shown} correlations shown {survive} the correction for {tests} tests; the strongest: {said}"
 
 # %% ../../nbs/8_report/10_correlation_figures.ipynb #191aba9e
 def correlation_heat_map(related: Correlations) -> Figure:

@@ -8,8 +8,8 @@ __all__ = ['CLAIMS', 'PAPER', 'CORRELATIONS', 'OPPOSITE', 'CHECKS', 'SIZE', 'SIG
            'setting', 'single_sources', 'outcome', 'in_bits', 'scored_note', 'over_items', 'correlation', 'chance',
            'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant', 'estimate_versatile',
            'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share', 'estimate_without_code',
-           'range_sentence', 'estimate_hidden', 'margins', 'growth_noise', 'estimate_growth', 'at_levels',
-           'with_interval', 'estimates']
+           'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise', 'estimate_growth',
+           'at_levels', 'with_interval', 'estimates']
 
 # %% ../../nbs/8_report/14_estimates.ipynb #66326b14
 import math
@@ -66,6 +66,11 @@ class Check:
         "What is measured, with the sparsities of a study."
         return self.what.format(**{k: sparsity_label(v) for k, v in vars(levels).items()})
 
+    def anywhere(self) -> str:
+        "What is measured, without sparsities."
+        said = self.what.replace(" from {low} to {high}", " with sparsity")
+        return said.replace(" {at}", "").replace(" {low}", ", low sparsity")
+
     def at_papers(self, levels: Levels) -> bool:
         "Whether a study judges it at the paper's sparsity."
         return self.said(levels) == self.said(PAPER)
@@ -85,8 +90,8 @@ _CODE, _MATH = _RHO.format("Code"), _RHO.format("Math")
 OPPOSITE = {
     "O1 code": (Check("O1", f"{_CODE}, SparseGPT {{at}}", 1.14, 1, "ρ"), "sparsegpt", "General − Code", False),
     "O1 math": (Check("O1", f"{_MATH}, Wanda {{at}}", 1.24, 1, "ρ"), "wanda", "General − Math", False),
-    "O2 code": (Check("O2", f"{_CODE} inside registers, SparseGPT {{at}}", None, 1, "ρ"), "sparsegpt", "General − Code", True),
-    "O2 math": (Check("O2", f"{_MATH} inside registers, Wanda {{at}}", None, 1, "ρ"), "wanda", "General − Math", True)}
+    "O2 code": (Check("O2", f"{_CODE} within registers, SparseGPT {{at}}", None, 1, "ρ"), "sparsegpt", "General − Code", True),
+    "O2 math": (Check("O2", f"{_MATH} within registers, Wanda {{at}}", None, 1, "ρ"), "wanda", "General − Math", True)}
 
 # %% ../../nbs/8_report/14_estimates.ipynb #2228e752
 CHECKS: dict[str, Check] = {
@@ -388,6 +393,11 @@ def margins(found: Replicates) -> dict[float, np.ndarray]:  # sparsity → [1 + 
             margin_at[level] = outcome(here.of(mix), "Total") - outcome(here.of(default), "Total")
     return margin_at
 
+def estimate_low(found: Replicates, levels: Levels = PAPER) -> Estimate:
+    "C9: the margin at the lower sparsity."
+    if levels.low == levels.at: raise Untestable(PRESET, "The mix and C4 were not pruned to a lower sparsity than in C6.")
+    return estimate_margin(found, "mix", "default", levels.low)
+
 def growth_noise(found: Replicates, levels: Levels = PAPER) -> tuple[str, str]:
     "Which noise the interval of the growth has, and a caution about it."
     drawn = [level for level in (levels.low, levels.high) if "draws" in setting(found, "sparsegpt", level).noise]
@@ -429,7 +439,7 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     "C7 sgs": lambda found, table, metric, at: estimate_margin(found, "IGSP", "SGS", at.at),
     "C8": lambda found, table, metric, at: estimate_hidden(found, "Accuracy", at.at),
     "C8 same unit": lambda found, table, metric, at: estimate_hidden(found, "Commonsense", at.at),
-    "C9 low": lambda found, table, metric, at: estimate_margin(found, "mix", "default", at.low),
+    "C9 low": lambda found, table, metric, at: estimate_low(found, at),
     "C9": lambda found, table, metric, at: estimate_growth(found, at),
     **{name: lambda found, table, metric, at, name=name: estimate_opposite(name, table, metric, at.at)
        for name in OPPOSITE},
@@ -438,10 +448,10 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
 
 # %% ../../nbs/8_report/14_estimates.ipynb #d41d1ee4
 def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:
-    "The estimate; at another sparsity than the paper's, points are not compared in size."
+    "The estimate; at another sparsity than the paper's, its size is not compared."
     check = CHECKS[name]
-    if check.unit != "points" or check.paper is None or check.at_papers(levels): return estimate
-    said = f"{estimate.detail} The paper's number is of another sparsity, so its size decides nothing."
+    if check.paper is None or check.at_papers(levels): return estimate
+    said = f"{estimate.detail} The paper's number is, as far as we know, of another sparsity, so its size decides nothing."
     return replace(estimate, detail=said, comparable=False)
 
 # %% ../../nbs/8_report/14_estimates.ipynb #7ab489b6

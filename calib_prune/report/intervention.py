@@ -185,7 +185,7 @@ def far_text(far: pd.DataFrame) -> pd.DataFrame:  # from `far_effects`
     lines = []
     for effect, mine in far.groupby("effect", sort=False):
         said = {o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()}
-        lines.append({"the effect in": effect, "times": f"{mine['times'].iloc[0]:.1f}", **said})
+        lines.append({"effect from": effect, "times": f"{mine['times'].iloc[0]:.1f}", **said})
     differ = 100 * far.drop_duplicates("dimension").set_index("dimension")["differ"]
-    lines.append({"the effect in": "measured between the two", "times": "", **differ.map("{:+.1f}".format)})
+    lines.append({"effect from": "measured between the two", "times": "", **differ.map("{:+.1f}".format)})
     return pd.DataFrame(lines)

@@ -42,9 +42,12 @@ def example_results(preset: dict[str, Any],
     return study
 
 # %% ../../nbs/8_report/06_selection.ipynb #297380b5
-def main_sparsity(preset: dict[str, Any]) -> float | str:
+def main_sparsity(preset: dict[str, Any],
+                  method: str | None = None  # of this method alone, if it prunes anything
+                 ) -> float | str:
     "The sparsity at which most strategies are pruned; the highest of several."
-    pruned = {(c.sparsity, c.strategy) for c in cells(preset)[1:]}
+    planned = cells(preset)[1:]
+    pruned = {(c.sparsity, c.strategy) for c in [c for c in planned if c.method == method] or planned}
     levels = [sparsity for sparsity, _ in pruned]
     return max(sorted(set(levels), key=str), key=lambda o: (levels.count(o), parse_sparsity(o)[0]))
 

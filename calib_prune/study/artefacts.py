@@ -69,7 +69,7 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("F11", "law", "The mixing law against measured mixes", "mixing_law"),
     Artefact("T13", "thirds", "What perplexity does within a source", "thirds"),
     Artefact("T13", "balance", "How alike the thirds of a source are", "thirds"),
-    Artefact("T13", "far", "What that effect would come to between code and prose", "thirds"),
+    Artefact("T13", "far", "What the effect of perplexity would come to between code and prose", "thirds"),
     Artefact("F12", "thirds", "Retention against perplexity within a source", "thirds"),
     Artefact("T14", "unseen", "What metrics predict at sources that they have not seen", "unseen", METRICS),
     Artefact("F13", "unseen", "Predicted against measured at unseen sources", "unseen", METRICS),
