@@ -14,7 +14,7 @@ from calib_prune.core import CalibPruneError
 from calib_prune.style import contrast, save_figure
 from calib_prune.report.comparison import (base_differences, differences, margin_rows, mix_differences, over_best, range_rows,
                                            retention_rows, sd_interval, spread_rows, swept_part)
-from calib_prune.report.comparison_figures import averaging_figure, margin_figure, retention_panels, strategy_figure
+from calib_prune.report.comparison_figures import averaging_figure, margin_figure, retention_panels, strategy_figure, two_methods
 from calib_prune.report.correlation_figures import in_settings, metric_message, survival_message
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.plots import figure_of
@@ -297,3 +297,13 @@ def test_titles_of_correlations_speak_of_the_panels_shown():
     assert survival_message(shown, 5).startswith("2 of the 3 correlations shown survive the correction for 5 tests; the strongest: ")
     assert survival_message(shown.assign(q=0.5), 5) == "None of the 3 correlations shown survives the correction for 5 tests"
     assert survival_message(shown[shown["dimension"] != "Total"], 5).startswith("1 of the 2 correlations shown survives ")
+
+
+def test_a_third_method_is_named_instead_of_shown():
+    row = lambda method, strategy, value: dict(method=method, strategy=strategy, dimension="Total", value=value)
+    kept = dict(sparsegpt=0.9, wanda=0.5, admm=0.7, alps=0.6)
+    table = pd.DataFrame([row(m, s, v) for m, v in kept.items() for s in ("c4", "math")])
+    shown, note = two_methods(table)
+    assert set(shown["method"]) == {"sparsegpt", "admm"} and note == "Not shown: Wanda and ALPS (T2)."
+    few = table[table["method"].isin(["sparsegpt", "wanda"])]
+    assert two_methods(few)[0].equals(few) and not two_methods(few)[1]

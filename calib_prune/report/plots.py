@@ -43,7 +43,8 @@ def panels(table: pd.DataFrame, height: float, columns: int = 1, **more) -> tupl
     "One panel per method side by side, or one row of `columns` panels per method."
     n = table["method"].nunique()
     shape = (1, n) if columns == 1 else (n, columns)
-    return plt.subplots(*shape, figsize=(WIDTH, height * shape[0]), layout="constrained", squeeze=False, **more)
+    width = WIDTH * max(1, shape[1] / 2.4)  # a third panel beside two needs more room
+    return plt.subplots(*shape, figsize=(width, height * shape[0]), layout="constrained", squeeze=False, **more)
 
 # %% ../../nbs/8_report/05_plots.ipynb #b5722048
 def headline(figure: Figure, message: str) -> None:
