@@ -17,7 +17,7 @@ from ..core import DIMENSIONS, CalibPruneError
 from ..evaluation.measures import MEASURES
 from .claims import LEDGER, study_ledger
 from .comparison import stacked
-from .estimates import CHECKS, Levels, CORRELATIONS, MODEL, OPPOSITE, PRESET, SIGN, SIZE, UNCLEAR, YET
+from .estimates import CHECKS, CORRELATIONS, MODEL, Levels, OPPOSITE, PRESET, SIGN, SIZE, UNCLEAR, YET
 from .resolution import QUICK, resolution_rows
 from .selection import measured
 from ..study.results import Result

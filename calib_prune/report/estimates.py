@@ -422,29 +422,29 @@ def estimate_growth(found: Replicates, levels: Levels = PAPER) -> Estimate:
                       detail=f"{detail} {caution}".strip(), noise=noise)
 
 # %% ../../nbs/8_report/14_estimates.ipynb #d93e63a3
-# check → how to get it from strategies, correlations, a metric's name and the sparsities
+# check → how to get it from strategies and sparsities, some also from correlations and a metric's name
 ESTIMATORS: dict[str, Callable[..., Estimate]] = {
-    **{name: lambda found, table, metric, at, name=name: estimate_correlation(name, table, metric, at.at)
+    **{name: lambda found, levels, table, metric, name=name: estimate_correlation(name, table, metric, levels.at)
        for name in CORRELATIONS},
-    "C4": lambda found, table, metric, at: estimate_significant("p", table, metric, at),
-    "C4 corrected": lambda found, table, metric, at: estimate_significant("q", table, metric, at),
-    "C5": lambda found, table, metric, at: estimate_versatile(found, at.at),
-    "C5 c4": lambda found, table, metric, at: estimate_contrast(found, "default", "General", "Code", at.at),
-    "C5 math": lambda found, table, metric, at: estimate_contrast(found, "math", "Math", "General", at.at),
-    "C6": lambda found, table, metric, at: estimate_best(found, "mix", -1, at.at),
-    "C6 c4": lambda found, table, metric, at: estimate_margin(found, "mix", "default", at.at),
-    "C6 single": lambda found, table, metric, at: estimate_best(found, "default", 1, at.at),
-    "C6 share": lambda found, table, metric, at: estimate_share(found, at.at),
-    "C7 self-cal": lambda found, table, metric, at: estimate_margin(found, "IGSP", "Self-Cal", at.at),
-    "C7 sgs": lambda found, table, metric, at: estimate_margin(found, "IGSP", "SGS", at.at),
-    "C8": lambda found, table, metric, at: estimate_hidden(found, "Accuracy", at.at),
-    "C8 same unit": lambda found, table, metric, at: estimate_hidden(found, "Commonsense", at.at),
-    "C9 low": lambda found, table, metric, at: estimate_low(found, at),
-    "C9": lambda found, table, metric, at: estimate_growth(found, at),
-    **{name: lambda found, table, metric, at, name=name: estimate_opposite(name, table, metric, at.at)
+    "C4": lambda found, levels, table, metric: estimate_significant("p", table, metric, levels),
+    "C4 corrected": lambda found, levels, table, metric: estimate_significant("q", table, metric, levels),
+    "C5": lambda found, levels, *_: estimate_versatile(found, levels.at),
+    "C5 c4": lambda found, levels, *_: estimate_contrast(found, "default", "General", "Code", levels.at),
+    "C5 math": lambda found, levels, *_: estimate_contrast(found, "math", "Math", "General", levels.at),
+    "C6": lambda found, levels, *_: estimate_best(found, "mix", -1, levels.at),
+    "C6 c4": lambda found, levels, *_: estimate_margin(found, "mix", "default", levels.at),
+    "C6 single": lambda found, levels, *_: estimate_best(found, "default", 1, levels.at),
+    "C6 share": lambda found, levels, *_: estimate_share(found, levels.at),
+    "C7 self-cal": lambda found, levels, *_: estimate_margin(found, "IGSP", "Self-Cal", levels.at),
+    "C7 sgs": lambda found, levels, *_: estimate_margin(found, "IGSP", "SGS", levels.at),
+    "C8": lambda found, levels, *_: estimate_hidden(found, "Accuracy", levels.at),
+    "C8 same unit": lambda found, levels, *_: estimate_hidden(found, "Commonsense", levels.at),
+    "C9 low": lambda found, levels, *_: estimate_low(found, levels),
+    "C9": lambda found, levels, *_: estimate_growth(found, levels),
+    **{name: lambda found, levels, table, metric, name=name: estimate_opposite(name, table, metric, levels.at)
        for name in OPPOSITE},
-    "O3 c4": lambda found, table, metric, at: estimate_without_code(found, "default", at.at),
-    "O3 best": lambda found, table, metric, at: estimate_without_code(found, "best", at.at)}
+    "O3 c4": lambda found, levels, *_: estimate_without_code(found, "default", levels.at),
+    "O3 best": lambda found, levels, *_: estimate_without_code(found, "best", levels.at)}
 
 # %% ../../nbs/8_report/14_estimates.ipynb #d41d1ee4
 def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:
@@ -474,7 +474,7 @@ def estimates(found: Replicates,              # from `statistics.strategy_retent
     rows = []
     for name, estimator in ESTIMATORS.items():
         try:
-            estimate = at_levels(name, with_interval(name, estimator(found, correlations, perplexity, levels)), levels)
+            estimate = at_levels(name, with_interval(name, estimator(found, levels, correlations, perplexity)), levels)
             rows.append(dict(check=name, **vars(estimate), status="", reason=""))
         except Untestable as e:
             status = YET if e.status == PRESET and not complete else e.status

@@ -167,7 +167,7 @@ def far_effects(effects: pd.DataFrame,  # from `third_effects`
                 rows: pd.DataFrame,     # from `third_rows`
                 start: str = "codeio", end: str = "wikipedia"  # sources
                ) -> pd.DataFrame:       # columns `FAR_ROWS`; fractions
-    "Each effect times as many steps as lie between two sources, beside what these do differ by."
+    "What each effect would come to over the distance between two sources, and what the two really differ by."
     perplexity = rows.pivot_table(index="source", columns="third", values="perplexity")
     step = np.log(perplexity[THIRDS[-1]] / perplexity[THIRDS[0]])
     step[MEAN] = step.mean()
