@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +17,7 @@ from calib_prune.study.metric_rows import ROW_COLUMNS, load_metrics, metrics_sum
 from calib_prune.report.correlation_figures import correlation_heat_map, metric_figure
 from calib_prune.report.correlations import (correlate_study, correlation_footnote, correlation_grid,
                                              correlation_note, main_settings, study_caption, whole_metrics)
-from calib_prune.report.overlaps import overlap_retention
+from calib_prune.report.overlaps import overlap_retention, without_overlaps
 from calib_prune.report.plots import overlap, place_labels
 from calib_prune.report.selection import lacking, measured
 from calib_prune.study.presets import cells
@@ -148,3 +149,8 @@ def test_audits_come_back_and_leave_items_out_for_all_alike(study, tmp_path, mon
     table = overlap_retention(measured(preset, study, 20), back, cells(preset)[1:], 20)
     assert set(table["strategy"]) == {"c4"} and set(table["dimension"]) == {"General", "Total"}
     assert set(table["n_items"] - table["clean_n_items"]) == {7}
+    other = study | {k: replace(r, items=r.items[::-1].reset_index(drop=True)) for k, r in study.items() if k != "dense"}
+    one, two = (without_overlaps(o, back) for o in (study, other))  # rows in the dense model's places, and not
+    ordered = lambda items: items.sort_values(["task", "item", "metric"], ignore_index=True)
+    for k, r in one.items(): pd.testing.assert_frame_equal(ordered(r.items), ordered(two[k].items))
+    assert len(one["dense"].items) < len(study["dense"].items)

@@ -9,10 +9,12 @@ from calib_prune.calibration.sources import SUITE
 from calib_prune.core import DIMENSIONS
 from calib_prune.evaluation.measures import MEASURES
 from calib_prune.evaluation.tasks import TASKS
+from calib_prune.report import statistics
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.prompt_gain import gain_figure, gain_lines, gain_rows
 from calib_prune.report.resolution import (chance_rows, headline_of, measured_study, resolution_rows, resolution_text,
                                            totals_rows, totals_text)
+from calib_prune.report.statistics import bootstrap_retention
 from calib_prune.study.presets import Cell
 from calib_prune.study.results import Result
 
@@ -51,6 +53,18 @@ def test_models_at_chance_take_the_voice_of_accuracies_but_not_of_bits():
     assert not rows.can_tell["plain", "Commonsense"] and rows.can_tell["answer-bits", "Commonsense"]
     shares = chance_rows(study, [o for o in study if o != "dense"])
     assert len(shares) == 30 * 3 and not shares[shares.dimension == "Math"].at_chance.any()
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(measure, monkeypatch):
+    _, study = fifteen(0.15, n=12)
+    items = study["dense"].items
+    few = (items.task == "sciq") & (items.metric != "bits") & (items.item > "0004")  # then the dense model is not far above chance
+    study["dense"].items = items.assign(value=items.value.where(~few, 0.0))
+    at_once = bootstrap_retention(study, 60, measure=measure).values
+    monkeypatch.setattr(statistics, "BLOCK", 7)
+    np.testing.assert_allclose(bootstrap_retention(study, 60, measure=measure).values, at_once, rtol=1e-12)
+    assert np.isnan(at_once[1:, :, DIMENSIONS.index("General")]).any() == (measure == "above-chance")
 
 
 def test_the_headline_follows():

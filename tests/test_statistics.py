@@ -11,8 +11,8 @@ from scipy.stats import bootstrap, false_discovery_control, permutation_test, ra
 
 from calib_prune.report.examples import example_study
 from calib_prune.report.rank_statistics import (correlate, leave_one_out, pairings,
-                                                partial_spearman, permutation_p, resampled,
-                                                spearman)
+                                                partial_spearman, permutation_p, resampled, resampling,
+                                                row_ranks, spearman, unit_correlation)
 from calib_prune.report.statistics import (OUTCOMES, best_of, bootstrap_retention, deviations,
                                            draw_spread, draw_variances, paired_difference, retention_summary,
                                            shortfall, simultaneous, source_dimension, spread, strategy_retention)
@@ -225,6 +225,22 @@ def test_spearman_is_scipys(x, random):
     y = random.choices(range(-3, 4), k=len(x))
     if len(set(x)) == 1 or len(set(y)) == 1: assert np.isnan(spearman(np.array(x), np.array(y)))
     else: assert np.isclose(spearman(np.array(x), np.array(y)), spearmanr(x, y).statistic)
+
+
+@given(st.integers(1, 12), st.integers(2, 20), st.randoms())
+def test_ranks_of_many_rows_are_scipys(rows, n, random):
+    values = np.array(random.choices(range(-3, 4), k=rows * n)).reshape(rows, n)
+    for some in (values, values + 0.5, values.astype(np.int16)): np.testing.assert_array_equal(row_ranks(some), rankdata(some, axis=1))
+
+
+@given(st.integers(2, 15), st.randoms())
+def test_ranks_in_resamples_correlate_as_the_resamples_do(n, random):
+    x, y = (np.array(random.choices(range(-3, 4), k=n)) for _ in "xy")
+    many = np.vstack([y, np.random.default_rng(n).normal(size=(30, n))])
+    plan = resampling(np.zeros(n, int), 30, 9, 0)
+    for other, drawn in ((y, y[plan.taken]), (many, np.take_along_axis(many[1:], plan.taken, 1))):
+        mine = unit_correlation(plan.ranks(x), plan.ranks(other))
+        np.testing.assert_allclose(mine, spearman(x[plan.taken], drawn), atol=1e-12)  # NaN where one does not vary
 
 
 @given(st.permutations(range(7)))

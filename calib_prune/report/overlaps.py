@@ -14,7 +14,7 @@ from ..calibration.sets import parse_mix
 from ..evaluation.contamination import Audit, drop_overlapping
 from .rank_statistics import KEPT
 from .selection import Measured, lacking, measured, take
-from .statistics import COORDINATES, retention_summary
+from .statistics import COORDINATES, retention_summary, same_rows
 from .tables import interval_text, status
 from .plots import setting_label
 from ..study.presets import Cell
@@ -23,7 +23,13 @@ from ..study.results import Result
 # %% ../../nbs/8_report/11_overlaps.ipynb #87619af4
 def without_overlaps(study: dict[str, Result], audit: Audit) -> dict[str, Result]:
     "A study without the items that any audited source gives away."
-    return {k: replace(r, items=drop_overlapping(r.items, audit, audit.sources)) for k, r in study.items()}
+    dense, found = study["dense"].items, {}
+    places = drop_overlapping(dense.assign(place=range(len(dense))), audit, audit.sources)["place"]
+    for name, r in study.items():
+        alike = same_rows(r.items, dense)
+        items = r.items.iloc[places].reset_index(drop=True) if alike else drop_overlapping(r.items, audit, audit.sources)
+        found[name] = replace(r, items=items)
+    return found
 
 def given_away(study: dict[str, Result], audit: Audit) -> pd.DataFrame:  # source, task, item, …
     "The overlaps of items that were scored."

@@ -20,32 +20,40 @@ from ..study.results import Result
 from ..style import DIMENSION_COLOURS, MARKERS
 
 # %% ../../nbs/8_report/18_prompt_gain.ipynb #43e754d9
-def _gains(items: pd.DataFrame, n_boot: int, seed: int) -> dict[str, np.ndarray]:  # dimension → [1 + B]
-    "The prompt gain of each dimension, with replicates over items."
-    about, found = ["task", "item"], {d: [] for d in DIMENSIONS}
-    bits = {o: items[items["metric"] == o].set_index(about)["value"] for o in ("bits", "swapped_bits")}
-    for task, mine in pd.DataFrame(bits).dropna().groupby("task", sort=False):
-        sums = draws(len(mine), n_boot, seed, f"prompt gain {task}") @ mine.to_numpy()
-        found[TASKS[task].dimension].append(1 - sums[:, 0] / sums[:, 1])
+def _bits(items: pd.DataFrame) -> pd.DataFrame:  # by task and item: bits, swapped_bits
+    "The bits of a model's right answers, of items that were also scored after another's prompt."
+    about = ["task", "item"]
+    return pd.DataFrame({o: items[items["metric"] == o].set_index(about)["value"] for o in ("bits", "swapped_bits")}).dropna()
+
+def _gains(models: list[pd.DataFrame],  # each from `_bits`, of the same items
+           n_boot: int, seed: int
+          ) -> dict[str, np.ndarray]:   # dimension → [1 + B, models]
+    "The prompt gain of each dimension and model, with replicates over items."
+    found: dict[str, list[np.ndarray]] = {d: [] for d in DIMENSIONS}
+    tasks = models[0].index.get_level_values("task")
+    own, other = (np.column_stack([o[name] for o in models]) for name in ("bits", "swapped_bits"))
+    for task in tasks.unique():
+        mine = np.flatnonzero(tasks == task)
+        weights = draws(len(mine), n_boot, seed, f"prompt gain {task}")
+        found[TASKS[task].dimension].append(1 - (weights @ own[mine]) / (weights @ other[mine]))
     return {d: np.mean(o, axis=0) for d, o in found.items() if o}
 
+# %% ../../nbs/8_report/18_prompt_gain.ipynb #b83251f6
 GAIN_ROWS = ["strategy", "method", "sparsity", "windows", "dimension", "value", "ci_low", "ci_high", "draws", "n_items"]
 
 def gain_rows(study: dict[str, Result], n_boot: int = N_BOOT, seed: int = 0) -> pd.DataFrame:  # columns `GAIN_ROWS`
     "The prompt gain of every strategy in every setting, the dense model first; none for rows without swapped prompts."
-    groups: dict[tuple, list[Result]] = {}
-    for o in study.values():
-        if (o.items["metric"] == "swapped_bits").any():
-            groups.setdefault(tuple(o.record[k] for k in GAIN_ROWS[:4]), []).append(o)
-    rows = []
-    for where, results in groups.items():
-        each = [_gains(o.items, n_boot, seed) for o in results]
-        for d in each[0]:
-            v = np.mean([o[d] for o in each], axis=0)
+    results = [o for o in study.values() if (o.items["metric"] == "swapped_bits").any()]
+    bits, groups, rows = [_bits(o.items) for o in results], {}, []
+    if not bits: return pd.DataFrame(columns=GAIN_ROWS)
+    for i, o in enumerate(results): groups.setdefault(tuple(o.record[k] for k in GAIN_ROWS[:4]), []).append(i)
+    gains = _gains([o.loc[bits[0].index] for o in bits], n_boot, seed)
+    sizes = pd.Series([TASKS[o].dimension for o in bits[0].index.get_level_values("task")]).value_counts()
+    for where, members in groups.items():
+        for d, replicates in gains.items():
+            v = replicates[:, members].mean(1)
             low, high = interval(v[1:])
-            items = results[0].items
-            n = ((items["metric"] == "swapped_bits") & (items["dimension"] == d)).sum()
-            about = dict(dimension=d, value=v[0], ci_low=low, ci_high=high, draws=len(each), n_items=n)
+            about = dict(dimension=d, value=v[0], ci_low=low, ci_high=high, draws=len(members), n_items=sizes[d])
             rows.append(dict(zip(GAIN_ROWS, where)) | about)
     return pd.DataFrame(rows, columns=GAIN_ROWS)
 

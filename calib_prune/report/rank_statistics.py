@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'MIN_SOURCES', 'COLUMNS', 'CONTRASTS', 'REGISTER', 'row_correlation', 'spearman', 'partial_spearman',
-           'pairings', 'permutation_p', 'resampled', 'leave_one_out', 'Resampling', 'resampling', 'Ranked', 'relate',
-           'source_metrics', 'correlate', 'setting_correlations', 'contrast', 'contrasts']
+           'pairings', 'permutation_p', 'resampled', 'leave_one_out', 'row_ranks', 'unit_rows', 'unit_correlation',
+           'Resampling', 'resampling', 'Ranked', 'relate', 'source_metrics', 'correlate', 'setting_correlations',
+           'contrast', 'contrasts']
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #d9f4bf00
 import itertools
@@ -39,10 +40,10 @@ def spearman(x: np.ndarray, y: np.ndarray  # [..., n]
 def partial_spearman(x: np.ndarray, y: np.ndarray, own: np.ndarray  # [..., n]
                     ) -> np.ndarray:
     "Spearman's partial correlation of `x` and `y` with `own` held fixed; NaN where `own` leaves nothing to explain."
-    return _partial(*(rankdata(o, axis=-1) for o in (x, y, own)))
+    x, y, own = (rankdata(o, axis=-1) for o in (x, y, own))
+    return _partial(row_correlation(x, y), row_correlation(x, own), row_correlation(y, own))
 
-def _partial(x: np.ndarray, y: np.ndarray, own: np.ndarray) -> np.ndarray:  # ranks, [..., n]
-    xy, xz, yz = row_correlation(x, y), row_correlation(x, own), row_correlation(y, own)
+def _partial(xy: np.ndarray, xz: np.ndarray, yz: np.ndarray) -> np.ndarray:  # correlations
     left = (1 - xz**2) * (1 - yz**2)
     return np.clip(np.divide(xy - xz * yz, np.sqrt(left), out=np.full(left.shape, np.nan), where=left > 1e-12), -1, 1)
 
@@ -93,6 +94,26 @@ def leave_one_out(x: np.ndarray, y: np.ndarray  # [n]
     return spearman(*(np.broadcast_to(o, rest.shape)[rest].reshape(len(x), -1) for o in (x, y)))
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #8e5ef99e
+def row_ranks(values: np.ndarray  # [B, n], n small
+             ) -> np.ndarray:     # [B, n]
+    "Ranks in every row; ties share their mean rank."
+    columns = np.ascontiguousarray(values.T)
+    count = lambda found: found.view(np.int8).sum(0, dtype=np.int16)
+    return np.stack([count(columns < o) + (count(columns == o) + 1) / 2 for o in columns], -1)
+
+def unit_rows(ranks: np.ndarray  # [B, n]
+             ) -> np.ndarray:    # [B, n]; NaN where a row does not vary
+    "Rows around 0 and of length 1: the product of two is their correlation."
+    centred = ranks - (ranks.shape[1] + 1) / 2
+    size = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.divide(centred, size, out=np.full(centred.shape, np.nan), where=size > 0)
+
+def unit_correlation(x: np.ndarray, y: np.ndarray  # [B, n], from `unit_rows`
+                    ) -> np.ndarray:               # [B]
+    "Correlation of every row with the other's."
+    return np.clip(np.einsum("bn,bn->b", x, y), -1, 1)
+
+# %% ../../nbs/8_report/03_rank_statistics.ipynb #f9fc1fcb
 @dataclass(frozen=True)
 class Resampling:
     "Permutations and resamples of the sources of one setting, shared by all metrics."
@@ -101,10 +122,11 @@ class Resampling:
     pairings: tuple[np.ndarray, bool]
 
     def ranks(self, values: np.ndarray  # [n], or [1 + B, n] with replicates
-             ) -> np.ndarray:           # [B, n]
+             ) -> np.ndarray:           # [B, n], from `unit_rows`
         "Ranks of a quantity in every resample."
-        drawn = values[self.taken] if values.ndim == 1 else np.take_along_axis(values[1:], self.taken, 1)
-        return rankdata(drawn, axis=1)
+        if values.ndim == 2: return unit_rows(row_ranks(np.take_along_axis(values[1:], self.taken, 1)))
+        order = rankdata(values, "dense").astype(np.int16)  # small numbers are compared faster
+        return unit_rows(row_ranks(order[self.taken]))
 
     @cached_property
     def own_ranks(self) -> np.ndarray: return self.ranks(self.own)  # [B, n]
@@ -116,7 +138,7 @@ def resampling(groups: np.ndarray, n_boot: int, n_perm: int, seed: int) -> Resam
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #11bbfe0e
 @dataclass(frozen=True)
 class Ranked:
-    "A quantity of the sources, and its ranks in the resamples."
+    "A quantity of the sources, and its ranks in the resamples, from `Resampling.ranks`."
     values: np.ndarray  # [n], as measured
     free: np.ndarray    # [B, n], of all sources
     held: np.ndarray    # [B, n], inside the dimension's own sources and the others
@@ -127,11 +149,14 @@ def relate(x: Ranked, y: Ranked,  # a metric; retention in one dimension
     "Everything that is said about one metric and one dimension."
     a, b, partial = x.values, y.values, np.nan
     once = leave_one_out(a, b)
-    found = _rho(a, b, free) | _ends("ci", row_correlation(x.free, y.free)) | dict(loo_low=np.min(once), loo_high=np.max(once))
+    found = _rho(a, b, free) | _ends("ci", unit_correlation(x.free, y.free)) | dict(loo_low=np.min(once), loo_high=np.max(once))
     if len(np.unique(held.own)) == 2: partial = float(partial_spearman(a, b, held.own))
     if np.isnan(partial): return found
     return found | dict(partial=partial, partial_p=permutation_p(a, b[:, None], *held.pairings)[0],
-                        **_ends("partial", _partial(x.held, y.held, held.own_ranks)))
+                        **_ends("partial", _held(x.held, y.held, held)))
+
+def _held(x: np.ndarray, y: np.ndarray, plan: Resampling) -> np.ndarray:  # [B, n] each → [B]
+    return _partial(*(unit_correlation(a, b) for a, b in ((x, y), (x, plan.own_ranks), (y, plan.own_ranks))))
 
 def _rho(x: np.ndarray, y: np.ndarray,  # [n]
          free: Resampling) -> dict[str, float]:
@@ -202,7 +227,9 @@ def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Se
             reason = why.get(metric) or ("no task was scored" if np.isnan(y.values).any() else
                                          "every source kept the same" if np.ptp(y.values) == 0 else "")
             numbers: dict[str, float] = {}
-            if not reason and full: numbers = relate(Ranked(x, of_x, plans[d].ranks(x)), y, free, plans[d])
+            if not reason and full:
+                held = of_x if plans[d] is free else plans[d].ranks(x)
+                numbers = relate(Ranked(x, of_x, held), y, free, plans[d])
             elif not reason: numbers = _rho(x, y.values, free)
             rows.append(dict(n=len(cells)) | numbers | dict(metric=metric, dimension=d, noise=here.noise, reason=reason))
     return rows
@@ -233,13 +260,13 @@ def contrast(x: np.ndarray,                    # [n], a metric
              free: Resampling, held: Resampling  # of all sources; inside the two registers
             ) -> dict[str, float]:
     "ρ(metric, a) − ρ(metric, b), also with the register held fixed."
-    delta = lambda rho, plan, *own: np.subtract(*(rho(plan.ranks(x), plan.ranks(o), *own) for o in (a, b)))
+    delta = lambda plan, rho: np.subtract(*(rho(plan.ranks(x), plan.ranks(o)) for o in (a, b)))
     found = dict(n=len(x), rho=float(spearman(x, a[0]) - spearman(x, b[0])), p=_contrast_p(x, a[0], b[0], free))
-    found |= _ends("ci", delta(row_correlation, free))
+    found |= _ends("ci", delta(free, unit_correlation))
     if len(np.unique(held.own)) < 2: return found
     partial = partial_spearman(x, a[0], held.own) - partial_spearman(x, b[0], held.own)
     return found | dict(partial=float(partial), partial_p=_contrast_p(x, a[0], b[0], held),
-                        **_ends("partial", delta(_partial, held, held.own_ranks)))
+                        **_ends("partial", delta(held, lambda x, y: _held(x, y, held))))
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #b4353011
 def contrasts(metrics: pd.DataFrame, found: Replicates,  # as in `correlate`

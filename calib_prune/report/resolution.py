@@ -22,20 +22,20 @@ from .tables import interval_text
 from ..study.results import Result
 
 # %% ../../nbs/8_report/17_resolution.ipynb #dd7b6f5b
-def _right(items: pd.DataFrame) -> pd.DataFrame:  # task, accuracy, error, chance
+def _right(items: pd.DataFrame) -> pd.DataFrame:  # model, task, accuracy, error, chance
     "Accuracies of the choice tasks, with standard errors."
-    choice = items[[TASKS[o].kind == "choice" for o in items["task"]]]
-    mine = choice[choice["metric"] == choice["task"].map(lambda o: TASKS[o].metric)]
-    by = mine.groupby("task", sort=False)
+    metrics = {o: TASKS[o].metric for o in items["task"].unique() if TASKS[o].kind == "choice"}
+    mine = items[items["metric"] == items["task"].map(metrics)]
+    by = mine.groupby(["model", "task"], sort=False)
     found = by.agg(accuracy=("value", "mean"), n=("value", "size"), chance=("chance", "mean")).reset_index()
     return found.assign(error=np.sqrt(found["accuracy"] * (1 - found["accuracy"]) / found["n"]))
 
 def chance_rows(study: dict[str, Result], names: list[str]  # of pruned models
                ) -> pd.DataFrame:  # model, task, dimension, accuracy, error, chance, at_chance
     "Each choice task of each model: is its accuracy clearly above chance?"
-    found = [_right(study[o].items).assign(model=o) for o in names if o in study and "chance" in study[o].items]
-    none = pd.DataFrame(columns=["task", "accuracy", "n", "chance", "error", "model"])
-    rows = pd.concat(found, ignore_index=True) if found else none
+    found = [study[o].items.assign(model=o) for o in names if o in study and "chance" in study[o].items]
+    none = pd.DataFrame(columns=["model", "task", "accuracy", "n", "chance", "error"])
+    rows = _right(pd.concat(found, ignore_index=True)) if found else none
     return rows.assign(dimension=[TASKS[o].dimension for o in rows["task"]],
                        at_chance=rows["accuracy"] - 1.96 * rows["error"] <= rows["chance"])
 
