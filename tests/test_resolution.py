@@ -15,7 +15,8 @@ from calib_prune.report.prompt_gain import gain_figure, gain_lines, gain_rows
 from calib_prune.report.resolution import (chance_rows, headline_of, measured_study, resolution_rows, resolution_text,
                                            totals_rows, totals_text)
 from calib_prune.report.statistics import bootstrap_retention
-from calib_prune.study.presets import Cell
+from calib_prune.report.selection import measured, take
+from calib_prune.study.presets import Cell, cells
 from calib_prune.study.results import Result
 
 CHANCE = dict(sciq=0.25, piqa=0.5, basic_skills_arithmetic=0.1)
@@ -65,6 +66,18 @@ def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(measure, monkey
     monkeypatch.setattr(statistics, "BLOCK", 7)
     np.testing.assert_allclose(bootstrap_retention(study, 60, measure=measure).values, at_once, rtol=1e-12)
     assert np.isnan(at_once[1:, :, DIMENSIONS.index("General")]).any() == (measure == "above-chance")
+
+
+def test_part_of_a_study_has_the_numbers_of_the_whole():
+    study = with_bits(example_study({o: (0.5, 0.7, 0.6, 0.4) for o in list(SUITE)[:3]}, ("sparsegpt", "wanda"), (0.5, 0.6), (0, 1), n=40, draw_sd=0.05))
+    preset = example_preset(study)
+    for wanted in (cells(preset)[1:2], [c for c in cells(preset)[1:] if c.method == "wanda"]):
+        every, some = measured(preset, study, 50), measured(preset, study, 50, wanted=wanted)
+        assert 1 < len(some.study) < len(study) and len(some.study) - 1 == len(some.cells.cells)
+        one, two = (take(o, wanted) for o in (every, some))
+        assert len(one.found.cells) and one.study.keys() == two.study.keys()
+        pd.testing.assert_frame_equal(one.found.cells, two.found.cells)
+        np.testing.assert_allclose(one.found.values, two.found.values, rtol=1e-12)  # sums in another order
 
 
 def test_the_headline_follows():

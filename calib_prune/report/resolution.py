@@ -7,7 +7,7 @@ __all__ = ['RESOLUTION', 'QUICK', 'chance_rows', 'resolution_rows', 'headline_of
            'measured_study', 'totals_rows', 'totals_text']
 
 # %% ../../nbs/8_report/17_resolution.ipynb #f7a30e81
-from typing import Any
+from typing import Any, Iterable
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from .comparison import KEYS, retention_rows, source_spread, stacked
 from .plots import method_label
 from .selection import Measured, main_cells, measured, take
 from .tables import interval_text
+from ..study.presets import Cell
 from ..study.results import Result
 
 # %% ../../nbs/8_report/17_resolution.ipynb #dd7b6f5b
@@ -78,7 +79,7 @@ def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: in
     "What each measure can tell in each dimension; a measure that the rows do not hold says why."
     rows: list[dict[str, Any]] = []
     for name in MEASURES:
-        try: rows += _of_measure(measured(preset, study, n_boot, measure=name), name)
+        try: rows += _of_measure(measured(preset, study, n_boot, measure=name, wanted=main_cells(preset)), name)
         except CalibPruneError as e:
             rows += [dict(measure=name, dimension=d, can_tell=False, note=str(e)) for d in DIMENSIONS]
     return pd.DataFrame(rows, columns=RESOLUTION)
@@ -105,19 +106,21 @@ def chance_text(rows: pd.DataFrame) -> str:
 # %% ../../nbs/8_report/17_resolution.ipynb #b78896fa
 QUICK = 1000  # resamples behind the rule (ours: reliabilities need no more)
 
-def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None) -> Measured:
+def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None,
+                   wanted: Iterable[Cell] | None = None  # as in `measured`
+                  ) -> Measured:
     "A study by the measure that its preset asks for."
     name = preset.get("measure", "plain")
     if name == "headline": name = headline_of(resolution_rows(preset, study, QUICK))
-    return measured(preset, study, n_boot, measure=name)
+    return measured(preset, study, n_boot, measure=name, wanted=wanted)
 
 # %% ../../nbs/8_report/17_resolution.ipynb #d01f71ad
 def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None
                ) -> pd.DataFrame:  # measure, then the columns of `comparison.retention_rows`
     "What each strategy kept in the main setting, by every measure that the rows hold."
-    tables = []
+    tables, wanted = [], main_cells(preset)
     for name in MEASURES:
-        try: part = take(measured(preset, study, n_boot, measure=name), main_cells(preset))
+        try: part = take(measured(preset, study, n_boot, measure=name, wanted=wanted), wanted)
         except CalibPruneError: continue
         tables.append(retention_rows(part).assign(measure=name))
     return stacked(tables, ["measure", *KEYS]).query("quantity == 'retention'")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'example_results', 'main_sparsity', 'main_cells', 'varied', 'sweep_cells', 'size_cells', 'Measured',
-           'measured', 'lacking', 'Part', 'take', 'grid_part', 'span', 'draw_counts', 'draws_so_far', 'missing_note',
-           'drawn_settings', 'interval_note', 'setting_note', 'scoring_note', 'caption', 'footnote']
+           'in_settings', 'measured', 'lacking', 'Part', 'take', 'grid_part', 'span', 'draw_counts', 'draws_so_far',
+           'missing_note', 'drawn_settings', 'interval_note', 'setting_note', 'scoring_note', 'caption', 'footnote']
 
 # %% ../../nbs/8_report/06_selection.ipynb #869c9ac4
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Iterable, Sequence
 
 import numpy as np
@@ -86,12 +87,21 @@ class Measured:
     cells: Replicates         # one row per cell
     found: Replicates         # one row per strategy and setting
 
+def in_settings(study: dict[str, Result], wanted: Iterable[Cell]) -> dict[str, Result]:
+    "The dense model and all that was pruned in the settings of some cells."
+    settings = {(as_strategy(c.strategy, c.method)[1], c.sparsity, c.windows) for c in wanted}
+    def among(o: dict[str, Any]) -> bool:  # a record
+        return o["strategy"] == "dense" or (as_strategy(o["strategy"], o["method"])[1], o["sparsity"], o["windows"]) in settings
+    return {name: r for name, r in study.items() if among(r.record)}
+
 def measured(preset: dict[str, Any], study: dict[str, Result],
              n_boot: int | None = None,  # resamples; by default the preset's
              seed: int = 0,
-             measure: str = "plain"      # see `evaluation.measures`
+             measure: str = "plain",     # see `evaluation.measures`
+             wanted: Iterable[Cell] | None = None  # only the settings of these cells: faster; numbers differ by rounding
             ) -> Measured:
-    "Bootstrap a whole study, ablations included: how far draws scatter is pooled over all of it."
+    "Bootstrap a whole study, ablations included: how far draws scatter in a setting is pooled over all of it."
+    if wanted is not None: study = in_settings(study, wanted)
     if lacking(study): return Measured(preset, study, NOTHING, NOTHING)
     cells = bootstrap_retention(study, n_boot or preset.get("resamples", N_BOOT), seed, measure)
     return Measured(preset, study, cells, strategy_retention(cells, seed))
@@ -105,22 +115,31 @@ def lacking(study: dict[str, Result]) -> str:
 @dataclass(frozen=True)
 class Part:
     "The cells that one table is about, and what they kept."
-    preset: dict[str, Any]
+    whole: Measured           # what they are a part of
     wanted: list[Cell]        # pruned cells
     study: dict[str, Result]  # the dense model and those of the wanted that have been run
-    cells: Replicates         # one row per cell
     found: Replicates         # one row per strategy and setting
+
+    @property
+    def preset(self) -> dict[str, Any]: return self.whole.preset
+
+    @cached_property
+    def cells(self) -> Replicates:  # one row per cell
+        "Copied when it is asked for: few tables need it, and it is large."
+        return _chosen(self.whole.cells, self.wanted, self.study)
+
+def _chosen(found: Replicates, wanted: list[Cell], run: dict[str, Result]) -> Replicates:
+    "The rows of those of the wanted cells that have been run."
+    if lacking(run): return NOTHING
+    keys = {(*as_strategy(c.strategy, c.method), c.sparsity, c.windows) for c in wanted if c.name in run}
+    rows = found.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
+    return found.rows([key in keys for key in rows])
 
 def take(whole: Measured, wanted: list[Cell]) -> Part:
     "The part of a study that consists of these cells."
     names = {"dense", *(c.name for c in wanted)}
     run = {name: r for name, r in whole.study.items() if name in names}
-    if lacking(run): return Part(whole.preset, wanted, run, NOTHING, NOTHING)
-    keys = {(*as_strategy(c.strategy, c.method), c.sparsity, c.windows) for c in wanted if c.name in run}
-    def chosen(found: Replicates) -> Replicates:
-        rows = found.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
-        return found.rows([key in keys for key in rows])
-    return Part(whole.preset, wanted, run, chosen(whole.cells), chosen(whole.found))
+    return Part(whole, wanted, run, _chosen(whole.found, wanted, run))
 
 def grid_part(whole: Measured) -> Part:
     "The cells of the preset's grid, without its ablations."
