@@ -96,10 +96,12 @@ def leave_one_out(x: np.ndarray, y: np.ndarray  # [n]
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #8e5ef99e
 def row_ranks(values: np.ndarray  # [B, n], n small
              ) -> np.ndarray:     # [B, n]
-    "Ranks in every row; ties share their mean rank."
+    "Ranks in every row; ties share their mean rank, and a row with a NaN has no ranks but NaN."
     columns = np.ascontiguousarray(values.T)
     count = lambda found: found.view(np.int8).sum(0, dtype=np.int16)
-    return np.stack([count(columns < o) + (count(columns == o) + 1) / 2 for o in columns], -1)
+    ranks = np.stack([count(columns < o) + (count(columns == o) + 1) / 2 for o in columns], -1)
+    ranks[np.isnan(values).any(1)] = np.nan
+    return ranks
 
 def unit_rows(ranks: np.ndarray  # [B, n]
              ) -> np.ndarray:    # [B, n]; NaN where a row does not vary
