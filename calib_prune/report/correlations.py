@@ -156,6 +156,7 @@ def survivors(table: pd.DataFrame  # of `correlate`
         return f"{len(rho)} ({' to '.join(ends)})".replace("-", "−")
     left = table[table["q"] < 0.05]
     if left.empty: return pd.DataFrame(columns=["metric", *KEPT])
-    wide = left.groupby(["metric", "dimension"])["rho"].agg(text).unstack(fill_value="").reindex(columns=list(KEPT), fill_value="")
+    wide = left.groupby(["metric", "dimension"])["rho"].agg(text).unstack(fill_value="")
+    wide = wide.reindex(columns=list(KEPT), fill_value="")
     order = left["metric"].value_counts().index
     return wide.loc[order].rename(index=metric_label).rename_axis(index="metric", columns=None).reset_index()
