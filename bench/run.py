@@ -397,9 +397,10 @@ def prune_step(plan: Plan, file: str, about: dict, who: str, method: str, layers
     if who != "llm-compressor":
         return own(file, about, "prune", who, method, "--windows", plan.windows, "--length", plan.length, "--layers", layers,
                    "--model", model, *more)
-    from calib_prune.data.fetch import cached
+    from calib_prune.core import cache_dir
+    folder = cache_dir() / "models" / model  # `make bench` fetches both; a plan can be read without them
     pruned = weight_file(method, who if model == MODEL else f"{who}-{model}")
-    arguments = (cached("models", model), window_file("c4", plan.windows, plan.length, model), method, SPARSITY,
+    arguments = (folder, window_file("c4", plan.windows, plan.length, model), method, SPARSITY,
                  max(1, PEER_BATCH_TOKENS // plan.length), layers, pruned)
     return Step(file, about, ["-m", "bench.peer", *map(str, arguments)], PEERS)
 
