@@ -92,10 +92,10 @@ def test_a_ledger_that_is_not_there_or_is_none_is_named(tmp_path):
 
 @pytest.mark.parametrize("old, new, said", [("\nbeside: [qwen]", "", "needs `beside`"), ("measures, claims,", "measures,", "name `claims`")])
 def test_models_are_set_beside_what_a_preset_names(old, new, said, tmp_path):
-    text = (ROOT / "presets/default2.yaml").read_text()
+    text = (ROOT / "presets/default.yaml").read_text()
     assert text.count(old) == 1
-    (tmp_path / "default2.yaml").write_text(text.replace(old, new))
-    with pytest.raises(CalibPruneError, match=said): load_preset(tmp_path / "default2.yaml")
+    (tmp_path / "default.yaml").write_text(text.replace(old, new))
+    with pytest.raises(CalibPruneError, match=said): load_preset(tmp_path / "default.yaml")
 
 
 def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
@@ -103,16 +103,16 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     from tests.test_claims import like_paper
     study, metrics = like_paper()
     table = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99)
-    (tmp_path / "default2").mkdir()
+    (tmp_path / "default").mkdir()
     run = lambda: execute_notebook(ROOT / "nbs/paper/models.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=ROOT, parameters=dict(
-        preset=str(ROOT / "presets/default2.yaml"), results="none", figures=str(tmp_path / "default2")))
-    begun = tmp_path / "default2/T7-measures.csv"
+        preset=str(ROOT / "presets/default.yaml"), results="none", figures=str(tmp_path / "default")))
+    begun = tmp_path / "default/T7-measures.csv"
     begun.write_text("status\n\n")
     run()
-    assert "No study has a ledger yet" in (tmp_path / "default2/T7-models.md").read_text()
+    assert "No study has a ledger yet" in (tmp_path / "default/T7-models.md").read_text()
     table.to_csv(begun, index=False)
     run()
-    alone = (tmp_path / "default2/T7-models.md").read_text()
+    alone = (tmp_path / "default/T7-models.md").read_text()
     assert "Not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone
     (tmp_path / "qwen").mkdir()
     table.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
@@ -121,8 +121,8 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     half = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99)
     half.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
     run()
-    said = (tmp_path / "default2/T7-models.md").read_text()
+    said = (tmp_path / "default/T7-models.md").read_text()
     assert "Not run yet" not in said and "smollm2-135m: 60%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%" in said
     lines = said.split("\n\n")[0]
     assert "| mix − C4, total, SparseGPT  " in lines and "%" not in lines, "a check that models judge at different sparsities names none"
-    assert set(pd.read_csv(tmp_path / "default2/T7-models.csv")["model"]) == {"smollm2-135m", "qwen2.5-coder-0.5b"}
+    assert set(pd.read_csv(tmp_path / "default/T7-models.csv")["model"]) == {"smollm2-135m", "qwen2.5-coder-0.5b"}

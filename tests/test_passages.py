@@ -112,7 +112,7 @@ def test_the_prompts_belong_to_the_key():
     assert key["settings"] == dict(source="math", third="low") and set(key["references"]) == set(preset["scoring"]["tasks"])
     preset["scoring"]["limit"] = 3
     assert text_key(preset, "math-low", 0)["scored"] != key["scored"], "prompts that are scored are no references"
-    assert "references" not in text_key(load_preset("presets/default2.yaml"), "igsp", 0)
+    assert "references" not in text_key(load_preset("presets/default.yaml"), "igsp", 0)
 
 
 # --- the report

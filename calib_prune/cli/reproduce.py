@@ -206,7 +206,7 @@ def show_headlines(figures: Path) -> None:
 def reproduce(
     context: typer.Context,
     preset: Annotated[str, typer.Option(
-        help="`smoke`, `default`, `default2`, `mixes`, `thirds`, `unseen`, `pruners`, `pruners-qwen`, `better`, "
+        help="`smoke`, `default`, `mixes`, `thirds`, `unseen`, `pruners`, `pruners-qwen`, `better`, "
              "`better-qwen`, `qwen`, `paper`, or a preset file.")] = "smoke",
     jobs: Annotated[int, typer.Option(
         help="CPU cores to use; 0: all. On a cluster, the number of jobs at once; 0: the number in its profile.")] = 0,
