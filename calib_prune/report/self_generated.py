@@ -95,14 +95,19 @@ def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
                  ours: Sequence[str],
                  over: Sequence[str] = ("uniform", "igsp")) -> str:
     "What the intervals say of our own methods, and whether one of them beats all others on all goals."
-    others, best = listed(f"`{name}`" for name in over), []
-    for mix in ours:
-        compared = table[(table["mix"] == mix) & table["over"].isin(over) & table["dimension"].isin(GOALS)]
-        if (compared["all_low"] > 0).sum() == len(over) * len(GOALS): best.append(f"`{mix}`")
-    said = "; ".join(_standing(table, mix, over) for mix in ours)
-    verdict = (f"{listed(best)} beats {others} on both." if best else
-               f"So nothing of ours beats {others} both in total and in the worst dimension.")
-    return f"By intervals that hold for all pairs at once, against {others}: {said}. {verdict}"
+    compared = table[table["over"].isin(over) & table["dimension"].isin(GOALS)]
+    made = [o for o in ours if o in set(compared["mix"])]
+    missing = [f"`{o}`" for o in ours if o not in made]
+    not_yet = f"Not compared yet, for lack of models: {listed(missing)}." if missing else ""
+    if not made: return not_yet
+    others = listed(f"`{name}`" for name in over)
+    ahead = compared[compared["all_low"] > 0].value_counts("mix")
+    best = [f"`{o}`" for o in made if ahead.get(o, 0) == len(over) * len(GOALS)]
+    said = "; ".join(_standing(table, mix, over) for mix in made)
+    none = "" if missing else f"So nothing of ours beats {others} both in total and in the worst dimension."
+    verdict = f"{listed(best)} beats {others} on both." if best else none
+    return " ".join(filter(None, (f"By intervals that hold for all pairs at once, against {others}: {said}.", verdict, not_yet)))
+
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #32c2ef8a
 FACTS = ("pool", "aggregation", "perplexity", "imbalance")
