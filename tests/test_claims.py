@@ -13,7 +13,7 @@ from calib_prune.report.rank_statistics import contrast, contrasts, correlate, r
 from calib_prune.report.statistics import bootstrap_retention, strategy_retention
 from calib_prune.report.claims import claim_levels, judge, ledger, save_ledger, study_ledger
 from calib_prune.report.estimates import (CHECKS, CLAIMS, MODEL, NOT, PAPER, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, Levels,
-                                          estimate_growth, estimates, power, strategy_for, verdict)
+                                          estimate_growth, estimate_share, estimates, power, strategy_for, verdict)
 from calib_prune.report.selection import measured
 from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.tasks import TASKS
@@ -292,6 +292,16 @@ def test_a_share_needs_a_lead():
         study = example_study({k: (v,) * 4 for k, v in kept.items()}, seeds=(0, 1), n=200, seed=0)
         found = ledger_of(study, NO_METRICS, 60)
         assert found.loc["C6 share", "verdict"] == UNCLEAR and math.isnan(found.loc["C6 share", "ours"])
+
+
+def test_a_share_allows_for_the_choice_of_the_best_source():
+    held, kept = [], dict.fromkeys(SUITE, (0.6,) * 4) | {"c4": (0.4,) * 4, "uniform": (0.6,) * 4}
+    for seed in range(20):  # the mix leads no source but c4: whoever looks best, looks best by luck
+        study = example_study(kept, seeds=(0, 1), n=100, draw_sd=0.02, seed=seed)
+        share = estimate_share(strategy_retention(bootstrap_retention(study, 200)))
+        held.append(share.ci_low <= 0 <= share.ci_high)
+        assert "14 other sources at once" in share.detail
+    assert sum(held) >= 18
 
 
 def test_the_partial_p_belongs_to_the_partial_difference():

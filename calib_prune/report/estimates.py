@@ -330,15 +330,16 @@ def estimate_share(found: Replicates, at: float | str = PAPER.at) -> Estimate:
     mix, default = (outcome(here.of(strategy_for(here, role)), "Total") for role in ("mix", "default"))
     sources = single_sources(here, but=strategy_for(here, "mix"))
     total = outcome(sources.values, "Total")
-    best = total[:, total[0].argmax()]
-    name = sources.cells["strategy"].to_numpy()[total[0].argmax()]
-    if name == strategy_for(here, "default"): raise Untestable(UNCLEAR, f"{name} is the best single source itself.")
+    names = sources.cells["strategy"].to_numpy()
+    name, base = names[total[0].argmax()], names == strategy_for(here, "default")
+    if base[total[0].argmax()]: raise Untestable(UNCLEAR, f"{name} is the best single source itself.")
     leads = interval((mix - default)[1:])[0] > 0
     if not leads: raise Untestable(UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share.")
-    with np.errstate(divide="ignore", invalid="ignore"): share = (mix - best) / (mix - default)
-    detail = (f"The best single source is {name}, chosen by the numbers compared. The interval is over {here.noise}; it does not "
-              "allow for that choice.")
-    return Estimate(float(share[0]), *interval(share[1:]), here.items["Total"], "items", detail)
+    with np.errstate(divide="ignore", invalid="ignore"): share = (mix[:, None] - total[:, ~base]) / (mix - default)[:, None]
+    value, low, high = best_of(-share)  # the best source is the one that leaves the smallest share
+    detail = (f"The best single source is {name}. It is chosen by the numbers compared, which favours it; the interval holds for "
+              f"all {share.shape[1]} other sources at once, and is over {here.noise}.")
+    return Estimate(-value, -high, -low, here.items["Total"], "items", detail)
 
 def _without_code(values: np.ndarray) -> np.ndarray:  # [..., outcomes] → [...]
     "The mean of the other dimensions, in points."
@@ -376,6 +377,9 @@ def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.a
     code, other = outcome(without, "Code"), outcome(without, hidden_by)
     ranges = spread(here)
     said = [range_sentence(ranges, name) for name in ("Code", hidden_by)]
+    blind = interval(other[1:])[0] <= 0 and hidden_by == "Accuracy"
+    if blind: said.append("So averaged accuracy hides what differs in Code, as the claim says. It cannot tell strategies apart here, "
+                          "so it does not say that Commonsense is kept alike.")
     detail = " ".join([*said, scored_note(found, "Code")]).strip()
     return Estimate(float(code[0] - other[0]), *interval((code - other)[1:]), len(here.cells), "strategies", detail,
                     comparable=not in_bits(found, "Code"))
