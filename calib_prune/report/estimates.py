@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'PAPER', 'CORRELATIONS', 'OPPOSITE', 'CHECKS', 'SIZE', 'SIGN', 'NOT', 'UNCLEAR', 'PRESET', 'MODEL', 'YET',
-           'VERDICTS', 'ROLES', 'ESTIMATORS', 'Levels', 'Check', 'verdict', 'Estimate', 'Untestable', 'strategy_for',
-           'setting', 'single_sources', 'outcome', 'in_bits', 'scored_note', 'over_items', 'correlation', 'chance',
-           'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant', 'estimate_versatile',
-           'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share', 'estimate_without_code',
-           'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise', 'estimate_growth',
-           'at_levels', 'with_interval', 'estimates']
+           'VERDICTS', 'ROLES', 'BLIND', 'ESTIMATORS', 'Levels', 'Check', 'verdict', 'Estimate', 'Untestable',
+           'strategy_for', 'setting', 'single_sources', 'outcome', 'in_bits', 'scored_note', 'over_items',
+           'correlation', 'chance', 'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant',
+           'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share',
+           'estimate_without_code', 'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise',
+           'estimate_growth', 'at_levels', 'with_interval', 'estimates']
 
 # %% ../../nbs/8_report/14_estimates.ipynb #66326b14
 import math
@@ -369,6 +369,9 @@ def range_sentence(ranges: pd.DataFrame,  # from `statistics.spread`
     return (f"Range of {label}: {row['spread']:.1f} points, {row['by_chance']:.1f} expected from noise alone, "
             f"{row['true_spread']:.1f} without it.")
 
+BLIND = ("So averaged accuracy hides what differs in Code, as the claim says. It cannot tell strategies apart here, so it does not "
+         "say that Commonsense is kept alike.")
+
 def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.at) -> Estimate:
     "C8: range of Code retention over strategies minus the range of another outcome."
     here = setting(found, "sparsegpt", at)
@@ -378,8 +381,7 @@ def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.a
     ranges = spread(here)
     said = [range_sentence(ranges, name) for name in ("Code", hidden_by)]
     blind = interval(other[1:])[0] <= 0 and hidden_by == "Accuracy"
-    if blind: said.append("So averaged accuracy hides what differs in Code, as the claim says. It cannot tell strategies apart here, "
-                          "so it does not say that Commonsense is kept alike.")
+    if blind: said.append(BLIND)
     detail = " ".join([*said, scored_note(found, "Code")]).strip()
     return Estimate(float(code[0] - other[0]), *interval((code - other)[1:]), len(here.cells), "strategies", detail,
                     comparable=not in_bits(found, "Code"))
