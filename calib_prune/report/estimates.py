@@ -369,8 +369,8 @@ def range_sentence(ranges: pd.DataFrame,  # from `statistics.spread`
     return (f"Range of {label}: {row['spread']:.1f} points, {row['by_chance']:.1f} expected from noise alone, "
             f"{row['true_spread']:.1f} without it.")
 
-BLIND = ("So averaged accuracy hides what differs in Code, as the claim says. It cannot tell strategies apart here, so it does not "
-         "say that Commonsense is kept alike.")
+BLIND = ("So averaged accuracy hides what differs in Code, as the claim says. It cannot tell strategies apart here, so it does "
+         "not say that Commonsense is kept alike.")
 
 def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.at) -> Estimate:
     "C8: range of Code retention over strategies minus the range of another outcome."
