@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'PAPER', 'CORRELATIONS', 'OPPOSITE', 'CHECKS', 'SIZE', 'SIGN', 'NOT', 'UNCLEAR', 'PRESET', 'MODEL', 'YET',
-           'VERDICTS', 'ROLES', 'BLIND', 'ESTIMATORS', 'Levels', 'Check', 'verdict', 'Estimate', 'Untestable',
-           'strategy_for', 'setting', 'single_sources', 'outcome', 'in_bits', 'scored_note', 'over_items',
-           'correlation', 'chance', 'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant',
-           'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share',
-           'estimate_without_code', 'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise',
-           'estimate_growth', 'at_levels', 'with_interval', 'estimates']
+           'VERDICTS', 'ROLES', 'ESTIMATORS', 'Levels', 'Check', 'verdict', 'Estimate', 'Untestable', 'strategy_for',
+           'setting', 'single_sources', 'outcome', 'in_bits', 'scored_note', 'over_items', 'correlation', 'chance',
+           'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant', 'estimate_versatile',
+           'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share', 'estimate_without_code',
+           'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise', 'estimate_growth',
+           'at_levels', 'with_interval', 'estimates']
 
 # %% ../../nbs/8_report/14_estimates.ipynb #66326b14
 import math
@@ -330,15 +330,16 @@ def estimate_share(found: Replicates, at: float | str = PAPER.at) -> Estimate:
     mix, default = (outcome(here.of(strategy_for(here, role)), "Total") for role in ("mix", "default"))
     sources = single_sources(here, but=strategy_for(here, "mix"))
     total = outcome(sources.values, "Total")
-    names = sources.cells["strategy"].to_numpy()
-    name, base = names[total[0].argmax()], names == strategy_for(here, "default")
-    if base[total[0].argmax()]: raise Untestable(UNCLEAR, f"{name} is the best single source itself.")
+    names, best = sources.cells["strategy"].to_numpy(), total[0].argmax()
+    others = names != strategy_for(here, "default")
+    if not others[best]: raise Untestable(UNCLEAR, f"{names[best]} is the best single source itself.")
     leads = interval((mix - default)[1:])[0] > 0
     if not leads: raise Untestable(UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share.")
-    with np.errstate(divide="ignore", invalid="ignore"): share = (mix[:, None] - total[:, ~base]) / (mix - default)[:, None]
-    value, low, high = best_of(-share)  # the best source is the one that leaves the smallest share
-    detail = (f"The best single source is {name}. It is chosen by the numbers compared, which favours it; the interval holds for "
-              f"all {share.shape[1]} other sources at once, and is over {here.noise}.")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = (mix[:, None] - total[:, others]) / (mix - default)[:, None]
+    value, low, high = best_of(-share)  # the best source leaves the smallest share
+    detail = (f"The best single source is {names[best]}. It is chosen by the numbers compared, which favours it; the interval "
+              f"holds for all {share.shape[1]} other sources at once, and is over {here.noise}.")
     return Estimate(-value, -high, -low, here.items["Total"], "items", detail)
 
 def _without_code(values: np.ndarray) -> np.ndarray:  # [..., outcomes] → [...]
@@ -369,8 +370,8 @@ def range_sentence(ranges: pd.DataFrame,  # from `statistics.spread`
     return (f"Range of {label}: {row['spread']:.1f} points, {row['by_chance']:.1f} expected from noise alone, "
             f"{row['true_spread']:.1f} without it.")
 
-BLIND = ("So averaged accuracy hides what differs in Code, as the claim says. It cannot tell strategies apart here, so it does "
-         "not say that Commonsense is kept alike.")
+_BLIND = ("Averaged accuracy cannot tell strategies apart here. So it would hide what differs in Code, and it does not say that "
+          "Commonsense is kept alike.")
 
 def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.at) -> Estimate:
     "C8: range of Code retention over strategies minus the range of another outcome."
@@ -380,8 +381,7 @@ def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.a
     code, other = outcome(without, "Code"), outcome(without, hidden_by)
     ranges = spread(here)
     said = [range_sentence(ranges, name) for name in ("Code", hidden_by)]
-    blind = interval(other[1:])[0] <= 0 and hidden_by == "Accuracy"
-    if blind: said.append(BLIND)
+    if hidden_by == "Accuracy" and interval(other[1:])[0] <= 0: said.append(_BLIND)
     detail = " ".join([*said, scored_note(found, "Code")]).strip()
     return Estimate(float(code[0] - other[0]), *interval((code - other)[1:]), len(here.cells), "strategies", detail,
                     comparable=not in_bits(found, "Code"))

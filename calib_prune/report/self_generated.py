@@ -108,7 +108,6 @@ def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
     verdict = f"{listed(best)} beats {others} on both." if best else none
     return " ".join(filter(None, (f"By intervals that hold for all pairs at once, against {others}: {said}.", verdict, not_yet)))
 
-
 # %% ../../nbs/8_report/12_self_generated.ipynb #32c2ef8a
 FACTS = ("pool", "aggregation", "perplexity", "imbalance")
 
