@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'RELIABLE', 'AT_CHANCE', 'HEADLINE', 'Measure', 'get_measure', 'metric_of', 'measured_rows',
-           'measured_values', 'task_retention', 'prompt_gains', 'can_tell', 'headline']
+           'measured_values', 'values_at', 'task_retention', 'prompt_gains', 'can_tell', 'headline']
 
 # %% ../../nbs/6_evaluation/05_measures.ipynb #49affed8
 from dataclasses import dataclass
@@ -63,13 +63,20 @@ def measured_values(items: pd.DataFrame,    # from `scoring.evaluate`
                     rows: np.ndarray | None = None  # from `measured_rows`, if known
                    ) -> pd.DataFrame:       # the same columns, in the order of dimension, task and item
     "One row per item: what a measure sums up."
-    mine = items.iloc[measured_rows(items, measure) if rows is None else rows]
-    if get_measure(measure).beyond_chance: mine = mine.assign(value=mine.value - _chances(mine))
-    return mine.reset_index(drop=True)
+    if rows is None: rows = measured_rows(items, measure)
+    return items.iloc[rows].assign(value=values_at(items, measure, rows)).reset_index(drop=True)
 
-def _chances(mine: pd.DataFrame) -> pd.Series:
+def values_at(items: pd.DataFrame, measure: str,
+              rows: np.ndarray    # [n], from `measured_rows`
+             ) -> np.ndarray:     # [n]
+    "The values alone: many models answer the same items, whose rows need be found only once."
+    values = items["value"].to_numpy()[rows]
+    return values - _chances(items, rows) if get_measure(measure).beyond_chance else values
+
+def _chances(items: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
     "What guessing gets, item by item."
-    if "chance" in mine and mine.chance.notna().all(): return mine.chance
+    chances = items["chance"].to_numpy()[rows] if "chance" in items else np.array([np.nan])
+    if not np.isnan(chances).any(): return chances
     raise CalibPruneError("These scores do not say what guessing gets (a column `chance`): they are of an older version. "
                           "Score the models again, or use another measure.")
 

@@ -39,10 +39,12 @@ LEDGERS = ["measure", "tells", "name", *LEDGER]
 
 def ledgers(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame,  # as in `claims.study_ledger`
             n_boot: int | None = None, n_perm: int = 19999, complete: bool = True,
-            known: Mapping[str, pd.DataFrame] = {}  # measure → its ledger, if it has been made
+            known: Mapping[str, pd.DataFrame] = {},  # measure → its ledger, if it has been made
+            resolved: pd.DataFrame | None = None     # from `resolution_rows`, if known
            ) -> pd.DataFrame:  # columns `LEDGERS`
     "The ledger under every measure that the rows hold; `tells`: whether it is to be believed in the check's dimensions."
-    resolved = resolution_rows(preset, study, min(QUICK, n_boot or QUICK)).set_index(["measure", "dimension"])["can_tell"]
+    if resolved is None: resolved = resolution_rows(preset, study, min(QUICK, n_boot or QUICK))
+    told = resolved.set_index(["measure", "dimension"])["can_tell"]
     tables = []
     for name in MEASURES:
         table = known.get(name)
@@ -50,7 +52,7 @@ def ledgers(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFr
             try: whole = measured(preset, study, n_boot, measure=name)
             except CalibPruneError: continue
             table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete)
-        tells = [all(resolved[name, d] for d in dimensions_of(check)) for check in CHECKS]
+        tells = [all(told[name, d] for d in dimensions_of(check)) for check in CHECKS]
         tables.append(table.assign(measure=name, tells=tells, name=list(CHECKS)))
     return stacked(tables, LEDGERS).reindex(columns=LEDGERS)
 

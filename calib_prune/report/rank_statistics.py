@@ -262,7 +262,9 @@ def contrast(x: np.ndarray,                    # [n], a metric
              free: Resampling, held: Resampling  # of all sources; inside the two registers
             ) -> dict[str, float]:
     "ρ(metric, a) − ρ(metric, b), also with the register held fixed."
-    delta = lambda plan, rho: np.subtract(*(rho(plan.ranks(x), plan.ranks(o)) for o in (a, b)))
+    def delta(plan: Resampling, rho) -> np.ndarray:  # [B]
+        of_x = plan.ranks(x)
+        return np.subtract(*(rho(of_x, plan.ranks(o)) for o in (a, b)))
     found = dict(n=len(x), rho=float(spearman(x, a[0]) - spearman(x, b[0])), p=_contrast_p(x, a[0], b[0], free))
     found |= _ends("ci", delta(free, unit_correlation))
     if len(np.unique(held.own)) < 2: return found

@@ -107,11 +107,12 @@ def chance_text(rows: pd.DataFrame) -> str:
 QUICK = 1000  # resamples behind the rule (ours: reliabilities need no more)
 
 def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None,
-                   wanted: Iterable[Cell] | None = None  # as in `measured`
+                   wanted: Iterable[Cell] | None = None,   # as in `measured`
+                   resolved: pd.DataFrame | None = None    # from `resolution_rows`, if known
                   ) -> Measured:
     "A study by the measure that its preset asks for."
     name = preset.get("measure", "plain")
-    if name == "headline": name = headline_of(resolution_rows(preset, study, QUICK))
+    if name == "headline": name = headline_of(resolution_rows(preset, study, QUICK) if resolved is None else resolved)
     return measured(preset, study, n_boot, measure=name, wanted=wanted)
 
 # %% ../../nbs/8_report/17_resolution.ipynb #d01f71ad
