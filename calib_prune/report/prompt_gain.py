@@ -14,29 +14,42 @@ from matplotlib.figure import Figure
 from ..core import DIMENSIONS
 from ..evaluation.tasks import TASKS
 from .plots import WIDTH, annotate, check_rows, headline, method_label, sparsity_label
+from .statistics import BLOCK, same_rows
 from ..resampling import N_BOOT, draws, interval
 from ..study.presets import parse_sparsity
 from ..study.results import Result
 from ..style import DIMENSION_COLOURS, MARKERS
 
 # %% ../../nbs/8_report/18_prompt_gain.ipynb #43e754d9
-def _bits(items: pd.DataFrame) -> pd.DataFrame:  # by task and item: bits, swapped_bits
-    "The bits of a model's right answers, of items that were also scored after another's prompt."
-    about = ["task", "item"]
-    return pd.DataFrame({o: items[items["metric"] == o].set_index(about)["value"] for o in ("bits", "swapped_bits")}).dropna()
+def _places(items: pd.DataFrame) -> pd.DataFrame:  # by task and item: where its bits and swapped_bits stand
+    "The rows of a model's right answers, of items that were also scored after another's prompt."
+    about, numbered = ["task", "item"], items.assign(place=range(len(items)))
+    found = {o: numbered[numbered["metric"] == o].set_index(about)["place"] for o in ("bits", "swapped_bits")}
+    return pd.DataFrame(found).dropna().astype(int)
 
-def _gains(models: list[pd.DataFrame],  # each from `_bits`, of the same items
+def _bits(models: list[pd.DataFrame]   # the items of each, all the same
+         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [items] tasks; [items, models] bits, swapped bits
+    "What the right answers cost each model after their own prompt, and after another's."
+    first, columns = _places(models[0]), []
+    for items in models:
+        places = first if same_rows(items, models[0]) else _places(items).loc[first.index]
+        columns.append(items["value"].to_numpy()[places])
+    return first.index.get_level_values("task").to_numpy(), *np.stack(columns, -1).swapaxes(0, 1)
+
+def _gains(tasks: np.ndarray, own: np.ndarray, other: np.ndarray,  # from `_bits`
            n_boot: int, seed: int
           ) -> dict[str, np.ndarray]:   # dimension → [1 + B, models]
     "The prompt gain of each dimension and model, with replicates over items."
-    found: dict[str, list[np.ndarray]] = {d: [] for d in DIMENSIONS}
-    tasks = models[0].index.get_level_values("task")
-    own, other = (np.column_stack([o[name] for o in models]) for name in ("bits", "swapped_bits"))
-    for task in tasks.unique():
-        mine = np.flatnonzero(tasks == task)
-        weights = draws(len(mine), n_boot, seed, f"prompt gain {task}")
-        found[TASKS[task].dimension].append(1 - (weights @ own[mine]) / (weights @ other[mine]))
-    return {d: np.mean(o, axis=0) for d, o in found.items() if o}
+    places = {t: np.flatnonzero(tasks == t) for t in dict.fromkeys(tasks)}
+    weights = {t: draws(len(mine), n_boot, seed, f"prompt gain {t}") for t, mine in places.items()}
+    found = {d: np.empty((n_boot + 1, own.shape[1])) for d in DIMENSIONS if any(TASKS[t].dimension == d for t in places)}
+    for d, kept in found.items():
+        mine = [t for t in places if TASKS[t].dimension == d]
+        for start in range(0, n_boot + 1, BLOCK):
+            rows = slice(start, start + BLOCK)
+            gains = [1 - (weights[t][rows] @ own[places[t]]) / (weights[t][rows] @ other[places[t]]) for t in mine]
+            np.mean(gains, axis=0, out=kept[rows])
+    return found
 
 # %% ../../nbs/8_report/18_prompt_gain.ipynb #b83251f6
 GAIN_ROWS = ["strategy", "method", "sparsity", "windows", "dimension", "value", "ci_low", "ci_high", "draws", "n_items"]
@@ -44,11 +57,11 @@ GAIN_ROWS = ["strategy", "method", "sparsity", "windows", "dimension", "value", 
 def gain_rows(study: dict[str, Result], n_boot: int = N_BOOT, seed: int = 0) -> pd.DataFrame:  # columns `GAIN_ROWS`
     "The prompt gain of every strategy in every setting, the dense model first; none for rows without swapped prompts."
     results = [o for o in study.values() if (o.items["metric"] == "swapped_bits").any()]
-    bits, groups, rows = [_bits(o.items) for o in results], {}, []
-    if not bits: return pd.DataFrame(columns=GAIN_ROWS)
+    if not results: return pd.DataFrame(columns=GAIN_ROWS)
+    bits, groups, rows = _bits([o.items for o in results]), {}, []
     for i, o in enumerate(results): groups.setdefault(tuple(o.record[k] for k in GAIN_ROWS[:4]), []).append(i)
-    gains = _gains([o.loc[bits[0].index] for o in bits], n_boot, seed)
-    sizes = pd.Series([TASKS[o].dimension for o in bits[0].index.get_level_values("task")]).value_counts()
+    gains = _gains(*bits, n_boot, seed)
+    sizes = pd.Series([TASKS[o].dimension for o in bits[0]]).value_counts()
     for where, members in groups.items():
         for d, replicates in gains.items():
             v = replicates[:, members].mean(1)
