@@ -11,9 +11,9 @@ __all__ = ['KEPT', 'MIN_SOURCES', 'COLUMNS', 'CONTRASTS', 'REGISTER', 'row_corre
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #d9f4bf00
 import itertools
 import math
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Callable, Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -122,13 +122,15 @@ class Resampling:
     own: np.ndarray          # [n], 1 where a source belongs to the dimension
     taken: np.ndarray        # [B, n], from `resampled`
     pairings: tuple[np.ndarray, bool]
+    known: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)  # ranks of metrics, which several settings share
 
     def ranks(self, values: np.ndarray  # [n], or [1 + B, n] with replicates
              ) -> np.ndarray:           # [B, n], from `unit_rows`
         "Ranks of a quantity in every resample."
         if values.ndim == 2: return unit_rows(row_ranks(np.take_along_axis(values[1:], self.taken, 1)))
         order = rankdata(values, "dense").astype(np.int16)  # small numbers are compared faster
-        return unit_rows(row_ranks(order[self.taken]))
+        if (key := order.tobytes()) not in self.known: self.known[key] = unit_rows(row_ranks(order[self.taken]))
+        return self.known[key]
 
     @cached_property
     def own_ranks(self) -> np.ndarray: return self.ranks(self.own)  # [B, n]
@@ -200,11 +202,12 @@ def correlate(metrics: pd.DataFrame,    # tidy: strategy, seed, metric, value; p
              ) -> pd.DataFrame:         # coordinates, metric, dimension, and `COLUMNS`
     "Spearman's ρ of every metric with every dimension's retention over the single sources, one setting at a time."
     rows = []
+    plan = cache(lambda groups: resampling(np.array(groups), len(found.values) - 1, n_perm, seed))
     for at in found.settings():
         here = found.where(**at)
         sources = here.cells["source_dimension"] != ""
         if sources.sum() < MIN_SOURCES: continue
-        rows += [at | row for row in setting_correlations(metrics, here, sources, n_perm, seed, in_full)]
+        rows += [at | row for row in setting_correlations(metrics, here, sources, plan, in_full)]
     if not rows: raise CalibPruneError(f"No setting of this study has {MIN_SOURCES} single sources: nothing can be correlated.")
     table = pd.DataFrame(rows).reindex(columns=[*COORDINATES, "metric", "dimension", *COLUMNS])
     tested = table["p"].notna()
@@ -213,12 +216,12 @@ def correlate(metrics: pd.DataFrame,    # tidy: strategy, seed, metric, value; p
 
 # %% ../../nbs/8_report/03_rank_statistics.ipynb #1ebe6fd5
 def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Series,
-                         n_perm: int, seed: int, in_full: Collection[str] | None = None) -> list[dict]:
+                         plan: Callable[[tuple[int, ...]], Resampling],  # by groups; settings with the same sources share it
+                         in_full: Collection[str] | None = None) -> list[dict]:
     "The rows of `correlate` for one setting."
-    cells, values, n_boot = here.cells[sources], here.values[:, sources], len(here.values) - 1
+    cells, values = here.cells[sources], here.values[:, sources]
     wide, why = source_metrics(metrics, list(cells["strategy"]))
-    groups = {d: (cells["source_dimension"] == d).to_numpy(int) for d in DIMENSIONS} | {"Total": np.zeros(len(cells), int)}
-    plans = {d: resampling(g, n_boot, n_perm, seed) for d, g in groups.items()}
+    plans = {d: plan(tuple((cells["source_dimension"] == d).astype(int))) for d in KEPT}  # of no source it is "Total"
     free, kept, rows = plans["Total"], {d: values[:, :, j] for j, d in enumerate(KEPT)}, []
     outcomes = {d: Ranked(y[0], free.ranks(y), plans[d].ranks(y)) for d, y in kept.items()}
     for metric in wide:
