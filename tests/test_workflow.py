@@ -90,8 +90,8 @@ def test_finished_then_reused_then_tables_alone(checkout):
     for waste in (".snakemake", "figures/tiny", "results/tiny/.keys", "results/tiny/notebooks"): shutil.rmtree(checkout / waste)
     for p in (checkout / "results/tiny").glob("*.json"): os.utime(p)
     times = {p: p.stat().st_mtime_ns for p in times}
-    reproduce(checkout, "--tables-only")
-    assert {p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")} == before
+    _, err = reproduce(checkout, "--tables-only")
+    assert {p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")} == before and "3/3" in err
     listed, _ = reproduce(checkout, "--dry-run")
     assert "cell_" not in listed
     reproduce(checkout)
@@ -102,6 +102,10 @@ def test_finished_then_reused_then_tables_alone(checkout):
     listed, _ = reproduce(checkout, "--dry-run", "--preset", "other.yaml")
     assert "rule cell_c4" in listed and "rule cell_own" in listed and "rule cell_dense" not in listed, "other settings, other results"
     assert "pruning.batch_tokens: 4096 → 2048" in " ".join(listed.split()), "and why"
+
+    (checkout / "results/tiny/c4-wanda-2of4-n4-s0.json").unlink()
+    _, err = reproduce(checkout, "--tables-only")
+    assert "2/3" in err and "3/3" not in err, "tables of part of a study say so"
 
 
 def test_no_finished_run_keeps_waking_the_scheduler(checkout):

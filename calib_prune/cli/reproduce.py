@@ -238,7 +238,8 @@ def reproduce(
             show_table(left_table(left), f"What is left to do in {results}")
             show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")
         raise typer.Exit(done.returncode)
-    run_workflow(command, root, results, names, set(left.get("models", ())),
+    missing = {o for o in names if not (results / f"{o}.json").is_file()} if tables_only else set(left.get("models", ()))
+    run_workflow(command, root, results, names, missing,
                  cluster is None and (tables_only or any(left.values())))
     figures = root / "figures" / study["name"]
     show_headlines(figures)
