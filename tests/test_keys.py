@@ -59,7 +59,7 @@ def test_every_committed_result_is_finished_but_for_raised_versions(monkeypatch)
     raised = {f"versions.{k}: {v} → {versions()[k]}" for k, v in THEN.items() if versions()[k] != v}
     assert {part for mine in left().values() for why in mine.values() for part in why.split("; ")} <= raised
     kept = {str(o.relative_to(RESULTS)) for o in RESULTS.rglob("*.json") if not o.name.startswith(".") and "notebooks" not in o.parts}
-    assert len(CELLS) > 310 and {f"{c.name}.json" for c in CELLS} | {f"metrics/{k}.json" for k in STRATEGIES} <= kept
+    assert len(CELLS) == 351 and {f"{c.name}.json" for c in CELLS} | {f"metrics/{k}.json" for k in STRATEGIES} <= kept
 
 
 EDITS = {  # file → [(what is there, what an edit makes of it)]
@@ -154,6 +154,13 @@ def test_items_that_are_passed_over_are_part_of_the_key_and_of_no_reference():
     assert cell_key(others, cell)["tasks"].keys() == cell_key(study, cell)["tasks"].keys()
     assert not cell_key(others, cell)["tasks"].items() & cell_key(study, cell)["tasks"].items()
     assert all(scored_items(others)[k] == n + 64 for k, n in scored_items(study).items())
+
+
+def test_how_many_answers_are_written_at_once_is_part_of_the_key_where_it_is_set():
+    preset = load_preset(ROOT / "presets/smoke.yaml")
+    other = preset | dict(scoring=preset["scoring"] | dict(batch_size=32))
+    usual, larger = (cell_key(o, cells(o)[0]) for o in (preset, other))
+    assert "batch_size" not in usual and larger == usual | dict(batch_size=32)
 
 
 def test_another_text_in_a_file_is_another_key(tmp_path):

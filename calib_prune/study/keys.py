@@ -105,7 +105,7 @@ def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
     heldout, scoring, pruning = preset["heldout"], preset["scoring"], preset["pruning"]
     key = dict(scheme=SCHEME, model=model_key(preset), tasks=tasks_key(preset), batch_tokens=scoring["batch_tokens"],
                heldout=heldout | dict(revision=get_source(heldout["source"]).revision))
-    if scoring.get("swapped"): key |= dict(swapped=scoring["swapped"])
+    key |= {k: scoring[k] for k in ("batch_size", "swapped") if scoring.get(k)}
     if cell.strategy == "dense": return key | dict(versions=_versions_of("scoring"))
     recipe = read_recipe(cell.method)
     method = METHODS[recipe.method]

@@ -82,6 +82,7 @@ class ScoringForm(Form):
     tasks: Text | list[Text]
     limit: Count | dict[Text, Count | None] | None
     batch_tokens: Count
+    batch_size: Count | None = None  # answers that the model writes at once; None: 8
     swapped: Count | None = None  # items per task that are also scored after another's prompt: see `measures.prompt_gains`
     skip: Count | None = None  # items per task to pass over: a recipe that was learnt from some items is judged by others
 
