@@ -207,7 +207,7 @@ def reproduce(
     context: typer.Context,
     preset: Annotated[str, typer.Option(
         help="`smoke`, `default`, `mixes`, `thirds`, `unseen`, `pruners`, `pruners-qwen`, `better`, "
-             "`better-qwen`, `qwen`, `paper`, or a preset file.")] = "smoke",
+             "`better-qwen`, `qwen`, `answers-qwen`, `paper`, or a preset file.")] = "smoke",
     jobs: Annotated[int, typer.Option(
         help="CPU cores to use; 0: all. On a cluster, the number of jobs at once; 0: the number in its profile.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
