@@ -15,6 +15,7 @@ class WithStudy(build_py):
     def run(self):
         super().run()
         if self.editable_mode: return  # a checkout has them
+        shutil.rmtree(Path(self.build_lib, "calib_prune", "project"), ignore_errors=True)  # of an older build
         for name in STUDY:
             target = Path(self.build_lib, "calib_prune", "project", name)
             target.parent.mkdir(parents=True, exist_ok=True)

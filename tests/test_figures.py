@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib_prune.core import CalibPruneError
+from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.style import contrast, save_figure
 from calib_prune.report.comparison import (base_differences, differences, margin_rows, mix_differences, over_best, range_rows,
                                            retention_rows, sd_interval, spread_rows, swept_part)
@@ -58,13 +58,14 @@ def part(cells=main_cells, keep=None):
     return take(some, cells(small_preset()))
 
 
-def run_notebook(name, folder, keep):
-    "Execute a notebook of nbs/paper in this process, on those cells of the study."
+def run_notebook(name, folder, keep, dimensions=DIMENSIONS):
+    "Execute a notebook of nbs/paper in this process, on those cells of the study, with the tasks of these dimensions."
     import nbformat
     results, figures = folder / "results", folder / "figures"
     (folder / "preset.yaml").write_text(yaml.safe_dump(small_preset(), sort_keys=False))
     for k, r in study().items():
-        if keep(k): save_cell(results, r.record | {"cell": k, "calibration": None}, pd.DataFrame(), r.items, pd.DataFrame(), {})
+        items = r.items[r.items["dimension"].isin(dimensions)]
+        if keep(k): save_cell(results, r.record | {"cell": k, "calibration": None}, pd.DataFrame(), items, pd.DataFrame(), {})
     space = {}
     for cell in nbformat.read(ROOT / f"nbs/paper/{name}.ipynb", 4).cells:
         if cell.cell_type != "code": continue
@@ -95,6 +96,12 @@ def test_a_notebook_writes_its_files_and_writes_them_again(name, tmp_path):
     again = run_notebook(name, tmp_path, lambda o: True)
     for file in files: assert files[file] == again[file], file
     assert "Not complete" not in "".join(v.decode() for k, v in files.items() if k.endswith(".md"))
+
+
+def test_a_study_of_two_dimensions_has_its_tables_and_no_total(tmp_path):
+    files = run_notebook("main", tmp_path, lambda o: True, ("Code", "Math"))
+    assert {o.split(".")[0] for o in files} == stems("main")
+    assert set(pd.read_csv(tmp_path / "figures/T2-retention.csv")["dimension"]) == {"Code", "Math"}
 
 
 @pytest.mark.parametrize("keep", [lambda o: o == "dense" or "stdlib" in o and "s0" in o, lambda o: False], ids=["one", "none"])

@@ -58,6 +58,7 @@ def measured_rows(items: pd.DataFrame,   # from `scoring.evaluate`
     order = sorted(there, key=lambda o: (DIMENSIONS.index(TASKS[o].dimension), o))
     return at[np.lexsort((mine.item.to_numpy(), mine.task.map({o: i for i, o in enumerate(order)}).to_numpy()))]
 
+# %% ../../nbs/6_evaluation/05_measures.ipynb #4558d061
 def measured_values(items: pd.DataFrame,    # from `scoring.evaluate`
                     measure: str = "plain",
                     rows: np.ndarray | None = None  # from `measured_rows`, if known
@@ -69,7 +70,7 @@ def measured_values(items: pd.DataFrame,    # from `scoring.evaluate`
 def values_at(items: pd.DataFrame, measure: str,
               rows: np.ndarray    # [n], from `measured_rows`
              ) -> np.ndarray:     # [n]
-    "The values alone: many models answer the same items, whose rows need be found only once."
+    "The values alone, of rows that are known."
     values = items["value"].to_numpy()[rows]
     return values - _chances(items, rows) if get_measure(measure).beyond_chance else values
 

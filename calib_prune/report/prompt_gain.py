@@ -36,6 +36,7 @@ def _bits(models: list[pd.DataFrame]   # the items of each, all the same
         columns.append(items["value"].to_numpy()[places])
     return first.index.get_level_values("task").to_numpy(), *np.stack(columns, -1).swapaxes(0, 1)
 
+# %% ../../nbs/8_report/18_prompt_gain.ipynb #3fad0f28
 def _gains(tasks: np.ndarray, own: np.ndarray, other: np.ndarray,  # from `_bits`
            n_boot: int, seed: int
           ) -> dict[str, np.ndarray]:   # dimension → [1 + B, models]

@@ -221,7 +221,7 @@ def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Se
     "The rows of `correlate` for one setting."
     cells, values = here.cells[sources], here.values[:, sources]
     wide, why = source_metrics(metrics, list(cells["strategy"]))
-    plans = {d: plan(tuple((cells["source_dimension"] == d).astype(int))) for d in KEPT}  # of no source it is "Total"
+    plans = {d: plan(tuple((cells["source_dimension"] == d).astype(int))) for d in KEPT}  # "Total" has no sources of its own
     free, kept, rows = plans["Total"], {d: values[:, :, j] for j, d in enumerate(KEPT)}, []
     outcomes = {d: Ranked(y[0], free.ranks(y), plans[d].ranks(y)) for d, y in kept.items()}
     for metric in wide:
@@ -265,9 +265,7 @@ def contrast(x: np.ndarray,                    # [n], a metric
              free: Resampling, held: Resampling  # of all sources; inside the two registers
             ) -> dict[str, float]:
     "ρ(metric, a) − ρ(metric, b), also with the register held fixed."
-    def delta(plan: Resampling, rho) -> np.ndarray:  # [B]
-        of_x = plan.ranks(x)
-        return np.subtract(*(rho(of_x, plan.ranks(o)) for o in (a, b)))
+    delta = lambda plan, rho: np.subtract(*(rho(plan.ranks(x), plan.ranks(o)) for o in (a, b)))
     found = dict(n=len(x), rho=float(spearman(x, a[0]) - spearman(x, b[0])), p=_contrast_p(x, a[0], b[0], free))
     found |= _ends("ci", delta(free, unit_correlation))
     if len(np.unique(held.own)) < 2: return found

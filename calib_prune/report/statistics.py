@@ -218,7 +218,7 @@ def draw_groups(cells: Replicates) -> dict[tuple, list[int]]:  # strategy and co
     return groups
 
 def setting_groups(cells: Replicates) -> dict[tuple, list[list[int]]]:  # coordinates → the rows of each strategy
-    "The same, by setting."
+    "Which cells are draws of the same strategy, setting by setting."
     found: dict[tuple, list[list[int]]] = {}
     for (_, *where), rows in draw_groups(cells).items(): found.setdefault(tuple(where), []).append(rows)
     return found
