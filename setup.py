@@ -13,9 +13,9 @@ STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb
 
 class WithStudy(build_py):
     def run(self):
+        if self.editable_mode: return super().run()  # a checkout has them
+        shutil.rmtree(Path(self.build_lib, "calib_prune"), ignore_errors=True)  # of an older build
         super().run()
-        if self.editable_mode: return  # a checkout has them
-        shutil.rmtree(Path(self.build_lib, "calib_prune", "project"), ignore_errors=True)  # of an older build
         for name in STUDY:
             target = Path(self.build_lib, "calib_prune", "project", name)
             target.parent.mkdir(parents=True, exist_ok=True)

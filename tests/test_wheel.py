@@ -12,12 +12,16 @@ from calib_prune.cli.init import lay_out
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+OLD = "of_an_older_build.py"
 COMMAND = "from calib_prune.cli.app import main; main()"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
+    old = ROOT / "build" / "lib" / "calib_prune" / OLD
+    old.parent.mkdir(parents=True, exist_ok=True)
+    old.touch()
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -45,7 +49,7 @@ def run(python, cwd, *words, code=0):
 
 def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
-    assert wheel.stat().st_size < 1e6 and "calib_prune/py.typed" in names
+    assert wheel.stat().st_size < 1e6 and "calib_prune/py.typed" in names and f"calib_prune/{OLD}" not in names
     for name in ("Snakefile", "presets/smoke.yaml", "nbs/paper/prune_and_score.ipynb"): assert f"calib_prune/project/{name}" in names
     presets = {o.rsplit("/", 1)[1] for o in names if "/presets/" in o}
     assert presets == {o.name for o in (ROOT / "presets").glob("*.yaml")}

@@ -20,7 +20,7 @@ from .comparison import in_order
 from .plots import annotate, check_rows, headline, method_label, panels, sparsity_label
 from .selection import span
 from .statistics import OUTCOMES
-from .tables import listed
+from .tables import interval_text, listed
 from ..style import DIMENSION_COLOURS, MARKERS, colour_of, legend_above, make_readable
 
 # %% ../../nbs/8_report/08_comparison_figures.ipynb #d91ca9b4
@@ -62,8 +62,9 @@ def best_message(kept: pd.DataFrame) -> str:
     singles = kept[kept["source"].isin(DIMENSIONS) & kept["dimension"].isin(DIMENSIONS)]
     if singles.empty: return ""
     best = singles.loc[singles.groupby("dimension", sort=False)["value"].idxmax()].set_index("dimension")["strategy"]
-    if best.nunique() == 1: return f"One source keeps most of everything: {best.iloc[0]}"
-    return "No single source keeps every ability: " + ", ".join(f"{o} keeps most {d}" for d, o in best.items())
+    if best.nunique() == 1: return f"One source keeps most of each dimension: {best.iloc[0]}"
+    won = {o: listed(best.index[best == o]) for o in dict.fromkeys(best)}
+    return "No single source keeps every ability: " + ", ".join(f"{o} keeps most {d}" for o, d in won.items())
 
 # %% ../../nbs/8_report/08_comparison_figures.ipynb #825a3155
 def two_methods(table: pd.DataFrame  # from `retention_rows`
@@ -194,8 +195,9 @@ def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
     line = table[total & ~best & (table["method"] == table["method"].iloc[0])]
     if len(line) > 1:
         peak = line.loc[line["value"].idxmax()]
+        most = interval_text(peak["value"], peak["ci_low"], peak["ci_high"], "+")
         headline(figure, f"{method_label(peak['method'])}: the margin of {mix} over {base} is largest at "
-                         f"{sparsity_label(peak['sparsity'])}, {100 * peak['value']:+.1f} points")
+                         f"{sparsity_label(peak['sparsity'])}, {most} points")
     return annotate(figure, note)
 
 # %% ../../nbs/8_report/08_comparison_figures.ipynb #86f9a5ca

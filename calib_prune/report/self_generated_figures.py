@@ -19,6 +19,7 @@ from ..data.files import read_jsonl
 from .comparison_figures import by_total, difference_panel
 from .plots import WIDTH, annotate, check_rows, headline
 from .self_generated import RETENTIONS
+from .tables import interval_text
 from ..style import DIMENSION_COLOURS, MARKERS, legend_above
 
 # %% ../../nbs/8_report/13_self_generated_figures.ipynb #a3e80ac1
@@ -31,12 +32,17 @@ def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, value, ci_l
     ax.axvspan(100 * best["ci_low"], 100 * best["ci_high"], color="0.9", zorder=0)
     return best["mix"]
 
-def winners(table: pd.DataFrame  # from `retention_rows`
+def winners(delta: pd.DataFrame  # from `base_differences`
            ) -> str:
-    "Which strategy keeps most in total, and which most of its worst dimension."
-    first = {d: mine.loc[mine["value"].idxmax(), "strategy"] for d, mine in table.groupby("dimension") if d in ("Total", "Worst")}
-    if len(set(first.values())) == 1: return f"{first['Total']} keeps most, in total and of its worst dimension"
-    return f"{first['Total']}: most in total. {first['Worst']}: most of its worst dimension"
+    "Which strategy keeps most in total, and which most of its worst dimension, with its lead over the baseline."
+    said = []
+    for measure, where in ("Total", "in total"), ("Worst", "of its worst dimension"):
+        mine = delta[delta["dimension"] == measure]
+        best = mine.loc[mine["value"].idxmax()]
+        lead = interval_text(best["value"], best["ci_low"], best["ci_high"], "+")
+        said.append(f"{best['mix']} keeps most {where}, {lead} over {best['over']}" if best["value"] > 0 else
+                    f"{best['over']} keeps most {where}")
+    return "; ".join(said)
 
 # %% ../../nbs/8_report/13_self_generated_figures.ipynb #c1f66bb3
 def protocol_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention_rows` and `base_differences`
@@ -53,7 +59,7 @@ def protocol_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention
         difference_panel(ax, mine[mine["mix"].isin(shown)], shown, kinds)
         ax.set_title(measure + (f"\nbest: {name}" if name else ""), fontsize=7.5)
     figure.supxlabel(f"retention over {base} (points); band: interval of the single source that scored best", fontsize=8)
-    headline(figure, winners(table))
+    headline(figure, winners(delta))
     legend_above(figure, [kinds[o] for o in shown])
     return annotate(figure, note)
 
