@@ -61,6 +61,22 @@ def one(who: str, turn: int, length: int = 512, batch: int = 32, model: str = "s
     put(dict(texts=TEXTS[who], tokens=tokens, seconds=time.perf_counter() - start, peak_bytes=peak()))
 
 
+@app.command()
+def answers(items: Annotated[int, typer.Option(help="per task")] = 6, batch: int = 32, model: str = "smollm2-135m") -> None:
+    "Answers that a model writes to HumanEval, MBPP and GSM8K: ours, then by lm-eval and transformers' `generate`."
+    from calib_prune.evaluation.scoring import evaluate, scores
+    from calib_prune.model.loading import load_model
+    loaded, tokenizer = load_model(model)
+    rows = []
+    for who in "ours", "lm-eval":
+        evaluate(loaded, tokenizer, "sciq", limit=2)  # first-use costs
+        start = time.perf_counter()
+        found = scores(evaluate(loaded, tokenizer, "generate", limit=items, batch_size=batch, stock=who == "lm-eval"))
+        seconds = time.perf_counter() - start
+        rows.append(dict(who=who, answers=int(found["n"].sum()), seconds=seconds, right=[*(found["score"] * found["n"]).round()]))
+    put(rows)
+
+
 def steps(plan: Plan) -> Iterator[Step]:
     "Every measurement, rounds interleaved."
     for turn in range(1, plan.rounds + 1):

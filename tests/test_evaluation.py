@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
 from scipy.stats import bootstrap
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -250,6 +251,30 @@ def test_generated_answers_are_checked(benchmarks, monkeypatch):
         for i, o in enumerate(benchmarks["humaneval"])
         for answer in (o["canonical_solution"], "    return 0\n", "    exit(0)\n")])
     assert [o["value"] for o in right] == [1, 0, 0] * 6
+
+
+ASKED = [("hello", ["q"], 20), ("ab cd", ["e", "l1"], 30), ("A longer context, of many words", ["\n\n"], 12), ("z", ["zz"], 25),
+         ("hello you", ["i"], 20), ("one more", [], 7), ("last", ["g"], 40)]  # context, what ends the answer, tokens
+
+
+def answers_to(model, stock, asked=ASKED):
+    requests = [Instance("generate_until", {}, (context, dict(until=until, max_gen_toks=most, do_sample=False)), i)
+                for i, (context, until, most) in enumerate(asked)]
+    with scoring.quiet(): return language_model(model, TOKENIZER, batch_size=3, stock=stock).generate_until(requests)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_answers_are_those_of_lm_eval(family):
+    model = tiny_model(family)
+    assert answers_to(model, False) == answers_to(model, True)
+
+
+def test_an_answer_stops_at_its_string_and_at_its_length():
+    (whole,) = answers_to(tiny_llama(), False, [("hello", [], 20)])
+    cut = whole[9]
+    assert answers_to(tiny_llama(), False, [("hello", [cut], 20)]) == [whole.split(cut)[0]]
+    with pytest.raises(CalibPruneError, match="Answers of 5,000 tokens do not fit into the model's context"):
+        answers_to(tiny_llama(), False, [("hello", [], 5000)])
 
 
 @pytest.mark.parametrize("text, number", [

@@ -107,6 +107,11 @@ def test_finished_then_reused_then_tables_alone(checkout):
     _, err = reproduce(checkout, "--tables-only")
     assert "2/3" in err and "3/3" not in err, "tables of part of a study say so"
 
+    _, err = reproduce(checkout, "--", "results/tiny/dense.json", code=1)
+    assert "Finished already: results/tiny/dense.json." in " ".join(err.split())
+    reproduce(checkout, "--", "results/tiny/dense.json", "results/tiny/c4-wanda-2of4-n4-s0.json")
+    assert set(cells(checkout)) == set(done), "what is finished may be named beside what is left"
+
 
 def test_no_finished_run_keeps_waking_the_scheduler(checkout):
     "Snakemake's limit on jobs per second starts a timer per finished job that never ends: see the Snakefile."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_ROOM', 'repository', 'failure_report', 'check_names', 'snakemake_command', 'check_profile', 'named_user',
-           'run_workflow', 'show_headlines', 'reproduce']
+           'run_workflow', 'without_finished', 'show_headlines', 'reproduce']
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #86a9bbd4
 import getpass
@@ -191,6 +191,19 @@ def run_workflow(command: list[str], root: Path,  # the checkout
                 raise CalibPruneError("Interrupted: finished models are kept, run the same command to go on.") from None
         if process.returncode: raise CalibPruneError(failure_report(log))
 
+# %% ../../nbs/9_cli/08_reproduce.ipynb #7560ecbc
+def without_finished(arguments: list[str],  # for Snakemake
+                     names: list[str], left: set[str],  # models: all, and those to be made
+                     results: Path, root: Path          # of the study; the checkout
+                    ) -> list[str]:
+    "Arguments without the models that are finished already; an error if no other file is named."
+    finished = {results / f"{o}.json" for o in names if o not in left}
+    kept = [o for o in arguments if root / o not in finished]
+    if kept != arguments and all(o.startswith("-") for o in kept):
+        raise CalibPruneError(f"Finished already: {', '.join(o for o in arguments if o not in kept)}. "
+                              "Name a file that is left, or none for the whole study.")
+    return kept
+
 # %% ../../nbs/9_cli/08_reproduce.ipynb #33d2ba6c
 def show_headlines(figures: Path) -> None:
     "Print the main table of a study, and its ledger of claims, if they were made."
@@ -226,11 +239,14 @@ def reproduce(
     os.chdir(root)  # paths in a preset start there
     if not tables_only: check_names(study)
     cluster = check_profile(profile, root) if profile else None
-    command = snakemake_command(path, jobs, tables_only, again, cluster, _gpus(study)) + context.args
+    command = snakemake_command(path, jobs, tables_only, again, cluster, _gpus(study))
     left: dict[str, dict[str, str]] = {}
+    asked = context.args
     if not tables_only:
         from calib_prune.study.keys import left_table, left_to_do
         left = left_to_do(study, results, again)
+        asked = without_finished(asked, names, {*left["models"]}, results, root)
+    command += asked
     if dry_run:
         from calib_prune.study.cost import estimate
         with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -139,6 +139,8 @@ class Job:
     key: str                 # its name: with the seed, this fixes its random numbers
     prompt: tuple[int, ...]  # token ids: the start token, then the opening
     warmth: float = 1.0      # factor on the temperature
+    most: int | None = None  # tokens to write at most; None: as many as the longest text holds
+    stop: Callable[[Sequence[int]], bool] | None = None  # given the tokens written so far: does the text end here?
 
 # %% ../../nbs/4_generation/01_sampling.ipynb #da3a9310
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Sample:
     tokens: tuple[int, ...]  # opening and continuation, without start and end token
     opening: int             # how many of `tokens` are the opening
     nll: float               # negative log-likelihood of `tokens` under the model, nats
-    ended: bool              # whether an end token ended it, not its greatest length
+    ended: bool              # whether an end token or its job's `stop` ended it, not its greatest length
 
     @property
     def log_perplexity(self) -> float: return self.nll / max(1, len(self.tokens))
@@ -165,7 +167,9 @@ class _Row:
                  begin: int):  # the first of its columns, counted from the first column of all
         self.job, self.begin = job, begin
         self.tokens, self.fed, self.nll = list(job.prompt), 0, 0.0
-        self.uniforms = uniforms(seed, job.key, length + 1 - len(job.prompt))
+        room = length + 1 - len(job.prompt)
+        self.most = room if job.most is None else min(room, job.most)
+        self.uniforms = uniforms(seed, job.key, self.most)
 
     @property
     def written(self) -> int: return len(self.tokens) - len(self.job.prompt)
@@ -175,13 +179,14 @@ class _Row:
         "The token after those fed so far; −1 if it is still to be drawn."
         return self.tokens[self.fed] if self.fed < len(self.tokens) else -1
 
-    def take(self, token: int, nll: float, ends: frozenset[int], length: int) -> Sample | None:
+    def take(self, token: int, nll: float, ends: frozenset[int]) -> Sample | None:
         "Take the next token, known or drawn; returns the text if it is finished now."
         drawn = self.known < 0
         if drawn and token in ends: return self.sample(ended=True)
         self.nll += nll
         if drawn: self.tokens.append(token)
-        return self.sample(ended=False) if len(self.tokens) > length else None
+        if drawn and self.job.stop and self.job.stop(self.tokens[len(self.job.prompt):]): return self.sample(ended=True)
+        return self.sample(ended=False) if self.written >= self.most else None
 
     def sample(self, ended: bool) -> Sample:
         return Sample(self.job.key, tuple(self.tokens[1:]), len(self.job.prompt) - 1, self.nll, ended)
@@ -268,7 +273,7 @@ def decode(model: PreTrainedModel,
         nll = logits.logsumexp(-1) - logits.gather(-1, chosen)[:, 0]
         over = set()  # rows whose text is finished and that no other text takes over
         for i, (token, loss) in enumerate(zip(chosen[:, 0].tolist(), nll.tolist())):
-            done = rows[i].take(token, loss, ends, length)
+            done = rows[i].take(token, loss, ends)
             _mark(seen, i, [token], ends)
             if done is None: continue
             yield done
