@@ -14,7 +14,8 @@ STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb
 class WithStudy(build_py):
     def run(self):
         if self.editable_mode: return super().run()  # a checkout has them
-        shutil.rmtree(Path(self.build_lib, "calib_prune"), ignore_errors=True)  # of an older build
+        old = Path(self.build_lib, "calib_prune").resolve()
+        if ROOT / "build" in old.parents: shutil.rmtree(old, ignore_errors=True)  # any other folder is the caller's
         super().run()
         for name in STUDY:
             target = Path(self.build_lib, "calib_prune", "project", name)

@@ -45,11 +45,12 @@ def _where_it_fits(requests, longest, score):
 def ends_with(lm,               # of lm-eval
               until: list[str]  # what ends an answer
              ) -> Callable[[Sequence[int]], bool]:
-    "Whether the tokens written so far hold one of some strings."
-    reach = 1 + max((len(o.encode()) for o in until), default=0)  # a token has at least one byte
+    "A check of the tokens written so far: does their end hold one of the strings?"
+    strings = [o for o in until if o]  # an end token may decode to nothing
+    reach = 1 + max((len(o.encode()) for o in strings), default=0)  # a token has at least one byte
     def ended(tokens: Sequence[int]) -> bool:
         said = lm.tok_decode(list(tokens[-reach:]))
-        return any(o in said for o in until)
+        return any(o in said for o in strings)
     return ended
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #185428d9
@@ -73,13 +74,13 @@ def written_answers(lm, requests: list,  # of lm-eval
                     batch_size: int, progress: ProgressFn | None = None) -> list[str]:
     "What a model answers: always the likeliest token."
     from lm_eval.models.utils import postprocess_generated_text
-    asked = [answer_job(lm, str(i), *o.args) for i, o in enumerate(requests)]
-    ends, found = end_tokens(lm.model, lm.tokenizer), {}
-    for sample in decode(lm.model, [job for job, _ in asked], GREEDY, lm.max_length, 0, ends, batch_size):
+    asked = {str(i): answer_job(lm, str(i), *o.args) for i, o in enumerate(requests)}
+    jobs, ends, found = [job for job, _ in asked.values()], end_tokens(lm.model, lm.tokenizer), {}
+    for sample in decode(lm.model, jobs, GREEDY, lm.max_length, seed=0, ends=ends, batch=batch_size):
         said = lm.tok_decode(list(sample.tokens[sample.opening:]))
-        found[sample.key] = postprocess_generated_text(said, asked[int(sample.key)][1], None)
+        found[sample.key] = postprocess_generated_text(said, asked[sample.key][1], None)
         if progress: progress("generate", len(found), len(requests))
-    return [found[job.key] for job, _ in asked]
+    return [found[o] for o in asked]
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #83e64b3f
 def language_model(model, tokenizer,

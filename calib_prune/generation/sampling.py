@@ -139,7 +139,7 @@ class Job:
     key: str                 # its name: with the seed, this fixes its random numbers
     prompt: tuple[int, ...]  # token ids: the start token, then the opening
     warmth: float = 1.0      # factor on the temperature
-    most: int | None = None  # tokens to write at most; None: as many as the longest text holds
+    most: int | None = None  # stop after this many written tokens; None: only the greatest length of a text counts
     stop: Callable[[Sequence[int]], bool] | None = None  # given the tokens written so far: does the text end here?
 
 # %% ../../nbs/4_generation/01_sampling.ipynb #da3a9310
