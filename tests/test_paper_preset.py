@@ -121,6 +121,8 @@ def test_it_runs_to_its_tables(root):
     assert len(list(figures.glob("*.csv"))) >= 11 and len(list(figures.glob("*.png"))) >= 8
     assert set(pd.read_csv(figures / "T8-self-generated.csv")["strategy"]) == {"c4", "self-cal", "sgs", "igsp", "uniform, minimax"}
     assert set(pd.read_csv(figures / "T9-ablations.csv")["strategy"]) == {"self-cal", "sgs", "igsp", "igsp-mean"}
+    gains = pd.read_csv(figures / "T11-prompt-gain.csv")
+    assert {"dense", "c4", "igsp"} <= set(gains["strategy"]) and gains["value"].notna().any()
     verdicts = pd.read_csv(figures / "T7-claims.csv")
     assert set(verdicts["claim"]) == {*(f"C{i}" for i in range(1, 10)), "O1", "O2", "O3"}
     assert PRESET not in set(verdicts.query("claim == 'C7'")["verdict"])
