@@ -1,4 +1,5 @@
 "Which verdicts depend on the measure or the model."
+import math
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,8 @@ import pandas as pd
 import pytest
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.report.agreement import (DEPENDS, NONE, ONE, OPEN, ROBUST, TOGETHER, UNTESTED, agreement, agreement_note, dimensions_of,
-                                          ledgers, model_agreement, read_ledgers)
+from calib_prune.report.agreement import (DEPENDS, NONE, ONE, OPEN, PARTLY, ROBUST, TOGETHER, UNTESTED, agreement, agreement_note,
+                                          dimensions_of, ledgers, methods_of, model_agreement, read_ledgers)
 from calib_prune.report.claims import study_ledger
 from calib_prune.report.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
 from calib_prune.report.examples import example_preset
@@ -17,9 +18,14 @@ from calib_prune.study.presets import load_preset
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def interval_of(verdict):
+    low, high = {SIZE: (1, 2), SIGN: (1, 2), NOT: (-2, -1), UNCLEAR: (-1, 1)}.get(verdict, (math.nan, math.nan))
+    return dict(ci_low=low, ci_high=high)
+
+
 def judged(*verdicts):
     "A ledger of one check under three measures: (verdict, whether the measure can tell)."
-    rows = [dict(measure=m, name="C6", claim="C6", check="mix − best", verdict=v, tells=t)
+    rows = [dict(measure=m, name="C6", claim="C6", check="mix − best", verdict=v, tells=t, **interval_of(v))
             for m, (v, t) in zip(("answer-bits", "above-chance", "plain"), verdicts)]
     return agreement(pd.DataFrame(rows)).iloc[0]
 
@@ -27,7 +33,8 @@ def judged(*verdicts):
 @pytest.mark.parametrize("verdicts, said", [
     (((SIZE, True), (SIGN, True), (NOT, False)), ROBUST),    # both on the paper's side
     (((SIZE, True), (SIGN, False), (NOT, True)), DEPENDS),
-    (((UNCLEAR, True), (SIGN, True), (SIGN, True)), DEPENDS),
+    (((UNCLEAR, True), (SIGN, True), (SIGN, True)), PARTLY),
+    (((UNCLEAR, True), (NOT, True), (NOT, False)), PARTLY),
     (((NOT, True), (SIGN, False), (SIGN, False)), ONE),
     (((NOT, True), (NOT, True), (NOT, True)), ROBUST),
     (((NOT, False), (SIGN, False), (SIGN, False)), NONE),
@@ -38,6 +45,29 @@ def test_agreement(verdicts, said):
     found = judged(*verdicts)
     assert found["agreement"] == said
     assert [found[o] for o in ("Answer bits", "Above chance", "Plain ratio")] == [v if t else "cannot tell" for v, t in verdicts]
+
+
+@pytest.mark.parametrize("low, high, said", [(-2, 5, OPEN), (2, 5, PARTLY), (-5, -2, PARTLY)])
+def test_sizes_do_not_count_where_measures_are_compared(low, high, said):
+    "One interval excludes the paper's number, which another measure cannot be compared with."
+    rows = pd.DataFrame([dict(measure=m, name="C6", claim="C6", check="mix − best", verdict=v, tells=True, ci_low=a, ci_high=b)
+                         for m, v, a, b in (("above-chance", NOT, low, high), ("answer-bits", UNCLEAR, -1, 1))])
+    assert agreement(rows).iloc[0]["agreement"] == said
+
+
+def test_a_check_of_wanda_asks_whether_wanda_can_tell():
+    from tests.test_claims import like_paper
+    study, metrics = like_paper()
+    for o in study.values(): o.items = o.items.assign(chance=np.where(o.items["metric"] == "bits", np.nan, 0.05))
+    preset = example_preset(study) | dict(calibration=dict(windows=32, length=512))
+    both = ledgers(preset, study, metrics, 60, 99).query("measure == 'plain'").set_index("name")["tells"]
+    fewer = {k: v for k, v in study.items() if v.record.get("method") != "wanda" or v.record["seed"] == 0}
+    one = ledgers(example_preset(fewer) | dict(calibration=dict(windows=32, length=512)), fewer, metrics, 60, 99)
+    one = one.query("measure == 'plain'").set_index("name")["tells"]
+    mine = [o for o in CHECKS if "wanda" in methods_of(o)]
+    assert set(mine) == {"C1 wanda", "C2", "C4", "C4 corrected", "O1 math", "O2 math"}
+    assert both[["C1 wanda", "C2"]].all() and not one[mine].any(), "one draw per source"
+    assert one["C6 c4"] == both["C6 c4"] and one["C3"] == both["C3"] == True  # noqa: E712
 
 
 def test_what_each_check_needs():
@@ -67,7 +97,7 @@ def test_rows_without_a_measure_leave_it_out():
 
 def ledger_of(*verdicts):
     "One check under two measures: (verdict, whether the measure can tell)."
-    return pd.DataFrame([dict(measure=m, name="C6", claim="C6", check="mix − best", verdict=v, tells=t)
+    return pd.DataFrame([dict(measure=m, name="C6", claim="C6", check="mix − best", verdict=v, tells=t, **interval_of(v))
                          for m, (v, t) in zip(("answer-bits", "plain"), verdicts)])
 
 
@@ -76,6 +106,7 @@ def ledger_of(*verdicts):
     (((SIZE, True), (SIGN, True)), ((NOT, True), (NOT, True)), ["reproduced", NOT], TOGETHER[DEPENDS]),
     (((SIZE, True), (NOT, True)), ((SIGN, True), (NOT, False)), [DEPENDS, "reproduced"], TOGETHER[DEPENDS]),
     (((UNCLEAR, True), (NOT, False)), ((UNCLEAR, True), (NOT, False)), [UNCLEAR, UNCLEAR], OPEN),
+    (((UNCLEAR, True), (SIGN, True)), ((SIGN, True), (SIGN, True)), [PARTLY, "reproduced"], PARTLY),
     (((NOT, True), (SIGN, False)), ((PRESET, True), (PRESET, True)), [NOT, UNTESTED], TOGETHER[ONE]),
     (((NOT, False), (SIGN, False)), ((SIGN, False), (SIGN, False)), [NONE, NONE], TOGETHER[NONE]),
     (((MODEL, False), (MODEL, False)), ((PRESET, True), (PRESET, True)), [UNTESTED, UNTESTED], UNTESTED)])
@@ -118,11 +149,12 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     table.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
     with pytest.raises(Exception, match="judges 'ρ.perplexity, General., Wanda 60%', but its preset asks for .* Wanda 50%"): run()
     study, metrics = like_paper(at=0.5, low=0.5, high=0.6)
-    half = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99)
+    half = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99, complete=False)
     half.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
     run()
     said = (tmp_path / "default/T7-models.md").read_text()
     assert "Not run yet" not in said and "smollm2-135m: 60%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%" in said
+    assert "Not run to the end, so its verdicts may change: qwen2.5-coder-0.5b." in said
     lines = said.split("\n\n")[0]
     assert "| mix − C4, total, SparseGPT  " in lines and "%" not in lines, "a check that models judge at different sparsities names none"
     assert set(pd.read_csv(tmp_path / "default/T7-models.csv")["model"]) == {"smollm2-135m", "qwen2.5-coder-0.5b"}

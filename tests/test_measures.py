@@ -78,8 +78,24 @@ def test_a_dense_model_at_chance_is_refused_or_left_out():
         retention(dense, pruned, measure="above-chance")
     rng = np.random.default_rng(1)
     values = {t: (rng.random((400, 2)) < p) - 0.25 for t, p in (("sciq", 0.26), ("piqa", 0.8))}
-    assert nothing_right(values, "above-chance") == ()  # nothing else measures the dimension: an error will say so
+    assert nothing_right(values, "above-chance") == ("sciq",)
+    assert nothing_right({k: 0 * v for k, v in values.items()}) == (), "nothing else measures the dimensions: an error will say so"
     assert nothing_right(values | {"jeopardy": values["piqa"]}, "above-chance") == ("sciq",)
+
+
+def test_a_dimension_without_a_task_above_chance_has_no_number():
+    study, rng = example_study({"c4": (0.8, 0.6, 0.5, 0.3), "math": (0.5, 0.5, 0.5, 0.9)}, n=200), np.random.default_rng(0)
+    for result in study.values():
+        guessed = (result.items["task"] == "piqa") & (result.items["metric"] != "bits")
+        result.items = result.items.assign(chance=np.where(result.items["metric"] != "bits", 0.25, np.nan))
+        result.items.loc[guessed, "value"] = (rng.random(guessed.sum()) < 0.25).astype(float)
+    found = bootstrap_retention(study, 20, measure="above-chance")
+    at = {d: i for i, d in enumerate(OUTCOMES)}
+    kept = found.of("c4")
+    assert found.left_out == ("piqa",) and found.items["Commonsense"] == 0
+    assert np.isnan(kept[:, [at["Commonsense"], at["Total"]]]).all() and not np.isnan(kept[:, at["General"]]).any()
+    guesses = {k: type(v)(v.record, v.rows, v.items[v.items["task"] == "piqa"], {}) for k, v in study.items()}
+    with pytest.raises(CalibPruneError, match="not clearly above chance in piqa"): bootstrap_retention(guesses, 20, measure="above-chance")
 
 
 def test_a_study_by_every_measure():

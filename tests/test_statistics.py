@@ -13,9 +13,9 @@ from calib_prune.report.examples import example_study
 from calib_prune.report.rank_statistics import (correlate, leave_one_out, pairings,
                                                 partial_spearman, permutation_p, resampled, resampling,
                                                 row_ranks, spearman, unit_correlation)
-from calib_prune.report.statistics import (OUTCOMES, best_of, bootstrap_retention, deviations,
-                                           draw_spread, draw_variances, paired_difference, retention_summary,
-                                           shortfall, simultaneous, source_dimension, spread, strategy_retention)
+from calib_prune.report.statistics import (OUTCOMES, best_of, bootstrap_retention, deviations, draw_spread, draw_variances,
+                                           noise_variance, paired_difference, retention_summary, shortfall, simultaneous,
+                                           source_dimension, spread, strategy_retention, without_noise)
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention_draws
 from calib_prune.resampling import interval
@@ -215,6 +215,27 @@ def test_shortfall_is_zero_only_for_a_source_that_is_best_everywhere(seed):
     assert (estimate == 0) == one and low <= estimate <= high
     values[:, 2] = 1
     assert shortfall(values) == (0, 0, 0)
+
+
+def test_a_replicate_without_a_value_leaves_no_interval_of_zero():
+    delta = np.random.default_rng(0).normal(size=(1001, 6)) + 3
+    one, many = delta.copy(), delta.copy()
+    one[7, 2], many[1:30, 2] = np.nan, np.nan
+    assert best_of(one) == pytest.approx(best_of(delta), abs=0.1) and np.isnan(best_of(many)[1:]).all()
+    low, high = simultaneous(one)
+    assert np.isfinite([low, high]).all() and np.isnan(simultaneous(many)).all()
+    values = np.random.default_rng(1).normal(size=(1001, 3, 4)) * 0.01 + np.eye(4)[:3]
+    values[1:30, 1, 2] = np.nan
+    estimate, *ends = shortfall(values)
+    assert estimate > 0.5 and np.isnan(ends).all(), "not 0, which would be a verdict"
+
+
+def test_noise_that_is_not_known_is_no_signal():
+    values = np.random.default_rng(0).normal(size=(501, 15, 2))
+    few, many = values.copy(), values.copy()
+    few[1:4, 0, 0], many[1:30, 0, 0] = np.nan, np.nan
+    assert noise_variance(few) == pytest.approx(noise_variance(values), rel=0.05)
+    assert np.isnan(noise_variance(many)).tolist() == [True, False] and np.isnan(without_noise(many)[:, 0]).all()
 
 
 # --- rank correlation

@@ -74,7 +74,8 @@ def judge(check: Check, row: dict[str, Any]  # of `estimates`
     return verdict(row["ci_low"], row["ci_high"], paper, check.sign)
 
 # %% ../../nbs/8_report/15_claims.ipynb #8aeed3e4
-LEDGER = ["claim", "text", "source", "check", "paper", "ours", "ci_low", "ci_high", "unit", "n", "n_of", "verdict", "why"]
+LEDGER = ["claim", "text", "source", "check", "paper", "derived", "ours", "ci_low", "ci_high", "unit",
+          "n", "n_of", "verdict", "why"]
 
 def ledger(found: pd.DataFrame,           # from `estimates`
            levels: Levels = PAPER         # its sparsities
@@ -90,7 +91,7 @@ def ledger(found: pd.DataFrame,           # from `estimates`
         why = because(check, row, judged) + ("" if row["status"] else f" {row['detail']}")
         ours = {k: row[k] for k in ("ours", "ci_low", "ci_high", "n", "n_of")}
         rows.append(dict(claim=check.claim, text=text, source=source, check=check.said(levels),
-                         paper=check.paper, unit=check.unit, verdict=judged, why=why, **ours))
+                         paper=check.paper, derived=check.derived, unit=check.unit, verdict=judged, why=why, **ours))
     table = pd.DataFrame(rows)[LEDGER]
     return table.assign(n=table["n"].astype("Int64"), paper=table["paper"].astype(float))
 
@@ -128,7 +129,7 @@ def study_ledger(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows.lo
 def ledger_line(row: dict[str, Any]) -> dict[str, Any]:
     "One row of the ledger for people; what is missing stays blank."
     ours = "" if math.isnan(row["ours"]) else with_interval(row, row["unit"])
-    paper = "" if math.isnan(row["paper"]) else number(row["paper"], row["unit"])
+    paper = "" if math.isnan(row["paper"]) else number(row["paper"], row["unit"]) + ("†" if row["derived"] else "")
     n = "" if pd.isna(row["n"]) else f"{row['n']} {row['n_of']}"
     return {"claim": row["claim"], "check": row["check"], "paper": paper, "here [95%]": ours, "n": n, "verdict": row["verdict"]}
 
@@ -151,7 +152,8 @@ def save_ledger(table: pd.DataFrame,  # from `ledger`
                ) -> None:
     "Save the ledger: numbers as CSV; for people as Markdown and LaTeX, with a paragraph on every check."
     claims = [claim_paragraphs(rows) for _, rows in table.groupby("claim", sort=False)]
-    unit = ("The paper's numbers are of 60%; those of C9 are of 30% and from 30% to 60%. Differences and ranges are in "
-            "points: percent of the dense model's score. Verdicts follow from the intervals.")
+    unit = ("The paper's numbers are of 60%, those of C9 of 30% and from 30% to 60%; where it names no sparsity, we take 60%. "
+            "A number with † is a difference or ratio of two of its numbers, taken by us. O1 to O3 are questions of ours. "
+            "Differences and ranges are in points: percent of the dense model's score. Verdicts follow from the intervals.")
     what = f"The paper's claims beside what was measured here, with a verdict on each. {caption} {unit}"
     save_table(ledger_text(table), table, path, "\n\n".join([what.replace("  ", " "), *claims]))

@@ -20,7 +20,7 @@ from scipy.stats import chi2
 from ..core import DIMENSIONS
 from .plots import method_label, sparsity_label
 from .selection import NOTHING, Part, measured, take, varied
-from .statistics import (COORDINATES, OUTCOMES, Replicates, best_of, draw_spread,
+from .statistics import (COORDINATES, OUTCOMES, Replicates, best_of, draw_spread, noise_variance,
                                            paired_difference, retention_summary, spread)
 from .tables import interval_text, save_table
 from ..study.presets import Cell
@@ -198,8 +198,8 @@ def source_spread(found: Replicates) -> pd.DataFrame:  # coordinates, dimension,
         here = found.where(**at)
         values = here.values[:, (here.cells["source_dimension"] != "").to_numpy()]
         if values.shape[1] < 2: continue
-        seen, noise = values[0].var(0, ddof=1), pd.DataFrame((values[1:] - values[0]).var(1, ddof=1)).mean().to_numpy()
-        rows += [dict(**at, dimension=o, sd=np.sqrt(max(seen[j] - noise[j], 0)), noise_sd=np.sqrt(noise[j]),
+        seen, noise = values[0].var(0, ddof=1), noise_variance(values)
+        rows += [dict(**at, dimension=o, sd=np.sqrt(np.maximum(seen[j] - noise[j], 0)), noise_sd=np.sqrt(noise[j]),
                       freedom=values.shape[1] - 1) for j, o in enumerate(OUTCOMES) if o != "Worst" and not np.isnan(seen[j])]
     return pd.DataFrame(rows, columns=[*COORDINATES, "dimension", "sd", "noise_sd", "freedom"])
 

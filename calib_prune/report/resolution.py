@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESOLUTION', 'QUICK', 'chance_rows', 'resolution_rows', 'headline_of', 'resolution_text', 'chance_text',
-           'measured_study', 'totals_rows', 'totals_text']
+           'doubts_text', 'resolved_for', 'measured_study', 'totals_rows', 'totals_text']
 
 # %% ../../nbs/8_report/17_resolution.ipynb #f7a30e81
 from typing import Any, Iterable
@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from ..evaluation.measures import MEASURES, can_tell, headline
+from ..evaluation.measures import MEASURES, can_tell, get_measure, headline, metric_of
 from ..evaluation.tasks import TASKS
 from .comparison import KEYS, retention_rows, source_spread, stacked
-from .plots import method_label
+from .plots import method_label, sparsity_label
 from .selection import Measured, main_cells, measured, take
-from .tables import interval_text
+from .tables import interval_text, listed
 from ..study.presets import Cell
 from ..study.results import Result
 
@@ -44,42 +44,54 @@ def chance_rows(study: dict[str, Result], names: list[str]  # of pruned models
 RESOLUTION = ["measure", "dimension", "method", "sparsity", "sources", "sd", "noise_sd", "reliability", "at_chance", "models",
               "can_tell", "note"]
 
-def _setting(whole: Measured) -> dict[str, Any]:  # empty if no single source was pruned
-    "The main setting of the method with which most single sources were pruned."
+def _setting(whole: Measured, method: str | None) -> dict[str, Any]:  # empty if no single source was pruned
+    "The main setting of a method, or of the one with which most single sources were pruned."
     cells, columns = take(whole, main_cells(whole.preset)).found.cells, ["method", "sparsity", "windows"]
-    single = cells[cells["source_dimension"] != ""]
+    single = cells[(cells["source_dimension"] != "") & (cells["method"] == (method or cells["method"]))]
     return dict(zip(columns, single.groupby(columns, sort=False).size().idxmax())) if len(single) else {}
 
-def _doubt(whole: Measured, at: dict[str, Any], name: str, dimension: str, share: float) -> str:  # empty if there is none
+def _behind(whole: Measured, name: str) -> list[str]:
+    "The tasks that a measure reads."
+    tasks = [TASKS[o] for o in whole.study["dense"].items["task"].unique()]
+    return [o.name for o in tasks if metric_of(o, name) and o.name not in whole.found.left_out]
+
+def _doubt(whole: Measured, at: dict[str, Any], name: str, dimension: str,
+           share: float, reliability: float) -> str:  # empty if there is none
     "Why a measure cannot be judged in a dimension."
     if whole.found.where(**at).noise == "items only": return "one draw per source: their scatter would count as signal"
-    choices = {o for o in whole.study["dense"].items["task"] if TASKS[o].kind == "choice" and TASKS[o].dimension == dimension}
+    mine = [o for o in _behind(whole, name) if TASKS[o].dimension == dimension]
+    if not mine: return f"no task{' in which the dense model is clearly above chance' * get_measure(name).beyond_chance}"
+    choices = any(TASKS[o].kind == "choice" for o in mine)
     if name != "answer-bits" and choices and np.isnan(share): return "the rows do not say what guessing gets"
+    if np.isnan(reliability): return "in over 1 % of the replicates the dense model is at chance"
     return ""
 
-def _of_measure(whole: Measured, name: str) -> list[dict[str, Any]]:
+def _of_measure(whole: Measured, name: str, method: str | None) -> list[dict[str, Any]]:
     "The rows of one measure."
-    at = _setting(whole)
+    at = _setting(whole, method)
     if not at: return [dict(measure=name, dimension=d, can_tell=False, note="no single source was pruned") for d in DIMENSIONS]
     spread = source_spread(whole.found.where(**at)).set_index("dimension")
     here = [c.name for c in main_cells(whole.preset) if c.method == at["method"] and c.name in whole.study]
     chances, rows = chance_rows(whole.study, here), []
+    chances = chances[chances["task"].isin(_behind(whole, name))]
     for d in DIMENSIONS:
         o = spread.loc[d] if d in spread.index else dict(sd=np.nan, noise_sd=np.nan, freedom=0)
         reliability = o["sd"]**2 / (o["sd"]**2 + o["noise_sd"]**2)
         share = chances[chances["dimension"] == d]["at_chance"].mean()
-        note = _doubt(whole, at, name, d, share)
+        note = _doubt(whole, at, name, d, share, reliability)
         rows.append(dict(measure=name, dimension=d, method=at["method"], sparsity=at["sparsity"], sources=int(o["freedom"]) + 1,
                          sd=o["sd"], noise_sd=o["noise_sd"], reliability=reliability, at_chance=share, models=len(here),
                          can_tell=can_tell(name, reliability, share) and not note, note=note))
     return rows
 
 # %% ../../nbs/8_report/17_resolution.ipynb #fc6f1138
-def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None) -> pd.DataFrame:  # `RESOLUTION`
+def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None,
+                    method: str | None = None  # by default the one with most single sources
+                   ) -> pd.DataFrame:          # columns `RESOLUTION`
     "What each measure can tell in each dimension; a measure that the rows do not hold says why."
     rows: list[dict[str, Any]] = []
     for name in MEASURES:
-        try: rows += _of_measure(measured(preset, study, n_boot, measure=name, wanted=main_cells(preset)), name)
+        try: rows += _of_measure(measured(preset, study, n_boot, measure=name, wanted=main_cells(preset)), name, method)
         except CalibPruneError as e:
             rows += [dict(measure=name, dimension=d, can_tell=False, note=str(e)) for d in DIMENSIONS]
     return pd.DataFrame(rows, columns=RESOLUTION)
@@ -102,6 +114,20 @@ def chance_text(rows: pd.DataFrame) -> str:
     "How many pairs of model and choice task are at chance, by dimension."
     mine = rows[rows["measure"] == "plain"].dropna(subset="at_chance")
     return ", ".join(f"{o.dimension} {100 * o.at_chance:.0f} %" for o in mine.itertuples())
+
+def doubts_text(rows: pd.DataFrame) -> str:
+    "Why measures cannot be judged, in sentences; empty if all can."
+    noted = rows[rows["note"].fillna("") != ""]
+    said = [f"{MEASURES[name].label}, {listed(list(part['dimension']))}: {note.rstrip('.')}."
+            for (name, note), part in noted.groupby(["measure", "note"], sort=False)]
+    return f"Not judged: {' '.join(said)}" if said else ""
+
+def resolved_for(rows: pd.DataFrame) -> str:
+    "Which models the rows are about."
+    known = rows.dropna(subset="method")
+    if not len(known): return "no single source was pruned"
+    o = known.iloc[0]
+    return f"{o['sources']} single sources, {method_label(o['method'])} at {sparsity_label(o['sparsity'])}"
 
 # %% ../../nbs/8_report/17_resolution.ipynb #b78896fa
 QUICK = 1000  # resamples behind the rule (ours: reliabilities need no more)

@@ -7,7 +7,8 @@ __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'CLEARLY', 'BLOCK', 'SPREAD', 'PA
            'as_strategy', 'pruned_cells', 'same_rows', 'item_values', 'nothing_right', 'task_replicates', 'in_accuracy',
            'outcome_replicates', 'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups', 'setting_groups',
            'deviations', 'draw_spread', 'draw_variances', 'DrawNoise', 'draw_noise', 'strategy_retention',
-           'retention_summary', 'paired_difference', 'without_noise', 'spread', 'simultaneous', 'best_of', 'shortfall']
+           'retention_summary', 'paired_difference', 'noise_variance', 'without_noise', 'spread', 'simultaneous',
+           'best_of', 'shortfall']
 
 # %% ../../nbs/8_report/02_statistics.ipynb #c5d8abc9
 import math
@@ -135,8 +136,9 @@ def _has_something(dense: np.ndarray, measure: str) -> bool:
 def nothing_right(tasks: dict[str, np.ndarray],  # from `item_values`
                   measure: str = "plain"
                  ) -> tuple[str, ...]:
-    "The tasks in which the dense model has nothing to lose, of dimensions that have others."
+    "The tasks in which the dense model has nothing to lose; by measures that count from 0, of dimensions that have others."
     lost = [t for t, values in tasks.items() if not _has_something(values[:, 0], measure)]
+    if get_measure(measure).beyond_chance: return tuple(lost)
     measured = {TASKS[t].dimension for t in tasks if t not in lost}
     return tuple(t for t in lost if TASKS[t].dimension in measured)
 
@@ -204,7 +206,9 @@ def bootstrap_retention(study: dict[str, Result],
     left_out = nothing_right(tasks, measure)
     tasks = {name: values for name, values in tasks.items() if name not in left_out}
     for name in nothing_right(rights): rights.pop(name)
-    if not tasks: raise CalibPruneError(f"No task of this study can be scored by measure {measure}: {MEASURES[measure].about}.")
+    if not tasks:
+        lost = f" The dense model is not clearly above chance in {', '.join(left_out)}." if left_out else ""
+        raise CalibPruneError(f"No task of this study can be scored by measure {measure}: {MEASURES[measure].about}.{lost}")
     scored = {d: scored_by(tasks, d, measure) for d in DIMENSIONS}
     return Replicates(cells.assign(draws=1, noise="items only"), outcome_replicates(tasks, rights, n_boot, seed, measure),
                       items_behind(tasks, rights), scored, left_out, measure)
@@ -343,10 +347,16 @@ def paired_difference(found: Replicates, a: str, b: str  # names of strategies
     return pd.DataFrame(rows, columns=PAIRED)
 
 # %% ../../nbs/8_report/02_statistics.ipynb #bbfcfd72
+def noise_variance(values: np.ndarray  # [1 + B, strategies, outcomes]
+                  ) -> np.ndarray:     # [outcomes]; NaN where over 1% of the replicates have no value
+    "The variance over strategies that noise alone gives."
+    each = (values[1:] - values[0]).var(1, ddof=1)
+    return np.where(np.isnan(each).mean(0) > 0.01, np.nan, pd.DataFrame(each).mean())
+
 def without_noise(values: np.ndarray  # [1 + B, strategies, outcomes]
                  ) -> np.ndarray:     # [1 + B, outcomes]
     "The range over strategies, shrunk to what it would be without the noise of items and draws."
-    noise = pd.DataFrame((values[1:] - values[0]).var(1, ddof=1)).mean().to_numpy()
+    noise = noise_variance(values)
     times = np.r_[1, np.full(len(values) - 1, 2)][:, None]
     seen = values.var(1, ddof=1)
     share = np.divide(times * noise, seen, out=np.ones(seen.shape), where=seen > 0)
@@ -372,8 +382,10 @@ def spread(found: Replicates, **at  # one setting
 # %% ../../nbs/8_report/02_statistics.ipynb #725095c4
 def _scaled(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [k], [B, k]
     "The size of each difference's noise, and the noise in these units. Quantiles: two or three draws have heavy tails."
+    lost = np.isnan(delta).any(1)
+    if 0 < lost[1:].mean() <= 0.01: delta = delta[~lost | (np.arange(len(delta)) == 0)]  # as in `resampling.interval`
     size = np.diff(np.quantile(delta[1:], norm.cdf([-1, 1]), axis=0), axis=0)[0] / 2
-    return size, np.divide(delta[1:] - delta[0], size, out=np.zeros_like(delta[1:]), where=size > 0)
+    return size, np.divide(delta[1:] - delta[0], size, out=np.zeros_like(delta[1:]), where=size != 0)
 
 def simultaneous(delta: np.ndarray,       # [1 + B, k]
                  level: float = 0.95
@@ -396,4 +408,5 @@ def shortfall(values: np.ndarray                # [1 + B, sources, dimensions], 
     "How much even the most versatile source lacks, in its weakest dimension, of the best other source."
     sources = range(values.shape[1])
     gaps = [best_of((np.delete(values, s, 1) - values[:, s:s + 1]).reshape(len(values), -1)) for s in sources]
-    return tuple(max(0.0, min(o)) for o in zip(*gaps))
+    estimate, low, high = np.maximum(0, np.min(gaps, axis=0))  # unlike `max` and `min`, these keep NaN
+    return float(estimate), float(low), float(high)
