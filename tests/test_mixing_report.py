@@ -48,6 +48,10 @@ def test_a_true_law_predicts_and_a_wrong_one_does_not():
     rows = mix_rows(preset, found, law_of(preset, found))
     good = errors(rows).set_index("dimension")
     assert (good.unseen < 0.5).all() and (good.n == 4).all() and good.spread["Code"] > 1
+    code = rows[rows["dimension"] == "Code"]
+    known = code[~code["unseen"]]["value"].mean()
+    assert good.constant["Code"] == pytest.approx(100 * np.sqrt(((code[code["unseen"]]["value"] - known) ** 2).mean()))
+    assert (good.constant >= good.spread - 1e-9).all(), "the mean of the unseen mixes is their best constant"
     rng = np.random.default_rng(7)
     preset, found, _ = study_of(lambda x: 0.3 + 0.4 * rng.random(4))
     bad = errors(mix_rows(preset, found, law_of(preset, found))).set_index("dimension").loc[list(DIMENSIONS)]
@@ -59,7 +63,7 @@ def test_words_and_pictures():
     law = law_of(preset, found)
     assert "not all" in gain_note(mixing_gain(preset, found)) and list(best_text(best_rows(law))["need"])[1] == "the worst dimension"
     figure = law_figure(mix_rows(preset, found, law))
-    assert len(figure.axes) == 4 and "The law predicts unseen mixes to" in figure._suptitle.get_text()
+    assert len(figure.axes) == 4 and "The law errs by" in figure._suptitle.get_text()
 
 
 def test_the_preset_of_mixes_spans_the_simplex():
@@ -84,3 +88,18 @@ def test_the_gain_of_mixing_is_measured():
     expected = 0.7 - np.mean([kept[k] for k in mixes], axis=0)
     np.testing.assert_allclose(gains.value[list(DIMENSIONS)], expected, atol=1e-3)
     assert gains.value["Total"] == pytest.approx(expected.mean(), abs=1e-3)
+
+
+def test_the_gain_of_mixing_weighs_the_kinds_by_their_shares():
+    kept = {"g": (0.8, 0.4, 0.3, 0.3), "g2": (0.6, 0.4, 0.3, 0.3), "c": (0.5, 0.7, 0.3, 0.3), "p": (0.3, 0.4, 0.9, 0.4),
+            "m": (0.3, 0.4, 0.4, 0.8), "even": (0.7,) * 4}
+    study = example_study(kept, seeds=(0, 1), n=2000)
+    preset = example_preset(study)
+    shares = (6, 8, 9, 9)
+    preset["strategies"] = dict(zip(("g", "c", "p", "m"), ONE.values())) | dict(
+        g2=ONE["General"], even=",".join(f"{o}={n}" for o, n in zip(ONE.values(), shares)))
+    gains = mixing_gain(preset, measured(preset, study, 60).found).set_index("dimension")
+    alone = np.array([np.mean([kept["g"], kept["g2"]], axis=0), *(kept[o] for o in "cpm")])
+    np.testing.assert_allclose(gains.value[list(DIMENSIONS)], 0.7 - np.array(shares) / 32 @ alone, atol=1e-3)
+    preset["strategies"]["c"] = ONE["General"]
+    assert not len(mixing_gain(preset, measured(preset, study, 60).found)), "three kinds are no four, however many mixes there are"

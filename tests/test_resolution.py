@@ -11,11 +11,12 @@ from calib_prune.evaluation.measures import MEASURES
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.report import statistics
 from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.prompt_gain import gain_figure, gain_lines, gain_rows
+from calib_prune.report.prompt_gain import _of_task, gain_figure, gain_lines, gain_rows
 from calib_prune.report.resolution import (chance_rows, headline_of, measured_study, resolution_rows, resolution_text,
                                            totals_rows, totals_text)
 from calib_prune.report.statistics import bootstrap_retention
 from calib_prune.report.selection import measured, take
+from calib_prune.resampling import draws
 from calib_prune.study.presets import Cell, cells
 from calib_prune.study.results import Result
 
@@ -147,6 +148,15 @@ def test_prompt_gains_are_shares_of_the_same_items():
 
 def test_prompt_gain_figure_and_rows_without():
     figure = gain_figure(gain_rows(made_up(), 50), ["c4", "uniform"])
-    assert len(figure.axes) == 1 and "saves 50 %" in figure._suptitle.get_text()
+    assert len(figure.axes) == 1 and "prompt saves is 50 %" in figure._suptitle.get_text()
     bare = {k: Result(o.record, o.rows, o.items[o.items.metric == "bits"], {}) for k, o in made_up().items()}
     assert gain_rows(bare, 50).empty and gain_lines(gain_rows(bare, 50)).empty
+
+
+def test_few_items_do_not_make_prompt_gains_surer_than_they_are():
+    "With the other prompt's bits all the same, the gain is 1 less a mean, whose variance is known: sample variance / n."
+    own = np.random.default_rng(0).uniform(2, 6, (4, 1))
+    replicates = _of_task(draws(4, 40_000, 0, "x"), own, np.full((4, 1), 10.0))
+    assert replicates[0, 0] == pytest.approx(1 - own.mean() / 10)
+    assert replicates[1:, 0].std() == pytest.approx((own / 10).std(ddof=1) / 2, rel=0.02)
+    assert np.isfinite(_of_task(draws(1, 9, 0, "x"), own[:1], own[:1])).all()

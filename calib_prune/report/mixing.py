@@ -64,13 +64,14 @@ def mix_rows(preset: dict[str, Any], found: Replicates, law: Law) -> pd.DataFram
     return said.join(about, on="mix")[MIXES]
 
 def errors(rows: pd.DataFrame  # from `mix_rows`
-          ) -> pd.DataFrame:   # by dimension: root mean square error at mixes of the fit, at unseen ones, and their spread
-    "How well the law predicts, in points, beside what a constant would."
-    rms = lambda o: 100 * np.sqrt(((o["value"] - o["predicted"]) ** 2).mean())
-    spread = lambda o: 100 * o["value"].std(ddof=0)
+          ) -> pd.DataFrame:   # by dimension, in points: `fitted`, `unseen`, `constant`, `spread`, n
+    """How well the law predicts: its root mean square error at mixes of the fit and at unseen ones. Beside it what constants err
+    at the unseen ones: the mean of the fitted mixes (`constant`), and their own mean, which nobody can know before (`spread`)."""
+    rms = lambda measured, said: 100 * np.sqrt(((measured - said) ** 2).mean())
     def line(d: str, mine: pd.DataFrame) -> dict[str, Any]:
-        new = mine[mine["unseen"]]
-        return dict(dimension=d, fitted=rms(mine[~mine["unseen"]]), unseen=rms(new), spread=spread(new), n=len(new))
+        old, new = mine[~mine["unseen"]], mine[mine["unseen"]]
+        return dict(dimension=d, fitted=rms(old["value"], old["predicted"]), unseen=rms(new["value"], new["predicted"]),
+                    constant=rms(new["value"], old["value"].mean()), spread=rms(new["value"], new["value"].mean()), n=len(new))
     return pd.DataFrame([line(*o) for o in rows.groupby("dimension", sort=False)])
 
 # %% ../../nbs/8_report/20_mixing.ipynb #c6afb908
@@ -92,13 +93,14 @@ def best_text(rows: pd.DataFrame) -> pd.DataFrame:
 
 def mixing_gain(preset: dict[str, Any], found: Replicates
                ) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; empty without these mixes
-    "Is mixing super-additive? What the mix nearest to equal parts kept, less the mean of the four kinds alone: as measured."
+    "Is mixing super-additive? What the mix nearest to equal parts kept, less the kinds alone, in its own shares: as measured."
     mixes = mixes_of(preset, found)
     shares = mixes[list(DIMENSIONS)].to_numpy(float)
-    alone = np.flatnonzero((shares == 1).any(1))
-    if len(alone) < len(DIMENSIONS): return pd.DataFrame(columns=["dimension", "value", "ci_low", "ci_high"])
+    pure = shares == 1
+    if not pure.any(0).all(): return pd.DataFrame(columns=["dimension", "value", "ci_low", "ci_high"])
     even = np.abs(shares - 1 / len(DIMENSIONS)).sum(1).argmin()
-    gain = found.values[:, even] - found.values[:, alone].mean(1)
+    parts = (pure / pure.sum(0) * shares[even]).sum(1)  # of each mix in the average; 0 but for the kinds alone
+    gain = found.values[:, even] - np.einsum("bmo,m->bo", found.values, parts)
     rows = [(d, gain[0, j], *interval(gain[1:, j])) for d in (*DIMENSIONS, "Total") for j in [OUTCOMES.index(d)]]
     return pd.DataFrame(rows, columns=["dimension", "value", "ci_low", "ci_high"])
 
@@ -125,7 +127,7 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
         ax.set(title=d, xlabel="measured, %")
     axes[0].set_ylabel("predicted, %")
     found = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
-    off, spread = found["unseen"].mean(), found["spread"].mean()
-    headline(figure, f"The law predicts unseen mixes to {off:.1f} points; they differ by {spread:.1f}")
+    off, constant = (f"{found[o].min():.1f} to {found[o].max():.1f}" for o in ("unseen", "constant"))
+    headline(figure, f"The law errs by {off} points on unseen mixes, the mean of the others by {constant}")
     about = "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, its misfit included."
     return annotate(figure, f"{about} {note}")
