@@ -70,7 +70,7 @@ def mix_note(study: dict[str, Result]) -> str:
 
 # %% ../../nbs/8_report/04_tables.ipynb #7be20f16
 MATH = {"ρ": r"\rho", "χ": r"\chi", "σ": r"\sigma", "Σ": r"\Sigma", "∞": r"\infty", "−": "-", "→": r"\to", "×": r"\times",
-        "·": r"\cdot", "±": r"\pm", "≤": r"\le", "≥": r"\ge", "²": "^2", "₂": "_2", "<": "<", ">": ">", "|": "|"}
+        "·": r"\cdot", "±": r"\pm", "≤": r"\le", "≥": r"\ge", "²": "^2", "₂": "_2", "†": r"\dagger", "<": "<", ">": ">", "|": "|"}
 LATEX = str.maketrans({o: f"${macro}$" for o, macro in MATH.items()} | {o: f"\\{o}" for o in "&%$#_{}"} |
                       {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "—": "---",
                        "…": r"\dots{}"})
