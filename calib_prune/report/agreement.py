@@ -69,7 +69,7 @@ def ledgers(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFr
             try: whole = measured(preset, study, n_boot, measure=name)
             except CalibPruneError: continue
             table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete)
-        tells = [all(told[m, name, d] for m in methods_of(check) for d in dimensions_of(check)) for check in CHECKS]
+        tells = [all(told.get((m, name, d), False) for m in methods_of(check) for d in dimensions_of(check)) for check in CHECKS]
         tables.append(table.assign(measure=name, tells=tells, complete=complete, name=list(CHECKS)))
     return stacked(tables, LEDGERS).reindex(columns=LEDGERS)
 

@@ -60,7 +60,8 @@ def _doubt(whole: Measured, at: dict[str, Any], name: str, dimension: str,
     "Why a measure cannot be judged in a dimension."
     if whole.found.where(**at).noise == "items only": return "one draw per source: their scatter would count as signal"
     mine = [o for o in _behind(whole, name) if TASKS[o].dimension == dimension]
-    if not mine: return f"no task{' in which the dense model is clearly above chance' * get_measure(name).beyond_chance}"
+    if not mine and get_measure(name).beyond_chance: return "no task in which the dense model is clearly above chance"
+    if not mine: return "no task"
     choices = any(TASKS[o].kind == "choice" for o in mine)
     if name != "answer-bits" and choices and np.isnan(share): return "the rows do not say what guessing gets"
     if np.isnan(reliability): return "in over 1 % of the replicates the dense model is at chance"
