@@ -266,6 +266,9 @@ def test_a_number_is_the_same_in_every_committed_table():
     np.testing.assert_allclose(numbers(found, "rho", *ends), rho, atol=1e-6)
     kept = dict(strategy="uniform", method="sparsegpt", dimension="Code")
     np.testing.assert_array_equal(*(numbers(read(o, **kept), "value", *ends) for o in ("T2-retention", "T8-self-generated")))
+    lead = dict(over="c4", method="sparsegpt")
+    np.testing.assert_array_equal(numbers(read("T2-differences", mix="uniform", **lead), "value", *ends),
+                                  numbers(read("T2-over-c4", strategy="uniform", **lead), "value", *ends))
 
 
 def test_the_opposite_signs_as_one_test(right):
