@@ -13,7 +13,7 @@ from calib_prune.report import statistics
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.prompt_gain import _of_task, gain_figure, gain_lines, gain_rows
 from calib_prune.report.resolution import (chance_rows, headline_of, measured_study, resolution_rows, resolution_text,
-                                           totals_rows, totals_text)
+                                           totals_rows, totals_text, untotalled_text)
 from calib_prune.report.statistics import bootstrap_retention
 from calib_prune.report.selection import measured, take
 from calib_prune.resampling import draws
@@ -114,6 +114,16 @@ def test_tables():
     assert list(text.columns) == ["measure", *DIMENSIONS] and list(text["measure"]) == [o.label for o in MEASURES.values()]
     assert text["General"].str.fullmatch(r"\d\.\d\d (yes|no)").all()
     assert len(totals_text(totals_rows(preset, study, 20))) == 15
+
+
+def test_a_measure_without_a_total_says_why():
+    preset, study = fifteen(0.15, seeds=(0,), n=60)
+    items = study["dense"].items
+    guessed = (items["task"] == "piqa") & (items["metric"] == "acc_norm")
+    study["dense"].items = items.assign(value=items["value"].where(~guessed, items.groupby("task").cumcount() % 2))
+    totals = totals_rows(preset, study, 20)  # the code task has no choices at all
+    assert untotalled_text(totals) == "Above chance has no total here, since it has no number for Commonsense and Code."
+    assert untotalled_text(totals[totals.measure == "above-chance"]).count("no number for General") == 2, "the other two measures"
 
 
 # --- prompt gain

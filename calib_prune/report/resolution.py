@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESOLUTION', 'QUICK', 'chance_rows', 'resolution_rows', 'headline_of', 'resolution_text', 'chance_text',
-           'doubts_text', 'resolved_for', 'measured_study', 'totals_rows', 'totals_text']
+           'doubts_text', 'resolved_for', 'measured_study', 'totals_rows', 'totals_text', 'untotalled_text']
 
 # %% ../../nbs/8_report/17_resolution.ipynb #f7a30e81
 from typing import Any, Iterable
@@ -161,3 +161,12 @@ def totals_text(rows: pd.DataFrame) -> pd.DataFrame:
     lines = total.assign(text=text, method=total["method"].map(method_label), label=labels)
     wide = lines.pivot_table(index=["method", "strategy", "draws"], columns="label", values="text", aggfunc="first", sort=False)
     return wide.rename_axis(columns=None).reset_index()
+
+# %% ../../nbs/8_report/17_resolution.ipynb #676b25ec
+def untotalled_text(rows: pd.DataFrame) -> str:  # columns of `totals_rows`; empty if every measure has a total
+    "Which measures have no total, and the dimensions that they have no number for."
+    said = []
+    for name, measure in MEASURES.items():
+        missing = [o for o in DIMENSIONS if o not in set(rows.loc[rows["measure"] == name, "dimension"])]
+        if missing: said.append(f"{measure.label} has no total here, since it has no number for {listed(missing)}.")
+    return " ".join(said)
