@@ -104,6 +104,14 @@ def test_a_method_on_fewer_calibration_sets_says_so_and_draws_are_shown():
     assert set(gain_text(gain_rows(part)).query("method == 'ALPS'")["draws"]) == {1}
 
 
+def test_many_calibration_sets_are_counted_not_named():
+    sets = ("uniform", "c4", "math", "codeio", "papers")
+    whole = made_up({"wanda": (0.05, 10)}, strategies=sets)
+    study = {k: o for k, o in whole.study.items() if o.record["method"] != "wanda" or o.record["strategy"] != "papers"}
+    part = measured(whole.preset, study, 60)
+    assert pruner_text(kept_rows(part), gain_rows(part), cost_rows(study))["method"].tolist() == ["SparseGPT", "Wanda (4 of 5 sets)"]
+
+
 def test_a_gain_rests_on_pairs():
     whole = made_up({"admm": (0.05, 28)})
     study = {k: o for k, o in whole.study.items() if o.record["method"] != "sparsegpt" or not o.record["seed"]}

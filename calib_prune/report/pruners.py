@@ -117,7 +117,8 @@ def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -
         gain = gains_of.get((sparsity, method, "mean"))
         said = interval_text(gain.value, gain.ci_low, gain.ci_high, "+") if gain else "–"
         there = [o for o in sets if o in set(mine["strategy"])]
-        only = f" ({', '.join(there)} alone)" if len(there) < len(sets) else ""
+        named = f"{', '.join(there)} alone" if len(there) <= 3 else f"{len(there)} of {len(sets)} sets"
+        only = f" ({named})" if len(there) < len(sets) else ""
         lines.append(dict(sparsity=sparsity_label(sparsity), method=method_label(method) + only, error=f"{100 * o.error:.2f}",
                           perplexity=f"{o.perplexity:.1f}", **{d: f"{100 * cell.value[d]:.1f}" for d in GOALS},
                           gain=said, draws=gain.draws if gain else cell["draws"].min(), time=f"{o.times:.2f}×",
@@ -172,7 +173,8 @@ def _cost_panel(ax: Axes, points: pd.DataFrame, colours: dict[str, Any]) -> None
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.axvline(AFFORDABLE, color="0.6", linewidth=0.8, linestyle=":")
     ax.set(xscale="log", title=sparsity_label(points["sparsity"].iloc[0]))
-    ticks = [o for o in (0.8, 1, 1.5, 2, 3, 5, 8, 12, 20) if points["times"].min() * 0.9 <= o <= points["times"].max() * 1.1]
+    low, high = 0.9 * points["times"].min(), 1.1 * points["times"].max()
+    ticks = [o for o in (0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 8, 12, 20) if low <= o <= max(high, AFFORDABLE)]
     ax.set_xticks(ticks, [f"{o:g}" for o in ticks])
     ax.minorticks_off()
 

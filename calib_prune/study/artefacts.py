@@ -49,6 +49,7 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("F4", "margin", "The margin of the mix against sparsity", "sweep"),
     Artefact("T5", "draws", "Spread between draws and between sources", "draws"),
     Artefact("T5", "sizes", "Retention against the size of the calibration set", "draws"),
+    Artefact("T5", "growth", "What more calibration text gains", "draws"),
     Artefact("F5", "averaging", "What averaging hides", "draws"),
     Artefact("T6", "contamination", "Benchmark items that the text gives away", "contamination", AUDITS),
     Artefact("T6", "retention", "Retention without those items", "contamination", AUDITS),
