@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Job', 'command', 'Study', 'study_of', 'result_file', 'stamp_file', 'write_stamps', 'priorities', 'texts_of',
-           'model_jobs', 'text_jobs', 'metric_jobs', 'audit_jobs', 'results_of', 'table_jobs', 'plan', 'targets']
+           'model_jobs', 'text_priorities', 'text_jobs', 'metric_jobs', 'audit_jobs', 'results_of', 'table_jobs',
+           'plan', 'targets']
 
 # %% ../../nbs/7_study/09_plan.ipynb #c8341710
 import os
@@ -134,11 +135,19 @@ def model_jobs(study: Study, cores: int | None = None,
     return jobs
 
 # %% ../../nbs/7_study/09_plan.ipynb #dae817f5
+def text_priorities(study: Study) -> dict[str, int]:
+    "For each model that waits for text, the priority of that: just above the first of a row of models that all wait."
+    found, first = {}, None
+    for name, rank in priorities(study).items():
+        first = (first or rank) if texts_of(study, study.cells[name].mix)[0] else None
+        if first: found[name] = first + 1
+    return found
+
 def text_jobs(study: Study) -> list[Job]:
     "One run per text that has to be written, before the first model that needs it."
-    order, jobs = priorities(study), {}
+    order, jobs = text_priorities(study), {}
     for name, cell in study.cells.items():
-        rank = order.get(name, 0) + 1
+        rank = order.get(name, 1)
         if cell.mix not in study.left["texts"] or cell.mix in jobs and jobs[cell.mix].priority >= rank: continue
         stem = f"{cell.strategy}-s{cell.seed}"
         settings = dict(preset=study.path, strategy=cell.strategy, seed=cell.seed, output=cell.mix)
