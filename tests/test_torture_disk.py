@@ -1,4 +1,5 @@
 "Self-tests of the torture by disks, poison, programs and users: each of its checks can fail."
+import gc
 import os
 import pickle
 import time
@@ -23,6 +24,16 @@ def test_a_fork_that_hangs_dies_or_fails_is_a_fault():
     assert "ZeroDivisionError" in in_fork(lambda: 1 / 0).fault
     assert "MemoryError" in in_fork(lambda: len(bytearray(1 << 30)), memory=1 << 28).fault
     assert in_fork(lambda: len(b"x" * (200 << 20))).peak_mb > 150
+
+
+def test_what_a_parent_left_to_collect_does_not_hide_what_a_fork_took():
+    gc.disable()
+    try:
+        garbage: list = [b"y" * (120 << 20)]
+        garbage.append(garbage)
+        del garbage
+        assert in_fork(lambda: (gc.collect(), len(b"x" * (200 << 20)))).peak_mb > 150
+    finally: gc.enable()
 
 
 # --- disks

@@ -4,6 +4,7 @@ A try that cannot be made for lack of rights yields a failure that begins with `
 """
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -70,6 +71,7 @@ def in_fork(act: Callable[[], Any],  # what it returns must be JSON
     sys.stdout.flush()
     if not (pid := os.fork()):
         os.close(read)
+        gc.freeze()  # what its parent left to collect would be taken off the peak if it went here
         os.write(write, b"%d\n" % resident_mb())  # less than its parent's: pages of files are mapped when they are read
         with contextlib.suppress(BaseException): _act(act, write, memory)
         os._exit(1)
