@@ -129,7 +129,7 @@ def tiny_scoring() -> Numbers:
     programs = [dict(filtered_resps=[a], doc=dict(id=a, program="\0", tests="assert _answer('f')(2) == 4")) for a in ("def f(x): return 2 * x", "f = 1")]
     rows = [*generated_rows(TASKS["gsm8k_generate"], docs), *generated_rows(TASKS["mbpp_generate"], programs)]
     found = perplexity(tiny_llama(), tiny_tokenizer(), PROSE[:3], 32)
-    return dict(right=[o["value"] for o in rows], perplexity=[found.per(o) for o in ("token", "word", "byte")])
+    return dict(right=[o["value"] for o in rows if o["metric"] != "late"], perplexity=[found.per(o) for o in ("token", "word", "byte")])
 
 def real_scoring() -> Numbers:
     model = real_model(4)

@@ -244,13 +244,27 @@ def test_generated_answers_are_checked(benchmarks, monkeypatch):
         monkeypatch.setitem(tasks.TASKS, name, short)
     seen = []
     items = evaluate(model, TOKENIZER, names, limit=3, progress=lambda *o: seen.append(o))
-    assert items.metric.tolist() == ["exact_match"] * 3 + ["pass@1"] * 3 and items.value.eq(0).all()
+    scored = items[items.metric.isin(["exact_match", "pass@1"])]
+    assert scored.metric.tolist() == ["exact_match"] * 3 + ["pass@1"] * 3 and scored.value.eq(0).all()
+    assert items[items.metric == "cut"].value.sum() >= 4, "a random model seldom comes to an end in four tokens"
+    assert "gsm8k_generate: 3 of 3 answers were cut at 4 tokens." in scoring.ending_notes(items)
+    whole = evaluate(model, TOKENIZER, names, limit=3, stock=True)
+    pd.testing.assert_frame_equal(whole, items[items.metric != "cut"].reset_index(drop=True))
     assert seen[-1] == ("generate", 6, 6)
     right = scoring.generated_rows(TASKS["humaneval_generate"], [
         dict(doc=tasks.render(TASKS["humaneval_generate"], {"id": str(i)} | o), filtered_resps=[answer])
         for i, o in enumerate(benchmarks["humaneval"])
         for answer in (o["canonical_solution"], "    return 0\n", "    exit(0)\n")])
-    assert [o["value"] for o in right] == [1, 0, 0] * 6
+    assert [o["value"] for o in right if o["metric"] == "pass@1"] == [1, 0, 0] * 6
+    assert [o["value"] for o in right if o["metric"] == "late"] == [0] * 18
+
+
+def test_a_program_without_an_end_is_late():
+    endless = [dict(doc=dict(id=o, program="\0", tests=""), filtered_resps=[o], arguments=[(o, {})]) for o in ("while True: pass", "1 / 0")]
+    found = pd.DataFrame(scoring.generated_rows(TASKS["mbpp_generate"], endless, timeout=1, cut={"1 / 0"}))
+    assert {m: o.value.tolist() for m, o in found.groupby("metric")} == {"pass@1": [0, 0], "cut": [0, 1], "late": [1, 0]}
+    assert scoring.ending_notes(found) == ["mbpp_generate: 1 of 2 answers were cut at 512 tokens.",
+                                           "mbpp_generate: 1 of 2 programs ran into the time limit."]
 
 
 ASKED = [("hello", ["q"], 20), ("ab cd", ["e", "l1"], 30), ("A longer context, of many words", ["\n\n"], 12), ("z", ["zz"], 25),
@@ -481,7 +495,7 @@ def test_reference_solutions_pass(name):
     task = TASKS[name]
     docs = [tasks.render(task, o) for o in tasks.choose(tasks.read_jsonl(tasks.cached("benchmarks", task.benchmark)), 60)]
     found = scoring.generated_rows(task, [dict(doc=o, filtered_resps=[o["target"]]) for o in docs])
-    assert len(found) == 60 and all(o["value"] == 1 for o in found)
+    assert len([o for o in found if o["metric"] == task.metric]) == 60 and all(o["value"] == (o["metric"] != "late") for o in found)
 
 
 @pytest.mark.real

@@ -7,7 +7,7 @@ import pytest
 
 from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.measures import (HEADLINE, MEASURES, can_tell, headline, measured_values, metric_of,
-                                             task_retention)
+                                             not_scored, task_retention)
 from calib_prune.evaluation.retention import difference, retention
 from calib_prune.evaluation.scoring import scores
 from calib_prune.evaluation.tasks import TASKS
@@ -33,6 +33,7 @@ def test_each_measure_reads_its_own_rows():
     assert measured_values(both, "answer-bits").value.tolist() == [8, 4, 20, 30]
     assert measured_values(both, "above-chance").value.tolist() == [0.75, -0.25]
     assert measured_values(both).value.tolist() == [1, 0, 20, 30]
+    assert not_scored(both, "above-chance") == ["mbpp"] and not not_scored(both)
 
 
 def test_formulas():
@@ -72,10 +73,31 @@ def test_what_cannot_be_measured_is_refused(wrong, measure, said):
     with pytest.raises(CalibPruneError, match=said): measured_values(wrong(items("sciq", [8, 4], [1, 0])), measure)
 
 
+def test_a_task_without_choices_has_no_accuracy():
+    program = items("mbpp", [20, 30])
+    with pytest.raises(CalibPruneError, match="above-chance cannot score any of these tasks: mbpp"):
+        retention(program, program, 20, measure="above-chance")
+    both = pd.concat([items("sciq", np.ones(40), np.arange(40) < 30), program], ignore_index=True)
+    found = retention(both, both, 20, measure="above-chance")
+    assert found.attrs == {"not_scored": ["mbpp"], "at_chance": []} and "mbpp" not in set(found["name"])
+
+
 def test_a_dense_model_at_chance_is_refused_or_left_out():
-    dense, pruned = items("sciq", [1] * 4, [1, 0, 0, 0]), items("sciq", [1] * 4, [0, 0, 0, 0])
-    with pytest.raises(CalibPruneError, match="no better than chance on task 'sciq'"):
-        retention(dense, pruned, measure="above-chance")
+    def right(*shares): return pd.concat([items(t, np.ones(100), np.arange(100) < n) for t, n in zip(("sciq", "hellaswag"), shares)])
+    for near in (25, 26, 35):
+        with pytest.raises(CalibPruneError, match="not clearly above chance in sciq"):
+            retention(items("sciq", np.ones(100), np.arange(100) < near), right(30)[:200], 20, measure="above-chance")
+    dense, pruned = right(90, 26), right(40, 30)
+    found = retention(dense, pruned, 20, measure="above-chance")
+    assert found.attrs["at_chance"] == ["hellaswag"] and set(found["name"]) == {"sciq", "General", "total"}
+    both = difference(dense, dense, pruned, 20, measure="above-chance")
+    assert set(both["name"]) == {"sciq", "General", "total"}
+    plain = retention(dense, pruned, 20)
+    assert plain.attrs["at_chance"] == ["hellaswag"] and "hellaswag" in set(plain["name"])
+    assert retention(dense, pruned, 20, measure="answer-bits").attrs["at_chance"] == []
+
+
+def test_a_dimension_at_chance_is_left_out_of_a_study():
     rng = np.random.default_rng(1)
     values = {t: (rng.random((400, 2)) < p) - 0.25 for t, p in (("sciq", 0.26), ("piqa", 0.8))}
     assert nothing_right(values, "above-chance") == ("sciq",)

@@ -113,7 +113,11 @@ def test_tables():
     text = resolution_text(resolution_rows(preset, study, 50))
     assert list(text.columns) == ["measure", *DIMENSIONS] and list(text["measure"]) == [o.label for o in MEASURES.values()]
     assert text["General"].str.fullmatch(r"\d\.\d\d (yes|no)").all()
-    assert len(totals_text(totals_rows(preset, study, 20))) == 15
+    resolved = resolution_rows(preset, study, 50)
+    shown = totals_text(totals_rows(preset, study, 20), resolved)
+    blind = [o.label for o in MEASURES.values() if not resolved[resolved.measure == o.name].can_tell.all()]
+    assert len(shown) == 15 and [o[:-2] for o in shown if o.endswith(" †")] == [o for o in blind if f"{o} †" in shown]
+    assert blind and totals_text(totals_rows(preset, study, 20), resolved.assign(can_tell=True)).columns.str.endswith("†").sum() == 0
 
 
 def test_a_measure_without_a_total_says_why():
@@ -122,8 +126,11 @@ def test_a_measure_without_a_total_says_why():
     guessed = (items["task"] == "piqa") & (items["metric"] == "acc_norm")
     study["dense"].items = items.assign(value=items["value"].where(~guessed, items.groupby("task").cumcount() % 2))
     totals = totals_rows(preset, study, 20)  # the code task has no choices at all
-    assert untotalled_text(totals) == "Above chance has no total here, since it has no number for Commonsense and Code."
-    assert untotalled_text(totals[totals.measure == "above-chance"]).count("no number for General") == 2, "the other two measures"
+    resolved = resolution_rows(preset, study, 50).assign(can_tell=True)
+    assert untotalled_text(totals, resolved) == "Above chance has no total here, since it has no number for Commonsense and Code."
+    blind = resolved.assign(can_tell=(resolved.measure != "plain") | (resolved.dimension != "Code"))
+    assert untotalled_text(totals, blind).endswith("† The total by plain ratio takes in dimensions in which it cannot tell: Code.")
+    assert untotalled_text(totals[totals.measure == "above-chance"], resolved).count("no number for General") == 2, "the other two measures"
 
 
 # --- prompt gain

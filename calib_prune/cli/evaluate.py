@@ -14,11 +14,22 @@ from rich.console import Console
 from .output import JsonOption, bars, print_json, show_table
 
 # %% ../../nbs/9_cli/05_evaluate.ipynb #2babf5de
-def _show(scored: list[dict[str, Any]], left_out: dict[str, int]) -> None:
+def _say(notes: list[str]) -> None:
+    for note in notes: Console().print(note, soft_wrap=True, highlight=False)
+
+def _show(scored: list[dict[str, Any]], left_out: dict[str, int], endings: list[str]) -> None:
     "Scores for people."
     show_table(scored, "scores")
-    for task, n in left_out.items():
-        Console().print(f"{task}: {n} items left out because their answers are longer than the model's context.", soft_wrap=True)
+    long = "items left out because their answers are longer than the model's context"
+    _say([*(f"{task}: {n} {long}." for task, n in left_out.items()), *endings])
+
+def _show_kept(kept: list[dict[str, Any]], measure: Any,  # of `evaluation.measures`
+               not_scored: list[str], at_chance: list[str]) -> None:
+    "Retention for people, with what it does not cover."
+    show_table(kept, f"retention: {measure.about}")
+    if not_scored: _say([f"Not scored by {measure.name}: {', '.join(not_scored)}."])
+    how = "Left out" if measure.beyond_chance else "Tells little"
+    if at_chance: _say([f"{how}, because the dense model is not clearly above chance there: {', '.join(at_chance)}."])
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Model to score: a folder made by `prune`, or any model that `prune` takes.")],
@@ -38,7 +49,7 @@ def evaluate(
     "Score a model in four dimensions: General, Commonsense, Code, Math."
     from calib_prune.evaluation.measures import get_measure
     from calib_prune.evaluation.retention import retention
-    from calib_prune.evaluation.scoring import evaluate as run, scores
+    from calib_prune.evaluation.scoring import ending_notes, evaluate as run, scores
     from calib_prune.model.loading import load_model
     from calib_prune.study.results import json_rows
     from calib_prune.evaluation.tasks import get_tasks
@@ -48,12 +59,13 @@ def evaluate(
             net, tokenizer = load_model(name, dtype, device)
             items[name] = run(net, tokenizer, names, limit=limit or None, batch_tokens=batch_tokens, progress=progress)
             del net  # one model in memory at a time
-    scored, left_out = scores(items[model]), items[model].attrs.get("left_out", {})
+    scored, left_out, endings = scores(items[model]), items[model].attrs.get("left_out", {}), ending_notes(items[model])
     if not as_json:
         short = scored.drop(columns="accuracy").rename(columns={"standard_error": "± s.e.", "bits_per_byte": "bits/byte"})
-        _show(short.to_dict("records"), left_out)  # before retention, which has no answer where the dense model only guesses
+        _show(short.to_dict("records"), left_out, endings)  # before retention, which may have no answer
     kept = retention(items[dense], items[model], measure=measure) if dense else None
     if as_json:
-        out = {"scores": json_rows(scored)} | ({"measure": measure, "retention": json_rows(kept)} if kept is not None else {})
+        out: dict[str, Any] = {"scores": json_rows(scored), "endings": endings}
+        if kept is not None: out |= {"measure": measure, "retention": json_rows(kept), **kept.attrs}
         print_json(out | items[model].attrs)
-    elif kept is not None: show_table(kept.to_dict("records"), f"retention: {about.about}")
+    elif kept is not None: _show_kept(kept.to_dict("records"), about, **kept.attrs)

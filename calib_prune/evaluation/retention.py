@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from .measures import measured_values, task_retention
+from .measures import at_chance, get_measure, measured_values, not_scored, task_retention
 from .scoring import scores
 from .tasks import TASKS
 from ..resampling import N_BOOT, draws, interval
@@ -34,8 +34,13 @@ def paired_values(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
 def retention_draws(dense: pd.DataFrame, pruned: pd.DataFrame, n_boot: int, seed: int, measure: str = "plain"
                    ) -> dict[tuple[str, str], np.ndarray]:  # ("task" | "dimension" | "total", name) → [1 + n_boot]
     "Retention by task, by dimension and in total, under each draw. The total is NaN unless all dimensions are there."
-    tasks = {}
-    for t, (x, y) in paired_values(dense, pruned, measure).items():
+    pairs, tasks = paired_values(dense, pruned, measure), {}
+    lost = at_chance(dense) if get_measure(measure).beyond_chance else []
+    if not set(pairs) - set(lost):
+        raise CalibPruneError(f"The dense model is not clearly above chance in {', '.join(lost)}, so nothing can be kept of it "
+                              "there. Use more items, tasks that this model can do, or another measure.")
+    for t, (x, y) in pairs.items():
+        if t in lost: continue
         weights = draws(len(x), n_boot, seed, t)
         tasks[t] = task_retention(t, weights @ x, weights @ y, measure)
     found = {("task", t): v for t, v in tasks.items()}
@@ -50,14 +55,19 @@ def retention(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`, sam
               n_boot: int = N_BOOT, seed: int = 0,
               measure: str = "plain"  # see `measures.MEASURES`
              ) -> pd.DataFrame:  # level, name, dimension, retention, ci_low, ci_high, n; fractions, 1 = nothing lost
-    "What a pruned model kept, by task, dimension and in total, with paired bootstrap 95% intervals."
+    """What a pruned model kept, by task, dimension and in total, with paired bootstrap 95% intervals.
+
+    `attrs` name the tasks that the measure cannot score (`not_scored`), and those in which the dense model is not clearly above
+    chance (`at_chance`). A measure that counts from chance leaves the latter out."""
     sizes = measured_values(dense, measure).groupby("task").size()
     def row(level, name, v):
         low, high = interval(v[1:])
         about = (TASKS[name].dimension, sizes[name]) if level == "task" else (name, 0)
         return dict(level=level, name=name, dimension=about[0], retention=v[0], ci_low=low, ci_high=high, n=about[1])
     found = retention_draws(dense, pruned, n_boot, seed, measure)
-    return pd.DataFrame([row(level, name, v) for (level, name), v in found.items()])
+    table = pd.DataFrame([row(level, name, v) for (level, name), v in found.items()])
+    table.attrs = {"not_scored": not_scored(dense, measure), "at_chance": [] if measure == "answer-bits" else at_chance(dense)}
+    return table
 
 # %% ../../nbs/6_evaluation/07_retention.ipynb #466ba857
 def difference(dense: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame,  # three models' items

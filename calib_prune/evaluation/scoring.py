@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORING_VERSION', 'GREEDY', 'Limit', 'ends_with', 'answer_job', 'written_answers', 'language_model',
            'likelihood_rows', 'last_number', 'generated_rows', 'quiet', 'limit_of', 'swapped_rows', 'left_out_items',
-           'written_tasks', 'load_tasks', 'evaluate', 'scores']
+           'written_tasks', 'load_tasks', 'evaluate', 'scores', 'ending_notes']
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #2844d8cd
 import logging
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from errno import ENOENT
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Container, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -72,12 +72,13 @@ GREEDY = Sampling(top_k=1)
 
 def written_answers(lm, requests: list,  # of lm-eval
                     batch_size: int, progress: ProgressFn | None = None) -> list[str]:
-    "What a model answers: always the likeliest token."
+    "What a model answers: always the likeliest token. `lm.cut` gets the prompts of answers that reached their greatest length."
     from lm_eval.models.utils import postprocess_generated_text
     asked = {str(i): answer_job(lm, str(i), *o.args) for i, o in enumerate(requests)}
     jobs, ends, found = [job for job, _ in asked.values()], end_tokens(lm.model, lm.tokenizer), {}
     for sample in decode(lm.model, jobs, GREEDY, lm.max_length, seed=0, ends=ends, batch=batch_size):
         said = lm.tok_decode(list(sample.tokens[sample.opening:]))
+        if not sample.ended: lm.cut.add(requests[int(sample.key)].args[0])
         found[sample.key] = postprocess_generated_text(said, asked[sample.key][1], None)
         if progress: progress("generate", len(found), len(requests))
     return [found[o] for o in asked]
@@ -118,7 +119,9 @@ def language_model(model, tokenizer,
             return written_answers(self, requests, batch_size, progress)
 
     kind = QuietLM if stock else PackedLM
-    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    lm = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    lm.cut = None if stock else set()  # lm-eval's own path does not say which answers were cut
+    return lm
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #3cb969a3
 def likelihood_rows(task: Task,
@@ -141,15 +144,24 @@ def last_number(text: str) -> float | None:
     return float(found[0].replace(",", "")) if found else None
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #0c5cb299
-def generated_rows(task: Task, samples: list[dict], timeout: float = 10.0) -> list[dict]:
-    "The rows of a generate task: exact match of a number, or pass@1 in the sandbox."
-    def right(sample):
+def generated_rows(task: Task,
+                   samples: list[dict],             # as lm-eval logs them
+                   timeout: float = 10.0,           # seconds of a program
+                   cut: Container[str] | None = None  # prompts whose answers were cut; None: not known
+                  ) -> list[dict]:
+    "The rows of a generate task: exact match of a number, or pass@1 in the sandbox; then how answers and programs ended."
+    def right(sample):  # is it, and did its program take too long?
         answer, doc = sample["filtered_resps"][0], sample["doc"]
-        if not task.program: return last_number(answer) == float(doc["target"].replace(",", ""))
-        return run_tests(doc["program"].replace("\0", answer), doc["tests"], timeout).ok
+        if not task.program: return last_number(answer) == float(doc["target"].replace(",", "")), False
+        ran = run_tests(doc["program"].replace("\0", answer), doc["tests"], timeout)
+        return ran.ok, ran.reason == "timeout"
     with ThreadPoolExecutor(2) as pool: found = list(pool.map(right, samples))
-    about = dict(task=task.name, dimension=task.dimension, metric=task.metric, bytes=0, chance=0.0)
-    return [dict(about, item=o["doc"]["id"], value=float(v)) for o, v in zip(samples, found)]
+    about = dict(task=task.name, dimension=task.dimension, bytes=0)
+    columns = {task.metric: ([v for v, _ in found], 0.0)}
+    if cut is not None: columns["cut"] = [o["arguments"][0][0] in cut for o in samples], math.nan
+    if task.program: columns["late"] = [late for _, late in found], math.nan
+    return [dict(about, item=o["doc"]["id"], metric=m, value=float(v), chance=c)
+            for m, (values, c) in columns.items() for o, v in zip(samples, values)]
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #de07cc19
 @contextmanager
@@ -259,7 +271,7 @@ def evaluate(model, tokenizer,
     rows = []
     for task in chosen:
         mine = samples[task.name]
-        if task.kind == "generate": rows.append(generated_rows(task, mine))
+        if task.kind == "generate": rows.append(generated_rows(task, mine, cut=lm.cut))
         else: rows.append([row for sample in mine for row in likelihood_rows(task, sample)])
     items = pd.DataFrame([row for part in rows for row in part] + others)
     items.attrs["scoring"] = f"lm-eval ({reason})" if reason else "packed"
@@ -290,3 +302,14 @@ def scores(items: pd.DataFrame  # from `evaluate`
                     accuracy=np.nan if task.metric == "bits" else score, chance=chance,
                     bits_per_byte=_per_byte(coded)[0] if len(coded) else np.nan)
     return pd.DataFrame([one(*o) for o in measured_values(items).groupby("task", sort=False)])
+
+# %% ../../nbs/6_evaluation/06_scoring.ipynb #a001e655
+def ending_notes(items: pd.DataFrame  # from `evaluate`, of one model or more
+                ) -> list[str]:       # empty if every answer came to its own end
+    "How many written answers were cut at their greatest length, and how many programs ran into the time limit."
+    notes = []
+    for (task, metric), mine in items[items.metric.isin(["cut", "late"])].groupby(["task", "metric"], sort=False):
+        if not (n := int(mine.value.sum())): continue
+        how = f"answers were cut at {TASKS[task].max_tokens} tokens" if metric == "cut" else "programs ran into the time limit"
+        notes.append(f"{task}: {n} of {len(mine)} {how}.")
+    return notes

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESOLUTION', 'QUICK', 'chance_rows', 'resolution_rows', 'headline_of', 'resolution_text', 'chance_text',
-           'doubts_text', 'resolved_for', 'measured_study', 'totals_rows', 'totals_text', 'untotalled_text']
+           'doubts_text', 'resolved_for', 'measured_study', 'totals_rows', 'blind_to', 'totals_text', 'untotalled_text']
 
 # %% ../../nbs/8_report/17_resolution.ipynb #f7a30e81
 from typing import Any, Iterable
@@ -153,20 +153,30 @@ def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | 
         tables.append(retention_rows(part).assign(measure=name))
     return stacked(tables, ["measure", *KEYS]).query("quantity == 'retention'")
 
-def totals_text(rows: pd.DataFrame) -> pd.DataFrame:
-    "One line per method and strategy: the total by each measure."
+def blind_to(resolved: pd.DataFrame, measure: str) -> list[str]:  # from `resolution_rows`
+    "The dimensions in which a measure cannot tell."
+    return list(resolved.loc[(resolved["measure"] == measure) & ~resolved["can_tell"].astype(bool), "dimension"])
+
+def totals_text(rows: pd.DataFrame,     # from `totals_rows`
+                resolved: pd.DataFrame  # from `resolution_rows`
+               ) -> pd.DataFrame:
+    "One line per method and strategy: the total by each measure, marked (†) where it averages in what the measure cannot tell."
     total = rows[rows["dimension"] == "Total"]
     text = [interval_text(o.value, o.ci_low, o.ci_high) for o in total.itertuples()]
-    labels = [MEASURES[o].label for o in total["measure"]]
+    labels = [MEASURES[o].label + " †" * bool(blind_to(resolved, o)) for o in total["measure"]]
     lines = total.assign(text=text, method=total["method"].map(method_label), label=labels)
     wide = lines.pivot_table(index=["method", "strategy", "draws"], columns="label", values="text", aggfunc="first", sort=False)
     return wide.rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/8_report/17_resolution.ipynb #676b25ec
-def untotalled_text(rows: pd.DataFrame) -> str:  # columns of `totals_rows`; empty if every measure has a total
-    "Which measures have no total, and the dimensions that they have no number for."
+def untotalled_text(rows: pd.DataFrame,     # from `totals_rows`
+                    resolved: pd.DataFrame  # from `resolution_rows`
+                   ) -> str:                # empty if every measure has a total and can tell everywhere
+    "Which measures have no total, and which totals are in part noise."
     said = []
     for name, measure in MEASURES.items():
         missing = [o for o in DIMENSIONS if o not in set(rows.loc[rows["measure"] == name, "dimension"])]
         if missing: said.append(f"{measure.label} has no total here, since it has no number for {listed(missing)}.")
+        elif blind := blind_to(resolved, name):
+            said.append(f"† The total by {measure.label.lower()} takes in dimensions in which it cannot tell: {listed(blind)}.")
     return " ".join(said)

@@ -238,4 +238,5 @@ def footnote(part: Part) -> str:
     "The text below a figure."
     shared = overlaps(part.study)
     said = f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
-    return setting_note(part) + said
+    scored = f"Retention by {MEASURES[part.found.measure].label.lower()}. " if len(part.found.cells) else ""
+    return scored + setting_note(part) + said

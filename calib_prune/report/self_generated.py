@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BEST', 'REFERENCES', 'GOALS', 'FACTS', 'RETENTIONS', 'SHOWN_FACTS', 'SHOWN_MEASURES', 'in_grid', 'compared_cells',
            'single_sources', 'compared_pairs', 'at_once', 'difference_rows', 'beyond_noise', 'text_facts',
-           'variant_rows', 'with_draws', 'by_shared_draws', 'ablation_rows', 'ablation_text', 'steps_that_show']
+           'variant_rows', 'with_draws', 'by_shared_draws', 'all_at_once', 'ablation_rows', 'ablation_text',
+           'steps_that_show']
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #849d4aa8
 import json
@@ -58,12 +59,16 @@ def compared_pairs(part: Part) -> list[tuple[str, str]]:
 
 GOALS = {"Total": "in total", "Worst": "in the worst dimension"}
 
+def _gain(found: Replicates, mix: str, over: str, goal: str) -> np.ndarray:  # [1 + B]
+    at = OUTCOMES.index(goal)
+    return found.of(mix)[:, at] - found.of(over)[:, at]
+
 def at_once(part: Part, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:  # mix, over, dimension, all_low, all_high
     "Intervals of all pairs and both goals that hold together; not of the best single source, which allows for its own choice."
     known = set(part.found.cells["strategy"])
     family = [(a, b, g) for a, b in pairs for g in GOALS if {a, b} <= known]
     if not family: return pd.DataFrame(columns=["mix", "over", "dimension", "all_low", "all_high"])
-    delta = [part.found.of(a)[:, OUTCOMES.index(g)] - part.found.of(b)[:, OUTCOMES.index(g)] for a, b, g in family]
+    delta = [_gain(part.found, a, b, g) for a, b, g in family]
     low, high = simultaneous(np.stack(delta, 1))
     return pd.DataFrame(family, columns=["mix", "over", "dimension"]).assign(all_low=low, all_high=high)
 
@@ -154,6 +159,12 @@ def by_shared_draws(draws: dict[str, set[int]],  # strategy → its draws
     return groups
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #bf349222
+def all_at_once(goals: dict[tuple[str, str], np.ndarray]) -> pd.DataFrame:  # strategy, dimension, all_low, all_high
+    "Intervals of several differences that hold together."
+    ends = simultaneous(np.stack(list(goals.values()), 1)) if goals else ([], [])
+    named = pd.DataFrame(list(goals), columns=["strategy", "dimension"])
+    return named.assign(all_low=np.asarray(ends[0], float), all_high=np.asarray(ends[1], float))
+
 def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text_facts`
                  ) -> pd.DataFrame:  # one row per variant and measure: what its text is like, what it keeps, its difference
     "Every variant beside the same draws of the protocol that it varies."
@@ -161,7 +172,9 @@ def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text
     draws = {name: set(seeds) for name, seeds in part.cells.cells.groupby("strategy", sort=False)["seed"]}
     settings = {name: how for name in draws if (how := protocol_of(part.preset["strategies"][name]))}
     rows: list[dict[str, Any]] = []
+    goals: dict[tuple[str, str], np.ndarray] = {}  # strategy, goal → [1 + B], the difference from the protocol
     def add(found: Replicates, strategy: str, seeds: Collection[int], base: str = "", label: str = "") -> None:
+        if base: goals.update({(strategy, o): _gain(found, strategy, base, o) for o in GOALS})
         text = facts[(facts["strategy"] == strategy) & facts["seed"].isin(seeds)][list(FACTS)].astype(float).mean()
         varied = ", ".join(f"{k}={v}" for k, v in settings[strategy][1].items())
         rows.extend(variant_rows(found, strategy, base, strategy=label or strategy, varied=varied, draws=len(seeds), **text))
@@ -173,7 +186,7 @@ def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text
             if shared and shared != draws[base]:
                 add(found, base, shared, label=f"{base}, draw{'s' * (len(shared) > 1)} {listed(map(str, sorted(shared)))}")
             for name in names: add(found, name, shared or draws[name], base if shared else "")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).merge(all_at_once(goals), how="left", on=["strategy", "dimension"])
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #978ab753
 SHOWN_FACTS = dict(pool=".1f", aggregation=".3f", perplexity=".1f", imbalance=".2f")
@@ -193,16 +206,16 @@ def ablation_text(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/8_report/12_self_generated.ipynb #6078164a
 def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
                     base: str) -> str:
-    "Which variants of a protocol keep more or less than it by an interval without 0; empty if there are none to compare."
+    "Which variants of a protocol keep more or less than it, by intervals that hold together; empty if there are none to compare."
     variants = table[table["difference"].notna() & table["dimension"].isin(GOALS)
                      & table["strategy"].str.startswith(f"{base}-")]
     if variants.empty: return ""
-    clear = variants[(variants["ci_low"] > 0) | (variants["ci_high"] < 0)]
+    clear = variants[(variants["all_low"] > 0) | (variants["all_high"] < 0)]
     found = [f"`{row.strategy}` keeps {'more' if row.difference > 0 else 'less'} {GOALS[row.dimension]}"
              for row in clear.itertuples()]
     verdict = (f"these differ from it beyond noise: {'; '.join(found)}" if found else
                "none differs from it beyond noise, in total or in the worst dimension")
     points = [f"{interval_text(row.difference, row.ci_low, row.ci_high, '+')} points {GOALS[row.dimension]}"
               for row in variants[variants["strategy"] == f"{base}-random"].itertuples()]
-    said = f"Of {variants['strategy'].nunique()} variants of `{base}`, {verdict}."
+    said = f"Of {variants['strategy'].nunique()} variants of `{base}`, by intervals that hold for all at once, {verdict}."
     return f"{said} A random part of the same pools: {', '.join(points)}." if points else said

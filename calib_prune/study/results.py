@@ -81,11 +81,13 @@ def _scored_as(record: dict[str, Any]) -> dict[str, Any]:  # empty for a record 
 
 def check_one_edition(study: dict[str, Result]) -> None:
     "Refuse results that were scored in different ways, such as those of two editions of a study."
-    known = {name: how for name, o in study.items() if (how := _scored_as(o.record))}
+    known = {name: _scored_as(o.record) for name, o in study.items()}
     name, first = next(iter(known.items()), ("", {}))
     odd = [o for o, how in known.items() if how != first]
     if not odd: return
-    differs = " and ".join(k for k in first if first[k] != known[odd[0]][k])
+    other = known[odd[0]]
+    both = first and other
+    differs = " and ".join(k for k in first if first[k] != other[k]) if both else "that only one says how it was scored"
     some = ", ".join(odd[:3]) + (", …" if len(odd) > 3 else "")
     raise CalibPruneError(f"{len(odd)} of {len(known)} results were scored in another way than {name} (they differ in "
                           f"{differs}): {some}. `calib-prune reproduce` makes them again.")
