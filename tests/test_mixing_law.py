@@ -1,12 +1,20 @@
 "The law of mixtures: shares, forms, predictions with intervals, the best mix, what is refused."
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import calib_prune
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.study.mixing_law import FORMS, _may_be_best, as_shares, best_mix, fit, left_out_error, simplex, super_additive
+from calib_prune.report.mixing import NEEDS
+from calib_prune.study.mixing_law import (FORMS, LAW_FILE, _may_be_best, as_shares, best_mix, fit, fitted_law, left_out_error, simplex,
+                                          super_additive)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 EVEN = dict.fromkeys(DIMENSIONS, 0.25)
 
@@ -167,3 +175,23 @@ def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(CalibPruneError, match="'Coed'"): best_mix(law, dict(Coed=1))
     with pytest.raises(CalibPruneError, match="'best'"): best_mix(law, dict(best=1))
     with pytest.raises(CalibPruneError, match="at least one dimension"): best_mix(law, dict(Code=0))
+
+
+def test_the_packaged_law_is_that_of_the_study():
+    law, table = calib_prune.fitted_law(), pd.read_csv(ROOT / "figures/mixes/T12-mixes.csv")
+    shares = [o for o in table if o.startswith("share_")]
+    for strategy, mine in table.groupby("strategy"):
+        said = law.predict(dict(zip(DIMENSIONS, mine[shares].iloc[0]))).set_index("dimension")
+        mine = mine.set_index("dimension")
+        assert np.allclose(said.value, mine.predicted.loc[said.index], atol=1e-6), strategy
+        assert np.allclose(said[["ci_low", "ci_high"]], mine.loc[said.index, ["ci_low", "ci_high"]], atol=0.005), strategy
+    best, own = best_mix(law, NEEDS["the worst dimension"]), pd.read_csv(ROOT / "figures/mixes/T12-best.csv")
+    assert np.allclose(best.share, own[own.need == "the worst dimension"].share)
+
+
+@pytest.mark.parametrize("change", [dict(form="cubic"), dict(coefficients=[[1.0]]), dict(covariance=[[0.0]]), dict(coefficients=[["a"] * 4] * 8)])
+def test_a_damaged_law_is_refused(tmp_path, change):
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps(json.loads((ROOT / LAW_FILE).read_text()) | change))
+    with pytest.raises(CalibPruneError, match="law.json is damaged"): fitted_law(path)
+    with pytest.raises(CalibPruneError, match="no fitted law at .*absent.json"): fitted_law(tmp_path / "absent.json")

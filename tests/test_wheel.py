@@ -10,6 +10,7 @@ import yaml
 
 from calib_prune.cli.init import lay_out
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.study.mixing_law import LAW_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD = "of_an_older_build.py"
@@ -54,7 +55,7 @@ def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
     presets = {o.rsplit("/", 1)[1] for o in names if "/presets/" in o}
     assert presets == {o.name for o in (ROOT / "presets").glob("*.yaml")}
     held = {o.removeprefix("calib_prune/project/") for o in names if o.startswith("calib_prune/project/")}
-    assert held == {*lay_out(tmp_path / "from-checkout")}, "the wheel holds what `init` copies from a checkout"
+    assert held == {*lay_out(tmp_path / "from-checkout"), LAW_FILE}, "the wheel holds what `init` copies from a checkout"
     assert not [o for o in names if o.startswith(("tests", "results", "nbs", "bench"))]
 
 
@@ -119,3 +120,8 @@ def test_a_study_runs_where_it_was_laid_out(python, tmp_path):
     for k, v in dict(preset="presets/tiny.yaml", results="results/tiny", figures="figures/tiny").items(): words += ["-r", k, v]
     done = subprocess.run([python, *words], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and (root / "figures/tiny/own-retention.png").is_file(), done.stderr[-2000:]
+
+
+def test_the_mixing_law_is_in_the_wheel(python, tmp_path):
+    ask = "import calib_prune; print(calib_prune.fitted_law().predict(dict(Code=0.5, Math=0.5)).shape)"
+    assert subprocess.run([python, "-c", ask], cwd=tmp_path, capture_output=True, text=True).stdout == "(5, 5)\n"
