@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'example_results', 'main_sparsity', 'main_cells', 'varied', 'default_size_cells', 'sweep_cells',
            'size_cells', 'Measured', 'in_settings', 'measured', 'lacking', 'Part', 'take', 'grid_part', 'span',
            'draw_counts', 'draws_so_far', 'missing_note', 'drawn_settings', 'interval_note', 'setting_note',
-           'scoring_note', 'caption', 'footnote']
+           'scoring_note', 'endings_note', 'caption', 'footnote']
 
 # %% ../../nbs/8_report/06_selection.ipynb #869c9ac4
 from dataclasses import asdict, dataclass
@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS
-from ..evaluation.measures import MEASURES
+from ..evaluation.measures import MEASURES, not_scored
+from ..evaluation.scoring import ENDINGS, ending_notes
 from .examples import example_items
 from .plots import method_label, sparsity_label
 from .statistics import (COORDINATES, OUTCOMES, Replicates, as_strategy,
@@ -225,8 +226,16 @@ def scoring_note(part: Part) -> str:
     each = "; ".join(f"{d}: {found.scored[d]}, {found.items[d]} items" for d in DIMENSIONS if found.items[d])
     if not each: return ""
     left_out = f" Left out, as the dense model has nothing to lose there: {listed(found.left_out)}." if found.left_out else ""
+    if passed := not_scored(part.study["dense"].items, found.measure): left_out += f" Not scored by it: {listed(passed)}."
     return (f"{MEASURES[found.measure].label}: retention is in % of the dense model's score, {_FORMULA[found.measure]} "
             f"({each}).{_GUESSING.get(found.measure, '')} Total is the mean of the dimensions.{left_out}")
+
+def endings_note(part: Part) -> str:
+    "How many answers that pruned models wrote were cut, and how many programs ran out of time; empty if none."
+    done = [part.study[c.name].items for c in part.wanted if c.name in part.study]
+    written = [o for o in done if o["metric"].isin(ENDINGS).any()]
+    notes = ending_notes(pd.concat(written)) if written else []
+    return f"Over all pruned models: {' '.join(notes)}" if notes else ""
 
 def caption(part: Part, what: str,  # the title
             *more: str) -> str:
