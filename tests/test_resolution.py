@@ -13,7 +13,7 @@ from calib_prune.report import statistics
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.prompt_gain import _of_task, gain_figure, gain_lines, gain_rows
 from calib_prune.report.resolution import (chance_rows, headline_of, measured_study, resolution_rows, resolution_text,
-                                           totals_rows, totals_text, untotalled_text)
+                                           task_rows, task_text, totals_rows, totals_text, untotalled_text)
 from calib_prune.report.statistics import bootstrap_retention
 from calib_prune.report.selection import measured, take
 from calib_prune.resampling import draws
@@ -118,6 +118,21 @@ def test_tables():
     blind = [o.label for o in MEASURES.values() if not resolved[resolved.measure == o.name].can_tell.all()]
     assert len(shown) == 15 and [o[:-2] for o in shown if o.endswith(" †")] == [o for o in blind if f"{o} †" in shown]
     assert blind and totals_text(totals_rows(preset, study, 20), resolved.assign(can_tell=True)).columns.str.endswith("†").sum() == 0
+
+
+def test_a_task_that_no_source_moves_does_not_resolve():
+    preset, study = fifteen(0.15, n=400)
+    rng = np.random.default_rng(0)
+    for o in study.values():
+        flat = (o.items["task"] == "sciq") & (o.items["metric"] == "bits")
+        o.items.loc[flat, "value"] = 20 + rng.normal(size=flat.sum())
+    found = task_rows(preset, study).set_index("task")
+    by_dimension = resolution_rows(preset, study, 1000).query("measure == 'answer-bits'").set_index("dimension").reliability
+    assert found.reliability["sciq"] < 0.5 and (found.reliability.drop("sciq") > 0.8).all()
+    alone = found[found.dimension != "General"]
+    assert np.allclose(alone.reliability, by_dimension[alone.dimension], atol=0.02), "one task per dimension here"
+    assert task_text(found.reset_index()).set_index("task").reliability["sciq"].endswith(" no")
+    assert task_rows(preset, {"dense": study["dense"]}).empty and task_rows(preset, {}).empty
 
 
 def test_a_measure_without_a_total_says_why():

@@ -63,6 +63,7 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T9", "ablations", "What each step of IGSP adds", "ablations", ABLATIONS),
     Artefact("F7", "frontier", "The pool of IGSP and its choice", "ablations", ABLATIONS),
     Artefact("T11", "measures", "Which measure can tell sources apart", "measures"),
+    Artefact("T11", "tasks", "Which task tells sources apart", "measures"),
     Artefact("T11", "totals", "Total retention by every measure", "measures"),
     Artefact("T11", "prompt-gain", "How much models still draw from the question", "measures"),
     Artefact("F10", "prompt-gain", "How much models still draw from the question", "measures"),
