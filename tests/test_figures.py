@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import os
 import re
@@ -18,13 +19,14 @@ from calib_prune.report.comparison_figures import averaging_figure, margin_figur
 from calib_prune.report.correlation_figures import in_settings, metric_message, survival_message
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.plots import figure_of
-from calib_prune.report.selection import (caption, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
+from calib_prune.report.selection import (caption, endings_note, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
                                           size_cells, sweep_cells, take)
+from calib_prune.report.self_generated import ablation_rows, all_at_once, steps_that_show
 from calib_prune.report.statistics import paired_difference
 from calib_prune.report.tables import latex_table, latex_text
 from calib_prune.study.artefacts import ENDINGS, made_by
 from calib_prune.study.presets import load_preset
-from calib_prune.study.results import save_cell
+from calib_prune.study.results import Result, check_one_edition, save_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = ("main", "sweep", "draws")
@@ -243,6 +245,42 @@ def test_a_long_table_breaks_and_one_without_caption_does_not_float():
     shown = pd.DataFrame(dict(n=range(60)))
     assert latex_table(shown, "x.").count("{longtable}") == 2 and r"\begin{table}" in latex_table(shown[:9], "x.")
     assert "{table}" not in latex_table(shown[:9])
+
+
+def test_captions_say_how_answers_ended():
+    assert endings_note(part()) == ""
+    here = part()
+    ended = pd.DataFrame([dict(task="mbpp_generate", dimension="Code", item="0", metric=m, value=v, bytes=0, chance=np.nan)
+                          for m, v in (("cut", 1.0), ("late", 0.0))])
+    names = [o for o in here.study if o == "dense" or o.startswith("c4-sparsegpt")]
+    more = {k: dataclasses.replace(o, items=pd.concat([o.items, ended], ignore_index=True)) if k in names else o for k, o in here.study.items()}
+    said = endings_note(dataclasses.replace(here, study=more))
+    n = len(names) - 1
+    assert said == f"Dense model: mbpp_generate: 1 of 1 answers were cut at 512 tokens. {n} pruned models: mbpp_generate: {n} of {n} answers were cut at 512 tokens."
+
+
+def test_variants_are_judged_together():
+    rng = np.random.default_rng(0)
+    delta = lambda value: value + np.concatenate([[0], 0.01 * rng.normal(size=2000)])
+    ends = all_at_once({(f"igsp-{i}", "Total"): delta(0.022 if i == 0 else 0.0) for i in range(16)}).set_index("strategy")
+    assert ends.all_low["igsp-0"] < 0 < 0.022 - 1.96 * 0.01, "beyond noise alone, not among sixteen"
+    table = ends.reset_index().assign(difference=0.022)
+    assert "none differs" in steps_that_show(table, "igsp")
+    assert "`igsp-0` keeps more in total" in steps_that_show(table.assign(all_low=table.all_low.where(table.strategy != "igsp-0", 0.001)), "igsp")
+    assert "cannot be told" in steps_that_show(table.assign(all_low=np.nan), "igsp")
+    assert all_at_once({}).empty and ablation_rows(whole(), part(keep=lambda o: o == "dense"), pd.DataFrame()).empty
+
+
+@pytest.mark.parametrize("first", ["keyless", "keyed"])
+def test_results_that_do_not_say_how_they_were_scored_are_refused_among_others(first):
+    keyed = {"record": dict(key=dict(model="a", tasks={}, batch_tokens=1, versions=dict(scoring=4)))}
+    result = lambda record: Result(record, pd.DataFrame(), pd.DataFrame(), {})
+    both = [("c4", result({})), ("math", result(keyed["record"]))]
+    with pytest.raises(CalibPruneError, match="1 of 2 results do not say how they were scored, as the others do: c4"):
+        check_one_edition(dict(both if first == "keyless" else both[::-1]))
+    check_one_edition(dict(both[:1]))
+    other = result(dict(key=keyed["record"]["key"] | dict(versions=dict(scoring=3))))
+    with pytest.raises(CalibPruneError, match="than math .they differ in scoring.: c4"): check_one_edition({"math": both[1][1], "c4": other})
 
 
 # --- figures

@@ -92,6 +92,9 @@ def test_a_dense_model_at_chance_is_refused_or_left_out():
     assert found.attrs["at_chance"] == ["hellaswag"] and set(found["name"]) == {"sciq", "General", "total"}
     both = difference(dense, dense, pruned, 20, measure="above-chance")
     assert set(both["name"]) == {"sciq", "General", "total"}
+    assert both.attrs == found.attrs and retention(dense.drop(columns="chance"), pruned, 20).attrs["at_chance"] is None
+    few = items("sciq", [1] * 2, [1, 1])
+    with pytest.raises(CalibPruneError, match="not clearly above chance"): retention(few, few, 20, measure="above-chance")  # may be luck
     plain = retention(dense, pruned, 20)
     assert plain.attrs["at_chance"] == ["hellaswag"] and "hellaswag" in set(plain["name"])
     assert retention(dense, pruned, 20, measure="answer-bits").attrs["at_chance"] == []

@@ -166,12 +166,13 @@ def test_the_table_says_what_was_found(tmp_path):
         for seed in range(3):
             source, t = k.split("-")
             report = dict(tokens=2, perplexity=[8, 16, 32][THIRDS.index(t)] * (1.0, 2.0, 0.5)[seed], balance=[dict(fact="documents", before=1.0, after=0.1 * seed)])
-            (tmp_path / "generated" / f"{k}-s{seed}.jsonl").write_text(json.dumps(dict(text="Größe" * (1 + (t == "high")))) + "\n")
+            (tmp_path / "generated" / f"{k}-s{seed}.jsonl").write_text(json.dumps(dict(text="ö" * (10 + seed * (t == "high")))) + "\n")
             (tmp_path / "generated" / f"{k}-s{seed}.report.json").write_text(json.dumps(report))
     preset["name"] = tmp_path.name
     assert mix_of(preset, "math-low", 1).endswith("math-low-s1.jsonl")
     texts, balances = text_facts(preset, tmp_path)
-    assert bytes_note(texts) == "Bytes per token, high against low third: wikipedia +100 to +100 %, math +100 to +100 %."
+    assert bytes_note(texts) == "Bytes per token, high against low third: wikipedia +0 to +20 %, math +0 to +20 %."
+    assert texts.bytes_per_token.min() == 10.0, "twenty bytes, two tokens"
     assert len(texts) == 18 and balances.groupby("source")["after"].mean().round(6).to_dict() == dict(math=0.1, wikipedia=0.1)
     table = effect_text(third_effects(preset, cells), texts).set_index("source")
     assert table.loc["math", list(THIRDS)].tolist() == ["8.0", "16.0", "32.0"]

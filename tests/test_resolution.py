@@ -114,10 +114,11 @@ def test_tables():
     assert list(text.columns) == ["measure", *DIMENSIONS] and list(text["measure"]) == [o.label for o in MEASURES.values()]
     assert text["General"].str.fullmatch(r"\d\.\d\d (yes|no)").all()
     resolved = resolution_rows(preset, study, 50)
-    shown = totals_text(totals_rows(preset, study, 20), resolved)
-    blind = [o.label for o in MEASURES.values() if not resolved[resolved.measure == o.name].can_tell.all()]
-    assert len(shown) == 15 and [o[:-2] for o in shown if o.endswith(" †")] == [o for o in blind if f"{o} †" in shown]
-    assert blind and totals_text(totals_rows(preset, study, 20), resolved.assign(can_tell=True)).columns.str.endswith("†").sum() == 0
+    judged, totals = resolved.assign(note=""), totals_rows(preset, study, 20)
+    assert [o for o in totals_text(totals, judged.assign(can_tell=judged.measure != "plain")) if "†" in o] == ["Plain ratio †"]
+    for none in (judged.assign(can_tell=True), resolved.assign(can_tell=False, note="one draw")):
+        shown = totals_text(totals, none)
+        assert len(shown) == 15 and not [o for o in shown if "†" in o], "what was not judged is not marked"
 
 
 def test_a_task_that_no_source_moves_does_not_resolve():
@@ -133,6 +134,10 @@ def test_a_task_that_no_source_moves_does_not_resolve():
     assert np.allclose(alone.reliability, by_dimension[alone.dimension], atol=0.02), "one task per dimension here"
     assert task_text(found.reset_index()).set_index("task").reliability["sciq"].endswith(" no")
     assert task_rows(preset, {"dense": study["dense"]}).empty and task_rows(preset, {}).empty
+    one = fifteen(0.15, seeds=(0,), n=60)
+    assert task_text(task_rows(*one))["reliability"].str.fullmatch(r"\d\.\d\d").all(), "one draw per source judges nothing"
+    for o in study.values(): o.items = o.items[o.items.metric != "bits"]
+    assert task_rows(preset, study).empty
 
 
 def test_a_measure_without_a_total_says_why():
@@ -141,7 +146,7 @@ def test_a_measure_without_a_total_says_why():
     guessed = (items["task"] == "piqa") & (items["metric"] == "acc_norm")
     study["dense"].items = items.assign(value=items["value"].where(~guessed, items.groupby("task").cumcount() % 2))
     totals = totals_rows(preset, study, 20)  # the code task has no choices at all
-    resolved = resolution_rows(preset, study, 50).assign(can_tell=True)
+    resolved = resolution_rows(preset, study, 50).assign(can_tell=True, note="")
     assert untotalled_text(totals, resolved) == "Above chance has no total here, since it has no number for Commonsense and Code."
     blind = resolved.assign(can_tell=(resolved.measure != "plain") | (resolved.dimension != "Code"))
     assert untotalled_text(totals, blind).endswith("† The total by plain ratio takes in dimensions in which it cannot tell: Code.")

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -125,3 +126,13 @@ def test_a_study_runs_where_it_was_laid_out(python, tmp_path):
 def test_the_mixing_law_is_in_the_wheel(python, tmp_path):
     ask = "import calib_prune; print(calib_prune.fitted_law().predict(dict(Code=0.5, Math=0.5)).shape)"
     assert subprocess.run([python, "-c", ask], cwd=tmp_path, capture_output=True, text=True).stdout == "(5, 5)\n"
+
+
+def test_the_source_distribution_holds_all_that_its_wheel_needs(tmp_path):
+    "Building the wheel from it fails if one of these is missing."
+    make = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", make, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(found) as t: names = {o.partition("/")[2] for o in t.getnames()}
+    assert {*lay_out(tmp_path / "from-checkout"), LAW_FILE, "setup.py", "pyproject.toml"} <= names

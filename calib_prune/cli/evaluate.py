@@ -24,12 +24,12 @@ def _show(scored: list[dict[str, Any]], left_out: dict[str, int], endings: list[
     _say([*(f"{task}: {n} {long}." for task, n in left_out.items()), *endings])
 
 def _show_kept(kept: list[dict[str, Any]], measure: Any,  # of `evaluation.measures`
-               not_scored: list[str], at_chance: list[str]) -> None:
+               not_scored: list[str], at_chance: list[str] | None) -> None:
     "Retention for people, with what it does not cover."
     show_table(kept, f"retention: {measure.about}")
     if not_scored: _say([f"Not scored by {measure.name}: {', '.join(not_scored)}."])
-    how = "Left out" if measure.beyond_chance else "Tells little"
-    if at_chance: _say([f"{how}, because the dense model is not clearly above chance there: {', '.join(at_chance)}."])
+    how = "Left out" if measure.beyond_chance else "These tell little"
+    if at_chance: _say([f"{how}, as the dense model has few right answers beyond guessing: {', '.join(at_chance)}."])
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Model to score: a folder made by `prune`, or any model that `prune` takes.")],
@@ -47,19 +47,21 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     "Score a model in four dimensions: General, Commonsense, Code, Math."
-    from calib_prune.evaluation.measures import get_measure
+    from calib_prune.evaluation.measures import check_scorable, get_measure
     from calib_prune.evaluation.retention import retention
     from calib_prune.evaluation.scoring import ending_notes, evaluate as run, scores
     from calib_prune.model.loading import load_model
     from calib_prune.study.results import json_rows
     from calib_prune.evaluation.tasks import get_tasks
     names, items, about = [t.name for t in get_tasks(tasks)], {}, get_measure(measure)
+    if dense: check_scorable(names, measure)  # before hours of scoring
     with bars(as_json) as progress:
         for name in [model] if dense is None else [model, dense]:
             net, tokenizer = load_model(name, dtype, device)
             items[name] = run(net, tokenizer, names, limit=limit or None, batch_tokens=batch_tokens, progress=progress)
             del net  # one model in memory at a time
     scored, left_out, endings = scores(items[model]), items[model].attrs.get("left_out", {}), ending_notes(items[model])
+    if dense: endings += [f"Dense model: {o}" for o in ending_notes(items[dense])]
     if not as_json:
         short = scored.drop(columns="accuracy").rename(columns={"standard_error": "± s.e.", "bits_per_byte": "bits/byte"})
         _show(short.to_dict("records"), left_out, endings)  # before retention, which may have no answer

@@ -55,7 +55,7 @@ def text_facts(preset: dict[str, Any], folder: str | Path  # of the study's resu
         for seed in seeds_of(preset, o.strategy):
             path = Path(folder, "generated", Path(mix_of(preset, o.strategy, seed)).name).with_suffix(".report.json")
             if not path.is_file(): continue
-            report = load_json(path, balance=list)
+            report = load_json(path, balance=list, tokens=int, perplexity=float)
             size = sum(len(row["text"].encode()) for row in read_jsonl(path.with_suffix("").with_suffix(".jsonl")))
             texts.append((o.source, o.third, seed, report["perplexity"], size / report["tokens"]))
             if o.third != THIRDS[0]: continue  # all three say the same

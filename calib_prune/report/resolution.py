@@ -156,8 +156,9 @@ def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | 
     return stacked(tables, ["measure", *KEYS]).query("quantity == 'retention'")
 
 def blind_to(resolved: pd.DataFrame, measure: str) -> list[str]:  # from `resolution_rows`
-    "The dimensions in which a measure cannot tell."
-    return list(resolved.loc[(resolved["measure"] == measure) & ~resolved["can_tell"].astype(bool), "dimension"])
+    "The dimensions in which a measure was judged, and cannot tell."
+    judged = (resolved["measure"] == measure) & (resolved["note"].fillna("") == "")
+    return list(resolved.loc[judged & ~resolved["can_tell"].astype(bool), "dimension"])
 
 def totals_text(rows: pd.DataFrame,     # from `totals_rows`
                 resolved: pd.DataFrame  # from `resolution_rows`
@@ -193,26 +194,30 @@ def _one_task(whole: Measured, task: str, at: dict[str, Any], measure: str) -> R
     study = {o: Result(r.record, r.rows, r.items[r.items["task"] == task], r.seconds) for o, r in study.items()}
     return measured(whole.preset, study, QUICK, measure=measure, wanted=wanted).found
 
-TASK_ROWS = ["dimension", "task", "items", "sd", "noise_sd", "reliability"]
+TASK_ROWS = ["dimension", "task", "items", "sd", "noise_sd", "reliability", "resolves"]
 
 def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: str = "answer-bits"
-             ) -> pd.DataFrame:  # columns `TASK_ROWS`; empty if no single source was pruned
-    "How reliably each task tells single sources apart, with the method by which most of them were pruned."
-    if "dense" not in study or len(study) < 2: return pd.DataFrame(columns=TASK_ROWS)
-    whole, rows = measured(preset, study, QUICK, measure=measure, wanted=main_cells(preset)), []
-    at = _setting(whole, None)
-    for task in (_behind(whole, measure) if at else []):
+             ) -> pd.DataFrame:  # columns `TASK_ROWS`; empty if no single source was pruned, or the rows lack the measure
+    """How reliably each task tells single sources apart, with the method by which most of them were pruned. Whether a task
+    `resolves` is not known from one draw per source: their scatter would count as signal."""
+    try: whole = measured(preset, study, QUICK, measure=measure, wanted=main_cells(preset))
+    except CalibPruneError: return pd.DataFrame(columns=TASK_ROWS)
+    at, rows = _setting(whole, None), []
+    if not at: return pd.DataFrame(columns=TASK_ROWS)
+    judged = whole.found.where(**at).noise != "items only"
+    for task in _behind(whole, measure):
         found, d = _one_task(whole, task, at, measure), TASKS[task].dimension
         spread = source_spread(found).query("dimension == @d")
         if spread.empty: continue
         sd, noise = spread["sd"].iloc[0], spread["noise_sd"].iloc[0]
-        rows.append((d, task, found.items[d], sd, noise, sd**2 / (sd**2 + noise**2)))
-    order = sorted(rows, key=lambda o: (DIMENSIONS.index(o[0]), -o[-1]))
+        reliability = sd**2 / (sd**2 + noise**2)
+        rows.append((d, task, found.items[d], sd, noise, reliability, bool(reliability >= RELIABLE) if judged else None))
+    order = sorted(rows, key=lambda o: (DIMENSIONS.index(o[0]), -o[5]))
     return pd.DataFrame(order, columns=TASK_ROWS)
 
 def task_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `task_rows`
     "For people: spreads in points, and whether the task resolves by the rule's limit."
     points = {o: [f"{100 * v:.1f}" for v in rows[o]] for o in ("sd", "noise_sd")}
-    said = [f"{o:.2f} {'yes' if o >= RELIABLE else 'no'}" for o in rows["reliability"]]
-    table = rows.assign(**points, reliability=said)
+    said = [f"{o.reliability:.2f} {({True: 'yes', False: 'no'}).get(o.resolves, '')}".strip() for o in rows.itertuples()]
+    table = rows.assign(**points, reliability=said).drop(columns="resolves")
     return table.rename(columns={"sd": "spread of sources", "noise_sd": "noise of a source"})

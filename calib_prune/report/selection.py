@@ -226,16 +226,20 @@ def scoring_note(part: Part) -> str:
     each = "; ".join(f"{d}: {found.scored[d]}, {found.items[d]} items" for d in DIMENSIONS if found.items[d])
     if not each: return ""
     left_out = f" Left out, as the dense model has nothing to lose there: {listed(found.left_out)}." if found.left_out else ""
-    if passed := not_scored(part.study["dense"].items, found.measure): left_out += f" Not scored by it: {listed(passed)}."
+    passed = not_scored(part.study["dense"].items, found.measure)
+    if passed: left_out += f" Not scored by {MEASURES[found.measure].label.lower()}: {listed(passed)}."
     return (f"{MEASURES[found.measure].label}: retention is in % of the dense model's score, {_FORMULA[found.measure]} "
             f"({each}).{_GUESSING.get(found.measure, '')} Total is the mean of the dimensions.{left_out}")
 
 def endings_note(part: Part) -> str:
-    "How many answers that pruned models wrote were cut, and how many programs ran out of time; empty if none."
-    done = [part.study[c.name].items for c in part.wanted if c.name in part.study]
-    written = [o for o in done if o["metric"].isin(ENDINGS).any()]
-    notes = ending_notes(pd.concat(written)) if written else []
-    return f"Over all pruned models: {' '.join(notes)}" if notes else ""
+    "How many written answers were cut, and how many programs ran out of time; empty if none, or where rows do not say so."
+    says = lambda o: o["metric"].isin(ENDINGS).any()
+    pruned = [o.items for k, o in part.study.items() if k != "dense" and says(o.items)]
+    dense = ending_notes(part.study["dense"].items) if "dense" in part.study else []
+    notes = ending_notes(pd.concat(pruned)) if pruned else []
+    of_dense = f"Dense model: {' '.join(dense)}" if dense else ""
+    of_pruned = f"{len(pruned)} pruned models: {' '.join(notes)}" if notes else ""
+    return " ".join(filter(None, [of_dense, of_pruned]))
 
 def caption(part: Part, what: str,  # the title
             *more: str) -> str:
@@ -247,5 +251,5 @@ def footnote(part: Part) -> str:
     "The text below a figure."
     shared = overlaps(part.study)
     said = f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
-    scored = f"Retention by {MEASURES[part.found.measure].label.lower()}. " if len(part.found.cells) else ""
+    scored = f"Measure of retention: {MEASURES[part.found.measure].label.lower()}. " if len(part.found.cells) else ""
     return scored + setting_note(part) + said

@@ -186,6 +186,7 @@ def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text
             if shared and shared != draws[base]:
                 add(found, base, shared, label=f"{base}, draw{'s' * (len(shared) > 1)} {listed(map(str, sorted(shared)))}")
             for name in names: add(found, name, shared or draws[name], base if shared else "")
+    if not rows: return pd.DataFrame()
     return pd.DataFrame(rows).merge(all_at_once(goals), how="left", on=["strategy", "dimension"])
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #978ab753
@@ -217,5 +218,7 @@ def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
                "none differs from it beyond noise, in total or in the worst dimension")
     points = [f"{interval_text(row.difference, row.ci_low, row.ci_high, '+')} points {GOALS[row.dimension]}"
               for row in variants[variants["strategy"] == f"{base}-random"].itertuples()]
-    said = f"Of {variants['strategy'].nunique()} variants of `{base}`, by intervals that hold for all at once, {verdict}."
+    if variants["all_low"].isna().any(): verdict = "some cannot be told from it or not: a replicate has no value"
+    count = variants["strategy"].nunique()
+    said = f"Of {count} variants of `{base}`, by intervals that hold at once for those of all protocols, {verdict}."
     return f"{said} A random part of the same pools: {', '.join(points)}." if points else said

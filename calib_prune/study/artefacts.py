@@ -25,12 +25,13 @@ class Artefact:
     title: str
     notebook: str  # in nbs/paper, without .ipynb
     reads: tuple[str, ...] = ("models",)  # names in `READS`
+    beside: tuple[str, ...] = ()  # other files that the notebook writes with it
 
     @property
     def stem(self) -> str: return f"{self.number}-{self.name}"
 
     @property
-    def files(self) -> list[str]: return [f"{self.stem}.{end}" for end in ENDINGS[self.number[0]]]
+    def files(self) -> list[str]: return [*(f"{self.stem}.{end}" for end in ENDINGS[self.number[0]]), *self.beside]
 
 # %% ../../nbs/7_study/00_artefacts.ipynb #0646947c
 METRICS, ABLATIONS, AUDITS = ("models", "metrics"), ("models", "ablations"), ("models", "ablations", "audits")
@@ -68,7 +69,7 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T11", "prompt-gain", "How much models still draw from the question", "measures"),
     Artefact("F10", "prompt-gain", "How much models still draw from the question", "measures"),
     Artefact("T12", "mixes", "What each mix keeps, and what the mixing law says of it", "mixing_law"),
-    Artefact("T12", "best", "The best mix for a need, by the mixing law", "mixing_law"),
+    Artefact("T12", "best", "The best mix for a need, by the mixing law", "mixing_law", beside=("T12-law.json",)),
     Artefact("F11", "law", "The mixing law against measured mixes", "mixing_law"),
     Artefact("T13", "thirds", "What perplexity does within a source", "thirds"),
     Artefact("T13", "balance", "How alike the thirds of a source are", "thirds"),

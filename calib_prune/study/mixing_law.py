@@ -104,6 +104,7 @@ class Law:
     coefficients: np.ndarray  # [1 + B, terms, 4]; the first are as measured
     errors: dict[str, float]  # form → error at mixes left out, fractions
     wider: np.ndarray         # [4], how many times the noise the intervals of each dimension allow for
+    about: str = ""           # which model, method and setting it was measured on
 
     def _values(self, shares: np.ndarray) -> np.ndarray:  # [1 + B, n, 4]
         return FORMS[self.form](shares) @ self.coefficients
@@ -182,28 +183,41 @@ def best_mix(law: Law,
 # %% ../../nbs/7_study/12_mixing_law.ipynb #a2370f41
 LAW_FILE = "figures/mixes/T12-law.json"  # in a checkout
 
-def law_text(law: Law, about: str  # which model and setting it was measured on
+def law_text(law: Law, about: str  # which model, method and setting it was measured on
             ) -> str:              # JSON
     "A fitted law as the text of a file."
     flat = law.coefficients.reshape(len(law.coefficients), -1)
     rounded = lambda o: np.round(o, 10).tolist()
-    return json.dumps(dict(about=about, form=law.form, coefficients=rounded(law.coefficients[0]), errors=law.errors,
-                           covariance=rounded(np.cov(flat[1:].T)), wider=rounded(law.wider)), indent=1) + "\n"
+    errors = {k: round(v, 10) for k, v in law.errors.items()}
+    return json.dumps(dict(about=about, form=law.form, dimensions=DIMENSIONS, coefficients=rounded(law.coefficients[0]),
+                           errors=errors, covariance=rounded(np.cov(flat[1:].T)), wider=rounded(law.wider)), indent=1) + "\n"
+
+def _read_law(read: dict[str, Any]
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # coefficients, root of the covariance, wider
+    "The numbers of a law's file; ValueError if they cannot be those of a law."
+    if read["form"] not in FORMS: raise ValueError(f"its form {read['form']!r} is none of {', '.join(FORMS)}")
+    if tuple(read["dimensions"]) != tuple(DIMENSIONS): raise ValueError(f"its dimensions are not {', '.join(DIMENSIONS)}")
+    first, spread, wider = (np.array(read[o], float) for o in ("coefficients", "covariance", "wider"))
+    terms, n = FORMS[read["form"]](np.eye(len(DIMENSIONS))).shape[1], len(DIMENSIONS)
+    if (first.shape, spread.shape, wider.shape) != ((terms, n), (terms * n,) * 2, (n,)): raise ValueError("its shapes do not fit")
+    if not all(np.isfinite(o).all() for o in (first, spread, wider)): raise ValueError("it holds numbers that are none")
+    least = np.linalg.eigvalsh(spread).min() if np.allclose(spread, spread.T, atol=1e-9) else -np.inf
+    if least < -1e-6 * max(np.trace(spread), 1e-12): raise ValueError("its covariance is none")
+    return first, _power(spread, 0.5), wider
 
 def fitted_law(path: str | Path | None = None  # default: the law of the package's own study
               ) -> Law:
-    "A law from its file, with `REPLICATES` replicates. `predict` says what a mix keeps, `best_mix` which one suits a need."
+    """A law from its file, with `REPLICATES` replicates; `about` says what it was measured on. `predict` says what a mix keeps,
+    `best_mix` which one suits a need. The package's own is of SmolLM2-135M, SparseGPT, 50 %, answer bits."""
     package = Path(calib_prune.__file__).resolve().parent
     places = [Path(path)] if path else [package.parent / LAW_FILE, package / "project" / LAW_FILE]
     found = next((o for o in places if o.is_file()), None)
-    if not found: raise CalibPruneError(f"There is no fitted law at {places[-1]}: `make figures PRESET=mixes` writes one.")
-    read: dict[str, Any] = load_json(found, form=str, coefficients=list, covariance=list, errors=dict, wider=list)
-    try:
-        first, spread = np.array(read["coefficients"], float), np.array(read["covariance"], float)
-        terms = FORMS[read["form"]](np.eye(len(DIMENSIONS))).shape[1]
-        if first.shape != (terms, len(DIMENSIONS)) or spread.shape != (first.size,) * 2: raise ValueError("the shapes do not fit")
-    except (KeyError, ValueError, TypeError) as e: raise damaged(found, str(e)) from e
-    rng = np.random.default_rng(0)
-    drawn = rng.multivariate_normal(first.ravel(), spread, REPLICATES, check_valid="ignore", method="eigh")
+    if not found:
+        raise CalibPruneError(f"There is no fitted law at {places[0]}: in a checkout `make figures PRESET=mixes` writes one, "
+                              "and the wheel of this package holds one.")
+    read = load_json(found, about=str, form=str, dimensions=list, coefficients=list, covariance=list, errors=dict, wider=list)
+    try: first, root, wider = _read_law(read)
+    except (ValueError, TypeError) as e: raise damaged(found, str(e)) from e
+    drawn = first.ravel() + np.random.default_rng(0).standard_normal((REPLICATES, first.size)) @ root
     coefficients = np.concatenate([first[None], drawn.reshape(-1, *first.shape)])
-    return Law(read["form"], coefficients, read["errors"], np.array(read["wider"]))
+    return Law(read["form"], coefficients, read["errors"], wider, read["about"])

@@ -77,20 +77,22 @@ def load_cell(path: str | Path  # the JSON file
 def _scored_as(record: dict[str, Any]) -> dict[str, Any]:  # empty for a record without a key
     "What results must share to be compared: model, items and way of scoring."
     if not (key := record.get("key")): return {}
-    return {k: key.get(k) for k in ("model", "tasks", "batch_tokens")} | dict(scoring=key["versions"].get("scoring"))
+    return {k: key.get(k) for k in ("model", "tasks", "batch_tokens")} | dict(scoring=key.get("versions", {}).get("scoring"))
 
 def check_one_edition(study: dict[str, Result]) -> None:
     "Refuse results that were scored in different ways, such as those of two editions of a study."
-    known = {name: _scored_as(o.record) for name, o in study.items()}
+    known = {name: how for name, o in study.items() if (how := _scored_as(o.record))}
+    keyless = [o for o in study if o not in known] if known else []
+    some = lambda names: ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    if keyless:
+        raise CalibPruneError(f"{len(keyless)} of {len(study)} results do not say how they were scored, as the others do: "
+                              f"{some(keyless)}. They are of an older version: `calib-prune reproduce` makes them again.")
     name, first = next(iter(known.items()), ("", {}))
     odd = [o for o, how in known.items() if how != first]
     if not odd: return
-    other = known[odd[0]]
-    both = first and other
-    differs = " and ".join(k for k in first if first[k] != other[k]) if both else "that only one says how it was scored"
-    some = ", ".join(odd[:3]) + (", …" if len(odd) > 3 else "")
+    differs = " and ".join(k for k in first if first[k] != known[odd[0]][k])
     raise CalibPruneError(f"{len(odd)} of {len(known)} results were scored in another way than {name} (they differ in "
-                          f"{differs}): {some}. `calib-prune reproduce` makes them again.")
+                          f"{differs}): {some(odd)}. `calib-prune reproduce` makes them again.")
 
 # %% ../../nbs/7_study/02_results.ipynb #a78d4198
 def load_study(preset: dict[str, Any], folder: str | Path,
