@@ -145,7 +145,7 @@ def test_paper_notebooks_write_what_is_declared():
     "The names in `save_table`, `save_rows` and `save_figure` are those of the list of artefacts."
     for book in NOTEBOOKS_OF_TABLES:
         code = "\n".join(c.source for c in nbformat.read(ROOT / f"nbs/paper/{book}.ipynb", 4).cells if c.cell_type == "code")
-        assert set(re.findall(r"\b[TF]\d+-[\w-]+", code)) == {o.stem for o in made_by([book])}, book
+        assert set(re.findall(r"\b[TF]\d+-[\w-]+", code)) == {Path(f).stem for o in made_by([book]) for f in o.files}, book
 
 
 def test_the_snakefile_can_be_read_at_one_sitting():
