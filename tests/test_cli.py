@@ -97,12 +97,17 @@ def test_evaluate_reports_scores_and_retention(model, text, tmp_path):
     at = lambda o, name: next(r["retention"] for r in o["retention"] if r["name"] == name)
     assert bits["measure"] == "answer-bits" and at(bits, "mbpp") == at(out, "mbpp") and at(bits, "piqa") != at(out, "piqa")
     guessing = run(*asked, "--measure", "above-chance", code=1)
-    assert "bits/byte" in guessing.stdout and "no better than chance" in guessing.stderr, "the scores are shown all the same"
+    assert "bits/byte" in guessing.stdout and "not clearly above chance in piqa" in " ".join(guessing.stderr.split()), "the scores are shown all the same"
+    assert out["at_chance"] == ["piqa"] and out["not_scored"] == [] and out["endings"] == []
+    plain = " ".join(run(*asked).stdout.split())
+    assert "These tell little, as the dense model has few right answers beyond guessing: piqa." in plain
 
 
 def test_an_unknown_measure_is_refused_before_the_model_is_loaded(tmp_path):
     done = run("evaluate", "--model", tmp_path / "none", "--measure", "answer-bit", "--json", code=1)
     assert "Did you mean 'answer-bits'" in json.loads(done.stdout)["error"]
+    done = run("evaluate", "--model", tmp_path / "none", "--dense", tmp_path / "no", "--measure", "above-chance", "--tasks", "mbpp", "--json", code=1)
+    assert "cannot score any of these tasks: mbpp" in json.loads(done.stdout)["error"]
 
 
 @pytest.mark.parametrize("change, message", [
