@@ -57,10 +57,16 @@ def _behind(whole: Measured, name: str) -> list[str]:
     tasks = [TASKS[o] for o in whole.study["dense"].items["task"].unique()]
     return [o.name for o in tasks if metric_of(o, name) and o.name not in whole.found.left_out]
 
+def _one_draw(whole: Measured, at: dict[str, Any]) -> bool:
+    return whole.found.where(**at).noise == "items only"
+
+def _reliability(sd: float, noise_sd: float) -> float:
+    return sd**2 / (sd**2 + noise_sd**2)
+
 def _doubt(whole: Measured, at: dict[str, Any], name: str, dimension: str,
            share: float, reliability: float) -> str:  # empty if there is none
     "Why a measure cannot be judged in a dimension."
-    if whole.found.where(**at).noise == "items only": return "one draw per source: their scatter would count as signal"
+    if _one_draw(whole, at): return "one draw per source: their scatter would count as signal"
     mine = [o for o in _behind(whole, name) if TASKS[o].dimension == dimension]
     if not mine and get_measure(name).beyond_chance: return "no task in which the dense model is clearly above chance"
     if not mine: return "no task"
@@ -79,7 +85,7 @@ def _of_measure(whole: Measured, name: str, method: str | None) -> list[dict[str
     chances = chances[chances["task"].isin(_behind(whole, name))]
     for d in DIMENSIONS:
         o = spread.loc[d] if d in spread.index else dict(sd=np.nan, noise_sd=np.nan, freedom=0)
-        reliability = o["sd"]**2 / (o["sd"]**2 + o["noise_sd"]**2)
+        reliability = _reliability(o["sd"], o["noise_sd"])
         share = chances[chances["dimension"] == d]["at_chance"].mean()
         note = _doubt(whole, at, name, d, share, reliability)
         rows.append(dict(measure=name, dimension=d, method=at["method"], sparsity=at["sparsity"], sources=int(o["freedom"]) + 1,
@@ -204,13 +210,13 @@ def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: str = "
     except CalibPruneError: return pd.DataFrame(columns=TASK_ROWS)
     at, rows = _setting(whole, None), []
     if not at: return pd.DataFrame(columns=TASK_ROWS)
-    judged = whole.found.where(**at).noise != "items only"
+    judged = not _one_draw(whole, at)
     for task in _behind(whole, measure):
         found, d = _one_task(whole, task, at, measure), TASKS[task].dimension
         spread = source_spread(found).query("dimension == @d")
         if spread.empty: continue
         sd, noise = spread["sd"].iloc[0], spread["noise_sd"].iloc[0]
-        reliability = sd**2 / (sd**2 + noise**2)
+        reliability = _reliability(sd, noise)
         rows.append((d, task, found.items[d], sd, noise, reliability, bool(reliability >= RELIABLE) if judged else None))
     order = sorted(rows, key=lambda o: (DIMENSIONS.index(o[0]), -o[5]))
     return pd.DataFrame(order, columns=TASK_ROWS)

@@ -206,8 +206,8 @@ def bootstrap_retention(study: dict[str, Result],
     tasks = {name: values for name, values in tasks.items() if name not in left_out}
     for name in nothing_right(rights): rights.pop(name)
     if not tasks:
-        lost = f" The dense model is not clearly above chance in {', '.join(left_out)}." if left_out else ""
-        raise CalibPruneError(f"No task of this study can be scored by measure {measure}: {MEASURES[measure].about}.{lost}")
+        raise CalibPruneError(f"No task of this study can be scored by measure {measure}: {MEASURES[measure].about}. "
+                              f"The dense model is not clearly above chance in {', '.join(left_out)}.")
     scored = {d: scored_by(tasks, d, measure) for d in DIMENSIONS}
     return Replicates(cells.assign(draws=1, noise="items only"), outcome_replicates(tasks, rights, n_boot, seed, measure),
                       items_behind(tasks, rights), scored, left_out, measure)
