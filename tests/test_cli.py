@@ -98,7 +98,9 @@ def test_evaluate_reports_scores_and_retention(model, text, tmp_path):
     assert bits["measure"] == "answer-bits" and at(bits, "mbpp") == at(out, "mbpp") and at(bits, "piqa") != at(out, "piqa")
     guessing = run(*asked, "--measure", "above-chance", code=1)
     assert "bits/byte" in guessing.stdout and "not clearly above chance in piqa" in " ".join(guessing.stderr.split()), "the scores are shown all the same"
-    assert out["at_chance"] == ["piqa"] and out["not_scored"] == [] and out["endings"] == []
+    refused = json.loads(run(*asked, "--measure", "above-chance", "--json", code=1).stdout)
+    assert "not clearly above chance in piqa" in refused["error"] and [o["n"] for o in refused["scores"]] == [8, 8], "so they are for programs"
+    assert out["at_chance"] == ["piqa"] and out["not_scored"] == out["left_aside"] == out["endings"] == []
     plain = " ".join(run(*asked).stdout.split())
     assert "These tell little, as the dense model has few right answers beyond guessing: piqa." in plain
 

@@ -7,12 +7,12 @@ import pytest
 
 from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.measures import (HEADLINE, MEASURES, can_tell, headline, measured_values, metric_of,
-                                             not_scored, task_retention)
+                                             not_scored, nothing_right, task_retention)
 from calib_prune.evaluation.retention import difference, retention
 from calib_prune.evaluation.scoring import scores
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.report.examples import example_study
-from calib_prune.report.statistics import OUTCOMES, bootstrap_retention, nothing_right
+from calib_prune.report.statistics import OUTCOMES, bootstrap_retention
 
 ONE_OF_EACH = dict(General="sciq", Commonsense="piqa", Code="humaneval_generate", Math="basic_skills_arithmetic")
 
@@ -79,7 +79,7 @@ def test_a_task_without_choices_has_no_accuracy():
         retention(program, program, 20, measure="above-chance")
     both = pd.concat([items("sciq", np.ones(40), np.arange(40) < 30), program], ignore_index=True)
     found = retention(both, both, 20, measure="above-chance")
-    assert found.attrs == {"not_scored": ["mbpp"], "at_chance": []} and "mbpp" not in set(found["name"])
+    assert found.attrs == {"not_scored": ["mbpp"], "at_chance": [], "left_aside": []} and "mbpp" not in set(found["name"])
 
 
 def test_a_dense_model_at_chance_is_refused_or_left_out():
@@ -89,7 +89,7 @@ def test_a_dense_model_at_chance_is_refused_or_left_out():
             retention(items("sciq", np.ones(100), np.arange(100) < near), right(30)[:200], 20, measure="above-chance")
     dense, pruned = right(90, 26), right(40, 30)
     found = retention(dense, pruned, 20, measure="above-chance")
-    assert found.attrs["at_chance"] == ["hellaswag"] and set(found["name"]) == {"sciq", "General", "total"}
+    assert found.attrs["at_chance"] == found.attrs["left_aside"] == ["hellaswag"] and set(found["name"]) == {"sciq", "General", "total"}
     both = difference(dense, dense, pruned, 20, measure="above-chance")
     assert set(both["name"]) == {"sciq", "General", "total"}
     assert both.attrs == found.attrs and retention(dense.drop(columns="chance"), pruned, 20).attrs["at_chance"] is None
@@ -100,9 +100,19 @@ def test_a_dense_model_at_chance_is_refused_or_left_out():
     assert retention(dense, pruned, 20, measure="answer-bits").attrs["at_chance"] == []
 
 
+def test_a_task_with_nothing_right_is_left_out_if_its_dimension_has_others():
+    def right(*shares):
+        return pd.concat([items(t, np.ones(100), np.arange(100) < n) for t, n in zip(("sciq", "hellaswag", "piqa"), shares)], ignore_index=True)
+    found = retention(right(80, 0, 90), right(40, 5, 45), 20)
+    assert found.attrs["left_aside"] == ["hellaswag"] and found.set_index("name")["retention"][["sciq", "General", "Commonsense"]].tolist() == [0.5] * 3
+    assert "hellaswag" not in set(found["name"]) and "hellaswag" in found.attrs["at_chance"]
+    with pytest.raises(CalibPruneError, match="scores zero on task 'hellaswag'"): retention(right(80, 0, 0), right(40, 5, 45), 20)
+    assert retention(right(80, 0, 90), right(40, 5, 45), 20, measure="answer-bits").attrs["left_aside"] == []
+
+
 def test_a_dimension_at_chance_is_left_out_of_a_study():
     rng = np.random.default_rng(1)
-    values = {t: (rng.random((400, 2)) < p) - 0.25 for t, p in (("sciq", 0.26), ("piqa", 0.8))}
+    values = {t: (rng.random(400) < p) - 0.25 for t, p in (("sciq", 0.26), ("piqa", 0.8))}
     assert nothing_right(values, "above-chance") == ("sciq",)
     assert nothing_right({k: 0 * v for k, v in values.items()}) == (), "nothing else measures the dimensions: an error will say so"
     assert nothing_right(values | {"jeopardy": values["piqa"]}, "above-chance") == ("sciq",)

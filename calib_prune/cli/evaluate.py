@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
+from ..core import CalibPruneError
 from .output import JsonOption, bars, print_json, show_table
 
 # %% ../../nbs/9_cli/05_evaluate.ipynb #2babf5de
@@ -24,12 +25,14 @@ def _show(scored: list[dict[str, Any]], left_out: dict[str, int], endings: list[
     _say([*(f"{task}: {n} {long}." for task, n in left_out.items()), *endings])
 
 def _show_kept(kept: list[dict[str, Any]], measure: Any,  # of `evaluation.measures`
-               not_scored: list[str], at_chance: list[str] | None) -> None:
+               not_scored: list[str], at_chance: list[str] | None, left_aside: list[str]) -> None:
     "Retention for people, with what it does not cover."
     show_table(kept, f"retention: {measure.about}")
     if not_scored: _say([f"Not scored by {measure.name}: {', '.join(not_scored)}."])
-    how = "Left out" if measure.beyond_chance else "These tell little"
-    if at_chance: _say([f"{how}, as the dense model has few right answers beyond guessing: {', '.join(at_chance)}."])
+    few = [o for o in at_chance or [] if o not in left_aside]
+    if few: _say([f"These tell little, as the dense model has few right answers beyond guessing: {', '.join(few)}."])
+    why = "few right answers beyond guessing" if measure.beyond_chance else "nothing right"
+    if left_aside: _say([f"Left out, as the dense model has {why}: {', '.join(left_aside)}."])
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Model to score: a folder made by `prune`, or any model that `prune` takes.")],
@@ -65,9 +68,13 @@ def evaluate(
     if not as_json:
         short = scored.drop(columns="accuracy").rename(columns={"standard_error": "± s.e.", "bits_per_byte": "bits/byte"})
         _show(short.to_dict("records"), left_out, endings)  # before retention, which may have no answer
-    kept = retention(items[dense], items[model], measure=measure) if dense else None
-    if as_json:
-        out: dict[str, Any] = {"scores": json_rows(scored), "endings": endings}
-        if kept is not None: out |= {"measure": measure, "retention": json_rows(kept), **kept.attrs}
-        print_json(out | items[model].attrs)
-    elif kept is not None: _show_kept(kept.to_dict("records"), about, **kept.attrs)
+    out: dict[str, Any] = {"scores": json_rows(scored), "endings": endings} | items[model].attrs
+    if dense:
+        try: kept = retention(items[dense], items[model], measure=measure)
+        except CalibPruneError as e:
+            if not as_json: raise
+            print_json(out | {"measure": measure, "error": str(e)})  # the scores took hours
+            raise SystemExit(1) from e
+        out |= {"measure": measure, "retention": json_rows(kept), **kept.attrs}
+        if not as_json: _show_kept(kept.to_dict("records"), about, **kept.attrs)
+    if as_json: print_json(out)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'CLEARLY', 'RELIABLE', 'AT_CHANCE', 'HEADLINE', 'Measure', 'get_measure', 'metric_of', 'check_scorable',
            'not_scored', 'measured_rows', 'measured_values', 'values_at', 'task_retention', 'clearly_above_chance',
-           'at_chance', 'prompt_gains', 'can_tell', 'headline']
+           'at_chance', 'nothing_right', 'prompt_gains', 'can_tell', 'headline']
 
 # %% ../../nbs/6_evaluation/05_measures.ipynb #49affed8
 from dataclasses import dataclass
@@ -124,6 +124,21 @@ def at_chance(dense: pd.DataFrame  # from `scoring.evaluate`
     right = dense[dense["chance"].notna() & (dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric))]
     lead = right.assign(lead=right["value"] - right["chance"]).groupby("task", sort=False)["lead"]
     return [task for task, mine in lead if not clearly_above_chance(mine.to_numpy())]
+
+# %% ../../nbs/6_evaluation/05_measures.ipynb #c30d1f0a
+def _has_something(dense: np.ndarray, measure: str) -> bool:
+    "Whether a dense model can lose something in a task."
+    if not get_measure(measure).beyond_chance: return bool(dense.any())
+    return clearly_above_chance(dense)
+
+def nothing_right(dense: dict[str, np.ndarray],  # task → [items], from `measured_values`
+                  measure: str = "plain"
+                 ) -> tuple[str, ...]:
+    "The tasks in which the dense model has nothing to lose; by measures that count from 0, of dimensions that have others."
+    lost = [t for t, values in dense.items() if not _has_something(values, measure)]
+    if get_measure(measure).beyond_chance: return tuple(lost)
+    measured = {TASKS[t].dimension for t in dense if t not in lost}
+    return tuple(t for t in lost if TASKS[t].dimension in measured)
 
 # %% ../../nbs/6_evaluation/05_measures.ipynb #3f0b455d
 def prompt_gains(items: pd.DataFrame  # from `scoring.evaluate` with `swapped`

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from .measures import at_chance, get_measure, measured_values, not_scored, task_retention
+from .measures import at_chance, measured_values, not_scored, nothing_right, task_retention
 from .scoring import scores
 from .tasks import TASKS
 from ..resampling import N_BOOT, draws, interval
@@ -35,7 +35,7 @@ def retention_draws(dense: pd.DataFrame, pruned: pd.DataFrame, n_boot: int, seed
                    ) -> dict[tuple[str, str], np.ndarray]:  # ("task" | "dimension" | "total", name) → [1 + n_boot]
     "Retention by task, by dimension and in total, under each draw. The total is NaN unless all dimensions are there."
     pairs, tasks = paired_values(dense, pruned, measure), {}
-    lost = at_chance(dense) if get_measure(measure).beyond_chance else []
+    lost = nothing_right({t: x for t, (x, _) in pairs.items()}, measure)
     if not set(pairs) - set(lost):
         raise CalibPruneError(f"The dense model is not clearly above chance in {', '.join(lost)}, so nothing can be kept of it "
                               "there. Use more items, tasks that this model can do, or another measure.")
@@ -52,11 +52,14 @@ def retention_draws(dense: pd.DataFrame, pruned: pd.DataFrame, n_boot: int, seed
 
 # %% ../../nbs/6_evaluation/07_retention.ipynb #720771e7
 def left_aside(dense: pd.DataFrame, measure: str = "plain") -> dict[str, list[str] | None]:
-    """The tasks that a measure cannot score (`not_scored`), and those in which the dense model is not clearly above chance
-    (`at_chance`; None where the scores do not say what guessing gets). A measure that counts from chance leaves those out."""
+    """The tasks that a measure cannot score (`not_scored`), those in which the dense model is not clearly above chance
+    (`at_chance`; None where the scores do not say what guessing gets), and those that are left out for it (`left_aside`):
+    by a measure that counts from chance all of them, by others those with nothing right, if their dimension has others."""
     known = "chance" in dense or measure == "answer-bits"
     near = at_chance(dense) if measure != "answer-bits" else []
-    return {"not_scored": not_scored(dense, measure), "at_chance": near if known else None}
+    values = measured_values(dense, measure).groupby("task", sort=False)["value"]
+    lost = nothing_right({task: mine.to_numpy() for task, mine in values}, measure)
+    return {"not_scored": not_scored(dense, measure), "at_chance": near if known else None, "left_aside": [*lost]}
 
 def retention(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`, same tasks and limit
               n_boot: int = N_BOOT, seed: int = 0,

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'BLOCK', 'SPREAD', 'PAIRED', 'Replicates', 'source_dimension', 'as_strategy',
-           'pruned_cells', 'same_rows', 'item_values', 'nothing_right', 'task_replicates', 'in_accuracy',
-           'outcome_replicates', 'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups', 'setting_groups',
-           'deviations', 'draw_spread', 'draw_variances', 'DrawNoise', 'draw_noise', 'strategy_retention',
-           'retention_summary', 'paired_difference', 'noise_variance', 'without_noise', 'spread', 'simultaneous',
-           'best_of', 'shortfall']
+           'pruned_cells', 'same_rows', 'item_values', 'task_replicates', 'in_accuracy', 'outcome_replicates',
+           'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups', 'setting_groups', 'deviations',
+           'draw_spread', 'draw_variances', 'DrawNoise', 'draw_noise', 'strategy_retention', 'retention_summary',
+           'paired_difference', 'noise_variance', 'without_noise', 'spread', 'simultaneous', 'best_of', 'shortfall']
 
 # %% ../../nbs/8_report/02_statistics.ipynb #c5d8abc9
 import math
@@ -22,7 +21,7 @@ from scipy.stats import chi2, norm
 
 from ..calibration.sources import FURTHER, PAPER_SOURCES, SOURCES
 from ..core import DIMENSIONS, CalibPruneError, unknown_name
-from ..evaluation.measures import (MEASURES, clearly_above_chance, get_measure, measured_rows, measured_values, metric_of,
+from ..evaluation.measures import (MEASURES, measured_rows, measured_values, metric_of, nothing_right,
                                              task_retention, values_at)
 from ..evaluation.retention import paired_values
 from ..evaluation.tasks import TASKS
@@ -126,21 +125,6 @@ def item_values(study: dict[str, Result],
     values = np.column_stack([of_dense["value"], *columns])
     return {task: values[rows.index] for task, rows in of_dense.groupby("task", sort=False)}
 
-# %% ../../nbs/8_report/02_statistics.ipynb #b6640950
-def _has_something(dense: np.ndarray, measure: str) -> bool:
-    "Whether a dense model can lose something in a task."
-    if not get_measure(measure).beyond_chance: return bool(dense.any())
-    return clearly_above_chance(dense)
-
-def nothing_right(tasks: dict[str, np.ndarray],  # from `item_values`
-                  measure: str = "plain"
-                 ) -> tuple[str, ...]:
-    "The tasks in which the dense model has nothing to lose; by measures that count from 0, of dimensions that have others."
-    lost = [t for t, values in tasks.items() if not _has_something(values[:, 0], measure)]
-    if get_measure(measure).beyond_chance: return tuple(lost)
-    measured = {TASKS[t].dimension for t in tasks if t not in lost}
-    return tuple(t for t in lost if TASKS[t].dimension in measured)
-
 # %% ../../nbs/8_report/02_statistics.ipynb #af06af61
 def task_replicates(task: str,
                     values: np.ndarray,   # [items, 1 + cells], the dense model first
@@ -202,9 +186,10 @@ def bootstrap_retention(study: dict[str, Result],
     "Retention of every pruned cell, with replicates from one paired bootstrap over items."
     cells, tasks = pruned_cells(study), item_values(study, measure)
     rights = dict(tasks) if measure == "plain" else item_values(study)
-    left_out = nothing_right(tasks, measure)
+    of_dense = lambda values: {task: mine[:, 0] for task, mine in values.items()}
+    left_out = nothing_right(of_dense(tasks), measure)
     tasks = {name: values for name, values in tasks.items() if name not in left_out}
-    for name in nothing_right(rights): rights.pop(name)
+    for name in nothing_right(of_dense(rights)): rights.pop(name)
     if not tasks:
         raise CalibPruneError(f"No task of this study can be scored by measure {measure}: {MEASURES[measure].about}. "
                               f"The dense model is not clearly above chance in {', '.join(left_out)}.")
