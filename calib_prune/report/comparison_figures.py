@@ -194,10 +194,11 @@ def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
     for ax in axes[-1]: ax.set_xlabel("sparsity (% of weights removed)")
     line = table[total & ~best & (table["method"] == table["method"].iloc[0])]
     if len(line) > 1:
-        peak = line.loc[line["value"].idxmax()]
-        most = interval_text(peak["value"], peak["ci_low"], peak["ci_high"], "+")
-        headline(figure, f"{method_label(peak['method'])}: the margin of {mix} over {base} is largest at "
-                         f"{sparsity_label(peak['sparsity'])}, {most} points")
+        at = {sparsity_label(o.sparsity): interval_text(o.value, o.ci_low, o.ci_high, "+") for o in line.itertuples()}
+        peak = sparsity_label(line.loc[line["value"].idxmax(), "sparsity"])
+        both = ", ".join(f"{points} at {level}" for level, points in at.items())
+        said = f"is largest at {peak}, {at[peak]} points" if len(at) > 2 else f"is {both}"
+        headline(figure, f"{method_label(line['method'].iloc[0])}: the margin of {mix} over {base} {said}")
     return annotate(figure, note)
 
 # %% ../../nbs/8_report/08_comparison_figures.ipynb #86f9a5ca

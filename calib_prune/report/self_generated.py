@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEST', 'REFERENCES', 'GOALS', 'FACTS', 'RETENTIONS', 'SHOWN_FACTS', 'SHOWN_MEASURES', 'in_grid', 'compared_cells',
-           'single_sources', 'compared_pairs', 'at_once', 'difference_rows', 'beyond_noise', 'text_facts',
-           'variant_rows', 'with_draws', 'by_shared_draws', 'all_at_once', 'ablation_rows', 'ablation_text',
-           'steps_that_show']
+           'single_sources', 'our_mixes', 'about_ours', 'compared_pairs', 'at_once', 'difference_rows', 'beyond_noise',
+           'text_facts', 'variant_rows', 'with_draws', 'by_shared_draws', 'all_at_once', 'ablation_rows',
+           'ablation_text', 'steps_that_show']
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #849d4aa8
 import json
@@ -47,10 +47,24 @@ def single_sources(found: Replicates) -> list[str]:
     "The strategies that calibrate on one source."
     return list(found.cells["strategy"][found.cells["source_dimension"] != ""])
 
+def our_mixes(part: Part) -> list[str]:
+    "The mixes whose shares or weights were chosen: neither a single source nor a reference, and not written by the model."
+    others = {*single_sources(part.found), *REFERENCES}
+    return [name for name in part.found.cells["strategy"]
+            if name not in others and protocol_of(part.preset["strategies"].get(name, "")) is None]
+
+def about_ours(names: list[str]) -> str:
+    "What our own mixes are, for a caption."
+    weighed = [o for o in ("balanced", "minimax") if any(name.endswith(f", {o}") for name in names)]
+    said = [f"{listed(f'`{o}`' for o in weighed)} weigh the dimensions of a mix"] if weighed else []
+    shares = "their shares" if weighed else "its shares of the dimensions"
+    if "tuned" in names: said.append(f"`tuned` has {shares} from held-out text")
+    return f" Ours: {', '.join(said)}." if said else ""
+
 def compared_pairs(part: Part) -> list[tuple[str, str]]:
     "Our own strategies and the protocols, each with the references and with one another."
     names = list(part.found.cells["strategy"])
-    ours = [name for name in names if name not in in_grid(part.preset)]
+    ours = our_mixes(part)
     written = [name for name in names if protocol_of(part.preset["strategies"].get(name, ""))][::-1]
     compared = ours + written
     best = [BEST] if len(single_sources(part.found)) > 1 else []

@@ -23,12 +23,13 @@ from .tables import interval_text
 from ..style import DIMENSION_COLOURS, MARKERS, legend_above
 
 # %% ../../nbs/8_report/13_self_generated_figures.ipynb #a3e80ac1
-def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, value, ci_low, ci_high
+def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value, ci_low, ci_high
               singles: list[str]) -> str:
-    "The interval of the single source that scored best, as a band; its name."
+    "The interval of the single source that scored best, as a band, unless it is the baseline; its name."
     mine = delta[delta["mix"].isin(singles)]
     if mine.empty: return ""
     best = mine.loc[mine["value"].idxmax()]
+    if best["value"] < 0 and best["over"] in singles: return best["over"]
     ax.axvspan(100 * best["ci_low"], 100 * best["ci_high"], color="0.9", zorder=0)
     return best["mix"]
 
@@ -57,7 +58,7 @@ def protocol_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention
         mine = delta[delta["dimension"] == measure]
         name = best_band(ax, mine, singles)
         difference_panel(ax, mine[mine["mix"].isin(shown)], shown, kinds)
-        ax.set_title(measure + (f"\nbest: {name}" if name else ""), fontsize=7.5)
+        ax.set_title(measure + (f"\nbest source:\n{name}" if name else ""), fontsize=7.5)
     figure.supxlabel(f"retention over {base} (points); band: interval of the single source that scored best", fontsize=8)
     headline(figure, winners(delta))
     legend_above(figure, [kinds[o] for o in shown])
