@@ -20,7 +20,7 @@ from calib_prune.report.correlation_figures import in_settings, metric_message, 
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.plots import figure_of
 from calib_prune.report.selection import (caption, endings_note, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
-                                          size_cells, sweep_cells, take)
+                                          size_cells, sweep_cells, take, weak_note)
 from calib_prune.report.self_generated import ablation_rows, all_at_once, steps_that_show
 from calib_prune.report.statistics import paired_difference
 from calib_prune.report.tables import latex_table, latex_text
@@ -257,6 +257,17 @@ def test_captions_say_how_answers_ended():
     said = endings_note(dataclasses.replace(here, study=more))
     n = len(names) - 1
     assert said == f"Dense model: mbpp_generate: 1 of 1 answers were cut at 512 tokens. {n} pruned models: mbpp_generate: {n} of {n} answers were cut at 512 tokens."
+
+
+def test_captions_name_tasks_in_which_the_dense_model_has_few_right():
+    here = part()
+    rows = lambda task, metric, right, n, chance: pd.DataFrame([dict(task=task, dimension="Math", item=str(i), metric=metric, value=float(i < right),
+                                                                     bytes=0, chance=chance) for i in range(n)])
+    dense = here.study["dense"]
+    made = pd.concat([rows("gsm8k_generate", "exact_match", 2, 32, 0.0), rows("basic_skills_arithmetic", "acc", 60, 96, 0.1)], ignore_index=True)
+    weak = dataclasses.replace(here, study=here.study | {"dense": dataclasses.replace(dense, items=made)})
+    assert weak_note(weak).endswith("few right answers beyond guessing: gsm8k_generate (2 of 32 right).")
+    assert weak_note(dataclasses.replace(weak, found=dataclasses.replace(weak.found, measure="answer-bits"))) == ""
 
 
 def test_variants_are_judged_together():

@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'example_results', 'main_sparsity', 'main_cells', 'varied', 'default_size_cells', 'sweep_cells',
            'size_cells', 'Measured', 'in_settings', 'measured', 'lacking', 'Part', 'take', 'grid_part', 'span',
            'draw_counts', 'draws_so_far', 'missing_note', 'drawn_settings', 'interval_note', 'setting_note',
-           'scoring_note', 'endings_note', 'caption', 'footnote']
+           'scoring_note', 'weak_note', 'endings_note', 'caption', 'footnote']
 
 # %% ../../nbs/8_report/06_selection.ipynb #869c9ac4
 from dataclasses import asdict, dataclass
@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS
-from ..evaluation.measures import MEASURES, not_scored
+from ..evaluation.measures import MEASURES, at_chance, not_scored
 from ..evaluation.scoring import ENDINGS, ending_notes
+from ..evaluation.tasks import TASKS
 from .examples import example_items
 from .plots import method_label, sparsity_label
 from .statistics import (COORDINATES, OUTCOMES, Replicates, as_strategy,
@@ -231,6 +232,16 @@ def scoring_note(part: Part) -> str:
     return (f"{MEASURES[found.measure].label}: retention is in % of the dense model's score, {_FORMULA[found.measure]} "
             f"({each}).{_GUESSING.get(found.measure, '')} Total is the mean of the dimensions.{left_out}")
 
+# %% ../../nbs/8_report/06_selection.ipynb #b5a02d84
+def weak_note(part: Part) -> str:
+    "The tasks that count, though the dense model has few right answers beyond guessing; empty where none do."
+    if part.found.measure != "plain" or "dense" not in part.study: return ""
+    dense = part.study["dense"].items
+    right = dense[dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric)].groupby("task")["value"].agg(["sum", "size"])
+    near = [o for o in at_chance(dense) if o not in part.found.left_out]
+    weak = [f"{o} ({right.loc[o, 'sum']:.0f} of {right.loc[o, 'size']} right)" for o in near]
+    return f"These tell little, as the dense model has few right answers beyond guessing: {', '.join(weak)}." if weak else ""
+
 def endings_note(part: Part) -> str:
     "How many written answers were cut, and how many programs ran out of time; empty if none, or where rows do not say so."
     says = lambda o: o["metric"].isin(ENDINGS).any()
@@ -241,10 +252,11 @@ def endings_note(part: Part) -> str:
     of_pruned = f"{len(pruned)} pruned models: {' '.join(notes)}" if notes else ""
     return " ".join(filter(None, [of_dense, of_pruned]))
 
+# %% ../../nbs/8_report/06_selection.ipynb #ab716b05
 def caption(part: Part, what: str,  # the title
             *more: str) -> str:
     "The text below a table."
-    notes = what, setting_note(part), scoring_note(part), *more, mix_note(part.study), overlap_note(part.study)
+    notes = what, setting_note(part), scoring_note(part), weak_note(part), *more, mix_note(part.study), overlap_note(part.study)
     return " ".join(o for o in notes if o)
 
 def footnote(part: Part) -> str:
@@ -252,4 +264,4 @@ def footnote(part: Part) -> str:
     shared = overlaps(part.study)
     said = f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
     scored = f"Measure of retention: {MEASURES[part.found.measure].label.lower()}. " if len(part.found.cells) else ""
-    return scored + setting_note(part) + said
+    return " ".join(filter(None, [scored + setting_note(part), weak_note(part)])) + said
