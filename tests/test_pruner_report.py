@@ -1,10 +1,11 @@
 "Methods side by side: gains by draw, costs, and the rule that picks."
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from calib_prune.core import CalibPruneError
 from calib_prune.report.examples import example_items, example_preset
 from calib_prune.report.pruners import (GAINS, chosen, cost_rows, gain_rows, gain_text, gains, kept_rows, pruner_figure,
                                         pruner_text, totals)
@@ -52,6 +53,20 @@ def test_costs_are_ratios_of_the_same_draw():
     assert costs["times"].to_dict() == pytest.approx({"sparsegpt": 1, "admm": 1.4, "alps": 3})
     assert costs["seconds"]["admm"] == 56 and costs["error"]["alps"] == 0.03
     assert costs["perplexity"]["admm"] == pytest.approx((30 * 31 * 32) ** (1 / 3))
+
+
+def test_times_of_two_kinds_of_processor_are_not_compared():
+    whole = made_up({"admm": (0.05, 28)})
+    def on(kind):  # by cell
+        moved = {k: replace(o, record=o.record | dict(processor=kind(k))) for k, o in whole.study.items()}
+        return cost_rows(moved).set_index("method")["times"], moved
+    other, _ = on(lambda name: "slow" if "sparsegpt" in name and not name.endswith("s0") else "fast")
+    assert other["admm"] == pytest.approx(1.4), "of the first draw alone"
+    none, moved = on(lambda name: "slow" if "sparsegpt" in name else "fast")
+    assert np.isnan(none["admm"]) and none["sparsegpt"] == 1
+    text = pruner_text(kept_rows(whole), gain_rows(whole), cost_rows(moved)).set_index("method")
+    assert text["time"].to_dict() == {"SparseGPT": "1.00×", "L-ADMM": "–"}
+    with pytest.raises(CalibPruneError, match="times beside SparseGPT's"): pruner_figure(gain_rows(whole), cost_rows(moved))
 
 
 @pytest.mark.parametrize("methods, names", [

@@ -88,13 +88,15 @@ def _of_study(study: dict[str, Result]) -> pd.DataFrame:
         if not o.record["method"]: continue
         perplexities = o.rows[o.rows["metric"] == "perplexity per token"]["score"]
         rows.append({k: o.record[k] for k in ("strategy", "seed", "sparsity", "method")} | dict(
+            processor=o.record.get("processor", ""), threads=o.record.get("threads", 0),
             seconds=o.seconds["pruning"], peak_gib=o.record.get("peak_gib", np.nan), error=o.record.get("mean_error", np.nan),
             perplexity=perplexities.iloc[0] if len(perplexities) else np.nan))
     return pd.DataFrame(rows)
 
 def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # columns `COSTS`
-    "Medians by sparsity and method; `times` the base method's seconds, pair by pair; perplexity as a geometric mean."
-    found, on = _of_study(study), ["strategy", "seed", "sparsity"]
+    """Medians by sparsity and method; `times` the base method's seconds, pair by pair, on processors of one kind (NaN if none);
+    perplexity as a geometric mean."""
+    found, on = _of_study(study), ["strategy", "seed", "sparsity", "processor", "threads"]
     if found.empty: return pd.DataFrame(columns=COSTS)
     bases = found[found["method"] == base].set_index(on)["seconds"]
     found["times"] = found["seconds"].to_numpy() / bases.reindex(pd.MultiIndex.from_frame(found[on])).to_numpy()
@@ -121,8 +123,8 @@ def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -
         only = f" ({named})" if len(there) < len(sets) else ""
         lines.append(dict(sparsity=sparsity_label(sparsity), method=method_label(method) + only, error=f"{100 * o.error:.2f}",
                           perplexity=f"{o.perplexity:.1f}", **{d: f"{100 * cell.value[d]:.1f}" for d in GOALS},
-                          gain=said, draws=gain.draws if gain else cell["draws"].min(), time=f"{o.times:.2f}×",
-                          memory=f"{o.peak_gib:.2f}"))
+                          gain=said, draws=gain.draws if gain else cell["draws"].min(),
+                          time="–" if np.isnan(o.times) else f"{o.times:.2f}×", memory=f"{o.peak_gib:.2f}"))
     return pd.DataFrame(lines).rename(columns=dict(error="error, %", perplexity="held-out perplexity", memory="GiB",
                                                    gain="total over SparseGPT"))
 
@@ -191,7 +193,8 @@ def pruner_figure(gained: pd.DataFrame, costs: pd.DataFrame, note: str = "") -> 
     "Gains in total retention against time."
     total = gained[(gained["dimension"] == "Total") & (gained["strategy"] == "mean")]
     check_rows(total, "gains over SparseGPT")
-    points = total.merge(costs, on=["sparsity", "method"])
+    points = total.merge(costs.dropna(subset="times"), on=["sparsity", "method"])
+    check_rows(points, "times beside SparseGPT's")
     colours = dict(zip(METHODS, sns.color_palette("colorblind", len(METHODS))))  # one colour per method, whichever are there
     levels = sorted(points["sparsity"].unique(), key=str)
     figure, axes = plt.subplots(1, len(levels), figsize=(WIDTH, 3), layout="constrained", squeeze=False, sharey=True)
