@@ -342,6 +342,19 @@ def test_colours_show_the_difference_from_c4_and_not_the_level_of_a_column():
     assert np.isclose(shown[names.index("math"), 3], 100 * expected)
 
 
+def test_what_has_no_interval_has_no_colour_and_is_not_in_the_title():
+    rows, delta = retention_rows(part()), base_differences(part())
+    lost = ["General", "Commonsense", "Math"]
+    ends = dict(ci_low=np.nan, ci_high=np.nan)
+    bare = [o.assign(**{k: o[k].where(~o["dimension"].isin(lost)) for k in ends}) for o in (rows, delta)]
+    figure = retention_panels(*bare)
+    ax = figure.axes[0]
+    shown = np.asarray(ax.collections[0].get_array()).reshape(len(KEPT), -1)
+    assert (shown[:, [0, 1, 3]] == 0).all() and np.ptp(shown[:, 2]) > 0
+    assert sum(o.get_text().endswith("[–]") for o in ax.texts) == 3 * len(KEPT) and not any("nan" in o.get_text() for o in ax.texts)
+    assert "Code" in figure.get_suptitle() and not any(o in figure.get_suptitle() for o in lost)
+
+
 def test_titles_of_correlations_speak_of_the_panels_shown():
     row = lambda sparsity, dimension, rho, p, q: dict(method="wanda", sparsity=sparsity, metric="distortion", dimension=dimension, rho=rho, p=p, q=q)
     table = pd.DataFrame([row(0.6, "General", 0.6, 0.01, 0.2), row(0.6, "Code", -0.9, 0.001, 0.01), row(0.6, "Total", -0.9, 0.001, 0.01),

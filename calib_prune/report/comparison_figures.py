@@ -33,7 +33,8 @@ def heat_panel(ax: Axes, kept: pd.DataFrame, colour: np.ndarray,  # [strategies,
               ) -> None:
     "One method's heat map; what has not been run is grey."
     value, low, high = (_grid(kept, o, strategies, columns) for o in ("value", "ci_low", "ci_high"))
-    say = np.vectorize(lambda v, lo, hi: "" if np.isnan(v) else f"{v:.1f}\n[{lo:.0f}, {hi:.0f}]", otypes=[str])
+    ends = lambda lo, hi: "[–]" if np.isnan(lo + hi) else f"[{lo:.0f}, {hi:.0f}]"
+    say = np.vectorize(lambda v, lo, hi: "" if np.isnan(v) else f"{v:.1f}\n{ends(lo, hi)}", otypes=[str])
     sns.heatmap(np.where(np.isnan(value), np.nan, colour), annot=say(value, low, high), fmt="", cmap="vlag", vmin=-reach,
                 vmax=reach, linewidths=0.6, ax=ax, cbar=False, annot_kws={"fontsize": 7, "linespacing": 1.05},
                 xticklabels=columns, yticklabels=strategies)
@@ -48,8 +49,8 @@ def heat_panel(ax: Axes, kept: pd.DataFrame, colour: np.ndarray,  # [strategies,
 # %% ../../nbs/8_report/08_comparison_figures.ipynb #5262d84e
 def over_baseline(delta: pd.DataFrame,  # of one method
                   strategies: list[str], columns: list[str]) -> np.ndarray:  # [strategies, columns], points
-    "How much more than the baseline each strategy keeps; 0 for the baseline itself, and where there is none."
-    found = _grid(delta.rename(columns={"mix": "strategy"}), "value", strategies, columns)
+    "How much more than the baseline each strategy keeps; 0 for the baseline itself, and where there is none or no interval."
+    found = _grid(delta.dropna(subset="ci_low").rename(columns={"mix": "strategy"}), "value", strategies, columns)
     return np.where(np.isnan(found), 0.0, found)
 
 def first_method(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
@@ -58,10 +59,11 @@ def first_method(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     return f"{method_label(methods[0])}: " * (len(methods) > 1), table[table["method"] == methods[0]]
 
 def best_message(kept: pd.DataFrame) -> str:
-    "Which single source is best in each dimension."
-    singles = kept[kept["source"].isin(DIMENSIONS) & kept["dimension"].isin(DIMENSIONS)]
+    "Which single source is best in each dimension that has intervals."
+    singles = kept[kept["source"].isin(DIMENSIONS) & kept["dimension"].isin(DIMENSIONS)].dropna(subset="ci_low")
     if singles.empty: return ""
     best = singles.loc[singles.groupby("dimension", sort=False)["value"].idxmax()].set_index("dimension")["strategy"]
+    if len(best) == 1: return f"{best.iloc[0]} keeps most {best.index[0]}"
     if best.nunique() == 1: return f"One source keeps most of each dimension: {best.iloc[0]}"
     won = {o: listed(best.index[best == o]) for o in dict.fromkeys(best)}
     return "No single source keeps every ability: " + ", ".join(f"{o} keeps most {d}" for o, d in won.items())
