@@ -3,7 +3,9 @@ import functools
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,7 +23,8 @@ from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.plots import figure_of
 from calib_prune.report.selection import (caption, endings_note, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
                                           size_cells, sweep_cells, take, weak_note)
-from calib_prune.report.self_generated import ablation_rows, all_at_once, steps_that_show
+from calib_prune.report.self_generated import about_ours, ablation_rows, all_at_once, our_mixes, steps_that_show
+from calib_prune.report.self_generated_figures import best_band
 from calib_prune.report.statistics import paired_difference
 from calib_prune.report.tables import latex_table, latex_text
 from calib_prune.study.artefacts import ENDINGS, made_by
@@ -268,6 +271,36 @@ def test_captions_name_tasks_in_which_the_dense_model_has_few_right():
     weak = dataclasses.replace(here, study=here.study | {"dense": dataclasses.replace(dense, items=made)})
     assert weak_note(weak).endswith("few right answers beyond guessing: gsm8k_generate (2 of 32 right).")
     assert weak_note(dataclasses.replace(weak, found=dataclasses.replace(weak.found, measure="answer-bits"))) == ""
+    assert weak_note(dataclasses.replace(weak, found=dataclasses.replace(weak.found, left_out=("gsm8k_generate",)))) == ""
+    nothing = part(keep=lambda o: o == "dense")
+    assert "dense" in nothing.study and weak_note(dataclasses.replace(nothing, study={"dense": weak.study["dense"]})) == "", "no measure is known yet"
+
+
+def test_our_mixes_are_those_of_chosen_shares():
+    names = {"c4": "c4", "mine": "notes.jsonl", "uniform": "uniform", "igsp": "generated:igsp", "tuned": "c4=3,math=1", "uniform-dimensions": "uniform-dimensions"}
+    strategies = [*names, "uniform-dimensions, balanced"]
+    some = SimpleNamespace(preset=dict(strategies=names), found=SimpleNamespace(cells=pd.DataFrame(dict(strategy=strategies))))
+    assert our_mixes(some) == ["tuned", "uniform-dimensions, balanced"]
+    assert about_ours(["tuned"], "another model") == " Ours: `tuned` has its shares of the dimensions from held-out text, as another model keeps it."
+    assert about_ours(our_mixes(some)).startswith(" Ours: `balanced` weigh") and about_ours([]) == ""
+
+
+def test_the_best_source_may_be_the_baseline():
+    row = lambda mix, value: dict(mix=mix, over="c4", value=value, ci_low=value - 0.01, ci_high=value + 0.01)
+    below, above = pd.DataFrame([row("math", -0.02), row("uniform", 0.1)]), pd.DataFrame([row("math", 0.02), row("uniform", 0.1)])
+    for delta, name, bands in ((below, "c4", 0), (above, "math", 1), (below.assign(value=np.nan), "", 0)):
+        ax = plt.figure().add_subplot()
+        assert best_band(ax, delta, ["c4", "math"]) == name and len(ax.patches) == bands
+        plt.close()
+
+
+def test_a_margin_at_two_levels_is_given_at_both():
+    rows = margin_rows(part(sweep_cells), "uniform", "c4", "sparsity")
+    levels = sorted(rows["sparsity"].unique())
+    two = rows[rows["sparsity"].isin(levels[:2])]
+    title = margin_figure(two).get_suptitle()
+    assert len(levels) > 2 and "largest" in margin_figure(rows).get_suptitle() and "largest" not in title
+    assert all(f"{100 * o:.0f}%" in title for o in levels[:2]) and "points" in title
 
 
 def test_variants_are_judged_together():

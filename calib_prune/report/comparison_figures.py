@@ -102,7 +102,9 @@ def retention_panels(table: pd.DataFrame,  # from `retention_rows`, one sparsity
     legend_above(figure, kinds)
     name, first = first_method(table)
     headline(figure, name + best_message(first))
-    return annotate(figure, f"Numbers: retention, % of the dense model's score [95% interval]. {more} {note}".replace("  ", " "))
+    bare = "[–]: no interval, and so no colour. " if table["ci_low"].isna().any() else ""
+    said = f"Numbers: retention, % of the dense model's score [95% interval]. {bare}{more} {note}"
+    return annotate(figure, said.replace("  ", " "))
 
 # %% ../../nbs/8_report/08_comparison_figures.ipynb #333790f1
 def difference_panel(ax: Axes, delta: pd.DataFrame,  # one row per strategy: mix, value, ci_low, ci_high
@@ -199,7 +201,7 @@ def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
         at = {sparsity_label(o.sparsity): interval_text(o.value, o.ci_low, o.ci_high, "+") for o in line.itertuples()}
         peak = sparsity_label(line.loc[line["value"].idxmax(), "sparsity"])
         both = ", ".join(f"{points} at {level}" for level, points in at.items())
-        said = f"is largest at {peak}, {at[peak]} points" if len(at) > 2 else f"is {both}"
+        said = f"is largest at {peak}, {at[peak]} points" if len(at) > 2 else f"is {both} (points)"
         headline(figure, f"{method_label(line['method'].iloc[0])}: the margin of {mix} over {base} {said}")
     return annotate(figure, note)
 

@@ -234,8 +234,8 @@ def scoring_note(part: Part) -> str:
 
 # %% ../../nbs/8_report/06_selection.ipynb #b5a02d84
 def weak_note(part: Part) -> str:
-    "The tasks that count, though the dense model has few right answers beyond guessing; empty where none do."
-    if part.found.measure != "plain" or "dense" not in part.study: return ""
+    "The tasks that count, though the dense model has few right answers beyond guessing; empty if none, or nothing is pruned yet."
+    if part.found.measure != "plain" or not len(part.found.cells): return ""
     dense = part.study["dense"].items
     right = dense[dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric)].groupby("task")["value"].agg(["sum", "size"])
     near = [o for o in at_chance(dense) if o not in part.found.left_out]

@@ -16,6 +16,7 @@ from typing import Any, Collection, Iterable, Sequence
 import numpy as np
 import pandas as pd
 
+from ..calibration.sets import parse_mix
 from .comparison import DIFFERENCES, differences, over_best, stacked
 from .selection import Measured, Part, main_sparsity
 from .statistics import OUTCOMES, Replicates, as_strategy, simultaneous, strategy_retention
@@ -48,17 +49,21 @@ def single_sources(found: Replicates) -> list[str]:
     return list(found.cells["strategy"][found.cells["source_dimension"] != ""])
 
 def our_mixes(part: Part) -> list[str]:
-    "The mixes whose shares or weights were chosen: neither a single source nor a reference, and not written by the model."
-    others = {*single_sources(part.found), *REFERENCES}
-    return [name for name in part.found.cells["strategy"]
-            if name not in others and protocol_of(part.preset["strategies"].get(name, "")) is None]
+    "The mixes whose shares or weights were chosen: of several sources, no reference, and not written by the model."
+    found = []
+    for name in part.found.cells["strategy"]:
+        mix = part.preset["strategies"][name.partition(", ")[0]]
+        if name not in REFERENCES and protocol_of(mix) is None and len(parse_mix(mix)) > 1: found.append(name)
+    return found
 
-def about_ours(names: list[str]) -> str:
+def about_ours(names: list[str],
+               tuned: str = ""  # on which model, if on another
+              ) -> str:
     "What our own mixes are, for a caption."
     weighed = [o for o in ("balanced", "minimax") if any(name.endswith(f", {o}") for name in names)]
     said = [f"{listed(f'`{o}`' for o in weighed)} weigh the dimensions of a mix"] if weighed else []
     shares = "their shares" if weighed else "its shares of the dimensions"
-    if "tuned" in names: said.append(f"`tuned` has {shares} from held-out text")
+    if "tuned" in names: said.append(f"`tuned` has {shares} from held-out text" + (f", as {tuned} keeps it" if tuned else ""))
     return f" Ours: {', '.join(said)}." if said else ""
 
 def compared_pairs(part: Part) -> list[tuple[str, str]]:

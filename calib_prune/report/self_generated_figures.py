@@ -26,7 +26,7 @@ from ..style import DIMENSION_COLOURS, MARKERS, legend_above
 def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value, ci_low, ci_high
               singles: list[str]) -> str:
     "The interval of the single source that scored best, as a band, unless it is the baseline; its name."
-    mine = delta[delta["mix"].isin(singles)]
+    mine = delta[delta["mix"].isin(singles)].dropna(subset="value")
     if mine.empty: return ""
     best = mine.loc[mine["value"].idxmax()]
     if best["value"] < 0 and best["over"] in singles: return best["over"]
@@ -54,12 +54,15 @@ def protocol_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention
     singles = [o for o, kind in kinds.items() if kind in DIMENSIONS]
     shown = [o for o in by_total(table) if o not in singles]
     figure, axes = plt.subplots(1, len(RETENTIONS), figsize=(WIDTH, 0.22 * len(shown) + 1.7), sharey=True, layout="constrained")
+    names = []
     for ax, measure in zip(axes, RETENTIONS):
         mine = delta[delta["dimension"] == measure]
         name = best_band(ax, mine, singles)
+        names.append(name)
         difference_panel(ax, mine[mine["mix"].isin(shown)], shown, kinds)
         ax.set_title(measure + (f"\nbest source:\n{name}" if name else ""), fontsize=7.5)
-    figure.supxlabel(f"retention over {base} (points); band: interval of the single source that scored best", fontsize=8)
+    itself = f" (none for {base} itself)" if base in names else ""
+    figure.supxlabel(f"retention over {base} (points); band: interval of the single source that scored best{itself}", fontsize=8)
     headline(figure, winners(delta))
     legend_above(figure, [kinds[o] for o in shown])
     return annotate(figure, note)
