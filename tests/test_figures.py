@@ -23,7 +23,7 @@ from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.plots import figure_of
 from calib_prune.report.selection import (caption, endings_note, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
                                           size_cells, sweep_cells, take, weak_note)
-from calib_prune.report.self_generated import about_ours, ablation_rows, all_at_once, our_mixes, steps_that_show
+from calib_prune.report.self_generated import about_ours, ablation_rows, all_at_once, corrected, our_mixes, steps_that_show
 from calib_prune.report.self_generated_figures import best_band
 from calib_prune.report.statistics import paired_difference
 from calib_prune.report.tables import latex_table, latex_text
@@ -283,6 +283,13 @@ def test_our_mixes_are_those_of_chosen_shares():
     assert our_mixes(some) == ["tuned", "uniform-dimensions, balanced"]
     assert about_ours(["tuned"], "another model") == " Ours: `tuned` has its shares of the dimensions from held-out text, as another model keeps it."
     assert about_ours(our_mixes(some)).startswith(" Ours: `balanced` weigh") and about_ours([]) == ""
+
+
+def test_intervals_that_hold_at_once_take_the_place_of_single_ones():
+    rows = pd.DataFrame([dict(value=0.03, ci_low=0.01, ci_high=0.05, all_low=-0.01, all_high=0.07),
+                         dict(value=0.03, ci_low=0.01, ci_high=0.05, all_low=np.nan, all_high=np.nan)])
+    assert corrected(rows)[["ci_low", "ci_high"]].to_numpy().tolist() == [[-0.01, 0.07], [0.01, 0.05]]
+    assert corrected(rows[["value", "ci_low"]]).equals(rows[["value", "ci_low"]]) and rows.ci_low.tolist() == [0.01, 0.01]
 
 
 def test_the_best_source_may_be_the_baseline():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEST', 'REFERENCES', 'GOALS', 'FACTS', 'RETENTIONS', 'SHOWN_FACTS', 'SHOWN_MEASURES', 'in_grid', 'compared_cells',
-           'single_sources', 'our_mixes', 'about_ours', 'compared_pairs', 'at_once', 'difference_rows', 'beyond_noise',
-           'text_facts', 'variant_rows', 'with_draws', 'by_shared_draws', 'all_at_once', 'ablation_rows',
-           'ablation_text', 'steps_that_show']
+           'single_sources', 'our_mixes', 'about_ours', 'compared_pairs', 'at_once', 'difference_rows', 'corrected',
+           'beyond_noise', 'text_facts', 'variant_rows', 'with_draws', 'by_shared_draws', 'all_at_once',
+           'ablation_rows', 'ablation_text', 'steps_that_show']
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #849d4aa8
 import json
@@ -95,6 +95,11 @@ def difference_rows(part: Part, pairs: Sequence[tuple[str, str]]) -> pd.DataFram
     "How much more the first of each pair kept than the second."
     table = stacked([over_best(part, a) if b == BEST else differences(part, a, b) for a, b in pairs], DIFFERENCES)
     return table.merge(at_once(part, pairs), how="left", on=["mix", "over", "dimension"])
+
+def corrected(rows: pd.DataFrame) -> pd.DataFrame:  # from `difference_rows`
+    "The same rows with the intervals that hold at once, where there are any."
+    if "all_low" not in rows: return rows
+    return rows.assign(ci_low=rows["all_low"].fillna(rows["ci_low"]), ci_high=rows["all_high"].fillna(rows["ci_high"]))
 
 # %% ../../nbs/8_report/12_self_generated.ipynb #7f406898
 def _leads(table: pd.DataFrame, mix: str, over: Sequence[str], sign: int) -> list[str]:
