@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'GOALS', 'LEADS', 'KEPT', 'recipe_label', 'known_recipes', 'kept_by', 'lead_rows', 'families',
-           'without_shared', 'holds', 'shortfalls', 'verdict', 'recipe_rows', 'recipe_text', 'all_leads', 'lead_text',
-           'recipe_figure']
+           'shared_tasks', 'without_shared', 'shared_note', 'holds', 'shortfalls', 'verdict', 'recipe_rows',
+           'worst_note', 'recipe_text', 'all_leads', 'lead_text', 'recipe_figure']
 
 # %% ../../nbs/8_report/24_recipes.ipynb #1ced91b3
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..core import DIMENSIONS
 from ..evaluation.tasks import TASKS
 from .comparison import kind_of
 from .plots import WIDTH, annotate, check_rows, headline, method_label
@@ -65,11 +66,21 @@ def families(recipe: Recipe, references: Sequence[str], base: str = "sparsegpt")
             "what the text adds": [(recipe, (o, recipe[1])) for o in references if o != recipe[0]]}
 
 # %% ../../nbs/8_report/24_recipes.ipynb #cfdd3d65
-def without_shared(study: dict[str, Result]) -> dict[str, Result]:
-    "A study without the tasks whose problems a source of its calibration text shares."
+def shared_tasks(study: dict[str, Result]) -> list[str]:
+    "Tasks whose problems, or their wording, a source of the study's calibration text shares."
     used = {o for r in study.values() for o in (r.record.get("calibration") or {}).get("counts", {})}
-    shared = {t for t in study["dense"].items["task"].unique() if used & set(TASKS[t].overlaps)}
+    return [t for t in study["dense"].items["task"].unique() if used & set(TASKS[t].overlaps)]
+
+def without_shared(study: dict[str, Result]) -> dict[str, Result]:
+    "A study without these tasks."
+    shared = shared_tasks(study)
     return {k: replace(r, items=r.items[~r.items["task"].isin(shared)]) for k, r in study.items()}
+
+def shared_note(study: dict[str, Result]) -> str:
+    "What the comparisons without shared problems leave out; empty if no problem is shared."
+    if not (shared := shared_tasks(study)): return ""
+    left = len(without_shared(study)["dense"].items.drop_duplicates(["task", "item"]))
+    return f"Comparisons without shared problems leave out {listed(shared)}: {left} items are left."
 
 # %% ../../nbs/8_report/24_recipes.ipynb #6c86cc12
 def holds(leads: pd.DataFrame) -> bool:
@@ -107,6 +118,16 @@ def recipe_rows(preset: dict[str, Any], found: Replicates, base: Recipe) -> pd.D
             lead = kept - kept_by(found, base)[:, j]
             rows.append((*about, name, kept[0], *interval(kept[1:]), lead[0], *interval(lead[1:])))
     return pd.DataFrame(rows, columns=KEPT)
+
+def worst_note(rows: pd.DataFrame  # from `recipe_rows`
+               ) -> str:
+    "Which dimension is the worst one."
+    kept = rows[rows["outcome"].isin(DIMENSIONS)]
+    lowest = kept.loc[kept.groupby("recipe", sort=False)["value"].idxmin()].set_index("recipe")["outcome"]
+    if not len(lowest): return ""
+    usual = lowest.mode()[0]
+    others = [f"{name} of {recipe}" for recipe, name in lowest[lowest != usual].items()]
+    return f"The worst dimension is {usual}" + (f", but {'; '.join(others)}." if others else " of every recipe.")
 
 def recipe_text(rows: pd.DataFrame) -> pd.DataFrame:
     "For people, in %, and points."
