@@ -69,18 +69,20 @@ def families(recipe: Recipe, references: Sequence[str], base: str = "sparsegpt")
 def shared_tasks(study: dict[str, Result]) -> list[str]:
     "Tasks whose problems, or their wording, a source of the study's calibration text shares."
     used = {o for r in study.values() for o in (r.record.get("calibration") or {}).get("counts", {})}
-    return [t for t in study["dense"].items["task"].unique() if used & set(TASKS[t].overlaps)]
+    scored = dict.fromkeys(t for r in study.values() for t in r.items["task"].unique())
+    return [t for t in scored if used & set(TASKS[t].overlaps)]
 
 def without_shared(study: dict[str, Result]) -> dict[str, Result]:
-    "A study without these tasks."
+    "A study without its `shared_tasks`."
     shared = shared_tasks(study)
     return {k: replace(r, items=r.items[~r.items["task"].isin(shared)]) for k, r in study.items()}
 
-def shared_note(study: dict[str, Result]) -> str:
+def shared_note(study: dict[str, Result],
+                left: int # items that count without these tasks
+               ) -> str:
     "What the comparisons without shared problems leave out; empty if no problem is shared."
-    if not (shared := shared_tasks(study)): return ""
-    left = len(without_shared(study)["dense"].items.drop_duplicates(["task", "item"]))
-    return f"Comparisons without shared problems leave out {listed(shared)}: {left} items are left."
+    shared = shared_tasks(study)
+    return f"Comparisons without shared problems leave out {listed(shared)}: {left} items are left." if shared else ""
 
 # %% ../../nbs/8_report/24_recipes.ipynb #6c86cc12
 def holds(leads: pd.DataFrame) -> bool:
