@@ -40,7 +40,7 @@ def missing_layers() -> list[str]:  # a part of `LAYERS`
 # %% ../../nbs/6_evaluation/04_sandbox.ipynb #2b333b55
 def readable_paths() -> list[str]:
     "What a Python program needs to read in order to import the standard library."
-    paths = sysconfig.get_paths()
+    paths = sysconfig.get_paths(vars={"platbase": sys.base_exec_prefix})  # not of a virtual environment
     wanted = [paths["stdlib"], paths["platstdlib"], f"{sys.base_prefix}/lib", "/usr/lib", "/usr/lib64", "/lib",
               "/lib64", "/usr/share/zoneinfo", "/dev/null", "/dev/urandom"]
     return sorted({os.path.realpath(o) for o in wanted if os.path.exists(o)})
@@ -184,7 +184,8 @@ def _check_ready(got: dict[str, bytes]) -> None:
     raise CalibPruneError(f"The sandbox could not be set up: {(why or ['no reason given'])[0]}. No code was run.")
 
 def _task(role: str, code: str, limits: Limits, missing: tuple[str, ...], folder: str) -> dict[str, Any]:
-    return dict(role=role, code=code, memory_mb=limits.memory_mb, cpu_seconds=int(limits.timeout) + 1,
+    return dict(role=role, code=code, parent=os.getpid(),
+                memory_mb=limits.memory_mb, cpu_seconds=int(limits.timeout) + 1,
                 layers=[o for o in LAYERS if o not in missing], readable=[*readable_paths(), folder])
 
 # %% ../../nbs/6_evaluation/04_sandbox.ipynb #d36a9e1f
