@@ -1,5 +1,9 @@
+import errno
 import os
+import platform
 import re
+import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -87,6 +91,7 @@ def test_bombs_are_stopped(name):
     assert time.monotonic() - start < 21 and len(r.stdout) <= 100_000
 
 
+NO_CALL = r"OSError: \[Errno 38\] Function not implemented"
 REFUSED = {
     "fork": "import os; os.fork()",
     "fork through C": "import ctypes, os; r = ctypes.CDLL(None).fork(); assert r >= 0, 'refused'; r or os._exit(0)",
@@ -99,9 +104,9 @@ REFUSED = {
     "kill group of parent": "import os; os.killpg(os.getpgid(os.getppid()), 0)",
     "limits of parent": "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CORE)",
     "raise own limit": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))",
-    "signals through a pipe": "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+    "signals through a pipe": "import fcntl, os; fcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())",
     "signals through a terminal call": "import fcntl, os, struct\n"
-                                       "fcntl.ioctl(os.pipe()[0], 0x8901, struct.pack('i', os.getppid()))",
+                                       "fcntl.ioctl(1, 0x8901, struct.pack('i', os.getppid()))",
     "priority of parent": "import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)",
     "new session": "import os; os.setsid()",
     "shared memory": "import os; os.memfd_create('x')",
@@ -116,6 +121,7 @@ REFUSED = {
     "read passwords": "open('/etc/passwd').read()",
     "read the parent's environment": "import os; open(f'/proc/{os.getppid()}/environ').read()",
     "list root": "import os; os.listdir('/')",
+    "a link's target": "import os; os.readlink('/proc/self/exe')",
     "stdin": "input()",
 }
 
@@ -125,7 +131,8 @@ def test_forbidden_acts_fail(name):
     # The program must fail at the act itself: what follows it would pass.
     r = run_sandboxed(REFUSED[name], **FAST)
     assert r.reason == "exception", r
-    assert re.match(r"PermissionError|RuntimeError: can't start new thread|EOFError|ValueError: not allowed to raise|"
+    assert re.match(rf"PermissionError|{NO_CALL}|OSError: \[Errno 25\]|RuntimeError: can't start new thread|EOFError|"
+                    r"ValueError: not allowed to raise|"
                     r"AssertionError: refused|FileNotFoundError: \[Errno 2\] No usable temporary", r.detail), r
 
 
@@ -133,17 +140,168 @@ def test_forbidden_acts_fail(name):
     "open(path).read()", "open(path, 'w')", "open(path, 'a')", "os.remove(path)", "os.rename(path, path + '2')",
     "os.truncate(path, 0)", "os.chmod(path, 0)", "os.utime(path, (0, 0))", "os.chown(path, 65534, 65534)",
     "os.link(path, 'here')", "os.listdir(os.path.dirname(path))", "os.rmdir(os.path.dirname(path) + '/empty')",
-    "os.setxattr(path, 'user.x', b'1')", "os.open(path, os.O_WRONLY | os.O_TRUNC)"])
+    "os.setxattr(path, 'user.x', b'1')", "os.open(path, os.O_WRONLY | os.O_TRUNC)",
+    "os.open(path, 3)"])  # 3: neither to read nor to write, of which Landlock takes no notice; `ioctl` works on it
 def test_a_file_of_the_user_is_out_of_reach(tmp_path, act):
     path = tmp_path / "precious.txt"
     path.write_text("keep me")
     (tmp_path / "empty").mkdir()
     before = path.stat()
     r = run_sandboxed(f"import os\npath = {str(path)!r}\n{act}", **FAST)
-    assert r.reason == "exception" and r.detail.startswith("PermissionError"), r
+    assert r.reason == "exception" and re.match(f"PermissionError|{NO_CALL}", r.detail), r
     after = path.stat()
     assert path.read_text() == "keep me" and (tmp_path / "empty").is_dir()
     assert (before.st_mode, before.st_mtime_ns, before.st_uid) == (after.st_mode, after.st_mtime_ns, after.st_uid)
+
+
+CALLS = {  # of the C library; `file` and `folder` are open to read
+    "watch names of files": "fanotify_init(0x200, 0)", "watch a folder": "inotify_init1(0)", "mark a folder": "fanotify_mark(-1, 1, 256, -100, b'/')",
+    "watch a folder by signals": "fcntl(folder, 1026, 0x80000004)", "a lease": "fcntl(file, 1024, 0)", "a lock": "flock(file, 2)",
+    "a lock of a range": "fcntl(file, 37, bytes(32))", "attributes of a file": "ioctl(file, 0x40086602, bytes(8))",
+    "bytes to read": "ioctl(1, 0x541B, bytes(8))", "signals by a file": "fcntl(1, 8, os.getppid())", "which signal": "fcntl(1, 10, 34)",
+    "flags of a pipe": "fcntl(1, 4, 0o20000)", "a bigger pipe": "fcntl(1, 1031, 1 << 20)", "outlive the parent": "prctl(1, 0)",
+    "core dumps": "prctl(4, 1)", "a name": "prctl(15, b'init')", "orphans": "prctl(36, 1)", "a tracer": "prctl(0x59616d61, os.getppid())",
+    "locked memory": "mlockall(2)", "a timer with any signal": "timer_create(0, None, bytes(8))", "a ring": "syscall(425, 4, bytes(120))",
+    "a link's target": "readlink(b'/proc/self/exe', bytes(99), 99)", "a file to write": "open(file_name, 1)", "a file to cut": "open(file_name, 0o1000)",
+    "a file for ioctl": "open(file_name, 3)", "a file to make": "open(b'x', 0o100, 0o600)", "limits of the parent": "prlimit(os.getppid(), 4, None, None)"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_the_kernel_are_refused(name):
+    r = run_sandboxed("import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nfile_name = os.__file__.encode()\n"
+                      "file, folder = os.open(file_name, os.O_RDONLY), os.open(os.path.dirname(file_name), os.O_RDONLY)\n"
+                      f"print(libc.{CALLS[name]}, ctypes.get_errno())", **FAST)
+    result, error = map(int, r.stdout.split())
+    assert result == -1 and error in (errno.EPERM, errno.EACCES, errno.ENOTTY, errno.ENOSYS), r
+
+
+def numbers(machine, *tables):
+    column = jail.MACHINES[machine][0]
+    return {o[0][column] if isinstance(o[0], tuple) else o[column] for table in tables for o in table.values()}
+
+
+def test_every_call_that_is_not_on_the_list_is_refused():
+    known = numbers(platform.machine(), jail.ALLOWED, jail.FILTERED)
+    if platform.machine() == "x86_64": known |= {335, 336}  # uretprobe, uprobe: no filter sees them; a process that calls them dies of SIGILL
+    r = run_sandboxed("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+                      f"for n in sorted(set(range(1024)) - {known}):\n"
+                      "    if libc.syscall(n, 0, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() != 38: print(n)", **FAST)
+    assert r.ok and r.stdout == "", r
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 has two more calling conventions")
+@pytest.mark.parametrize("code", [
+    "ctypes.CDLL(None).syscall(0x40000000 + 39)",  # getpid of x32
+    "m = mmap.mmap(-1, 4096, prot=7)\nm.write(b'\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3')\n"  # getpid of i386
+    "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()"])
+def test_a_foreign_calling_convention_kills(code):
+    r = run_sandboxed("import ctypes, mmap\n" + code, **FAST)
+    assert (r.reason, r.detail) == ("crash", "SIGSYS"), r
+
+
+def filter_says(machine, number, *args, arch=None):
+    "What the kernel would read from the filter: it is interpreted here, for the machine that this one is not."
+    data = struct.pack("IIQ6Q", number, arch or jail.MACHINES[machine][1], 0, *args, *[0] * (6 - len(args)))
+    program, at, held = [*struct.iter_unpack("HBBI", jail.call_filter(machine))], 0, 0
+    while True:
+        code, yes, no, value = program[at]
+        at += 1
+        if code == 6: return value
+        if code == 0x20: held = struct.unpack_from("I", data, value)[0]
+        elif code == 0x54: held &= value
+        elif code in (0x15, 0x25): at += yes if (held == value if code == 0x15 else held > value) else no
+        else: raise AssertionError(code)
+
+
+@pytest.mark.parametrize("machine", jail.MACHINES)
+def test_the_filter_on_both_machines(machine):
+    allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x50000
+    allowed, filtered = numbers(machine, jail.ALLOWED), numbers(machine, jail.FILTERED)
+    assert {n for n in range(2048) if filter_says(machine, n) == allow} - filtered == allowed - {None}
+    assert all(filter_says(machine, n) == refuse + errno.ENOSYS for n in range(2048) if n not in allowed | filtered)
+    assert filter_says(machine, 0x40000000) == filter_says(machine, 2**32 - 1) == filter_says(machine, 0, arch=0x40000003) == kill
+    of = {name: o[0][jail.MACHINES[machine][0]] for name, o in jail.FILTERED.items()}
+    said = lambda name, *args: filter_says(machine, of[name], *args)
+    for flags in (os.O_WRONLY, os.O_RDWR, 3, os.O_CREAT, os.O_TRUNC, 2**32 + 1): assert said("openat", 0, 0, flags) == refuse + errno.EACCES
+    for flags in (0, os.O_CLOEXEC, os.O_DIRECTORY | os.O_NONBLOCK, os.O_NOFOLLOW): assert said("openat", 0, 0, flags) == allow
+    assert [n for n in range(2048) if said("fcntl", 0, n) == allow] == [1, 2, 3, 1030]
+    assert said("prlimit64", 0) == allow and said("prlimit64", 1) == refuse + errno.EPERM
+    assert {said("ioctl", 0, n) for n in (0x5401, 0x5412, 0x541B, 0x40086602)} == {refuse + errno.ENOTTY}
+
+
+def test_the_filter_alone_keeps_files_from_being_written(tmp_path, monkeypatch):
+    # So kernels whose Landlock does not know of truncation (before Linux 6.2) are safe.
+    monkeypatch.setattr(sandbox, "missing_layers", lambda: ["landlock"])
+    (tmp_path / "x").write_text("keep me")
+    r = run_sandboxed(f"import os\nfor flags in (os.O_TRUNC, 3 | os.O_TRUNC, os.O_WRONLY, os.O_RDWR, os.O_CREAT):\n"
+                      f"    try: print(os.open({str(tmp_path / 'x')!r}, flags))\n    except PermissionError: pass", allow_weaker=True, **FAST)
+    assert r.ok and r.stdout == "" and (tmp_path / "x").read_text() == "keep me"
+
+
+HARMLESS = """
+import collections, ctypes, datetime, decimal, faulthandler, gc, glob, hashlib, inspect, io, json, locale, logging, mmap, os, pathlib, platform
+import random, resource, signal, sqlite3, sys, time, traceback, tracemalloc, unittest, uuid, zoneinfo
+time.sleep(0.001), time.time(), time.perf_counter(), time.process_time(), time.localtime(), time.get_clock_info("monotonic"), datetime.datetime.now()
+os.getpid(), os.getppid(), os.getuid(), os.getcwd(), os.times(), os.uname(), os.cpu_count(), os.sched_getaffinity(0), os.sched_yield(), os.urandom(8)
+assert os.path.exists(os.__file__) and os.access(os.__file__, os.R_OK) and os.listdir(os.path.dirname(os.__file__)) and not os.isatty(1)
+assert "def walk" in inspect.getsource(os) and pathlib.Path(os.__file__).resolve().is_file()
+resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(resource.RUSAGE_SELF), resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+fired = []
+signal.signal(signal.SIGALRM, lambda *a: fired.append(1)), signal.setitimer(signal.ITIMER_REAL, 0.01), time.sleep(0.05), signal.alarm(0)
+assert fired
+random.random(), uuid.uuid4(), hashlib.sha256(b"x"), platform.platform(), gc.collect(), tracemalloc.start(), faulthandler.enable()
+assert sqlite3.connect(":memory:").execute("select 1 + 1").fetchone() == (2,) and mmap.mmap(-1, 1 << 20)[:1] == b"\\0"
+assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(lambda x: x + 1)(1) == 2
+x = [bytearray(10**6) for _ in range(20)]; del x
+try: 1 / 0
+except ZeroDivisionError: traceback.print_exc()
+os.set_inheritable(os.dup(1), True)
+class T(unittest.TestCase):
+    def test(self): self.assertEqual(1, 1)
+assert unittest.main(exit=False, argv=["x"]).result.wasSuccessful()
+"""
+
+
+def test_what_programs_do_without_harm_works():
+    r = run_sandboxed(HARMLESS, timeout=20)
+    assert r.ok and "ZeroDivisionError" in r.stderr, r
+
+
+def running(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError: return False
+
+
+def filtered(pid): return "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_a_program_ends_with_its_parent():
+    hostile = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0); time.sleep(60)"
+    code = f"from calib_prune.evaluation.sandbox import run_sandboxed\nrun_sandboxed({hostile!r}, timeout=60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox.__file__).parents[2]) as parent:
+        deadline, found = time.monotonic() + 30, []
+        while not any(filtered(o) for o in found) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            found = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        time.sleep(0.3)  # the program has made its call
+        parent.kill()
+    deadline = time.monotonic() + 3
+    while any(running(o) for o in found) and time.monotonic() < deadline: time.sleep(0.05)
+    left = [int(o) for o in found if running(o)]
+    for o in left: os.kill(o, signal.SIGKILL)
+    assert found and not left
+
+
+def test_a_parent_that_is_gone_already_is_noticed(monkeypatch):
+    task = sandbox._task
+    monkeypatch.setattr(sandbox, "_task", lambda *a: task(*a) | {"parent": 1})
+    with pytest.raises(CalibPruneError, match="the parent is gone.*No code was run"): run_sandboxed("pass")
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="not in a virtual environment")
+def test_the_virtual_environment_cannot_be_read():
+    r = run_sandboxed(f"import os; os.listdir({os.path.dirname(pytest.__path__[0])!r})", **FAST)
+    assert r.detail.startswith("PermissionError"), r
 
 
 def test_a_verdict_never_raises():
@@ -154,13 +312,16 @@ def test_a_verdict_never_raises():
 
 
 STEAL = """
-import os
+import os, signal
+def late(*a): raise OSError
 def steal():
+    signal.signal(signal.SIGALRM, late)
     for fd in range(3, 60):
         try:
-            os.set_blocking(fd, False)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
             s = os.read(fd, 32)
         except OSError: continue
+        finally: signal.setitimer(signal.ITIMER_REAL, 0)
         for out in range(3, 60):
             try: os.write(out, s + TAIL)
             except OSError: pass
@@ -168,17 +329,8 @@ def steal():
 """
 
 
-SIGNAL_35 = """
-import ctypes, struct, time
-timer, libc = ctypes.c_void_p(), ctypes.CDLL(None)
-libc.timer_create(0, struct.pack("Qii48x", 0, 35, 0), ctypes.byref(timer))
-libc.timer_settime(timer, 0, struct.pack("qqqq", 0, 0, 0, 10**7), None)
-time.sleep(3)
-"""
-
-
-@pytest.mark.parametrize("code", [SIGNAL_35, STEAL.replace("TAIL", r"b'\xff\xfe'") + "steal()"])
-def test_a_strange_end_is_a_verdict_too(code):
+def test_a_strange_end_is_a_verdict_too():
+    code = STEAL.replace("TAIL", r"b'\xff\xfe'") + "steal()"
     assert not run_sandboxed(code, **FAST).ok and not run_tests(code, "assert _answer('f')() == 1", **FAST).ok
 
 
@@ -273,10 +425,11 @@ def test_sets_have_one_order():
     assert run_sandboxed(code, **FAST).stdout == run_sandboxed(code, **FAST).stdout
 
 
-def test_capabilities_are_gone():
-    code = "import ctypes\nd = (ctypes.c_uint32 * 6)()\nh = (ctypes.c_uint32 * 2)(0x20080522, 0)\n" \
-           "assert ctypes.CDLL(None).capget(h, d) == 0\nassert not any(d), list(d)"
-    assert run_sandboxed(code, **FAST).ok
+def test_capabilities_are_gone(monkeypatch):
+    # The other layers would hide what the kernel says.
+    monkeypatch.setattr(sandbox, "missing_layers", lambda: ["landlock", "seccomp"])
+    r = run_sandboxed("print(open('/proc/self/status').read())", allow_weaker=True, **FAST)
+    assert len(re.findall(r"Cap(?:Inh|Prm|Eff|Amb):\s0+\n", r.stdout)) == 4 and "NoNewPrivs:\t1" in r.stdout, r
 
 
 def test_from_many_threads():
@@ -329,7 +482,6 @@ HEADERS = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/incl
 @pytest.mark.skipif(not all(o.exists() for o in HEADERS), reason="the kernel's headers are not installed")
 def test_numbers_of_system_calls_match_the_kernels_headers():
     x86, arm = (dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", o.read_text())) for o in HEADERS)
-    for name, numbers in jail.DENIED.items():
-        assert [str(o) for o in numbers if o is not None] == [o[name] for o in (x86, arm) if name in o], name
-    rules = dict(zip(("fcntl", "ioctl", "prlimit64"), [o[0] for o in jail.DENIED_ARGUMENTS] + [jail.PRLIMIT], strict=True))
-    for name, numbers in rules.items(): assert numbers == (int(x86[name]), int(arm[name]))
+    arm["newfstatat"] = arm["fstatat"]
+    for name, pair in (jail.ALLOWED | {k: o[0] for k, o in jail.FILTERED.items()}).items():
+        assert [str(o) for o in pair if o is not None] == [o[name] for o in (x86, arm) if name in o], name

@@ -122,7 +122,15 @@ ACTS = {  # name → program; all of these say DID if the act succeeds
     "set-user-id": does("import os\nassert os.getuid() != 0\nos.setuid(0)"), "all capabilities": c_call(
         "capset", "b'\\x22\\x05\\x08\\x20' + bytes(4)", "b'\\xff' * 24"),
     "typing into the terminal": does("import fcntl\nfcntl.ioctl(0, 0x5412, b'x')"),
-    "signals by a file": does("import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())"),
+    "signals by a file": does("import fcntl, os\nfcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())"),
+    "names of files that others make": c_call("fanotify_init", "0x200", "0"), "a watched folder": c_call("inotify_init1", "0"),
+    "signals by a folder": does("import fcntl, os\nfcntl.fcntl(os.open(os.path.dirname(os.__file__), os.O_RDONLY), fcntl.F_NOTIFY, 4)"),
+    "a lease": does("import fcntl, os\nfcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)"),
+    "a lock": does("import fcntl, os\nfcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)"),
+    "attributes of a file": does("import fcntl, os\nfd = os.open('<FOLDER>/secret.txt', 3)\nprint('DID')\nfcntl.ioctl(fd, 0x40086602, bytes(8))"),
+    "a life after the parent": c_call("prctl", "1", "0"), "core dumps": c_call("prctl", "4", "1"), "orphans": c_call("prctl", "36", "1"),
+    "where a link leads": does("import os\nprint(os.readlink('/proc/self/exe'))"),
+    "a timer with any signal": c_call("timer_create", "0", "None", "bytes(8)"), "memory that stays": c_call("mlockall", "2"),
     "the 32-bit calls": does("import ctypes, mmap, platform\nassert platform.machine() == 'x86_64'\n"
                              "m = mmap.mmap(-1, 4096, prot=7)\nm.write(b'\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3')\n"
                              "f = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))\nassert f() > 0"),
@@ -146,7 +154,7 @@ WASTES = {  # what uses up something; (program, reasons that are right)
     "a huge answer": "def add(a, b): return 'x' * 10**8", "an endless answer": "import itertools\ndef add(a, b): return itertools.count()",
     "an answer that never compares": "class E:\n    def __eq__(self, o):\n        while True: pass\ndef add(a, b): return E()",
     "a slow pattern": "import re\ndef add(a, b): return re.match(r'(a+)+$', 'a' * 64 + 'b')",
-    "all descriptors": "import os\nx = []\nwhile True: x.append(os.pipe())", "a null pointer": "import ctypes\nctypes.string_at(0)",
+    "all descriptors": "import os\nx = []\nwhile True: x.append(os.dup(1))", "a null pointer": "import ctypes\nctypes.string_at(0)",
     "an end by a signal": "import signal, os\nsignal.raise_signal(9)", "a stopped process": "import signal, time\n"
     "signal.raise_signal(signal.SIGSTOP)\ntime.sleep(60)",
 }
@@ -158,7 +166,8 @@ CHEATS = {  # what would pass without being right
     "a forged report": WRITE_ALL.replace("DATA", "b'0' * 32 + b'passed\\n'") + "os._exit(0)",
     "forged replies": WRITE_ALL.replace("DATA", """b'{"value": {"i": "0x5"}}\\n' * 9""") + ANSWER,
     "forged replies of the past": WRITE_ALL.replace("DATA", """b'{"value": null}\\n{"value": {"o": 0}}\\n{"value": {"i": "0x5"}}\\n'""") + "os._exit(0)",
-    "a stolen secret": "import os\nfor fd in range(3, 60):\n    try:\n        os.set_blocking(fd, False)\n        s = os.read(fd, 32)\n"
+    "a stolen secret": "import os, signal\ndef late(*a): raise OSError\nsignal.signal(signal.SIGALRM, late)\nfor fd in range(3, 60):\n    try:\n"
+                       "        signal.setitimer(signal.ITIMER_REAL, 0.05)\n        s = os.read(fd, 32)\n        signal.setitimer(signal.ITIMER_REAL, 0)\n"
                        "    except OSError: continue\n    for out in range(3, 60):\n        try: os.write(out, s + b'passed\\n')\n"
                        "        except OSError: pass\nos._exit(0)",
     "equal to anything": "class E:\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\n    __hash__ = None\ndef add(a, b): return E()",
