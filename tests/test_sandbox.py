@@ -453,6 +453,20 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     assert here == []
 
 
+@pytest.mark.parametrize("starts", [0, 1])
+def test_a_process_that_cannot_start_leaves_nothing_behind(tmp_path, monkeypatch, starts):
+    real, began, before = subprocess.Popen, [], set(os.listdir("/proc/self/fd"))
+    def popen(*args, **more):
+        if len(began) == starts: raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        began.append(real(*args, **more))
+        return began[-1]
+    monkeypatch.setattr(sandbox.subprocess, "Popen", popen)
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(CalibPruneError, match="could not start a process: Resource temporarily unavailable"): run_tests("", "", **FAST)
+    assert len(began) == starts and not any(running(o.pid) for o in began) and list(tmp_path.iterdir()) == []
+    assert len(set(os.listdir("/proc/self/fd"))) == len(before)
+
+
 def test_refuses_on_a_weaker_machine(monkeypatch):
     monkeypatch.setattr(sandbox, "missing_layers", lambda: ["landlock"])
     with pytest.raises(CalibPruneError, match="does not offer landlock"): run_sandboxed("pass")

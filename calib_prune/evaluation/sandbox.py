@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,17 +117,22 @@ class Jail:
         assert jail and jail.origin
         script = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](*map(int, sys.argv[2:]))"
         os.write(secret_w, self.secret)
-        with tempfile.TemporaryFile("w+", dir=folder) as stdin:
-            json.dump(task, stdin)
-            stdin.seek(0)
-            self.proc = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-P", "-B", "-u", "-c", script, jail.origin,
-                 *map(str, (report_w, secret_r, *pipes))],
-                cwd=folder, env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "HOME": folder},
-                start_new_session=True, pass_fds=(report_w, secret_r, *pipes),
-                stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for fd in (secret_r, secret_w, report_w, *pipes): os.close(fd)
         self.report = open(report_r, "rb")
+        try:
+            with tempfile.TemporaryFile("w+", dir=folder) as stdin:
+                json.dump(task, stdin)
+                stdin.seek(0)
+                self.proc = subprocess.Popen(
+                    [sys.executable, "-s", "-S", "-P", "-B", "-u", "-c", script, jail.origin,
+                     *map(str, (report_w, secret_r, *pipes))],
+                    cwd=folder, env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "HOME": folder},
+                    start_new_session=True, pass_fds=(report_w, secret_r, *pipes),
+                    stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except OSError as e:
+            self.report.close()
+            raise CalibPruneError(f"The sandbox could not start a process: {e.strerror or e}. No code was run.") from e
+        finally:
+            for fd in (secret_r, secret_w, report_w, *pipes): os.close(fd)
 
     @property
     def outputs(self) -> dict[str, int]:
@@ -138,7 +143,7 @@ class Jail:
     def end(self) -> int:  # exit status
         "Kill the process if it still runs, and close its pipes."
         if self.proc.poll() is None: os.killpg(self.proc.pid, signal.SIGKILL)
-        with self.proc, self.report: pass
+        with self.proc: self.report.close()
         return self.proc.returncode
 
 # %% ../../nbs/6_evaluation/04_sandbox.ipynb #2d11e5a6
@@ -217,9 +222,12 @@ def run_tests(answer: str,  # untrusted: defines what the tests call
     missing, limits = layers_in_force(allow_weaker), Limits(timeout, memory_mb, max_output)
     start = time.monotonic()
     (calls_r, calls_w), (replies_r, replies_w) = os.pipe(), os.pipe()
-    with temporary_folder() as folder:
-        jails = {"answer": Jail(_task("answer", answer, limits, missing, folder), folder, (calls_r, replies_w)),
-                 "tests": Jail(_task("tests", tests, limits, missing, folder), folder, (replies_r, calls_w))}
+    jails, pipes = {}, {"answer": (calls_r, replies_w), "tests": (replies_r, calls_w)}
+    with temporary_folder() as folder, ExitStack() as ends:  # also if a process cannot start
+        ends.callback(lambda: [*map(os.close, sum(pipes.values(), ()))])
+        for role, code in (("answer", answer), ("tests", tests)):
+            jails[role] = Jail(_task(role, code, limits, missing, folder), folder, pipes.pop(role))
+            ends.callback(jails[role].end)
         streams, cut, status = follow(jails, start + timeout, max_output)
     if cut is None:
         for got in streams.values(): _check_ready(got)
