@@ -72,26 +72,31 @@ def restrict_files(readable: list[str]):  # the files and folders that stay read
 # %% ../../nbs/6_evaluation/03_jail.ipynb #85356863
 ALLOWED = {
     # read what Landlock lets be opened, write to what is open
-    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "lseek": (8, 62),
-    "close": (3, 57), "fstat": (5, 80), "stat": (4, None), "lstat": (6, None), "newfstatat": (262, 79),
-    "access": (21, None), "faccessat": (269, 48), "getdents64": (217, 61), "getcwd": (79, 17),
+    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
+    "lseek": (8, 62), "close": (3, 57), "fstat": (5, 80), "stat": (4, None), "lstat": (6, None),
+    "newfstatat": (262, 79), "access": (21, None), "faccessat": (269, 48),
+    "getdents64": (217, 61), "getcwd": (79, 17),
     # memory, within the limit on address space
-    "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233),
-    "brk": (12, 214),
+    "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216),
+    "madvise": (28, 233), "brk": (12, 214),
     # time
-    "time": (201, None), "gettimeofday": (96, 169), "clock_gettime": (228, 113), "clock_getres": (229, 114),
-    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "alarm": (37, None), "setitimer": (38, 103),
+    "time": (201, None), "gettimeofday": (96, 169), "clock_gettime": (228, 113),
+    "clock_getres": (229, 114), "nanosleep": (35, 101), "clock_nanosleep": (230, 115),
+    "alarm": (37, None), "setitimer": (38, 103),
     # facts about this process and the machine
-    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175),
-    "getgid": (104, 176), "getegid": (108, 177), "uname": (63, 160), "sysinfo": (99, 179), "times": (100, 153),
-    "getrusage": (98, 165), "sched_getaffinity": (204, 123), "getrandom": (318, 278),
+    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174),
+    "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "uname": (63, 160),
+    "sysinfo": (99, 179), "times": (100, 153), "getrusage": (98, 165),
+    "sched_getaffinity": (204, 123), "getrandom": (318, 278),
     # this thread: its locks, its signal handlers, its end
-    "futex": (202, 98), "sched_yield": (24, 124), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "restart_syscall": (219, 128), "exit_group": (231, 94)}
+    "futex": (202, 98), "sched_yield": (24, 124), "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
+    "restart_syscall": (219, 128), "exit_group": (231, 94)}
 WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC  # any of these bits: more than reading
-# numbers, an argument, the bits of it that matter, the values that these may have, and the error for other values
+# numbers, an argument, its bits that matter, their allowed values, the error for other values
 FILTERED = {
-    "open": ((2, None), 1, WRITING, (0,), errno.EACCES), "openat": ((257, 56), 2, WRITING, (0,), errno.EACCES),
+    "open": ((2, None), 1, WRITING, (0,), errno.EACCES),
+    "openat": ((257, 56), 2, WRITING, (0,), errno.EACCES),
     # F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
     "fcntl": ((72, 25), 1, 0xFFFFFFFF, (1, 2, 3, 1030), errno.EPERM),
     "prlimit64": ((302, 261), 0, 0xFFFFFFFF, (0,), errno.EPERM),  # of the process itself

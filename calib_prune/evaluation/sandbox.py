@@ -40,7 +40,8 @@ def missing_layers() -> list[str]:  # a part of `LAYERS`
 # %% ../../nbs/6_evaluation/04_sandbox.ipynb #2b333b55
 def readable_paths() -> list[str]:
     "What a Python program needs to read in order to import the standard library."
-    paths = sysconfig.get_paths(vars={"platbase": sys.base_exec_prefix})  # not of a virtual environment
+    # not those of a virtual environment
+    paths = sysconfig.get_paths(vars={"platbase": sys.base_exec_prefix})
     wanted = [paths["stdlib"], paths["platstdlib"], f"{sys.base_prefix}/lib", "/usr/lib", "/usr/lib64", "/lib",
               "/lib64", "/usr/share/zoneinfo", "/dev/null", "/dev/urandom"]
     return sorted({os.path.realpath(o) for o in wanted if os.path.exists(o)})
@@ -130,7 +131,8 @@ class Jail:
                     stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as e:
             self.report.close()
-            raise CalibPruneError(f"The sandbox could not start a process: {e.strerror or e}. No code was run.") from e
+            raise CalibPruneError("The sandbox could not start a process: "
+                                  f"{e.strerror or e}. No code was run.") from e
         finally:
             for fd in (secret_r, secret_w, report_w, *pipes): os.close(fd)
 
