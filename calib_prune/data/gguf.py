@@ -134,10 +134,10 @@ NEEDED = "block_count", "embedding_length", "attention.head_count"  # llama.cpp 
 
 def _check_head(head: Head, size: int) -> None:  # size: of the file
     "Refuse a head that does not describe a model, or not the rest of the file."
+    if not head.tensors: raise ValueError("it holds no tensors")
     if head.end > size: raise ValueError(f"its tensors end at byte {head.end:,}, the file at {size:,}")
     if head.end + SLACK < size:
         raise ValueError(f"its tensors end at byte {head.end:,}, but the file has {size:,} bytes")
-    if not head.tensors: raise ValueError("it holds no tensors")
     lost = [o for o in NEEDED if f"{head.kind}.{o}" not in head.values]
     if not any(o.endswith("norm_epsilon") or o.endswith("rms_epsilon") for o in head.values):
         lost.append("attention.layer_norm_rms_epsilon")
