@@ -61,7 +61,7 @@ def _casts(model: PreTrainedModel, most: torch.dtype, others: Types
 def _overflow(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> str:
     "Says that a type cannot hold a tensor."
     kind = str(dtype).removeprefix("torch.")
-    return f"{name} reaches {float(tensor.abs().max()):.3g}, which overflows {kind}"
+    return f"{name} reaches {float(tensor.detach().abs().max()):.3g}, which overflows {kind}"
 
 def check_saved_type(model: PreTrainedModel, most: torch.dtype | None, others: Types = _NONE,
                      changing: Container[str] = ()  # weights that pruning changes
