@@ -110,12 +110,14 @@ def prune(
         record = dict(model=model, model_revision=model_revision(model, revision), method=method, sparsity=sparsity,
                       calibration=dict(mix=calibration, **cal.record()), dtype=dtype, device=device, **settings,
                       saved_dtype=stored.dtype, rounded_to_zero=stored.rounded_to_zero,
-                      **_summary(_held(net, report), method, Recipe(method, refine, reconstruct, allocation).extras))
+                      **_summary(_held(net, report), method,
+                                 Recipe(method, refine, reconstruct, allocation).extras))
         out.save(net, tokenizer, record)
     if checkpoint is not None: remove_checkpoint(checkpoint)
     brief = dict(output=str(output), method=method, sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],
                  windows=windows, seconds=round(time.perf_counter() - began, 1))
-    if stored.rounded_to_zero: brief[f"weights rounded to zero by {stored.dtype}"] = stored.rounded_to_zero
+    if stored.rounded_to_zero:
+        brief[f"weights rounded to zero by {stored.dtype}"] = stored.rounded_to_zero
     if record["on_all_tokens"]: brief["matrices of experts with too few tokens"] = record["on_all_tokens"]
     if as_json: print_json({k: v for k, v in record.items() if k != "layers"} | brief)
     else: show_table([brief])

@@ -120,7 +120,8 @@ def _parse(head: _Cursor) -> Head:
     "Read a head."
     if head.data[:4] != b"GGUF": raise ValueError("it does not begin as a GGUF file does")
     head.at = 4
-    if head.number("I") & 0xffff == 0: head.order = ">"  # a version below 2^16, of the other byte order
+    version = head.number("I")
+    if version & 0xffff == 0: head.order = ">"  # a small number in the other byte order
     n_tensors, n_values = head.count("tensors", 24), head.count("values", 13)
     values, tensors = _named(head, n_values, _value), _named(head, n_tensors, _tensor)
     align = values.get("general.alignment", 32)
@@ -130,12 +131,13 @@ def _parse(head: _Cursor) -> Head:
                 start + max((end for _, end in tensors.values()), default=0))
 
 # %% ../../nbs/1_data/02_gguf.ipynb #a1c7e006
-NEEDED = "block_count", "embedding_length", "attention.head_count"  # llama.cpp has no default for them
+NEEDED = "block_count", "embedding_length", "attention.head_count"  # sizes of any model
 
 def _check_head(head: Head, size: int) -> None:  # size: of the file
     "Refuse a head that does not describe a model, or not the rest of the file."
     if not head.tensors: raise ValueError("it holds no tensors")
-    if head.end > size: raise ValueError(f"its tensors end at byte {head.end:,}, the file at {size:,}")
+    if head.end > size:
+        raise ValueError(f"its tensors end at byte {head.end:,}, the file at {size:,}")
     if head.end + SLACK < size:
         raise ValueError(f"its tensors end at byte {head.end:,}, but the file has {size:,} bytes")
     lost = [o for o in NEEDED if f"{head.kind}.{o}" not in head.values]
@@ -174,8 +176,8 @@ def check_bounded(told: dict[str, Any],   # a configuration; it may hold further
     parts = [told, *(o for o in told.values() if isinstance(o, dict))]
     for name, size in [(k, o.get(k)) for o in parts for k in BOUNDED]:
         if isinstance(size, int) and size > max(most, tensors):
-            raise CalibPruneError(f"Cannot load {what}: by {by} {name} is {size:,}, but its files hold "
-                                  f"{tensors:,} tensors of at most {most:,} rows or columns.")
+            raise CalibPruneError(f"Cannot load {what}: by {by} {name} is {size:,}, but its files "
+                                  f"hold {tensors:,} tensors of at most {most:,} rows or columns.")
 
 # %% ../../nbs/1_data/02_gguf.ipynb #a1c7e00c
 LEFT_OUT = re.compile(r"rope_freqs|rope_factors_|attn_rot_embd|\.nextn\.")

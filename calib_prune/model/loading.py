@@ -82,17 +82,18 @@ def _check_index(index: Path) -> None:
 
 # %% ../../nbs/2_model/08_loading.ipynb #c47298ee
 def _check_links(folder: Path) -> None:
-    "Refuse links, at any depth, out of a model's folder: what they hold would be copied into an output."
+    "Refuse links out of a model's folder, at any depth: their content would be copied into an output."
     own = [folder.resolve()]
-    if own[0].parent.name == "snapshots": own.append(own[0].parent.parent / "blobs")  # the hub's cache
+    if own[0].parent.name == "snapshots":  # the hub's cache
+        own.append(own[0].parent.parent / "blobs")
     for at, folders, files in os.walk(folder):
         for link in (o for o in (Path(at, name) for name in folders + files) if o.is_symlink()):
             target = Path(os.path.realpath(link))
-            if link.suffix == ".safetensors" and not target.is_dir(): continue  # read as weights only
+            if link.suffix == ".safetensors" and not target.is_dir(): continue  # weights only
             if not any(target.is_relative_to(o) for o in own):
                 raise CalibPruneError(
-                    f"{link} is a link to {target}, outside the model's folder: what it holds would be "
-                    "copied into what is saved. Put a copy in its place if that is what you want.")
+                    f"{link} is a link to {target}, outside the model's folder: what it holds would "
+                    "be copied into what is saved. Put a copy in its place if that is what you want.")
 
 def _check_tokens(path: Path, told: dict[str, Any]) -> None:  # tokenizer.json, and what it holds
     "Refuse token numbers for which a tokenizer would fill the memory."
@@ -181,7 +182,8 @@ def _check_found(found: dict[str, Any]) -> None:  # what transformers tells abou
         hint = f"; no weight of the model has the name {', '.join(unused[:3])}" if unused else ""
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}{hint}")
     for name, has, needs in sorted(found["mismatched_keys"]):
-        raise ValueError(f"{name} is {list(has)} in its files, but config.json asks for {list(needs)}")
+        raise ValueError(f"{name} is {list(has)} in its files, but config.json asks for "
+                         f"{list(needs)}")
 
 def _load_folder(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer of a local folder or a hub id."
@@ -200,7 +202,8 @@ def _load_folder(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]) ->
         tokenizer("a")
     return model, tokenizer
 
-def _load(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+def _load(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]
+         ) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer of a folder, a hub id or a GGUF file."
     if not (isinstance(where, Path) and where.is_file()): return _load_folder(where, dtype, safe)
     with _reading(where): model, tokenizer = _dequantised(where, dtype)
@@ -238,8 +241,9 @@ def _check_finite(model: PreTrainedModel, where: str | Path, safe: dict[str, Any
     if dtype != torch.float32: model, _ = _load(where, torch.float32, safe)
     weight = model.state_dict()[name]
     if not (fits := fitting(weight)):
+        bad = int((~weight.isfinite()).sum())
         raise CalibPruneError(f"Cannot load {where}: {name} holds NaN or infinity "
-                              f"({int((~weight.isfinite()).sum()):,} of {weight.numel():,} numbers).")
+                              f"({bad:,} of {weight.numel():,} numbers).")
     raise CalibPruneError(
         f"Cannot load {where} in {str(dtype).removeprefix('torch.')}: {name} reaches "
         f"{float(weight.abs().max()):.3g}, which overflows. {' and '.join(fits)} can hold it.")

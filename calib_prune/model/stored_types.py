@@ -70,8 +70,9 @@ def check_saved_type(model: PreTrainedModel, most: torch.dtype | None, others: T
     if most is None: return
     for name, (tensor, dtype) in _casts(model, most, others).items():
         if name not in changing and not is_finite(tensor, dtype):
-            raise CalibPruneError(f"The model cannot be saved in this type: {_overflow(name, tensor, dtype)}."
-                                  f" {' and '.join(fitting(tensor))} can hold it.")
+            raise CalibPruneError("The model cannot be saved in this type: "
+                                  f"{_overflow(name, tensor, dtype)}. "
+                                  f"{' and '.join(fitting(tensor))} can hold it.")
 
 # %% ../../nbs/2_model/11_stored_types.ipynb #a1c7e201
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def as_stored(model: PreTrainedModel,                # changed in place
              ) -> Stored:
     "Give a model's weights the types of its files, or a type that was asked for."
     if (bad := not_finite(model)) is not None:
-        raise CalibPruneError(f"{bad} holds NaN or infinity after pruning: the model is not saved. float32 "
-                              "(--dtype) or more damping (--damping) may help.")
+        raise CalibPruneError(f"{bad} holds NaN or infinity after pruning: the model is not saved. "
+                              "float32 (--dtype) or more damping (--damping) may help.")
     casts = _casts(model, most, others) if most else {}
     for name, (tensor, dtype) in casts.items():
         if is_finite(tensor, dtype): continue
