@@ -14,7 +14,7 @@ PYTHON ?= python3
 PRESET ?= smoke
 BIN    := .venv/bin
 # Tests that need no fetched model or text, and start few processes.
-QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress tasks))
+QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress scripts tasks))
 
 .PHONY: reproduce figures setup check test test-slurm torture bench export readme docs lab
 
