@@ -1,19 +1,22 @@
-# make reproduce   everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
-# make figures     tables and figures from committed rows alone (PRESET=default): no model is run
-# make test        everything that must hold: style, types, notebooks, export, pages, tests
-# make lab       the notebooks in JupyterLab
-# make docs      the site, in build/site/html
-# make check       the fast part of it, in about a minute
-# make test-slurm a study on a Slurm of one node, as root on Debian (it writes /etc/slurm/slurm.conf)
-# make torture     kills at any moment, bad inputs, two runs at once: thousands of tries, about an hour
-# make bench       side by side with peers and with the limit (FRESH=--fresh to start anew)
+# make reproduce    everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
+# make figures      tables and figures from committed rows alone (PRESET=default): no model is run
+# make setup        the virtual environment .venv with the package and its development tools (PYTHON=python3.12); every target needs it
+# make check        the fast part of the tests, in about a minute
+# make test         everything that must hold: style, types, notebooks, export, pages, tests
+# make test-slurm   a study on a Slurm of one node, as root on Debian (it writes /etc/slurm/slurm.conf)
+# make torture      kills at any moment, bad inputs, two runs at once: thousands of tries, about an hour
+# make bench        side by side with peers and with the limit (FRESH=--fresh to start anew)
+# make export       calib_prune/ from the notebooks, which are the source
+# make readme       README.md and docs/results.md from their notebooks
+# make docs         the site, in build/site/html
+# make lab          the notebooks in JupyterLab
 PYTHON ?= python3
 PRESET ?= smoke
 BIN    := .venv/bin
 # Tests that need no fetched model or text, and start few processes.
-QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress tasks))
+QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress scripts tasks))
 
-.PHONY: reproduce figures test check bench torture export readme docs lab test-slurm
+.PHONY: reproduce figures setup check test test-slurm torture bench export readme docs lab
 
 reproduce: .venv/installed
 	$(BIN)/calib-prune fetch
@@ -21,6 +24,8 @@ reproduce: .venv/installed
 
 figures: .venv/installed
 	$(BIN)/calib-prune reproduce --preset $(PRESET) --tables-only
+
+setup: .venv/installed
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -51,14 +56,15 @@ bench: .venv/installed bench/.venv/installed
 	mkdir -p build/bench
 	$(BIN)/python -m papermill --no-progress-bar nbs/paper/bench.ipynb build/bench/bench.ipynb
 
-# notebooks are the source: write calib_prune/ from them, strip what is not worth keeping
+# Also strips from the notebooks what is not worth keeping.
 export: .venv/installed
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname nbs/paper
 
+# Jupyter refuses to run as root unless it is told that this is meant.
 lab: .venv/installed
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs
 
 docs: .venv/installed
 	$(BIN)/python scripts/site.py
@@ -69,7 +75,6 @@ readme: .venv/installed
 
 .venv/installed: pyproject.toml scripts/setup.sh
 	bash scripts/setup.sh $(PYTHON) .venv
-	touch $@
 
 bench/.venv/installed: bench/setup_peers.sh
 	bash bench/setup_peers.sh $(PYTHON)

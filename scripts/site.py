@@ -213,6 +213,13 @@ def panel(title: str, points: list[tuple]) -> str:
             f'<figcaption>{title} retention, %</figcaption></figure>')
 
 
+def first_sentence(preset: str) -> str:
+    "The first sentence of the comment that a preset begins with; it may go over several lines."
+    comment = re.match(r"(?:#.*\n)+", preset)
+    text = " ".join(line.lstrip("# ") for line in comment[0].splitlines()) if comment else ""
+    return re.match(r".*?[.?!](?=\s|$)|.*", text)[0]
+
+
 def add_gallery() -> list[str]:
     "A page per table and figure, and an overview per study; returns the overviews."
     from calib_prune.study.artefacts import ARTEFACTS
@@ -223,7 +230,7 @@ def add_gallery() -> list[str]:
         (SOURCE / "figures" / study).mkdir(parents=True, exist_ok=True)
         for stem in stems: write(f"figures/{study}/{stem}.md", artefact_page(study, stem))
         cards = "\n".join(card(stem, ARTEFACTS[stem]) for stem in stems)
-        about = (ROOT / "presets" / f"{study}.yaml").read_text().splitlines()[0].lstrip("# ")
+        about = first_sentence((ROOT / "presets" / f"{study}.yaml").read_text())
         grid = f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n::::"
         tree = toctree(stems, hidden="", maxdepth="1")
         write(f"figures/{study}/index.md", f"# Study `{study}`\n\n{about}\n\n{grid}\n\n{tree}")

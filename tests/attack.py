@@ -375,6 +375,14 @@ def text_cases() -> Iterator[Case]:
     def parquet(columns):
         def write(path): pq.write_table(pa.table(columns) if isinstance(columns, dict) else columns, path)
         return write
+    def sparse(path):
+        with open(path, "wb") as file: file.truncate(1 << 40)
+    def bomb(path):
+        "Two thousand bytes that are five gigabytes of blanks when all rows are unpacked."
+        blanks = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array([" " * 20_000_000]))
+        pq.write_table(pa.table(dict(text=blanks)), path, compression="zstd", store_schema=False, write_statistics=False,
+                       dictionary_pagesize_limit=1 << 30)
+    def line(path): path.write_bytes(b'{"text": "' + b"a" * 70_000_000 + b'"}\n')
     two = pa.Table.from_arrays([pa.array(["a b c " * 40]), pa.array(["d e f"])], names=["text", "text"])
     good = json.dumps(dict(text="a b c d " * 40)) + "\n"
     files = {
@@ -389,7 +397,8 @@ def text_cases() -> Iterator[Case]:
         "two.parquet": parquet(two), "number.parquet": parquet(dict(text=[1, 2])), "nulls.parquet": parquet(dict(text=[None, "a b c " * 60])),
         "none.parquet": parquet(dict(text=pa.array([None, None], pa.string()))), "struct.parquet": parquet(dict(text=[dict(a=1)])),
         "binary.parquet": parquet(dict(text=[b"abc"])), "large.parquet": parquet(dict(text=pa.array(["a b c " * 60], pa.large_string()))),
-        "dictionary.parquet": parquet(dict(text=pa.array(["a b c " * 60] * 3).dictionary_encode())), "x.csv": b"a,b", "x": b"a"}
+        "dictionary.parquet": parquet(dict(text=pa.array(["a b c " * 60] * 3).dictionary_encode())), "bomb.parquet": bomb, "line.jsonl": line, **{f"sparse.{end}": sparse for end in ("txt", "jsonl", "parquet")},
+        "x.csv": b"a,b", "x": b"a"}
     cuts = {f"cut{k}.parquet": k for k in range(1, 12)}
     for command, as_json in itertools.product(("prune", "measure"), (False, True)):
         for name, content in (files | cuts).items():

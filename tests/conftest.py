@@ -7,8 +7,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples on every machine, however slow it is.
+settings.register_profile("calib-prune", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("calib-prune")
 
 LONG = ("test_workflow.py", "test_paper_preset.py", "test_lost.py", "test_torture.py", "test_calibration.py", "test_evaluation.py")
 

@@ -56,7 +56,7 @@ def forest(sequences):
 
 # --- numbers
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(shapes, st.sampled_from([None, 1.0, 0.05]), st.integers(0, 99))
 def test_texts(shape, scale, seed):
     q, k, v = problem(*shape, seed=seed)
@@ -66,7 +66,7 @@ def test_texts(shape, scale, seed):
     for before, now in zip(kept, (q, k, v)): assert torch.equal(before, now)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(forests, st.integers(1, 2), st.integers(1, 3), widths)
 def test_trees(sequences, kv_heads, group, width):
     row, sees, lasts = forest(sequences)
@@ -113,7 +113,7 @@ def test_weights_too_small_for_float32_are_zero():
     assert (attention(q, k, v, causal(1, 300), 1.0)[0, 110:, 0, 0] < 2).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(forests, st.sampled_from([NAN, INF]), st.data())
 def test_a_broken_key_reaches_only_those_who_see_it(sequences, bad, data):
     row, sees, lasts = forest(sequences)
@@ -371,7 +371,7 @@ def test_who_may_stand_side_by_side():
     assert not unpackable(eager) and not joins_rows(eager, [short])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), max_size=20), st.integers(1, 100), st.booleans())
 def test_batches_fill_the_budget_and_lose_nothing(lengths, budget, side):
     rows = [Row(tokens=[n] * size) for n, size in enumerate(lengths)]
@@ -382,7 +382,7 @@ def test_batches_fill_the_budget_and_lose_nothing(lengths, budget, side):
     for batch, following in zip(made, made[1:]): assert size([*batch, following[0]]) > budget, "a batch ended too early"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(forests)
 def test_rows_side_by_side_are_the_same_trees(sequences):
     row, sees, lasts = forest(sequences)

@@ -293,7 +293,7 @@ def toy_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Compiled kernels cannot be kept")  # a flipped name may lie in a folder that is not there
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kernel=st.sampled_from(["toy", "square"]), kind=st.sampled_from(["nbc", "nbi"]), place=st.floats(0, 1, exclude_max=True),
        bit=st.one_of(st.none(), st.integers(0, 7)))
 def test_damage_anywhere_is_found_or_harmless(toy_files, kernel, kind, place, bit):

@@ -56,7 +56,7 @@ def hits(documents, tasks="sciq", rule=DEFAULT_RULE):
 
 
 @given(which=st.integers(0, 7), before=st.text(max_size=60), after=st.text(max_size=60), more=st.lists(st.text(), max_size=3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_planted_item_is_always_found(index, which, before, after, more):
     found = find_overlaps(index, [*more, f"{before}\n{SCIQ[which]['question']}\n{after}"])
     assert found.item.tolist() == [str(which)] and found.document.tolist() == [len(more)]
@@ -64,14 +64,14 @@ def test_a_planted_item_is_always_found(index, which, before, after, more):
 
 
 @given(which=st.integers(0, 7), start=st.integers(0, 10), size=st.integers(0, 20))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_thirteen_words_are_found_and_twelve_are_not(index, which, start, size):
     part = SCIQ[which]["question"].split()[start:start + size]
     assert len(find_overlaps(index, [" ".join(part)])) == (len(part) >= 13)
 
 
 @given(which=st.integers(0, 7), seed=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_shuffled_words_are_not_found(index, which, seed):
     text = SCIQ[which]["question"].split()
     random.Random(seed).shuffle(text)

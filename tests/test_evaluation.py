@@ -103,7 +103,7 @@ def test_every_family_scores_as_lm_eval_does(family, attention):
         assert [o for _, o in packed] == [o for _, o in stock]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 1000), st.sampled_from([64, 200, 5000]))
 def test_scores_do_not_depend_on_the_batch(seed, batch_tokens):
     model, asked = tiny_llama().double(), requests(seed, 5)

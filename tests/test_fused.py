@@ -14,7 +14,7 @@ IDS = torch.arange(1, 41)[None] % 7
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 5), min_size=0, max_size=2), st.integers(1, 200), st.integers(0, 99))
 def test_norms(lead, width, seed):
     rng, norm = torch.Generator().manual_seed(seed), LlamaRMSNorm(width)

@@ -35,7 +35,7 @@ def covered(sets):
     return len(set().union(*sets))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 10_000), budget=st.integers(5, 40))
 def test_greedy_covers_what_it_promises(seed, budget):
     pool = random_pool(seed, n=9, dimensions=("A",), vocabulary=20)
@@ -56,7 +56,7 @@ def test_greedy_is_nearly_the_best():
     assert min(shares) >= 0.85 and np.mean(shares) >= 0.97
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000))
 def test_lazy_greedy_is_greedy(seed):
     pool = random_pool(seed, n=15, dimensions=("A",))
@@ -73,7 +73,7 @@ def test_lazy_greedy_is_greedy(seed):
     assert got == want
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), need=st.integers(1, 12), bins=st.integers(1, 3))
 def test_bins_are_the_tightest(seed, need, bins):
     rng = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ def test_shortest_intervals_by_hand():
     assert list(edges) == [1, 2, 3, 4] and list(last) == [1, 2, 3, 4]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), aggregation=st.booleans())
 def test_quantile_balance_holds(seed, aggregation):
     pool = random_pool(seed, n=60)
@@ -114,7 +114,7 @@ def test_quantile_balance_holds(seed, aggregation):
         assert max(medians) - min(medians) <= width
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), aggregation=st.booleans())
 def test_mean_balance_holds_to_one_text(seed, aggregation):
     pool = random_pool(seed, n=60)

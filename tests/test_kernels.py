@@ -220,7 +220,7 @@ shapes = st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(0, 1000))
 sparsities = st.one_of(st.sampled_from([0.0, 0.29, 0.5, 0.57, 0.6, 0.999]), st.floats(0, 0.99))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(shapes, sparsities, st.sampled_from([1, 3, 16, 128]))
 def test_exact_sparsity(shape, sparsity, block):
     W, _, H = problem(*shape[:2], seed=shape[2])
@@ -232,7 +232,7 @@ def test_exact_sparsity(shape, sparsity, block):
     assert result.sparsity == pytest.approx(share(sparsity, W.shape[1]) / W.shape[1])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shapes, sparsities, st.integers(1, 50))
 def test_block_counts_add_up(shape, sparsity, block):
     d_out, d_in, _ = shape
@@ -241,7 +241,7 @@ def test_block_counts_add_up(shape, sparsity, block):
     assert all(0 <= c <= d_out * min(block, d_in - n * block) for n, c in enumerate(counts))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=5), st.integers(0, 7))
 def test_smallest_breaks_ties_by_index(rows, k):
     mask = smallest(torch.tensor(rows, dtype=torch.float32), k)
@@ -249,7 +249,7 @@ def test_smallest_breaks_ties_by_index(rows, k):
         assert [i for i, m in enumerate(marked) if m] == sorted(sorted(range(7), key=lambda i: (row[i], i))[:k])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from(["spread", "ties", "odd"]), st.integers(0, 99))
 def test_smallest_of_one_row_agrees_with_a_sort(n, part, kind, seed):
     "One long row takes another way than several short ones."
@@ -264,7 +264,7 @@ def test_smallest_of_one_row_agrees_with_a_sort(n, part, kind, seed):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(shape=shapes, how=st.sampled_from([0.3, 0.6, "2:4", "1:4"]))
 def test_pruning_again_changes_nothing(name, shape, how):
     d_out, d_in, seed = shape
@@ -441,7 +441,7 @@ def test_second_moment_averages_tokens_not_sequences():
         torch.testing.assert_close(H.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 70), st.integers(1, 80), st.integers(1, 60),
        st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_second_moment_any_shape(d, tokens, panel, dtype):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def close(a, b): return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=2), st.integers(0, 70), st.integers(0, 70), st.booleans(), st.integers(0, 9))
 def test_it_is_the_linear_map(lead, d_in, d_out, bias, seed):
     rng = torch.Generator().manual_seed(seed)

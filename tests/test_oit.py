@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import jensenshannon
@@ -58,7 +58,6 @@ def test_ngrams_of_a_large_vocabulary_do_not_collide():
     assert distinct_ngrams(tokens, 4) == len({tuple(w[i:i + 4]) for w in tokens.tolist() for i in range(197)})
 
 
-@settings(deadline=None)
 @given(WITH_TEXT)
 def test_bounds(tokens):
     n, length = tokens.shape
@@ -76,7 +75,6 @@ def test_bounds(tokens):
     assert value.volume_bytes >= (tokens != 0).sum()
 
 
-@settings(deadline=None)
 @given(WITH_TEXT, st.randoms(use_true_random=False))
 def test_the_order_of_windows_does_not_matter(tokens, random):
     cal = as_set(tokens)
@@ -87,7 +85,6 @@ def test_the_order_of_windows_does_not_matter(tokens, random):
     assert {k: v for k, v in a.items() if k not in ORDERED} == pytest.approx({k: v for k, v in b.items() if k not in ORDERED})
 
 
-@settings(deadline=None)
 @given(WITH_TEXT)
 def test_saying_it_twice_raises_aggregation_and_leaves_variety(tokens):
     once, twice = (text_metrics(as_set(o), TOKENIZER) for o in (tokens, np.concatenate([tokens, tokens])))

@@ -1,18 +1,24 @@
 "Sources: one interface over packaged text, the standard library, hub data sets and a user's files."
+import hashlib
 import json
 import re
+import subprocess
+import sys
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets.exceptions import DatasetGenerationError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.calibration import readers
 from calib_prune.data.wheels import say_winogrande
 from calib_prune.calibration.sources import (FURTHER, HELDOUT, PAPER_SOURCES, SOURCES, SUITE, HubSource,
                                              LibrarySource, file_source, get_source, hub_source,
@@ -102,6 +108,14 @@ def test_hub_revision_follows_the_content_and_can_be_pinned(folder):
     pd.DataFrame({"text": ["three"]}).to_parquet(folder / "plain.parquet")
     assert get_source(f"hub:{folder}[plain]").revision != source.revision
     with pytest.raises(CalibPruneError, match="not at folder#"): get_source(f"hub:{folder}[plain]@{source.revision}").documents()
+
+
+def test_a_folder_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
+    source, later = get_source(f"hub:{folder}[plain]"), pd.DataFrame({"text": ["three"]})
+    assert source.documents() == ["one", "two"]
+    later.to_parquet(folder / "plain.parquet")
+    with pytest.raises(CalibPruneError, match="was changed while it was read"): source.documents()
+    assert source.anew().documents() == ["three"] and source.anew().revision != source.revision
 
 
 def test_the_number_of_hub_documents_is_bounded(folder, monkeypatch):
@@ -196,6 +210,117 @@ def test_file_revision_follows_the_content(tmp_path):
     assert get_source(f"{tmp_path}/a.txt").revision != before
 
 
+def write_texts(path, texts):
+    "The same texts in any of the formats."
+    if path.suffix == ".txt": path.write_text("\f".join(texts))
+    elif path.suffix == ".jsonl": path.write_text("".join(json.dumps({"text": o}) + "\n" for o in texts))
+    else: pq.write_table(pa.table({"text": texts}), path)
+
+
+@pytest.mark.parametrize("end", ["txt", "jsonl", "parquet"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, end, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK", 4096)  # more is not in the memory yet
+    path = tmp_path / f"a.{end}"
+    write_texts(path, [f"text {i}" for i in range(20_000)])
+    source = get_source(str(path))
+    texts = source.stream()
+    next(texts)
+    with open(path, "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"8")
+    with pytest.raises(CalibPruneError, match=f"a.{end} was changed while it was read"): list(texts)
+
+
+@pytest.mark.parametrize("end", ["txt", "jsonl", "parquet"])
+def test_a_source_stands_for_one_revision(tmp_path, end):
+    "Documents and revision of one object belong together; `anew` sees what the file holds now."
+    path = tmp_path / f"a.{end}"
+    write_texts(path, ["one", "two"])
+    source = get_source(str(path))
+    assert source.revision == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    write_texts(path, ["one", "six"])
+    with pytest.raises(CalibPruneError, match="was changed"): source.documents()
+    assert source.anew().documents() == ["one", "six"] and source.anew().revision != source.revision
+
+
+@pytest.mark.parametrize("end, says", [("txt", "zero byte at offset 0"), ("jsonl", "zero byte at offset 0"),
+                                       ("parquet", "not a Parquet file")])
+def test_a_sparse_terabyte_is_refused_before_it_is_hashed(tmp_path, end, says):
+    path = tmp_path / f"a.{end}"
+    with open(path, "wb") as file: file.truncate(1 << 40)
+    with pytest.raises(CalibPruneError, match=says): _ = get_source(str(path)).revision
+
+
+def test_text_is_judged_while_it_is_hashed(tmp_path):
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.write(b"a line\n" * 10 ** 6)
+        file.truncate(1 << 40)
+    with pytest.raises(CalibPruneError, match="zero byte at offset 7,000,000"): _ = get_source(f"{tmp_path}/a.txt").revision
+
+
+def repeated(path, n, **how):
+    "A text of 20 MB in each of n rows, in a file of two thousand bytes."
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * n, pa.int32()), pa.array(["a b c d e\n" * 2_000_000]))
+    table = pa.table({"text": texts if how.get("use_dictionary", True) else texts.cast(pa.string())})
+    pq.write_table(table, path, compression="zstd", write_statistics=False, store_schema=False, **how)
+    assert path.stat().st_size < 5000
+
+
+@pytest.mark.parametrize("how", [dict(dictionary_pagesize_limit=1 << 30),
+                                 dict(use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY")])
+@pytest.mark.parametrize("n, says", [(20, "20 rows"), (60, "makes 1,0.* bytes or more out of [12],...\\. No text is so repetitive")])
+def test_a_small_parquet_file_does_not_fill_the_memory(tmp_path, how, n, says):
+    repeated(tmp_path / "a.parquet", n, **how)
+    code = """
+import resource, sys
+from pathlib import Path
+import pyarrow.compute, pyarrow.parquet
+from calib_prune.calibration.readers import CalibPruneError, read_parquet_column
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+try: print(sum(1 for _ in read_parquet_column(Path(sys.argv[1]), "text")), "rows")
+except CalibPruneError as e: print(e)
+print(peak() - before)"""
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.parquet"], capture_output=True, text=True, check=True)
+    said, megabytes = run.stdout.splitlines()
+    assert re.search(says, said) and int(megabytes) < 600
+
+
+def test_a_group_of_rows_that_is_large_only_when_unpacked_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BATCH", 10 ** 6)
+    table = pa.table({"text": ["a b c d e\n" * 200_000]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
+    with pytest.raises(CalibPruneError, match="makes 2,000,.* bytes or more out of"): get_source(f"{tmp_path}/a.parquet").documents()
+
+
+@pytest.mark.parametrize("end", ["jsonl", "parquet"])
+def test_a_record_that_is_too_long_is_named(tmp_path, end, monkeypatch):
+    monkeypatch.setattr(readers, "RECORD", 1000)
+    monkeypatch.setattr(readers.within, "__defaults__", (1000,))
+    monkeypatch.setattr(readers, "CHUNK", 100)
+    write_texts(tmp_path / f"a.{end}", ["short", "long " * 400])
+    with pytest.raises(CalibPruneError, match=f"a.{end}.* more than 1,000 .*, the most that a record may have"):
+        get_source(f"{tmp_path}/a.{end}").documents()
+
+
+def test_a_text_without_lines_is_divided(tmp_path):
+    (tmp_path / "a.txt").write_text("abcd " * 4_000_000)
+    tracemalloc.start()
+    assert all(len(o) < 10 ** 7 for o in readers.read_txt(tmp_path / "a.txt", "text"))
+    assert tracemalloc.get_traced_memory()[1] < 6e7
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("error", [MemoryError("malloc of size 5 failed"), pa.ArrowMemoryError("realloc of size 5 failed")])
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, error):
+    write_texts(tmp_path / "a.parquet", ["one"])
+    def fail(*a, **k): raise error
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", fail)
+    with pytest.raises(CalibPruneError, match="not enough memory to read .*a.parquet .*of size 5 failed") as e:
+        get_source(f"{tmp_path}/a.parquet").documents()
+    assert "damaged" not in str(e.value)
+
+
 @pytest.mark.parametrize("name, data, says", [
     ("a.txt", b"", "holds no text"), ("a.txt", b" \n\f ", "holds no text"), ("a.txt", b"ab\0c", "zero byte at offset 2"),
     ("a.txt", b"caf\xe9", "byte 0xe9 at offset 3"), ("a.jsonl", b'{"text": "a"}\nnope', "line 2, is not JSON"),
@@ -272,6 +397,19 @@ def test_real_source_fills_64_windows_of_512(name):
         n += sum(len(o) + 1 for o in tokenizer.encode_batch(texts[i:i + 100]))
         if n >= 64 * 512: break
     assert n >= 64 * 512 or (name == "c4" and n >= 58 * 512)
+
+
+@pytest.mark.real
+def test_an_edited_text_in_the_cache_is_refused(tmp_path, monkeypatch):
+    "With as many bytes as before: only its hash shows it."
+    from calib_prune.core import cache_dir
+    from calib_prune.data.fetch import cached
+    data = cached("sources", "c4").read_bytes()
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "manifest.json").symlink_to(cache_dir() / "manifest.json")
+    (tmp_path / "sources/c4.jsonl").write_bytes(data.replace(b"a", b"e"))
+    monkeypatch.setenv("CALIB_PRUNE_CACHE", str(tmp_path))
+    with pytest.raises(CalibPruneError, match="c4.jsonl is broken: its content is not what was fetched"): SOURCES["c4"].documents()
 
 
 @pytest.mark.real

@@ -281,7 +281,7 @@ def test_partial_is_the_correlation_of_residuals(x, random):
 
 
 @given(NUMBERS.filter(lambda o: len(o) <= 6), st.randoms())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_permutation_p_is_scipys(x, random):
     y = random.choices(range(-3, 4), k=len(x))
     assume(len(set(x)) > 1 and len(set(y)) > 1)

@@ -39,7 +39,7 @@ def check(total, a, b, others=(), lower=False, subtract=False):
     for before, now in zip(kept, (a, b, *others)): assert torch.equal(before, now), "an input was changed"
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(sizes, sizes, depths, steps, st.integers(1, 3), st.integers(0, 5), st.booleans(), st.booleans(), st.integers(0, 99))
 @example(2 * ROWS, 2 * COLS, DEPTH + 3, (1, 1, 0, False), 1, 0, False, True, 0)  # whole tiles
 @example(BLOCK + ROWS, 3 * COLS, 2 * DEPTH, (1, 1, 0, True), 1, 0, True, False, 1)
@@ -78,7 +78,7 @@ def test_wide_results_in_several_threads(shares, monkeypatch):
     for lower in (False, True): check(random(300, 280), random(300, 20, seed=1), random(20, 280, seed=2), lower=lower)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(sizes, sizes, st.integers(1, 300), st.data())
 def test_nan_and_infinity_reach_what_reads_them_and_no_more(rows, cols, depth, data):
     at = lambda n: data.draw(st.integers(0, n - 1))
@@ -127,14 +127,14 @@ def test_shapes_that_do_not_fit_together_are_refused(total, b):
     with pytest.raises(CalibPruneError, match="does not fit"): add_product(random(*total), random(3, 4), random(*b))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 200), st.integers(1, 70), st.booleans())
 def test_both_factors_may_be_one_matrix(tokens, width, strided):
     x = random(tokens, width * (2 if strided else 1))[:, ::2 if strided else 1]
     check(torch.zeros(width, width), x.T, x.contiguous() if strided else x, lower=True)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 90), st.integers(0, 90), st.integers(1, 90))
 def test_all_three_may_be_parts_of_one_matrix(before, size, after):
     "As in a Cholesky factorisation, where rows lose a product of later rows."

@@ -144,7 +144,7 @@ def test_kernel_and_compiled_sweep_agree(kernels):
 few_values = st.lists(st.sampled_from([0., -0., 1e-42, 1e-3, 1., 1.0000001, 2., 65504.]), min_size=1, max_size=37)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(few_values, st.data())
 def test_choice_with_ties(kernels, row, data):
     "Exactly k, the smallest, and of equal scores those with the lowest index: against Python's stable sort."
@@ -155,7 +155,7 @@ def test_choice_with_ties(kernels, row, data):
         assert np.flatnonzero(marked).tolist() == sorted(sorted(range(len(values)), key=values.__getitem__)[:k])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 90), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
        st.booleans())
 def test_choice_equals_plain_form(kernels, d_out, d_in, seed, dtype, transposed):
@@ -169,7 +169,7 @@ def test_choice_equals_plain_form(kernels, d_out, d_in, seed, dtype, transposed)
     assert mask.dtype == torch.bool and torch.equal(mask.cpu(), smallest(weight.abs().float() * norms, k))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 5), st.integers(1, 9), st.sampled_from([(2, 4), (1, 2), (4, 8), (3, 5), (1, 3)]), st.integers(0, 99))
 def test_choice_in_groups(kernels, d_out, groups, pattern, seed):
     rng = torch.Generator().manual_seed(seed)

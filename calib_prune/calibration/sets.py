@@ -28,6 +28,7 @@ import torch
 from ..core import (DIMENSIONS, CalibPruneError, as_fraction, cache_dir, check_number,
                               content_hash, damaged, whole_file, write_atomic)
 from ..model.loading import end_of_text_id
+from .readers import changed
 from .sources import SUITE, get_source
 
 # %% ../../nbs/3_calibration/03_sets.ipynb #147ce6be
@@ -35,7 +36,8 @@ CALIBRATION_VERSION = 1  # part of a result's key
 
 # %% ../../nbs/3_calibration/03_sets.ipynb #0cc3c340
 class DocumentSource(Protocol):
-    "What a set needs of a source. A `draw_key`, if it has one, seeds the draw instead of the name."
+    """What a set needs of a source. A `draw_key`, if it has one, seeds the draw instead of the name; `anew`, if it has
+    one, gives the source as it is now."""
     @property
     def name(self) -> str: ...
     @property
@@ -55,13 +57,24 @@ def _pieces(document: str) -> Iterator[tuple[str, bool]]:  # text, is it the doc
     yield document[at:], True
 
 # %% ../../nbs/3_calibration/03_sets.ipynb #18a4a243
+def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    "The tokens of each text, without special tokens."
+    try:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                         verbose=False)["input_ids"]
+    except BaseException as e:  # the tokenizers library raises plain exceptions, and panics with what is no `Exception`
+        if isinstance(e, MemoryError) or not (isinstance(e, Exception) or type(e).__name__ == "PanicException"): raise
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise CalibPruneError(f"The tokenizer of {name} cannot encode this text: {str(e).strip()[:300]}. Use the tokenizer "
+                              "that the model was trained with. Its vocabulary must hold the token for what it does not "
+                              "know (unk_token in tokenizer.json).") from e
+
 def _token_batches(documents: Iterable[str], tokenizer
                   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # tokens int64; where in them a document ends
     "The tokens of a few documents at a time."
     batch, size, end = [], 0, end_of_text_id(tokenizer)
     def tokens():
-        ids = tokenizer([text for text, _ in batch], add_special_tokens=False, split_special_tokens=True,
-                        return_attention_mask=False, verbose=False)["input_ids"]
+        ids = _encode(tokenizer, [text for text, _ in batch])
         parts = [[*o, end] if last else o for o, (_, last) in zip(ids, batch)]
         ends = np.cumsum([len(o) for o in parts])[[last for _, last in batch]]
         return np.concatenate([np.asarray(o, np.int64) for o in parts]), ends
@@ -176,15 +189,15 @@ def tokenizer_identity(tokenizer) -> str:
     return content_hash(json.loads(backend.to_str()) if backend else tokenizer.get_vocab())
 
 # %% ../../nbs/3_calibration/03_sets.ipynb #6e75df06
-KEPT = 2  # version of the kept files; raise it to have them made again. No result depends on it
+KEPT = 3  # version of the kept files; raise it to have them made again. No result depends on it
 
-def _write_array(path: Path, raw: IO[bytes]  # int32
+def _write_array(path: Path, raw: IO[bytes], kind: str  # of number: "<i4", "<i8"
                 ) -> None:
     "Move raw numbers into a NumPy file, so that a reader never meets half of it."
-    size = raw.tell() // 4
+    size = raw.tell() // np.dtype(kind).itemsize
     raw.seek(0)
     with whole_file(path) as file:
-        np.lib.format.write_array_header_1_0(file, dict(descr="<i4", fortran_order=False, shape=(size,)))
+        np.lib.format.write_array_header_1_0(file, dict(descr=kind, fortran_order=False, shape=(size,)))
         shutil.copyfileobj(raw, file)
 
 # %% ../../nbs/3_calibration/03_sets.ipynb #9047c17c
@@ -193,25 +206,30 @@ def _keep_stream(documents: Iterable[str], tokenizer, files: list[Path]) -> None
     folder = files[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as starts:
-        starts.write(np.zeros(1, np.int32).tobytes())
+        starts.write(np.zeros(1, "<i8").tobytes())
         for found, ends in _token_batches(documents, tokenizer):
-            starts.write((ends + tokens.tell() // 4).astype(np.int32).tobytes())
-            tokens.write(found.astype(np.int32).tobytes())
-        starts.truncate(max(0, starts.tell() - 4))  # no document begins where the last one ends
+            starts.write((ends + tokens.tell() // 4).astype("<i8").tobytes())
+            tokens.write(found.astype("<i4").tobytes())
+        starts.truncate(max(0, starts.tell() - 8))  # no document begins where the last one ends
         starts.seek(0, os.SEEK_END)
-        for path, raw in zip(files, (tokens, starts), strict=True): _write_array(path, raw)
+        for path, raw, kind in zip(files, (tokens, starts), ("<i4", "<i8"), strict=True): _write_array(path, raw, kind)
 
 # %% ../../nbs/3_calibration/03_sets.ipynb #a1b542dd
+def _settled(source: DocumentSource, revision: str) -> Iterator[str]:
+    "A source's documents; an error at their end if they are of another revision by then."
+    yield from source.stream() if hasattr(source, "stream") else source.documents()
+    if source.revision != revision: raise changed(f"The source {source.name}")
+
 def source_stream(source: DocumentSource, tokenizer,
                   identity: str | None = None  # `tokenizer_identity(tokenizer)`, if it is known already
                  ) -> tuple[np.ndarray, np.ndarray]:  # as `token_stream`
     "The tokens of a source and the starts of its documents, kept on disk."
-    entry = getattr(source, "entry", {})
-    key = content_hash([KEPT, CALIBRATION_VERSION, source.name, source.revision,
+    entry, revision = getattr(source, "entry", {}), source.revision
+    key = content_hash([KEPT, CALIBRATION_VERSION, source.name, revision,
                         identity or tokenizer_identity(tokenizer), end_of_text_id(tokenizer),
                         *([entry] if entry else [])])
     files = [cache_dir() / "tokens" / f"{key}.{part}.npy" for part in ("tokens", "documents")]
-    texts = lambda: source.stream() if hasattr(source, "stream") else source.documents()
+    texts = lambda: _settled(source, revision)
     def kept(): return [np.load(f, mmap_mode="r") for f in files]
     try: tokens, documents = kept()
     except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # absent, or damaged
@@ -262,7 +280,7 @@ def build_calibration(mix: str | Mapping[str, float] | DocumentSource,  # see `p
     sources: dict[str, DocumentSource]
     if isinstance(mix, Mapping): sources, counts = {k: get_source(k) for k in mix}, allocate(mix, n_windows)
     else: sources, counts = {mix.name: mix}, {mix.name: n_windows}
-    drawn = {k: s for k, s in sources.items() if counts[k]}
+    drawn = {k: s.anew() if hasattr(s, "anew") else s for k, s in sources.items() if counts[k]}
     check_distinct(drawn)
     identity = tokenizer_identity(tokenizer)
     parts = [_windows_of(k, s, tokenizer, identity, counts[k], length, seed) for k, s in drawn.items()]

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['NOT_CODE', 'SOURCES', 'HELDOUT', 'FURTHER', 'SUITE', 'MAX_DOCUMENTS', 'PAPER_SOURCES', 'READERS', 'HUB', 'Source',
            'PackagedSource', 'packaged', 'library_files', 'LibrarySource', 'render', 'HubSource', 'say_hellaswag_hub',
-           'say_csqa_hub', 'say_siqa_hub', 'say_gsm8k_hub', 'from_hub', 'FileSource', 'file_source', 'hub_source',
-           'get_source']
+           'say_csqa_hub', 'say_siqa_hub', 'say_gsm8k_hub', 'from_hub', 'enough_memory', 'judged_sha256', 'FileSource',
+           'file_source', 'hub_source', 'get_source']
 
 # %% ../../nbs/3_calibration/02_sources.ipynb #3852d6ab
+import hashlib
+import json
 import os
 import platform
 import re
@@ -22,10 +24,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from .readers import read_jsonl_field, read_parquet_column, read_txt
+from .readers import (changed, read_jsonl_field, read_parquet_column, read_txt,
+                                             text_chunks)
 from ..core import CalibPruneError, as_path, content_hash, file_sha256, unknown_name
 from ..data.fetch import cached, read_manifest
-from ..data.files import documents, read_jsonl
+from ..data.files import documents
 from ..data.wheels import FURTHER_TEXT, HELDOUT_TEXT, SOURCE_TEXT, WHEELS, say_winogrande
 
 # %% ../../nbs/3_calibration/02_sources.ipynb #3e2ffca0
@@ -51,6 +54,10 @@ class Source:
         "A string that changes when the documents change."
         raise NotImplementedError
 
+    def anew(self) -> "Source":
+        "The same source, which has not looked at its text yet."
+        return self
+
     @property
     def entry(self) -> dict[str, Any]:
         "What decides the documents besides the revision: for example, which field is read."
@@ -72,12 +79,21 @@ class Source:
 class PackagedSource(Source):
     "Text that `calib-prune fetch` keeps in the cache."
 
-    def documents(self) -> list[str]: return [r["text"] for r in read_jsonl(cached("sources", self.name))]
+    def _entry(self) -> tuple[Path, dict[str, Any]]:  # its file, and what the manifest says of it
+        path = cached("sources", self.name)
+        return path, read_manifest(path.parents[1])[f"sources/{path.name}"]
+
+    def documents(self) -> list[str]:
+        path, said = self._entry()
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != said.get("sha256"):
+            raise CalibPruneError(f"{path} is broken: its content is not what was fetched. Remove it, then run "
+                                  "`calib-prune fetch` to make it again.")
+        return [json.loads(line)["text"] for line in data.decode().split("\n") if line]
 
     @property
     def revision(self) -> str:
-        path = cached("sources", self.name)
-        said = read_manifest(path.parents[1])[f"sources/{path.name}"]
+        _, said = self._entry()
         return f"{said.get('wheel')}#{str(said.get('sha256'))[:12]}"
 
 def packaged(name: str, dimension: str, licence: str, description: str) -> PackagedSource:
@@ -202,6 +218,8 @@ class HubSource(Source):
         from datasets import load_dataset_builder
         with _reading(self): return load_dataset_builder(self.path, name=self.config, revision=self.at).hash
 
+    def anew(self) -> "HubSource": return replace(self) if Path(self.path).is_dir() else self  # a commit never changes
+
     @property
     def entry(self) -> dict[str, Any]:
         text = getattr(self.text, "__name__", self.text)
@@ -217,6 +235,7 @@ class HubSource(Source):
             rows = load_dataset(self.path, name=self.config, split=self.split, streaming=True, revision=at)
             some = islice(rows, MAX_DOCUMENTS)
             texts = [d["text"] for d in documents(_rendered(self, r) for r in some)]
+        if at is None and _folder_revision(Path(self.path), None) != self.revision: raise changed(self.path)
         if not texts:
             raise CalibPruneError(f"The source {self.name!r} ({self.path}, split {self.split}) holds no text.")
         return texts
@@ -293,6 +312,23 @@ PAPER_SOURCES: dict[str, HubSource] = {s.name: s for s in (
 # %% ../../nbs/3_calibration/02_sources.ipynb #0bc12d26
 READERS = {".txt": read_txt, ".jsonl": read_jsonl_field, ".parquet": read_parquet_column}
 
+# %% ../../nbs/3_calibration/02_sources.ipynb #f0a94c6e
+@contextmanager
+def enough_memory(path: str | Path) -> Iterator[None]:
+    "Say which file the memory was too small for."
+    try: yield
+    except MemoryError as e:
+        raise CalibPruneError(f"There is not enough memory to read {path} ({str(e) or 'none is left'}). The file may be "
+                              "whole. Divide its long records, or use a machine with more memory.") from e
+
+def judged_sha256(path: Path, field: str) -> str:
+    "The SHA-256 of a file of text, in hexadecimal; an error at the first byte that cannot be text."
+    with enough_memory(path): next(READERS[path.suffix](path, field), None)
+    if path.suffix == ".parquet": return file_sha256(path)
+    found = hashlib.sha256()
+    for _ in text_chunks(path, found.update): pass
+    return found.hexdigest()
+
 # %% ../../nbs/3_calibration/02_sources.ipynb #99544981
 @dataclass(frozen=True)
 class FileSource(Source):
@@ -300,8 +336,18 @@ class FileSource(Source):
     path: str = ""
     field: str = "text"  # field or column, for .jsonl and .parquet
 
+    @cached_property
+    def sha256(self) -> str: return judged_sha256(Path(self.path), self.field)
+
+    def anew(self) -> "FileSource": return replace(self)
+
+    def _read(self) -> Iterator[str]:
+        wanted, seen = self.sha256, hashlib.sha256()
+        with enough_memory(self.path): yield from READERS[Path(self.path).suffix](Path(self.path), self.field, seen.update)
+        if seen.hexdigest() != wanted: raise changed(self.path)
+
     def stream(self) -> Iterator[str]:
-        texts = documents(READERS[Path(self.path).suffix](Path(self.path), self.field))
+        texts = documents(self._read())
         first = next(texts, None)
         if first is None: raise CalibPruneError(f"{self.path} holds no text.")
         return (d["text"] for d in chain([first], texts))
@@ -309,7 +355,7 @@ class FileSource(Source):
     def documents(self) -> list[str]: return list(self.stream())
 
     @property
-    def revision(self) -> str: return f"sha256:{file_sha256(self.path)[:12]}"
+    def revision(self) -> str: return f"sha256:{self.sha256[:12]}"
 
     @property
     def entry(self) -> dict[str, Any]: return dict(field=self.field)
