@@ -154,6 +154,7 @@ def _lowest(judged: dict[str, np.ndarray]  # dimension → [1 + n_boot], the low
         about = ", ".join(f"{name} (difference {_in_points(ahead[name])})" for name in near)
         return (f"{worst} has the lowest retention, {_in_percent(values)}, not significantly lower "
                 f"than {about}.")
+    if interval(values[1:])[1] >= 1: return f"{worst} has the lowest retention, {_in_percent(values)}."
     following = others[0][0]
     return (f"{worst} has lost most: retention {_in_percent(values)}, "
             f"{_in_points(ahead[following])} below {following}, the next lowest.")
@@ -178,7 +179,7 @@ def retention_verdict(found: dict[tuple[str, str], np.ndarray],  # from `retenti
     order = sorted(set(dimensions) - set(unknown), key=lambda name: float(dimensions[name][0]))
     judged = {name: dimensions[name] for name in order}
     lost = any(interval(values[1:])[1] < 1 for values in judged.values())
-    said = [_lowest(judged)] if lost else ["No dimension has a significant loss."] if judged else []
+    said = [_lowest(judged)] if lost else ["No judged dimension has a significant loss."] if judged else []
     said += _against_dense(judged)
     return " ".join([*said, *(f"{name} cannot be judged: {why}." for name, why in unknown.items())])
 
@@ -191,8 +192,7 @@ def _items_behind(level: str, name: str, sizes: dict[str, int]) -> int:
 def _interval_reason(level: str, name: str, sizes: dict[str, int]) -> str:
     "Why a row with a retention has no interval."
     tasks = [t for t in sizes if name == t or level == "total" or TASKS[t].dimension == name]
-    if single := [t for t in tasks if sizes[t] == 1]:
-        return f"no interval, as {', '.join(single)} has a single item"
+    if any(sizes[t] == 1 for t in tasks): return "no interval, as a single item cannot be resampled"
     return "no interval, as in over 1 % of the resamples the dense model has nothing to lose"
 
 def _retention_row(level: str, name: str, values: np.ndarray,  # [1 + n_boot]
