@@ -84,8 +84,8 @@ def left_out_reasons(dense: pd.DataFrame, measure: str = "plain", count_at_chanc
     why |= {task: _right_answers(dense, task) for task in aside["left_aside"] or []}
     missing = _dimension_reasons(names, why)
     if missing:
-        lack = f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no retention"
-        missing["total"] = f"the total is the mean of all four dimensions, and {lack}"
+        lack = f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no retention"
+        missing["total"] = f"not given, as the total is the mean of all four dimensions, and {lack}"
     return why | missing
 
 # %% ../../nbs/6_evaluation/07_retention.ipynb #e4e5214f
