@@ -84,7 +84,7 @@ def left_out_reasons(dense: pd.DataFrame, measure: str = "plain", count_at_chanc
     why |= {task: _right_answers(dense, task) for task in aside["left_aside"] or []}
     missing = _dimension_reasons(names, why)
     if missing:
-        lack = f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no retention"
+        lack = f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no retention"
         missing["total"] = f"not given, as the total is the mean of all four dimensions, and {lack}"
     return why | missing
 
