@@ -23,8 +23,10 @@ def _score_text(row: Any,     # of `scoring.scores`
                 measure: str) -> str:
     "A score with its standard error: an accuracy in percent, or bits per byte."
     if measure == "answer-bits": return as_text(row.bits_per_byte)
-    if row.accuracy != row.accuracy: return f"{row.score:5.3f} ± {row.standard_error:.3f}"
-    return f"{100 * row.score:5.1f} ± {100 * row.standard_error:.1f} %"
+    share = row.accuracy == row.accuracy
+    error = f"{100 * row.standard_error:.1f}" if share else f"{row.standard_error:.3f}"
+    spread = f" ± {error}" if row.n > 1 else ""  # a single item does not scatter
+    return f"{100 * row.score:5.1f}{spread} %" if share else f"{row.score:5.3f}{spread}"
 
 def _chance_text(row: Any,     # of `scoring.scores`
                  measure: str) -> str:
