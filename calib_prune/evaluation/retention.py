@@ -176,8 +176,8 @@ def retention_verdict(found: dict[tuple[str, str], np.ndarray],  # from `retenti
     "Which dimension has lost most, what is not significant, and what cannot be judged."
     dimensions = {name: v for (level, name), v in found.items() if level == "dimension"}
     unknown = _not_judged(dimensions, sizes, reasons)
-    order = sorted(set(dimensions) - set(unknown), key=lambda name: float(dimensions[name][0]))
-    judged = {name: dimensions[name] for name in order}
+    known = [name for name in dimensions if name not in unknown]
+    judged = {name: dimensions[name] for name in sorted(known, key=lambda d: float(dimensions[d][0]))}
     lost = any(interval(values[1:])[1] < 1 for values in judged.values())
     said = [_lowest(judged)] if lost else ["No judged dimension has a significant loss."] if judged else []
     said += _against_dense(judged)
