@@ -87,22 +87,40 @@ def test_people_get_bars_and_a_table(model, text, tmp_path):
 def test_evaluate_reports_scores_and_retention(model, text, tmp_path):
     prune(model, text, tmp_path / "out", "--sparsity", "0.9")
     tasks = "jeopardy,piqa,mbpp,gsm8k"
-    out = json.loads(run("evaluate", "--model", tmp_path / "out", "--dense", model, "--tasks", tasks, "--limit", 8, "--json").stdout)
+    out = strict(run("evaluate", "--model", tmp_path / "out", "--dense", model, "--tasks", tasks, "--limit", 8, "--json").stdout)
     assert [r["n"] for r in out["scores"]] == [8] * 4
     assert {r["name"] for r in out["retention"] if r["level"] == "dimension"} == {"General", "Commonsense", "Code", "Math"}
-    assert all(r["ci_low"] <= r["retention"] <= r["ci_high"] for r in out["retention"] if r["level"] == "total")
+    assert all(r["ci_low"] <= r["retention"] <= r["ci_high"] for r in out["retention"] if r["n"])
+    assert {r["name"]: r["n"] for r in out["retention"] if r["level"] != "task"} == dict(General=8, Commonsense=0, Code=8, Math=8, total=0)
+    assert "Commonsense has no retention" in out["reasons"]["total"] and "Code cannot be judged: fewer than 10 items" in out["verdict"]
     assert out["measure"] == "plain" and {"accuracy", "chance", "bits_per_byte"} <= set(out["scores"][0])
     asked = ("evaluate", "--model", tmp_path / "out", "--dense", model, "--tasks", "piqa,mbpp", "--limit", 8)
     bits = json.loads(run(*asked, "--measure", "answer-bits", "--json").stdout)
     at = lambda o, name: next(r["retention"] for r in o["retention"] if r["name"] == name)
-    assert bits["measure"] == "answer-bits" and at(bits, "mbpp") == at(out, "mbpp") and at(bits, "piqa") != at(out, "piqa")
+    assert bits["measure"] == "answer-bits" and at(bits, "mbpp") == at(out, "mbpp")
+    assert at(bits, "piqa") > 0 and "piqa" not in {r["name"] for r in out["retention"]}, "bits count where accuracies are at chance"
     guessing = run(*asked, "--measure", "above-chance", code=1)
-    assert "bits/byte" in guessing.stdout and "not clearly above chance in piqa" in " ".join(guessing.stderr.split()), "the scores are shown all the same"
+    assert "bits per byte" in guessing.stdout and "pruned" in guessing.stdout and "not clearly above chance in piqa" in " ".join(guessing.stderr.split()), "the scores are shown all the same"
     refused = json.loads(run(*asked, "--measure", "above-chance", "--json", code=1).stdout)
     assert "not clearly above chance in piqa" in refused["error"] and [o["n"] for o in refused["scores"]] == [8, 8], "so they are for programs"
-    assert out["at_chance"] == ["piqa"] and out["not_scored"] == out["left_aside"] == out["endings"] == []
+    assert out["at_chance"] == out["left_aside"] == ["piqa"] and out["not_scored"] == out["endings"] == []
+    assert [r["task"] for r in out["dense_scores"]] == [r["task"] for r in out["scores"]] and out["dense_scores"] != out["scores"]
     plain = " ".join(run(*asked).stdout.split())
-    assert "These tell little, as the dense model has few right answers beyond guessing: piqa." in plain
+    assert "Left out: piqa: the dense model has" in plain and "of 8 answers right, not clearly more than guessing (50 %)." in plain
+    assert "total: not given" in plain and "Verdict: Commonsense cannot be judged: no task counts (piqa)." in plain
+
+
+@pytest.mark.real
+def test_a_model_has_the_retention_100_of_itself(command, model):
+    asked = "evaluate", "--model", model, "--dense", model, "--tasks", "jeopardy,triviaqa", "--limit"
+    out = strict(command(*asked, 10, "--json").stdout)
+    dimension = next(row for row in out["retention"] if row["level"] == "dimension")
+    assert (dimension["retention"], dimension["ci_low"], dimension["ci_high"], dimension["n"]) == (1, 1, 1, 20)
+    assert out["scores"] == out["dense_scores"] and out["verdict"].startswith("No judged dimension has a significant loss.")
+    one = strict(command(*asked, 1, "--json").stdout)
+    assert {row["ci_low"] for row in one["retention"]} == {None} and "single item" in one["reasons"]["General"]
+    said = command(*asked, 1).stdout
+    assert "nan" not in said and "cannot be judged: fewer than 10 items" in said
 
 
 def test_an_unknown_measure_is_refused_before_the_model_is_loaded(tmp_path):

@@ -222,6 +222,14 @@ def test_bits_and_accuracy_by_hand(benchmarks):
     assert row.score == pytest.approx(mine.value.sum() / mine.bytes.sum()) and row.metric == "bits per byte" and row.n == 20
 
 
+def test_a_model_without_finite_likelihoods_is_refused(benchmarks):
+    model = tiny_llama(seed=1)
+    with torch.no_grad(): model.lm_head.weight[0, 0] = math.nan
+    for stock in (False, True):
+        with pytest.raises(CalibPruneError, match="48 of 48 likelihoods are not finite"):
+            evaluate(model, TOKENIZER, ["sciq"], limit=12, stock=stock)
+
+
 def test_another_architecture_goes_through_lm_eval_and_says_so(benchmarks):
     config = AutoConfig.for_model("gpt2", vocab_size=264, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()

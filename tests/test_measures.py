@@ -73,13 +73,18 @@ def test_what_cannot_be_measured_is_refused(wrong, measure, said):
     with pytest.raises(CalibPruneError, match=said): measured_values(wrong(items("sciq", [8, 4], [1, 0])), measure)
 
 
+def aside(found: pd.DataFrame) -> dict: return {k: found.attrs[k] for k in ("not_scored", "at_chance", "left_aside")}
+
+
 def test_a_task_without_choices_has_no_accuracy():
     program = items("mbpp", [20, 30])
     with pytest.raises(CalibPruneError, match="above-chance cannot score any of these tasks: mbpp"):
         retention(program, program, 20, measure="above-chance")
     both = pd.concat([items("sciq", np.ones(40), np.arange(40) < 30), program], ignore_index=True)
     found = retention(both, both, 20, measure="above-chance")
-    assert found.attrs == {"not_scored": ["mbpp"], "at_chance": [], "left_aside": []} and "mbpp" not in set(found["name"])
+    assert aside(found) == {"not_scored": ["mbpp"], "at_chance": [], "left_aside": []} and "mbpp" not in set(found["name"])
+    code = found.set_index("name").loc["Code"]
+    assert math.isnan(code.retention) and code.n == 0 and found.attrs["reasons"]["mbpp"] == "above-chance cannot score it"
 
 
 def test_a_dense_model_at_chance_is_refused_or_left_out():
@@ -89,14 +94,16 @@ def test_a_dense_model_at_chance_is_refused_or_left_out():
             retention(items("sciq", np.ones(100), np.arange(100) < near), right(30)[:200], 20, measure="above-chance")
     dense, pruned = right(90, 26), right(40, 30)
     found = retention(dense, pruned, 20, measure="above-chance")
-    assert found.attrs["at_chance"] == found.attrs["left_aside"] == ["hellaswag"] and set(found["name"]) == {"sciq", "General", "total"}
+    assert found.attrs["at_chance"] == found.attrs["left_aside"] == ["hellaswag"] and set(found["name"]) == {"sciq", "General", "Commonsense", "total"}
     both = difference(dense, dense, pruned, 20, measure="above-chance")
-    assert set(both["name"]) == {"sciq", "General", "total"}
-    assert both.attrs == found.attrs and retention(dense.drop(columns="chance"), pruned, 20).attrs["at_chance"] is None
+    assert set(both["name"]) == {"sciq", "General", "Commonsense", "total"}
+    assert both.attrs == aside(found) and retention(dense.drop(columns="chance"), pruned, 20).attrs["at_chance"] is None
     few = items("sciq", [1] * 2, [1, 1])
     with pytest.raises(CalibPruneError, match="not clearly above chance"): retention(few, few, 20, measure="above-chance")  # may be luck
     plain = retention(dense, pruned, 20)
-    assert plain.attrs["at_chance"] == ["hellaswag"] and "hellaswag" in set(plain["name"])
+    assert plain.attrs["at_chance"] == plain.attrs["left_aside"] == ["hellaswag"] and "hellaswag" not in set(plain["name"])
+    studied = retention(dense, pruned, 20, count_at_chance=True)
+    assert studied.attrs["at_chance"] == ["hellaswag"] and "hellaswag" in set(studied["name"]) and studied.attrs["left_aside"] == []
     assert retention(dense, pruned, 20, measure="answer-bits").attrs["at_chance"] == []
 
 
@@ -106,7 +113,8 @@ def test_a_task_with_nothing_right_is_left_out_if_its_dimension_has_others():
     found = retention(right(80, 0, 90), right(40, 5, 45), 20)
     assert found.attrs["left_aside"] == ["hellaswag"] and found.set_index("name")["retention"][["sciq", "General", "Commonsense"]].tolist() == [0.5] * 3
     assert "hellaswag" not in set(found["name"]) and "hellaswag" in found.attrs["at_chance"]
-    with pytest.raises(CalibPruneError, match="scores zero on task 'hellaswag'"): retention(right(80, 0, 0), right(40, 5, 45), 20)
+    with pytest.raises(CalibPruneError, match="scores zero on task 'hellaswag'"):
+        retention(right(80, 0, 0), right(40, 5, 45), 20, count_at_chance=True)
     assert retention(right(80, 0, 90), right(40, 5, 45), 20, measure="answer-bits").attrs["left_aside"] == []
 
 
@@ -156,3 +164,73 @@ def test_the_rule():
     assert can_tell("plain", 0.9, math.nan)  # no choice task, no floor
     assert {headline({o: 4}) for o in HEADLINE} == set(HEADLINE) == set(MEASURES)
     assert headline(dict.fromkeys(HEADLINE, 3)) == HEADLINE[0] and headline(dict.fromkeys(HEADLINE, 0)) == "answer-bits"
+
+
+# --- what a user reads: rows, reasons, verdict
+
+def bits(loss: dict[str, float], n: int = 100, tasks=("jeopardy", "mbpp", "gsm8k"), seed: int = 0) -> list[pd.DataFrame]:
+    "A dense model and a pruned one whose right answers cost more bits, by task."
+    rng = np.random.default_rng(seed)
+    dense = {t: rng.gamma(8, 10, n) for t in tasks}
+    worse = {t: v * rng.normal(1 + loss.get(t, 0), 0.05, n) for t, v in dense.items()}
+    return [pd.concat([items(t, v) for t, v in o.items()], ignore_index=True) for o in (dense, worse)]
+
+
+def test_every_row_counts_the_items_of_the_tasks_that_count():
+    dense, pruned = bits({}, 30, ("jeopardy", "triviaqa", "mbpp", "gsm8k"))
+    guessed, solved = items("piqa", np.ones(100), np.arange(100) < 55, 0.5), items("hellaswag", np.ones(100), np.arange(100) < 90)
+    both = [pd.concat([o, guessed, solved], ignore_index=True) for o in (dense, pruned)]
+    n = retention(*both, 20).set_index("name").n
+    assert n[["General", "Commonsense", "Code", "Math", "total"]].tolist() == [60, 100, 30, 30, 220] and "piqa" not in n
+    assert retention(*both, 20, count_at_chance=True).set_index("name").n[["Commonsense", "total"]].tolist() == [200, 320]
+
+
+def test_a_dimension_at_chance_has_a_row_and_a_reason():
+    dense, pruned = bits({})
+    guess = items("piqa", np.ones(100), np.arange(100) < 55, 0.5)
+    found = retention(pd.concat([dense, guess]), pd.concat([pruned, guess]), 100)
+    rows, why = found.set_index("name"), found.attrs["reasons"]
+    assert rows.loc[["Commonsense", "total"], ["retention", "ci_low", "ci_high"]].isna().all(axis=None)
+    assert rows.n[["Commonsense", "total"]].tolist() == [0, 0]
+    assert why["piqa"] == "the dense model has 55 of 100 answers right, not clearly more than guessing (50 %)"
+    assert why["Commonsense"] == "no task counts (piqa)" and why["total"].endswith("Commonsense has no retention")
+    assert found.attrs["verdict"].endswith("Commonsense cannot be judged: no task counts (piqa).")
+
+
+def test_lost_most_is_said_only_if_every_difference_excludes_0():
+    far = retention(*bits({"mbpp": 1.0, "gsm8k": 0.3}), 500)
+    code, math_ = (far.set_index("name").retention[d] for d in ("Code", "Math"))
+    said = far.attrs["verdict"]
+    assert said.startswith(f"Code has lost most: retention {100 * code:.1f} % (95 % CI ")
+    assert f"{100 * (math_ - code):.1f} points (95 % CI " in said and "below Math, the next lowest" in said
+    assert "Not significantly different from the dense model: General" in said
+    near = retention(*bits({"mbpp": 0.3, "gsm8k": 0.3}, 20), 500).attrs["verdict"]
+    assert "has the lowest retention" in near and "not significantly lower than" in near and "lost most" not in near
+
+
+def test_a_verdict_on_no_loss():
+    dense, pruned = bits({})
+    same = retention(dense, dense, 20)
+    rows = same[same.level != "total"]
+    assert (rows[["retention", "ci_low", "ci_high"]] == 1).all(axis=None)
+    assert same.attrs["verdict"].startswith("No judged dimension has a significant loss. Not significantly different from the dense "
+                                            "model: General 100.0 % (95 % CI 100.0 to 100.0)")
+    better = retention(dense, bits({"mbpp": -0.3})[1], 200).attrs["verdict"]
+    assert "Significantly above the dense model: Code" in better and "lowest" not in better
+
+
+def test_few_items_have_no_verdict_and_one_has_no_interval():
+    one = retention(*bits({"mbpp": 1.0}, 1), 50)
+    rows = one[one.level != "total"]
+    assert rows.retention.notna().all() and rows[["ci_low", "ci_high"]].isna().all(axis=None) and (rows.n == 1).all()
+    assert one.attrs["reasons"]["mbpp"] == one.attrs["reasons"]["Code"] == "no interval, as a single item cannot be resampled"
+    assert "Code cannot be judged: fewer than 10 items: mbpp has 1." in one.attrs["verdict"] and "lost" not in one.attrs["verdict"]
+    nine, ten = (retention(*bits({"mbpp": 1.0}, n), 200) for n in (9, 10))
+    assert nine.ci_low[:6].notna().all() and "lost" not in nine.attrs["verdict"] and ten.attrs["verdict"].startswith("Code has lost most")
+
+
+def test_items_that_do_not_fit_one_model_are_named_as_a_cause():
+    dense, pruned = bits({}, 20)
+    pruned.attrs["left_out"] = {"mbpp": 1}
+    with pytest.raises(CalibPruneError, match="task 'mbpp' has 20 .* 19 .*longer than a model's context"):
+        retention(dense, pruned.drop(pruned.index[pruned.task == "mbpp"][0]), 20)

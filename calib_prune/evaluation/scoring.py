@@ -35,10 +35,18 @@ from ..progress import ProgressFn
 SCORING_VERSION = 4  # see `keys`
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #e5923f27
+def _check_finite(found: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
+    "Refuse likelihoods that are no numbers: NaN means below that an answer does not fit."
+    broken = sum(not math.isfinite(likelihood) for likelihood, _ in found)
+    if not broken: return found
+    raise CalibPruneError(f"The model cannot be scored: {broken:,} of {len(found):,} likelihoods are not finite. "
+                          "Its weights are damaged, or its activations overflow in this dtype. "
+                          "Score it in float32 or bfloat16, or make the model again.")
+
 def _where_it_fits(requests, longest, score):
     "Score the requests whose answer fits into the model's context; the others get NaN."
     fits = [len(continuation) <= longest for _, _, continuation in requests]
-    found = iter(score([o for o, ok in zip(requests, fits) if ok]))
+    found = iter(_check_finite(list(score([o for o, ok in zip(requests, fits) if ok]))))
     return [next(found) if ok else (math.nan, False) for ok in fits]
 
 # %% ../../nbs/6_evaluation/06_scoring.ipynb #f2413257
