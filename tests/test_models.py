@@ -174,6 +174,17 @@ def test_a_model_that_computes_nan_is_refused(tmp_path):
     with pytest.raises(CalibPruneError, match="it computes NaN for two tokens in torch.float32"): load_model(str(folder))
 
 
+def test_a_tokenizer_without_its_unknown_token_is_refused(tmp_path):
+    "It would fail at the first character that is not in its vocabulary, in scoring after hours."
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    tiny_llama().save_pretrained(tmp_path)
+    backend = Tokenizer(models.WordPiece({"a": 0, "e": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="e").save_pretrained(tmp_path)
+    with pytest.raises(CalibPruneError, match=r"the tokenizer of .*Missing \[UNK\] token"):
+        load_model(str(tmp_path))
+
+
 def test_sizes_by_default_take_no_memory(tmp_path):
     folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "m", {})
     (folder / "config.json").write_text('{"model_type": "llama"}')
