@@ -54,7 +54,8 @@ def metric_message(table: pd.DataFrame,  # of `correlate`, in the settings shown
     mine = table[(table["metric"] == metric) & (table["dimension"] != "Total")]
     clear = mine[mine["q"] < 0.05]
     if clear.empty: return f"Perplexity: none of {len(mine)} correlations with retention is significant (q < 0.05)"
-    return f"Perplexity: {len(clear)} of {len(mine)} correlations with retention are significant (q < 0.05)"
+    verb = "is" if len(clear) == 1 else "are"
+    return f"Perplexity: {len(clear)} of {len(mine)} correlations with retention {verb} significant (q < 0.05)"
 
 def same_height(axes: Iterable[Axes]) -> None:
     "One range of retention for all panels of a dimension, so that they can be compared."
@@ -141,7 +142,8 @@ def survival_message(table: pd.DataFrame,  # the correlations shown
     "How many correlations are significant after the correction for the number of tests."
     shown, left = int(table["p"].count()), int((table["q"] < 0.05).sum())
     if not left: return f"No correlation is significant after correction for {tests} tests"
-    return f"{left} of {shown} correlations are significant after correction for {tests} tests"
+    verb = "is" if left == 1 else "are"
+    return f"{left} of {shown} correlations {verb} significant after correction for {tests} tests"
 
 # %% ../../nbs/8_report/10_correlation_figures.ipynb #191aba9e
 def correlation_heat_map(related: Correlations) -> Figure:
