@@ -167,12 +167,12 @@ def by_total(table: pd.DataFrame  # from `retention_rows`
 
 SIMULTANEOUS = "Intervals of differences: 95%, simultaneous over the strategies of a method."
 
-def counted(delta: pd.DataFrame,  # of one outcome, from `with_simultaneous`
-            what: str = "strategies") -> str:
+def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
+           ) -> str:
     "How many differences from the baseline are significant, above and below."
     signs, base = significant_sign(delta["ci_low"], delta["ci_high"]), delta["over"].iloc[0]
     above, below = (signs > 0).sum(), (signs < 0).sum()
-    if above or below: return f"{above} of {len(delta)} {what} above {base}, {below} below"
+    if above or below: return f"{above} of {len(delta)} strategies above {base}, {below} below"
     return f"no significant difference from {base}"
 
 # %% ../../nbs/8_report/08_comparison_figures.ipynb #d0116aba

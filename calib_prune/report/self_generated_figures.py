@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from ..core import DIMENSIONS
 from ..data.files import read_jsonl
 from .comparison import SINGLE
-from .comparison_figures import SIMULTANEOUS, by_total, counted, difference_panel
+from .comparison_figures import SIMULTANEOUS, by_total, difference_panel
 from .plots import WIDTH, annotate, check_rows, headline
 from .self_generated import RETENTIONS
+from .statistics import significant_sign
 from ..style import DIMENSION_COLOURS, MARKERS, legend_above
 
 # %% ../../nbs/8_report/13_self_generated_figures.ipynb #a3e80ac1
@@ -36,9 +37,13 @@ def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value
 
 def protocol_message(delta: pd.DataFrame  # of mixes and protocols, from `with_simultaneous`
                     ) -> str:
-    "How many differ from the baseline in total, and in the worst dimension."
-    total, worst = (counted(delta[delta["dimension"] == goal], "mixes") for goal in ("Total", "Worst"))
-    return f"Total: {total}" if total == worst else f"Total: {total}. Worst dimension: {worst}"
+    "How many are above the baseline in total, and in the worst dimension."
+    base, said = delta["over"].iloc[0], []
+    for goal, words in ("Total", "total"), ("Worst", "worst dimension"):
+        mine = delta[delta["dimension"] == goal]
+        above = (significant_sign(mine["ci_low"], mine["ci_high"]) > 0).sum()
+        said.append(f"{above} of {len(mine)} ({words})")
+    return f"Strategies above {base}: {', '.join(said)}"
 
 # %% ../../nbs/8_report/13_self_generated_figures.ipynb #c1f66bb3
 def protocol_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention_rows` and `with_simultaneous`
