@@ -485,6 +485,7 @@ def test_intervals_of_many_strategies_hold_together():
     assert together["value"].equals(single["value"]) and (together["ci_low"] < single["ci_low"]).mean() > 0.95
     total = together[together["dimension"] == "Total"]
     assert counted(total) == "no significant difference from c4"
+    assert counted(total.assign(ci_low=np.nan, ci_high=np.nan)) == "no intervals, no comparison with c4"
     assert counted(held(alone(KEPT, n=400)).query("dimension == 'Total'")) == "1 of 3 strategies above c4, 0 below"
     lost = single.assign(ci_low=single["ci_low"].where(single["dimension"] != "Code"), ci_high=single["ci_high"].where(single["dimension"] != "Code"))
     assert with_simultaneous(some, lost).query("dimension == 'Code'")["ci_low"].isna().all()

@@ -172,6 +172,7 @@ def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
     "How many differences from the baseline are significant, above and below."
     signs, base = significant_sign(delta["ci_low"], delta["ci_high"]), delta["over"].iloc[0]
     above, below = (signs > 0).sum(), (signs < 0).sum()
+    if delta["ci_low"].isna().all(): return f"no intervals, no comparison with {base}"
     if above or below: return f"{above} of {len(delta)} strategies above {base}, {below} below"
     return f"no significant difference from {base}"
 
