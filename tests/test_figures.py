@@ -17,7 +17,7 @@ from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.style import LEAST_REACH, OWN, contrast, save_figure
 from calib_prune.report.comparison import (base_differences, differences, kind_of, margin_rows, mix_differences, over_best, range_rows,
                                            retention_rows, sd_interval, single_strategies, spread_rows, swept_part, with_simultaneous)
-from calib_prune.report.comparison_figures import (averaging_figure, averaging_message, best_message, counted, margin_figure, margin_message,
+from calib_prune.report.comparison_figures import (averaging_figure, averaging_message, counted, margin_figure, margin_message,
                                                    retention_panels, source_message, strategy_figure, two_methods)
 from calib_prune.report.correlation_figures import in_settings, metric_message, survival_message
 from calib_prune.report.examples import example_preset, example_study
@@ -26,7 +26,7 @@ from calib_prune.report.selection import (caption, endings_note, example_results
                                           size_cells, sweep_cells, take, weak_note)
 from calib_prune.report.self_generated import about_ours, ablation_rows, all_at_once, corrected, our_mixes, steps_that_show
 from calib_prune.report.self_generated_figures import best_band, protocol_figure
-from calib_prune.report.statistics import OUTCOMES, Replicates, lead_of_best, paired_difference, significant_sign
+from calib_prune.report.statistics import OUTCOMES, lead_of_best, paired_difference, significant_sign
 from calib_prune.report.tables import latex_table, latex_text
 from calib_prune.study.artefacts import ENDINGS, made_by
 from calib_prune.study.presets import load_preset
