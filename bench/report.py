@@ -241,7 +241,8 @@ def prune_message(rounds: pd.DataFrame) -> str:  # of SparseGPT: who, seconds
     "How much faster our prune is than llm-compressor's, if every round of ours is faster than every round of theirs."
     mine, theirs = (rounds.query("who == @who")["seconds"] for who in ("ours", "llm-compressor"))
     if mine.max() >= theirs.min(): return "SparseGPT and llm-compressor: the rounds overlap"
-    return f"SparseGPT: median {times_faster(rounds, 'llm-compressor'):.1f} times faster than llm-compressor in all rounds"
+    faster = times_faster(rounds, "llm-compressor")
+    return f"SparseGPT is faster than llm-compressor in every round (median {faster:.1f} times)"
 
 
 def prune_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:

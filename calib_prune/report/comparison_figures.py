@@ -165,7 +165,7 @@ def by_total(table: pd.DataFrame  # from `retention_rows`
     names = list(mine.sort_values("value", kind="stable")["strategy"])
     return [o for o in dict.fromkeys(table["strategy"]) if o not in names] + names
 
-SIMULTANEOUS = "Intervals of differences: 95%, simultaneous over the strategies of a method."
+SIMULTANEOUS = "Intervals of differences: 95%, simultaneous over all that the figure compares under a method."
 
 def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
            ) -> str:
