@@ -237,6 +237,14 @@ def shown_targets(table: pd.DataFrame) -> pd.DataFrame:
                              reached=np.where(table["reached"], "yes", "no")))
 
 
+def prune_message(rounds: pd.DataFrame) -> str:  # of SparseGPT: who, seconds
+    "How much faster our prune is than llm-compressor's, if every round of ours is faster than every round of theirs."
+    mine, theirs = (rounds.query("who == @who")["seconds"] for who in ("ours", "llm-compressor"))
+    if mine.max() >= theirs.min(): return "SparseGPT and llm-compressor: the rounds overlap"
+    faster = times_faster(rounds, "llm-compressor")
+    return f"SparseGPT is faster than llm-compressor in every round (median {faster:.1f} times)"
+
+
 def prune_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:
     "Seconds of every round of a whole prune, the median as a bar, the limit as a line."
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
@@ -249,10 +257,15 @@ def prune_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:
         ax.axvline(limit, color="black", linestyle="--", linewidth=1.2)
         ax.annotate(f"limit {limit:.3g} s", (limit, 0.5), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center")
         ax.set(title=name, xlabel="whole prune (s)", ylabel="")
-    sparse = results["prune"].query("method == 'sparsegpt'")
-    peer, limit = times_faster(sparse, "llm-compressor"), by_who(sparse, "seconds")["ours"] / limit_seconds(results, "sparsegpt")
-    headline(figure, f"SparseGPT is {peer:.1f} times faster than llm-compressor, and takes {limit:.1f} times the limit")
+    headline(figure, prune_message(results["prune"].query("method == 'sparsegpt'")))
     return annotate(figure, f"Bars: medians; dots: single rounds (n = 1 to 3), taken in turn. {machine}")
+
+
+def growth_message(table: pd.DataFrame) -> str:  # from `growth_table`
+    "The powers of the growth up to the last value, as measured once."
+    last = table.groupby("axis", sort=False)["power"].last()
+    powers = ", ".join(f"{axis}^{last[axis]:.2f}" for axis in ("tokens", "layers", "width"))
+    return f"Time grows as {powers} (one measurement each)"
 
 
 def growth_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:
@@ -268,8 +281,7 @@ def growth_chart(results: dict[str, pd.DataFrame], machine: str) -> Figure:
         else: straight_panel(ax, x, seconds)
         ax.set(xlabel=label, ylabel="solve one layer (s)" if axis == "width" else "prune (s)")
         ax.legend(loc="lower right", fontsize=8)
-    power = table.query("axis == 'width'")["power"].iloc[-1]
-    headline(figure, f"A prune grows in proportion to tokens and layers; solving a layer with the power {power:.1f} of its width")
+    headline(figure, growth_message(table))
     return annotate(figure, f"One measurement per point. {machine}")
 
 

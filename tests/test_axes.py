@@ -38,5 +38,6 @@ def test_words_and_picture():
                             list(SUITE))
     said = axes_note(rho, why)
     assert "coverage (vocabulary) and variety (ngrams)" in said and "volume (tokens)" in said
-    assert "3 metrics measure about" in axes_figure(rho, said)._suptitle.get_text()
+    title = axes_figure(rho, said).get_suptitle().replace("\n", " ")
+    assert title.startswith("Effective number of independent axes of 3 metrics: 1.")
     with pytest.raises(CalibPruneError, match="nothing to draw"): axes_figure(rho.iloc[:0, :0])

@@ -2,12 +2,13 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from bench import limit, run, writing
 from bench.plain import plain_prune, plain_sparsegpt
-from bench.report import FILES, WRITING, growth_table, load_results, measure_table, target_table
+from bench.report import FILES, WRITING, growth_table, load_results, measure_table, prune_message, target_table
 from calib_prune.generation.writing import start_token
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.pruning.layers import decoder_layers, prunable
@@ -175,3 +176,9 @@ def test_writing_counts_tokens_up_to_the_end(who):
         return model
     assert write(model_that_says(7), tokenizer, texts=5, length=6, batch=2, seed=0) == 30
     assert write(model_that_says(start_token(tokenizer)), tokenizer, texts=5, length=6, batch=2, seed=0) == 0
+
+
+def test_the_title_of_a_chart_states_what_every_round_shows():
+    rounds = pd.DataFrame([dict(turn=i, who=who, seconds=s) for i in range(2) for who, s in (("ours", 10 + i), ("llm-compressor", 40 + 4 * i))])
+    assert prune_message(rounds) == "SparseGPT is faster than llm-compressor in every round (median 4.0 times)"
+    assert prune_message(rounds.assign(seconds=1.0)) == "SparseGPT and llm-compressor: the rounds overlap"

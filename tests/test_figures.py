@@ -14,18 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.style import contrast, save_figure
-from calib_prune.report.comparison import (base_differences, differences, margin_rows, mix_differences, over_best, range_rows,
-                                           retention_rows, sd_interval, spread_rows, swept_part)
-from calib_prune.report.comparison_figures import averaging_figure, margin_figure, retention_panels, strategy_figure, two_methods
+from calib_prune.style import LEAST_REACH, OWN, contrast, save_figure
+from calib_prune.report.comparison import (base_differences, differences, kind_of, margin_rows, mix_differences, over_best, range_rows,
+                                           retention_rows, sd_interval, single_strategies, spread_rows, swept_part, with_simultaneous)
+from calib_prune.report.comparison_figures import (averaging_figure, averaging_message, counted, margin_figure, margin_message,
+                                                   retention_panels, source_message, strategy_figure, two_methods)
 from calib_prune.report.correlation_figures import in_settings, metric_message, survival_message
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.plots import figure_of
 from calib_prune.report.selection import (caption, endings_note, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
                                           size_cells, sweep_cells, take, weak_note)
 from calib_prune.report.self_generated import about_ours, ablation_rows, all_at_once, corrected, our_mixes, steps_that_show
-from calib_prune.report.self_generated_figures import best_band
-from calib_prune.report.statistics import paired_difference
+from calib_prune.report.self_generated_figures import best_band, protocol_figure
+from calib_prune.report.statistics import OUTCOMES, lead_of_best, paired_difference, significant_sign
 from calib_prune.report.tables import latex_table, latex_text
 from calib_prune.study.artefacts import ENDINGS, made_by
 from calib_prune.study.presets import load_preset
@@ -301,13 +302,12 @@ def test_the_best_source_may_be_the_baseline():
         plt.close()
 
 
-def test_a_margin_at_two_levels_is_given_at_both():
-    rows = margin_rows(part(sweep_cells), "uniform", "c4", "sparsity")
-    levels = sorted(rows["sparsity"].unique())
-    two = rows[rows["sparsity"].isin(levels[:2])]
-    title = margin_figure(two).get_suptitle()
-    assert len(levels) > 2 and "largest" in margin_figure(rows).get_suptitle() and "largest" not in title
-    assert all(f"{100 * o:.0f}%" in title for o in levels[:2]) and "points" in title
+def test_a_title_names_the_sparsities_where_the_margin_is_significant():
+    line = pd.DataFrame([dict(method="sparsegpt", mix="uniform", over="c4", sparsity=s, ci_low=v - 0.02, ci_high=v + 0.02)
+                         for s, v in ((0.3, 0.01), (0.5, 0.03), (0.6, 0.05), (0.7, 0.09))])
+    assert margin_message(line) == "Total retention, SparseGPT: uniform above c4 at 3 of 4 sparsities"
+    assert margin_message(line[:3]) == "Total retention, SparseGPT: uniform above c4 at 50% and 60%"
+    assert margin_message(line[:1]) == "SparseGPT: uniform not significantly different from c4 at any sparsity"
 
 
 def test_variants_are_judged_together():
@@ -337,13 +337,16 @@ def test_results_that_do_not_say_how_they_were_scored_are_refused_among_others(f
 # --- figures
 
 
-def panels_of(rows, note=""): return retention_panels(rows, base_differences(part()), note)
+def held(some): return with_simultaneous(some, base_differences(some))
+
+
+def panels_of(rows, note=""): return retention_panels(rows, held(part()), source_message(part()), note)
 
 
 def beside_c4(delta, note=""): return strategy_figure(retention_rows(part()), delta, note)
 
 
-DRAWN = [(panels_of, lambda o=main_cells, **keep: retention_rows(part(**keep))), (beside_c4, lambda **keep: base_differences(part(**keep))),
+DRAWN = [(panels_of, lambda o=main_cells, **keep: retention_rows(part(**keep))), (beside_c4, lambda **keep: held(part(**keep))),
          (averaging_figure, lambda **keep: range_rows(part(**keep))),
          (margin_figure, lambda **keep: margin_rows(part(sweep_cells, **keep), "uniform", "c4", "sparsity"))]
 
@@ -373,8 +376,8 @@ def test_numbers_on_cells_can_be_read():
 
 
 def test_colours_show_the_difference_from_c4_and_not_the_level_of_a_column():
-    rows, delta = retention_rows(part()), base_differences(part())
-    ax = retention_panels(rows, delta).axes[0]
+    rows, delta = retention_rows(part()), held(part())
+    ax = retention_panels(rows, delta, "").axes[0]
     shown = np.asarray(ax.collections[0].get_array()).reshape(len(KEPT), -1)
     names = [o.get_text() for o in ax.get_yticklabels()]
     assert (shown[names.index("c4")] == 0).all()
@@ -383,11 +386,14 @@ def test_colours_show_the_difference_from_c4_and_not_the_level_of_a_column():
 
 
 def test_what_has_no_interval_has_no_colour_and_is_not_in_the_title():
-    rows, delta = retention_rows(part()), base_differences(part())
+    rows, delta = retention_rows(part()), held(part())
     lost = ["General", "Commonsense", "Math"]
     ends = dict(ci_low=np.nan, ci_high=np.nan)
     bare = [o.assign(**{k: o[k].where(~o["dimension"].isin(lost)) for k in ends}) for o in (rows, delta)]
-    figure = retention_panels(*bare)
+    found = part().found
+    values = found.values.copy()
+    values[1:, :, [OUTCOMES.index(o) for o in lost]] = np.nan
+    figure = retention_panels(*bare, source_message(dataclasses.replace(part(), found=dataclasses.replace(found, values=values))))
     ax = figure.axes[0]
     shown = np.asarray(ax.collections[0].get_array()).reshape(len(KEPT), -1)
     assert (shown[:, [0, 1, 3]] == 0).all() and np.ptp(shown[:, 2]) > 0
@@ -400,12 +406,11 @@ def test_titles_of_correlations_speak_of_the_panels_shown():
     table = pd.DataFrame([row(0.6, "General", 0.6, 0.01, 0.2), row(0.6, "Code", -0.9, 0.001, 0.01), row(0.6, "Total", -0.9, 0.001, 0.01),
                           row(0.5, "General", 0.99, 0.0001, 0.001), row(0.5, "Code", 0.1, 0.7, 0.8)])
     shown = in_settings(table, [dict(method="wanda", sparsity=0.6)])
-    assert metric_message(shown, "distortion") == ("Perplexity and retention: p < 0.05 in 2 of 2 panels, q < 0.05 in 1 "
-                                                   "(General, Wanda 60%: ρ +0.60; Code, Wanda 60%: ρ −0.90)")
-    assert metric_message(shown.assign(p=0.5, q=0.5), "distortion") == "Perplexity and retention: p < 0.05 in 0 of 2 panels, q < 0.05 in none"
-    assert survival_message(shown, 5).startswith("2 of the 3 correlations shown survive the correction for 5 tests; the strongest: ")
-    assert survival_message(shown.assign(q=0.5), 5) == "None of the 3 correlations shown survives the correction for 5 tests"
-    assert survival_message(shown[shown["dimension"] != "Total"], 5).startswith("1 of the 2 correlations shown survives ")
+    assert metric_message(shown, "distortion") == "Perplexity: 1 of 2 correlations with retention is significant (q < 0.05)"
+    none = metric_message(shown.assign(p=0.5, q=0.5), "distortion")
+    assert none == "Perplexity: none of 2 correlations with retention is significant (q < 0.05)"
+    assert survival_message(shown, 5) == "2 of 3 correlations are significant after correction for 5 tests"
+    assert survival_message(shown.assign(q=0.5), 5) == "No correlation is significant after correction for 5 tests"
 
 
 def test_a_third_method_is_named_instead_of_shown():
@@ -416,3 +421,104 @@ def test_a_third_method_is_named_instead_of_shown():
     assert set(shown["method"]) == {"sparsegpt", "admm"} and note == "Not shown: Wanda and ALPS (T2)."
     few = table[table["method"].isin(["sparsegpt", "wanda"])]
     assert two_methods(few)[0].equals(few) and not two_methods(few)[1]
+
+
+# --- what a title and a colour may state
+
+
+def alone(kept, n=60, seeds=(0, 1), **more):
+    "A study of these strategies under SparseGPT, as a table's part."
+    preset = small_preset() | dict(strategies={o: o for o in kept} | more.pop("strategies", {}))
+    preset["grid"] = [dict(strategies="all", methods=["sparsegpt"], sparsities=[0.6], seeds=list(seeds), windows=["default"])]
+    return take(measured(preset, example_results(preset, kept, n=n, **more), 400), main_cells(preset))
+
+
+ALIKE = dict.fromkeys(KEPT, (0.6,) * 4)
+
+
+def panel(some): return retention_panels(retention_rows(some), held(some), source_message(some), footnote(some))
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["one draw", "two"])
+def test_sources_that_cannot_be_told_apart_have_no_winner_and_no_colour(seeds):
+    some = alone(ALIKE, seeds=seeds)
+    figure = panel(some)
+    assert figure.get_suptitle() == "Highest retention: not significant among sources (95% intervals include 0)"
+    assert (np.asarray(figure.axes[0].collections[0].get_array()) == 0).all()
+    note = " ".join(" ".join(o.get_text() for o in figure.texts).split())
+    assert "grey: its interval, paired and simultaneous" in note
+    assert ("over items (paired) only" in note) == (len(seeds) == 1)
+
+
+def test_a_source_that_leads_all_others_is_named_with_its_dimension():
+    assert source_message(alone(KEPT, n=400)) == "Highest retention: c4 (General), stdlib (Code), math (Math); otherwise not significant"
+    best = {"c4": (0.9,) * 4, "stdlib": (0.3,) * 4, "math": (0.3,) * 4}
+    assert source_message(alone(best, n=400)) == "Highest retention in every dimension: c4"
+    two = {"c4": (0.9, 0.9, 0.3, 0.3), "openwebtext": (0.9, 0.9, 0.3, 0.3), "stdlib": (0.3, 0.3, 0.9, 0.9), "codeio": (0.3, 0.3, 0.9, 0.9)}
+    assert source_message(alone(two, n=400)) == "No single source has the highest retention in every dimension"
+    assert source_message(alone({"c4": (0.5,) * 4, "uniform": (0.9,) * 4})) == "Retention by dimension: no two sources to compare"
+    assert source_message(part()).startswith("SparseGPT: ") and source_message(part(keep=lambda o: False)) == ""
+
+
+def test_one_own_file_is_a_source_and_can_win():
+    preset = dict(strategies={"mine": "my.txt", "field": "notes.jsonl:body", "hub": "hub:org/name", "two": "my.txt,c4", "weighted": "my.txt=2,c4=1",
+                              "uniform": "uniform", "c4": "c4", "c4-only": "c4=1", "igsp": "generated:igsp"})
+    kinds = {o: kind_of(preset, o, "") for o in preset["strategies"]}
+    assert kinds == dict(mine=OWN, field=OWN, hub=OWN, two="mix", weighted="mix", uniform="mix", igsp="self-generated") | {"c4": "General", "c4-only": "General"}
+    some = alone({"mine": (0.9,) * 4, "c4": (0.4,) * 4, "uniform": (0.5,) * 4}, n=400, strategies={"mine": "my.txt"})
+    assert single_strategies(some) == ["mine", "c4"] and set(over_best(some, "uniform")["best"]) == {"mine"}
+    assert source_message(some) == "Highest retention in every dimension: mine"
+    figure = panel(some)
+    assert "own source" in [o.get_text() for o in figure.legends[0].get_texts()]
+
+
+def test_the_colour_scale_has_a_least_width():
+    figure = panel(alone({"c4": (0.60,) * 4, "math": (0.66,) * 4}, n=4000, seeds=(0,), draw_sd=0.0))
+    mesh = figure.axes[0].collections[0]
+    assert mesh.norm.vmax == -mesh.norm.vmin == LEAST_REACH and np.abs(mesh.get_array()).max() > 0
+    assert panel(alone(KEPT, n=400)).axes[0].collections[0].norm.vmax > LEAST_REACH
+
+
+def test_intervals_of_many_strategies_hold_together():
+    some = alone(ALIKE | {o: (0.6,) * 4 for o in ("news", "papers", "codeio", "csqa")})
+    single, together = base_differences(some), held(some)
+    assert together["value"].equals(single["value"]) and (together["ci_low"] < single["ci_low"]).mean() > 0.95
+    total = together[together["dimension"] == "Total"]
+    assert counted(total) == "no significant difference from c4"
+    assert counted(total.assign(ci_low=np.nan, ci_high=np.nan)) == "no intervals, no comparison with c4"
+    assert counted(held(alone(KEPT, n=400)).query("dimension == 'Total'")) == "1 of 3 strategies above c4, 0 below"
+    lost = single.assign(ci_low=single["ci_low"].where(single["dimension"] != "Code"), ci_high=single["ci_high"].where(single["dimension"] != "Code"))
+    assert with_simultaneous(some, lost).query("dimension == 'Code'")["ci_low"].isna().all()
+
+
+def test_the_best_of_noise_has_no_significant_lead():
+    rng, claimed = np.random.default_rng(0), []
+    for _ in range(200):
+        noise = rng.normal(size=(401, 8, 1))
+        noise[1:] += noise[0]
+        claimed.append(lead_of_best(noise)[1][0] > 0)
+    assert np.mean(claimed) < 0.05
+    assert significant_sign([1, -2, -1], [2, -1, 1]).tolist() == [1, -1, 0]
+
+
+def test_an_average_that_does_not_differ_is_said_to_be_not_significant():
+    rows = lambda accuracy, code: pd.DataFrame([dict(method="sparsegpt", dimension=d, ci_low=low) for d, low in (("Accuracy", accuracy), ("Code", code))])
+    assert averaging_message(rows(0, 0.1)) == "Strategies differ in Code retention; averaged accuracy: not significant"
+    assert averaging_message(rows(0, 0)) == "No significant difference between strategies in averaged accuracy and Code retention"
+
+
+def every_title():
+    "The titles of the figures that a table of this package draws, on rows with and without differences."
+    for some in (part(), alone(ALIKE), alone(KEPT, n=400)):
+        yield panel(some).get_suptitle()
+        yield strategy_figure(retention_rows(some), held(some)).get_suptitle()
+        yield averaging_figure(range_rows(some)).get_suptitle()
+        yield protocol_figure(retention_rows(some), held(some)).get_suptitle()
+    swept = part(sweep_cells)
+    yield margin_figure(with_simultaneous(swept, margin_rows(swept, "uniform", "c4", "sparsity"), ["method"])).get_suptitle()
+
+
+def test_titles_have_twelve_words_at_most_and_the_words_of_the_field():
+    for title in every_title():
+        assert 3 < len(title.split()) <= 12, title
+        assert not re.search(r"\b(keeps?|kept|beyond noise|most)\b", title), title

@@ -14,7 +14,7 @@ from calib_prune.generation.passages import THIRDS, balance, matched_thirds, mos
 from calib_prune.generation.writing import write
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.intervention import MEAN, bytes_note, effect_text, effect_verdict, text_facts, third_effects, third_message
+from calib_prune.report.intervention import MEAN, bytes_note, effect_text, effect_verdict, text_facts, simultaneous_effects, third_effects, third_message
 from calib_prune.report.selection import measured
 from calib_prune.report.statistics import OUTCOMES
 from calib_prune.study.keys import text_key
@@ -177,7 +177,16 @@ def test_the_table_says_what_was_found(tmp_path):
     table = effect_text(third_effects(preset, cells), texts).set_index("source")
     assert table.loc["math", list(THIRDS)].tolist() == ["8.0", "16.0", "32.0"]
     assert table.loc["perplexity", "Code"] == "moves" and table.loc["math", "Code"].startswith("-")
-    assert "Code −" in third_message(third_effects(preset, cells))
+    held = simultaneous_effects(preset, cells)
+    assert "Code −" in third_message(held) and "[" in third_message(held)
+    at = held[held["source"] == MEAN].set_index("dimension")
+    alone = third_effects(preset, cells).query("source == @MEAN").set_index("dimension")
+    assert at.ci_low["Code"] < alone.ci_low["Code"] and at.ci_low["Total"] == alone.ci_low["Total"]
+
+
+def test_four_dimensions_of_noise_give_a_title_without_an_effect():
+    title = third_message(simultaneous_effects(*study_of((0.0,) * 4)))
+    assert "no significant effect" in title or "effect below 2 points" in title
 
 
 def test_half_a_study_says_nothing_of_the_other_half():

@@ -7,7 +7,7 @@ import pytest
 
 from calib_prune.core import CalibPruneError
 from calib_prune.report.examples import example_items, example_preset
-from calib_prune.report.pruners import (GAINS, chosen, cost_rows, gain_rows, gain_text, gains, kept_rows, pruner_figure,
+from calib_prune.report.pruners import (GAINS, chosen, cost_rows, gain_rows, gain_text, gain_message, gains, kept_rows, pruner_figure, total_gains,
                                         pruner_text, totals)
 from calib_prune.report.selection import measured
 from calib_prune.report.statistics import OUTCOMES
@@ -67,7 +67,7 @@ def test_times_of_two_kinds_of_processor_are_not_compared():
     assert np.isnan(none["admm"]) and none["sparsegpt"] == 1
     text = pruner_text(kept_rows(whole), gain_rows(whole), cost_rows(moved)).set_index("method")
     assert text["time"].to_dict() == {"SparseGPT": "1.00×", "L-ADMM": "–"}
-    with pytest.raises(CalibPruneError, match="times beside SparseGPT's"): pruner_figure(gain_rows(whole), cost_rows(moved))
+    with pytest.raises(CalibPruneError, match="times beside SparseGPT's"): pruner_figure(total_gains(whole), cost_rows(moved))
 
 
 @pytest.mark.parametrize("methods, names", [
@@ -88,8 +88,19 @@ def test_table_and_figure():
     text = pruner_text(kept, gained, costs).set_index("method")
     assert text.loc["SparseGPT", "total over SparseGPT"] == "–" and text.loc["L-ADMM", "time"] == "1.40×"
     assert text.loc["L-ADMM", "Total"] == f"{100 * totals(kept, 0.6).value['admm']:.1f}"
-    figure = pruner_figure(gained, costs)
-    assert "reconstructed keeps" in figure._suptitle.get_text() and "4.5 times" in figure._suptitle.get_text()
+    title = pruner_figure(total_gains(whole), costs).get_suptitle()
+    assert title == "Total retention at 60%: 2 of 2 methods above SparseGPT, 0 below"
+
+
+def test_a_title_on_methods_states_only_significant_gains():
+    alike = total_gains(made_up({"admm": (0.0, 28), "alps": (0.0, 60)}))
+    assert gain_message(alike) == "Total retention at 60%: no method significantly different from SparseGPT"
+    assert gain_message(total_gains(made_up({"admm": (0.05, 28)}))) == "L-ADMM has higher total retention than SparseGPT at 60%"
+    both = made_up({"admm": (0.05, 28), "alps": (0.06, 60)})
+    alone, together = gain_rows(both), total_gains(both).set_index("method")
+    alone = alone[(alone.strategy == "mean") & (alone.dimension == "Total")].set_index("method")
+    assert (together.ci_high - together.ci_low > alone.ci_high - alone.ci_low).all()
+    assert total_gains(made_up({})).empty
 
 
 def test_a_pattern_that_only_the_base_has_so_far():
@@ -100,7 +111,7 @@ def test_a_pattern_that_only_the_base_has_so_far():
     more = {cell.name: Result(about, rows, example_items(np.full(4, 0.5), 1000), {"pruning": 20.0})}
     both = measured(example_preset(whole.study | more), whole.study | more, 60)
     assert len(pruner_text(kept_rows(both), gain_rows(both), cost_rows(both.study))) == 3
-    assert len(pruner_figure(gain_rows(both), cost_rows(both.study)).axes) == 1 and chosen(both) == ["admm"]
+    assert len(pruner_figure(total_gains(both), cost_rows(both.study)).axes) == 1 and chosen(both) == ["admm"]
 
 
 def test_a_method_with_fewer_draws_is_not_looked_at():

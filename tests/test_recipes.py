@@ -8,7 +8,7 @@ import pytest
 from calib_prune.core import DIMENSIONS
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.mixing import shares_of
-from calib_prune.report.recipes import all_leads, families, holds, known_recipes, lead_rows, lead_text, recipe_figure, recipe_rows, recipe_text, verdict, without_shared
+from calib_prune.report.recipes import all_leads, families, holds, known_recipes, lead_rows, lead_text, recipe_figure, recipe_message, recipe_rows, recipe_text, verdict, without_shared
 from calib_prune.report.selection import measured
 from calib_prune.study.presets import load_preset
 from calib_prune.study.results import Result
@@ -67,7 +67,7 @@ def test_what_has_not_been_run_decides_nothing():
     assert recipe_rows(TEXTS, GOOD, ("c4", "sparsegpt")).empty and lead_text(all_leads(found)).empty
 
 
-def test_tables_hold_every_recipe_and_the_figure_names_the_best():
+def test_tables_hold_every_recipe_and_the_figure_names_the_best_if_its_lead_is_significant():
     rows = recipe_rows(TEXTS, GOOD, ("uniform", "sparsegpt"))
     text = recipe_text(rows)
     assert len(text) == len(known_recipes(GOOD)) == 6 and set(DIMENSIONS) < set(text)
@@ -75,9 +75,12 @@ def test_tables_hold_every_recipe_and_the_figure_names_the_best():
     assert set(rows.kind[rows.recipe.str.startswith("igsp")]) == {"self-generated"} and set(rows.kind) == {"mix", "self-generated"}
     pooled = lead_text(all_leads(leads_of(GOOD)))
     assert pooled.question.value_counts().to_dict() == {"beside today's use": 2, "what the text adds": 2}
-    figure = recipe_figure(rows, ("uniform", "sparsegpt"))
-    assert figure._suptitle.get_text().startswith("Most in total: law, L-ADMM, ") and figure._suptitle.get_text().endswith("over uniform, SparseGPT")
-    assert recipe_figure(recipe_rows(TEXTS, GOOD, RECIPE), RECIPE)._suptitle.get_text() == "Most in total: law, L-ADMM"
+    base = ("uniform", "sparsegpt")
+    title = recipe_figure(rows, recipe_message(GOOD, base)).get_suptitle()
+    assert title == recipe_message(GOOD, RECIPE) == "Highest total retention of 6 recipes: law, L-ADMM"
+    close = made_up({"uniform": 0.0, "igsp": 0.05, "law": 0.05}, gain=0.05, sd=0.004)
+    assert recipe_message(close, base) == "Total retention: 5 of 5 recipes above uniform, SparseGPT, 0 below"
+    assert recipe_message(GOOD, ("c4", "sparsegpt")) == "Retention of 6 recipes: no comparison"
 
 
 def test_a_question_that_nothing_answers_leaves_numbers_numbers():

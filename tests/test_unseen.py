@@ -11,7 +11,7 @@ from calib_prune.core import DIMENSIONS
 from calib_prune.report.examples import example_preset, example_study
 from calib_prune.report.selection import measured
 from calib_prune.report.unseen import (KIND, as_predictor, chosen_note, chosen_rules, kind_means, left_out_error, line_through, predictions,
-                                       rule_rows, rule_text, split_sources, unseen_figure)
+                                       rule_rows, rule_text, split_sources, unseen_figure, unseen_message)
 
 NAMES = [*SUITE, *FURTHER]
 
@@ -85,6 +85,8 @@ def test_words_and_picture():
     assert "Code: distortion (perplexity), ρ +1.00" in chosen_note(ROWS)
     figure = unseen_figure(SPLIT, ROWS)
     assert "Code" in figure.get_suptitle() and len(figure.axes) == 4
+    best = chosen_rules(ROWS).set_index("dimension")
+    assert unseen_message(best.assign(q=0.5)) == "Unseen sources: no chosen metric predicts retention significantly (q < 0.05)"
 
 
 def test_too_few_sources_say_nothing():

@@ -67,5 +67,5 @@ def axes_figure(rho: pd.DataFrame, note: str = "") -> Figure:
     ax.tick_params(labelsize=6.5)
     ax.set(xlabel="", ylabel="")
     ax.grid(False)
-    headline(figure, f"{len(order)} metrics measure about {n_axes(rho):.0f} different things")
-    return annotate(figure, note)
+    headline(figure, f"Effective number of independent axes of {len(order)} metrics: {n_axes(rho):.1f}")
+    return annotate(figure, f"An estimate over the sources shown in T3, without an interval. {note}")

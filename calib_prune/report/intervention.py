@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'BALANCE', 'MEAN', 'EFFECTS', 'NEAR', 'THIRD_ROWS', 'FAR_ROWS', 'thirds_of', 'bytes_note', 'text_facts',
-           'third_differences', 'third_effects', 'effect_verdict', 'effect_text', 'balance_text', 'third_rows',
-           'third_figure', 'third_message', 'far_effects', 'far_text']
+           'third_differences', 'third_effects', 'simultaneous_effects', 'effect_verdict', 'effect_text',
+           'balance_text', 'third_rows', 'third_figure', 'third_message', 'far_effects', 'far_text']
 
 # %% ../../nbs/8_report/22_intervention.ipynb #8b3c6c7c
 from dataclasses import replace
@@ -22,7 +22,7 @@ from ..core import DIMENSIONS, load_json
 from ..data.files import read_jsonl
 from ..generation.passages import THIRDS
 from .plots import WIDTH, annotate, check_rows, headline
-from .statistics import OUTCOMES, Replicates, strategy_retention
+from .statistics import OUTCOMES, Replicates, simultaneous, strategy_retention
 from .tables import interval_text, listed
 from ..resampling import interval
 from ..study.presets import mix_of, protocol_of, seeds_of
@@ -79,21 +79,35 @@ def third_differences(preset: dict[str, Any], cells: Replicates  # one row per c
 MEAN = "mean of the sources"
 EFFECTS = ["source", "dimension", "value", "ci_low", "ci_high", "draws"]
 
-def third_effects(preset: dict[str, Any], cells: Replicates  # one row per cell, of one setting
-                 ) -> pd.DataFrame:                          # columns `EFFECTS`; fractions
-    "The high third less the low one, mean over draws."
+def _effect_replicates(preset: dict[str, Any], cells: Replicates
+                      ) -> tuple[dict[str, np.ndarray], dict[str, int]]:  # source → [1 + B, outcomes]; → draws
+    "The high third less the low one, mean over draws; of several sources, the mean as well."
     every = third_differences(preset, cells)
-    if not len(every.cells): return pd.DataFrame(columns=EFFECTS)
+    if not len(every.cells): return {}, {}
     found = strategy_retention(every)
     each = {o: found.values[:, i] for i, o in enumerate(found.cells["strategy"])}
     draws = dict(zip(each, found.cells["draws"]))
     if len(each) > 1: each[MEAN], draws[MEAN] = np.mean([*each.values()], axis=0), min(draws.values())
-    rows = []
+    return each, draws
+
+def third_effects(preset: dict[str, Any], cells: Replicates  # one row per cell, of one setting
+                 ) -> pd.DataFrame:                          # columns `EFFECTS`; fractions
+    "The high third less the low one, mean over draws."
+    (each, draws), rows = _effect_replicates(preset, cells), []
     for source, values in each.items():
         for d in (*DIMENSIONS, "Total"):
             v = values[:, OUTCOMES.index(d)]
             rows.append((source, d, v[0], *interval(v[1:]), draws[source]))
     return pd.DataFrame(rows, columns=EFFECTS)
+
+def simultaneous_effects(preset: dict[str, Any], cells: Replicates) -> pd.DataFrame:  # columns `EFFECTS`
+    "The same; intervals of the mean of the sources are simultaneous over the dimensions, for the title of a figure."
+    effects, (each, _) = third_effects(preset, cells), _effect_replicates(preset, cells)
+    mine = effects.index[(effects["source"] == MEAN) & effects["dimension"].isin(DIMENSIONS)]
+    if len(mine):
+        low, high = simultaneous(each[MEAN][:, :len(DIMENSIONS)])
+        effects.loc[mine, "ci_low"], effects.loc[mine, "ci_high"] = low, high
+    return effects
 
 # %% ../../nbs/8_report/22_intervention.ipynb #b6573b73
 NEAR = 0.02  # of retention
@@ -140,7 +154,8 @@ def third_rows(preset: dict[str, Any], found: Replicates, texts: pd.DataFrame) -
     return pd.DataFrame(rows, columns=THIRD_ROWS)
 
 def third_figure(rows: pd.DataFrame,  # from `third_rows`
-                 effects: pd.DataFrame, note: str = "") -> Figure:
+                 effects: pd.DataFrame,  # from `simultaneous_effects`
+                 note: str = "") -> Figure:
     "Retention against perplexity within each source."
     check_rows(rows, "thirds of sources")
     sources = list(dict.fromkeys(rows["source"]))
@@ -159,18 +174,25 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
     axes[0].set_ylabel("retention, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=len(sources), fontsize=8)
     headline(figure, third_message(effects))
-    said = "Thirds of one source by perplexity, matched in documents and distance to the prompts as far as could be (T13)."
+    said = "Thirds of one source by perplexity, matched in documents and distance to the prompts as far as could be (T13). "
+    said += "Title: mean of the sources, highest third − lowest, 95% intervals simultaneous over the dimensions."
     return annotate(figure, f"{said} {note}")
 
-def third_message(effects: pd.DataFrame) -> str:
-    "What the experiment says, in one sentence."
-    moved = {d: effects[(effects["dimension"] == d) & (effects["source"] == MEAN)]["value"].iloc[0]
-             for d in DIMENSIONS if effect_verdict(effects, d) == "moves"}
-    said = ", ".join(f"{d} {100 * v:+.1f} points" for d, v in moved.items()).replace("-", "−")
-    if moved: return f"Within a source, from low to high perplexity: {said}"
+def third_message(effects: pd.DataFrame  # from `simultaneous_effects`
+                 ) -> str:
+    "What the experiment shows, in one sentence."
+    mean = effects[effects["source"] == MEAN].set_index("dimension")
+    moved = [d for d in DIMENSIONS if effect_verdict(effects, d) == "moves"]
+    if len(moved) == 1:
+        o = mean.loc[moved[0]]
+        said = interval_text(o["value"], o["ci_low"], o["ci_high"], "+")
+        return f"Higher perplexity within a source: {moved[0]} {said} points".replace("-", "−")
+    if moved:
+        said = ", ".join(f"{d} {100 * mean.loc[d, 'value']:+.1f}" for d in moved)
+        return f"Higher perplexity within a source: {said} points".replace("-", "−")
     still = [d for d in DIMENSIONS if effect_verdict(effects, d) == "does not move"]
-    if still: return f"Within a source, perplexity moves {listed(still)} by less than 2 points on average"
-    return "Within a source, this study cannot tell what perplexity does"
+    if still: return f"Perplexity within a source: effect below {100 * NEAR:.0f} points in {listed(still)}"
+    return "Perplexity within a source: no significant effect on any dimension"
 
 # %% ../../nbs/8_report/22_intervention.ipynb #bcd920a6
 FAR_ROWS = ["effect", "dimension", "times", "value", "ci_low", "ci_high", "differ"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'MIXES', 'ALIKE', 'NEEDS', 'shares_of', 'mixes_of', 'law_of', 'mix_rows', 'errors', 'best_rows', 'best_text',
-           'mixing_gain', 'gain_note', 'law_figure']
+           'mixing_gain', 'gain_note', 'law_message', 'law_figure']
 
 # %% ../../nbs/8_report/20_mixing.ipynb #6323fdd9
 from typing import Any, Mapping
@@ -111,6 +111,13 @@ def gain_note(gains: pd.DataFrame  # from `mixing_gain`
     return ", ".join(said) or "not all of these mixes have been run"
 
 # %% ../../nbs/8_report/20_mixing.ipynb #f71d3320
+def law_message(rows: pd.DataFrame  # from `mix_rows`
+               ) -> str:
+    "How many retentions of unseen mixes are inside the law's intervals."
+    new = rows[rows["unseen"].astype(bool) & rows["dimension"].isin(DIMENSIONS)]
+    inside = int(new["value"].between(new["ci_low"], new["ci_high"]).sum())
+    return f"Mixing law: {inside} of {len(new)} unseen retentions within its 95% intervals"
+
 def law_figure(rows: pd.DataFrame,  # from `mix_rows`
                note: str = "") -> Figure:
     "Predicted against measured, by dimension; unseen mixes are filled."
@@ -126,8 +133,9 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
         ax.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
         ax.set(title=d, xlabel="measured, %")
     axes[0].set_ylabel("predicted, %")
+    headline(figure, law_message(rows))
     found = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
     off, constant = (f"{found[o].min():.1f} to {found[o].max():.1f}" for o in ("unseen", "constant"))
-    headline(figure, f"The law errs by {off} points on unseen mixes, the mean of the others by {constant}")
-    about = "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, its misfit included."
+    about = "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, its misfit included. "
+    about += f"Root mean square error at unseen mixes: law {off} points, mean of the fitted mixes {constant}; no intervals."
     return annotate(figure, f"{about} {note}")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE', 'GOALS', 'GAINS', 'COSTS', 'AFFORDABLE', 'LEAD', 'TIMES', 'FAMILIES', 'gains', 'summary_rows', 'gain_rows',
-           'kept_rows', 'cost_rows', 'pruner_text', 'gain_text', 'totals', 'chosen', 'pruner_figure']
+           'kept_rows', 'cost_rows', 'pruner_text', 'gain_text', 'total_gains', 'totals', 'chosen', 'gain_message',
+           'pruner_figure']
 
 # %% ../../nbs/8_report/16_pruners.ipynb #ba6ded23
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ..core import DIMENSIONS
 from ..pruning.methods import METHODS, read_recipe
 from .plots import WIDTH, annotate, check_rows, headline, method_label, sparsity_label
 from .selection import Measured
-from .statistics import OUTCOMES, Replicates, strategy_retention
+from .statistics import OUTCOMES, Replicates, significant_sign, simultaneous, strategy_retention
 from .tables import interval_text
 from ..resampling import interval
 from ..study.presets import parse_sparsity
@@ -137,6 +138,21 @@ def gain_text(gained: pd.DataFrame) -> pd.DataFrame:
     wide = rows.pivot_table(index=lines, columns="dimension", values="text", aggfunc="first", sort=False)
     return wide.rename_axis(columns=None).reset_index() if len(rows) else rows
 
+# %% ../../nbs/8_report/16_pruners.ipynb #f21d60c7
+def total_gains(whole: Measured, base: str = BASE) -> pd.DataFrame:  # columns `GAINS`, one row per sparsity and method
+    "Gains in total retention, means of the calibration sets, with intervals simultaneous over the methods of a sparsity."
+    found = gains(whole, base)
+    if not len(found.cells): return pd.DataFrame(columns=GAINS)
+    found = strategy_retention(found)
+    table = summary_rows(found)
+    table = table[(table["strategy"] == "mean") & (table["dimension"] == "Total")].reset_index(drop=True)
+    goal = OUTCOMES.index("Total")
+    for _, mine in table.groupby(table["sparsity"].map(str)):
+        means = [_means(found, o.sparsity, o.method)["mean"][0] for o in mine.itertuples()]
+        low, high = simultaneous(np.stack(means, 1)[..., goal])
+        table.loc[mine.index, "ci_low"], table.loc[mine.index, "ci_high"] = low, high
+    return table
+
 # %% ../../nbs/8_report/16_pruners.ipynb #17879cec
 AFFORDABLE, LEAD = 1.5, 0.02  # times the base method's seconds; of total retention
 TIMES = "Times are those of the cells as they ran, some side by side: other work on the machine lengthens them."
@@ -189,9 +205,20 @@ def _legend(figure: Figure, methods: Iterable[str], colours: dict[str, Any]) -> 
     handles += [line("0.4", marker, o) for o, marker in FAMILIES.items() if o in families and o != "plain"]
     figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=8, handletextpad=0.1)
 
-def pruner_figure(gained: pd.DataFrame, costs: pd.DataFrame, note: str = "") -> Figure:
+def gain_message(points: pd.DataFrame  # from `total_gains`, of one sparsity
+                ) -> str:
+    "How many methods have a significant gain over SparseGPT; which, if only one was compared."
+    signs, at = significant_sign(points["ci_low"], points["ci_high"]), sparsity_label(points["sparsity"].iloc[0])
+    if len(points) == 1 and signs.any():
+        name, more = method_label(points["method"].iloc[0]), "higher" if signs[0] > 0 else "lower"
+        return f"{name} has {more} total retention than SparseGPT at {at}"
+    said = f"{(signs > 0).sum()} of {len(points)} methods above SparseGPT"
+    if not signs.any(): said = "no method significantly different from SparseGPT"
+    return f"Total retention at {at}: {said}" + f", {(signs < 0).sum()} below" * bool(signs.any())
+
+def pruner_figure(total: pd.DataFrame,  # from `total_gains`
+                  costs: pd.DataFrame, note: str = "") -> Figure:
     "Gains in total retention against time."
-    total = gained[(gained["dimension"] == "Total") & (gained["strategy"] == "mean")]
     check_rows(total, "gains over SparseGPT")
     points = total.merge(costs.dropna(subset="times"), on=["sparsity", "method"])
     check_rows(points, "times beside SparseGPT's")
@@ -199,12 +226,10 @@ def pruner_figure(gained: pd.DataFrame, costs: pd.DataFrame, note: str = "") -> 
     levels = sorted(points["sparsity"].unique(), key=str)
     figure, axes = plt.subplots(1, len(levels), figsize=(WIDTH, 3), layout="constrained", squeeze=False, sharey=True)
     for ax, level in zip(axes[0], levels): _cost_panel(ax, points[points["sparsity"] == level], colours)
-    axes[0, 0].set_ylabel("total retention over SparseGPT, points")
-    figure.supxlabel("time of pruning, times SparseGPT's", fontsize=9)
+    axes[0, 0].set_ylabel("total retention − SparseGPT, points")
+    figure.supxlabel("time of pruning / SparseGPT's", fontsize=9)
     _legend(figure, points["method"], colours)
     at = max(levels, key=lambda o: parse_sparsity(o)[0])
-    top = points.loc[points[points["sparsity"] == at]["value"].idxmax()]
-    headline(figure, f"{method_label(top['method'])} keeps {100 * top['value']:.1f} points more than SparseGPT at "
-                     f"{sparsity_label(top['sparsity'])}, in {top['times']:.1f} times its time")
-    return annotate(figure, f"95% intervals, paired over items and draws. Dotted: {AFFORDABLE:g} times SparseGPT's time. "
-                            f"{TIMES} {note}")
+    headline(figure, gain_message(points[points["sparsity"] == at]))
+    about = "95% intervals, paired and simultaneous over the methods of a sparsity."
+    return annotate(figure, f"{about} Dotted: {AFFORDABLE:g} times SparseGPT's time. {TIMES} {note}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'GOALS', 'LEADS', 'KEPT', 'recipe_label', 'known_recipes', 'kept_by', 'lead_rows', 'families',
            'shared_tasks', 'without_shared', 'shared_note', 'holds', 'shortfalls', 'verdict', 'recipe_rows',
-           'worst_note', 'recipe_text', 'all_leads', 'lead_text', 'recipe_figure']
+           'worst_note', 'recipe_text', 'all_leads', 'lead_text', 'recipe_message', 'recipe_figure']
 
 # %% ../../nbs/8_report/24_recipes.ipynb #1ced91b3
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from ..core import DIMENSIONS
 from ..evaluation.tasks import TASKS
 from .comparison import kind_of
 from .plots import WIDTH, annotate, check_rows, headline, method_label
-from .statistics import OUTCOMES, Replicates, simultaneous
+from .statistics import OUTCOMES, Replicates, lead_of_best, significant_sign, simultaneous
 from .tables import interval_text, listed
 from ..resampling import interval
 from ..study.results import Result
@@ -154,9 +154,21 @@ def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
     return pd.DataFrame(lines)
 
 # %% ../../nbs/8_report/24_recipes.ipynb #8008e520
-def recipe_figure(rows: pd.DataFrame, base: Recipe,  # as for `recipe_rows`, which gives the rows
+def recipe_message(found: Replicates, base: Recipe) -> str:
+    "The recipe whose total is significantly higher than all others, or how many differ significantly from one of them."
+    known = known_recipes(found)
+    if base not in known or len(known) < 2: return f"Retention of {len(known)} recipes: no comparison"
+    total = np.stack([kept_by(found, o)[:, OUTCOMES.index("Total")] for o in known], 1)
+    best, low = lead_of_best(total[..., None])
+    if low[0] > 0: return f"Highest total retention of {len(known)} recipes: {recipe_label(known[best[0]])}"
+    others = [i for i, o in enumerate(known) if o != base]
+    signs = significant_sign(*simultaneous(total[:, others] - total[:, [known.index(base)]]))
+    return f"Total retention: {(signs > 0).sum()} of {len(others)} recipes above {recipe_label(base)}, {(signs < 0).sum()} below"
+
+def recipe_figure(rows: pd.DataFrame,  # from `recipe_rows`
+                  message: str,        # from `recipe_message`
                   note: str = "") -> Figure:
-    "What each recipe keeps in total and in the worst dimension, by method."
+    "Retention of each recipe in total and in the worst dimension, by method."
     check_rows(rows, "recipes")
     first = rows.drop_duplicates("recipe").reset_index(drop=True)
     heights = -(first.index + 0.7 * first.groupby("method", sort=False).ngroup())  # a gap between methods
@@ -167,10 +179,7 @@ def recipe_figure(rows: pd.DataFrame, base: Recipe,  # as for `recipe_rows`, whi
         for kind in first["kind"].unique():
             at = first["kind"] == kind
             ax.plot(mine["value"][at], heights[at], MARKERS[kind], color=colour_of(kind), markersize=6)
-        ax.set(xlabel=f"kept {GOALS[goal]}, %", yticks=heights, yticklabels=first["recipe"])
+        ax.set(xlabel=f"retention {GOALS[goal]}, %", yticks=heights, yticklabels=first["recipe"])
     legend_above(figure, first["kind"])
-    total = rows[rows["outcome"] == "Total"]
-    top = total.loc[total["value"].idxmax()]
-    more = f", {100 * top['lead']:.1f} points over {recipe_label(base)}" if top["recipe"] != recipe_label(base) else ""
-    headline(figure, f"Most in total: {top['recipe']}{more}")
-    return annotate(figure, note)
+    headline(figure, message)
+    return annotate(figure, f"The title compares paired differences, simultaneous over the recipes. {note}")

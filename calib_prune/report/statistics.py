@@ -7,7 +7,8 @@ __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'BLOCK', 'SPREAD', 'PAIRED', 'Rep
            'pruned_cells', 'same_rows', 'item_values', 'task_replicates', 'in_accuracy', 'outcome_replicates',
            'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups', 'setting_groups', 'deviations',
            'draw_spread', 'draw_variances', 'DrawNoise', 'draw_noise', 'strategy_retention', 'retention_summary',
-           'paired_difference', 'noise_variance', 'without_noise', 'spread', 'simultaneous', 'best_of', 'shortfall']
+           'paired_difference', 'noise_variance', 'without_noise', 'spread', 'simultaneous', 'best_of',
+           'significant_sign', 'has_interval', 'lead_of_best', 'shortfall']
 
 # %% ../../nbs/8_report/02_statistics.ipynb #c5d8abc9
 import math
@@ -385,6 +386,29 @@ def best_of(delta: np.ndarray              # [1 + B, candidates], how far each l
     size, scaled = _scaled(delta)
     reach = np.quantile(scaled.max(1), 0.975), np.quantile((-scaled).max(1), 0.975)
     return float(delta[0].max()), float((delta[0] - reach[0] * size).max()), float((delta[0] + reach[1] * size).max())
+
+# %% ../../nbs/8_report/02_statistics.ipynb #3f9c51d2
+def significant_sign(low: Any, high: Any  # ends of intervals, of the same shape
+                    ) -> np.ndarray:      # 1 or −1; 0 where the interval includes 0, or there is none
+    "The sign of each difference whose interval excludes 0: what a title or a colour may state."
+    low, high = np.asarray(low, float), np.asarray(high, float)
+    return np.where(low > 0, 1, np.where(high < 0, -1, 0))
+
+def has_interval(values: np.ndarray  # [1 + B, strategies, outcomes]
+                ) -> np.ndarray:     # [outcomes]
+    "Which outcomes have an interval for every strategy: see `resampling.interval`."
+    return (np.isnan(values).mean(0) <= 0.01).all(0)
+
+def lead_of_best(values: np.ndarray                 # [1 + B, strategies, outcomes], two strategies or more
+                ) -> tuple[np.ndarray, np.ndarray]:  # [outcomes] index of the best; lower end of its lead over all others
+    "How far the best strategy of each outcome is above all others; simultaneous for all pairs, so the choice is allowed for."
+    n = values.shape[1]
+    first, second = np.triu_indices(n, 1)
+    low, high = simultaneous((values[:, first] - values[:, second]).reshape(len(values), -1))
+    ends = np.full((n, n, values.shape[2]), np.inf)  # [i, j]: lower end of i − j
+    ends[first, second], ends[second, first] = low.reshape(len(first), -1), -high.reshape(len(first), -1)
+    best = values[0].argmax(0)
+    return best, ends[best, :, np.arange(values.shape[2])].min(1)
 
 # %% ../../nbs/8_report/02_statistics.ipynb #2084f9b8
 def shortfall(values: np.ndarray                # [1 + B, sources, dimensions], retention

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KIND', 'RULES', 'as_predictor', 'line_through', 'kind_means', 'left_out_error', 'Split', 'split_sources',
-           'predictions', 'rule_rows', 'chosen_rules', 'rule_text', 'chosen_note', 'unseen_figure']
+           'predictions', 'rule_rows', 'chosen_rules', 'rule_text', 'chosen_note', 'unseen_message', 'unseen_figure']
 
 # %% ../../nbs/8_report/23_unseen.ipynb #5f552d35
 import math
@@ -139,6 +139,14 @@ def chosen_note(rows: pd.DataFrame) -> str:
     return "Chosen on the first fifteen: " + "; ".join(said) + "."
 
 # %% ../../nbs/8_report/23_unseen.ipynb #e4c72f8a
+def unseen_message(best: pd.DataFrame  # from `chosen_rules`, by dimension
+                  ) -> str:
+    "Where the chosen metrics order the further sources significantly, with a smaller error than a constant."
+    better = [d for d in DIMENSIONS if best.loc[d, "error"] < best.loc[d, "constant"] and best.loc[d, "q"] < 0.05]
+    if not better: return "Unseen sources: no chosen metric predicts retention significantly (q < 0.05)"
+    rest = "; otherwise not significant" * (len(better) < len(DIMENSIONS))
+    return f"Unseen sources: chosen metrics predict {listed(better)} retention{rest}"
+
 def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
                   note: str = "") -> Figure:
     "Predicted against measured at the further sources, by the metric that the first fifteen choose."
@@ -158,10 +166,6 @@ def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
         ax.set_xlabel("measured, %")
     axes[0].set_ylabel("predicted, %")
     legend_above(figure, {split.kinds[o] for o in split.further})
-    better = [d for d in DIMENSIONS if best.loc[d, "error"] < best.loc[d, "constant"] and best.loc[d, "q"] < 0.05]
-    short = [d for d in DIMENSIONS if d not in better]
-    headline(figure, f"Metrics chosen on the study's sources predict {listed(better)} of unseen text"
-             f"{f', but not {listed(short)}' if short else ''}" if better
-             else "No metric chosen on the study's sources predicts unseen text better than a constant")
+    headline(figure, unseen_message(best))
     about = f"Lines frozen on {len(split.first)} sources, asked for {len(split.further)} others. Bars: 95% intervals."
     return annotate(figure, f"{about} {note}")
