@@ -451,9 +451,9 @@ def test_sources_that_cannot_be_told_apart_have_no_winner_and_no_colour(seeds):
 
 
 def test_a_source_that_leads_all_others_is_named_with_its_dimension():
-    assert source_message(alone(KEPT, n=400)) == "Highest retention: c4 (General), stdlib (Code), math (Math); otherwise not significant"
+    assert source_message(alone(KEPT, n=400)) == "Best source: c4 (General), stdlib (Code), math (Math); otherwise not significant"
     best = {"c4": (0.9,) * 4, "stdlib": (0.3,) * 4, "math": (0.3,) * 4}
-    assert source_message(alone(best, n=400)) == "Highest retention in every dimension: c4"
+    assert source_message(alone(best, n=400)) == "Best source in every dimension: c4"
     two = {"c4": (0.9, 0.9, 0.3, 0.3), "openwebtext": (0.9, 0.9, 0.3, 0.3), "stdlib": (0.3, 0.3, 0.9, 0.9), "codeio": (0.3, 0.3, 0.9, 0.9)}
     assert source_message(alone(two, n=400)) == "No single source has the highest retention in every dimension"
     assert source_message(alone({"c4": (0.5,) * 4, "uniform": (0.9,) * 4})) == "Retention by dimension: no two sources to compare"
@@ -467,7 +467,7 @@ def test_one_own_file_is_a_source_and_can_win():
     assert kinds == dict(mine=OWN, field=OWN, hub=OWN, two="mix", weighted="mix", uniform="mix", igsp="self-generated") | {"c4": "General", "c4-only": "General"}
     some = alone({"mine": (0.9,) * 4, "c4": (0.4,) * 4, "uniform": (0.5,) * 4}, n=400, strategies={"mine": "my.txt"})
     assert single_strategies(some) == ["mine", "c4"] and set(over_best(some, "uniform")["best"]) == {"mine"}
-    assert source_message(some) == "Highest retention in every dimension: mine"
+    assert source_message(some) == "Best source in every dimension: mine"
     figure = panel(some)
     assert "own source" in [o.get_text() for o in figure.legends[0].get_texts()]
 

@@ -69,9 +69,9 @@ def _winners_text(won: dict[str, str],  # dimension → source, where its lead o
     "Which sources are best where."
     names = list(dict.fromkeys(won.values()))
     if len(won) == n and len(names) == 1:
-        return f"Highest retention in {'every dimension' if n > 1 else next(iter(won))}: {names[0]}"
+        return f"Best source in {'every dimension' if n > 1 else next(iter(won))}: {names[0]}"
     each = [f"{name} ({listed(d for d in won if won[d] == name)})" for name in names]
-    return f"Highest retention: {', '.join(each)}" + "; otherwise not significant" * (len(won) < n)
+    return f"Best source: {', '.join(each)}" + "; otherwise not significant" * (len(won) < n)
 
 def best_message(sources: Replicates  # single sources of one setting
                 ) -> str:
