@@ -16,14 +16,14 @@ from types import FrameType
 from typing import Any, Callable
 
 # %% ../../nbs/9_cli/10_app.ipynb #c0f1a7c1
-def _handle_interrupts(by: Any) -> Any:
-    "Set what Ctrl-C does, where this program may; returns what it did before."
-    if threading.current_thread() is not threading.main_thread(): return None
-    before = signal.getsignal(signal.SIGINT)
-    if by is not None and before is not signal.SIG_IGN: signal.signal(signal.SIGINT, by)  # ignored behind `nohup`, say
-    return before
+def _on_interrupt(act: Any) -> None:
+    "Set what Ctrl-C does, where this program may."
+    here = threading.current_thread() is threading.main_thread()
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell asks for in the background
+    if here and act is not None and not ignored: signal.signal(signal.SIGINT, act)
 
-_before = _handle_interrupts(signal.SIG_DFL)
+_before = signal.getsignal(signal.SIGINT)
+_on_interrupt(signal.SIG_DFL)
 
 # %% ../../nbs/9_cli/10_app.ipynb #c0f1a7c2
 # ruff: noqa: E402 (what comes before these imports is in force while they run)
@@ -42,7 +42,7 @@ from .prune import left_by_prune, prune
 from .reproduce import reproduce
 from ..core import CalibPruneError
 
-_handle_interrupts(_before)
+_on_interrupt(_before)
 
 # %% ../../nbs/9_cli/10_app.ipynb #c0f1a7c4
 class Interrupted(CalibPruneError):
@@ -71,11 +71,11 @@ def stoppable(command: Callable) -> Callable:
 # %% ../../nbs/9_cli/10_app.ipynb #c0f1a7c8
 def _later_interrupt(number: int, frame: FrameType | None) -> None:
     "Ctrl-C while the program ends: ignored once."
-    _handle_interrupts(signal.SIG_DFL)
+    _on_interrupt(signal.SIG_DFL)
 
 def _first_interrupt(number: int, frame: FrameType | None) -> None:
     "The first Ctrl-C."
-    _handle_interrupts(_later_interrupt)
+    _on_interrupt(_later_interrupt)
     raise KeyboardInterrupt
 
 # %% ../../nbs/9_cli/10_app.ipynb #910e26cb
@@ -121,12 +121,12 @@ def _outcome(as_json: bool) -> Any:
 # %% ../../nbs/9_cli/10_app.ipynb #76ad9d6a
 def main() -> None:
     "The `calib-prune` command. Mistakes in the input end in one readable paragraph."
-    _handle_interrupts(_first_interrupt)
+    _on_interrupt(_first_interrupt)
     try:
         code = _outcome("--json" in sys.argv)
         sys.stdout.flush()
     except OSError as e:  # closed or full: nothing more can be printed there
         sys.stdout, code = open(os.devnull, "w"), 1
         if not isinstance(e, BrokenPipeError): print(f"Error: cannot write the output: {e.strerror or e}.", file=sys.stderr)
-    _handle_interrupts(_later_interrupt)  # from here on, Python itself ends
+    _on_interrupt(_later_interrupt)  # from here on, Python itself ends
     sys.exit(code)
