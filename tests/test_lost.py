@@ -463,6 +463,24 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     assert [o.name for o in tmp_path.iterdir()] == ["out"] and RECORD in {o.name for o in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.parametrize("removed", range(4))
+def test_a_kill_while_a_part_folder_is_removed(tmp_path, removed):
+    "What is left of it is still known as ours."
+    from calib_prune.model.loading import _clear
+    (part := tmp_path / ".out.part").mkdir()
+    for name in (PART, "a", "z", "~"): (part / name).touch()
+    unlink, done = Path.unlink, []
+    def act(die):
+        def dying(self, **how):
+            if len(done) == removed: die()
+            done.append(unlink(self, **how))
+        Path.unlink = dying
+        _clear(part)
+    assert killed(act) and len([*part.iterdir()]) == 4 - removed and (part / PART).is_file()
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
+    assert [o.name for o in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("moved", range(6))
 def test_a_kill_while_files_are_moved_into_an_empty_folder(tmp_path, moved):
     (tmp_path / "out").mkdir()

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -265,9 +265,15 @@ def check_output(folder: str | Path) -> Path:
     return folder
 
 # %% ../../nbs/2_model/08_loading.ipynb #46538bab
+def _remove(file: Path) -> None:
+    "Remove a file or a folder, if that is possible."
+    if file.is_dir() and not file.is_symlink(): return shutil.rmtree(file, ignore_errors=True)
+    with suppress(OSError): file.unlink()
+
 def _clear(part: Path) -> None:
-    "Remove a part folder, if it is ours."
-    if (part / PART).is_file(): shutil.rmtree(part, ignore_errors=True)
+    "Remove a part folder, if it is ours. The mark goes last: a kill leaves what the next run knows as ours."
+    if (part / PART).is_file():
+        for file in sorted(part.iterdir(), key=lambda o: o.name == PART): _remove(file)
     if not part.exists(): return
     try: part.rmdir()  # a run may have been killed before it put the mark there
     except OSError:
@@ -275,10 +281,7 @@ def _clear(part: Path) -> None:
 
 def _take_back(folder: Path) -> None:
     "Remove what was moved into a folder, if not all of it was."
-    for name in _moving(folder):
-        file = folder / name
-        if file.is_dir() and not file.is_symlink(): shutil.rmtree(file, ignore_errors=True)
-        else: file.unlink(missing_ok=True)
+    for name in _moving(folder): _remove(folder / name)
     (folder / PART).unlink(missing_ok=True)
 
 def _publish(part: Path, folder: Path, inside: bool) -> None:  # inside: is the part folder in the output folder?
