@@ -342,12 +342,14 @@ def path_cases() -> Iterator[Case]:
     names = {"empty": "", "space": " ", "user": "~nosuchuser/x", "user.txt": "~nosuchuser/x.txt", "long": "x" * 300, "long.txt": "x" * 300 + ".txt",
              "zero": "a\0b", "device": "/dev/null", "full": "/dev/full", "below a file": "{folder}/text.txt/x.txt", "dots": "../" * 60 + "proc/x.txt",
              "proc": "/proc/self/mem", "locked": "{folder}/locked/x.txt", "unicode": "\udcff.txt", "newline": "a\nb.txt", "deep": "a/" * 3000 + "x.txt",
-             "fifo": "{folder}/fifo.txt", "loop": "{folder}/loop.txt", "folder": "{folder}/model", "option": "--help.txt"}
+             "fifo": "{folder}/fifo.txt", "loop": "{folder}/loop.txt", "dangling": "{folder}/dangling.jsonl",
+             "below dangling": "{folder}/dangling.jsonl/x.jsonl", "no room": "x" * 240 + ".jsonl", "folder": "{folder}/model", "option": "--help.txt"}
     for (command, options), (kind, name), as_json in itertools.product(TAKES.items(), names.items(), (False, True)):
         for option in options:
             def run(folder, command=command, option=option, name=name, as_json=as_json):
                 os.mkfifo(folder / "fifo.txt")
                 (folder / "loop.txt").symlink_to(folder / "loop.txt")
+                (folder / "dangling.jsonl").symlink_to(folder / "nowhere")
                 (folder / "locked").mkdir(mode=0)
                 given = [option, name.format(folder=folder)] + (["--json"] if as_json and command != "reproduce" else [])
                 try: return call("reproduce", *given, "--dry-run") if command == "reproduce" else run_command(folder, command, given)
@@ -450,6 +452,18 @@ def state_cases() -> Iterator[Case]:
         prune(load_model(str(folder / "model"))[0], torch.ones(2, 16, dtype=torch.int64), "wanda", checkpoint=folder / "cp")
         damage(next((folder / "cp").glob(file)))
         return attempt(lambda: prune(load_model(str(folder / "model"))[0], torch.ones(2, 16, dtype=torch.int64), "wanda", checkpoint=folder / "cp"))
+    def output(folder, damage, file):
+        usual = ["--method", "wanda", "--checkpoint", folder / "cp"]
+        run = lambda: run_command(folder / "try", "prune", [str(o) for o in usual])
+        (folder / "try").mkdir()
+        import calib_prune.pruning.checkpoint as module
+        before, module.remove_checkpoint = module.remove_checkpoint, lambda _: None  # as if it were killed before
+        try: run()
+        finally: module.remove_checkpoint = before
+        damage(folder / "try/out" / file)
+        shutil.rmtree(folder / "try/model")
+        found = run()
+        return Outcome("traceback", f"believed: {found.said}") if found.kind == "done" else found
     def journal(folder, damage):
         from calib_prune.generation.baselines import self_cal
         from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
@@ -478,7 +492,8 @@ def state_cases() -> Iterator[Case]:
         return attempt(lambda: load_calibration(path))
     for name, damage in damages.items():
         for part, f in {"manifest": manifest, "checkpoint marker": lambda x, d: checkpoint(x, d, "*.json"), "checkpoint layer":
-                        lambda x, d: checkpoint(x, d, "layer*"), "journal": journal, "task items": lambda x, d: task(x, d, "items.jsonl"),
+                        lambda x, d: checkpoint(x, d, "layer*"), "record of an output": lambda x, d: output(x, d, "calib_prune.json"),
+                        "weights of an output": lambda x, d: output(x, d, "model.safetensors"), "journal": journal, "task items": lambda x, d: task(x, d, "items.jsonl"),
                         "task configuration": lambda x, d: task(x, d, "*.yaml"), "rows": lambda x, d: result(x, d, "dense.json"),
                         "items": lambda x, d: result(x, d, "dense.items.parquet"), "calibration set": calibration}.items():
             yield Case("damaged state", f"{part} {name}", lambda folder, f=f, damage=damage: f(folder, damage))

@@ -1,4 +1,5 @@
 import os
+import signal
 
 # Tests never reach a hub: what is not local is an error at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -6,6 +7,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
@@ -21,3 +23,11 @@ LONG = ("test_workflow.py", "test_paper_preset.py", "test_lost.py", "test_tortur
 def pytest_collection_modifyitems(items):
     "The longest files first: a worker that meets one of them last lets the other wait."
     items.sort(key=lambda o: LONG.index(o.path.name) if o.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def what_ctrl_c_does():
+    "The command line changes it: a test run is interrupted as ever."
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    if before is not None: signal.signal(signal.SIGINT, before)

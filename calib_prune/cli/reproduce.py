@@ -188,7 +188,7 @@ def run_workflow(command: list[str], root: Path,  # the checkout
             try: _watch(process, names, left, results, console)
             except KeyboardInterrupt:
                 process.wait()
-                raise CalibPruneError("Interrupted: finished models are kept, run the same command to go on.") from None
+                raise
         if process.returncode: raise CalibPruneError(failure_report(log))
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #7560ecbc

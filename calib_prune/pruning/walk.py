@@ -219,4 +219,5 @@ def prune(model: PreTrainedModel,              # pruned in place
         reports = _walk(model, windows, sparsities, how, reconstruct, saved, progress)
     found = pd.DataFrame([asdict(r) for r in reports])
     found.attrs["restored_layers"] = saved.restored if saved else 0
+    found.attrs["checkpoint"] = saved.id if saved else None  # which run its layers belong to
     return found
