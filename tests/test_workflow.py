@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -40,10 +41,10 @@ def checkout(tmp_path_factory):
     return root
 
 
-def start(root, *more):
+def start(root, *more, **env):
     # One core: what gets the whole machine, such as a text to write, would have its threads wait for each other beside another test.
     command = [sys.executable, "-c", "from calib_prune.cli.app import main; main()", "reproduce", "--preset", "tiny.yaml", "--jobs", "1", *more]
-    return subprocess.Popen(command, cwd=root, env=os.environ | dict(PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen(command, cwd=root, env=os.environ | dict(PYTHONPATH=str(root)) | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, start_new_session=True)
 
 
@@ -181,3 +182,49 @@ def test_dry_run_only_lists(checkout):
     shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
     out, _ = reproduce(checkout, "--dry-run")
     assert "dense" in out and not (checkout / "results/tiny/dense.json").exists()
+
+
+def alive(mark):
+    "The processes that inherited a variable: whatever sessions and groups they are in."
+    def has(process):
+        try: return process.environ().get("STARTED_BY_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error: return False
+    return [o for o in psutil.process_iter() if has(o)]
+
+
+def wait_for(what, seconds=120):
+    limit = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+COLD_KERNEL = dict(JUPYTER_DEFAULT_PROVISIONER_NAME="local-provisioner")  # in a session of its own
+
+
+@pytest.mark.parametrize("numbers, when, env", [
+    ([signal.SIGINT], "notebooks/dense.ipynb", {}),
+    ([signal.SIGINT], "notebooks/dense.ipynb", COLD_KERNEL),
+    ([signal.SIGINT] * 3, "notebooks/dense.ipynb", {}),
+    ([signal.SIGTERM], "warm.log", {}),
+    ([signal.SIGKILL], "warm.log", {}),
+    ([signal.SIGKILL], "notebooks/dense.ipynb", COLD_KERNEL)],
+    ids=["interrupted", "cold kernel", "thrice", "terminated", "killed early", "killed"])
+def test_nothing_outlives_a_stopped_study(checkout, numbers, when, env):
+    shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
+    mark = f"{os.getpid()} {time.monotonic_ns()}"
+    process = start(checkout, "--", "rows", STARTED_BY_TEST=mark, **env)
+    wait_for(lambda: (checkout / "results/tiny" / when).is_file() or process.poll() is not None)
+    if env: wait_for(lambda: any("ipykernel_launcher" in o.cmdline() for o in alive(mark)))
+    assert len(alive(mark)) > 2
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.6)
+    began = time.monotonic()
+    wait_for(lambda: not alive(mark), 15)
+    out, err = process.communicate()
+    assert "Traceback" not in out + err
+    assert process.returncode == (-9 if numbers[0] == signal.SIGKILL else 128 + numbers[0]), out + err
+    if numbers[0] != signal.SIGKILL:
+        assert "0 of 3 models are finished and kept. To go on: calib-prune reproduce --preset tiny.yaml --jobs 1 -- rows" in " ".join(err.split())
+    print(f"{time.monotonic() - began:.1f} s")
