@@ -192,7 +192,7 @@ def alive(mark):
     return [o for o in psutil.process_iter() if has(o)]
 
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=500):
     limit = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < limit

@@ -128,7 +128,7 @@ def _common_report(error: str, log: Path) -> str:
     "Why a study was ended whose first runs failed alike."
     notebook = next(o for o in job_outcomes(log.read_text(errors="replace")).values() if o)
     return (f"The first {ALIKE} runs failed with the same error, so the study was stopped:\n{error}\nOne of the notebooks: "
-            f"{log.parent / 'notebooks' / notebook.name}. Snakemake's log: {log}. Once the cause is gone, the same command goes on.")
+            f"{log.parent / 'notebooks' / notebook.name}. Snakemake's log: {log}. Mend it and run the same command.")
 
 # %% ../../nbs/9_cli/08_reproduce.ipynb #7a29b50a
 class Stopped(CalibPruneError):
