@@ -220,11 +220,9 @@ def test_nothing_outlives_a_stopped_study(checkout, numbers, when, env):
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.6)
-    began = time.monotonic()
-    wait_for(lambda: not alive(mark), 15)
+    wait_for(lambda: {o.pid for o in alive(mark)} <= {process.pid}, 20)  # seconds: five to clean up, and the machine may be busy
     out, err = process.communicate()
     assert "Traceback" not in out + err
     assert process.returncode == (-9 if numbers[0] == signal.SIGKILL else 128 + numbers[0]), out + err
     if numbers[0] != signal.SIGKILL:
         assert "0 of 3 models are finished and kept. To go on: calib-prune reproduce --preset tiny.yaml --jobs 1 -- rows" in " ".join(err.split())
-    print(f"{time.monotonic() - began:.1f} s")

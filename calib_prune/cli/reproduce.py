@@ -151,7 +151,7 @@ def _watch(run: Guarded, stops: list[int],  # signals that came
         if alike and alike == before and not run.asked:  # twice: the log may be about to say that a job is tried again
             error = alike
             run.end()
-        failed = sum(o is not None for o in job_outcomes(text).values())
+        if not run.asked: failed = sum(o is not None for o in job_outcomes(text).values())  # else they did not fail by themselves
         bars.show(failed)
         time.sleep(0.3)
     bars.end(failed)
@@ -187,9 +187,11 @@ def check_names(study: dict[str, Any]) -> None:
     from calib_prune.evaluation.tasks import get_tasks
     for cell in cells(study, ablations=True)[1:]:
         check_allocation(read_recipe(cell.method).allocation, parse_sparsity(cell.sparsity)[1])
-    for mix in study["strategies"].values():
-        if generated := protocol_of(mix): protocol_with(*generated)
-        else: [get_source(name) for name in parse_mix(mix)]
+    for name, mix in study["strategies"].items():
+        try:
+            if generated := protocol_of(mix): protocol_with(*generated)
+            else: [get_source(source) for source in parse_mix(mix)]
+        except CalibPruneError as e: raise CalibPruneError(f"Strategy {name}: {e}") from e
     get_source(study["heldout"]["source"])
     for task in get_tasks(study["scoring"]["tasks"]): limit_of(task, study["scoring"]["limit"])
 
