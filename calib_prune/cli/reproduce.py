@@ -117,7 +117,9 @@ def failure_report(log: Path  # Snakemake's
     found = [o for o in job_outcomes(whole).values() if o]
     full = shutil.disk_usage(log.parent).free < LEAST_ROOM  # then a run's own log ends in the middle of its words
     room = f" No space left on the disk of {log.parent}: make room, then run the same command again." if full else ""
-    if not found: return f"The workflow did not finish.{room} Snakemake's log: {log}"
+    if not found:
+        said = whole.strip().rpartition("\n")[2]
+        return f"The workflow did not finish: {said or 'Snakemake said nothing.'}{room} Snakemake's log: {log}"
     lines = [f"These did not finish: {', '.join(o.stem for o in found)}. Everything else is kept.{room} Snakemake's log: {log}"]
     for notebook in found:
         if said := _last_line(notebook, log.parent):
