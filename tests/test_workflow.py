@@ -226,3 +226,41 @@ def test_nothing_outlives_a_stopped_study(checkout, numbers, when, env):
     assert process.returncode == (-9 if numbers[0] == signal.SIGKILL else 128 + numbers[0]), out + err
     if numbers[0] != signal.SIGKILL:
         assert "0 of 3 models are finished and kept. To go on: calib-prune reproduce --preset tiny.yaml --jobs 1 -- rows" in " ".join(err.split())
+
+
+def changed(checkout, name, **changes):
+    "Another preset of the checkout."
+    preset = yaml.safe_load((checkout / "tiny.yaml").read_text())
+    path = checkout / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(preset | changes))
+    return str(path)
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="needs a machine without a GPU")
+def test_a_missing_device_is_said_before_the_first_job(checkout):
+    path = changed(checkout, "cuda.yaml", name="cuda", device="cuda")
+    _, err = reproduce(checkout, "--preset", path, code=1)
+    assert "cuda.yaml says `device: cuda`, but torch" in err and "finds no GPU here" in err and "--profile" in err
+    assert not (checkout / "results/cuda").exists(), "no job began"
+    out, err = reproduce(checkout, "--preset", path, "--dry-run")
+    assert "rule cell_dense" in out and "This machine cannot run it" in err and "says `device: cuda`" in err
+
+
+def test_a_study_whose_first_jobs_fail_alike_ends_with_their_error(checkout):
+    broken = shutil.copytree(checkout / "tiny", checkout / "broken", dirs_exist_ok=True)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    block = yaml.safe_load((checkout / "tiny.yaml").read_text())["grid"][0]
+    path = changed(checkout, "broken.yaml", name="broken", model=str(broken), grid=[block | dict(seeds=list(range(6)))])
+    _, err = reproduce(checkout, "--preset", path, "--", "rows", code=1)
+    assert "The first 3 runs failed with the same error, so the study was stopped" in err and err.count("Cannot load") == 1
+    assert "broken/notebooks/dense.ipynb" in err and "broken/snakemake.log" in err
+    tried = list((checkout / "results/broken/notebooks").glob("*.ipynb"))
+    assert 3 <= len(tried) < 13, "of 13 models"
+    assert "models finished, 3 failed" in " ".join(err.split()), "off a terminal too"
+
+
+def test_a_preset_at_an_odd_path_works(checkout):
+    path = changed(checkout, "odd {x}/a {b} 'c' \"d\" #e $HOME;&.yaml", name="odd")
+    reproduce(checkout, "--preset", path, "--", "results/odd/dense.json")
+    assert (checkout / "results/odd/dense.json").is_file()

@@ -179,10 +179,12 @@ def lacking_device(study: dict[str, Any], path: Path  # of the preset
             "a cluster with --profile, or write another `device` (`cpu`) in a copy of the preset.")
 
 def check_names(study: dict[str, Any]) -> None:
-    "Refuse a preset that names a source, method or task that does not exist, before hours of work."
+    "Refuse a preset that names a model, source, method or task that does not exist, before hours of work."
     from calib_prune.calibration.sets import parse_mix
+    from calib_prune.data.wheels import NAMED_MODELS
     from calib_prune.evaluation.scoring import limit_of
     from calib_prune.generation.igsp import protocol_with
+    from calib_prune.model.loading import locate_model
     from calib_prune.pruning.methods import check_allocation, read_recipe
     from calib_prune.calibration.sources import get_source
     from calib_prune.study.presets import cells, parse_sparsity, protocol_of
@@ -194,6 +196,7 @@ def check_names(study: dict[str, Any]) -> None:
             if generated := protocol_of(mix): protocol_with(*generated)
             else: [get_source(source) for source in parse_mix(mix)]
         except CalibPruneError as e: raise CalibPruneError(f"Strategy {name}: {e}") from e
+    if study["model"] not in NAMED_MODELS: locate_model(study["model"])  # a named one may still have to be fetched
     get_source(study["heldout"]["source"])
     for task in get_tasks(study["scoring"]["tasks"]): limit_of(task, study["scoring"]["limit"])
 

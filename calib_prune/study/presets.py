@@ -42,8 +42,8 @@ def parse_sparsity(value: float | str  # a number in [0, 1), or n:m with n of ev
 # %% ../../nbs/7_study/01_presets.ipynb #ee673ab4
 def _a_name(value: str) -> str:
     "A name that files can have, checked. `dense` is taken by the dense model."
-    if value == "dense" or not re.fullmatch(r"\w[\w.-]*", value):
-        raise ValueError("cannot name files: use letters, digits, '.', '_' and '-', do not begin with '.' or '-', "
+    if value == "dense" or not re.fullmatch(r"\w[\w.-]{0,99}", value):
+        raise ValueError("cannot name files: use at most 100 letters, digits, '.', '_' and '-', do not begin with '.' or '-', "
                          "and avoid 'dense'")
     return value
 
@@ -58,6 +58,11 @@ def _a_mix(value: str) -> str:
     try: protocol_of(value)
     except CalibPruneError as e: raise ValueError(str(e)) from e
     return value
+
+def _each_once(values: list[str]) -> list[str]:
+    "A list without repetition."
+    if twice := next((o for o in values if values.count(o) > 1), ""): raise ValueError(f"names {twice!r} twice")
+    return values
 
 Name = Annotated[str, AfterValidator(_a_name)]
 Mix = Annotated[Text, AfterValidator(_a_mix)]
@@ -78,7 +83,7 @@ class PruningForm(Form):
 
 # %% ../../nbs/7_study/01_presets.ipynb #4102d70b
 class ScoringForm(Form):
-    tasks: Text | list[Text]
+    tasks: Text | Annotated[list[Text], Field(min_length=1), AfterValidator(_each_once)]
     limit: Count | dict[Text, Count | None] | None
     batch_tokens: Count
     batch_size: Count | None = None  # answers that the model writes at once; None: 8
@@ -88,7 +93,7 @@ class ScoringForm(Form):
 class HeldoutForm(Form):
     source: Text
     documents: Count
-    window: Count  # tokens
+    window: Annotated[int, Field(ge=2, le=2**40)]  # tokens: the first one is not predicted
 
 # %% ../../nbs/7_study/01_presets.ipynb #79a7e0b4
 class HardwareForm(Form):
@@ -110,9 +115,9 @@ class BlockForm(Form):
 class PresetForm(Form):
     name: Name
     model: Text
-    revision: str | None
+    revision: Text | None
     dtype: Literal["float32", "fp32", "bfloat16", "bf16", "float16", "fp16"]
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")]
     calibration: CalibrationForm
     pruning: PruningForm
     scoring: ScoringForm
@@ -120,7 +125,7 @@ class PresetForm(Form):
     strategies: Annotated[dict[Name, Mix], Field(min_length=1)]
     grid: Annotated[list[BlockForm], Field(min_length=1)]
     ablations: list[BlockForm] | None = None
-    tables: Annotated[list[Literal[NOTEBOOKS]], Field(min_length=1)]  # type: ignore[valid-type]  # computed from `ARTEFACTS`
+    tables: Annotated[list[Literal[NOTEBOOKS]], Field(min_length=1), AfterValidator(_each_once)]  # type: ignore[valid-type]  # computed from `ARTEFACTS`
     hardware: HardwareForm
     resamples: Annotated[int, Field(ge=100, le=2**24)]  # of items and draws, for intervals
     measure: Literal[(*MEASURES, "headline")] = "plain"  # type: ignore[valid-type]  # of the tables; headline: by the rule
@@ -154,6 +159,14 @@ def _wrong(errors: Sequence[Mapping[str, Any]]) -> str:
     return "\n  ".join(lines)
 
 # %% ../../nbs/7_study/01_presets.ipynb #641d9ace
+def _namesakes(names: list[str]) -> list[str]:
+    "The first two names that are the same to Snakemake, or to a disk that ignores case."
+    first: dict[str, str] = {}
+    for name in names:
+        if (plain := re.sub(r"\W", "_", name).casefold()) in first: return [first[plain], name]
+        first[plain] = name
+    return []
+
 def load_preset(path: str | Path) -> dict[str, Any]:
     "Read a preset and check its keys and types."
     path = as_path(path, "a preset")
@@ -166,6 +179,9 @@ def load_preset(path: str | Path) -> dict[str, Any]:
     try: PresetForm.model_validate(preset)
     except ValidationError as e: raise CalibPruneError(f"Preset {path} is wrong:\n  {_wrong(e.errors())}") from e
     except RecursionError as e: raise CalibPruneError(f"Preset {path} is wrong: it contains itself.") from e
+    if namesakes := _namesakes([c.name for c in cells(preset, ablations=True)]):
+        raise CalibPruneError(f"Preset {path} is wrong: {' and '.join(namesakes)} would be the same file or the same job. "
+                              "Let the strategies differ in more than case and punctuation, and write each sparsity in one way.")
     return preset
 
 # %% ../../nbs/7_study/01_presets.ipynb #ad292caa
