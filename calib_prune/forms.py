@@ -62,6 +62,6 @@ def misfit(error: Mapping[str, Any],  # one that pydantic found
            value: Any                 # that it is about
           ) -> str:
     "Why a value does not fit, to be put behind its name."
-    said = error["msg"].removeprefix("Input ")
+    said = error["msg"].removeprefix("Input ").removeprefix("Value ")
     note = " (YAML reads 3e11 as text: write 3.0e+11)" if error["type"] == "float_type" and isinstance(value, str) else ""
     return f"is {shown_value(value)[:80]}, but {said[:1].lower()}{said[1:]}{note}"

@@ -228,10 +228,10 @@ def test_nothing_outlives_a_stopped_study(checkout, numbers, when, env):
         assert "0 of 3 models are finished and kept. To go on: calib-prune reproduce --preset tiny.yaml --jobs 1 -- rows" in " ".join(err.split())
 
 
-def changed(checkout, name, **changes):
+def changed(checkout, file, **changes):
     "Another preset of the checkout."
     preset = yaml.safe_load((checkout / "tiny.yaml").read_text())
-    path = checkout / name
+    path = checkout / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(preset | changes))
     return str(path)

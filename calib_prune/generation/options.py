@@ -97,8 +97,10 @@ def _discord(options: Mapping[str, Any]) -> str:
                 "tokens. Use a larger pool, a smaller choice, or no balance.")
     return ""
 
-def _said(error: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    "What is wrong with an option."
+def _said(errors: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+    "What is wrong with the first wrong option. Where it may be of two types, the wrong type says the least."
+    mine = [o for o in errors if o["loc"][0] == errors[0]["loc"][0]]
+    error = next((o for o in mine if not o["type"].endswith("_type")), mine[0])
     if error["type"] == "value_error": return error["msg"].removeprefix("Value error, ")  # it names the option itself
     name = str(error["loc"][0])
     return f"{name} {misfit(error, options[name])}."
@@ -112,5 +114,5 @@ def check_options(protocol: str,  # a key of `OPTIONS`
         if name not in known: raise unknown_name(f"setting of {protocol}", name, known)
     try: TypeAdapter(OPTIONS[protocol]).validate_python(dict(options))
     except ValidationError as e:
-        raise CalibPruneError(f"{protocol}: {_said(e.errors()[0], options)}") from e
+        raise CalibPruneError(f"{protocol}: {_said(e.errors(), options)}") from e
     if wrong := _discord(options): raise CalibPruneError(f"{protocol}: {wrong}")
