@@ -62,7 +62,7 @@ class PlainLines(Progress):
     "Progress as lines of text, in place of bars."
     def __init__(self, console: Console):
         super().__init__(console=console, disable=True)  # draws nothing by itself
-        self.told: dict[TaskID, tuple[float, float, float | None]] = {}  # when, and what: done, total
+        self.told: dict[TaskID, tuple[float, tuple[Any, ...]]] = {}  # when, and what
 
     def update(self, task_id: TaskID, **how: Any) -> None:
         "Note what is done, and write a line if one is due."
@@ -80,10 +80,11 @@ class PlainLines(Progress):
 
     def _tell(self, task_id: TaskID, last: bool = False) -> None:
         task, now = self._tasks[task_id], time.perf_counter()
-        began, *state = self.told.get(task_id, (-math.inf, -1, -1))
-        due = last or now - began >= EVERY or task.completed == task.total
-        if not due or state == [task.completed, task.total]: return
-        self.told[task_id] = now, task.completed, task.total
+        state = task.description, task.completed, task.total
+        before, told = self.told.get(task_id, (-math.inf, ()))
+        due = last or now - before >= EVERY or task.completed == task.total
+        if not due or state == told: return
+        self.told[task_id] = now, state
         count, elapsed, left, rate = (column.render(task).plain for column in (
             MofNCompleteColumn(), TimeElapsedColumn(), LeftColumn(), RateColumn()))
         line = f"{task.description} {count.strip()} {elapsed} left {left} {rate}".strip()
