@@ -43,7 +43,7 @@ for job in plan(study):
             notebook=job.log,
             text=job.log.removesuffix("ipynb") + "log",
         params:
-            run=command(job),
+            run=lambda _, job=job: command(job),  # in a plain string, braces would be wildcards
         priority: job.priority
         retries: job.retries
         threads: job.cores or CORES  # Snakemake lets a run's libraries use this many

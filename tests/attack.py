@@ -286,6 +286,12 @@ def preset_cases() -> Iterator[Case]:
     for name, data in TEXTS.items(): yield case(f"preset {name}", lambda data=data: data)
     for name, text in {"anchor": b"a: &a [*a]", "tag": b"!!python/object/apply:os.system ['true']", "keys": b"{1: 2, null: 3}",
                        "number": b"5", "twice": b"name: a\nname: b\n"}.items(): yield case(f"preset {name}", lambda text=text: text)
+    options = ("pool", "most", "bins", "choice", "balance", "aggregation", "openings", "warmths", "length", "temperature", "top_k", "top_p",
+               "repetition_penalty", "final_temperature", "over", "source", "prefix", "drop", "third", "read", "seed", "how", "")
+    values = ("0", "-1", "abc", ".nan", ".inf", "[a]", "[", "{a:1}", "null", "true", "1e308", "2.5", "", "!!python/name:os.system", "2 pool=2")
+    for protocol, option, value in itertools.product(("igsp", "self-cal", "sgs", "third", ""), options, values):
+        mix = f"generated:{protocol} {option}={value}"
+        yield case(f"strategies.c4={mix}", at(("strategies", "c4"), mix))
 
 
 def dry_run(path: Path, folder: Path) -> Outcome:

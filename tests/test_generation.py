@@ -66,7 +66,8 @@ def test_temperature_moves_on_a_line():
 
 
 @pytest.mark.parametrize("wrong", [dict(temperature=0), dict(temperature=math.inf), dict(final_temperature=-1), dict(over=-1), dict(top_k=-1),
-                                   dict(top_p=0), dict(top_p=1.1), dict(repetition_penalty=0)])
+                                   dict(top_p=0), dict(top_p=1.1), dict(repetition_penalty=0), dict(top_k=2.5), dict(temperature="hot"),
+                                   dict(temperature=math.nan), dict(repetition_penalty=math.inf), dict(temperature=True)])
 def test_impossible_sampling(wrong):
     with pytest.raises(CalibPruneError, match=f"{next(iter(wrong))} is"): Sampling(**wrong)
 
@@ -262,7 +263,7 @@ def test_the_worst_are_the_most_surprising():
     assert max(s.log_perplexity for s in kept) <= min(s.log_perplexity for s in samples if s not in kept)
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(drop=1.0), "nothing would be left"), (dict(prefix=0), "at least one token"),
+@pytest.mark.parametrize("wrong, message", [(dict(drop=1.0), "drop is 1.0, but should be less than 1"), (dict(prefix=0), "prefix is 0"),
                                             (dict(prefix=24, length=10), "longer texts")])
 def test_impossible_sgs(own_file, wrong, message):
     with pytest.raises(CalibPruneError, match=message): sgs(tiny_llama(), TOK, budget=50, **({"length": 24, "source": own_file} | wrong))

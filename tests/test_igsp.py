@@ -219,8 +219,8 @@ def test_the_output_is_calibration_text(tmp_path):
     assert made.pool.chosen.sum() == len(made.rows)
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(openings={}), "at least one opening"), (dict(openings={"Code": ()}), "at least one opening"),
-                                            (dict(warmths=(0.0,)), "above 0"), (dict(pool=0.5), "from 1 to 1,000"), (dict(pool=1.2), "larger pool"),
+@pytest.mark.parametrize("wrong, message", [(dict(openings={}), "at least one dimension"), (dict(openings={"Code": ()}), "openings is"),
+                                            (dict(warmths=(0.0,)), "warmths is .* greater than 0"), (dict(pool=0.5), "pool is 0.5"), (dict(pool=1.2), "larger pool"),
                                             (dict(openings={"Math": ("x" * 40,)}), "has 40 tokens, and a text may have 40"),
                                             (dict(sampling=Sampling(top_k=1, temperature=1e-3)), "repeat another|cannot be balanced")])
 def test_impossible_protocols(wrong, message):

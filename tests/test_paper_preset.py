@@ -101,8 +101,8 @@ def test_it_runs_to_its_tables(root):
     save_model(tiny_llama(max_position_embeddings=4096), tiny_tokenizer(), root / "tiny", {})
     preset = yaml.safe_load((root / "presets/paper.yaml").read_text())
     few = ["c4", "hellaswag", "gsm8k", "codealpaca", "metamath", "uniform"]
-    shorter = {"self-cal": " length=64", "sgs": " length=64", "igsp": " length=64 bins=2 choice=1.5"}  # what stands last counts
-    own = {k: preset["strategies"][k] + shorter[protocol_of(preset["strategies"][k])[0]] for k in ("self-cal", "sgs", "igsp", "igsp-mean")}
+    own = {k: re.sub(r"length=\d+", "length=64", preset["strategies"][k]) for k in ("self-cal", "sgs", "igsp", "igsp-mean")}
+    for k in ("igsp", "igsp-mean"): own[k] += " bins=2 choice=1.5"
     usual = dict(sparsities=[0.6], seeds=[0], windows=["default"])
     preset |= dict(name="paper-tiny", resamples=200, model=str(root / "tiny"), revision=None, dtype="float32", device="cpu",
                    calibration=dict(windows=15, length=64), heldout=preset["heldout"] | dict(documents=1, window=64),

@@ -95,7 +95,7 @@ def test_a_journal_saves_reading(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(third="lowest"), "Unknown third 'lowest'"), (dict(read=2), "number of passages to read per passage needed is 2"),
+    (dict(third="lowest"), "Unknown third 'lowest'"), (dict(read=2), "read is 2, but should be greater than or equal to 3"),
     (dict(budget=10**7), "ask for at most"), (dict(temperature=0.5), "Unknown setting of third 'temperature'")])
 def test_what_cannot_work_is_refused(source, wrong, message):
     with pytest.raises(CalibPruneError, match=message):

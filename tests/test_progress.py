@@ -1,5 +1,9 @@
 "The bars: a rate that holds over rounds, bursts and changing totals, and numbers that no narrow terminal cuts."
 import io
+import json
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +24,17 @@ def clock(monkeypatch):
 def last_state(reports, clock, width=80):
     "The line that a stage's bar ends with, after reports of (seconds, stage, done, total)."
     out = io.StringIO()
-    with terminal_bars(Console(file=out, width=width, force_terminal=False)) as show:
+    with terminal_bars(Console(file=out, width=width, force_terminal=True, color_system=None)) as show:
         for clock.seconds, stage, done, total in reports: show(stage, done, total)
-    return out.getvalue().strip()
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", out.getvalue()).strip().splitlines()[-1].strip()
+
+
+def lines(reports, clock):
+    "What reports of (seconds, stage, done, total) write where there is no terminal."
+    out = io.StringIO()
+    with terminal_bars(Console(file=out, width=80)) as show:
+        for clock.seconds, stage, done, total in reports: show(stage, done, total)
+    return [re.match(r"(.+?) \d:", o)[1] for o in out.getvalue().splitlines()]
 
 
 def test_the_pace_goes_on_over_rounds(clock):
@@ -62,3 +74,32 @@ def test_a_narrow_terminal_cuts_no_number(clock):
 def test_the_time_left_is_plausible_from_the_first_tenth_on(clock):
     for stage in ("pruning", "scoring"):
         assert "left 0:00:54" in last_state([(0, stage, 0, 30), (2, stage, 1, 30), (6, stage, 3, 30)], clock)
+
+
+def test_off_a_terminal_a_stage_writes_a_line_each_half_minute(clock):
+    found = lines([(i, "pruning", i, 100) for i in range(101)], clock)
+    assert found == [f"pruning {i}/100" for i in (0, 30, 60, 90, 100)]
+
+
+def test_each_stage_says_its_beginning_its_end_and_where_it_broke_off(clock):
+    found = lines([(0, "pruning", 0, 2), (1, "pruning", 2, 2), (2, "scoring", 0, 50), (3, "scoring", 20, 50)], clock)
+    assert found == ["pruning 0/2", "pruning 2/2", "scoring 0/50", "scoring 20/50"]
+
+
+def test_nothing_is_written_twice(clock):
+    assert lines([(0, "pruning", 1, 2), (60, "pruning", 1, 2), (120, "pruning", 1, 2)], clock) == ["pruning 1/2"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_command_in_a_pipe_writes_lines(as_json, tmp_path):
+    "`prune` into pipes: lines on the error stream, and nothing but the result on the other."
+    from calib_prune.model.loading import save_model
+    from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+    save_model(tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "model", {})
+    (tmp_path / "text.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(200)))
+    words = ["prune", "--model", tmp_path / "model", "--calibration", tmp_path / "text.txt", "--output", tmp_path / "out", "--windows", "2",
+             "--length", "16", "--method", "wanda", *["--json"] * as_json]
+    done = subprocess.run([sys.executable, "-c", "from calib_prune.cli.app import main; main()", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("pruning 2/2" in done.stderr) is not as_json and ("pruning 0/2" in done.stderr) is not as_json
+    if as_json: assert isinstance(json.loads(done.stdout), dict)

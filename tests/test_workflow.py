@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -40,10 +41,10 @@ def checkout(tmp_path_factory):
     return root
 
 
-def start(root, *more):
+def start(root, *more, **env):
     # One core: what gets the whole machine, such as a text to write, would have its threads wait for each other beside another test.
     command = [sys.executable, "-c", "from calib_prune.cli.app import main; main()", "reproduce", "--preset", "tiny.yaml", "--jobs", "1", *more]
-    return subprocess.Popen(command, cwd=root, env=os.environ | dict(PYTHONPATH=str(root)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen(command, cwd=root, env=os.environ | dict(PYTHONPATH=str(root)) | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, start_new_session=True)
 
 
@@ -181,3 +182,85 @@ def test_dry_run_only_lists(checkout):
     shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
     out, _ = reproduce(checkout, "--dry-run")
     assert "dense" in out and not (checkout / "results/tiny/dense.json").exists()
+
+
+def alive(mark):
+    "The processes that inherited a variable: whatever sessions and groups they are in."
+    def has(process):
+        try: return process.environ().get("STARTED_BY_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error: return False
+    return [o for o in psutil.process_iter() if has(o)]
+
+
+def wait_for(what, seconds=500):
+    limit = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+COLD_KERNEL = dict(JUPYTER_DEFAULT_PROVISIONER_NAME="local-provisioner")  # in a session of its own
+
+
+@pytest.mark.parametrize("numbers, when, env", [
+    ([signal.SIGINT], "notebooks/dense.ipynb", {}),
+    ([signal.SIGINT], "notebooks/dense.ipynb", COLD_KERNEL),
+    ([signal.SIGINT] * 3, "notebooks/dense.ipynb", {}),
+    ([signal.SIGTERM], "warm.log", {}),
+    ([signal.SIGKILL], "warm.log", {}),
+    ([signal.SIGKILL], "notebooks/dense.ipynb", COLD_KERNEL)],
+    ids=["interrupted", "cold kernel", "thrice", "terminated", "killed early", "killed"])
+def test_nothing_outlives_a_stopped_study(checkout, numbers, when, env):
+    shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
+    mark = f"{os.getpid()} {time.monotonic_ns()}"
+    process = start(checkout, "--", "rows", STARTED_BY_TEST=mark, **env)
+    wait_for(lambda: (checkout / "results/tiny" / when).is_file() or process.poll() is not None)
+    if env: wait_for(lambda: any("ipykernel_launcher" in o.cmdline() for o in alive(mark)))
+    assert len(alive(mark)) > 2
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.6)
+    wait_for(lambda: {o.pid for o in alive(mark)} <= {process.pid}, 20)  # seconds: five to clean up, and the machine may be busy
+    out, err = process.communicate()
+    assert "Traceback" not in out + err
+    assert process.returncode == (-9 if numbers[0] == signal.SIGKILL else 128 + numbers[0]), out + err
+    if numbers[0] != signal.SIGKILL:
+        assert "0 of 3 models are finished and kept. To go on: calib-prune reproduce --preset tiny.yaml --jobs 1 -- rows" in " ".join(err.split())
+
+
+def changed(checkout, file, **changes):
+    "Another preset of the checkout."
+    preset = yaml.safe_load((checkout / "tiny.yaml").read_text())
+    path = checkout / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(preset | changes))
+    return str(path)
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="needs a machine without a GPU")
+def test_a_missing_device_is_said_before_the_first_job(checkout):
+    path = changed(checkout, "cuda.yaml", name="cuda", device="cuda")
+    _, err = reproduce(checkout, "--preset", path, code=1)
+    assert "cuda.yaml says `device: cuda`, but torch" in err and "finds no GPU here" in err and "--profile" in err
+    assert not (checkout / "results/cuda").exists(), "no job began"
+    out, err = reproduce(checkout, "--preset", path, "--dry-run")
+    assert "rule cell_dense" in out and "This machine cannot run it" in err and "says `device: cuda`" in err
+
+
+def test_a_study_whose_first_jobs_fail_alike_ends_with_their_error(checkout):
+    broken = shutil.copytree(checkout / "tiny", checkout / "broken", dirs_exist_ok=True)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    block = yaml.safe_load((checkout / "tiny.yaml").read_text())["grid"][0]
+    path = changed(checkout, "broken.yaml", name="broken", model=str(broken), grid=[block | dict(seeds=list(range(6)))])
+    _, err = reproduce(checkout, "--preset", path, "--", "rows", code=1)
+    assert "The first 3 runs failed with the same error, so the study was stopped" in err and err.count("Cannot load") == 1
+    assert "broken/notebooks/dense.ipynb" in err and "broken/snakemake.log" in err
+    tried = list((checkout / "results/broken/notebooks").glob("*.ipynb"))
+    assert 3 <= len(tried) < 13, "of 13 models"
+    assert "models finished, 3 failed" in " ".join(err.split()), "off a terminal too"
+
+
+def test_a_preset_at_an_odd_path_works(checkout):
+    path = changed(checkout, "odd {x}/a {b} 'c' \"d\" #e $HOME;&.yaml", name="odd")
+    reproduce(checkout, "--preset", path, "--", "results/odd/dense.json")
+    assert (checkout / "results/odd/dense.json").is_file()

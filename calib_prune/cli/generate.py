@@ -86,25 +86,23 @@ def generate(
     "Let the dense model write its own calibration text. After an interruption, the same command goes on."
     from dataclasses import replace
     from calib_prune.generation.writing import report_of, write
-    from calib_prune.generation.igsp import PROTOCOLS, WRITERS
+    from calib_prune.generation.igsp import WRITERS, protocol_with
     from calib_prune.model.loading import load_model, model_revision
     if protocol not in WRITERS: raise unknown_name("protocol", protocol, WRITERS)
     check_number("windows", windows, 1, math.inf, whole=True)
     check_number("length", length, 1, math.inf, whole=True)
-    check_number("pool", pool, 1, 1000)
-    run, sampling = PROTOCOLS[protocol].run, PROTOCOLS[protocol].sampling
-    assert sampling  # of every writer
     own: dict[str, Any] = {}
     if protocol == "sgs": own = dict(source=source)
     if protocol == "igsp": own = dict(pool=pool, balance=None if balance == "none" else balance)
-    if temperature is not None: sampling = replace(sampling, temperature=temperature)
+    if temperature is not None: own["temperature"] = temperature
     if text_length is not None: own["length"] = text_length
+    run = protocol_with(protocol, own)
     with claimed(output) as (path, journal, resumed), bars(as_json) as progress:
         net, tokenizer = load_model(model, dtype, device, revision)
         # The first text may take a minute; the bar is shown before it.
         if progress: progress("writing tokens", 0, round(windows * length * own.get("pool", 1)))
-        made = run(net, tokenizer, budget=windows * length, seed=seed, sampling=sampling, batch=batch, journal=journal,
-                   about=dict(model=model, model_revision=model_revision(model, revision)), progress=progress, **own)
+        made = run(net, tokenizer, budget=windows * length, seed=seed, batch=batch, journal=journal,
+                   about=dict(model=model, model_revision=model_revision(model, revision)), progress=progress)
         report = finite(made.report)  # the spread of a single text is NaN
         if finished := path.exists() and _holds(path, made.rows): report = load_json(report_of(path))
         else: write(replace(made, report=report), path, resumed)

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from ..calibration.sets import seeded_order
 from ..calibration.sources import get_source
-from ..core import CalibPruneError, share
+from ..core import share
+from .options import check_options
 from .sampling import Sample, Sampling
 from .writing import Generated, Writer, check_budget, fill, gather
 
@@ -26,6 +27,7 @@ def self_cal(model: PreTrainedModel, tokenizer,
              **how                           # batch, journal, about, progress, start: see `Writer`
             ) -> Generated:
     "Self-calibration: the model writes from the start token alone."
+    check_options("self-cal", dict(length=length))
     check_budget(budget)
     writer = Writer(model, tokenizer, sampling, length, seed, **how)
     writer.begin("self-cal", version=SELF_CAL_VERSION)
@@ -55,10 +57,8 @@ def sgs(model: PreTrainedModel, tokenizer,
         **how                        # batch, journal, about, progress, start: see `Writer`
        ) -> Generated:
     "Self-generating then sampling: the model continues the beginnings of documents."
+    check_options("sgs", dict(length=length, source=source, prefix=prefix, drop=drop))
     check_budget(budget)
-    if not 0 <= drop < 1:
-        raise CalibPruneError(f"SGS drops a share of the texts in [0, 1), not {drop}: nothing would be left.")
-    if prefix < 1: raise CalibPruneError(f"SGS needs at least one token of each document, not {prefix}.")
     origin, writer = get_source(source), Writer(model, tokenizer, sampling, length, seed, **how)
     texts = origin.documents()
     order = seeded_order(len(texts), seed, origin.draw_key)

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..core import CalibPruneError
+from .options import check_options
 
 # %% ../../nbs/4_generation/01_sampling.ipynb #a5cae7ae
 @dataclass(frozen=True)
@@ -32,16 +32,7 @@ class Sampling:
     top_p: float = 1.0                      # only the most likely tokens that together reach this probability
     repetition_penalty: float = 1.0         # divides positive logits of tokens in the text, multiplies negative ones
 
-    def __post_init__(self):
-        def need(name, ok, right):
-            if not ok: raise CalibPruneError(f"Sampling: {name} is {getattr(self, name)}, but must be {right}.")
-        last = self.final_temperature
-        need("temperature", 0 < self.temperature < math.inf, "above 0")
-        need("final_temperature", last is None or 0 < last < math.inf, "above 0")
-        need("over", self.over >= 0, "a number of tokens")
-        need("top_k", self.top_k >= 0, "a number of tokens, or 0 for all")
-        need("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        need("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0")
+    def __post_init__(self): check_options("Sampling", vars(self))
 
     def temperature_at(self, n: int  # tokens written so far, without the opening
                       ) -> float:
