@@ -1,5 +1,5 @@
 # make reproduce    everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
-# make figures      tables and figures from committed rows alone (PRESET=default): no model is run
+# make figures      tables and figures from committed rows alone (PRESET=claims/smollm2-135m): no model is run
 # make setup        the virtual environment .venv with the package and its development tools (PYTHON=python3.12); every target needs it
 # make check        the fast part of the tests, in about a minute
 # make test         everything that must hold: style, types, notebooks, export, pages, tests

@@ -1,6 +1,6 @@
 # A study as a graph of papermill runs: text → models → rows; rows, metrics, audits → tables and figures.
 #   snakemake --cores 2 --configfile presets/smoke.yaml --rerun-triggers mtime
-# `calib-prune reproduce --preset smoke` wraps this with progress bars and a lock. Which runs there are: nbs/7_study/09_plan.
+# `calib-prune reproduce --preset smoke` wraps this with progress bars and a lock. Which runs there are: nbs/study/10_plan.
 from calib_prune.study.plan import command, plan, results_of, study_of, targets, write_stamps
 
 CORES = 1 if config.get("cluster") else workflow.cores  # a cluster has no number of its own

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from calib_prune.model.likelihood import common_prefix
-from calib_prune.model.matmul import linear, prefers_onednn
+from calib_prune.kernels.matmul import linear, prefers_onednn
 
 
 @dataclass(frozen=True)

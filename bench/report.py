@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calib_prune.report.plots import annotate, headline
+from calib_prune.statistics.plots import annotate, headline
 
 # By bench.run, and by bench.writing:
 FILES = ("bfloat16", "busy", "errors", "growth", "kernel", "limit", "memory", "prune", "score", "second", "start")

@@ -153,7 +153,7 @@ def kernel(hidden: int = 576, intermediate: int = 1536, kv: int = 192, square: i
     import torch
 
     from bench.plain import plain_sparsegpt
-    from calib_prune.model.memory import reused_memory
+    from calib_prune.kernels.memory import reused_memory
     from calib_prune.pruning.methods import solve_all
     problem = groups(hidden, intermediate, kv, square)
     def ours(problem: list[tuple]) -> list[list]:
@@ -451,7 +451,7 @@ def busy_steps(plan: Plan) -> Iterator[Step]:
 
 def bfloat16_steps(plan: Plan) -> Iterator[Step]:
     "The same in float32 and in bfloat16, and what that does to the scores."
-    from calib_prune.model.matmul import multiplies_bfloat16
+    from calib_prune.kernels.matmul import multiplies_bfloat16
     if not multiplies_bfloat16(): return
     for turn in range(1, plan.peer_rounds + 1):
         for dtype in ("float32", "bfloat16"):

@@ -24,9 +24,9 @@ HOWTOS = ["install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-
           "run-at-paper-scale", "run-on-several-gpus", "run-on-slurm", "read-the-json"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 MAIN = "default"  # the study of the front page and of the ledger
-FOLDERS = {"": "Foundations", "1_data": "Data", "2_model": "Model", "3_calibration": "Calibration", "4_generation": "Generation",
-           "5_pruning": "Pruning", "6_evaluation": "Evaluation", "7_study": "Study", "8_report": "Report",
-           "9_cli": "Command line", "paper": "Notebooks that papermill runs"}
+FOLDERS = {"": "Foundations", "data": "Data", "model": "Model", "calibration": "Calibration", "generation": "Generation",
+           "pruning": "Pruning", "evaluation": "Evaluation", "study": "Study", "questions": "Report",
+           "cli": "Command line", "paper": "Notebooks that papermill runs"}
 
 
 def write(path: str, text: str) -> None:

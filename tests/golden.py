@@ -1,6 +1,6 @@
 """Golden numbers: a few numbers of every stage that makes numbers, and what they were when they were last looked at.
 
-When numbers of a stage move, raise its version beside its code (nbs/7_study/03_keys says when), then `python -m tests.golden --renew`.
+When numbers of a stage move, raise its version beside its code (nbs/study/05_keys says when), then `python -m tests.golden --renew`.
 What another kind of processor makes of them is seen with fewer instructions, too:
 ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=haswell python -m tests.golden --renew
 """
@@ -198,7 +198,7 @@ def renew(stages: list[str]) -> None:
         worst = max(found, key=found.get, default=None)
         moved = worst is not None and found[worst] > tolerance(stage)
         if moved and then["version"] == version:
-            sys.exit(f"{stage}: {worst} moved by {found[worst]:.2g} under version {version}: raise the version first (nbs/7_study/03_keys).")
+            sys.exit(f"{stage}: {worst} moved by {found[worst]:.2g} under version {version}: raise the version first (nbs/study/05_keys).")
         anew = not then or then["version"] != version
         if anew: file["stages"][stage] = dict(version=version, numbers=now)
         else: largest[stage] = found[worst]

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.report.agreement import (DEPENDS, NONE, ONE, OPEN, PARTLY, ROBUST, TOGETHER, UNTESTED, agreement, agreement_note,
+from calib_prune.questions.agreement import (DEPENDS, NONE, ONE, OPEN, PARTLY, ROBUST, TOGETHER, UNTESTED, agreement, agreement_note,
                                           dimensions_of, ledgers, methods_of, model_agreement, read_ledgers)
-from calib_prune.report.claims import study_ledger
-from calib_prune.report.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
-from calib_prune.report.examples import example_preset
-from calib_prune.report.selection import measured
+from calib_prune.questions.claims import study_ledger
+from calib_prune.questions.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
+from calib_prune.statistics.examples import example_preset
+from calib_prune.statistics.selection import measured
 from calib_prune.study.presets import load_preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def test_what_each_check_needs():
 
 def test_rows_without_a_measure_leave_it_out():
     from tests.test_claims import like_paper
-    from calib_prune.report.examples import example_preset
+    from calib_prune.statistics.examples import example_preset
     study, metrics = like_paper()
     for o in study.values():
         right = o.items[o.items.metric != "bits"]
@@ -116,14 +116,14 @@ def test_a_check_is_robust_if_all_models_and_measures_that_can_tell_agree(one, o
 
 
 def test_a_ledger_that_is_not_there_or_is_none_is_named(tmp_path):
-    with pytest.raises(CalibPruneError, match="reproduce --preset qwen"): read_ledgers(tmp_path / "qwen" / "T7-measures.csv")
+    with pytest.raises(CalibPruneError, match="reproduce --preset claims/qwen-0.5b"): read_ledgers(tmp_path / "qwen" / "T7-measures.csv")
     (tmp_path / "T7-measures.csv").write_text("claim,check\nC1,x\n")
     with pytest.raises(CalibPruneError, match="no column 'measure'"): read_ledgers(tmp_path / "T7-measures.csv")
 
 
 @pytest.mark.parametrize("old, new, said", [("\nbeside: [qwen]", "", "needs `beside`"), ("measures, claims,", "measures,", "name `claims`")])
 def test_models_are_set_beside_what_a_preset_names(old, new, said, tmp_path):
-    text = (ROOT / "presets/default.yaml").read_text()
+    text = (ROOT / "presets/claims/smollm2-135m.yaml").read_text()
     assert text.count(old) == 1
     (tmp_path / "default.yaml").write_text(text.replace(old, new))
     with pytest.raises(CalibPruneError, match=said): load_preset(tmp_path / "default.yaml")
@@ -136,7 +136,7 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     table = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99)
     (tmp_path / "default").mkdir()
     run = lambda: execute_notebook(ROOT / "nbs/paper/models.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=ROOT, parameters=dict(
-        preset=str(ROOT / "presets/default.yaml"), results="none", figures=str(tmp_path / "default")))
+        preset=str(ROOT / "presets/claims/smollm2-135m.yaml"), results="none", figures=str(tmp_path / "default")))
     begun = tmp_path / "default/T7-measures.csv"
     begun.write_text("status\n\n")
     run()

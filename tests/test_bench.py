@@ -140,13 +140,13 @@ def test_what_is_measured_is_known_by_what_it_does(tmp_path, monkeypatch):
         (tmp_path / "a.py").write_text(text)
         return run.state_of(("a.py",), ("wanda",))["code"]
     first = state("# %% ../nbs/08_wanda.ipynb\nx = 1\n")
-    assert state("# %% ../nbs/5_pruning/02_wanda.ipynb\nx = 1  # moved\n") == first != state("x = 2\n")
+    assert state("# %% ../nbs/pruning/02_wanda.ipynb\nx = 1  # moved\n") == first != state("x = 2\n")
 
 
 def test_what_is_measured_is_there():
     for measured, stages in ((run.MEASURED, run.STAGES), (writing.MEASURED, writing.STAGES)):
         assert all((run.ROOT / o).is_file() for o in measured) and run.state_of(measured, stages)["versions"].keys() == set(stages)
-    assert {"calib_prune/model/tiles.py", "calib_prune/pruning/walk.py", "bench/run.py"} <= set(run.MEASURED)
+    assert {"calib_prune/kernels/tiles.py", "calib_prune/pruning/walk.py", "bench/run.py"} <= set(run.MEASURED)
 
 
 def test_results_are_of_one_state():

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.rank_statistics import contrast, contrasts, correlate, resampling
-from calib_prune.report.statistics import bootstrap_retention, strategy_retention
-from calib_prune.report.claims import claim_levels, judge, ledger, save_ledger, study_ledger
-from calib_prune.report.estimates import (CHECKS, CLAIMS, MODEL, NOT, PAPER, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, Levels,
+from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.statistics.ranks import contrast, contrasts, correlate, resampling
+from calib_prune.statistics.replicates import bootstrap_retention, strategy_retention
+from calib_prune.questions.claims import claim_levels, judge, ledger, save_ledger, study_ledger
+from calib_prune.questions.estimates import (CHECKS, CLAIMS, MODEL, NOT, PAPER, PRESET, SIGN, SIZE, UNCLEAR, VERDICTS, YET, Levels,
                                           estimate_growth, estimate_share, estimates, power, strategy_for, verdict)
-from calib_prune.report.selection import measured
+from calib_prune.statistics.selection import measured
 from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.study.presets import load_preset
@@ -253,7 +253,7 @@ def test_the_saved_ledger_is_the_same_every_time(right, tmp_path):
 
 def test_a_number_is_the_same_in_every_committed_table():
     "T2, T3, T7 and T8 read one stream of resamples."
-    folder = Path(__file__).resolve().parent.parent / "figures/default"
+    folder = Path(__file__).resolve().parent.parent / "figures/claims/smollm2-135m"
     read = lambda name, **at: pd.read_csv(folder / f"{name}.csv").loc[lambda t: np.logical_and.reduce([t[k] == v for k, v in at.items()])]
     numbers = lambda t, *names: t[list(names)].to_numpy(float).ravel()
     ends = ("ci_low", "ci_high")

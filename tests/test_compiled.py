@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 import calib_prune
 from calib_prune.model import compiled as compiled_module
 from calib_prune.model import tiles
-from calib_prune.model.attention import attention, causal
-from calib_prune.model.compiled import cores, in_threads, kernel_folder, one_each, threads
-from calib_prune.model.tiles import BLOCK, COLS, ROWS, add_product
+from calib_prune.kernels.attention import attention, causal
+from calib_prune.kernels.compiled import cores, in_threads, kernel_folder, one_each, threads
+from calib_prune.kernels.tiles import BLOCK, COLS, ROWS, add_product
 from calib_prune.pruning.hessian import SecondMoment
 from calib_prune.pruning.sparsegpt import sparsegpt
 
@@ -262,7 +262,7 @@ def test_every_kernel_names_the_files_that_it_is_made_from(module, monkeypatch):
 # --- damage anywhere, with a kernel that compiles at once
 
 TOY = """
-from calib_prune.model.compiled import compiled
+from calib_prune.kernels.compiled import compiled
 @compiled()
 def square(a): return a * a
 @compiled()
@@ -482,7 +482,7 @@ right &= tiles.LANES == {lanes} and "xmm" in code and [o for o in ("ymm", "zmm")
 THE_REST = """
 for lower in (False, True): right &= product(2 * tiles.ROWS + 1, 2 * tiles.COLS + 3, 260, lower) and product(70, 65, 260, lower)
 right &= product(tiles.ROWS * tiles.COLS, tiles.ROWS * tiles.COLS, 20, True)
-from calib_prune.model.attention import attention, causal
+from calib_prune.kernels.attention import attention, causal
 from calib_prune.pruning.sweep import sweep_compiled, sweep_torch
 q, k, v = torch.randn(3, 1, 2, 70, tiles.COLS)
 wide = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, scale=.3)

@@ -7,19 +7,19 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from calib_prune.report.examples import example_preset, example_study
+from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.study.audit_rows import load_audit, make_audits, preset_audit, save_audit
 from calib_prune.evaluation.contamination import DEFAULT_RULE, Audit, audit, contamination_table
 from calib_prune.core import CalibPruneError
 from calib_prune.data.fetch import cached
 from calib_prune.data.files import read_jsonl
 from calib_prune.study.metric_rows import ROW_COLUMNS, load_metrics, metrics_summary, save_metrics
-from calib_prune.report.correlation_figures import correlation_heat_map, metric_figure
-from calib_prune.report.correlations import (correlate_study, correlation_footnote, correlation_grid,
+from calib_prune.questions.correlation_figures import correlation_heat_map, metric_figure
+from calib_prune.questions.correlations import (correlate_study, correlation_footnote, correlation_grid,
                                              correlation_note, main_settings, study_caption, whole_metrics)
-from calib_prune.report.overlaps import overlap_retention, without_overlaps
-from calib_prune.report.plots import overlap, place_labels
-from calib_prune.report.selection import lacking, measured
+from calib_prune.questions.overlaps import overlap_retention, without_overlaps
+from calib_prune.statistics.plots import overlap, place_labels
+from calib_prune.statistics.selection import lacking, measured
 from calib_prune.study.presets import cells
 from calib_prune.calibration.sources import SUITE
 

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.style import LEAST_REACH, OWN, contrast, save_figure
-from calib_prune.report.comparison import (base_differences, differences, kind_of, margin_rows, mix_differences, over_best, range_rows,
+from calib_prune.statistics.comparison import (base_differences, differences, kind_of, margin_rows, mix_differences, over_best, range_rows,
                                            retention_rows, sd_interval, single_strategies, spread_rows, swept_part, with_simultaneous)
-from calib_prune.report.comparison_figures import (averaging_figure, averaging_message, counted, margin_figure, margin_message,
+from calib_prune.questions.comparison_figures import (averaging_figure, averaging_message, counted, margin_figure, margin_message,
                                                    retention_panels, source_message, strategy_figure, two_methods)
-from calib_prune.report.correlation_figures import in_settings, metric_message, survival_message
-from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.plots import figure_of
-from calib_prune.report.selection import (caption, endings_note, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
+from calib_prune.questions.correlation_figures import in_settings, metric_message, survival_message
+from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.statistics.plots import figure_of
+from calib_prune.statistics.selection import (caption, endings_note, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
                                           size_cells, sweep_cells, take, weak_note)
-from calib_prune.report.self_generated import about_ours, ablation_rows, all_at_once, corrected, our_mixes, steps_that_show
-from calib_prune.report.self_generated_figures import best_band, protocol_figure
-from calib_prune.report.statistics import OUTCOMES, lead_of_best, paired_difference, significant_sign
-from calib_prune.report.tables import latex_table, latex_text
+from calib_prune.questions.self_generated import about_ours, ablation_rows, all_at_once, corrected, our_mixes, steps_that_show
+from calib_prune.questions.self_generated_figures import best_band, protocol_figure
+from calib_prune.statistics.replicates import OUTCOMES, lead_of_best, paired_difference, significant_sign
+from calib_prune.statistics.tables import latex_table, latex_text
 from calib_prune.study.artefacts import ENDINGS, made_by
 from calib_prune.study.presets import load_preset
 from calib_prune.study.results import Result, check_one_edition, save_cell
@@ -42,7 +42,7 @@ SWEPT = {"strategies": ["c4", "math", "uniform"], "methods": ["sparsegpt"], "see
 @functools.cache
 def small_preset():
     "The default preset with a smaller grid."
-    preset = load_preset(ROOT / "presets/default.yaml")
+    preset = load_preset(ROOT / "presets/claims/smollm2-135m.yaml")
     preset |= {"strategies": {o: o for o in KEPT}, "ablations": None, "resamples": 200, "measure": "plain"}
     preset["grid"] = [
         {"strategies": "all", "methods": ["sparsegpt", "wanda"], "sparsities": [0.6], "seeds": [0, 1], "windows": ["default"]},

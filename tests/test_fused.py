@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from calib_prune.model import fused
 from calib_prune.model.fused import decoder_layer, fused_layers, rms_norm
-from calib_prune.model.matmul import _ByOneDNN, fast_products
+from calib_prune.kernels.matmul import _ByOneDNN, fast_products
 from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model
 
 IDS = torch.arange(1, 41)[None] % 7
@@ -60,8 +60,8 @@ def test_bfloat16_is_no_further_from_the_truth(family):
 
 @needs_onednn
 def test_residuals_are_added_within_the_products(monkeypatch):
-    seen, linear = [], __import__("calib_prune.model.matmul").model.matmul.linear
-    monkeypatch.setattr("calib_prune.model.matmul.linear", lambda *o: seen.append(o[3:4]) or linear(*o))
+    seen, linear = [], __import__("calib_prune.kernels.matmul").model.matmul.linear
+    monkeypatch.setattr("calib_prune.kernels.matmul.linear", lambda *o: seen.append(o[3:4]) or linear(*o))
     model = tiny_llama()
     with torch.no_grad(), _ByOneDNN(), fused_layers(model): model(IDS)
     assert seen[:7] == [(), (), (), ("add",), ("swish",), ("mul",), ("add",)]

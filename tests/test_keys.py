@@ -17,8 +17,8 @@ from calib_prune.study.presets import cells, load_preset, measured_strategies, p
 from calib_prune.evaluation.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results/default"
-PRESET = load_preset(ROOT / "presets/default.yaml")
+RESULTS = ROOT / "results/claims/smollm2-135m"
+PRESET = load_preset(ROOT / "presets/claims/smollm2-135m.yaml")
 PLANNED = cells(PRESET, ablations=True)
 CELLS = [c for c in PLANNED if (RESULTS / f"{c.name}.json").is_file()]  # a study may still be growing
 RECORDED = "Python 3.11.7#2044b1208251"  # the standard library that the committed results were calibrated on
@@ -83,7 +83,7 @@ from calib_prune.study.presets import load_preset
 sources.LibrarySource.revision = {revision!r}
 keys.versions = lambda: {then!r}
 assert "other" in methods.METHODS and "more" in sources.SOURCES and "other" in tasks.TASKS
-found = keys.left_to_do(load_preset("presets/default.yaml"), "results/default")
+found = keys.left_to_do(load_preset("presets/claims/smollm2-135m.yaml"), "results/claims/smollm2-135m")
 print(json.dumps({{kind: {{k: why for k, why in mine.items() if why != "not made yet"}} for kind, mine in found.items()}}))
 """
 
@@ -200,7 +200,7 @@ def with_old_keys(folder):
 def test_results_of_an_older_scheme_are_refused_and_kept(copied):
     count, before = with_old_keys(copied), contents(copied)
     assert count > len(CELLS) + len(STRATEGIES)
-    with pytest.raises(CalibPruneError, match=f"{count} of the results have keys of an older scheme.*--preset default --again"):
+    with pytest.raises(CalibPruneError, match=f"{count} of the results have keys of an older scheme.*--preset claims/smollm2-135m --again"):
         left(folder=copied)
     found = left(folder=copied, again=True)
     assert all(why.endswith(OLDER) for mine in found.values() for why in mine.values())

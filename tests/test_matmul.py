@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_prune.model.matmul import LaidOut, _ByOneDNN, fast_products, following, linear, multiplies_bfloat16
+from calib_prune.kernels.matmul import LaidOut, _ByOneDNN, fast_products, following, linear, multiplies_bfloat16
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -84,7 +84,7 @@ def test_laid_out_weights_give_the_same_bits():
 
 def test_only_the_types_that_were_asked_for(monkeypatch):
     seen = []
-    monkeypatch.setattr("calib_prune.model.matmul.linear", lambda x, *rest: seen.append(x.dtype) or F.linear(x, *rest[:2]))
+    monkeypatch.setattr("calib_prune.kernels.matmul.linear", lambda x, *rest: seen.append(x.dtype) or F.linear(x, *rest[:2]))
     with torch.no_grad():
         for types in ((torch.float32,), (torch.bfloat16,), (torch.float32, torch.bfloat16)):
             with _ByOneDNN(types):

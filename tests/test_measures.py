@@ -11,8 +11,8 @@ from calib_prune.evaluation.measures import (HEADLINE, MEASURES, can_tell, headl
 from calib_prune.evaluation.retention import difference, retention
 from calib_prune.evaluation.scoring import scores
 from calib_prune.evaluation.tasks import TASKS
-from calib_prune.report.examples import example_study
-from calib_prune.report.statistics import OUTCOMES, bootstrap_retention
+from calib_prune.statistics.examples import example_study
+from calib_prune.statistics.replicates import OUTCOMES, bootstrap_retention
 
 ONE_OF_EACH = dict(General="sciq", Commonsense="piqa", Code="humaneval_generate", Math="basic_skills_arithmetic")
 

@@ -4,10 +4,10 @@ import pytest
 
 from calib_prune.calibration.sources import SOURCES
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.mixing import (best_rows, best_text, errors, gain_note, law_figure, law_of, mix_rows, mixes_of, mixing_gain,
+from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.questions.mixing import (best_rows, best_text, errors, gain_note, law_figure, law_of, mix_rows, mixes_of, mixing_gain,
                                        shares_of)
-from calib_prune.report.selection import measured
+from calib_prune.statistics.selection import measured
 from calib_prune.study.presets import load_preset
 
 ONE = {d: next(k for k, o in SOURCES.items() if o.dimension == d) for d in DIMENSIONS}
@@ -68,7 +68,7 @@ def test_words_and_pictures():
 
 
 def test_the_preset_of_mixes_spans_the_simplex():
-    preset = load_preset("presets/mixes.yaml")
+    preset = load_preset("presets/mixing/smollm2-135m.yaml")
     shares = np.array([list(shares_of(o, 32).values()) for k, o in preset["strategies"].items() if not k.startswith("unseen")])
     unseen = [k for k in preset["strategies"] if k.startswith("unseen")]
     assert shares.shape == (15, 4) and len(unseen) == 5 and (shares.max(0) == 1).all()

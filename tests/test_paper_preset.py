@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from calib_prune.report.examples import example_study
-from calib_prune.report.claims import claim_levels, study_ledger
-from calib_prune.report.estimates import PRESET
-from calib_prune.report.selection import measured
+from calib_prune.statistics.examples import example_study
+from calib_prune.questions.claims import claim_levels, study_ledger
+from calib_prune.questions.estimates import PRESET
+from calib_prune.statistics.selection import measured
 from calib_prune.generation.igsp import journal_name
 from calib_prune.model.loading import save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
@@ -65,8 +65,8 @@ def root(tmp_path_factory):
 
 @pytest.mark.real
 def test_it_lists_its_cells_and_hours_without_a_hub(root):
-    done = run(root, "--preset", "paper", "--dry-run")
-    preset = load_preset(root / "presets/paper.yaml")
+    done = run(root, "--preset", "claims/llama-3.1-8b", "--dry-run")
+    preset = load_preset(root / "presets/claims/llama-3.1-8b.yaml")
     assert done.returncode == 0, done.stderr
     listed = set(re.findall(r"^cell_\w+", done.stdout, re.M))
     assert len(listed) == len(cells(preset, ablations=True)) > 100
@@ -90,7 +90,7 @@ def test_a_study_plans_what_every_claim_needs(name, lacks):
 
 
 def test_its_ablations_choose_from_the_texts_that_are_written_anyway():
-    preset = load_preset(ROOT / "presets/paper.yaml")
+    preset = load_preset(ROOT / "presets/claims/llama-3.1-8b.yaml")
     journals = lambda found: {journal_name(*own, c.seed) for c in found if (own := protocol_of(preset["strategies"].get(c.strategy, "")))}
     assert journals(cells(preset, ablations=True)) == journals(cells(preset))
 
@@ -99,7 +99,7 @@ def test_its_ablations_choose_from_the_texts_that_are_written_anyway():
 def test_it_runs_to_its_tables(root):
     for source in PAPER_SOURCES.values(): hub_folder(root, source)
     save_model(tiny_llama(max_position_embeddings=4096), tiny_tokenizer(), root / "tiny", {})
-    preset = yaml.safe_load((root / "presets/paper.yaml").read_text())
+    preset = yaml.safe_load((root / "presets/claims/llama-3.1-8b.yaml").read_text())
     few = ["c4", "hellaswag", "gsm8k", "codealpaca", "metamath", "uniform"]
     own = {k: re.sub(r"length=\d+", "length=64", preset["strategies"][k]) for k in ("self-cal", "sgs", "igsp", "igsp-mean")}
     for k in ("igsp", "igsp-mean"): own[k] += " bins=2 choice=1.5"

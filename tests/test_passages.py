@@ -13,10 +13,10 @@ from calib_prune.generation.igsp import PROTOCOLS, WRITERS, generate, journal_na
 from calib_prune.generation.passages import THIRDS, balance, matched_thirds, most_typical, passage_facts, third
 from calib_prune.generation.writing import write
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
-from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.intervention import MEAN, bytes_note, effect_text, effect_verdict, text_facts, simultaneous_effects, third_effects, third_message
-from calib_prune.report.selection import measured
-from calib_prune.report.statistics import OUTCOMES
+from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.questions.perplexity import MEAN, bytes_note, effect_text, effect_verdict, text_facts, simultaneous_effects, third_effects, third_message
+from calib_prune.statistics.selection import measured
+from calib_prune.statistics.replicates import OUTCOMES
 from calib_prune.study.keys import text_key
 from calib_prune.study.presets import load_preset, mix_of
 from tests.golden import shuffled_prose
@@ -107,12 +107,12 @@ def test_it_is_no_writer():
 
 
 def test_the_prompts_belong_to_the_key():
-    preset = load_preset("presets/thirds.yaml")
+    preset = load_preset("presets/perplexity/smollm2-135m.yaml")
     key = text_key(preset, "math-low", 0)
     assert key["settings"] == dict(source="math", third="low") and set(key["references"]) == set(preset["scoring"]["tasks"])
     preset["scoring"]["limit"] = 3
     assert text_key(preset, "math-low", 0)["scored"] != key["scored"], "prompts that are scored are no references"
-    assert "references" not in text_key(load_preset("presets/default.yaml"), "igsp", 0)
+    assert "references" not in text_key(load_preset("presets/claims/smollm2-135m.yaml"), "igsp", 0)
 
 
 # --- the report

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 
 from calib_prune.core import CalibPruneError
-from calib_prune.report.examples import example_items, example_preset
-from calib_prune.report.pruners import (GAINS, chosen, cost_rows, gain_rows, gain_text, gain_message, gains, kept_rows, pruner_figure, total_gains,
+from calib_prune.statistics.examples import example_items, example_preset
+from calib_prune.questions.pruners import (GAINS, chosen, cost_rows, gain_rows, gain_text, gain_message, gains, kept_rows, pruner_figure, total_gains,
                                         pruner_text, totals)
-from calib_prune.report.selection import measured
-from calib_prune.report.statistics import OUTCOMES
+from calib_prune.statistics.selection import measured
+from calib_prune.statistics.replicates import OUTCOMES
 from calib_prune.study.presets import Cell
 from calib_prune.study.results import Result
 

@@ -13,7 +13,7 @@ from calib_prune.pruning.methods import METHODS, read_recipe, solve_all
 from calib_prune.pruning.refine import conjugate_gradients, refine, scaled
 from calib_prune.pruning.sparsegpt import sparsegpt
 from calib_prune.pruning.wanda import magnitude, wanda
-from calib_prune.report.statistics import as_strategy
+from calib_prune.statistics.replicates import as_strategy
 from calib_prune.study.presets import load_preset
 
 

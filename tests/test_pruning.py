@@ -133,7 +133,7 @@ def test_inputs_solved_side_by_side_give_the_same(method, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     try:
         for n, model in enumerate(models, 1):
-            monkeypatch.setattr("calib_prune.model.compiled.threads", lambda n=n: n)
+            monkeypatch.setattr("calib_prune.kernels.compiled.threads", lambda n=n: n)
             reports.append(prune(model, windows(), method, groups=GROUPS))
     finally: set_threads(before)
     pd.testing.assert_frame_equal(*reports, rtol=1e-5)

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 
 from calib_prune.core import DIMENSIONS
-from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.mixing import shares_of
-from calib_prune.report.recipes import all_leads, families, holds, known_recipes, lead_rows, lead_text, recipe_figure, recipe_message, recipe_rows, recipe_text, verdict, without_shared
-from calib_prune.report.selection import measured
+from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.questions.mixing import shares_of
+from calib_prune.questions.recipe import all_leads, families, holds, known_recipes, lead_rows, lead_text, recipe_figure, recipe_message, recipe_rows, recipe_text, verdict, without_shared
+from calib_prune.statistics.selection import measured
 from calib_prune.study.presets import load_preset
 from calib_prune.study.results import Result
 from calib_prune.study.tuning import mix_of_shares
@@ -101,7 +101,7 @@ def test_shared_problems_are_left_out_where_a_source_shares_them():
 @pytest.mark.parametrize("name", ["better", "better-qwen"])
 def test_the_recipe_is_the_mix_that_the_law_names_and_is_judged_by_other_items(name):
     preset, learnt = (load_preset(ROOT / f"presets/{o}.yaml") for o in (name, "mixes"))
-    best = pd.read_csv(ROOT / "figures/mixes/T12-best.csv").query("need == 'all alike, and the worst'").set_index("dimension").share
+    best = pd.read_csv(ROOT / "figures/mixing/smollm2-135m/T12-best.csv").query("need == 'all alike, and the worst'").set_index("dimension").share
     assert preset["strategies"]["law"] == mix_of_shares(best.to_dict())
     n = preset["calibration"]["windows"]
     taken = shares_of(preset["strategies"]["law"], n)

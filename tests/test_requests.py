@@ -19,11 +19,11 @@ pytestmark = pytest.mark.real  # the estimate reads benchmarks
 
 
 @pytest.fixture(scope="module")
-def default(): return load_preset(ROOT / "presets/default.yaml")
+def default(): return load_preset(ROOT / "presets/claims/smollm2-135m.yaml")
 
 
 @pytest.fixture(scope="module")
-def paper(): return load_preset(ROOT / "presets/paper.yaml")
+def paper(): return load_preset(ROOT / "presets/claims/llama-3.1-8b.yaml")
 
 
 def study(preset, **how):
@@ -43,7 +43,7 @@ def test_on_a_cluster_models_ask_keep_their_layers_and_are_tried_again(paper):
     jobs = {o.rule: o for o in plan(study(paper, cluster=True))}
     models = [o for o in jobs.values() if o.notebook == "prune_and_score"]
     assert len(models) == 3 and all(o.retries == 1 and o.cores == 1 and o.needs["gpu"] == 1 for o in models)
-    assert models[1].parameters["checkpoint"] == f"results/paper/.checkpoints/{models[1].parameters['cell']}"
+    assert models[1].parameters["checkpoint"] == f"results/claims/llama-3.1-8b/.checkpoints/{models[1].parameters['cell']}"
     assert jobs["own_text"].needs["gpu"] == 1 and not jobs["main"].needs
     here = [o for o in plan(study(paper)) if o.notebook == "prune_and_score"]
     assert all("checkpoint" not in o.parameters and o.retries == 0 for o in here)

@@ -10,12 +10,12 @@ from calib_prune.core import DIMENSIONS
 from calib_prune.evaluation.measures import MEASURES
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.report import statistics
-from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.prompt_gain import _of_task, gain_figure, gain_lines, gain_rows
-from calib_prune.report.resolution import (chance_rows, headline_of, measured_study, resolution_rows, resolution_text,
+from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.questions.prompt_gain import _of_task, gain_figure, gain_lines, gain_rows
+from calib_prune.questions.resolution import (chance_rows, headline_of, measured_study, resolution_rows, resolution_text,
                                            task_rows, task_text, totals_rows, totals_text, untotalled_text)
-from calib_prune.report.statistics import bootstrap_retention
-from calib_prune.report.selection import measured, take
+from calib_prune.statistics.replicates import bootstrap_retention
+from calib_prune.statistics.selection import measured, take
 from calib_prune.resampling import draws
 from calib_prune.study.presets import Cell, cells
 from calib_prune.study.results import Result

@@ -86,10 +86,10 @@ def test_without_tables_it_says_what_to_do(monkeypatch):
 
 def test_links_are_led_to_the_site_or_the_repository(built):
     link = lambda text, page="docs/results.md": site.relinked(text, page)
-    assert link("[T7](../figures/default/T7-claims.md)") == "[T7](../figures/default/T7-claims.md)"
-    assert link("[F1](../figures/default/F1-retention.png)") == "[F1](../figures/default/F1-retention.md)"
-    assert link("![F1](../figures/default/F1-retention.png)") == "![F1](../figures/default/F1-retention.png)"
-    assert link("[home](../README.md)") == "[home](../index.md)" and link("[data](../nbs/1_data)") == "[data](../nbs/1_data/index.md)"
+    assert link("[T7](../figures/claims/smollm2-135m/T7-claims.md)") == "[T7](../figures/claims/smollm2-135m/T7-claims.md)"
+    assert link("[F1](../figures/claims/smollm2-135m/F1-retention.png)") == "[F1](../figures/claims/smollm2-135m/F1-retention.md)"
+    assert link("![F1](../figures/claims/smollm2-135m/F1-retention.png)") == "![F1](../figures/claims/smollm2-135m/F1-retention.png)"
+    assert link("[home](../README.md)") == "[home](../index.md)" and link("[data](../nbs/data)") == "[data](../nbs/data/index.md)"
     assert link("[p](../presets/smoke.yaml)") == f"[p]({site.REPOSITORY}/presets/smoke.yaml)"
     assert link("`[a](b)` and [x](https://example.org)") == "`[a](b)` and [x](https://example.org)"
     assert link("[there](#How-many-words?)") == "[there](#how-many-words)"
@@ -143,8 +143,8 @@ def opened(browser, base, page, width=1280, dark=False):
     return window
 
 
-SHOWN = ["index.html", "claims.html", "figures/default/index.html", "figures/default/T2-retention.html", "figures/default/F2-perplexity.html",
-         "nbs/5_pruning/06_sparsegpt.html", "nbs/3_calibration/04_oit.html", "api/pruning.html", "docs/howto/prune-my-model.html", "docs/results.html",
+SHOWN = ["index.html", "claims.html", "figures/claims/smollm2-135m/index.html", "figures/claims/smollm2-135m/T2-retention.html", "figures/claims/smollm2-135m/F2-perplexity.html",
+         "nbs/pruning/06_sparsegpt.html", "nbs/calibration/04_oit.html", "api/pruning.html", "docs/howto/prune-my-model.html", "docs/results.html",
          "speed.html", "docs/glossary.html"]
 
 
@@ -176,7 +176,7 @@ def test_text_can_be_read(browser, dark):
 
 @needs_browser
 def test_tables_sort_and_filter_by_keyboard(browser):
-    window = browser("figures/default/T2-retention.html")
+    window = browser("figures/claims/smollm2-135m/T2-retention.html")
     column = lambda k: window.evaluate(f"[...document.querySelectorAll('table.sortable tbody tr')].filter(o => !o.hidden).map(o => o.cells[{k}].textContent.trim())")
     heads = window.evaluate("[...document.querySelectorAll('table.sortable th')].map(o => o.textContent)")
     code = heads.index("Code")
@@ -194,7 +194,7 @@ def test_tables_sort_and_filter_by_keyboard(browser):
 
 @needs_browser
 def test_points_tell_their_numbers(browser):
-    window = browser("figures/default/F2-perplexity.html")
+    window = browser("figures/claims/smollm2-135m/F2-perplexity.html")
     said = window.evaluate("[...document.querySelectorAll('.panels g')].map(o => o.getAttribute('aria-label'))")
     assert len(said) >= 4 * 15 and all(re.search(r"perplexity [\d.]+, \w+ [\d.]+ %", o) for o in said)
     window.focus(".panels g")

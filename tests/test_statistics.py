@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, false_discovery_control, permutation_test, rankdata, spearmanr
 
-from calib_prune.report.examples import example_study
-from calib_prune.report.rank_statistics import (correlate, leave_one_out, pairings,
+from calib_prune.statistics.examples import example_study
+from calib_prune.statistics.ranks import (correlate, leave_one_out, pairings,
                                                 partial_spearman, permutation_p, resampled, resampling,
                                                 row_ranks, spearman, unit_correlation)
-from calib_prune.report.statistics import (OUTCOMES, best_of, bootstrap_retention, deviations, draw_spread, draw_variances,
+from calib_prune.statistics.replicates import (OUTCOMES, best_of, bootstrap_retention, deviations, draw_spread, draw_variances,
                                            noise_variance, paired_difference, retention_summary, shortfall, simultaneous,
                                            source_dimension, spread, strategy_retention, without_noise)
 from calib_prune.core import DIMENSIONS, CalibPruneError
@@ -139,7 +139,7 @@ def test_intervals_cover_the_truth_where_few_draws_tell_of_their_spread(monkeypa
     def known(spread, n_boot, rng):
         variance = (spread.set_index("dimension")["sd"] ** 2).reindex(OUTCOMES).fillna(0)
         return np.broadcast_to(variance.to_numpy(float), (n_boot, len(OUTCOMES)))
-    monkeypatch.setattr("calib_prune.report.statistics.draw_variances", known)
+    monkeypatch.setattr("calib_prune.statistics.replicates.draw_variances", known)
     plain = np.mean([inside(retention_summary(strategy_retention(o))) for o in made])
     assert plain + 0.02 < covered and 0.91 < covered < 0.99, (plain, covered)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from calib_prune.core import CalibPruneError
 from calib_prune.model import tiles
-from calib_prune.model.tiles import BLOCK, COLS, DEPTH, ROWS, STRIPES, add_product
+from calib_prune.kernels.tiles import BLOCK, COLS, DEPTH, ROWS, STRIPES, add_product
 
 CANARY = -12345.0
 sizes = st.one_of(st.integers(1, 150),
@@ -72,7 +72,7 @@ def test_steps_that_fall_on_the_same_cache_lines(whole, turned, width_a, width_b
 def test_wide_results_in_several_threads(shares, monkeypatch):
     "More columns than one copy of B holds, in stripes that end within a tile."
     monkeypatch.setattr(tiles, "SMALL", 0)
-    monkeypatch.setattr("calib_prune.model.compiled.threads", lambda: shares)
+    monkeypatch.setattr("calib_prune.kernels.compiled.threads", lambda: shares)
     for cols in (2 * COLS + 1, COLS * STRIPES + 5, 2 * COLS * STRIPES * shares - 1, COLS * STRIPES * shares):
         for lower in (False, True): check(random(30, cols), random(30, 20, seed=1), random(20, cols, seed=2), lower=lower)
     for lower in (False, True): check(random(300, 280), random(300, 20, seed=1), random(20, 280, seed=2), lower=lower)

@@ -47,5 +47,5 @@ def test_every_round_prunes_the_mix_that_it_reports():
 
 def test_the_study_uses_the_best_round():
     root = Path(__file__).resolve().parent.parent
-    rounds = pd.read_csv(root / "results/default/tuning.csv")
-    assert load_preset(root / "presets/default.yaml")["strategies"]["tuned"] == best_mix(rounds)
+    rounds = pd.read_csv(root / "results/claims/smollm2-135m/tuning.csv")
+    assert load_preset(root / "presets/claims/smollm2-135m.yaml")["strategies"]["tuned"] == best_mix(rounds)

@@ -8,9 +8,9 @@ from scipy.stats import linregress, spearmanr
 
 from calib_prune.calibration.sources import FURTHER, SUITE
 from calib_prune.core import DIMENSIONS
-from calib_prune.report.examples import example_preset, example_study
-from calib_prune.report.selection import measured
-from calib_prune.report.unseen import (KIND, as_predictor, chosen_note, chosen_rules, kind_means, left_out_error, line_through, predictions,
+from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.statistics.selection import measured
+from calib_prune.questions.new_sources import (KIND, as_predictor, chosen_note, chosen_rules, kind_means, left_out_error, line_through, predictions,
                                        rule_rows, rule_text, split_sources, unseen_figure, unseen_message)
 
 NAMES = [*SUITE, *FURTHER]

@@ -235,7 +235,7 @@ import json, locale, logging, os, sys, warnings
 import IPython, matplotlib, numpy, pandas, torch, tqdm.auto, threadpoolctl
 from matplotlib import pyplot as plt
 from calib_prune.evaluation.scoring import evaluate
-from calib_prune.model.compiled import threads
+from calib_prune.kernels.compiled import threads
 free = {"JPY_SESSION_NAME", "JPY_PARENT_PID", "CALIB_PRUNE_WARM"}
 facts = dict(
     environment={k: v for k, v in os.environ.items() if k not in free}, path=sys.path, folder=os.getcwd(), python=sys.executable,
@@ -284,7 +284,7 @@ def test_notebooks_run_warm_as_they_do_cold(tmp_path, monkeypatch):
     assert len({str(o[2]) for o in found.values()} | {str(chance)}) == 4, "no two draw the same random numbers"
     assert len({n for o in found.values() for n in o[2]}) == 9
     for n in ("2", ""):
-        code = "import torch; from calib_prune.model.compiled import threads; print(torch.get_num_threads(), threads())"
+        code = "import torch; from calib_prune.kernels.compiled import threads; print(torch.get_num_threads(), threads())"
         done = subprocess.run([sys.executable, "-c", code], env=ENV | (dict(OMP_NUM_THREADS=n) if n else {}), capture_output=True, text=True)
         assert [*map(int, done.stdout.split())] == [found[n][1]["threads"][0], found[n][1]["threads"][2]]
 

@@ -11,7 +11,7 @@ import yaml
 
 from calib_prune.cli.init import lay_out
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
-from calib_prune.study.mixing_law import LAW_FILE
+from calib_prune.statistics.mixing_law import LAW_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD = "of_an_older_build.py"

@@ -31,7 +31,7 @@ Results = Iterator[tuple[str, str, str]]  # part, name, failure or ""
 def settle() -> None:
     "Import everything, once and for all forks; and prune once, so that kernels are compiled."
     warm()
-    import calib_prune.report.tables, calib_prune.style  # noqa: E401, F401
+    import calib_prune.statistics.tables, calib_prune.style  # noqa: E401, F401
 
 
 @contextlib.contextmanager

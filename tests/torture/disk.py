@@ -113,7 +113,7 @@ def save_rows(disk, inputs):
 
 
 def save_tables(disk, inputs):
-    from calib_prune.report.tables import save_table
+    from calib_prune.statistics.tables import save_table
     rows, items = frames()
     return attempted(lambda: save_table(rows, items, disk / "T1", "A caption."))
 
@@ -153,7 +153,7 @@ def compile_kernel(disk, inputs):
     "It must give the right number, kept or not."
     import importlib.util
     file = inputs / "kernels_of_mine.py"
-    file.write_text("from calib_prune.model.compiled import compiled\n\n@compiled()\ndef twice(x):\n    return 2 * x\n")
+    file.write_text("from calib_prune.kernels.compiled import compiled\n\n@compiled()\ndef twice(x):\n    return 2 * x\n")
     def act():
         spec = importlib.util.spec_from_file_location("kernels_of_mine", file)
         module = importlib.util.module_from_spec(spec)

@@ -147,7 +147,7 @@ def run_kernel(place: Path, work: Path) -> list[str]:
     "A kernel whose source is the same for both users."
     work.mkdir(exist_ok=True)
     source = place / "kernels_of_mine.py"
-    if not source.exists(): source.write_text("from calib_prune.model.compiled import compiled\n\n@compiled()\ndef twice(x):\n    return 2 * x\n")
+    if not source.exists(): source.write_text("from calib_prune.kernels.compiled import compiled\n\n@compiled()\ndef twice(x):\n    return 2 * x\n")
     def act():
         import importlib.util
         import warnings
