@@ -2,10 +2,11 @@
 #   snakemake --cores 2 --configfile presets/smoke.yaml --rerun-triggers mtime
 # `calib-prune reproduce --preset smoke` wraps this with progress bars and a lock. Which runs there are: nbs/study/10_plan.
 from calib_prune.study.plan import command, plan, results_of, study_of, targets, write_stamps
+from calib_prune.study.presets import load_preset
 
 CORES = 1 if config.get("cluster") else workflow.cores  # a cluster has no number of its own
 said = {o: bool(config.get(o)) for o in ("tables_only", "again", "cluster")}
-study = study_of(config, workflow.configfiles[0], CORES, **said, gpus=int(config.get("gpus", 1)))
+study = study_of(load_preset(workflow.configfiles[0]), workflow.configfiles[0], CORES, **said, gpus=int(config.get("gpus", 1)))
 write_stamps(study)
 rows = results_of(study)
 
