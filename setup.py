@@ -6,7 +6,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-FOUND = [ROOT / "Snakefile", *sorted(ROOT.glob("presets/*.yaml")), *sorted(ROOT.glob("nbs/paper/*.ipynb")),
+FOUND = [ROOT / "Snakefile", *sorted(ROOT.glob("presets/**/*.yaml")), *sorted(ROOT.glob("nbs/paper/*.ipynb")),
          *sorted(ROOT.glob("profiles/*/config.yaml")), ROOT / "figures/mixing/smollm2-135m/T12-law.json"]
 STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb"]
 

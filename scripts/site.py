@@ -23,10 +23,9 @@ REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branc
 HOWTOS = ["install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method",
           "run-at-paper-scale", "run-on-several-gpus", "run-on-slurm", "read-the-json"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
-MAIN = "default"  # the study of the front page and of the ledger
-FOLDERS = {"": "Foundations", "data": "Data", "model": "Model", "calibration": "Calibration", "generation": "Generation",
-           "pruning": "Pruning", "evaluation": "Evaluation", "study": "Study", "questions": "Report",
-           "cli": "Command line", "paper": "Notebooks that papermill runs"}
+MAIN = "claims/smollm2-135m"  # the study of the front page and of the ledger
+TITLES = {"core": "Foundations", "cli": "Command line", "paper": "Notebooks that papermill runs"}
+FOLDERS = {o: TITLES.get(o, o.capitalize()) for o in [*settings["DEFAULT"]["reading_order"].split(), "paper"]}
 
 
 def write(path: str, text: str) -> None:
@@ -122,7 +121,8 @@ def shown() -> set[Path]:
 
 def studies() -> list[str]:
     "Studies with stored tables, the main one first."
-    found = [o.name for o in (ROOT / "figures").iterdir() if (ROOT / "presets" / f"{o.name}.yaml").is_file()]
+    presets = (o.relative_to(ROOT / "presets").with_suffix("").as_posix() for o in (ROOT / "presets").rglob("*.yaml"))
+    found = [o for o in presets if (ROOT / "figures" / o).is_dir()]
     return sorted(found, key=lambda o: (o != MAIN, o))
 
 
@@ -145,7 +145,8 @@ def artefact_page(study: str, stem: str) -> str:
     "One table or figure: what it shows, the notebook that makes it, the rows that it is made of."
     from calib_prune.study.artefacts import ARTEFACTS
     made, folder = ARTEFACTS[stem], ROOT / "figures" / study
-    links = [f"[notebook](../../nbs/paper/{made.notebook}.ipynb)", f"[rows of the study]({REPOSITORY}/results/{study})",
+    up = "../" * (2 + study.count("/"))
+    links = [f"[notebook]({up}nbs/paper/{made.notebook}.ipynb)", f"[rows of the study]({REPOSITORY}/results/{study})",
              f"[preset]({REPOSITORY}/presets/{study}.yaml)"]
     if (csv := folder / f"{stem}.csv").is_file():
         shutil.copy(csv, SOURCE / "figures" / study)
@@ -153,7 +154,7 @@ def artefact_page(study: str, stem: str) -> str:
         body = relinked(csv.with_suffix(".md").read_text(), f"figures/{study}/{stem}.md")
         if stem == "T2-retention":
             body = f"{sortable(wide_retention(csv), made.title, ['method', 'sparsity', 'kind'])}\n\n{below_table(body)}"
-        if stem == "T7-claims": body = f"The same as a table to sort and filter: [ledger](../../claims.md).\n\n{body}"
+        if stem == "T7-claims": body = f"The same as a table to sort and filter: [ledger]({up}claims.md).\n\n{body}"
     else:
         for end in ("png", "pdf"): shutil.copy(folder / f"{stem}.{end}", SOURCE / "figures" / study)
         links.append(f"{{download}}`PDF <{stem}.pdf>`")
@@ -265,16 +266,14 @@ def add_reference() -> list[str]:
     "A page per package, from docstrings and the comments beside parameters."
     pages = []
     for folder, title in list(FOLDERS.items())[:-1]:
-        package = folder.partition("_")[2]
         modules = []
         for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb")):
             exported = re.search(r"#\| default_exp ([\w.]+)", path.read_text())
             if exported: modules.append(exported[1])
-        name = package or "foundations"
         parts = [f"## calib_prune.{o}\n\n```{{eval-rst}}\n.. automodule:: calib_prune.{o}\n   :members:\n```"
                  for o in modules]
-        write(f"api/{name}.md", f"# {title}\n\n" + "\n\n".join(parts))
-        pages.append(name)
+        write(f"api/{folder}.md", f"# {title}\n\n" + "\n\n".join(parts))
+        pages.append(folder)
     return pages
 
 

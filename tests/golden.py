@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calib_prune.calibration.sets import allocate, build_calibration, uniform_mixes
+from calib_prune.calibration.sets import allocate, build_calibration, named_mixes
 from calib_prune.evaluation.contamination import audit
 from calib_prune.core import content_hash, load_json, write_atomic
 from calib_prune.evaluation.scoring import evaluate, generated_rows
@@ -71,7 +71,7 @@ def shuffled_prose(n: int) -> list[str]:
 
 def tiny_sets() -> Numbers:
     found = {f"draw {s}": build_calibration(Prose(), tiny_tokenizer(), 6, 32, s).content for s in (0, 1)}
-    return found | {k: allocate(mix, 32) for k, mix in uniform_mixes().items()}
+    return found | {k: allocate(mix, 32) for k, mix in named_mixes().items()}
 
 def real_sets() -> Numbers:
     mixes = "c4", "c4=0.5,math=0.5", "wikipedia,codeio,csqa"  # without stdlib, which each Python has its own of

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from calib_prune.calibration.sets import (allocate, build_calibration, load_calibration, parse_mix,
                                           save_calibration, source_stream, token_stream,
-                                          uniform_mixes, window_starts)
+                                          named_mixes, window_starts)
 from calib_prune.core import CalibPruneError, cache_dir, content_hash
 from calib_prune.model.tiny import tiny_tokenizer
 from calib_prune.calibration.sources import FURTHER, HELDOUT, SOURCES, get_source
@@ -230,7 +230,7 @@ def test_another_end_of_text_token_is_another_stream(monkeypatch):
 
 
 def test_uniform_mixes_are_uniform():
-    mixes = uniform_mixes()
+    mixes = named_mixes()
     assert set(mixes["uniform"].values()) == {1.0} and len(mixes["uniform"]) == 15
     by_dimension = {}
     for k, w in mixes["uniform-dimensions"].items():

@@ -94,7 +94,10 @@ def test_nothing_runs_code_that_came_with_a_model():
 
 def library() -> dict[str, tuple[int, str]]:
     "Module → its place in the reading order, and the code of its notebook: exported cells, examples and all."
-    order = [*sorted(ROOT.glob("nbs/[0-9]*.ipynb")), *sorted(ROOT.glob("nbs/[0-9]*/*.ipynb"))]
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    folders = settings["DEFAULT"]["reading_order"].split()
+    order = [path for folder in folders for path in sorted(ROOT.glob(f"nbs/{folder}/*.ipynb"))]
     found = {}
     for place, path in enumerate(order):
         code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
