@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .generation.igsp import generate
     from .model.loading import load_model
     from .pruning.walk import prune
-    from .study.mixing_law import fitted_law
+    from .statistics.mixing_law import fitted_law
 
 # torch's threads wait for each other by spinning, by default for milliseconds. Beside a busy process, or beside our own threads,
 # they then hold the cores that the others need. 10,000 rounds are some 0.1 ms (ours, by measurement).
@@ -24,7 +24,7 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ: os.enviro
 # torch and lm-eval take seconds to import, and `calib-prune --help` needs neither.
 _PUBLIC = {"load_model": "model.loading", "build_calibration": "calibration.sets", "measure": "calibration.oit",
            "generate": "generation.igsp", "prune": "pruning.walk", "evaluate": "evaluation.scoring",
-           "retention": "evaluation.retention", "fitted_law": "study.mixing_law"}
+           "retention": "evaluation.retention", "fitted_law": "statistics.mixing_law"}
 __all__ = ["build_calibration", "evaluate", "fitted_law", "generate", "load_model", "measure", "prune", "retention"]
 
 

@@ -263,7 +263,8 @@ def silent_ggufs() -> Iterator[Case]:
 # --- B: presets
 
 def preset_cases() -> Iterator[Case]:
-    base = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
+    from calib_prune.study.presets import load_preset
+    base = load_preset(ROOT / "presets/smoke.yaml")
     def case(name, make):
         def run(folder):
             path = folder / "preset.yaml"

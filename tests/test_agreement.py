@@ -134,27 +134,27 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     from tests.test_claims import like_paper
     study, metrics = like_paper()
     table = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99)
-    (tmp_path / "default").mkdir()
+    (tmp_path / "smollm2-135m").mkdir()
     run = lambda: execute_notebook(ROOT / "nbs/paper/models.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=ROOT, parameters=dict(
-        preset=str(ROOT / "presets/claims/smollm2-135m.yaml"), results="none", figures=str(tmp_path / "default")))
-    begun = tmp_path / "default/T7-measures.csv"
+        preset=str(ROOT / "presets/claims/smollm2-135m.yaml"), results="none", figures=str(tmp_path / "smollm2-135m")))
+    begun = tmp_path / "smollm2-135m/T7-measures.csv"
     begun.write_text("status\n\n")
     run()
-    assert "No study has a ledger yet" in (tmp_path / "default/T7-models.md").read_text()
+    assert "No study has a ledger yet" in (tmp_path / "smollm2-135m/T7-models.md").read_text()
     table.to_csv(begun, index=False)
     run()
-    alone = (tmp_path / "default/T7-models.md").read_text()
+    alone = (tmp_path / "smollm2-135m/T7-models.md").read_text()
     assert "Not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone
-    (tmp_path / "qwen").mkdir()
-    table.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
+    (tmp_path / "qwen-0.5b").mkdir()
+    table.to_csv(tmp_path / "qwen-0.5b/T7-measures.csv", index=False)
     with pytest.raises(Exception, match="judges 'ρ.perplexity, General., Wanda 60%', but its preset asks for .* Wanda 50%"): run()
     study, metrics = like_paper(at=0.5, low=0.5, high=0.6)
     half = ledgers(example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60, 99, complete=False)
-    half.to_csv(tmp_path / "qwen/T7-measures.csv", index=False)
+    half.to_csv(tmp_path / "qwen-0.5b/T7-measures.csv", index=False)
     run()
-    said = (tmp_path / "default/T7-models.md").read_text()
+    said = (tmp_path / "smollm2-135m/T7-models.md").read_text()
     assert "Not run yet" not in said and "smollm2-135m: 60%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%" in said
     assert "Not run to the end, so its verdicts may change: qwen2.5-coder-0.5b." in said
     lines = said.split("\n\n")[0]
     assert "| mix − C4, total, SparseGPT  " in lines and "%" not in lines, "a check that models judge at different sparsities names none"
-    assert set(pd.read_csv(tmp_path / "default/T7-models.csv")["model"]) == {"smollm2-135m", "qwen2.5-coder-0.5b"}
+    assert set(pd.read_csv(tmp_path / "smollm2-135m/T7-models.csv")["model"]) == {"smollm2-135m", "qwen2.5-coder-0.5b"}

@@ -208,8 +208,9 @@ def test_a_study_of_another_sparsity_is_judged_there():
 
 
 def test_claims_are_judged_where_most_strategies_are_pruned():
-    found = {o: claim_levels(load_preset(PRESETS / f"{o}.yaml")) for o in ("default", "qwen", "paper")}
-    assert found["default"] == found["paper"] == PAPER == Levels(0.6, 0.3, 0.6) and found["qwen"] == Levels(0.5, 0.5, 0.6)
+    found = {o: claim_levels(load_preset(PRESETS / f"claims/{o}.yaml")) for o in ("smollm2-135m", "qwen-0.5b", "llama-3.1-8b")}
+    assert found["smollm2-135m"] == found["llama-3.1-8b"] == PAPER == Levels(0.6, 0.3, 0.6)
+    assert found["qwen-0.5b"] == Levels(0.5, 0.5, 0.6)
 
 
 @pytest.mark.parametrize("made, levels", [

@@ -224,7 +224,7 @@ def test_captions_of_a_sweep_count_only_what_is_swept():
 # --- LaTeX
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("figures/*/*.md")), ids=lambda o: o.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("figures/**/*.md")), ids=lambda o: o.stem)
 def test_pdflatex_takes_every_character(path):
     "Letters with accents are left: inputenc makes them from ASCII ones. All else outside ASCII needs a macro."
     left = set(latex_text(path.read_text(encoding="utf-8")))

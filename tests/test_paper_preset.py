@@ -76,9 +76,9 @@ def test_it_lists_its_cells_and_hours_without_a_hub(root):
     assert re.search(r"writing\s+128\s+9\s+\d", done.stdout), "nine texts: the ablations only choose"
 
 
-@pytest.mark.parametrize("name, lacks", [("paper", set()), ("default", set()), ("qwen", {"mix − C4, total, SparseGPT 50%"})])
+@pytest.mark.parametrize("name, lacks", [("llama-3.1-8b", set()), ("smollm2-135m", set()), ("qwen-0.5b", {"mix − C4, total, SparseGPT 50%"})])
 def test_a_study_plans_what_every_claim_needs(name, lacks):
-    preset = load_preset(ROOT / f"presets/{name}.yaml")
+    preset = load_preset(ROOT / f"presets/claims/{name}.yaml")
     any_cell = list(example_study({"c4": (0.5,) * 4}, n=10).values())
     study = {c.name: replace(any_cell[c.strategy != "dense"], record=asdict(c)) for c in cells(preset)}
     read = pd.DataFrame([dict(strategy=o, seed=0, metric="distortion", value=math.exp(i)) for i, o in enumerate(preset["strategies"])])

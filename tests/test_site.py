@@ -73,7 +73,7 @@ def test_the_reference_has_parameters(built):
 
 def test_the_ledger_holds_every_check(built):
     import pandas as pd
-    rows = pd.read_csv(ROOT / "figures" / "default" / "T7-claims.csv")
+    rows = pd.read_csv(ROOT / "figures" / site.MAIN / "T7-claims.csv")
     page = (built / "claims.html").read_text()
     assert page.count("<summary>show</summary>") == len(rows) and all(o in page for o in rows["verdict"].unique())
     assert page.count('<option value="">all</option>') == 2

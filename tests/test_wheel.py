@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from calib_prune.study.presets import load_preset
 from calib_prune.cli.init import lay_out
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.statistics.mixing_law import LAW_FILE
@@ -53,8 +54,8 @@ def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.stat().st_size < 1e6 and "calib_prune/py.typed" in names and f"calib_prune/{OLD}" not in names
     for name in ("Snakefile", "presets/smoke.yaml", "nbs/paper/prune_and_score.ipynb"): assert f"calib_prune/project/{name}" in names
-    presets = {o.rsplit("/", 1)[1] for o in names if "/presets/" in o}
-    assert presets == {o.name for o in (ROOT / "presets").glob("*.yaml")}
+    presets = {o.split("/presets/")[1] for o in names if "/presets/" in o}
+    assert presets == {o.relative_to(ROOT / "presets").as_posix() for o in (ROOT / "presets").rglob("*.yaml")}
     held = {o.removeprefix("calib_prune/project/") for o in names if o.startswith("calib_prune/project/")}
     assert held == {*lay_out(tmp_path / "from-checkout"), LAW_FILE}, "the wheel holds what `init` copies from a checkout"
     assert not [o for o in names if o.startswith(("tests", "results", "nbs", "bench"))]
@@ -106,8 +107,7 @@ def test_a_study_runs_where_it_was_laid_out(python, tmp_path):
     root, model = tmp_path / "mine", tmp_path / "tiny"
     tiny_llama().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    text = (root / "presets/smoke.yaml").read_text()
-    preset = yaml.safe_load(text)
+    preset = load_preset(root / "presets/smoke.yaml")
     preset |= dict(name="tiny", model=str(model), calibration=dict(windows=4, length=32), strategies=dict(csqa="csqa", arithmetic="arithmetic"),
                    grid=[dict(strategies="all", methods=["wanda"], sparsities=[0.5], seeds=[0], windows=["default"])], tables=["main"])
     preset["scoring"] |= dict(tasks=["jeopardy", "piqa", "mbpp", "gsm8k"], limit=dict(choice=12, bpb=2))

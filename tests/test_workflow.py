@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from calib_prune.study.presets import load_preset
 from calib_prune.model.loading import save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
@@ -30,7 +31,7 @@ def checkout(tmp_path_factory):
     shutil.copy(ROOT / "Snakefile", root)
     save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
     (root / "a.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(500)))
-    smoke = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
+    smoke = load_preset(ROOT / "presets/smoke.yaml")
     preset = smoke | dict(
         name="tiny", resamples=300, model=str(root / "tiny"), calibration=dict(windows=4, length=64),
         strategies=dict(own=str(root / "a.txt"), c4="c4"),

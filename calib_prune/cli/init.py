@@ -116,7 +116,7 @@ def own_preset(smoke: str,  # the text of presets/smoke.yaml
     changed = {
         r"^# .*\n": f"# {name}: a study of {' '.join(model.split()).encode(errors='replace').decode()}.\n",
         r"^name: .*$": f"name: {name}",
-        r"^model: .*$": f"model: {line(model)}",
+        r"^(extends: .*)$": f"\\g<1>\nmodel: {line(model)}",
         r"^strategies:.*\n(?:  .*\n)+": f"strategies:          # name: mix; others are compared with the first\n{sets}",
         r"^grid:.*\n(?:  .*\n)+": f"grid:                # blocks of cells, run in this order\n  - {line(grid)}\n",
         r"^tables: .*$": "tables: [main]       # notebooks of nbs/paper that make tables and figures"}

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from calib_prune.study.presets import load_preset
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 CELL = "math-sparsegpt-0.6-n8-s0"
@@ -47,7 +49,7 @@ def study(tmp_path):
     "Two models of the default model, few windows, few items."
     subprocess.run([BIN / "calib-prune", "init", tmp_path / "s"], check=True, stdout=subprocess.DEVNULL)
     root = tmp_path / "s"
-    preset = yaml.safe_load((root / "presets/smoke.yaml").read_text())
+    preset = load_preset(root / "presets/smoke.yaml")
     preset |= dict(name="small", strategies=dict(c4="c4", math="math"), calibration=dict(windows=8, length=256), tables=["main"])
     preset["scoring"] |= dict(tasks=["jeopardy", "piqa", "mbpp", "gsm8k"], limit=dict(choice=8, bpb=4))
     preset["heldout"] |= dict(documents=1, window=128)

@@ -23,6 +23,8 @@ from typing import Any
 from tests.torture import alone
 from tests.torture.alone import ROOT, SKIP, Results
 
+from calib_prune.study.presets import load_preset
+
 MINE = "mine.txt"  # a file of the user's that is there before
 PLENTY = 1 << 29
 SAYS_FULL = re.compile(r"[Nn]o space left|[Dd]isk quota|enough disk space|File too large|StorageFull|FileTooLarge")
@@ -171,7 +173,7 @@ def checkout(disk: Path, inputs: Path) -> None:
     root.mkdir(exist_ok=True)
     for name in ("nbs/paper", "calib_prune"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
-    smoke = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
+    smoke = load_preset(ROOT / "presets/smoke.yaml")
     preset = smoke | dict(
         name="tiny", resamples=300, model=str(inputs / "model"), calibration=dict(windows=2, length=32),
         strategies=dict(own=str(inputs / "text.txt")),
