@@ -116,14 +116,15 @@ def test_a_check_is_robust_if_all_models_and_measures_that_can_tell_agree(one, o
 
 
 def test_a_ledger_that_is_not_there_or_is_none_is_named(tmp_path):
-    with pytest.raises(CalibPruneError, match="reproduce --preset claims/qwen-0.5b"): read_ledgers(tmp_path / "qwen" / "T7-measures.csv")
+    with pytest.raises(CalibPruneError, match="reproduce --preset claims/qwen-0.5b"): read_ledgers(tmp_path / "claims" / "qwen-0.5b" / "T7-measures.csv")
     (tmp_path / "T7-measures.csv").write_text("claim,check\nC1,x\n")
     with pytest.raises(CalibPruneError, match="no column 'measure'"): read_ledgers(tmp_path / "T7-measures.csv")
 
 
-@pytest.mark.parametrize("old, new, said", [("\nbeside: [qwen]", "", "needs `beside`"), ("measures, claims,", "measures,", "name `claims`")])
+@pytest.mark.parametrize("old, new, said", [("\nbeside: [qwen-0.5b]", "\n#", "needs `beside`"), ("measures, claims,", "measures,", "name `claims`")])
 def test_models_are_set_beside_what_a_preset_names(old, new, said, tmp_path):
     text = (ROOT / "presets/claims/smollm2-135m.yaml").read_text()
+    text = text.replace("../base", str(ROOT / "presets/base"))
     assert text.count(old) == 1
     (tmp_path / "default.yaml").write_text(text.replace(old, new))
     with pytest.raises(CalibPruneError, match=said): load_preset(tmp_path / "default.yaml")

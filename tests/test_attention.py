@@ -11,7 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from calib_prune.core import CalibPruneError
 from calib_prune.model import attention as attention_module
 from calib_prune.model import likelihood as likelihood_module
-from calib_prune.kernels.attention import attention, causal, fast_attention, in_trees
+from calib_prune.kernels.attention import attention, causal
+from calib_prune.model.attention import fast_attention, in_trees
 from calib_prune.model.likelihood import Row, batches, joins_rows, loglikelihoods, pack, score_batch, side_by_side, unpackable
 from calib_prune.kernels.tiles import COLS
 from calib_prune.model.tiny import TINY_FAMILIES, tiny_model

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core import CalibPruneError, check_number
-from ..kernels.attention import fast_attention
+from ..model.attention import fast_attention
 from ..model.fused import fused_layers
 from ..model.loading import as_device, check_tokens
 from ..kernels.matmul import fast_products

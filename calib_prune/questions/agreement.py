@@ -148,7 +148,7 @@ def read_ledgers(path: str | Path,              # T7-measures.csv of a study
     "A ledger by measure, as the notebook `claims` saved it."
     if not Path(path).is_file():
         raise CalibPruneError(f"{path} is not there. The notebook `claims` of that study makes it: "
-                              f"calib-prune reproduce --preset {Path(path).parent.name}.")
+                              f"calib-prune reproduce --preset {'/'.join(Path(path).parts[-3:-1])}.")
     table = pd.read_csv(path)
     if list(table) == ["status"]: return pd.DataFrame(columns=LEDGERS)
     if lost := [o for o in LEDGERS if o not in table]:
