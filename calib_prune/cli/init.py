@@ -36,7 +36,8 @@ def study_files() -> Path:
 def study_contents() -> dict[str, bytes]:
     "The files of a study by name, the workflow last."
     source = study_files()
-    found = [o for kind in ("presets/**/*.yaml", "profiles/*/config.yaml", "nbs/paper/*.ipynb") for o in sorted(source.glob(kind))]
+    found: list[Path] = []
+    for kind in ("presets/**/*.yaml", "profiles/*/config.yaml", "nbs/paper/*.ipynb"): found += sorted(source.glob(kind))
     kept = [o for o in found if o.name != "bench.ipynb"]  # it is of this package
     return {o.relative_to(source).as_posix(): o.read_bytes() for o in [*kept, source / WORKFLOW]}
 

@@ -213,8 +213,8 @@ def fitted_law(path: str | Path | None = None  # default: the law of the package
     places = [Path(path)] if path else [package.parent / LAW_FILE, package / "project" / LAW_FILE]
     found = next((o for o in places if o.is_file()), None)
     if not found:
-        raise CalibPruneError(f"There is no fitted law at {places[0]}: in a checkout `make figures PRESET=mixing/smollm2-135m` writes one, "
-                              "and the wheel of this package holds one.")
+        raise CalibPruneError(f"There is no fitted law at {places[0]}: in a checkout `make figures PRESET=mixing/smollm2-135m` "
+                              "writes one, and the wheel of this package holds one.")
     read = load_json(found, about=str, form=str, dimensions=list, coefficients=list, covariance=list, errors=dict, wider=list)
     try: first, root, wider = _read_law(read)
     except (ValueError, TypeError) as e: raise damaged(found, str(e)) from e
