@@ -281,9 +281,9 @@ def front_page(indexes: list[str], gallery: list[str], reference: list[str], how
     "The question, one figure, its answer, and the ways on."
     readme = (ROOT / "README.md").read_text()
     question = re.search(r"^> (.+)", readme, re.MULTILINE)[1]
-    answer = re.search(r"^\*\*The answer in one sentence\*\*: (.+)", readme, re.MULTILINE)[1]
+    answer = re.search(r"^\*\*Answer\*\*: (.+)", readme, re.MULTILINE)[1]
     about = readme.split("\n\n")[2]
-    shutil.copy(ROOT / "figures" / MAIN / "F1-retention.png", SOURCE)
+    shutil.copy(ROOT / "figures" / MAIN / "F0-front.png", SOURCE)
     body = (ROOT / "docs" / "site" / "index.md").read_text()
     said = dict(QUESTION=question, ANSWER=answer[0].upper() + answer[1:], ABOUT=relinked(about, "README.md"))
     for word, text in said.items(): body = body.replace(word, text)
@@ -310,7 +310,7 @@ def add_speed() -> None:
 
 def missing() -> list[str]:
     "Stored tables and figures that the site cannot do without."
-    wanted = ["F1-retention.png", "T1-sources.csv", "T2-retention.csv", "T7-claims.csv"]
+    wanted = ["F0-front.png", "T1-sources.csv", "T2-retention.csv", "T7-claims.csv"]
     return [f"figures/{MAIN}/{o}" for o in wanted if not (ROOT / "figures" / MAIN / o).is_file()]
 
 

@@ -17,12 +17,12 @@ from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.style import LEAST_REACH, OWN, contrast, save_figure
 from calib_prune.statistics.comparison import (base_differences, differences, kind_of, margin_rows, mix_differences, over_best, range_rows,
                                            retention_rows, sd_interval, single_strategies, spread_rows, swept_part, with_simultaneous)
-from calib_prune.questions.comparison_figures import (averaging_figure, averaging_message, counted, margin_figure, margin_message,
-                                                   retention_panels, source_message, strategy_figure, two_methods)
+from calib_prune.questions.comparison_figures import (averaging_figure, averaging_message, counted, front_figure, front_message,
+                                                   margin_figure, margin_message, retention_panels, source_message, strategy_figure, two_methods)
 from calib_prune.questions.correlation_figures import in_settings, metric_message, survival_message
 from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.statistics.plots import figure_of
-from calib_prune.statistics.selection import (caption, endings_note, example_results, footnote, interval_note, main_cells, main_sparsity, measured,
+from calib_prune.statistics.selection import (caption, endings_note, example_results, footnote, front_cells, interval_note, main_cells, main_sparsity, measured,
                                           size_cells, sweep_cells, take, weak_note)
 from calib_prune.questions.self_generated import about_ours, ablation_rows, all_at_once, corrected, our_mixes, steps_that_show
 from calib_prune.questions.self_generated_figures import best_band, protocol_figure
@@ -522,3 +522,26 @@ def test_titles_have_twelve_words_at_most_and_the_words_of_the_field():
     for title in every_title():
         assert 3 < len(title.split()) <= 12, title
         assert not re.search(r"\b(keeps?|kept|beyond noise|most)\b", title), title
+
+
+def test_the_front_figure_has_twenty_marks_and_a_title_that_its_intervals_allow():
+    preset = small_preset() | {"strategies": {o: o for o in [*KEPT, "codeio", "igsp"]}}
+    kept = KEPT | {"codeio": (0.5, 0.6, 0.9, 0.4), "igsp": (0.7, 0.6, 0.6, 0.5), "c4": (0.8, 0.6, 0.3, 0.3)}
+    few = front_cells(preset)
+    assert {c.method for c in few} == {"sparsegpt"} and {c.sparsity for c in few} == {0.6}
+    part = take(measured(preset, example_results(preset, kept, n=200, draw_sd=0.002), n_boot=200), few)
+    assert front_message(part.found) == "Code retention is highest with codeio and lowest with c4"
+    figure = front_figure(retention_rows(part), front_message(part.found))
+    marks = [line for ax in figure.axes for line in ax.lines if line.get_marker() not in ("None", "")]
+    assert len(marks) == 20 and len(figure.axes) == 4
+    assert {o.get_text() for o in figure.axes[0].get_yticklabels()} == {"c4", "codeio", "math", "uniform", "igsp"}
+    alike = take(measured(preset, example_results(preset, dict.fromkeys(kept, (0.6,) * 4), n=60), n_boot=200), few)
+    assert front_message(alike.found) == "Highest retention: not significant in any dimension"
+
+
+def test_the_front_figure_takes_the_first_strategies_of_a_study_of_ones_own():
+    preset = small_preset() | {"strategies": {"notes": "notes.txt", "stdlib": "stdlib"}}
+    preset["grid"] = [SWEPT | {"strategies": "all", "sparsities": [0.5, "2:4"], "windows": ["default"]}]
+    few = front_cells(preset)
+    assert {c.strategy for c in few} == {"notes", "stdlib"} and {str(c.sparsity) for c in few} <= {"0.5", "2:4"}
+    assert front_message(take(measured(preset, {}), []).found) == "Retention by dimension: no two calibration sets to compare"

@@ -141,7 +141,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text().split()) <= 900
+    assert len((ROOT / "README.md").read_text().split()) <= 500
 
 
 def test_paper_notebooks_write_what_is_declared():

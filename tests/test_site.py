@@ -81,7 +81,7 @@ def test_the_ledger_holds_every_check(built):
 
 def test_without_tables_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(site, "MAIN", "nothing")
-    with pytest.raises(SystemExit, match=r"figures/nothing/F1-retention.png, .* are not there: run `make figures PRESET=nothing` first"): site.lay_out()
+    with pytest.raises(SystemExit, match=r"figures/nothing/F0-front.png, .* are not there: run `make figures PRESET=nothing` first"): site.lay_out()
 
 
 def test_links_are_led_to_the_site_or_the_repository(built):

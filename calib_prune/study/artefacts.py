@@ -40,6 +40,7 @@ ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
     Artefact("T2", "retention", "What each calibration set keeps", "main"),
     Artefact("T2", "differences", "Mixes against single sources", "main"),
     Artefact("T2", "over-c4", "Every calibration set against C4", "main"),
+    Artefact("F0", "front", "Retention of five calibration sets in four dimensions", "main"),
     Artefact("F1", "retention", "Which ability each calibration set costs", "main"),
     Artefact("F6", "strategies", "Single sources beside mixes", "main"),
     Artefact("T3", "correlations", "Correlations between metrics and retention", "correlations", METRICS),
