@@ -87,6 +87,7 @@ FRONT = ("c4", "codeio", "math", "uniform", "igsp")  # web text, code, problems,
 def front_cells(preset: dict[str, Any]) -> list[Cell]:
     "Five calibration sets under the first method, at the lowest sparsity that most strategies have."
     planned = default_size_cells(preset)
+    if not planned: return []
     mine = [c for c in planned if c.method == planned[0].method]
     pairs = {(c.sparsity, c.strategy) for c in mine}
     counts = pd.Series([sparsity for sparsity, _ in pairs], dtype=object).value_counts()
