@@ -142,7 +142,7 @@ def test_the_command_line_starts_without_slow_packages(module):
     assert not LATE & {*done.stdout.split()}
 
 
-PAGES = [ROOT / o for o in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")] + sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / o for o in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "SECURITY.md")] + sorted(ROOT.glob("docs/*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
