@@ -28,5 +28,5 @@ fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "Installing calib-prune and what it needs into $venv (a few minutes the first time) ..."
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[dev,docs,cluster]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[study,dev,docs,cluster]"
 touch "$venv/installed"  # what `make` looks at

@@ -1,13 +1,16 @@
 """The wheel, away from the repository: the library, the command line, and studies that `init` lays out."""
 import json
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from calib_prune.study.presets import load_preset
 from calib_prune.cli.init import lay_out
@@ -59,6 +62,71 @@ def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
     held = {o.removeprefix("calib_prune/project/") for o in names if o.startswith("calib_prune/project/")}
     assert held == {*lay_out(tmp_path / "from-checkout"), LAW_FILE}, "the wheel holds what `init` copies from a checkout"
     assert not [o for o in names if o.startswith(("tests", "results", "nbs", "bench"))]
+
+
+STUDY = {"snakemake", "papermill", "ipykernel", "ipywidgets", "jupyterlab", "matplotlib", "seaborn", "nbformat"}
+HIDE = '''
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    "Finds what is installed, without the packages of extras."
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {hidden} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+'''
+
+
+def normal(name): return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def wanted_by(found, extras):
+    "The packages that an installed distribution requires, each with its extras."
+    needs = map(Requirement, found.requires or [])
+    return [o for o in needs if not o.marker or any(o.marker.evaluate({"extra": e}) for e in extras)]
+
+
+def core_packages(package):
+    "The distributions that `pip install calib-prune` brings, by what the installed ones say that they require."
+    brought, todo = {}, wanted_by(package, [""])
+    while todo:
+        need = todo.pop()
+        extras = {"", *need.extras} - brought.get(name := normal(need.name), set())
+        brought.setdefault(name, set()).update(extras)
+        try:
+            if extras: todo += wanted_by(distribution(name), extras)
+        except PackageNotFoundError: pass  # for another machine
+    return {*brought}
+
+
+@pytest.fixture(scope="module")
+def core_only(python):
+    "Code that hides every package that only extras bring."
+    (info,) = python.parent.parent.glob("lib/python*/site-packages/calib_prune-*.dist-info")
+    core = core_packages(Distribution.at(info))
+    assert {"torch", "lm-eval"} <= core and not STUDY & core
+    packages = packages_distributions().items()
+    hidden = {name for name, owners in packages if not core & {*map(normal, owners)}} - {"calib_prune"}
+    assert STUDY <= hidden
+    return HIDE.replace("{hidden}", repr(hidden))
+
+
+@pytest.mark.real
+def test_the_core_prunes_and_scores(python, core_only, tmp_path):
+    "Nothing that only an extra brings is needed, and `reproduce` names the extra."
+    def call(*words, code=0):
+        done = subprocess.run([python, "-c", core_only + COMMAND, *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + " ".join(done.stderr.split())
+    tiny_llama(max_position_embeddings=2048).save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    call("prune", "--model", "tiny", "--calibration", "c4", "--windows", 4, "--length", 32, "--output", "pruned")
+    assert "jeopardy" in call("evaluate", "--model", "pruned", "--dense", "tiny", "--tasks", "jeopardy,mbpp", "--limit", 4, "--json")
+    assert "study.ipynb" in call("new-study", "mine", "--method", "wanda")
+    said = call("reproduce", "--preset", "smoke", code=1)
+    assert "pip install 'calib-prune[study]'" in said and "snakemake" in said and "Traceback" not in said
 
 
 def test_the_package_is_that_of_the_wheel(python, tmp_path):

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['WORKFLOW', 'LOCK', 'study_files', 'study_contents', 'lay_out', 'init', 'strategy_name', 'whole_paths', 'own_preset',
-           'new_study']
+           'own_notebook', 'new_study']
 
 # %% ../../nbs/cli/09_init.ipynb #75d23be9
+import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Optional
 
-import nbformat
 import typer
-import yaml
 
 import calib_prune
 from .output import JsonOption, print_json
@@ -105,6 +105,8 @@ def whole_paths(mix: str) -> str:
 def own_preset(smoke: str,  # the text of presets/smoke.yaml
                name: str, model: str, mixes: Sequence[str], methods: Sequence[str], sparsities: Sequence[str]) -> str:
     "The preset of a new study."
+    import yaml  # here, so that `calib-prune --help` is quick
+
     from calib_prune.study.presets import parse_sparsity
     strategies = {strategy_name(o): whole_paths(o) for o in mixes}
     if len(strategies) < len(mixes):
@@ -117,7 +119,7 @@ def own_preset(smoke: str,  # the text of presets/smoke.yaml
     changed = {
         r"^# .*\n": f"# {name}: a study of {' '.join(model.split()).encode(errors='replace').decode()}.\n",
         r"^name: .*$": f"name: {name}",
-        r"^(extends: .*)$": f"\\g<1>\nmodel: {line(model)}",
+        r"^(?=extends: )": f"model: {line(model)}\n",
         r"^strategies:.*\n(?:  .*\n)+": f"strategies:          # name: mix; others are compared with the first\n{sets}",
         r"^grid:.*\n(?:  .*\n)+": f"grid:                # blocks of cells, run in this order\n  - {line(grid)}\n",
         r"^tables: .*$": "tables: [main]       # notebooks of nbs/paper that make tables and figures"}
@@ -125,6 +127,14 @@ def own_preset(smoke: str,  # the text of presets/smoke.yaml
         smoke, n = re.subn(old, new.replace("\\", r"\\"), smoke, count=1, flags=re.M)
         assert n, old
     return smoke
+
+# %% ../../nbs/cli/09_init.ipynb #5e1f0a32
+def own_notebook(name: str) -> bytes:
+    "The notebook of a new study, with the study's name in its parameters."
+    book = json.loads((study_files() / "nbs/paper/own_study.ipynb").read_text(encoding="utf-8"))
+    cell = next(o for o in book["cells"] if "parameters" in o["metadata"].get("tags", []))
+    cell["source"] = [line.replace("/smoke", f"/{name}") for line in cell["source"]]
+    return f"{json.dumps(book, indent=1, ensure_ascii=False)}\n".encode()
 
 # %% ../../nbs/cli/09_init.ipynb #158c6a14
 def new_study(
@@ -147,11 +157,9 @@ def new_study(
     text = own_preset((study_files() / "presets/smoke.yaml").read_text(), name, model, calibration or ["c4", "uniform"],
                       method or ["sparsegpt"], sparsity or ["0.5"])
     with temporary_folder() as d:  # refused before anything is written
+        shutil.copytree(study_files() / "presets/base", Path(d, "base"))  # which the preset extends
         check_names(load_preset(write_atomic(Path(d, f"{name}.yaml"), text)))
-    book = nbformat.read(study_files() / "nbs/paper/own_study.ipynb", as_version=4)
-    cell = next(o for o in book.cells if "parameters" in o.metadata.get("tags", []))
-    cell.source = cell.source.replace("/smoke", f"/{name}")
-    lay_out(path, {f"presets/{name}.yaml": text.encode(), "study.ipynb": f"{nbformat.writes(book)}\n".encode()})
+    lay_out(path, {f"presets/{name}.yaml": text.encode(), "study.ipynb": own_notebook(name)})
     if as_json: print_json(dict(folder=str(path), preset=f"presets/{name}.yaml", notebook="study.ipynb"))
     else:
         print(f"{path}/presets/{name}.yaml and {path}/study.ipynb. Next:\n  cd {path}\n"
