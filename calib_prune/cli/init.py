@@ -105,7 +105,7 @@ def whole_paths(mix: str) -> str:
 def own_preset(smoke: str,  # the text of presets/smoke.yaml
                name: str, model: str, mixes: Sequence[str], methods: Sequence[str], sparsities: Sequence[str]) -> str:
     "The preset of a new study."
-    from calib_prune.study.presets import parse_sparsity
+    from calib_prune.pruning.masks import parse_sparsity
     strategies = {strategy_name(o): whole_paths(o) for o in mixes}
     if len(strategies) < len(mixes):
         raise CalibPruneError(f"Two of the calibration sets get the same name: {', '.join(map(strategy_name, mixes))}.")
