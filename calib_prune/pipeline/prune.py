@@ -188,6 +188,8 @@ def _read_settings(given: dict[str, Any]) -> PruneSettings:
         if name not in known: raise unknown_name("setting", name, known)
     return PruneSettings(**given)
 
+def _as_text(path: str | Path | None) -> str | None: return None if path is None else str(path)
+
 def prune_model(model: str | Path,                # a fetched model, a local folder, a .gguf file or a hub id
                 output: str | Path | None = None,  # folder to write, absent or empty; None saves nothing
                 checkpoint: str | Path | None = None,  # folder for finished layers; removed at the end
@@ -196,7 +198,7 @@ def prune_model(model: str | Path,                # a fetched model, a local fol
                ) -> PrunedModel:
     "Load a model, draw its calibration set, prune, record and save: what the command `prune` does."
     how = _read_settings(settings)
-    name, out_name, kept = (None if o is None else str(o) for o in (model, output, checkpoint))
+    name, out_name, kept = str(model), _as_text(output), _as_text(checkpoint)
     _check_start(how, out_name, kept)
     finished = _may_be_finished(out_name, kept)
     with _place(out_name, finished) as out:
@@ -206,7 +208,7 @@ def prune_model(model: str | Path,                # a fetched model, a local fol
         check_saved_type(net, *types, changing=_changing(net))
         calibration = draw_calibration(tokenizer, how)
         about = _describe(name, calibration, how)
-        if finished: net, record = None, _finished_record(out_name, kept, about["run"])
+        if finished and out_name: net, record = None, _finished_record(out_name, kept, about["run"])
         else: record = _prune_and_record(net, calibration, about, types, how, kept, progress)
         if out: out.save(net, tokenizer, record)
         if kept is not None: remove_checkpoint(kept)
