@@ -497,7 +497,7 @@ def token_sets(plan: Plan) -> set[tuple[str, int, int, str]]:
 def state_of(files: tuple[str, ...], stages: tuple[str, ...]) -> dict:
     "The code that is measured: the versions of its stages, and a hash of what it does."
     from calib_prune.core import content_hash
-    from calib_prune.study.keys import versions
+    from calib_prune.pipeline.records import versions
     syntax = [ast.dump(ast.parse((ROOT / o).read_text())) for o in files]  # without comments, and so without paths of notebooks
     return dict(code=content_hash(syntax), versions={o: versions()[o] for o in stages})
 

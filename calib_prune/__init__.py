@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .evaluation.scoring import evaluate
     from .generation.igsp import generate
     from .model.loading import load_model
+    from .pipeline.evaluate import evaluate_model
+    from .pipeline.prune import prune_model
     from .pruning.walk import prune
     from .statistics.mixing_law import fitted_law
 
@@ -24,8 +26,10 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ: os.enviro
 # torch and lm-eval take seconds to import, and `calib-prune --help` needs neither.
 _PUBLIC = {"load_model": "model.loading", "build_calibration": "calibration.sets", "measure": "calibration.oit",
            "generate": "generation.igsp", "prune": "pruning.walk", "evaluate": "evaluation.scoring",
-           "retention": "evaluation.retention", "fitted_law": "statistics.mixing_law"}
-__all__ = ["build_calibration", "evaluate", "fitted_law", "generate", "load_model", "measure", "prune", "retention"]
+           "retention": "evaluation.retention", "fitted_law": "statistics.mixing_law",
+           "prune_model": "pipeline.prune", "evaluate_model": "pipeline.evaluate"}
+__all__ = ["build_calibration", "evaluate", "evaluate_model", "fitted_law", "generate", "load_model", "measure", "prune",
+           "prune_model", "retention"]
 
 
 def __getattr__(name: str) -> Any:

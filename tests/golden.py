@@ -24,7 +24,7 @@ from calib_prune.model.perplexity import perplexity
 from calib_prune.data.fetch import cached
 from calib_prune.data.files import read_jsonl
 from calib_prune.generation.igsp import PROTOCOLS
-from calib_prune.study.keys import environment, versions
+from calib_prune.pipeline.records import environment, versions
 from calib_prune.model.loading import load_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.calibration.oit import measure

@@ -11,7 +11,8 @@ import pytest
 
 from calib_prune.study import keys
 from calib_prune.core import CalibPruneError
-from calib_prune.study.keys import OLDER, cell_key, changes, left_to_do, scored_items, versions
+from calib_prune.pipeline.records import versions
+from calib_prune.study.keys import OLDER, cell_key, changes, left_to_do, scored_items
 from calib_prune.calibration.sources import LibrarySource
 from calib_prune.study.presets import cells, load_preset, measured_strategies, protocol_of
 from calib_prune.evaluation.tasks import TASKS

@@ -85,7 +85,8 @@ def killed(act):
 @pytest.fixture
 def no_model(monkeypatch):
     "What is refused has to be refused before a model is loaded."
-    monkeypatch.setattr("calib_prune.model.loading.load_model", lambda *_: pytest.fail("a model is loaded"))
+    for where in ("model.loading", "pipeline.prune"):
+        monkeypatch.setattr(f"calib_prune.{where}.load_model", lambda *_: pytest.fail("a model is loaded"))
 
 
 # --- folders that are not ours
@@ -292,7 +293,7 @@ def altered(inputs, folder, file, **changes):
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\0b", "x" * 300, "", "\ud800"])
 def test_a_chat_template_that_cannot_be_saved_is_refused_before_the_work(inputs, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("calib_prune.pruning.walk.prune", lambda *_, **__: pytest.fail("the model is pruned"))
+    monkeypatch.setattr("calib_prune.pipeline.prune.prune", lambda *_, **__: pytest.fail("the model is pruned"))
     templates = [dict(name="default", template="a"), dict(name=name, template="b")]
     model = altered(inputs, tmp_path / "model", "tokenizer_config.json", chat_template=templates)
     code, _, err = call(inputs, "prune", "--output", tmp_path / "out", "--model", model)
@@ -307,7 +308,7 @@ def test_chat_templates_are_saved(inputs, tmp_path):
 
 
 def test_what_cannot_be_saved_is_noticed_before_the_work(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("calib_prune.pruning.walk.prune", lambda *_, **__: pytest.fail("the model is pruned"))
+    monkeypatch.setattr("calib_prune.pipeline.prune.prune", lambda *_, **__: pytest.fail("the model is pruned"))
     def broken(*_, **__): raise ValueError("broken")
     monkeypatch.setattr("transformers.GenerationConfig.save_pretrained", broken)
     code, _, err = call(inputs, "prune", "--output", tmp_path / "out")
@@ -334,7 +335,7 @@ def half_tidied(inputs, tmp_path, monkeypatch, left):
 def test_a_finished_output_of_the_same_run_is_recognised(inputs, tmp_path, monkeypatch, left):
     half_tidied(inputs, tmp_path, monkeypatch, left)
     before = contents(tmp_path / "out")
-    monkeypatch.setattr("calib_prune.pruning.walk.prune", lambda *_, **__: pytest.fail("the model is pruned again"))
+    monkeypatch.setattr("calib_prune.pipeline.prune.prune", lambda *_, **__: pytest.fail("the model is pruned again"))
     code, out, err = call(inputs, "prune", "--output", tmp_path / "out", "--checkpoint", tmp_path / "cp", "--json")
     assert code == 0 and json.loads(out)["finished_before"] and json.loads(out)["sparsity"] == pytest.approx(.6, abs=.01), err
     assert contents(tmp_path / "out") == before and [o.name for o in tmp_path.iterdir()] == ["out"]
@@ -391,7 +392,7 @@ def interrupted(monkeypatch, where, layers=None):
     ("prune", 2, ["--output", "out", "--checkpoint", "cp"], "2 finished layers are kept in cp; the same command goes on from layer 2."),
     ("generate", "calib_prune.generation.writing.decode", ["--output", "own.jsonl"], "Nothing was written, as no text was finished"),
     ("generate", "calib_prune.generation.writing.write", ["--output", "own.jsonl"], "finished texts are kept in own.jsonl.partial; the same command goes on from them."),
-    ("evaluate", "calib_prune.model.loading.load_model", [], "No scores were kept; run the same command again."),
+    ("evaluate", "calib_prune.pipeline.evaluate.load_model", [], "No scores were kept; run the same command again."),
     ("reproduce", "calib_prune.cli.reproduce._study_of", [], "Finished models are kept; the same command goes on from them.")])
 def test_an_interrupted_command_says_what_it_leaves(inputs, tmp_path, monkeypatch, command, where, more, said, as_json):
     if command == "reproduce" and as_json: pytest.skip("it has no --json")

@@ -10,7 +10,7 @@ from calib_prune.cli import reproduce as cli
 from calib_prune.core import CalibPruneError
 from calib_prune.study import gpus
 from calib_prune.study.cost import cell_seconds, requests_of, work
-from calib_prune.study.keys import cluster_job, environment
+from calib_prune.pipeline.records import cluster_job, environment
 from calib_prune.study.plan import Study, plan
 from calib_prune.study.presets import cells, load_preset
 

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from ..core import DIMENSIONS, CalibPruneError
 from .output import JsonOption, as_text, bars, print_json, show_table
-from ..progress import ProgressFn
 
 # %% ../../nbs/cli/05_evaluate.ipynb #2babf5de
 def _print_lines(lines: list[str]) -> None:
@@ -71,58 +70,32 @@ def retention_notes(kept: Any  # from `retention`
     return [*notes, f"Verdict: {kept.attrs['verdict']}"]
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b08
-def _score_models(models: list[str], tasks: list[str], limit: int | None, dtype: str, device: str,
-                  batch_tokens: int, progress: ProgressFn | None) -> dict[str, Any]:  # model → items
-    "Every model's answers, item by item."
-    from calib_prune.evaluation.scoring import evaluate as run
-    from calib_prune.model.loading import load_model
-    found = {}
-    for name in dict.fromkeys(models):
-        net, tokenizer = load_model(name, dtype, device)
-        found[name] = run(net, tokenizer, tasks, limit=limit, batch_tokens=batch_tokens, progress=progress)
-        del net  # one model in memory at a time
-    return found
-
-def _ending_lines(pruned: Any, dense: Any | None) -> list[str]:  # items
-    from calib_prune.evaluation.scoring import ending_notes
-    if dense is None: return ending_notes(pruned)
-    return ending_notes(pruned) + [f"Dense model: {note}" for note in ending_notes(dense)]
-
-def _score_record(pruned: Any, dense: Any | None) -> dict[str, Any]:  # items
-    "The scores for programs."
-    from calib_prune.evaluation.scoring import scores
-    from calib_prune.study.results import json_rows
-    record = {"scores": json_rows(scores(pruned)), "endings": _ending_lines(pruned, dense)} | pruned.attrs
-    return record if dense is None else record | {"dense_scores": json_rows(scores(dense))}
-
-def _show_scores(pruned: Any, dense: Any | None, measure: str) -> None:  # items
+def _show_scores(found: Any) -> None:  # from `evaluate_model`
     "The scores for people."
-    from calib_prune.evaluation.scoring import scores
-    tables = {"score": scores(pruned)}
-    if dense is not None: tables = {"dense": scores(dense), "pruned": tables["score"]}
-    unit = "bits per byte of the right answers" if measure == "answer-bits" else \
+    tables = {"score": found.scores}
+    if found.dense_items is not None: tables = {"dense": found.dense_scores, "pruned": found.scores}
+    unit = "bits per byte of the right answers" if found.measure == "answer-bits" else \
         "accuracies in %, other tasks in bits per byte (lower is better), ± standard error"
-    show_table(score_table(tables, measure), f"scores: {unit}")
+    show_table(score_table(tables, found.measure), f"scores: {unit}")
     long = "items left out because their answers are longer than the model's context"
-    _print_lines([f"{task}: {n} {long}." for task, n in pruned.attrs.get("left_out", {}).items()])
-    _print_lines(_ending_lines(pruned, dense))
+    _print_lines([f"{task}: {n} {long}." for task, n in found.items.attrs.get("left_out", {}).items()])
+    _print_lines(found.endings)
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b09
-def _compare(pruned: Any, dense: Any,  # items
-             measure: str, record: dict[str, Any], as_json: bool) -> dict[str, Any]:
-    "Add the retention to a record, or show it."
+def _show_retention(found: Any) -> None:  # from `evaluate_model`
+    "The retention for people."
     from calib_prune.evaluation.measures import get_measure
-    from calib_prune.evaluation.retention import retention
-    from calib_prune.study.results import json_rows
-    try: kept = retention(dense, pruned, measure=measure)
+    if (kept := found.retention) is None: return
+    show_table(retention_rows(kept), f"retention: {get_measure(found.measure).about}")
+    _print_lines(retention_notes(kept))
+
+def _print_record(found: Any) -> None:  # from `evaluate_model`
+    "Scores and retention for programs; the scores, which took hours, also where retention has no answer."
+    try: record = found.record()
     except CalibPruneError as e:
-        if not as_json: raise
-        print_json(record | {"measure": measure, "error": str(e)})  # the scores took hours
+        print_json(found.scores_record() | {"measure": found.measure, "error": str(e)})
         raise SystemExit(1) from e
-    if not as_json:
-        show_table(retention_rows(kept), f"retention: {get_measure(measure).about}")
-        _print_lines(retention_notes(kept))
-    return record | {"measure": measure, "retention": json_rows(kept), **kept.attrs}
+    print_json(record)
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b0a
 def evaluate(
@@ -142,16 +115,9 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     "Score a model in four dimensions: General, Commonsense, Code, Math."
-    from calib_prune.evaluation.measures import check_scorable, get_measure
-    from calib_prune.evaluation.tasks import get_tasks
-    names = [task.name for task in get_tasks(tasks)]
-    get_measure(measure)
-    if dense is not None: check_scorable(names, measure)  # before hours of scoring
-    models = [model] if dense is None else [model, dense]
+    from calib_prune.pipeline.evaluate import evaluate_model
     with bars(as_json) as progress:
-        items = _score_models(models, names, limit or None, dtype, device, batch_tokens, progress)
-    pruned, reference = items[model], None if dense is None else items[dense]
-    record = _score_record(pruned, reference)
-    if not as_json: _show_scores(pruned, reference, measure)  # before retention, which may have no answer
-    if reference is not None: record = _compare(pruned, reference, measure, record, as_json)
-    if as_json: print_json(record)
+        found = evaluate_model(model, dense, tasks, limit or None, measure, dtype, device, batch_tokens, progress)
+    if as_json: return _print_record(found)
+    _show_scores(found)  # before retention, which may have no answer
+    _show_retention(found)

@@ -107,7 +107,7 @@ def own_preset(smoke: str,  # the text of presets/smoke.yaml
     "The preset of a new study."
     import yaml  # here, so that `calib-prune --help` is quick
 
-    from calib_prune.study.presets import parse_sparsity
+    from calib_prune.pruning.masks import parse_sparsity
     strategies = {strategy_name(o): whole_paths(o) for o in mixes}
     if len(strategies) < len(mixes):
         raise CalibPruneError(f"Two of the calibration sets get the same name: {', '.join(map(strategy_name, mixes))}.")

@@ -50,7 +50,7 @@ def measure(
     from calib_prune.evaluation.tasks import benchmark_tokens
     from calib_prune.model.loading import load_tokenizer
     from calib_prune.calibration.sources import file_source
-    from calib_prune.study.results import json_rows
+    from calib_prune.pipeline.records import json_rows
     own = file_source(own_text).documents() if own_text is not None else None
     net, tok = load_model(model, dtype, device) if model else (None, load_tokenizer(tokenizer))
     cal = build_calibration(calibration, tok, windows, length, seed)

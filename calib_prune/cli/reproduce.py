@@ -200,7 +200,8 @@ def check_names(study: dict[str, Any]) -> None:
     from calib_prune.model.loading import locate_model
     from calib_prune.pruning.methods import check_allocation, read_recipe
     from calib_prune.calibration.sources import get_source
-    from calib_prune.study.presets import cells, parse_sparsity, protocol_of
+    from calib_prune.pruning.masks import parse_sparsity
+    from calib_prune.study.presets import cells, protocol_of
     from calib_prune.evaluation.tasks import get_tasks
     for cell in cells(study, ablations=True)[1:]:
         check_allocation(read_recipe(cell.method).allocation, parse_sparsity(cell.sparsity)[1])

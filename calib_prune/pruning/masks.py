@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BIN', 'finite', 'PrunedWeight', 'counted', 'smallest', 'smallest_of_groups', 'check_sparsity', 'as_pattern',
-           'check_weight', 'check_hessian', 'block_counts']
+           'check_weight', 'check_hessian', 'parse_sparsity', 'block_counts']
 
 # %% ../../nbs/pruning/02_masks.ipynb #3e849471
 import re
@@ -151,6 +151,21 @@ def check_hessian(hessian: Tensor,  # [d_in, d_in], see the notebook on the Hess
         raise CalibPruneError("The Hessian is zero: the calibration text never activates this layer, so nothing says "
                               "which weights matter. Use more or other calibration text.")
     return diagonal == 0
+
+# %% ../../nbs/pruning/02_masks.ipynb #9980b0bd
+def parse_sparsity(value: float | str  # a number in [0, 1), or n:m with n of every m weights kept
+                  ) -> tuple[float, tuple[int, int] | None]:  # fraction removed; n and m of a pattern
+    "Read a sparsity from a preset or a command line."
+    text = str(value)
+    if isinstance(value, int) and value > 1:
+        raise CalibPruneError(f"Sparsity {value} is not below 1. A pattern needs quotes in YAML, \"2:4\": "
+                              "YAML reads 2:4 without quotes as a time.")
+    if ":" in text and (pattern := as_pattern(text)):
+        n, m = pattern
+        return 1 - n / m, pattern
+    try: return check_sparsity(float(text)), None
+    except ValueError: pass
+    raise CalibPruneError(f"Sparsity {text!r} is neither a number in [0, 1), such as 0.6, nor a pattern n:m, such as 2:4.")
 
 # %% ../../nbs/pruning/02_masks.ipynb #1fc0ad62
 def block_counts(sparsity: float,  # in [0, 1)

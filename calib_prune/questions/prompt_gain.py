@@ -16,7 +16,7 @@ from ..evaluation.tasks import TASKS
 from ..statistics.plots import WIDTH, annotate, check_rows, headline, method_label, sparsity_label
 from ..statistics.replicates import BLOCK, same_rows
 from ..resampling import N_BOOT, draws, interval
-from ..study.presets import parse_sparsity
+from ..pruning.masks import parse_sparsity
 from ..study.results import Result
 from ..style import DIMENSION_COLOURS, MARKERS
 

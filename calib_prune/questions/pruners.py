@@ -25,7 +25,7 @@ from ..statistics.selection import Measured
 from ..statistics.replicates import OUTCOMES, Replicates, significant_sign, simultaneous, strategy_retention
 from ..statistics.tables import interval_text
 from ..resampling import interval
-from ..study.presets import parse_sparsity
+from ..pruning.masks import parse_sparsity
 from ..study.results import Result
 
 # %% ../../nbs/questions/09_pruners.ipynb #8aff2767

@@ -26,7 +26,8 @@ from .replicates import (COORDINATES, OUTCOMES, Replicates, as_strategy,
                                            bootstrap_retention, strategy_retention)
 from .tables import listed, mix_note, overlap_note, overlaps
 from ..resampling import N_BOOT
-from ..study.presets import Cell, cells, parse_sparsity
+from ..pruning.masks import parse_sparsity
+from ..study.presets import Cell, cells
 from ..study.results import Result
 
 # %% ../../nbs/statistics/06_selection.ipynb #1c850393

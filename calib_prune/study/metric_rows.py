@@ -25,7 +25,7 @@ from ..progress import ProgressFn
 from ..calibration.sources import get_source
 from .keys import scored_items
 from .presets import mix_of, seeds_of
-from .results import json_rows
+from ..pipeline.records import json_rows
 
 # %% ../../nbs/study/07_metric_rows.ipynb #256314e1
 def unscored_prompts(preset: dict[str, Any], tokenizer) -> dict[str, np.ndarray]:  # dimension → token ids
