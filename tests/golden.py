@@ -71,7 +71,7 @@ def shuffled_prose(n: int) -> list[str]:
 
 def tiny_sets() -> Numbers:
     found = {f"draw {s}": build_calibration(Prose(), tiny_tokenizer(), 6, 32, s).content for s in (0, 1)}
-    return found | {k: allocate(mix, 32) for k, mix in named_mixes().items()}
+    return found | {k: allocate(named_mixes()[k], 32) for k in ("uniform", "uniform-dimensions")}
 
 def real_sets() -> Numbers:
     mixes = "c4", "c4=0.5,math=0.5", "wikipedia,codeio,csqa"  # without stdlib, which each Python has its own of

@@ -1,10 +1,11 @@
-"Recipes: leads that hold at once, verdicts, and what the presets `better` and `better-qwen` promise."
+"Recipes: leads that hold at once, verdicts, and what the presets of the question `recipe` promise."
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from calib_prune.calibration.sets import allocate, parse_mix
 from calib_prune.core import DIMENSIONS
 from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.questions.mixing import shares_of
@@ -98,12 +99,13 @@ def test_shared_problems_are_left_out_where_a_source_shares_them():
 
 # --- the presets
 
-@pytest.mark.parametrize("name", ["better", "better-qwen"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen-0.5b"])
 def test_the_recipe_is_the_mix_that_the_law_names_and_is_judged_by_other_items(name):
-    preset, learnt = (load_preset(ROOT / f"presets/{o}.yaml") for o in (name, "mixes"))
+    preset, learnt = (load_preset(ROOT / f"presets/{o}.yaml") for o in (f"recipe/{name}", "mixing/smollm2-135m"))
     best = pd.read_csv(ROOT / "figures/mixing/smollm2-135m/T12-best.csv").query("need == 'all alike, and the worst'").set_index("dimension").share
-    assert preset["strategies"]["law"] == mix_of_shares(best.to_dict())
     n = preset["calibration"]["windows"]
+    assert preset["strategies"]["law"] == "half-code"
+    assert allocate(parse_mix("half-code"), n) == allocate(parse_mix(mix_of_shares(best.to_dict())), n)
     taken = shares_of(preset["strategies"]["law"], n)
     assert all(abs(taken[d] - best[d]) <= 1 / n + 1e-9 for d in DIMENSIONS), taken
     assert preset["scoring"]["skip"] >= max(learnt["scoring"]["limit"].values())
@@ -112,5 +114,5 @@ def test_the_recipe_is_the_mix_that_the_law_names_and_is_judged_by_other_items(n
 
 def test_no_item_of_a_recipe_taught_the_law():
     items = lambda o: set(pd.read_parquet(ROOT / f"results/{o}/dense.items.parquet")[["task", "item"]].itertuples(index=False))
-    judged = [o for o in ("better", "better-qwen") if (ROOT / f"results/{o}/dense.items.parquet").is_file()]
-    assert "better" in judged and not any(items("mixes") & items(o) for o in judged)
+    judged = [o for o in ("recipe/smollm2-135m", "recipe/qwen-0.5b") if (ROOT / f"results/{o}/dense.items.parquet").is_file()]
+    assert len(judged) == 2 and not any(items("mixing/smollm2-135m") & items(o) for o in judged)
