@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from calib_prune.pruning import methods
-from calib_prune.study import keys
+from calib_prune.pipeline import records
 from tests import golden
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +36,12 @@ def check(stage, now, then=None):
 
 
 def test_every_stage_has_golden_numbers():
-    assert set(golden.STAGES) == set(keys.versions()) == set(SEEN["stages"])
+    assert set(golden.STAGES) == set(records.versions()) == set(SEEN["stages"])
 
 
 @pytest.mark.parametrize("stage", golden.STAGES)
 def test_numbers_hold(stage):
-    assert SEEN["stages"][stage]["version"] == keys.versions()[stage], "write down the new version: python -m tests.golden --renew"
+    assert SEEN["stages"][stage]["version"] == records.versions()[stage], "write down the new version: python -m tests.golden --renew"
     check(stage, golden.compute(stage))
 
 
@@ -86,7 +86,7 @@ def test_moved_numbers_are_written_down_only_under_a_new_version(monkeypatch, tm
     with pytest.raises(SystemExit, match=f"wanda: .* moved by .* under version {version}: raise the version first"): golden.renew(["wanda"])
     assert golden.FILE.read_text() == first
     monkeypatch.setattr(methods, "METHODS", with_method("wanda", version=version + 1))
-    monkeypatch.setattr(keys, "METHODS", methods.METHODS)
+    monkeypatch.setattr(records, "METHODS", methods.METHODS)
     golden.renew(["wanda"])
     kept = json.loads(golden.FILE.read_text())
     assert kept["stages"]["wanda"]["version"] == version + 1 and kept["stages"]["wanda"]["numbers"] != json.loads(first)["stages"]["wanda"]["numbers"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from calib_prune.pipeline import records
 from calib_prune.study import keys
 from calib_prune.core import CalibPruneError
 from calib_prune.pipeline.records import versions
@@ -42,7 +43,7 @@ THEN = versions_recorded()
 def as_the_committed_results_were_made(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(LibrarySource, "revision", RECORDED)
-    monkeypatch.setattr(keys, "versions", lambda: dict(THEN))
+    monkeypatch.setattr(records, "versions", lambda: dict(THEN))
 
 
 def left(preset=PRESET, folder=RESULTS, **options):
@@ -56,7 +57,7 @@ def of_protocol(name): return {c.mix for c in PLANNED if (own := protocol_of(PRE
 
 def test_every_committed_result_is_finished_but_for_raised_versions(monkeypatch):
     assert left() == dict(models={}, texts={}, metrics={}, audits={})
-    monkeypatch.setattr(keys, "versions", versions)
+    monkeypatch.setattr(records, "versions", versions)
     raised = {f"versions.{k}: {v} → {versions()[k]}" for k, v in THEN.items() if versions()[k] != v}
     assert {part for mine in left().values() for why in mine.values() for part in why.split("; ")} <= raised
     kept = {str(o.relative_to(RESULTS)) for o in RESULTS.rglob("*.json") if not o.name.startswith(".") and "notebooks" not in o.parts}
@@ -79,10 +80,11 @@ import json
 from calib_prune.calibration import sources
 from calib_prune.evaluation import tasks
 from calib_prune.pruning import methods
+from calib_prune.pipeline import records
 from calib_prune.study import keys
 from calib_prune.study.presets import load_preset
 sources.LibrarySource.revision = {revision!r}
-keys.versions = lambda: {then!r}
+records.versions = lambda: {then!r}
 assert "other" in methods.METHODS and "more" in sources.SOURCES and "other" in tasks.TASKS
 found = keys.left_to_do(load_preset("presets/claims/smollm2-135m.yaml"), "results/claims/smollm2-135m")
 print(json.dumps({{kind: {{k: why for k, why in mine.items() if why != "not made yet"}} for kind, mine in found.items()}}))
@@ -116,14 +118,14 @@ USES = {  # stage → which results of each kind have to be made again when its 
 
 @pytest.mark.parametrize("stage", USES)
 def test_a_raised_version_leaves_what_it_made_and_nothing_else(stage, monkeypatch):
-    monkeypatch.setattr(keys, "versions", lambda: THEN | {stage: THEN[stage] + 1})
+    monkeypatch.setattr(records, "versions", lambda: THEN | {stage: THEN[stage] + 1})
     found = left()
     assert {k: set(v) for k, v in found.items()} == dict(models=set(), texts=set(), metrics=set(), audits=set()) | USES[stage]
     assert all(f"versions.{stage}: {THEN[stage]} → {THEN[stage] + 1}" in why for mine in found.values() for why in mine.values())
 
 
 def test_the_models_own_text_comes_before_the_metrics(monkeypatch):
-    monkeypatch.setattr(keys, "versions", lambda: THEN | {"self-cal": 2})
+    monkeypatch.setattr(records, "versions", lambda: THEN | {"self-cal": 2})
     assert set(left()["metrics"]) == STRATEGIES | {"own text"}
 
 
