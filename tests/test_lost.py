@@ -85,7 +85,7 @@ def killed(act):
 @pytest.fixture
 def no_model(monkeypatch):
     "What is refused has to be refused before a model is loaded."
-    for where in ("model.loading", "pipeline.prune"):
+    for where in ("pipeline.prune", "model.loading"):  # in this order: importing the first reads the second
         monkeypatch.setattr(f"calib_prune.{where}.load_model", lambda *_: pytest.fail("a model is loaded"))
 
 
