@@ -23,7 +23,6 @@ from typing import Any
 from tests.torture import alone
 from tests.torture.alone import ROOT, SKIP, Results
 
-from calib_prune.study.presets import load_preset
 
 MINE = "mine.txt"  # a file of the user's that is there before
 PLENTY = 1 << 29
@@ -173,6 +172,7 @@ def checkout(disk: Path, inputs: Path) -> None:
     root.mkdir(exist_ok=True)
     for name in ("nbs/paper", "calib_prune"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
+    from calib_prune.study.presets import load_preset  # here: the torture sets its cache before torch is imported
     smoke = load_preset(ROOT / "presets/smoke.yaml")
     preset = smoke | dict(
         name="tiny", resamples=300, model=str(inputs / "model"), calibration=dict(windows=2, length=32),

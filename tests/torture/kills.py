@@ -21,7 +21,6 @@ from typing import Any
 from tests.torture import PLACE, ROOT, Budget, Result, part
 from tests.torture.forks import Ended, command, start, sweep, watch
 
-from calib_prune.study.presets import load_preset
 
 TIMES = {"seconds", "tokens_per_second", "tokens/s", "written_tokens", "restored", "made", "kept"}  # of a run, not of its result
 
@@ -188,6 +187,7 @@ def a_study(folder: Path) -> None:
     import yaml
     for name in ("nbs/paper", "presets"): shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "Snakefile", folder)
+    from calib_prune.study.presets import load_preset  # here: the torture sets its cache before torch is imported
     smoke = load_preset(ROOT / "presets/smoke.yaml")
     tiny = smoke | dict(
         name="tiny", resamples=300, model=str(PLACE / "inputs/model"), calibration=dict(windows=4, length=64),
