@@ -28,7 +28,7 @@ def code_of(*packages: str, bench: tuple[str, ...]) -> tuple[str, ...]:
     return (*sorted(str(o.relative_to(ROOT)) for o in mine), *(f"bench/{o}.py" for o in bench))
 
 
-MEASURED = (*code_of("model", "pruning", "evaluation", bench=("machine", "plain", "limit", "peer", "run", "start")),
+MEASURED = (*code_of("kernels", "model", "pruning", "evaluation", bench=("machine", "plain", "limit", "peer", "run", "start")),
             "calib_prune/warm.py", "calib_prune/study/preload.py")
 STAGES = ("sparsegpt", "wanda", "scoring")
 MODEL, SECOND = "smollm2-135m", "qwen2.5-coder-0.5b"

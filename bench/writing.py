@@ -9,7 +9,7 @@ import typer
 from bench.machine import describe, peak
 from bench.run import RESULTS, Step, add, code_of, put, read, run_child, state_of
 
-MEASURED, STAGES = code_of("model", "generation", bench=("machine", "writing")), ("self-cal",)
+MEASURED, STAGES = code_of("kernels", "model", "generation", bench=("machine", "writing")), ("self-cal",)
 TEXTS = {"ours": 64, "one at a time": 4, "batches": 32}  # the slow peer writes fewer: it is compared by tokens a second
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
