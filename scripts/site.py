@@ -53,7 +53,7 @@ def target(link: str, page: str) -> str:
     inside = file.relative_to(ROOT).as_posix()
     up = "../" * page.count("/")
     if inside == "README.md": return f"{up}index.md"
-    if inside.startswith("nbs") and file.is_dir(): return f"{up}{inside}/index.md"
+    if inside.startswith("nbs/") and file.is_dir(): return f"{up}{inside}/index.md"
     if inside.startswith("figures/") and file.with_suffix(".md") in shown(): return f"{up}{inside.rsplit('.', 1)[0]}.md"
     if (SOURCE / inside).is_file(): return f"{up}{inside}{mark}{anchor}"
     return f"{REPOSITORY}/{quote(inside)}"
