@@ -67,7 +67,8 @@ NAME_BYTES, PATH_BYTES = 255, 4095  # the limits of Linux and macOS: of one name
 def as_path(name: str | Path,     # as the user wrote it
             what: str = "a path"  # what it should be, for the message
            ) -> Path:
-    "A path from the command line or a file, `~` resolved, checked to be one that the system allows."
+    """A path from the command line or a file, `~` resolved, checked to be one that the system
+    allows."""
     text = str(name)
     if not text.strip():
         raise CalibPruneError(f"{what[0].upper()}{what[1:]} was asked for, but the name is empty.")
@@ -79,10 +80,12 @@ def as_path(name: str | Path,     # as the user wrote it
             raise ValueError("it is too long, or holds a zero byte")
         path.stat()
     except (FileNotFoundError, NotADirectoryError): pass
-    except RuntimeError as e: raise CalibPruneError(f"{short} cannot be {what}: {str(e).rstrip('.')}.") from e
+    except RuntimeError as e:
+        raise CalibPruneError(f"{short} cannot be {what}: {str(e).rstrip('.')}.") from e
     except OSError as e: raise CalibPruneError(f"{short} cannot be {what}: {e.strerror}.") from e
     except ValueError as e:
-        raise CalibPruneError(f"{short} cannot be {what}: no file system allows this name ({e}).") from e
+        raise CalibPruneError(
+            f"{short} cannot be {what}: no file system allows this name ({e}).") from e
     return path
 
 # %% ../nbs/core/01_core.ipynb #960ae3ef
@@ -90,11 +93,14 @@ def cache_dir() -> Path:
     "The cache folder: `$CALIB_PRUNE_CACHE`, or the platform's convention. It may not exist yet."
     try: wanted = os.environ.get("CALIB_PRUNE_CACHE") or user_cache_dir("calib-prune")
     except RuntimeError as e:  # a user without a home directory
-        raise CalibPruneError(f"There is no cache folder: {e}. Set CALIB_PRUNE_CACHE to a folder that can be written.") from e
+        raise CalibPruneError(
+            f"There is no cache folder: {e}. Set CALIB_PRUNE_CACHE to a folder that can be written."
+        ) from e
     path = as_path(wanted, "the cache folder, CALIB_PRUNE_CACHE")
     if path.exists() and not path.is_dir():
-        raise CalibPruneError(f"The cache folder {path} is not a folder. Set CALIB_PRUNE_CACHE to a folder "
-                              "that can be written.")
+        raise CalibPruneError(
+            f"The cache folder {path} is not a folder. Set CALIB_PRUNE_CACHE to a folder "
+            "that can be written.")
     return path
 
 # %% ../nbs/core/01_core.ipynb #100520da
@@ -106,15 +112,19 @@ def is_study(folder: Path) -> bool:
 class Busy(CalibPruneError):
     "Another process holds what this one needs."
 
-UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # what a file system without locks answers
+# what a file system without locks answers
+UNLOCKABLE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
+# %% ../nbs/core/01_core.ipynb #3ddab6b5
 def _hold(path: Path) -> int | None:  # file descriptor; None if another process has it
     import fcntl
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # a link may be another user's trap
+        # a link may be another user's trap
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The previous holder may have removed the file between our two calls: ours is lost then.
+            # The previous holder may have removed the file between our two calls: ours is lost
+            # then.
             if os.path.samestat(os.fstat(fd), os.stat(path)): return fd
         except FileNotFoundError: pass
         except OSError as e:
@@ -146,8 +156,11 @@ PATIENCE = 3600  # seconds that a part of another machine is left alone
 def parts_of(path: Path) -> list[Path]:
     "The parts of a file: of runs that are writing it, and of runs that were killed."
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
-    return [o for o in path.parent.iterdir() if name.fullmatch(o.name)] if path.parent.is_dir() else []
+    return (
+        [o for o in path.parent.iterdir() if name.fullmatch(o.name)] if path.parent.is_dir() else []
+    )
 
+# %% ../nbs/core/01_core.ipynb #9bd7f38b
 def _new_part(path: Path) -> tuple[int, Path]:  # file descriptor, locked; its name
     "Begin a part of a file."
     while True:
@@ -158,13 +171,18 @@ def _new_part(path: Path) -> tuple[int, Path]:  # file descriptor, locked; its n
             return os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), part
         if fd is not None: return fd, part  # else a sweep took it before it was locked
 
+# %% ../nbs/core/01_core.ipynb #70cc7628
 def sweep_parts(path: Path) -> None:
     "Remove the parts of a file that nobody is writing."
     for part in parts_of(path):
         with suppress(OSError):  # another user's, or on a disk without locks: it stays
-            if not part.suffixes[-2].startswith(f".{HOST}") and time.time() - part.stat().st_mtime < PATIENCE: continue
+            if (
+                not part.suffixes[-2].startswith(f".{HOST}")
+                and time.time() - part.stat().st_mtime < PATIENCE
+            ):
+                continue
             if (fd := _hold(part)) is None: continue
-            try: part.unlink()
+            try:part.unlink()
             finally: os.close(fd)
 
 # %% ../nbs/core/01_core.ipynb #40d82995
@@ -194,7 +212,9 @@ def write_atomic(path: str | Path,   # the file to make or replace
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as f: f.write(data.encode() if isinstance(data, str) else data)
     except OSError as e:
-        raise CalibPruneError(f"Cannot write {path}: {e.strerror or e}. Nothing was changed there.") from e
+        raise CalibPruneError(
+            f"Cannot write {path}: {e.strerror or e}. Nothing was changed there."
+        ) from e
     return path
 
 # %% ../nbs/core/01_core.ipynb #fce92551
@@ -203,15 +223,19 @@ def temporary_folder(prefix: str = "calib-prune-") -> Iterator[str]:
     "A folder of this user's alone, removed at the end."
     try: held = TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
     except OSError as e:
-        raise CalibPruneError(f"No folder for temporary files can be made: {e.strerror or e}. Set TMPDIR to a folder that can be "
-                              "written, on a disk with room.") from e
+        raise CalibPruneError(
+            f"No folder for temporary files can be made: {e.strerror or e}. Set TMPDIR to a "
+            "folder that can be "
+            "written, on a disk with room.") from e
     with held as folder: yield folder
 
 # %% ../nbs/core/01_core.ipynb #efd85b1b
 def damaged(path: str | Path, wrong: str) -> CalibPruneError:  # to be raised by the caller
     "The error for a damaged file that this package wrote."
-    return CalibPruneError(f"{path} is damaged: {wrong}. Nothing was changed. Restore it (if it was committed: git "
-                           f"checkout -- {path}), or move it away, and the next run makes it again.")
+    return CalibPruneError(
+        f"{path} is damaged: {wrong}. Nothing was changed. Restore it (if it was committed: git "
+        f"checkout -- {path}), or move it away, and the next run makes it again."
+    )
 
 # %% ../nbs/core/01_core.ipynb #3078ef25
 def _misfit(found: Any,             # parsed JSON
@@ -223,6 +247,7 @@ def _misfit(found: Any,             # parsed JSON
         if not isinstance(found.get(key), kind): return f"its {key!r} is not a {kind.__name__}"
     return ""
 
+# %% ../nbs/core/01_core.ipynb #01879c05
 def load_json(path: str | Path,  # a JSON file that this package wrote
               **keys: type       # what it must hold, and of which type
              ) -> dict[str, Any]:
@@ -256,6 +281,7 @@ def as_fraction(number: float) -> Fraction:
     "A number as the exact decimal that it prints as."
     return Fraction(repr(float(number)))
 
+# %% ../nbs/core/01_core.ipynb #3ce1b347
 def share(fraction: float,  # in [0, 1], read as the decimal it prints as
           of: int           # a count
          ) -> int:          # floor(fraction × of), without binary rounding error

@@ -40,8 +40,11 @@ class _OnceLoader(yaml.SafeLoader):
     def flatten_mapping(self, node):
         super().flatten_mapping(node)
         if len(node.value) > 10_000:
-            raise yaml.constructor.ConstructorError(None, None, "it has more than 10,000 keys", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "it has more than 10,000 keys", node.start_mark
+            )
 
+# %% ../nbs/core/06_forms.ipynb #806aab3f
 def read_yaml(text: str,
               what: str  # for the message
              ) -> Any:
@@ -49,19 +52,25 @@ def read_yaml(text: str,
     try: return yaml.load(text, _OnceLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         said = getattr(e, "problem", None) or str(e)
-        place = f", line {mark.line + 1}" if (mark := getattr(e, "problem_mark", None)) and "\n" in text else ""
+        place = f", line {mark.line + 1}" if (mark := getattr(e, "problem_mark",
+                                                              None)) and "\n" in text else ""
         raise CalibPruneError(f"{what} is not YAML: {said}{place}.") from e
 
 # %% ../nbs/core/06_forms.ipynb #bcfec7a1
 def shown_value(value: Any) -> str:
-    "A value for a message. YAML may name one part many times: written out, a few lines would fill the memory."
-    try: return ascii(value) if isinstance(value, str) else reprlib.repr(value).encode("ascii", "backslashreplace").decode()
+    """A value for a message. YAML may name one part many times: written out, a few lines would fill
+    the memory."""
+    try:
+        return ascii(value) if isinstance(value, str) else reprlib.repr(value).encode(
+            "ascii", "backslashreplace").decode()
     except ValueError: return "a number of thousands of digits"
 
+# %% ../nbs/core/06_forms.ipynb #002b68c8
 def misfit(error: Mapping[str, Any],  # one that pydantic found
            value: Any                 # that it is about
           ) -> str:
     "Why a value does not fit, to be put behind its name."
     said = error["msg"].removeprefix("Input ").removeprefix("Value ")
-    note = " (YAML reads 3e11 as text: write 3.0e+11)" if error["type"] == "float_type" and isinstance(value, str) else ""
+    note = " (YAML reads 3e11 as text: write 3.0e+11)" if error[
+        "type"] == "float_type" and isinstance(value, str) else ""
     return f"is {shown_value(value)[:80]}, but {said[:1].lower()}{said[1:]}{note}"

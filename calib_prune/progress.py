@@ -17,8 +17,17 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from rich.console import Console
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn,
-                           TimeRemainingColumn)
+from rich.progress import (
+                           BarColumn,
+                           MofNCompleteColumn,
+                           Progress,
+                           ProgressColumn,
+                           Task,
+                           TaskID,
+                           TextColumn,
+                           TimeElapsedColumn,
+                           TimeRemainingColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -28,14 +37,16 @@ from .core import write_atomic
 ProgressFn = Callable[[str, int, int], None]
 
 # %% ../nbs/core/02_progress.ipynb #8e47b3d1
-UNITS = dict.fromkeys(("writing tokens", "scoring", "perplexity"), "tokens")  # stage → what it counts; only these show a rate
+# stage → what it counts; only these show a rate
+UNITS = dict.fromkeys(("writing tokens", "scoring", "perplexity"), "tokens")
 
 class Pace:
     "A rate per second. A stage may begin at 0 again, as each round of writing does."
     def __init__(self): self.began, self.last, self.made = time.perf_counter(), None, 0
 
     def rate(self, done: int) -> float:
-        "The mean rate since the first report; what that one counts was done before the clock started."
+        """The mean rate since the first report; what that one counts was done before the clock
+        started."""
         if self.last is not None: self.made += done - self.last if done >= self.last else done
         self.last = done
         return self.made / max(time.perf_counter() - self.began, 1e-9)
@@ -47,6 +58,7 @@ class RateColumn(ProgressColumn):
         rate, unit = task.fields.get("rate"), task.fields.get("unit")
         return Text(f"{rate:,.0f} {unit}/s" if rate and unit else "", "progress.data.speed")
 
+# %% ../nbs/core/02_progress.ipynb #7def588b
 class LeftColumn(TimeRemainingColumn):
     "The time left, from the stage's own rate if it has one."
     def render(self, task: Task) -> Text:
@@ -90,14 +102,23 @@ class PlainLines(Progress):
         line = f"{task.description} {count.strip()} {elapsed} left {left} {rate}".strip()
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+# %% ../nbs/core/02_progress.ipynb #b450d4a7
 def new_bars(console: Console | None = None) -> Progress:
-    "The progress bars of this package, or lines where there is no terminal; on the error stream unless a console is given."
+    """The progress bars of this package, or lines where there is no terminal; on the error stream
+    unless a console is given."""
     console = console or Console(stderr=True)
     if not console.is_terminal and not console.is_jupyter: return PlainLines(console)
     whole = Column(no_wrap=True)  # on a narrow terminal the bar shrinks, not a number
-    return Progress(TextColumn("{task.description:<26}"), BarColumn(24), MofNCompleteColumn(table_column=whole),
-                    TimeElapsedColumn(whole), TextColumn("left"), LeftColumn(table_column=whole), RateColumn(whole),
-                    console=console)
+    return Progress(
+        TextColumn("{task.description:<26}"),
+        BarColumn(24),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(whole),
+        TextColumn("left"),
+        LeftColumn(table_column=whole),
+        RateColumn(whole),
+        console=console,
+    )
 
 # %% ../nbs/core/02_progress.ipynb #bdc05952
 class StageBar:
@@ -110,7 +131,13 @@ class StageBar:
 
     def show(self, done: int, total: int) -> None:
         "Draw what is done."
-        self.bars.update(self.task, completed=done, total=total, rate=self.pace.rate(done), unit=UNITS.get(self.stage))
+        self.bars.update(
+            self.task,
+            completed=done,
+            total=total,
+            rate=self.pace.rate(done),
+            unit=UNITS.get(self.stage),
+        )
 
     def remove(self) -> None:
         "Take the bar away."
@@ -132,7 +159,9 @@ def file_progress(path: str | Path) -> ProgressFn:
     "Write progress to a small JSON file: the stage, done, total, and when the stage began."
     began: dict[str, float] = {}
     def note(stage: str, done: int, total: int) -> None:
-        state = dict(stage=stage, done=done, total=total, began=began.setdefault(stage, time.time()))
+        state = dict(
+            stage=stage, done=done, total=total, began=began.setdefault(stage, time.time())
+        )
         write_atomic(path, json.dumps(state))
     return note
 

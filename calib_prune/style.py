@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Iterable
 
 import matplotlib.pyplot as plt
-import seaborn as sns
 import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
@@ -21,7 +21,9 @@ from matplotlib.figure import Figure
 from .core import DIMENSIONS, write_atomic
 
 # %% ../nbs/core/04_style.ipynb #c053e681
-DIMENSION_COLOURS = dict(zip(DIMENSIONS, sns.color_palette("colorblind", len(DIMENSIONS)), strict=True))
+DIMENSION_COLOURS = dict(
+    zip(DIMENSIONS, sns.color_palette("colorblind", len(DIMENSIONS)), strict=True)
+)
 
 def paper_style() -> None:
     "Set the look of all figures. Call it once at the top of a notebook."
@@ -38,7 +40,9 @@ def save_figure(figure: Figure, path: str | Path  # without suffix
     figure.set_layout_engine("none")  # lay out and measure once: doing so per file takes seconds
     box = figure.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
     for kind, dated in ((".pdf", "CreationDate"), (".png", "Software")):
-        figure.savefig(drawn := io.BytesIO(), format=kind[1:], metadata={dated: None}, bbox_inches=box)
+        figure.savefig(
+            drawn := io.BytesIO(), format=kind[1:], metadata={dated: None}, bbox_inches=box
+        )
         write_atomic(path.with_suffix(kind), drawn.getvalue())  # whole, or as it was
     return [path.with_suffix(".pdf"), path.with_suffix(".png")]
 
@@ -50,15 +54,23 @@ SOURCE_KINDS = (*DIMENSIONS, OWN, "mix", "self-generated")
 _COLOURS = {**DIMENSION_COLOURS, OWN: "#7b3294", "mix": "black", "self-generated": "0.5"}
 
 def colour_of(group: str) -> Any:  # group: one of `SOURCE_KINDS`
-    "The colour of a kind: its dimension's, purple for own sources, black for mixes, grey for self-generated text."
+    """The colour of a kind: its dimension's, purple for own sources, black for mixes, grey for
+    self-generated text."""
     return _COLOURS.get(group, "black")
 
 MARKERS = dict(zip(SOURCE_KINDS, "osD^vXP", strict=True))
 
+# %% ../nbs/core/04_style.ipynb #642c2eb6
 def legend_above(figure: Figure, groups: Iterable[str]) -> None:
     "Put a legend of these kinds above a figure, in the order of `SOURCE_KINDS`."
-    handles = [plt.Line2D([], [], color=colour_of(o), marker=MARKERS[o], linestyle="", markersize=5,
-                          label=f"{o} source" if o in DIMENSIONS else o) for o in SOURCE_KINDS if o in set(groups)]
+    handles = [
+        plt.Line2D([], [],
+                   color=colour_of(o),
+                   marker=MARKERS[o],
+                   linestyle="",
+                   markersize=5,
+                   label=f"{o} source" if o in DIMENSIONS else o) for o in SOURCE_KINDS
+        if o in set(groups)]
     figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=8,
                   handletextpad=0.1, columnspacing=0.9)
 
@@ -67,20 +79,25 @@ def contrast(a: Any, b: Any  # colours as matplotlib takes them
             ) -> float:      # from 1 to 21
     "The contrast ratio of two colours."
     def luminance(colour: Any) -> float:
-        linear = [o / 12.92 if o <= 0.04045 else ((o + 0.055) / 1.055) ** 2.4 for o in to_rgb(colour)]
+        linear = [
+            o / 12.92 if o <= 0.04045 else ((o + 0.055) / 1.055) ** 2.4 for o in to_rgb(colour)
+        ]
         return sum(weight * o for weight, o in zip((0.2126, 0.7152, 0.0722), linear))
     low, high = sorted(map(luminance, (a, b)))
     return (high + 0.05) / (low + 0.05)
 
+# %% ../nbs/core/04_style.ipynb #0e8a1ab6
 def readable(background: Any) -> str:
     "Black or white, whichever can be read on this colour."
     return max(("black", "white"), key=lambda o: contrast(o, background))
 
+# %% ../nbs/core/04_style.ipynb #05dbb51a
 def make_readable(ax: Axes) -> None:
     "Give the numbers of a seaborn heat map colours that can be read."
     mesh = ax.collections[0]
     filled = ~np.ma.getmaskarray(mesh.get_array()).ravel()
-    for text, colour in zip(ax.texts, mesh.get_facecolors()[filled], strict=True): text.set_color(readable(colour[:3]))
+    for text, colour in zip(ax.texts, mesh.get_facecolors()[filled], strict=True):
+        text.set_color(readable(colour[:3]))
 
 # %% ../nbs/core/04_style.ipynb #7e02b4aa
 LEAST_REACH = 10.0  # points: the least end of a colour scale of differences (ours)
@@ -90,6 +107,7 @@ def difference_colours() -> ListedColormap:
     shades = sns.color_palette("vlag", 257)
     return ListedColormap([*shades[:128], (0.85,) * 3, *shades[129:]])
 
+# %% ../nbs/core/04_style.ipynb #9088f20a
 def colour_reach(points: np.ndarray) -> float:
     "The ends of a colour scale of differences, in points."
     return max(LEAST_REACH, float(np.nanmax(np.abs(points), initial=0)))

@@ -20,16 +20,20 @@ from contextlib import suppress
 from typing import Any, Callable, Iterator, NoReturn
 
 # %% ../nbs/core/05_warm.ipynb #1fca472c
-def _send(connection: socket.socket, message: Any, fds: Iterator[int] | tuple[int, ...] = ()) -> None:
+def _send(
+    connection: socket.socket, message: Any, fds: Iterator[int] | tuple[int, ...] = ()
+) -> None:
     data = json.dumps(message).encode()
     socket.send_fds(connection, [len(data).to_bytes(4, "big")], [*fds])
     connection.sendall(data)
 
+# %% ../nbs/core/05_warm.ipynb #ac0504a5
 def _receive(connection: socket.socket) -> tuple[Any, list[int]]:
     "The next message and its file descriptors; the message is None if the other side has ended."
     try:
         size, fds, _, _ = socket.recv_fds(connection, 4, 3)
-        data = connection.recv(wanted := int.from_bytes(size, "big"), socket.MSG_WAITALL) if size else b""
+        data = connection.recv(wanted := int.from_bytes(size, "big"),
+                               socket.MSG_WAITALL) if size else b""
     except ConnectionError: return None, []
     return (json.loads(data) if size and len(data) == wanted else None), fds
 
@@ -53,7 +57,8 @@ class Program:
 
     def poll(self) -> int | None:
         "As `wait`, but None at once if the program still runs."
-        if self.returncode is None and not select.select([self.connection], [], [], 0)[0]: return None
+        if self.returncode is None and not select.select([self.connection], [], [], 0)[0]:
+            return None
         return self.wait()
 
     def send_signal(self, number: int) -> None:
@@ -69,6 +74,7 @@ def _facts(env: dict[str, str]) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return dict(env=env, folder=os.getcwd(), python=sys.executable, cores=cores)
 
+# %% ../nbs/core/05_warm.ipynb #6fdc5385
 def ask(argv: list[str],                  # what follows `python`: -m, a module, its arguments
         env: dict[str, str],              # the environment of the program
         fds: tuple[int, int, int] = (0, 1, 2)  # its input, output, and error output
@@ -94,28 +100,41 @@ def run(argv: list[str]  # what follows `python`
     "Run a program warm where that is possible, and cold elsewhere."
     program = ask(argv, dict(os.environ))
     if program is None: os.execv(sys.executable, [sys.executable, *argv])
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda n, _: program.send_signal(n))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: program.send_signal(n))
     status = program.wait()
     if program.lost:
-        sys.exit(f"`python {' '.join(argv[:2])}` ran in a fork of a warm process and was killed from outside, perhaps for lack "
-                 f"of memory. Run it again; without the environment variable {PLACE} it runs in a process of its own.")
+        sys.exit(
+            f"`python {' '.join(argv[:2])}` ran in a fork of a warm process and was killed from"
+            " outside, perhaps for lack of memory. Run it again; without the environment variable"
+            f" {PLACE} it runs in a process of its own."
+        )
     if status >= 0: sys.exit(status)
-    with suppress(OSError): signal.signal(-status, signal.SIG_DFL)  # SIGKILL needs and allows no change
+    # SIGKILL needs and allows no change
+    with suppress(OSError): signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
     sys.exit(128 - status)  # the signal is blocked here: what a shell would say
 
 # %% ../nbs/core/05_warm.ipynb #df503a56
-THREADS = (*(f"{o}_NUM_THREADS" for o in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR")), "VECLIB_MAXIMUM_THREADS")
+THREADS = (
+    *(f"{o}_NUM_THREADS" for o in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR")),
+    "VECLIB_MAXIMUM_THREADS",
+)
 FOLDERS = ("TMPDIR", "TEMPDIR", "TEMP", "TMP")
-FREE = {PLACE, "CALIB_PRUNE_PROGRESS", "JPY_PARENT_PID", "JPY_SESSION_NAME", "PWD", "OLDPWD", "SHLVL", "_",
-        "PYDEVD_DISABLE_FILE_VALIDATION"}  # papermill sets it: a debugger should not warn
+FREE = {
+    PLACE, "CALIB_PRUNE_PROGRESS", "JPY_PARENT_PID", "JPY_SESSION_NAME", "PWD", "OLDPWD", "SHLVL",
+    "_", "PYDEVD_DISABLE_FILE_VALIDATION"}  # papermill sets it: a debugger should not warn
 
-def _other_variables(here: dict[str, str], added: dict[str, str],  # by the imports: a program passes them on to its kernel
+def _other_variables(
+                     # by the imports: a program passes them on to its kernel
+                     here: dict[str, str], added: dict[str, str],
                      env: dict[str, str]) -> Iterator[str]:
     "The variables in which a program's environment must not differ, and does."
     for name in sorted((here.keys() | env.keys()) - {*THREADS, *FOLDERS, *FREE}):
-        if env.get(name) != here.get(name) and not (name in env and env[name] == added.get(name)): yield name
+        if env.get(name) != here.get(name) and not (name in env and env[name] == added.get(name)):
+            yield name
 
+# %% ../nbs/core/05_warm.ipynb #4ba71ab7
 def _misfit(here: dict[str, Any], asked: dict[str, Any]  # both as from `_facts`
            ) -> str:                                     # empty if they fit
     "Why a fork of this process would not be what a fresh start would be."
@@ -124,9 +143,14 @@ def _misfit(here: dict[str, Any], asked: dict[str, Any]  # both as from `_facts`
     for key in ("python", "folder", "cores"):
         if here[key] != asked[key]: return f"its {key}: {asked[key]}; here: {here[key]}"
     for name in FOLDERS:
-        if env.get(name, gettempdir()) != gettempdir(): return f"its {name}: {env[name]}; here: {gettempdir()}"
-    if numbers and ("OMP_NUM_THREADS" not in env or len(numbers) > 1 or not min(numbers).isdecimal() or not int(min(numbers))):
-        return f"its numbers of threads, in {', '.join(o for o in THREADS if o in env)}: {', '.join(sorted(numbers))}"
+        if env.get(name, gettempdir()) != gettempdir():
+            return f"its {name}: {env[name]}; here: {gettempdir()}"
+    if numbers and ("OMP_NUM_THREADS" not in env or len(numbers) > 1
+                    or not min(numbers).isdecimal() or not int(min(numbers))):
+        return (
+            f"its numbers of threads, in {', '.join(o for o in THREADS if o in env)}:"
+            f" {', '.join(sorted(numbers))}"
+        )
     others = [*_other_variables(here["env"], here.get("added", {}), env)]
     return f"its own value of {', '.join(others)}" if others else ""
 
@@ -166,7 +190,8 @@ def _supervise(connection: socket.socket, here: dict[str, Any]  # of the warm pr
     os._exit(0)
 
 # %% ../nbs/core/05_warm.ipynb #b5083c27
-def _become(asked: dict[str, Any], fds: list[int], added: dict[str, str]  # variables that the imports set
+# variables that the imports set
+def _become(asked: dict[str, Any], fds: list[int], added: dict[str, str]
            ) -> None:
     "Make a fork what `python -m` would have started."
     import ctypes
@@ -190,6 +215,7 @@ def _leave(owner: int  # the warm process, which has its end in peace
         with suppress(OSError, ValueError): stream.flush()  # it may be closed
     os._exit(_status[0])
 
+# %% ../nbs/core/05_warm.ipynb #d7821787
 def _run_module(argv: list[str]) -> None:
     "Do what `python -m` does, and note how it ended."
     _status[0] = 1
@@ -207,6 +233,7 @@ def _connections(listener: socket.socket) -> Iterator[socket.socket]:
     "Connections, until the standard input ends, as it does when whoever holds its other end does."
     while 0 not in select.select([0, listener.fileno()], [], [])[0]: yield listener.accept()[0]
 
+# %% ../nbs/core/05_warm.ipynb #fd83b569
 def listen(place: str  # in a folder that only this user can enter
           ) -> socket.socket:
     "A socket for a warm process, which this user alone can use."
@@ -229,7 +256,10 @@ def serve(listener: socket.socket,                 # from `listen`
         here["added"] = {k: v for k, v in os.environ.items() if k not in here["env"]}
         gc.freeze()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
-        print(f"{len(sys.modules)} modules are ready after {time.perf_counter() - began:.1f} s", flush=True)
+        print(
+            f"{len(sys.modules)} modules are ready after {time.perf_counter() - began:.1f} s",
+            flush=True,
+        )
         for connection in _connections(listener):
             if not os.fork():
                 program = _supervise(connection, here)

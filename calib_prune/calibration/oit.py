@@ -47,55 +47,149 @@ class Metric:
 
 # %% ../../nbs/calibration/04_oit.ipynb #82769931
 _SET = "N and L are chosen, so all sets of a study share it; it still differs between studies."
-_LATE = ("A finished text has no clock: neither when it was written nor when it was copied is part of a set, and nothing "
-         "happens in between.")
-_EXTENT = (
-    Metric("volume_tokens", "volume", "σ(g(c, T_m))", "N · L", "tokens", 1, math.inf,
-           "what the carrier holds, in the pruner's own unit", constant=_SET),
-    Metric("volume_bytes", "volume", "σ(g(c, T_m))", "UTF-8 bytes of the text", "bytes", 0, math.inf,
-           "what the carrier holds, whatever the tokenizer"),
-    Metric("volume_compressed", "volume", "σ(g(c, T_m))", "bytes of the text after bz2, level 9", "bytes", 0, math.inf,
-           "what the carrier holds once repetition is squeezed out", main=True),
-    Metric("delay", "delay", "sup T_m − sup T_h", "none", "", math.nan, math.nan, "none", main=True, inapplicable=_LATE),
-    Metric("scope_vocabulary", "scope", "σ(o)", "distinct tokens", "tokens", 1, math.inf,
-           "how many things the text can name, by the tokens it uses", main=True),
-    Metric("scope_documents", "scope", "σ(o)", "distinct documents", "documents", 1, math.inf,
-           "how many separate parts of the world are in it, a document being one"))
+_LATE = (
+    "A finished text has no clock: neither when it was written nor when it was copied is part of a"
+    " set, and nothing happens in between."
+)
+_EXTENT = (Metric("volume_tokens",
+                  "volume",
+                  "σ(g(c, T_m))",
+                  "N · L",
+                  "tokens",
+                  1,
+                  math.inf,
+                  "what the carrier holds, in the pruner's own unit",
+                  constant=_SET),
+           Metric("volume_bytes", "volume", "σ(g(c, T_m))", "UTF-8 bytes of the text", "bytes", 0,
+                  math.inf, "what the carrier holds, whatever the tokenizer"),
+           Metric("volume_compressed",
+                  "volume",
+                  "σ(g(c, T_m))",
+                  "bytes of the text after bz2, level 9",
+                  "bytes",
+                  0,
+                  math.inf,
+                  "what the carrier holds once repetition is squeezed out",
+                  main=True),
+           Metric("delay",
+                  "delay",
+                  "sup T_m − sup T_h",
+                  "none",
+                  "",
+                  math.nan,
+                  math.nan,
+                  "none",
+                  main=True,
+                  inapplicable=_LATE),
+           Metric("scope_vocabulary",
+                  "scope",
+                  "σ(o)",
+                  "distinct tokens",
+                  "tokens",
+                  1,
+                  math.inf,
+                  "how many things the text can name, by the tokens it uses",
+                  main=True),
+           Metric("scope_documents", "scope", "σ(o)", "distinct documents", "documents", 1,
+                  math.inf, "how many separate parts of the world are in it, a document being one"))
 
 # %% ../../nbs/calibration/04_oit.ipynb #91d4e9ff
-_GRAIN = (
-    Metric("granularity_document", "granularity", "mean size of the elementary parts of o", "mean tokens of a piece",
-           "tokens", 1, math.inf, "the elementary part is what a window shows of one document", main=True),
-    Metric("granularity_sentence", "granularity", "mean size of the elementary parts of o", "text tokens / sentences",
-           "tokens", 1, math.inf, "the elementary part is a sentence, or a line"),
-    Metric("variety_ngrams", "variety", "equivalence classes of f(o, T_h)", "distinct bigrams", "bigrams", 0, math.inf,
-           "two states are the same if their two tokens are", main=True),
-    Metric("variety_entropy", "variety", "equivalence classes of f(o, T_h)", "−Σ p(t) log₂ p(t) over tokens t", "bits",
-           0, math.inf, "the logarithm of the effective number of classes"))
+_GRAIN = (Metric("granularity_document",
+                 "granularity",
+                 "mean size of the elementary parts of o",
+                 "mean tokens of a piece",
+                 "tokens",
+                 1,
+                 math.inf,
+                 "the elementary part is what a window shows of one document",
+                 main=True),
+          Metric("granularity_sentence", "granularity", "mean size of the elementary parts of o",
+                 "text tokens / sentences", "tokens", 1, math.inf,
+                 "the elementary part is a sentence, or a line"),
+          Metric("variety_ngrams",
+                 "variety",
+                 "equivalence classes of f(o, T_h)",
+                 "distinct bigrams",
+                 "bigrams",
+                 0,
+                 math.inf,
+                 "two states are the same if their two tokens are",
+                 main=True),
+          Metric("variety_entropy", "variety", "equivalence classes of f(o, T_h)",
+                 "−Σ p(t) log₂ p(t) over tokens t", "bits", 0, math.inf,
+                 "the logarithm of the effective number of classes"))
 
 # %% ../../nbs/calibration/04_oit.ipynb #fb368cf9
-_TIME = (
-    Metric("duration_window", "duration", "sup T_h − inf T_h", "L", "tokens", 1, math.inf,
-           "the span that the pruner sees at once", constant=_SET),
-    Metric("duration_document", "duration", "sup T_h − inf T_h", "mean over documents of last − first position + 1",
-           "tokens", 1, math.inf, "the span of a document between its first and last sampled token", main=True),
-    Metric("sampling_windows", "sampling rate", "samples / span", "pieces / documents", "windows per document",
-           1, math.inf, "how often a document is looked at: about once where the source is much larger", main=True),
-    Metric("sampling_density", "sampling rate", "samples / span", "Σ sampled tokens / Σ spans", "share", 0, 1,
-           "which share of the span was taken"))
+_TIME = (Metric("duration_window",
+                "duration",
+                "sup T_h − inf T_h",
+                "L",
+                "tokens",
+                1,
+                math.inf,
+                "the span that the pruner sees at once",
+                constant=_SET),
+         Metric("duration_document",
+                "duration",
+                "sup T_h − inf T_h",
+                "mean over documents of last − first position + 1",
+                "tokens",
+                1,
+                math.inf,
+                "the span of a document between its first and last sampled token",
+                main=True),
+         Metric("sampling_windows",
+                "sampling rate",
+                "samples / span",
+                "pieces / documents",
+                "windows per document",
+                1,
+                math.inf,
+                "how often a document is looked at: about once where the source is much larger",
+                main=True),
+         Metric("sampling_density", "sampling rate", "samples / span", "Σ sampled tokens / Σ spans",
+                "share", 0, 1, "which share of the span was taken"))
 
 # %% ../../nbs/calibration/04_oit.ipynb #47102509
 _RELATION = (
-    Metric("aggregation", "aggregation", "relations among states / states", "1 − distinct / total 4-grams", "share",
-           0, 1, "a 4-gram that comes back relates two places of the text", main=True),
-    Metric("coverage", "coverage", "how widely carriers copy the information",
-           "share of the frequent vocabulary that occurs", "share", 0, 1,
-           "how much of what all text shares has a copy in the set; it follows scope and variety", main=True),
-    Metric("distortion", "distortion", "distance of states and reflection",
-           "exp(mean −ln p(token | those before in its window))", "per token", 1, math.inf,
-           "how badly the dense model reflects the text: perplexity", "model", main=True),
-    Metric("mismatch", "mismatch", "distance of information and need", "Jensen–Shannon divergence of token frequencies",
-           "bits", 0, 1, "how far the set's tokens are from those of the target", "reference", main=True))
+    Metric("aggregation",
+           "aggregation",
+           "relations among states / states",
+           "1 − distinct / total 4-grams",
+           "share",
+           0,
+           1,
+           "a 4-gram that comes back relates two places of the text",
+           main=True),
+    Metric("coverage",
+           "coverage",
+           "how widely carriers copy the information",
+           "share of the frequent vocabulary that occurs",
+           "share",
+           0,
+           1,
+           "how much of what all text shares has a copy in the set; it follows scope and variety",
+           main=True),
+    Metric("distortion",
+           "distortion",
+           "distance of states and reflection",
+           "exp(mean −ln p(token | those before in its window))",
+           "per token",
+           1,
+           math.inf,
+           "how badly the dense model reflects the text: perplexity",
+           "model",
+           main=True),
+    Metric("mismatch",
+           "mismatch",
+           "distance of information and need",
+           "Jensen–Shannon divergence of token frequencies",
+           "bits",
+           0,
+           1,
+           "how far the set's tokens are from those of the target",
+           "reference",
+           main=True))
 METRICS: dict[str, Metric] = {m.key: m for m in (*_EXTENT, *_GRAIN, *_TIME, *_RELATION)}
 
 # %% ../../nbs/calibration/04_oit.ipynb #efc4edd3
@@ -109,17 +203,22 @@ def pieces(cal: CalibrationSet,
           ) -> pd.DataFrame: # one row per piece: source, document, start, length, at
     """The parts of documents that the windows hold. Parts without a token of text are left out.
 
-    `start` counts tokens in the document, `at` tokens in the set; `length` is without the end-of-text token.
+    `start` counts tokens in the document, `at` tokens in the set; `length` is without the
+    end-of-text token.
     """
     tokens = cal.tokens.numpy()
-    begin = np.ones(tokens.shape, bool)  # a piece begins with a window and after each end-of-text token
+    # a piece begins with a window and after each end-of-text token
+    begin = np.ones(tokens.shape, bool)
     begin[:, 1:] = tokens[:, :-1] == end
     at, nth = np.flatnonzero(begin), begin.cumsum(1)[begin] - 1
     stop = np.append(at[1:], tokens.size)
     where = cal.provenance.iloc[at // tokens.shape[1]]
-    found = pd.DataFrame(dict(
-        source=where["source"].to_numpy(), document=where.first_document.to_numpy() + nth,
-        start=np.where(nth, 0, where.offset), length=stop - at - (tokens.ravel()[stop - 1] == end), at=at))
+    found = pd.DataFrame(
+        dict(source=where["source"].to_numpy(),
+             document=where.first_document.to_numpy() + nth,
+             start=np.where(nth, 0, where.offset),
+             length=stop - at - (tokens.ravel()[stop - 1] == end),
+             at=at))
     return found[found.length > 0].reset_index(drop=True)
 
 # %% ../../nbs/calibration/04_oit.ipynb #3ecdf366
@@ -133,6 +232,7 @@ def piece_texts(tokens: np.ndarray,   # int64 [N, L]
     if backend: return backend.decode_batch(ids, skip_special_tokens=False)
     return tokenizer.batch_decode(ids)
 
+# %% ../../nbs/calibration/04_oit.ipynb #31bfa6af
 def volume(texts: list[str]) -> tuple[int, int]:  # bytes, compressed bytes
     "How much text there is, before and after compression."
     data = "\n".join(texts).encode()
@@ -150,13 +250,17 @@ def document_metrics(parts: pd.DataFrame  # from `pieces`
                 sampling_density=float(parts.length.sum() / span.sum()))
 
 # %% ../../nbs/calibration/04_oit.ipynb #67542b9b
-_SPACE = {"Ġ": " ", "▁": " ", "Ċ": "\n"}  # how byte-level and SentencePiece vocabularies write a space and a line break
+# how byte-level and SentencePiece vocabularies write a space and a line break
+_SPACE = {"Ġ": " ", "▁": " ", "Ċ": "\n"}
 _CLOSING = "\"')]"  # what may stand between a full stop and the space after it
 
 def token_strings(tokenizer, ids: np.ndarray) -> list[str]:
     "Tokens as their vocabulary writes them, with plain spaces and line breaks."
     table = str.maketrans(_SPACE)
-    return ["\n" if o == "<0x0A>" else o.translate(table) for o in tokenizer.convert_ids_to_tokens(ids.tolist())]
+    return [
+        "\n" if o == "<0x0A>" else o.translate(table)
+        for o in tokenizer.convert_ids_to_tokens(ids.tolist())
+    ]
 
 # %% ../../nbs/calibration/04_oit.ipynb #209cb244
 def sentence_count(tokens: np.ndarray,  # int64 [N, L]
@@ -185,7 +289,9 @@ def ngram_ids(tokens: np.ndarray,  # int64 [N, L], not negative
     "Number the n-grams of each window."
     length = tokens.shape[1]
     if not 1 <= n <= length:
-        raise CalibPruneError(f"Windows of {length} tokens have no {n}-grams: n must be 1 to {length}.")
+        raise CalibPruneError(
+            f"Windows of {length} tokens have no {n}-grams: n must be 1 to {length}."
+        )
     if n == 1: return tokens
     half = ngram_ids(tokens, m := (n + 1) // 2)
     pairs = half[:, :length - n + 1] * (half.max() + 1) + half[:, n - m:]
@@ -194,9 +300,11 @@ def ngram_ids(tokens: np.ndarray,  # int64 [N, L], not negative
 # %% ../../nbs/calibration/04_oit.ipynb #eaa546ed
 def distinct_ngrams(tokens: np.ndarray, n: int = 2) -> int:
     "How many different n-grams the windows hold."
-    ids = np.sort(ngram_ids(tokens, n), axis=None)  # sorting is much faster than the hash table of np.unique
+    # sorting is much faster than the hash table of np.unique
+    ids = np.sort(ngram_ids(tokens, n), axis=None)
     return 1 + int(np.count_nonzero(np.diff(ids)))
 
+# %% ../../nbs/calibration/04_oit.ipynb #a02bff2f
 def entropy(counts: np.ndarray) -> float:  # bits
     "Shannon entropy of relative frequencies, plug-in estimate."
     p = counts[counts > 0] / counts.sum()
@@ -207,7 +315,8 @@ READINGS = ("repeated", "distinct")
 
 def aggregation(tokens: np.ndarray,        # int64 [N, L]
                 n: int = 4,                # the abstract: "4-gram aggregation"
-                reading: str = "repeated"  # (ours) 1 − distinct / total; "distinct" is distinct / total
+                # (ours) 1 − distinct / total; "distinct" is distinct / total
+                reading: str = "repeated"
                ) -> float:
     "How much of a text repeats itself."
     if reading not in READINGS: raise unknown_name("reading of aggregation", reading, READINGS)
@@ -222,10 +331,13 @@ def frequent_ids(tokenizer,
     special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
     if not 0 < fraction <= 1 or not (n := share(fraction, len(ordinary))):
-        raise CalibPruneError(f"The frequent share of the vocabulary must lie in (0, 1] and leave at least one of its "
-                              f"{len(ordinary):,} tokens, not {fraction}.")
+        raise CalibPruneError(
+            "The frequent share of the vocabulary must lie in (0, 1] and leave at least one of its"
+            f" {len(ordinary):,} tokens, not {fraction}."
+        )
     return np.array(ordinary[:n], np.int64)
 
+# %% ../../nbs/calibration/04_oit.ipynb #06d002db
 def coverage(tokens: np.ndarray, frequent: np.ndarray  # from `frequent_ids`
             ) -> float:
     "The share of the frequent tokens that occur."
@@ -240,7 +352,9 @@ def window_nll(model, tokens: torch.Tensor,  # int64 [N, L]
     check_tokens(model, tokens)
     check_window(model, length := tokens.shape[1])
     if length < 2:
-        raise CalibPruneError("Perplexity needs windows of at least two tokens: the first one predicts the second.")
+        raise CalibPruneError(
+            "Perplexity needs windows of at least two tokens: the first one predicts the second."
+        )
     show = progress and (lambda _, done, total: progress("perplexity", done, total))
     requests = [(w[:1], w[1:]) for w in tokens.tolist()]
     return -np.array([o for o, _ in loglikelihoods(model, requests, batch_tokens, progress=show)])
@@ -249,7 +363,8 @@ def window_nll(model, tokens: torch.Tensor,  # int64 [N, L]
 def set_perplexity(model, tokens: torch.Tensor, batch_tokens: int = 1024,  # as `window_nll`
                    n_boot: int = 2000, seed: int = 0,                      # of the interval
                    progress: ProgressFn | None = None
-                  ) -> tuple[float, float, float]:  # perplexity per token, 95% interval (NaN for one window)
+                  # perplexity per token, 95% interval (NaN for one window)
+                  ) -> tuple[float, float, float]:
     "Perplexity of a calibration set, with a bootstrap interval over windows."
     mean = window_nll(model, tokens, batch_tokens, progress) / (tokens.shape[1] - 1)
     values = np.exp(draws(len(mean), n_boot, seed, "perplexity") @ mean / len(mean))
@@ -260,9 +375,11 @@ def js_divergence(a: np.ndarray, b: np.ndarray  # token ids, any shape
                  ) -> float:                    # bits, 0 to 1
     "How different two texts are in the tokens that they use."
     a, b = np.ravel(a), np.ravel(b)
-    if not len(a) or not len(b): raise CalibPruneError("A divergence needs two texts, but one has no tokens.")
+    if not len(a) or not len(b):
+        raise CalibPruneError("A divergence needs two texts, but one has no tokens.")
     p, q = (np.bincount(o, minlength=max(a.max(), b.max()) + 1) / len(o) for o in (a, b))
-    return min(max(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0), 1.0)  # beyond by rounding only
+    # beyond by rounding only
+    return min(max(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0), 1.0)
 
 # %% ../../nbs/calibration/04_oit.ipynb #d4085b72
 def text_metrics(cal: CalibrationSet, tokenizer,
@@ -271,19 +388,30 @@ def text_metrics(cal: CalibrationSet, tokenizer,
                 ) -> dict[str, float]:                   # by key of `METRICS`
     "Every metric that needs only the text."
     if cal.tokenizer != tokenizer_identity(tokenizer):
-        raise CalibPruneError("The calibration set was made with another tokenizer: give the one that it was built with.")
+        raise CalibPruneError(
+            "The calibration set was made with another tokenizer: give the one that it was built"
+            " with."
+        )
     tokens, end = cal.tokens.numpy(), end_of_text_id(tokenizer)
     parts = pieces(cal, end)
-    if parts.empty: raise CalibPruneError("The calibration set holds no text, only end-of-text tokens.")
+    if parts.empty:
+        raise CalibPruneError("The calibration set holds no text, only end-of-text tokens.")
     size, compressed = volume(piece_texts(tokens, parts, tokenizer))
     counts = np.bincount(tokens.ravel())
     # A window of nothing but white space is one line.
     sentences = max(sentence_count(tokens, tokenizer, end), int((tokens != end).any(1).sum()))
     return document_metrics(parts) | dict(
-        volume_tokens=tokens.size, volume_bytes=size, volume_compressed=compressed,
-        scope_vocabulary=int((counts > 0).sum()), granularity_sentence=float(parts.length.sum() / sentences),
-        variety_ngrams=distinct_ngrams(tokens), variety_entropy=entropy(counts), duration_window=tokens.shape[1],
-        aggregation=aggregation(tokens, n, reading), coverage=coverage(tokens, frequent_ids(tokenizer, frequent)))
+        volume_tokens=tokens.size,
+        volume_bytes=size,
+        volume_compressed=compressed,
+        scope_vocabulary=int((counts > 0).sum()),
+        granularity_sentence=float(parts.length.sum() / sentences),
+        variety_ngrams=distinct_ngrams(tokens),
+        variety_entropy=entropy(counts),
+        duration_window=tokens.shape[1],
+        aggregation=aggregation(tokens, n, reading),
+        coverage=coverage(tokens, frequent_ids(tokenizer, frequent)),
+    )
 
 # %% ../../nbs/calibration/04_oit.ipynb #f31cde3c
 def mismatches(cal: CalibrationSet, tokenizer,
@@ -293,10 +421,15 @@ def mismatches(cal: CalibrationSet, tokenizer,
     text = lambda ids: (flat := np.ravel(ids))[flat != end_of_text_id(tokenizer)]
     for name, ids in references.items():
         if not text(ids).size: raise CalibPruneError(f"The reference {name!r} holds no text.")
-    return {f"mismatch:{k}": js_divergence(text(cal.tokens.numpy()), text(v)) for k, v in references.items()}
+    return {
+        f"mismatch:{k}": js_divergence(text(cal.tokens.numpy()), text(v))
+        for k, v in references.items()
+    }
 
 # %% ../../nbs/calibration/04_oit.ipynb #ed5d330e
-def _row(key: str, value: float, low: float = math.nan, high: float = math.nan, note: str = "") -> dict:
+def _row(
+    key: str, value: float, low: float = math.nan, high: float = math.nan, note: str = ""
+) -> dict:
     "One row of `measure`. The reason why a value cannot vary comes before any other note."
     m = METRICS[key.partition(":")[0]]
     return dict(metric=key, oit=m.oit, value=value, unit=m.unit, ci_low=low, ci_high=high,
@@ -304,8 +437,10 @@ def _row(key: str, value: float, low: float = math.nan, high: float = math.nan, 
 
 # %% ../../nbs/calibration/04_oit.ipynb #2eed731f
 def measure(cal: CalibrationSet, tokenizer,
-            model=None,                                      # the dense model; without it no distortion
-            references: Mapping[str, np.ndarray] | None = None,  # name → token ids; without them no mismatch
+            # the dense model; without it no distortion
+            model=None,
+            # name → token ids; without them no mismatch
+            references: Mapping[str, np.ndarray] | None = None,
             n: int = 4, reading: str = "repeated",           # see `aggregation`
             frequent: float = 0.1,                           # see `frequent_ids`
             batch_tokens: int = 1024, n_boot: int = 2000, seed: int = 0,  # see `set_perplexity`
@@ -314,8 +449,19 @@ def measure(cal: CalibrationSet, tokenizer,
     "All eleven metrics of a set; what cannot be measured is NaN, and its note says why."
     found = text_metrics(cal, tokenizer, n, reading, frequent)
     rows = [_row(k, found.get(k, math.nan)) for k, m in METRICS.items() if m.needs == "text"]
-    if model is None: rows.append(_row("distortion", math.nan, note="not measured: needs the dense model"))
-    else: rows.append(_row("distortion", *set_perplexity(model, cal.tokens, batch_tokens, n_boot, seed, progress)))
+    if model is None:
+        rows.append(_row("distortion", math.nan, note="not measured: needs the dense model"))
+    else:
+        rows.append(
+            _row(
+                "distortion",
+                *set_perplexity(model, cal.tokens, batch_tokens, n_boot, seed, progress)
+            )
+        )
     if not references:
-        return pd.DataFrame([*rows, _row("mismatch", math.nan, note="not measured: needs references")])
-    return pd.DataFrame(rows + [_row(k, v) for k, v in mismatches(cal, tokenizer, references).items()])
+        return pd.DataFrame(
+            [*rows, _row("mismatch", math.nan, note="not measured: needs references")]
+        )
+    return pd.DataFrame(
+        rows + [_row(k, v) for k, v in mismatches(cal, tokenizer, references).items()]
+    )

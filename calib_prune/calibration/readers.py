@@ -29,17 +29,23 @@ def text_chunks(path: Path, seen: Seen | None = None) -> Iterator[str]:
             while data := file.read(CHUNK):
                 if seen: seen(data)
                 if b"\0" in data:
-                    raise CalibPruneError(f"{path} is not text: it has a zero byte at offset {at + data.index(0):,}. "
-                                          "Calibration text is UTF-8: .txt, .jsonl, or a .parquet file.")
-                begin, at = at - len(decoder.getstate()[0]), at + len(data)  # begin: of the first kept byte
+                    raise CalibPruneError(
+                        f"{path} is not text: it has a zero byte at offset {at + data.index(0):,}. "
+                        "Calibration text is UTF-8: .txt, .jsonl, or a .parquet file."
+                    )
+                # begin: of the first kept byte
+                begin, at = at - len(decoder.getstate()[0]), at + len(data)
                 text = decoder.decode(data)
                 yield text.removeprefix("\ufeff") if begin == 0 else text
             begin = at - len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as e:
-        raise CalibPruneError(f"{path} is not UTF-8: byte 0x{e.object[e.start]:02x} at offset {begin + e.start:,}. "
-                              "Convert it, for example with iconv.") from e
-    except OSError as e: raise CalibPruneError(f"Cannot read {path}: {e.strerror or e}.") from e
+        raise CalibPruneError(
+            f"{path} is not UTF-8: byte 0x{e.object[e.start]:02x} at offset {begin + e.start:,}. "
+            "Convert it, for example with iconv."
+        ) from e
+    except OSError as e:
+        raise CalibPruneError(f"Cannot read {path}: {e.strerror or e}.") from e
 
 # %% ../../nbs/calibration/01_readers.ipynb #f75d765a
 def cut_at(chunks: Iterable[str], end: str) -> Iterator[str]:
@@ -67,8 +73,10 @@ def shorter(chunks: Iterable[str], longest: int = LONGEST) -> Iterator[str]:
         since = len(chunk) - chunk.rfind("\f") - 1 if "\f" in chunk else since + len(chunk)
         yield chunk
 
+# %% ../../nbs/calibration/01_readers.ipynb #05fdf179
 def read_txt(path: Path, field: str, seen: Seen | None = None) -> Iterator[str]:
-    "The documents of a text file: the parts between form feeds. It has no fields; `field` is ignored."
+    """The documents of a text file: the parts between form feeds. It has no fields; `field` is
+    ignored."""
     return cut_at(shorter(text_chunks(path, seen)), "\f")
 
 # %% ../../nbs/calibration/01_readers.ipynb #6a0c51d2
@@ -81,8 +89,10 @@ def within(path: Path, chunks: Iterable[str], longest: int = RECORD) -> Iterator
         line += chunk.count("\n")
         size = len(chunk) - chunk.rfind("\n") - 1 if "\n" in chunk else size + len(chunk)
         if size > longest:
-            raise CalibPruneError(f"{path}, line {line}, has more than {longest:,} characters, the most that a record "
-                                  "may have. Divide it, or put its text into a .txt file.")
+            raise CalibPruneError(
+                f"{path}, line {line}, has more than {longest:,} characters, the most that a record"
+                " may have. Divide it, or put its text into a .txt file."
+            )
         yield chunk
 
 # %% ../../nbs/calibration/01_readers.ipynb #7018830a
@@ -98,9 +108,11 @@ def _field(path: Path,
         raise CalibPruneError(f"{path}, line {n}, has no field {field!r}, but {has}. "
                               f"Name the right one: {path.name}:FIELD.")
     if not isinstance(r[field], str) or re.search("[\ud800-\udfff]", r[field]):
-        raise CalibPruneError(f"{path}, line {n}: the field {field!r} does not hold text but {ascii(r[field])[:60]}.")
+        raise CalibPruneError(
+            f"{path}, line {n}: the field {field!r} does not hold text but {ascii(r[field])[:60]}.")
     return r[field]
 
+# %% ../../nbs/calibration/01_readers.ipynb #6cc6be18
 def read_jsonl_field(path: Path, field: str, seen: Seen | None = None) -> Iterator[str]:
     "One field of each record of a JSON-lines file."
     lines = enumerate(cut_at(within(path, text_chunks(path, seen)), "\n"), 1)
@@ -116,13 +128,16 @@ def _opened(path: Path, file: Any) -> Any:
     except (OSError, pa.ArrowException) as e:
         raise CalibPruneError(f"{path} is not a Parquet file that can be read: {e}") from e
 
+# %% ../../nbs/calibration/01_readers.ipynb #ac0504a5
 def _text_column(path: Path, table: Any, field: str) -> int:
     "The number of a text column among the columns that hold values."
     from pyarrow import types
     schema = table.schema_arrow
     columns = ", ".join(f"{c.name} ({c.type})" for c in schema)
     if (n := schema.names.count(field)) > 1:
-        raise CalibPruneError(f"{path} has {n} columns named {field!r}: rename the others. Its columns are {columns}.")
+        raise CalibPruneError(
+            f"{path} has {n} columns named {field!r}: rename the others. Its columns are {columns}."
+        )
     kind = schema.field(field).type if n else None
     if kind is None or not (types.is_string(kind) or types.is_large_string(kind)):
         raise CalibPruneError(f"{path} has no text column {field!r}; its columns are {columns}. "
@@ -131,14 +146,18 @@ def _text_column(path: Path, table: Any, field: str) -> int:
 
 # %% ../../nbs/calibration/01_readers.ipynb #0d6f3b95
 BATCH = 1 << 27  # bytes that are unpacked at a time (ours); less only makes it slower
-MOST_PACKED, ENOUGH = 1000, 1 << 30  # text becomes 3 to 50 times smaller (ours); bytes that may be more repetitive
+# text becomes 3 to 50 times smaller (ours); bytes that may be more repetitive
+MOST_PACKED, ENOUGH = 1000, 1 << 30
 
 def _check_packing(path: Path, field: str, packed: int, size: int) -> None:  # bytes
     "Refuse a column that is large only when it is unpacked."
     if size > MOST_PACKED * packed:
-        raise CalibPruneError(f"{path}: its column {field!r} makes {size:,} bytes or more out of {packed:,}. No text is so "
-                              "repetitive. Leave out its repeats.")
+        raise CalibPruneError(
+            f"{path}: its column {field!r} makes {size:,} bytes or more out of {packed:,}. No text"
+            " is so repetitive. Leave out its repeats."
+        )
 
+# %% ../../nbs/calibration/01_readers.ipynb #4ba71ab7
 def _rows_at_a_time(path: Path, field: str,
                     chunk: Any  # pyarrow's metadata of the column in a group of rows
                    ) -> int:
@@ -152,9 +171,12 @@ def _check_cells(path: Path, field: str, batch: Any) -> None:
     "Refuse a text that is too long to go on with."
     import pyarrow.compute as pc
     if batch.nbytes > RECORD and pc.max(pc.binary_length(batch.column(0))).as_py() > RECORD:
-        raise CalibPruneError(f"{path}: its column {field!r} has a text of more than {RECORD:,} bytes, the most that a "
-                              "record may have. Divide it, or put it into a .txt file.")
+        raise CalibPruneError(
+            f"{path}: its column {field!r} has a text of more than {RECORD:,} bytes, the most that"
+            " a record may have. Divide it, or put it into a .txt file."
+        )
 
+# %% ../../nbs/calibration/01_readers.ipynb #28398f9f
 def _cells(path: Path, table: Any, field: str) -> Iterator[str]:
     "The cells of a text column, a few at a time."
     at, packed, size = _text_column(path, table, field), 0, 0
@@ -166,11 +188,15 @@ def _cells(path: Path, table: Any, field: str) -> Iterator[str]:
             _check_cells(path, field, batch)
             yield from (cell.as_py() or "" for cell in batch.column(0))
 
+# %% ../../nbs/calibration/01_readers.ipynb #dae85d09
 def changed(path: str | Path) -> CalibPruneError:  # to be raised by the caller
     "The error for a file that is not what it was when its hash was taken."
-    return CalibPruneError(f"{path} was changed while it was read, so its text belongs to no revision. Nothing that was "
-                           "made of it is kept. Let whatever writes it finish, then try again.")
+    return CalibPruneError(
+        f"{path} was changed while it was read, so its text belongs to no revision. Nothing that"
+        " was made of it is kept. Let whatever writes it finish, then try again."
+    )
 
+# %% ../../nbs/calibration/01_readers.ipynb #f6466d5f
 def read_parquet_column(path: Path, field: str, seen: Seen | None = None) -> Iterator[str]:
     "One column of a Parquet file."
     import pyarrow as pa
@@ -181,7 +207,8 @@ def read_parquet_column(path: Path, field: str, seen: Seen | None = None) -> Ite
         try: yield from _cells(path, table, field)
         except MemoryError: raise  # pyarrow's is an ArrowException as well
         except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
-            raise CalibPruneError(f"{path} is damaged: its column {field!r} cannot be read: {e}") from e
+            raise CalibPruneError(
+                f"{path} is damaged: its column {field!r} cannot be read: {e}") from e
         file.seek(0)
         while seen and (data := file.read(CHUNK)): seen(data)
         if os.fstat(file.fileno()).st_mtime_ns != began: raise changed(path)

@@ -25,18 +25,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..core import (DIMENSIONS, CalibPruneError, as_fraction, cache_dir, check_number,
-                              content_hash, damaged, whole_file, write_atomic)
-from ..model.loading import end_of_text_id
 from .readers import changed
 from .sources import SUITE, get_source
+from calib_prune.core import (
+    DIMENSIONS,
+    CalibPruneError,
+    as_fraction,
+    cache_dir,
+    check_number,
+    content_hash,
+    damaged,
+    whole_file,
+    write_atomic,
+)
+from ..model.loading import end_of_text_id
 
 # %% ../../nbs/calibration/03_sets.ipynb #147ce6be
 CALIBRATION_VERSION = 1  # part of a result's key
 
 # %% ../../nbs/calibration/03_sets.ipynb #0cc3c340
 class DocumentSource(Protocol):
-    """What a set needs of a source. A `draw_key`, if it has one, seeds the draw instead of the name; `anew`, if it has
+    """What a set needs of a source. A `draw_key`, if it has one, seeds the draw instead of the
+    name; `anew`, if it has
     one, gives the source as it is now."""
     @property
     def name(self) -> str: ...
@@ -45,7 +55,8 @@ class DocumentSource(Protocol):
     def documents(self) -> list[str]: ...
 
 # %% ../../nbs/calibration/03_sets.ipynb #c132b3fc
-PIECE = 1 << 20  # characters tokenised at a time (ours): the tokenizer takes about a hundred bytes per character
+# characters tokenised at a time (ours): the tokenizer takes about a hundred bytes per character
+PIECE = 1 << 20
 
 def _pieces(document: str) -> Iterator[tuple[str, bool]]:  # text, is it the document's last piece?
     "A document in pieces of at most `PIECE` characters, cut after a line if there is one."
@@ -60,17 +71,30 @@ def _pieces(document: str) -> Iterator[tuple[str, bool]]:  # text, is it the doc
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     "The tokens of each text, without special tokens."
     try:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-                         verbose=False)["input_ids"]
-    except BaseException as e:  # the tokenizers library raises plain exceptions, and panics with what is no `Exception`
-        if isinstance(e, MemoryError) or not (isinstance(e, Exception) or type(e).__name__ == "PanicException"): raise
+        return tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+    # the tokenizers library raises plain exceptions, and panics with what is no `Exception`
+    except BaseException as e:
+        if isinstance(e, MemoryError) or not (
+            isinstance(e, Exception) or type(e).__name__ == "PanicException"
+        ):
+            raise
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise CalibPruneError(f"The tokenizer of {name} cannot encode this text: {str(e).strip()[:300]}. Use the tokenizer "
-                              "that the model was trained with. Its vocabulary must hold the token for what it does not "
-                              "know (unk_token in tokenizer.json).") from e
+        raise CalibPruneError(
+            f"The tokenizer of {name} cannot encode this text: {str(e).strip()[:300]}. Use the"
+            " tokenizer that the model was trained with. Its vocabulary must hold the token for"
+            " what it does not know (unk_token in tokenizer.json)."
+        ) from e
 
+# %% ../../nbs/calibration/03_sets.ipynb #d47a9a78
 def _token_batches(documents: Iterable[str], tokenizer
-                  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # tokens int64; where in them a document ends
+                  # tokens int64; where in them a document ends
+                  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "The tokens of a few documents at a time."
     batch, size, end = [], 0, end_of_text_id(tokenizer)
     def tokens():
@@ -88,7 +112,8 @@ def _token_batches(documents: Iterable[str], tokenizer
 # %% ../../nbs/calibration/03_sets.ipynb #118e4df8
 def token_stream(documents: Iterable[str],  # texts, in a fixed order
                  tokenizer                  # a Hugging Face tokenizer
-                ) -> tuple[np.ndarray, np.ndarray]:  # token ids int64 [T]; where each document starts, int64 [D]
+                # token ids int64 [T]; where each document starts, int64 [D]
+                ) -> tuple[np.ndarray, np.ndarray]:
     "All documents as one row of tokens, each followed by the end-of-text token."
     tokens, ends, size = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)], 0
     for found, where in _token_batches(documents, tokenizer):
@@ -126,7 +151,8 @@ def allocate(weights: Mapping[str, float],  # relative, positive; read as the de
     return {k: c + (k in left) for k, c in counts.items()}
 
 # %% ../../nbs/calibration/03_sets.ipynb #b056a50d
-# Shares of the dimensions that the mixing law of SmolLM2-135M predicts to be best for the total and the worst dimension
+# Shares of the dimensions that the mixing law of SmolLM2-135M predicts to be best for the total and
+# the worst dimension
 # together (ours): figures/mixing/smollm2-135m/T12-best.csv
 HALF_CODE = dict(General=10, Commonsense=15, Code=45, Math=30)
 
@@ -135,10 +161,15 @@ def named_mixes() -> dict[str, dict[str, float]]:
     size = {d: sum(s.dimension == d for s in SUITE.values()) for d in DIMENSIONS}
     dimensions = {k: float(math.prod(size.values()) // size[s.dimension]) for k, s in SUITE.items()}
     half_code = {k: HALF_CODE[s.dimension] / size[s.dimension] for k, s in SUITE.items()}
-    return {"uniform": {k: 1.0 for k in SUITE}, "uniform-dimensions": dimensions, "half-code": half_code}
+    return {
+        "uniform": {k: 1.0 for k in SUITE},
+        "uniform-dimensions": dimensions,
+        "half-code": half_code,
+    }
 
 # %% ../../nbs/calibration/03_sets.ipynb #7054d0fe
-def parse_mix(text: str  # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), a name in `named_mixes`, or your own files
+# "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), a name in `named_mixes`, or your own files
+def parse_mix(text: str
              ) -> dict[str, float]:  # source name or path → relative weight
     "Read a mix of calibration sources."
     if text in (named := named_mixes()): return named[text]
@@ -146,11 +177,13 @@ def parse_mix(text: str  # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), a 
     for part in text.split(","):
         name, _, weight = (part.rpartition("=") if "=" in part else (part, "", "1"))
         name = name.strip()
-        try: value = float(weight)
+        try:value = float(weight)
         except ValueError: value = math.nan
         if not name or not (0 < value < math.inf):
-            raise CalibPruneError(f"Cannot read {part!r} in the calibration mix {text!r}: write NAME or NAME=WEIGHT "
-                                  "with a positive number, for example c4=0.5,math=0.5.")
+            raise CalibPruneError(
+                f"Cannot read {part!r} in the calibration mix {text!r}: write NAME or NAME=WEIGHT "
+                "with a positive number, for example c4=0.5,math=0.5."
+            )
         if name in mix:
             raise CalibPruneError(f"Source {name!r} stands twice in the calibration mix {text!r}.")
         mix[name] = value
@@ -161,7 +194,8 @@ def parse_mix(text: str  # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), a 
 class CalibrationSet:
     "N windows of L tokens, with their provenance."
     tokens: torch.Tensor       # int64 [N, L]; no padding
-    provenance: pd.DataFrame   # one row per window: source, first_document, offset (tokens into it), last_document
+    # one row per window: source, first_document, offset (tokens into it), last_document
+    provenance: pd.DataFrame
     tokenizer: str             # identity of the tokenizer
     seed: int
     sources: dict[str, str]    # source → its exact revision
@@ -174,18 +208,30 @@ class CalibrationSet:
 
     @property
     def groups(self) -> list[str]:
-        "What each window stands for: the dimension of its source, or the source itself if it is your own text."
-        known = {o: dimension if (dimension := get_source(o).dimension) in DIMENSIONS else o for o in self.sources}
+        """What each window stands for: the dimension of its source, or the source itself if it is
+        your own text."""
+        known = {
+            o: dimension if (dimension := get_source(o).dimension) in DIMENSIONS else o
+            for o in self.sources
+        }
         return self.provenance["source"].map(known).to_list()
 
     @property
-    def counts(self) -> dict[str, int]: return self.provenance["source"].value_counts(sort=False).to_dict()
+    def counts(self) -> dict[str, int]:
+        return self.provenance["source"].value_counts(sort=False).to_dict()
 
     def record(self) -> dict[str, Any]:
         "What a result row says about its calibration set."
         n, length = self.tokens.shape
-        return dict(windows=n, length=length, seed=self.seed, content=self.content, tokenizer=self.tokenizer,
-                    counts=self.counts, sources=self.sources)
+        return dict(
+            windows=n,
+            length=length,
+            seed=self.seed,
+            content=self.content,
+            tokenizer=self.tokenizer,
+            counts=self.counts,
+            sources=self.sources,
+        )
 
 # %% ../../nbs/calibration/03_sets.ipynb #ceb0fc56
 def tokenizer_identity(tokenizer) -> str:
@@ -202,7 +248,9 @@ def _write_array(path: Path, raw: IO[bytes], kind: str  # of number: "<i4", "<i8
     size = raw.tell() // np.dtype(kind).itemsize
     raw.seek(0)
     with whole_file(path) as file:
-        np.lib.format.write_array_header_1_0(file, dict(descr=kind, fortran_order=False, shape=(size,)))
+        np.lib.format.write_array_header_1_0(
+            file, dict(descr=kind, fortran_order=False, shape=(size,))
+        )
         shutil.copyfileobj(raw, file)
 
 # %% ../../nbs/calibration/03_sets.ipynb #9047c17c
@@ -217,7 +265,8 @@ def _keep_stream(documents: Iterable[str], tokenizer, files: list[Path]) -> None
             tokens.write(found.astype("<i4").tobytes())
         starts.truncate(max(0, starts.tell() - 8))  # no document begins where the last one ends
         starts.seek(0, os.SEEK_END)
-        for path, raw, kind in zip(files, (tokens, starts), ("<i4", "<i8"), strict=True): _write_array(path, raw, kind)
+        for path, raw, kind in zip(files, (tokens, starts), ("<i4", "<i8"), strict=True):
+            _write_array(path, raw, kind)
 
 # %% ../../nbs/calibration/03_sets.ipynb #a1b542dd
 def _settled(source: DocumentSource, revision: str) -> Iterator[str]:
@@ -225,8 +274,10 @@ def _settled(source: DocumentSource, revision: str) -> Iterator[str]:
     yield from source.stream() if hasattr(source, "stream") else source.documents()
     if source.revision != revision: raise changed(f"The source {source.name}")
 
+# %% ../../nbs/calibration/03_sets.ipynb #28b58ab4
 def source_stream(source: DocumentSource, tokenizer,
-                  identity: str | None = None  # `tokenizer_identity(tokenizer)`, if it is known already
+                  # `tokenizer_identity(tokenizer)`, if it is known already
+                  identity: str | None = None
                  ) -> tuple[np.ndarray, np.ndarray]:  # as `token_stream`
     "The tokens of a source and the starts of its documents, kept on disk."
     entry, revision = getattr(source, "entry", {}), source.revision
@@ -241,7 +292,8 @@ def source_stream(source: DocumentSource, tokenizer,
         try:
             _keep_stream(texts(), tokenizer, files)
             tokens, documents = kept()
-        except (OSError, ValueError): return token_stream(texts(), tokenizer)  # no cache: only memory is lost
+        # no cache: only memory is lost
+        except (OSError, ValueError): return token_stream(texts(), tokenizer)
     return tokens, np.asarray(documents, np.int64)
 
 # %% ../../nbs/calibration/03_sets.ipynb #f116e8e8
@@ -251,9 +303,11 @@ def _windows_of(label: str,               # what the user calls the source
     "The first n windows of one source's seeded order, int64 [n, L], and where they came from."
     stream, documents = source_stream(source, tokenizer, identity)
     if len(stream) < n * length:
-        raise CalibPruneError(f"Source {label!r} has {len(stream):,} tokens, but {n} windows of {length} tokens need "
-                              f"{n * length:,}: ask for at most {len(stream) // length} windows, shorter ones, or a "
-                              "smaller share of this source. Text is never repeated.")
+        raise CalibPruneError(
+            f"Source {label!r} has {len(stream):,} tokens, but {n} windows of {length} tokens need "
+            f"{n * length:,}: ask for at most {len(stream) // length} windows, shorter ones, or a "
+            "smaller share of this source. Text is never repeated."
+        )
     at = window_starts(len(stream), length, seed, getattr(source, "draw_key", source.name))[:n]
     first, last = (np.searchsorted(documents, o, side="right") - 1 for o in (at, at + length - 1))
     tokens = stream[at[:, None] + np.arange(length)].astype(np.int64)
@@ -265,13 +319,19 @@ def check_distinct(sources: Mapping[str, DocumentSource]) -> None:
     "Refuse a mix in which the same text stands under two names."
     seen: dict[str, str] = {}
     for name, source in sources.items():
-        mark = content_hash([getattr(source, "draw_key", source.name), source.revision, getattr(source, "entry", {})])
+        mark = content_hash([
+            getattr(source, "draw_key", source.name), source.revision,
+            getattr(source, "entry", {})])
         if mark in seen:
-            raise CalibPruneError(f"{seen[mark]} and {name} hold the same text. Give it once, with a larger weight.")
+            raise CalibPruneError(
+                f"{seen[mark]} and {name} hold the same text. Give it once, with a larger weight."
+            )
         seen[mark] = name
 
 # %% ../../nbs/calibration/03_sets.ipynb #4b00c98c
-def build_calibration(mix: str | Mapping[str, float] | DocumentSource,  # see `parse_mix`; or any object with documents
+def build_calibration(
+                      # see `parse_mix`; or any object with documents
+                      mix: str | Mapping[str, float] | DocumentSource,
                       tokenizer,
                       n_windows: int = 32,   # N; usual in the field: 128
                       length: int = 512,     # L, in tokens; usual in the field: 2048
@@ -283,12 +343,16 @@ def build_calibration(mix: str | Mapping[str, float] | DocumentSource,  # see `p
     check_number("The seed", seed, 0, 2**63, whole=True)
     if isinstance(mix, str): mix = parse_mix(mix)
     sources: dict[str, DocumentSource]
-    if isinstance(mix, Mapping): sources, counts = {k: get_source(k) for k in mix}, allocate(mix, n_windows)
-    else: sources, counts = {mix.name: mix}, {mix.name: n_windows}
+    if isinstance(mix, Mapping):
+        sources, counts = {k: get_source(k) for k in mix}, allocate(mix, n_windows)
+    else:
+        sources, counts = {mix.name: mix}, {mix.name: n_windows}
     drawn = {k: s.anew() if hasattr(s, "anew") else s for k, s in sources.items() if counts[k]}
     check_distinct(drawn)
     identity = tokenizer_identity(tokenizer)
-    parts = [_windows_of(k, s, tokenizer, identity, counts[k], length, seed) for k, s in drawn.items()]
+    parts = [
+        _windows_of(k, s, tokenizer, identity, counts[k], length, seed) for k, s in drawn.items()
+    ]
     return CalibrationSet(tokens=torch.from_numpy(np.concatenate([p[0] for p in parts])),
                           provenance=pd.concat([p[1] for p in parts], ignore_index=True),
                           tokenizer=identity, seed=seed,
@@ -297,8 +361,12 @@ def build_calibration(mix: str | Mapping[str, float] | DocumentSource,  # see `p
 # %% ../../nbs/calibration/03_sets.ipynb #5bfb49c6
 def save_calibration(cal: CalibrationSet, path: str | Path) -> Path:
     "Write a calibration set as one Parquet file."
-    table = pa.Table.from_pandas(cal.provenance.assign(tokens=list(cal.tokens.numpy())), preserve_index=False)
-    about = json.dumps(dict(tokenizer=cal.tokenizer, seed=cal.seed, sources=cal.sources, content=cal.content))
+    table = pa.Table.from_pandas(
+        cal.provenance.assign(tokens=list(cal.tokens.numpy())), preserve_index=False
+    )
+    about = json.dumps(
+        dict(tokenizer=cal.tokenizer, seed=cal.seed, sources=cal.sources, content=cal.content)
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"calib_prune": about}), sink, compression="zstd")
     return write_atomic(path, sink.getvalue().to_pybytes())
@@ -311,11 +379,13 @@ def load_calibration(path: str | Path) -> CalibrationSet:
         raise CalibPruneError(f"Cannot read calibration set {path}: {e}") from e
     about = (table.schema.metadata or {}).get(b"calib_prune")
     if about is None:
-        raise CalibPruneError(f"{path} is a Parquet file, but not a calibration set written by calib-prune.")
+        raise CalibPruneError(
+            f"{path} is a Parquet file, but not a calibration set written by calib-prune.")
     try:
         about, frame = json.loads(about), table.to_pandas()
         tokens = torch.tensor(np.stack(frame.pop("tokens")))
         cal = CalibrationSet(tokens, frame, about["tokenizer"], about["seed"], about["sources"])
         if cal.content == about["content"]: return cal
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as e: raise damaged(path, str(e)) from e
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as e:
+        raise damaged(path, str(e)) from e
     raise damaged(path, "its tokens do not match their hash")

@@ -24,8 +24,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from .readers import (changed, read_jsonl_field, read_parquet_column, read_txt,
-                                             text_chunks)
+from calib_prune.calibration.readers import (
+    changed,
+    read_jsonl_field,
+    read_parquet_column,
+    read_txt,
+    text_chunks,
+)
 from ..core import CalibPruneError, as_path, content_hash, file_sha256, unknown_name
 from ..data.fetch import cached, read_manifest
 from ..data.files import documents
@@ -72,7 +77,9 @@ class Source:
     def size(self) -> dict[str, float]:
         "The number of documents and of 10⁶ bytes of UTF-8 text. It reads the text."
         texts = self.documents()
-        return dict(documents=len(texts), megabytes=round(sum(len(t.encode()) for t in texts) / 1e6, 2))
+        return dict(
+            documents=len(texts), megabytes=round(sum(len(t.encode()) for t in texts) / 1e6, 2)
+        )
 
 # %% ../../nbs/calibration/02_sources.ipynb #d8fb24b7
 @dataclass(frozen=True)
@@ -87,8 +94,10 @@ class PackagedSource(Source):
         path, said = self._entry()
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != said.get("sha256"):
-            raise CalibPruneError(f"{path} is broken: its content is not what was fetched. Remove it, then run "
-                                  "`calib-prune fetch` to make it again.")
+            raise CalibPruneError(
+                f"{path} is broken: its content is not what was fetched. Remove it, then run "
+                "`calib-prune fetch` to make it again."
+            )
         return [json.loads(line)["text"] for line in data.decode().split("\n") if line]
 
     @property
@@ -96,21 +105,25 @@ class PackagedSource(Source):
         _, said = self._entry()
         return f"{said.get('wheel')}#{str(said.get('sha256'))[:12]}"
 
+# %% ../../nbs/calibration/02_sources.ipynb #0b8e90e9
 def packaged(name: str, dimension: str, licence: str, description: str) -> PackagedSource:
     "A packaged source; its origin is looked up in the list of what is fetched."
     wheel = next(e.pin for e in [*SOURCE_TEXT, *HELDOUT_TEXT, *FURTHER_TEXT] if e.name == name)
     return PackagedSource(name, dimension, licence, f"wheel {WHEELS[wheel]}", description)
 
 # %% ../../nbs/calibration/02_sources.ipynb #5d0a8cb0
-NOT_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+NOT_CODE = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
+    "__pycache__"}
 
 def library_files(root: str | Path | None = None  # default: the running Python's
                  ) -> list[Path]:
     "The Python source files of the standard library, sorted by their path below it."
     root = Path(root or sysconfig.get_path("stdlib"))
     files = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py")}
-    return [p for name, p in sorted(files.items())
-            if not NOT_CODE & set(name.split("/")) and not p.name.startswith("_sysconfigdata") and p.is_file()]
+    return [
+        p for name, p in sorted(files.items()) if not NOT_CODE
+        & set(name.split("/")) and not p.name.startswith("_sysconfigdata") and p.is_file()]
 
 # %% ../../nbs/calibration/02_sources.ipynb #25387ff9
 @dataclass(frozen=True)
@@ -132,59 +145,87 @@ class LibrarySource(Source):
     def documents(self) -> list[str]: return self._texts
 
     @cached_property
-    def revision(self) -> str: return f"Python {platform.python_version()}#{content_hash(self._texts, 12)}"
+    def revision(self) -> str:
+        return f"Python {platform.python_version()}#{content_hash(self._texts, 12)}"
 
 # %% ../../nbs/calibration/02_sources.ipynb #f0dc86f9
-SOURCES: dict[str, Source] = {s.name: s for s in (
-    packaged("c4", "General", "ODC-BY 1.0 (collection)", "Web pages of C4, the field's default"),
-    packaged("openwebtext", "General", "CC0 1.0 (collection)", "Openings of pages linked from Reddit"),
-    packaged("wikipedia", "General", "CC BY-SA 3.0, GFDL", "Openings of English Wikipedia articles"),
-    packaged("news", "General", "not stated (BBC text)", "BBC news articles: the test split of XSum"),
-    packaged("papers", "General", "CC BY 4.0 (QASPER)", "Whole papers on language processing"),
-    packaged("hellaswag", "Commonsense", "MIT", "Everyday situations with their true ending (train)"),
-    packaged("csqa", "Commonsense", "MIT", "CommonsenseQA questions with the answer (train)"),
-    packaged("socialiqa", "Commonsense", "not stated", "Social situations, question and answer (train)"),
-    packaged("winogrande", "Commonsense", "CC BY", "Sentences with the pronoun's referent filled in (train)"),
-    LibrarySource("stdlib", "Code", "PSF-2.0", "the running interpreter", "Source of the Python standard library"),
-    packaged("codeio", "Code", "Apache-2.0 (package); upstream not stated", "Tasks with a Python solution (CodeI/O)"),
-    packaged("polyglot", "Code", "CC BY 4.0 (MBPP); translations not stated", "MBPP solved in sixteen other languages"),
-    packaged("math", "Math", "MIT", "Worked competition problems: MATH test without MATH-500"),
-    packaged("gsm-symbolic", "Math", "Apache-2.0 (generator)", "Worked word problems after 85 GSM8K templates"),
-    packaged("arithmetic", "Math", "Apache-2.0 (generator)", "Worksheets of sums and linear equations"))}
+SOURCES: dict[str, Source] = {
+    s.name: s for s in
+    (packaged("c4", "General", "ODC-BY 1.0 (collection)", "Web pages of C4, the field's default"),
+     packaged("openwebtext", "General", "CC0 1.0 (collection)",
+              "Openings of pages linked from Reddit"),
+     packaged("wikipedia", "General", "CC BY-SA 3.0, GFDL",
+              "Openings of English Wikipedia articles"),
+     packaged("news", "General", "not stated (BBC text)",
+              "BBC news articles: the test split of XSum"),
+     packaged("papers", "General", "CC BY 4.0 (QASPER)", "Whole papers on language processing"),
+     packaged("hellaswag", "Commonsense", "MIT",
+              "Everyday situations with their true ending (train)"),
+     packaged("csqa", "Commonsense", "MIT", "CommonsenseQA questions with the answer (train)"),
+     packaged("socialiqa", "Commonsense", "not stated",
+              "Social situations, question and answer (train)"),
+     packaged("winogrande", "Commonsense", "CC BY",
+              "Sentences with the pronoun's referent filled in (train)"),
+     LibrarySource("stdlib", "Code", "PSF-2.0", "the running interpreter",
+                   "Source of the Python standard library"),
+     packaged("codeio", "Code", "Apache-2.0 (package); upstream not stated",
+              "Tasks with a Python solution (CodeI/O)"),
+     packaged("polyglot", "Code", "CC BY 4.0 (MBPP); translations not stated",
+              "MBPP solved in sixteen other languages"),
+     packaged("math", "Math", "MIT", "Worked competition problems: MATH test without MATH-500"),
+     packaged("gsm-symbolic", "Math", "Apache-2.0 (generator)",
+              "Worked word problems after 85 GSM8K templates"),
+     packaged("arithmetic", "Math", "Apache-2.0 (generator)",
+              "Worksheets of sums and linear equations"))}
 
 # %% ../../nbs/calibration/02_sources.ipynb #c4b44560
-HELDOUT: dict[str, Source] = {s.name: s for s in (
-    packaged("wikipedia-articles", "General", "CC BY-SA 3.0, GFDL", "Fifty whole Wikipedia articles"),
-    packaged("multilexsum", "General", "ODC-BY 1.0", "Summaries of US civil-rights cases"),
-    packaged("coqa", "General", "differs by domain", "Stories, exam passages, books, news (CoQA)"))}
+HELDOUT: dict[str, Source] = {
+    s.name: s for s in
+    (packaged("wikipedia-articles", "General", "CC BY-SA 3.0, GFDL",
+              "Fifty whole Wikipedia articles"),
+     packaged("multilexsum", "General", "ODC-BY 1.0", "Summaries of US civil-rights cases"),
+     packaged("coqa", "General", "differs by domain", "Stories, exam passages, books, news (CoQA)"))
+}
 
 # %% ../../nbs/calibration/02_sources.ipynb #857c4760
-FURTHER: dict[str, Source] = {s.name: s for s in (
-    packaged("plots", "General", "Apache-2.0 (NarrativeQA)", "Plots of films and books (NarrativeQA)"),
-    packaged("abstracts", "General", "MIT (PubMedQA)", "Medical abstracts (PubMedQA)"),
-    packaged("contracts", "General", "not stated", "Terms of service (Consumer Contracts QA)"),
-    packaged("biographies", "General", "CC BY-SA 4.0 (QuAC)", "Sections of Wikipedia articles on people (QuAC)"),
-    packaged("finance", "General", "not stated (FiQA)", "Questions and answers on money (FiQA)"),
-    packaged("piqa", "Commonsense", "AFL-3.0", "Everyday goals with the right way to them (train)"),
-    packaged("arc", "Commonsense", "CC BY-SA 4.0", "School questions on science with the answer (ARC, train)"),
-    packaged("openbookqa", "Commonsense", "Apache-2.0", "Elementary science questions with the answer (train)"),
-    packaged("fables", "Commonsense", "MIT (package); upstream not stated", "Fables with talking animals"),
-    packaged("package", "Code", "MIT", "Python source of one package (OpenAI evals)"),
-    packaged("settings", "Code", "MIT", "YAML files of the same package"),
-    packaged("sql", "Code", "CC BY-SA 4.0 (Spider)", "Tables, question and SQL query (Spider)"),
-    packaged("exams", "Math", "MIT (package); upstream not stated", "Entrance exams with the letter of the answer (JEE)"),
-    packaged("sequences", "Math", "CC BY-SA 4.0 (OEIS)", "Sequences of whole numbers (OEIS)"),
-    packaged("binary", "Math", "MIT (package)", "Sums, differences and products of binary numbers"))}
+FURTHER: dict[str, Source] = {
+    s.name: s for s in
+    (packaged("plots", "General", "Apache-2.0 (NarrativeQA)",
+              "Plots of films and books (NarrativeQA)"),
+     packaged("abstracts", "General", "MIT (PubMedQA)", "Medical abstracts (PubMedQA)"),
+     packaged("contracts", "General", "not stated", "Terms of service (Consumer Contracts QA)"),
+     packaged("biographies", "General", "CC BY-SA 4.0 (QuAC)",
+              "Sections of Wikipedia articles on people (QuAC)"),
+     packaged("finance", "General", "not stated (FiQA)", "Questions and answers on money (FiQA)"),
+     packaged("piqa", "Commonsense", "AFL-3.0",
+              "Everyday goals with the right way to them (train)"),
+     packaged("arc", "Commonsense", "CC BY-SA 4.0",
+              "School questions on science with the answer (ARC, train)"),
+     packaged("openbookqa", "Commonsense", "Apache-2.0",
+              "Elementary science questions with the answer (train)"),
+     packaged("fables", "Commonsense", "MIT (package); upstream not stated",
+              "Fables with talking animals"),
+     packaged("package", "Code", "MIT", "Python source of one package (OpenAI evals)"),
+     packaged("settings", "Code", "MIT", "YAML files of the same package"),
+     packaged("sql", "Code", "CC BY-SA 4.0 (Spider)", "Tables, question and SQL query (Spider)"),
+     packaged("exams", "Math", "MIT (package); upstream not stated",
+              "Entrance exams with the letter of the answer (JEE)"),
+     packaged("sequences", "Math", "CC BY-SA 4.0 (OEIS)", "Sequences of whole numbers (OEIS)"),
+     packaged("binary", "Math", "MIT (package)", "Sums, differences and products of binary numbers")
+     )}
 
 # %% ../../nbs/calibration/02_sources.ipynb #57d40c0f
-SUITE: dict[str, Source] = {k: SOURCES[k] for k in (
-    "c4", "openwebtext", "wikipedia", "news", "papers", "hellaswag", "csqa", "socialiqa", "winogrande",
-    "stdlib", "codeio", "polyglot", "math", "gsm-symbolic", "arithmetic")}
+SUITE: dict[str, Source] = {
+    k: SOURCES[k]
+    for k in ("c4", "openwebtext", "wikipedia", "news", "papers", "hellaswag", "csqa", "socialiqa",
+              "winogrande", "stdlib", "codeio", "polyglot", "math", "gsm-symbolic", "arithmetic")}
 
 # %% ../../nbs/calibration/02_sources.ipynb #2b4843fb
 MAX_DOCUMENTS = 20_000
 
-def render(text: str | Callable[[dict], str],  # a column, a template such as "{question}\n{answer}", or a function
+def render(
+           # a column, a template such as "{question}\n{answer}", or a function
+           text: str | Callable[[dict], str],
            record: dict
           ) -> str:
     "The document that is made from a record of a data set."
@@ -210,15 +251,18 @@ class HubSource(Source):
     config: str | None = None                  # the data set's configuration
     split: str = "train"
     text: str | Callable[[dict], str] = "text" # see `render`
-    at: str | None = None                      # branch, tag or commit to use; None is the main branch
+    # branch, tag or commit to use; None is the main branch
+    at: str | None = None
 
     @cached_property
     def revision(self) -> str:
         if (folder := Path(self.path)).is_dir(): return _folder_revision(folder, self.at)
         from datasets import load_dataset_builder
-        with _reading(self): return load_dataset_builder(self.path, name=self.config, revision=self.at).hash
+        with _reading(self):
+            return load_dataset_builder(self.path, name=self.config, revision=self.at).hash
 
-    def anew(self) -> "HubSource": return replace(self) if Path(self.path).is_dir() else self  # a commit never changes
+    # a commit never changes
+    def anew(self) -> "HubSource": return replace(self) if Path(self.path).is_dir() else self
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -226,18 +270,24 @@ class HubSource(Source):
         return dict(path=self.path, config=self.config, split=self.split, text=text)
 
     @property
-    def draw_key(self) -> str: return self.revision if Path(self.path).is_dir() else self.name
+    def draw_key(self) -> str:
+        return self.revision if Path(self.path).is_dir() else self.name
 
     def documents(self) -> list[str]:
         from datasets import load_dataset
         at = None if self.revision.startswith("folder#") else self.revision
         with _reading(self):
-            rows = load_dataset(self.path, name=self.config, split=self.split, streaming=True, revision=at)
+            rows = load_dataset(
+                self.path, name=self.config, split=self.split, streaming=True, revision=at
+            )
             some = islice(rows, MAX_DOCUMENTS)
             texts = [d["text"] for d in documents(_rendered(self, r) for r in some)]
-        if at is None and _folder_revision(Path(self.path), None) != self.revision: raise changed(self.path)
+        if at is None and _folder_revision(Path(self.path), None) != self.revision:
+            raise changed(self.path)
         if not texts:
-            raise CalibPruneError(f"The source {self.name!r} ({self.path}, split {self.split}) holds no text.")
+            raise CalibPruneError(
+                f"The source {self.name!r} ({self.path}, split {self.split}) holds no text."
+            )
         return texts
 
 # %% ../../nbs/calibration/02_sources.ipynb #8931942f
@@ -248,11 +298,14 @@ def _reading(source: HubSource) -> Iterator[None]:
     from httpx import HTTPError
     from pyarrow import ArrowException
     try: yield
-    except (OSError, ValueError, RuntimeError, EOFError, zlib.error, DatasetsError, HTTPError, ArrowException) as e:
+    except (OSError, ValueError, RuntimeError, EOFError, zlib.error, DatasetsError, HTTPError,
+            ArrowException) as e:
         raise CalibPruneError(
-            f"Cannot load the source {source.name!r} ({source.path}, configuration {source.config}, "
+            f"Cannot load the source {source.name!r} ({source.path}, configuration "
+            f"{source.config}, "
             f"split {source.split}, revision {source.at or 'main'}): {e}\n"
-            "It needs the network and the name of a public data set in a plain format, or a local folder laid out "
+            "It needs the network and the name of a public data set in a plain format, or a "
+            "local folder laid out "
             "like one. `calib-prune sources` lists what needs no network.") from e
 
 # %% ../../nbs/calibration/02_sources.ipynb #6e53526c
@@ -260,8 +313,9 @@ def _rendered(source: HubSource, record: dict) -> str:
     "The document of one record; an error that names the columns if it cannot be made."
     try: text = render(source.text, record)
     except KeyError as e:
-        raise CalibPruneError(f"The source {source.name!r} ({source.path}) has no column {e}; its columns "
-                              f"are {', '.join(record)}.") from e
+        raise CalibPruneError(
+            f"The source {source.name!r} ({source.path}) has no column {e}; its columns "
+            f"are {', '.join(record)}.") from e
     except ValueError as e:
         raise CalibPruneError(f"The source {source.name!r}: the template {source.text!r} cannot be "
                               f"filled: {e}.") from e
@@ -275,39 +329,58 @@ def say_hellaswag_hub(r: dict) -> str:
     "Context and true ending of a HellaSwag record."
     return f"{r['ctx']} {r['endings'][int(r['label'])]}"
 
+# %% ../../nbs/calibration/02_sources.ipynb #651011cb
 def say_csqa_hub(r: dict) -> str:
     "Question and answer of a CommonsenseQA record."
     return f"{r['question']} {r['choices']['text'][r['choices']['label'].index(r['answerKey'])]}"
 
+# %% ../../nbs/calibration/02_sources.ipynb #4e6980ee
 def say_siqa_hub(r: dict) -> str:
     "Situation, question and answer of a Social IQa record."
     return f"{r['context']} {r['question']} {r['answer' + 'ABC'[int(r['label']) - 1]]}"
 
+# %% ../../nbs/calibration/02_sources.ipynb #b822b63b
 def say_gsm8k_hub(r: dict) -> str:
     "A GSM8K problem and its reasoning, without calculator marks and the final-answer marker."
     return f"{r['question']}\n{re.sub(r'<<.*?>>', '', r['answer']).partition('####')[0].strip()}"
 
 # %% ../../nbs/calibration/02_sources.ipynb #a11a6e6a
-def from_hub(name: str, dimension: str, licence: str, path: str, config: str | None = None, text="text") -> HubSource:
+def from_hub(
+    name: str, dimension: str, licence: str, path: str, config: str | None = None, text="text"
+) -> HubSource:
     "A member of the paper-scale suite."
-    return HubSource(f"paper:{name}", dimension, licence, f"Hugging Face hub, {path}", path=path, config=config, text=text)
+    return HubSource(
+        f"paper:{name}",
+        dimension,
+        licence,
+        f"Hugging Face hub, {path}",
+        path=path,
+        config=config,
+        text=text,
+    )
 
-PAPER_SOURCES: dict[str, HubSource] = {s.name: s for s in (
-    from_hub("c4", "General", "ODC-BY 1.0", "allenai/c4", "en"),
-    from_hub("wikipedia", "General", "CC BY-SA 3.0, GFDL", "wikimedia/wikipedia", "20231101.en"),
-    from_hub("fineweb-edu", "General", "ODC-BY 1.0", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
-    from_hub("news", "General", "Apache-2.0 (card)", "abisee/cnn_dailymail", "3.0.0", "article"),
-    from_hub("imdb", "General", "not stated", "stanfordnlp/imdb", "plain_text"),
-    from_hub("hellaswag", "Commonsense", "MIT", "Rowan/hellaswag", None, say_hellaswag_hub),
-    from_hub("csqa", "Commonsense", "MIT", "tau/commonsense_qa", None, say_csqa_hub),
-    from_hub("socialiqa", "Commonsense", "not stated", "lighteval/siqa", None, say_siqa_hub),
-    from_hub("winogrande", "Commonsense", "CC BY", "allenai/winogrande", "winogrande_xl", say_winogrande),
-    from_hub("codeparrot", "Code", "differs by file", "codeparrot/codeparrot-clean", None, "content"),
-    from_hub("oss-instruct", "Code", "MIT", "ise-uiuc/Magicoder-OSS-Instruct-75K", None, "{problem}\n\n{solution}"),
-    from_hub("codealpaca", "Code", "CC BY 4.0", "sahil2801/CodeAlpaca-20k", None, "{instruction}\n{input}\n\n{output}"),
-    from_hub("metamath", "Math", "MIT", "meta-math/MetaMathQA", None, "{query}\n{response}"),
-    from_hub("gsm8k", "Math", "MIT", "openai/gsm8k", "main", say_gsm8k_hub),
-    from_hub("open-web-math", "Math", "ODC-BY 1.0", "open-web-math/open-web-math"))}
+
+PAPER_SOURCES: dict[str, HubSource] = {
+    s.name: s for s in
+    (from_hub("c4", "General", "ODC-BY 1.0", "allenai/c4", "en"),
+     from_hub("wikipedia", "General", "CC BY-SA 3.0, GFDL", "wikimedia/wikipedia", "20231101.en"),
+     from_hub("fineweb-edu", "General", "ODC-BY 1.0", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
+     from_hub("news", "General", "Apache-2.0 (card)", "abisee/cnn_dailymail", "3.0.0", "article"),
+     from_hub("imdb", "General", "not stated", "stanfordnlp/imdb", "plain_text"),
+     from_hub("hellaswag", "Commonsense", "MIT", "Rowan/hellaswag", None, say_hellaswag_hub),
+     from_hub("csqa", "Commonsense", "MIT", "tau/commonsense_qa", None, say_csqa_hub),
+     from_hub("socialiqa", "Commonsense", "not stated", "lighteval/siqa", None, say_siqa_hub),
+     from_hub("winogrande", "Commonsense", "CC BY", "allenai/winogrande", "winogrande_xl",
+              say_winogrande),
+     from_hub("codeparrot", "Code", "differs by file", "codeparrot/codeparrot-clean", None,
+              "content"),
+     from_hub("oss-instruct", "Code", "MIT", "ise-uiuc/Magicoder-OSS-Instruct-75K", None,
+              "{problem}\n\n{solution}"),
+     from_hub("codealpaca", "Code", "CC BY 4.0", "sahil2801/CodeAlpaca-20k", None,
+              "{instruction}\n{input}\n\n{output}"),
+     from_hub("metamath", "Math", "MIT", "meta-math/MetaMathQA", None, "{query}\n{response}"),
+     from_hub("gsm8k", "Math", "MIT", "openai/gsm8k", "main", say_gsm8k_hub),
+     from_hub("open-web-math", "Math", "ODC-BY 1.0", "open-web-math/open-web-math"))}
 
 # %% ../../nbs/calibration/02_sources.ipynb #0bc12d26
 READERS = {".txt": read_txt, ".jsonl": read_jsonl_field, ".parquet": read_parquet_column}
@@ -318,9 +391,12 @@ def enough_memory(path: str | Path) -> Iterator[None]:
     "Say which file the memory was too small for."
     try: yield
     except MemoryError as e:
-        raise CalibPruneError(f"There is not enough memory to read {path} ({str(e) or 'none is left'}). The file may be "
-                              "whole. Divide its long records, or use a machine with more memory.") from e
+        raise CalibPruneError(
+            f"There is not enough memory to read {path} ({str(e) or 'none is left'}). The file "
+            "may be "
+            "whole. Divide its long records, or use a machine with more memory.") from e
 
+# %% ../../nbs/calibration/02_sources.ipynb #c4e08e67
 def judged_sha256(path: Path, field: str) -> str:
     "The SHA-256 of a file of text, in hexadecimal; an error at the first byte that cannot be text."
     with enough_memory(path): next(READERS[path.suffix](path, field), None)
@@ -343,7 +419,8 @@ class FileSource(Source):
 
     def _read(self) -> Iterator[str]:
         wanted, seen = self.sha256, hashlib.sha256()
-        with enough_memory(self.path): yield from READERS[Path(self.path).suffix](Path(self.path), self.field, seen.update)
+        with enough_memory(self.path):
+            yield from READERS[Path(self.path).suffix](Path(self.path), self.field, seen.update)
         if seen.hexdigest() != wanted: raise changed(self.path)
 
     def stream(self) -> Iterator[str]:
@@ -372,26 +449,36 @@ def file_source(name: str              # a path, with ":FIELD" after it if need 
     p = as_path(path, "a file to calibrate on")
     if not p.exists(): raise CalibPruneError(f"There is no file {p} to calibrate on.")
     if p.is_dir():
-        raise CalibPruneError(f"{p} is a folder. Give one file ({', '.join(READERS)}), or hub:{p} for a folder "
-                              "laid out like a data set of the hub.")
+        raise CalibPruneError(
+            f"{p} is a folder. Give one file ({', '.join(READERS)}), or hub:{p} for a folder "
+            "laid out like a data set of the hub."
+        )
     if not p.is_file():
-        raise CalibPruneError(f"{p} is a pipe or a device. Text is read more than once: put it into a file.")
+        raise CalibPruneError(
+            f"{p} is a pipe or a device. Text is read more than once: put it into a file."
+        )
     if p.suffix not in READERS:
         raise CalibPruneError(f"{p}: text comes from {', '.join(READERS)} files, not {p.suffix!r}.")
     return FileSource(name, "Own", "your own", "a file", path=str(p), field=field)
 
 # %% ../../nbs/calibration/02_sources.ipynb #6aae807f
-HUB = re.compile(r"hub:(?P<path>[^\[#@]+?)(\[(?P<config>[^\]]+)\])?(:(?P<split>[\w.-]+))?(#(?P<text>[^@]+))?(@(?P<at>.+))?")
+HUB = re.compile(
+    r"hub:(?P<path>[^\[#@]+?)(\[(?P<config>[^\]]+)\])?(:(?P<split>[\w.-]+))?(#(?P<text>[^@]+))?(@(?P<at>.+))?"
+)
 
 def hub_source(name: str  # hub:ORG/NAME[CONFIG]:SPLIT#TEXT@REVISION
               ) -> HubSource:
     "Any data set of the hub, by a short specification."
     m = HUB.fullmatch(name)
     if m is None:
-        raise CalibPruneError(f"Cannot read {name!r}. A data set is written hub:ORG/NAME[CONFIG]:SPLIT#TEXT@REVISION; "
-                              "all but the name may be left out.")
+        raise CalibPruneError(
+            f"Cannot read {name!r}. A data set is written hub:ORG/NAME[CONFIG]:SPLIT#TEXT@REVISION;"
+            " all but the name may be left out."
+        )
     parts = {k: v for k, v in m.groupdict().items() if v}
-    return HubSource(name, "Own", "see the data set's card", f"Hugging Face hub, {parts['path']}", **parts)
+    return HubSource(
+        name, "Own", "see the data set's card", f"Hugging Face hub, {parts['path']}", **parts
+    )
 
 # %% ../../nbs/calibration/02_sources.ipynb #41d19b66
 def get_source(name: str  # a packaged name, paper:NAME, hub:…, or a file
@@ -402,5 +489,7 @@ def get_source(name: str  # a packaged name, paper:NAME, hub:…, or a file
     base, _, at = name.partition("@")
     if base in PAPER_SOURCES and at: return replace(PAPER_SOURCES[base], at=at)
     if name.startswith("hub:"): return hub_source(name)
-    if os.path.exists(name) or re.search(r"[/\\]|\.(txt|jsonl|parquet)\b", name): return file_source(name)
-    raise unknown_name("source", name, known, "A .txt, .jsonl or .parquet file, or hub:ORG/NAME, is a source as well.")
+    if os.path.exists(name) or re.search(r"[/\\]|\.(txt|jsonl|parquet)\b", name):
+        return file_source(name)
+    raise unknown_name("source", name, known,
+                       "A .txt, .jsonl or .parquet file, or hub:ORG/NAME, is a source as well.")

@@ -19,7 +19,8 @@ from typing import Any, Callable
 def _on_interrupt(act: Any) -> None:
     "Set what Ctrl-C does, where this program may."
     here = threading.current_thread() is threading.main_thread()
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell asks for in the background
+    # as a shell asks for in the background
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if here and act is not None and not ignored: signal.signal(signal.SIGINT, act)
 
 _before = signal.getsignal(signal.SIGINT)
@@ -49,7 +50,8 @@ class Interrupted(CalibPruneError):
     "A command was stopped with Ctrl-C. The message says what it leaves, and how to go on."
 
 AGAIN = "run the same command again"
-LEFT: dict[str, Callable[[dict[str, Any]], str]] = {  # by command; what it was given → what it leaves
+# by command; what it was given → what it leaves
+LEFT: dict[str, Callable[[dict[str, Any]], str]] = {
     "prune": lambda given: left_by_prune(given["output"], given.get("checkpoint")),
     "generate": lambda given: left_by_generate(given["output"]),
     "evaluate": lambda given: f"No scores were kept; {AGAIN}.",
@@ -73,14 +75,20 @@ def _later_interrupt(number: int, frame: FrameType | None) -> None:
     "Ctrl-C while the program ends: ignored once."
     _on_interrupt(signal.SIG_DFL)
 
+# %% ../../nbs/cli/10_app.ipynb #0d8eb596
 def _first_interrupt(number: int, frame: FrameType | None) -> None:
     "The first Ctrl-C."
     _on_interrupt(_later_interrupt)
     raise KeyboardInterrupt
 
 # %% ../../nbs/cli/10_app.ipynb #910e26cb
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-                  help="Prune a language model and see which abilities are lost with which calibration data.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Prune a language model and see which abilities are lost with which calibration data.",
+)
 
 COMMANDS = fetch, sources, tasks, methods, prune, evaluate, measure, generate, init, new_study
 for command in COMMANDS: app.command()(stoppable(command))
@@ -90,14 +98,20 @@ app.command(context_settings={"allow_extra_args": True})(stoppable(reproduce))
 def _print_error(text: str, as_json: bool, kind: str = "Error") -> None:
     "Print an error, for people on standard error."
     if as_json: print_json({"error": text if kind == "Error" else f"{kind}: {text}"})
-    else: Console(stderr=True).print(f"[bold red]{kind}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    else:
+        Console(stderr=True).print(f"[bold red]{kind}:[/] {escape(text)}",
+                                   highlight=False,
+                                   soft_wrap=True)
 
+# %% ../../nbs/cli/10_app.ipynb #edb6ce2f
 def _run_app(as_json: bool) -> int:
-    "Run the command and return the exit code; with `as_json`, wrong options are printed as JSON too."
+    """Run the command and return the exit code; with `as_json`, wrong options are printed as JSON
+    too."""
     if not as_json: return app() or 0  # typer draws its own errors, and exits
     try: return app(standalone_mode=False) or 0
     except Exception as e:
-        if not hasattr(e, "format_message"): raise  # the parser's errors have it, whichever package they come from
+        # the parser's errors have it, whichever package they come from
+        if not hasattr(e, "format_message"): raise
         print_json({"error": e.format_message() or type(e).__name__})
         return getattr(e, "exit_code", 1)
 
@@ -111,10 +125,15 @@ def _outcome(as_json: bool) -> Any:
         return 128 + signal.SIGINT
     except CalibPruneError as e: _print_error(str(e), as_json)
     except MemoryError:
-        _print_error("There is not enough memory for this. Try smaller batches, fewer windows or shorter windows.", as_json)
+        _print_error(
+            "There is not enough memory for this. Try smaller batches, fewer windows or shorter "
+            "windows.",
+            as_json)
     except OSError as e:
-        if e.filename is None and e.errno != errno.ENOENT: raise  # not a file but this program's own output
-        if e.filename is None: _print_error(f"{e.strerror}. Set TMPDIR to a folder that can be written.", as_json)
+        # not a file but this program's own output
+        if e.filename is None and e.errno != errno.ENOENT: raise
+        if e.filename is None:
+            _print_error(f"{e.strerror}. Set TMPDIR to a folder that can be written.", as_json)
         else: _print_error(f"{e.filename}: {e.strerror}.", as_json)
     return 1
 
@@ -127,6 +146,7 @@ def main() -> None:
         sys.stdout.flush()
     except OSError as e:  # closed or full: nothing more can be printed there
         sys.stdout, code = open(os.devnull, "w"), 1
-        if not isinstance(e, BrokenPipeError): print(f"Error: cannot write the output: {e.strerror or e}.", file=sys.stderr)
+        if not isinstance(e, BrokenPipeError):
+            print(f"Error: cannot write the output: {e.strerror or e}.", file=sys.stderr)
     _on_interrupt(_later_interrupt)  # from here on, Python itself ends
     sys.exit(code)

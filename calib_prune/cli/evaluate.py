@@ -11,13 +11,14 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from ..core import DIMENSIONS, CalibPruneError
 from .output import JsonOption, as_text, bars, print_json, show_table
+from ..core import DIMENSIONS, CalibPruneError
 
 # %% ../../nbs/cli/05_evaluate.ipynb #2babf5de
 def _print_lines(lines: list[str]) -> None:
     for line in lines: Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
+# %% ../../nbs/cli/05_evaluate.ipynb #7b885975
 def _score_text(row: Any,     # of `scoring.scores`
                 measure: str) -> str:
     "A score with its standard error: an accuracy in percent, or bits per byte."
@@ -27,6 +28,7 @@ def _score_text(row: Any,     # of `scoring.scores`
     spread = f" ± {error}" if row.n > 1 else ""  # a single item does not scatter
     return f"{100 * row.score:5.1f}{spread} %" if share else f"{row.score:5.3f}{spread}"
 
+# %% ../../nbs/cli/05_evaluate.ipynb #25318bf2
 def _chance_text(row: Any,     # of `scoring.scores`
                  measure: str) -> str:
     if measure == "answer-bits" or row.chance != row.chance: return "–"
@@ -51,6 +53,7 @@ def _percent_or_dash(*values: float) -> str:
     if any(value != value for value in values): return "–"
     return " to ".join(f"{100 * value:5.1f}" for value in values)
 
+# %% ../../nbs/cli/05_evaluate.ipynb #0d99ed20
 def retention_rows(kept: Any  # from `retention`
                   ) -> list[dict[str, Any]]:
     "Retention in percent, for people; a dash where there is none."
@@ -58,6 +61,7 @@ def retention_rows(kept: Any  # from `retention`
              "95 % CI": _percent_or_dash(row.ci_low, row.ci_high), "n": row.n or None}
             for row in kept.itertuples(index=False)]
 
+# %% ../../nbs/cli/05_evaluate.ipynb #3d3db70b
 def retention_notes(kept: Any  # from `retention`
                    ) -> list[str]:
     "Which tasks do not count, what has no interval or number, and why; then the verdict."
@@ -78,7 +82,9 @@ def _show_scores(found: Any) -> None:  # from `evaluate_model`
         "accuracies in %, other tasks in bits per byte (lower is better), ± standard error"
     show_table(score_table(tables, found.measure), f"scores: {unit}")
     long = "items left out because their answers are longer than the model's context"
-    _print_lines([f"{task}: {n} {long}." for task, n in found.items.attrs.get("left_out", {}).items()])
+    _print_lines(
+        [f"{task}: {n} {long}." for task, n in found.items.attrs.get("left_out", {}).items()]
+    )
     _print_lines(found.endings)
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b09
@@ -89,8 +95,10 @@ def _show_retention(found: Any) -> None:  # from `evaluate_model`
     show_table(retention_rows(kept), f"retention: {get_measure(found.measure).about}")
     _print_lines(retention_notes(kept))
 
+# %% ../../nbs/cli/05_evaluate.ipynb #60ca36fe
 def _print_record(found: Any) -> None:  # from `evaluate_model`
-    "Scores and retention for programs; the scores, which took hours, also where retention has no answer."
+    """Scores and retention for programs; the scores, which took hours, also where retention has no
+    answer."""
     try: record = found.record()
     except CalibPruneError as e:
         print_json(found.scores_record() | {"measure": found.measure, "error": str(e)})
@@ -99,25 +107,55 @@ def _print_record(found: Any) -> None:  # from `evaluate_model`
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b0a
 def evaluate(
-    model: Annotated[str, typer.Option(help="Model to score: a folder made by `prune`, or any model that `prune` takes.")],
-    dense: Annotated[Optional[str], typer.Option(
-        help="The model before pruning: adds the retention of each dimension with 95% intervals, and a verdict.")] = None,
-    tasks: Annotated[str, typer.Option(
-        help="A task set (see `calib-prune tasks`) or task names separated by commas.")] = "default",
-    limit: Annotated[int, typer.Option(help="Items per task, always the same random ones; 0 for all items.")] = 100,
-    measure: Annotated[str, typer.Option(
-        help="Retention by `plain` (ratio of the tasks' own scores), `answer-bits` (of the right answers; also tells small "
-             "models apart) or `above-chance` (of accuracies). Accuracies count only where the dense model "
-             "does better than guessing.")] = "plain",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Model to score: a folder made by `prune`, or any model that `prune` takes."
+        ),
+    ],
+    dense: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "The model before pruning: adds the retention of each dimension with 95% intervals,"
+                " and a verdict."
+            )
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="A task set (see `calib-prune tasks`) or task names separated by commas."
+        ),
+    ] = "default",
+    limit: Annotated[
+        int, typer.Option(help="Items per task, always the same random ones; 0 for all items.")
+    ] = 100,
+    measure: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "Retention by `plain` (ratio of the tasks' own scores), `answer-bits` (of the right"
+                " answers; also tells small "
+                "models apart) or `above-chance` (of accuracies). Accuracies count only where the"
+                " dense model "
+                "does better than guessing."
+            )
+        ),
+    ] = "plain",
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through the model at a time.")] = 1024,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens that pass through the model at a time.")
+    ] = 1024,
     as_json: JsonOption = False,
 ) -> None:
     "Score a model in four dimensions: General, Commonsense, Code, Math."
     from calib_prune.pipeline.evaluate import evaluate_model
     with bars(as_json) as progress:
-        found = evaluate_model(model, dense, tasks, limit or None, measure, dtype, device, batch_tokens, progress)
+        found = evaluate_model(
+            model, dense, tasks, limit or None, measure, dtype, device, batch_tokens, progress
+        )
     if as_json: return _print_record(found)
     _show_scores(found)  # before retention, which may have no answer
     _show_retention(found)

@@ -22,7 +22,8 @@ def fetch(
         help=f"Fetch only these models: {', '.join(NAMED_MODELS)}.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    "Download the default model, calibration text and benchmarks into the cache (about 400 MB, once)."
+    """Download the default model, calibration text and benchmarks into the cache (about 400 MB,
+    once)."""
     from calib_prune.data.fetch import fetch as run
     from calib_prune.data.fetch import wanted
     report = run(progress=not as_json, entries=wanted(models or ()))

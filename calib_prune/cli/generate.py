@@ -22,16 +22,20 @@ from ..data.files import read_jsonl
 def texts_in(journal: Path) -> int:
     "How many finished texts a journal holds."
     if not journal.is_file(): return 0
-    with open(journal, "rb") as lines: return max(0, sum(1 for _ in lines) - 1)  # the first line says what they are
+    # the first line says what they are
+    with open(journal, "rb") as lines: return max(0, sum(1 for _ in lines) - 1)
 
+# %% ../../nbs/cli/07_generate.ipynb #87a152f4
 def _may_be_finished(path: Path, journal: Path) -> bool:
     "Whether a run may have written text and report, and been killed before it removed its journal."
     from calib_prune.generation.writing import report_of
     if not (path.is_file() and report_of(path).is_file()): return False
     try: written = load_json(report_of(path), written=int)["written"]
     except CalibPruneError: return False
-    return 0 < written <= texts_in(journal)  # else texts would have to be written before the two can be compared
+    # else texts would have to be written before the two can be compared
+    return 0 < written <= texts_in(journal)
 
+# %% ../../nbs/cli/07_generate.ipynb #83f614dc
 def _holds(path: Path, rows: list[dict[str, Any]]) -> bool:
     "Whether a file holds these documents."
     try: return [*map(json.dumps, read_jsonl(path))] == [*map(json.dumps, rows)]
@@ -39,8 +43,10 @@ def _holds(path: Path, rows: list[dict[str, Any]]) -> bool:
 
 # %% ../../nbs/cli/07_generate.ipynb #c0f1a7b1
 @contextmanager
-def claimed(output: str) -> Iterator[tuple[Path, Path, bool]]:  # file, journal, whether a run was interrupted
-    "Lock a file, so that only this run writes it. A file that is there may be this run's own: compare it."
+def claimed(output: str
+           ) -> Iterator[tuple[Path, Path, bool]]:  # file, journal, whether a run was interrupted
+    """Lock a file, so that only this run writes it. A file that is there may be this run's own:
+    compare it."""
     from calib_prune.generation.writing import check_target, journal_of
     journal = journal_of(path := check_target(output, replace=True))
     def check() -> bool:
@@ -48,7 +54,8 @@ def claimed(output: str) -> Iterator[tuple[Path, Path, bool]]:  # file, journal,
         return resumed
     check()
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise CalibPruneError(f"Cannot make the folder of {path}: {e.strerror}.") from e
+    except OSError as e:
+        raise CalibPruneError(f"Cannot make the folder of {path}: {e.strerror}.") from e
     with only_run(path.with_name(f".{path.name}.lock"), path):
         yield path, journal, check()  # a run that has just ended may have written it
 
@@ -58,35 +65,71 @@ def left_by_generate(output: str) -> str:
     from calib_prune.generation.writing import check_target, journal_of
     path = check_target(output, replace=True)
     if n := texts_in(journal_of(path)):
-        return f"{n} finished texts are kept in {journal_of(path)}; the same command goes on from them."
+        return (
+            f"{n} finished texts are kept in {journal_of(path)}; the same command goes on from"
+            " them."
+        )
     if path.exists(): return f"{path} was left as it is."
     return "Nothing was written, as no text was finished; run the same command again."
 
 # %% ../../nbs/cli/07_generate.ipynb #6c133ca7
 def generate(
-    model: Annotated[str, typer.Option(help="The dense model that writes. Any model that `prune` takes.")],
-    output: Annotated[str, typer.Option(help="File to write, NAME.jsonl; a report is written beside it, NAME.report.json.")],
+    model: Annotated[
+        str, typer.Option(help="The dense model that writes. Any model that `prune` takes.")
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            help="File to write, NAME.jsonl; a report is written beside it, NAME.report.json."
+        ),
+    ],
     protocol: Annotated[str, typer.Option(help="`igsp`, `self-cal` or `sgs`.")] = "igsp",
-    windows: Annotated[int, typer.Option(help="Number of calibration windows that the text must fill.")] = 32,
+    windows: Annotated[
+        int, typer.Option(help="Number of calibration windows that the text must fill.")
+    ] = 32,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    text_length: Annotated[Optional[int], typer.Option(help="Longest text in tokens; 512 by default, 256 for igsp.")] = None,
+    text_length: Annotated[
+        Optional[int], typer.Option(help="Longest text in tokens; 512 by default, 256 for igsp.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
-    temperature: Annotated[Optional[float], typer.Option(
-        help="Replaces the protocol's temperature; for self-cal, that of the first token.")] = None,
-    source: Annotated[str, typer.Option(help="sgs: the source or file whose documents are continued.")] = "wikipedia",
-    pool: Annotated[float, typer.Option(help="igsp: tokens written, as a multiple of the tokens chosen; may grow.")] = 4.0,
-    balance: Annotated[str, typer.Option(
-        help="igsp: what of perplexity is balanced over the dimensions: `quantiles`, `mean` or `none`.")] = "quantiles",
-    batch: Annotated[int, typer.Option(help="Texts written at a time; fewer need less memory.")] = 32,
+    temperature: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Replaces the protocol's temperature; for self-cal, that of the first token."
+        ),
+    ] = None,
+    source: Annotated[
+        str, typer.Option(help="sgs: the source or file whose documents are continued.")
+    ] = "wikipedia",
+    pool: Annotated[
+        float,
+        typer.Option(help="igsp: tokens written, as a multiple of the tokens chosen; may grow."),
+    ] = 4.0,
+    balance: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "igsp: what of perplexity is balanced over the dimensions: `quantiles`, `mean` or"
+                " `none`."
+            )
+        ),
+    ] = "quantiles",
+    batch: Annotated[
+        int, typer.Option(help="Texts written at a time; fewer need less memory.")
+    ] = 32,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    revision: Annotated[
+        Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    "Let the dense model write its own calibration text. After an interruption, the same command goes on."
+    """Let the dense model write its own calibration text. After an interruption, the same command
+    goes on."""
     from dataclasses import replace
-    from calib_prune.generation.writing import report_of, write
+
     from calib_prune.generation.igsp import WRITERS, protocol_with
+    from calib_prune.generation.writing import report_of, write
     from calib_prune.model.loading import load_model, model_revision
     if protocol not in WRITERS: raise unknown_name("protocol", protocol, WRITERS)
     check_number("windows", windows, 1, math.inf, whole=True)
@@ -101,13 +144,22 @@ def generate(
         net, tokenizer = load_model(model, dtype, device, revision)
         # The first text may take a minute; the bar is shown before it.
         if progress: progress("writing tokens", 0, round(windows * length * own.get("pool", 1)))
-        made = run(net, tokenizer, budget=windows * length, seed=seed, batch=batch, journal=journal,
-                   about=dict(model=model, model_revision=model_revision(model, revision)), progress=progress)
+        made = run(
+            net,
+            tokenizer,
+            budget=windows * length,
+            seed=seed,
+            batch=batch,
+            journal=journal,
+            about=dict(model=model, model_revision=model_revision(model, revision)),
+            progress=progress,
+        )
         report = finite(made.report)  # the spread of a single text is NaN
-        if finished := path.exists() and _holds(path, made.rows): report = load_json(report_of(path))
+        if finished := path.exists() and _holds(path, made.rows):report = load_json(report_of(path))
         else: write(replace(made, report=report), path, resumed)
         journal.unlink(missing_ok=True)
-    if finished and not as_json: print(f"{path} was finished already by a run that was killed at its end.")
+    if finished and not as_json:
+        print(f"{path} was finished already by a run that was killed at its end.")
     brief = {k: report[k] for k in ("documents", "tokens", "perplexity", "repeated_4grams")}
-    if as_json: print_json(report | dict(output=str(path)))
+    if as_json:print_json(report | dict(output=str(path)))
     else: show_table([dict(output=str(path), **brief) | {"tokens/s": report["tokens_per_second"]}])

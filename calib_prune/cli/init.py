@@ -20,33 +20,48 @@ import typer
 
 import calib_prune
 from .output import JsonOption, print_json
-from ..core import CalibPruneError, as_path, is_study, only_run, parts_of, temporary_folder, write_atomic
+from calib_prune.core import (
+    CalibPruneError,
+    as_path,
+    is_study,
+    only_run,
+    parts_of,
+    temporary_folder,
+    write_atomic,
+)
 
 # %% ../../nbs/cli/09_init.ipynb #52204d1c
 WORKFLOW = "Snakefile"
 
 def study_files() -> Path:
-    "The folder with the workflow, the presets and the notebooks: a checkout, or inside the installed package."
+    """The folder with the workflow, the presets and the notebooks: a checkout, or inside the
+    installed package."""
     package = Path(calib_prune.__file__).resolve().parent
     for folder in (package.parent, package / "project"):
         if is_study(folder) and (folder / WORKFLOW).is_file(): return folder
-    raise CalibPruneError(f"This installation in {package} lacks the notebooks of studies. Install the package's wheel again.")
+    raise CalibPruneError(
+        f"This installation in {package} lacks the notebooks of studies. Install the package's"
+        " wheel again."
+    )
 
 # %% ../../nbs/cli/09_init.ipynb #5eaed081
 def study_contents() -> dict[str, bytes]:
     "The files of a study by name, the workflow last."
     source = study_files()
     found: list[Path] = []
-    for kind in ("presets/**/*.yaml", "profiles/*/config.yaml", "nbs/paper/*.ipynb"): found += sorted(source.glob(kind))
+    for kind in ("presets/**/*.yaml", "profiles/*/config.yaml", "nbs/paper/*.ipynb"):
+        found += sorted(source.glob(kind))
     kept = [o for o in found if o.name != "bench.ipynb"]  # it is of this package
     return {o.relative_to(source).as_posix(): o.read_bytes() for o in [*kept, source / WORKFLOW]}
 
 LOCK = ".init.lock"
 
+# %% ../../nbs/cli/09_init.ipynb #9d97fce6
 def _parts(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     "What a killed run was just writing in a folder."
     return [o for name in files for o in parts_of(folder / name)]
 
+# %% ../../nbs/cli/09_init.ipynb #9059e86a
 def _free(folder: Path, files: Mapping[str, bytes]) -> bool:
     "Is a folder absent, empty, or as a run that was killed while it wrote these files leaves it?"
     if not folder.exists(): return True
@@ -56,18 +71,23 @@ def _free(folder: Path, files: Mapping[str, bytes]) -> bool:
     if {*folder.iterdir()} - tops - parts: return False  # the usual case, at once
     whole = {folder / name: data for name, data in files.items()}
     there = [o for o in folder.rglob("*") if o not in parts and not o.is_dir()]
-    return len(there) < len(whole) and all(o in whole and o.is_file() and o.read_bytes() == whole[o] for o in there)
+    return len(there) < len(whole) and all(
+        o in whole and o.is_file() and o.read_bytes() == whole[o] for o in there
+    )
 
 # %% ../../nbs/cli/09_init.ipynb #fdb13c50
 def lay_out(folder: Path,
             more: Mapping[str, bytes] = MappingProxyType({})  # further files
            ) -> list[str]:  # what was copied
-    "Copy the files of a study into a folder that does not exist yet or is empty; what a killed run began is finished."
+    """Copy the files of a study into a folder that does not exist yet or is empty; what a killed
+    run began is finished."""
     copied = study_contents()
     files = {**more, **{k: v for k, v in copied.items() if k not in more}}
     def check():
         if _free(folder, files): return
-        raise CalibPruneError(f"{folder} exists and is not empty: choose a new folder. Nothing was changed.")
+        raise CalibPruneError(
+            f"{folder} exists and is not empty: choose a new folder. Nothing was changed."
+        )
     check()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +95,8 @@ def lay_out(folder: Path,
             check()  # a run that has just ended may have filled it
             for name, data in files.items(): write_atomic(folder / name, data)
             for part in _parts(folder, files): part.unlink()
-    except OSError as e: raise CalibPruneError(f"Cannot write {folder}: {e.strerror or e}.") from e
+    except OSError as e:
+        raise CalibPruneError(f"Cannot write {folder}: {e.strerror or e}.") from e
     return [*copied]
 
 # %% ../../nbs/cli/09_init.ipynb #1b578451
@@ -86,15 +107,21 @@ def init(
     "Lay out a study to edit: the workflow, the presets and the notebooks that papermill runs."
     copied = lay_out(path := as_path(folder, "a folder for a study"))
     if as_json: print_json(dict(folder=str(path), files=copied))
-    else: print(f"{len(copied)} files in {path}. Next:\n  cd {path}\n  calib-prune fetch\n  calib-prune reproduce --preset smoke")
+    else:
+        print(
+            f"{len(copied)} files in {path}. Next:\n  cd {path}\n  calib-prune fetch\n  "
+            "calib-prune reproduce --preset smoke"
+        )
 
 # %% ../../nbs/cli/09_init.ipynb #70843bbd
 def strategy_name(mix: str  # as `--calibration` takes it
                  ) -> str:
     "A name for files out of a mix."
-    short = re.sub(r"[^,=]*[/\\]|\.(txt|jsonl|parquet)\b", "", mix)  # of a file, its name without folder and kind
+    # of a file, its name without folder and kind
+    short = re.sub(r"[^,=]*[/\\]|\.(txt|jsonl|parquet)\b", "", mix)
     return re.sub(r"[^\w.-]+", "-", short).strip("-.")[:60] or "text"
 
+# %% ../../nbs/cli/09_init.ipynb #9eb22b5a
 def whole_paths(mix: str) -> str:
     "A mix whose files have whole paths: those in a preset start at the folder of the study."
     def whole(part: str) -> str:
@@ -102,27 +129,54 @@ def whole_paths(mix: str) -> str:
         return (str(Path(name).absolute()) if os.path.exists(name) else name) + mark + weight
     return ",".join(map(whole, mix.split(",")))
 
-def own_preset(smoke: str,  # the text of presets/smoke.yaml
-               name: str, model: str, mixes: Sequence[str], methods: Sequence[str], sparsities: Sequence[str]) -> str:
+# %% ../../nbs/cli/09_init.ipynb #c8965f78
+def own_preset(
+    smoke: str,  # the text of presets/smoke.yaml
+    name: str,
+    model: str,
+    mixes: Sequence[str],
+    methods: Sequence[str],
+    sparsities: Sequence[str],
+) -> str:
     "The preset of a new study."
     import yaml  # here, so that `calib-prune --help` is quick
 
     from calib_prune.pruning.masks import parse_sparsity
     strategies = {strategy_name(o): whole_paths(o) for o in mixes}
     if len(strategies) < len(mixes):
-        raise CalibPruneError(f"Two of the calibration sets get the same name: {', '.join(map(strategy_name, mixes))}.")
+        raise CalibPruneError(
+            "Two of the calibration sets get the same name:"
+            f" {', '.join(map(strategy_name, mixes))}."
+        )
     for o in sparsities: parse_sparsity(o)
-    number = lambda o: o if ":" in o else yaml.safe_load(o)  # YAML would read a pattern such as 2:4 as a time
-    grid = dict(strategies="all", methods=[*methods], sparsities=[*map(number, sparsities)], seeds=[0, 1], windows=["default"])
-    line = lambda o: yaml.safe_dump(o, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+    # YAML would read a pattern such as 2:4 as a time
+    number = lambda o: o if ":" in o else yaml.safe_load(o)
+    grid = dict(
+        strategies="all",
+        methods=[*methods],
+        sparsities=[*map(number, sparsities)],
+        seeds=[0, 1],
+        windows=["default"],
+    )
+    line = lambda o: yaml.safe_dump(o, default_flow_style=True, width=1000).strip().removesuffix(
+        "...").strip()
     sets = "".join(f"  {k}: {line(v)}\n" for k, v in strategies.items())
     changed = {
-        r"^# .*\n": f"# {name}: a study of {' '.join(model.split()).encode(errors='replace').decode()}.\n",
+        r"^# .*\n": (
+            f"# {name}: a study of {' '.join(model.split()).encode(errors='replace').decode()}.\n"
+        ),
         r"^name: .*$": f"name: {name}",
         r"^(?=extends: )": f"model: {line(model)}\n",
-        r"^strategies:.*\n(?:  .*\n)+": f"strategies:          # name: mix; others are compared with the first\n{sets}",
-        r"^grid:.*\n(?:  .*\n)+": f"grid:                # blocks of cells, run in this order\n  - {line(grid)}\n",
-        r"^tables: .*$": "tables: [main]       # notebooks of nbs/paper that make tables and figures"}
+        r"^strategies:.*\n(?:  .*\n)+": (
+            f"strategies:          # name: mix; others are compared with the first\n{sets}"
+        ),
+        r"^grid:.*\n(?:  .*\n)+": (
+            f"grid:                # blocks of cells, run in this order\n  - {line(grid)}\n"
+        ),
+        r"^tables: .*$": (
+            "tables: [main]       # notebooks of nbs/paper that make tables and figures"
+        ),
+    }
     for old, new in changed.items():
         smoke, n = re.subn(old, new.replace("\\", r"\\"), smoke, count=1, flags=re.M)
         assert n, old
@@ -138,29 +192,42 @@ def own_notebook(name: str) -> bytes:
 
 # %% ../../nbs/cli/09_init.ipynb #158c6a14
 def new_study(
-    folder: Annotated[str, typer.Argument(help="A new folder, or an empty one; its name becomes the study's.")],
-    model: Annotated[str, typer.Option(help="The model to prune: any that `prune` takes.")] = "smollm2-135m",
-    calibration: Annotated[Optional[list[str]], typer.Option(
-        help="A calibration set as `prune` takes it; give the option once for each. The first is what the others are compared "
-             "with. By default `c4` and `uniform`.")] = None,
-    method: Annotated[Optional[list[str]], typer.Option(help="A pruning method; once for each. By default `sparsegpt`.")] = None,
-    sparsity: Annotated[Optional[list[str]], typer.Option(
-        help="A fraction or a pattern such as 2:4; once for each. By default 0.5.")] = None,
+    folder: Annotated[str,
+                      typer.Argument(
+                          help="A new folder, or an empty one; its name becomes the study's.")],
+    model: Annotated[str, typer.Option(
+        help="The model to prune: any that `prune` takes.")] = "smollm2-135m",
+    calibration: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help=
+            "A calibration set as `prune` takes it; give the option once for each. The first is "
+            "what the others are compared "
+            "with. By default `c4` and `uniform`.")] = None,
+    method: Annotated[Optional[list[str]],
+                      typer.Option(
+                          help="A pruning method; once for each. By default `sparsegpt`.")] = None,
+    sparsity: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="A fraction or a pattern such as 2:4; once for each. By default 0.5.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    "Start a study of your own: a preset with your model, text and methods, and a notebook that shows what comes out."
+    """Start a study of your own: a preset with your model, text and methods, and a notebook that
+    shows what comes out."""
     from calib_prune.cli.reproduce import check_names
     from calib_prune.study.presets import load_preset
     path = as_path(folder, "a folder for a study")
     name = re.sub(r"[^\w.-]+", "-", path.absolute().name).strip("-.") or "study"
     model = str(Path(model).absolute()) if os.path.exists(model) else model
-    text = own_preset((study_files() / "presets/smoke.yaml").read_text(), name, model, calibration or ["c4", "uniform"],
-                      method or ["sparsegpt"], sparsity or ["0.5"])
+    text = own_preset((study_files() / "presets/smoke.yaml").read_text(), name, model, calibration
+                      or ["c4", "uniform"], method or ["sparsegpt"], sparsity or ["0.5"])
     with temporary_folder() as d:  # refused before anything is written
         shutil.copytree(study_files() / "presets/base", Path(d, "base"))  # which the preset extends
         check_names(load_preset(write_atomic(Path(d, f"{name}.yaml"), text)))
     lay_out(path, {f"presets/{name}.yaml": text.encode(), "study.ipynb": own_notebook(name)})
-    if as_json: print_json(dict(folder=str(path), preset=f"presets/{name}.yaml", notebook="study.ipynb"))
+    if as_json:
+        print_json(dict(folder=str(path), preset=f"presets/{name}.yaml", notebook="study.ipynb"))
     else:
         print(f"{path}/presets/{name}.yaml and {path}/study.ipynb. Next:\n  cd {path}\n"
               f"  calib-prune reproduce --preset presets/{name}.yaml\n  jupyter lab study.ipynb")

@@ -40,7 +40,12 @@ def tasks(as_json: JsonOption = False) -> None:
     rows = []
     for name, task in TASKS.items():
         sets = ", ".join(k for k, v in TASK_SETS.items() if name in v)
-        rows.append(dict(task=name, dimension=task.dimension, kind=task.kind, sets=sets, description=task.description))
+        rows.append(
+            dict(task=name,
+                 dimension=task.dimension,
+                 kind=task.kind,
+                 sets=sets,
+                 description=task.description))
     if as_json: print_json({"tasks": rows, "sets": TASK_SETS})
     else: show_table(rows)
 
@@ -48,6 +53,8 @@ def tasks(as_json: JsonOption = False) -> None:
 def methods(as_json: JsonOption = False) -> None:
     "List the pruning methods."
     from calib_prune.pruning.methods import METHODS
-    rows = [dict(method=o.name, label=o.label, needs=o.needs, settings=", ".join(o.settings)) for o in METHODS.values()]
+    rows = [
+        dict(method=o.name, label=o.label, needs=o.needs, settings=", ".join(o.settings))
+        for o in METHODS.values()]
     if as_json: print_json({"methods": rows})
     else: show_table(rows)

@@ -27,36 +27,58 @@ def _show_metrics(found,            # a data frame from `calibration.oit.measure
 
 # %% ../../nbs/cli/06_measure.ipynb #66c357fe
 def measure(
-    calibration: Annotated[str, typer.Option(
-        help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own .txt/.jsonl/.parquet files.")],
-    model: Annotated[Optional[str], typer.Option(
-        help="The dense model: adds perplexity. Any model that `prune` takes.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="Without --model: the model whose tokenizer is used.")] = "smollm2-135m",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own .txt/.jsonl/.parquet files."
+        ),
+    ],
+    model: Annotated[
+        Optional[str],
+        typer.Option(help="The dense model: adds perplexity. Any model that `prune` takes."),
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="Without --model: the model whose tokenizer is used.")
+    ] = "smollm2-135m",
     windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 0,
-    prompts: Annotated[int, typer.Option(help="Benchmark prompts per task to compare with; 0 for none.")] = 50,
-    own_text: Annotated[Optional[str], typer.Option(
-        help="Text that the model wrote, to compare with, such as a file from `generate --protocol self-cal`.")] = None,
+    prompts: Annotated[
+        int, typer.Option(help="Benchmark prompts per task to compare with; 0 for none.")
+    ] = 50,
+    own_text: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "Text that the model wrote, to compare with, such as a file from `generate"
+                " --protocol self-cal`."
+            )
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through the model at a time.")] = 1024,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens that pass through the model at a time.")
+    ] = 1024,
     as_json: JsonOption = False,
 ) -> None:
     "Measure calibration text: the eleven metrics of Objective Information Theory."
-    from calib_prune.calibration.sets import build_calibration, token_stream
-    from calib_prune.model.loading import load_model
     from calib_prune.calibration.oit import measure as run
-    from calib_prune.evaluation.tasks import benchmark_tokens
-    from calib_prune.model.loading import load_tokenizer
+    from calib_prune.calibration.sets import build_calibration, token_stream
     from calib_prune.calibration.sources import file_source
+    from calib_prune.evaluation.tasks import benchmark_tokens
+    from calib_prune.model.loading import load_model, load_tokenizer
     from calib_prune.pipeline.records import json_rows
     own = file_source(own_text).documents() if own_text is not None else None
     net, tok = load_model(model, dtype, device) if model else (None, load_tokenizer(tokenizer))
     cal = build_calibration(calibration, tok, windows, length, seed)
     references = benchmark_tokens(tok, prompts) if prompts else {}
     if own is not None: references["model"] = token_stream(own, tok)[0]
-    with bars(as_json) as progress: found = run(cal, tok, net, references, batch_tokens=batch_tokens, progress=progress)
+    with bars(as_json) as progress:
+        found = run(cal, tok, net, references, batch_tokens=batch_tokens, progress=progress)
     about = dict(mix=calibration, **cal.record())
-    if as_json: print_json(dict(calibration=about, metrics=json_rows(found)))
-    else: _show_metrics(found, f"{calibration}: {windows} windows of {length} tokens", intervals=bool(model))
+    if as_json:print_json(dict(calibration=about, metrics=json_rows(found)))
+    else:
+        _show_metrics(found,
+                      f"{calibration}: {windows} windows of {length} tokens",
+                      intervals=bool(model))

@@ -19,7 +19,9 @@ from rich.table import Table
 from ..progress import ProgressFn, terminal_bars
 
 # %% ../../nbs/cli/01_output.ipynb #e95ba735
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables and bars.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of tables and bars.")
+]
 
 # %% ../../nbs/cli/01_output.ipynb #3cf9ac6a
 def finite(value: Any) -> Any:
@@ -28,6 +30,7 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)): return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+# %% ../../nbs/cli/01_output.ipynb #1414f6b5
 def print_json(value: dict[str, Any]) -> None:
     "Print one JSON object on one line."
     print(json.dumps(finite(value), allow_nan=False, default=str))
@@ -44,7 +47,10 @@ def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
     "Print rows as a table."
     if title: Console().print(f"[italic]{escape(title)}[/]", highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for key in rows[0]: table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right", overflow="fold")
+    for key in rows[0]:
+        table.add_column(
+            key, justify="left" if isinstance(rows[0][key], str) else "right", overflow="fold"
+        )
     for row in rows: table.add_row(*map(as_text, row.values()))
     Console().print(table)
 

@@ -19,64 +19,161 @@ def left_by_prune(output: str, checkpoint: str | None) -> str:
     "What an interrupted `prune` leaves, and how to go on."
     from calib_prune.model.loading import RECORD
     from calib_prune.pruning.checkpoint import layers_in
-    if (Path(output).expanduser() / RECORD).is_file(): return f"{output} holds a whole model, and was left as it is."
-    if checkpoint is None: return "Nothing was written. With --checkpoint FOLDER, an interrupted run can go on."
+    if (Path(output).expanduser() / RECORD).is_file():
+        return f"{output} holds a whole model, and was left as it is."
+    if checkpoint is None:
+        return "Nothing was written. With --checkpoint FOLDER, an interrupted run can go on."
     n = layers_in(checkpoint)
     if not n: return "Nothing was written, as no layer was finished; run the same command again."
-    return f"No model was written. {n} finished layers are kept in {checkpoint}; the same command goes on from layer {n}."
+    return (
+        f"No model was written. {n} finished layers are kept in {checkpoint}; the same command goes"
+        f" on from layer {n}."
+    )
 
 # %% ../../nbs/cli/04_prune.ipynb #42c02350
-def _show_pruned(record: dict[str, Any], brief: dict[str, Any], finished: bool, as_json: bool) -> None:
+def _show_pruned(
+    record: dict[str, Any], brief: dict[str, Any], finished: bool, as_json: bool
+) -> None:
     "Print what was done; the layers are in the output's record only."
-    if as_json: return print_json({k: v for k, v in record.items() if k != "layers"} | brief | dict(finished_before=finished))
+    if as_json:
+        return print_json({k: v for k, v in record.items() if k != "layers"} | brief
+                          | dict(finished_before=finished))
     if finished:
-        print(f"{brief['output']} was finished already by a run that was killed at its end; its checkpoint is removed now.")
+        print(
+            f"{brief['output']} was finished already by a run that was killed at its end; its"
+            " checkpoint is removed now."
+        )
     show_table([brief])
 
+# %% ../../nbs/cli/04_prune.ipynb #05fdf179
 def prune(
-    model: Annotated[str, typer.Option(help="One that `fetch` knows (`smollm2-135m`, `qwen2.5-coder-0.5b`), a local folder, "
-                                            "a .gguf file, or a hub id `owner/name`.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="One that `fetch` knows (`smollm2-135m`, `qwen2.5-coder-0.5b`), a local folder, "
+            "a .gguf file, or a hub id `owner/name`."
+        ),
+    ],
     output: Annotated[str, typer.Option(help="Folder to write; must not exist or be empty.")],
-    calibration: Annotated[str, typer.Option(
-        help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own .txt/.jsonl/.parquet files.")] = "uniform",
-    method: Annotated[str, typer.Option(help="`sparsegpt`, `wanda`, or another that `calib-prune methods` lists.")] = "sparsegpt",
-    sparsity: Annotated[str, typer.Option(help="Fraction of weights to remove, in [0, 1), or a pattern such as `2:4`.")] = "0.6",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own .txt/.jsonl/.parquet files."
+        ),
+    ] = "uniform",
+    method: Annotated[
+        str, typer.Option(help="`sparsegpt`, `wanda`, or another that `calib-prune methods` lists.")
+    ] = "sparsegpt",
+    sparsity: Annotated[
+        str,
+        typer.Option(help="Fraction of weights to remove, in [0, 1), or a pattern such as `2:4`."),
+    ] = "0.6",
     windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Type to compute in: `float32`, `bfloat16` or `float16`.")] = "float32",
-    save_dtype: Annotated[str, typer.Option(help="Type of the saved weights: `same` as the model came in, if that is one of "
-                                                 "those above, or one of them.")] = "same",
+    dtype: Annotated[
+        str, typer.Option(help="Type to compute in: `float32`, `bfloat16` or `float16`.")
+    ] = "float32",
+    save_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Type of the saved weights: `same` as the model came in, if that is one of "
+            "those above, or one of them."
+        ),
+    ] = "same",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep the model and the windows' activations on the CPU; "
-                                                            "one layer at a time goes to the device.")] = False,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through a layer at a time.")] = 2048,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Keep the model and the windows' activations on the CPU; "
+            "one layer at a time goes to the device.",
+        ),
+    ] = False,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens that pass through a layer at a time.")
+    ] = 2048,
     block: Annotated[int, typer.Option(help="SparseGPT: columns per block.")] = 128,
-    damping: Annotated[float, typer.Option(help="SparseGPT: added to the Hessian's diagonal, as a fraction of its mean.")] = 0.01,
-    allocation: Annotated[str, typer.Option(help="Of the sparsity over layers: `uniform`, or `owl`: less where outliers "
-                                                 "are.")] = "uniform",
-    refine: Annotated[int, typer.Option(help="Conjugate-gradient steps on the weights that stay; 10 give nearly all there is to "
-                                             "gain. 0: none.")] = 0,
-    reconstruct: Annotated[int, typer.Option(help="Passes of training each layer's kept weights towards the dense layer's "
-                                                  "output. 0: none.")] = 0,
-    checkpoint: Annotated[Optional[str], typer.Option(
-        help="New folder for finished layers: after an interruption, the same command goes on from them. It is removed "
-             "at the end.")] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    damping: Annotated[
+        float,
+        typer.Option(help="SparseGPT: added to the Hessian's diagonal, as a fraction of its mean."),
+    ] = 0.01,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="Of the sparsity over layers: `uniform`, or `owl`: less where outliers " "are."
+        ),
+    ] = "uniform",
+    refine: Annotated[
+        int,
+        typer.Option(
+            help=(
+                "Conjugate-gradient steps on the weights that stay; 10 give nearly all there is to "
+                "gain. 0: none."
+            )
+        ),
+    ] = 0,
+    reconstruct: Annotated[
+        int,
+        typer.Option(
+            help="Passes of training each layer's kept weights towards the dense layer's "
+            "output. 0: none."
+        ),
+    ] = 0,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "New folder for finished layers: after an interruption, the same command goes on"
+                " from them. It is removed "
+                "at the end."
+            )
+        ),
+    ] = None,
+    revision: Annotated[
+        Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    "Prune a model with chosen calibration data; save it in a folder that the transformers library loads."
+    """Prune a model with chosen calibration data; save it in a folder that the transformers library
+    loads."""
     from calib_prune.pipeline.prune import prune_model
     began = time.perf_counter()
     with bars(as_json) as progress:
-        done = prune_model(model, output, checkpoint, progress, calibration=calibration, method=method, sparsity=sparsity,
-                           windows=windows, length=length, seed=seed, dtype=dtype, save_dtype=save_dtype, device=device,
-                           offload=offload, batch_tokens=batch_tokens, block=block, damping=damping, allocation=allocation,
-                           refine=refine, reconstruct=reconstruct, revision=revision)
+        done = prune_model(
+            model,
+            output,
+            checkpoint,
+            progress,
+            calibration=calibration,
+            method=method,
+            sparsity=sparsity,
+            windows=windows,
+            length=length,
+            seed=seed,
+            dtype=dtype,
+            save_dtype=save_dtype,
+            device=device,
+            offload=offload,
+            batch_tokens=batch_tokens,
+            block=block,
+            damping=damping,
+            allocation=allocation,
+            refine=refine,
+            reconstruct=reconstruct,
+            revision=revision,
+        )
     record = done.record
-    brief = dict(output=str(output), method=method, sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],
-                 windows=windows, seconds=round(time.perf_counter() - began, 1))
+    brief = dict(
+        output=str(output),
+        method=method,
+        sparsity=record["achieved_sparsity"],
+        mean_error=record["mean_error"],
+        windows=windows,
+        seconds=round(time.perf_counter() - began, 1),
+    )
     if record["rounded_to_zero"]:
         brief[f"weights rounded to zero by {record['saved_dtype']}"] = record["rounded_to_zero"]
-    if record["on_all_tokens"]: brief["matrices of experts with too few tokens"] = record["on_all_tokens"]
+    if record["on_all_tokens"]:
+        brief["matrices of experts with too few tokens"] = record["on_all_tokens"]
     _show_pruned(record, brief, done.finished_before, as_json)

@@ -29,7 +29,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from .output import show_table
-from ..core import CalibPruneError, as_path, cache_dir, check_number, is_study, only_run, temporary_folder, unknown_name
+from calib_prune.core import (
+    CalibPruneError,
+    as_path,
+    cache_dir,
+    check_number,
+    is_study,
+    only_run,
+    temporary_folder,
+    unknown_name,
+)
 from ..progress import StageBar, new_bars, read_progress
 
 if TYPE_CHECKING:  # for annotations; slow imports
@@ -50,17 +59,26 @@ def check_packages() -> None:
 
 # %% ../../nbs/cli/08_reproduce.ipynb #de3c0315
 def repository() -> Path:
-    "The folder with the workflow: the current one, or the checkout that this package is installed from."
+    """The folder with the workflow: the current one, or the checkout that this package is installed
+    from."""
     for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if is_study(folder): return folder
-    raise CalibPruneError(f"There is no study in {Path.cwd()}. `calib-prune init my-study` lays one out: its workflow, presets "
-                          "and notebooks. Then call `calib-prune reproduce` in that folder.")
+    raise CalibPruneError(
+        f"There is no study in {Path.cwd()}. `calib-prune init my-study` lays one out: its"
+        " workflow, presets and notebooks. Then call `calib-prune reproduce` in that folder."
+    )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #e7d10eed
 class _StudyBars:
     "A study's progress: a bar for the models, and one for each run that reports a stage."
     def __init__(self, bars: "Progress", names: list[str], left: set[str], results: Path):
-        self.bars, self.names, self.left, self.results, self.began = bars, names, left, results, time.time()
+        self.bars, self.names, self.left, self.results, self.began = (
+            bars,
+            names,
+            left,
+            results,
+            time.time(),
+        )
         self.stages: dict[str, StageBar] = {}
         self.total = bars.add_task("models finished", total=len(names))
 
@@ -76,11 +94,16 @@ class _StudyBars:
         for name in self.left: self._show_stage(name)
 
     def _show_stage(self, name: str) -> None:
-        state = None if self.over(name) else read_progress(self.results / ".progress" / f"{name}.json")
-        if name in self.stages and (state is None or self.stages[name].stage != state["stage"]): self.stages.pop(name).remove()
+        state = (
+            None if self.over(name) else read_progress(self.results / ".progress" / f"{name}.json")
+        )
+        if name in self.stages and (state is None or self.stages[name].stage != state["stage"]):
+            self.stages.pop(name).remove()
         if state is None: return
         if name not in self.stages:
-            self.stages[name] = StageBar(self.bars, state["stage"], state["total"], f"{name}: {state['stage']}")
+            self.stages[name] = StageBar(
+                self.bars, state["stage"], state["total"], f"{name}: {state['stage']}"
+            )
         self.stages[name].show(state["done"], state["total"])
 
     def end(self, failed: int) -> None:
@@ -93,7 +116,8 @@ _EVENT = re.compile(r"^ +jobid: (?P<job>\d+)$|^\s*log: (?P<failed>\S+\.ipynb), .
                     r"|^Finished jobid: (?P<right>\d+)|^Trying to restart job (?P<again>\d+)", re.M)
 
 def job_outcomes(text: str  # of Snakemake's log
-                ) -> dict[str, Path | None]:  # job → its notebook if it failed; in the order of their ends
+                # job → its notebook if it failed; in the order of their ends
+                ) -> dict[str, Path | None]:
     "How the jobs ended that have ended so far."
     found: dict[str, Path | None] = {}
     job = ""
@@ -104,6 +128,7 @@ def job_outcomes(text: str  # of Snakemake's log
         if event["again"]: found.pop(event["again"], None)
     return found
 
+# %% ../../nbs/cli/08_reproduce.ipynb #167dd69a
 def _last_line(notebook: Path, results: Path) -> str:
     "What a failed run said last; empty if it said nothing."
     log = results / "notebooks" / f"{notebook.stem}.log"
@@ -111,8 +136,10 @@ def _last_line(notebook: Path, results: Path) -> str:
 
 ALIKE = 3  # failures with one error, before any run succeeds, that end a study (ours)
 
+# %% ../../nbs/cli/08_reproduce.ipynb #c9374388
 def common_error(text: str, results: Path) -> str:
-    "The error that the first runs have in common; empty if one succeeded, or if their errors differ."
+    """The error that the first runs have in common; empty if one succeeded, or if their errors
+    differ."""
     first = [*job_outcomes(text).values()][:ALIKE]
     said = {_last_line(o, results) if o else "" for o in first}
     return said.pop() if len(first) == ALIKE and len(said) == 1 else ""
@@ -126,24 +153,45 @@ def failure_report(log: Path  # Snakemake's
     whole = log.read_text(errors="replace")
     if refused := re.findall(r"sbatch: error: (.+)", whole):
         said = "; ".join(dict.fromkeys(refused))
-        return f"The cluster refused a run: {said}. Change the profile or the preset. Snakemake's log: {log}"
+        return (
+            f"The cluster refused a run: {said}. Change the profile or the preset. Snakemake's log:"
+            f" {log}"
+        )
     found = [o for o in job_outcomes(whole).values() if o]
-    full = shutil.disk_usage(log.parent).free < LEAST_ROOM  # then a run's own log ends in the middle of its words
-    room = f" No space left on the disk of {log.parent}: make room, then run the same command again." if full else ""
+    # then a run's own log ends in the middle of its words
+    full = shutil.disk_usage(log.parent).free < LEAST_ROOM
+    room = (
+        f" No space left on the disk of {log.parent}: make room, then run the same command again."
+        if full
+        else ""
+    )
     if not found:
         said = whole.strip().rpartition("\n")[2]
-        return f"The workflow did not finish: {said or 'Snakemake said nothing.'}{room} Snakemake's log: {log}"
-    lines = [f"These did not finish: {', '.join(o.stem for o in found)}. Everything else is kept.{room} Snakemake's log: {log}"]
+        return (
+            f"The workflow did not finish: {said or 'Snakemake said nothing.'}{room} Snakemake's"
+            f" log: {log}"
+        )
+    lines = [
+        f"These did not finish: {', '.join(o.stem for o in found)}. Everything else is kept.{room}"
+        f" Snakemake's log: {log}"
+    ]
     for notebook in found:
         if said := _last_line(notebook, log.parent):
-            lines += [f"- {notebook.stem}: {said}", f"  notebook: {log.parent / 'notebooks' / notebook.name}"]
+            lines += [
+                f"- {notebook.stem}: {said}",
+                f"  notebook: {log.parent / 'notebooks' / notebook.name}",
+            ]
     return "\n".join(lines)
 
+# %% ../../nbs/cli/08_reproduce.ipynb #e7fb3f46
 def _common_report(error: str, log: Path) -> str:
     "Why a study was ended whose first runs failed alike."
     notebook = next(o for o in job_outcomes(log.read_text(errors="replace")).values() if o)
-    return (f"The first {ALIKE} runs failed with the same error, so the study was stopped:\n{error}\nOne of the notebooks: "
-            f"{log.parent / 'notebooks' / notebook.name}. Snakemake's log: {log}. Mend it and run the same command.")
+    return (
+        f"The first {ALIKE} runs failed with the same error, so the study was"
+        f" stopped:\n{error}\nOne of the notebooks: {log.parent / 'notebooks' / notebook.name}."
+        f" Snakemake's log: {log}. Mend it and run the same command."
+    )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #7a29b50a
 class Stopped(CalibPruneError):
@@ -152,6 +200,7 @@ class Stopped(CalibPruneError):
         super().__init__(said)
         self.code = 128 + number  # the exit status, as a shell would say it
 
+# %% ../../nbs/cli/08_reproduce.ipynb #a434d6f9
 def _watch(run: "Guarded", stops: list[int],  # signals that came
            bars: _StudyBars, log: Path        # Snakemake's
           ) -> str:                           # the error of the first runs, if it ended the study
@@ -160,13 +209,18 @@ def _watch(run: "Guarded", stops: list[int],  # signals that came
     while run.poll() is None:
         if len(stops) > run.asked:
             run.end()
-            if run.asked == 1: bars.bars.console.print("Stopping: the runs have a few seconds. A second Ctrl-C kills them.")
+            if run.asked == 1:
+                bars.bars.console.print(
+                    "Stopping: the runs have a few seconds. A second Ctrl-C kills them."
+                )
         text = log.read_text(errors="replace")
         before, alike = alike, common_error(text, bars.results)
-        if alike and alike == before and not run.asked:  # twice: the log may be about to say that a job is tried again
+        # twice: the log may be about to say that a job is tried again
+        if alike and alike == before and not run.asked:
             error = alike
             run.end()
-        if not run.asked: failed = sum(o is not None for o in job_outcomes(text).values())  # else they did not fail by themselves
+        # else they did not fail by themselves
+        if not run.asked: failed = sum(o is not None for o in job_outcomes(text).values())
         bars.show(failed)
         time.sleep(0.3)
     bars.end(failed)
@@ -179,30 +233,38 @@ def _gpus(study: dict[str, Any]) -> int:
     import torch  # a slow import
     return max(1, torch.cuda.device_count())
 
+# %% ../../nbs/cli/08_reproduce.ipynb #fda536a3
 def lacking_device(study: dict[str, Any], path: Path  # of the preset
                   ) -> str:
     "What a study's runs would miss on this machine; empty if its device is there."
     if study["device"] == "cpu": return ""
     import torch  # a slow import
-    found = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    found = [
+        f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
+    ]
     if int(study["device"].partition(":")[2] or 0) < len(found): return ""
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
-    return (f"{path} says `device: {study['device']}`, but torch {torch.__version__}, {build}, finds "
-            f"{', '.join(found) or 'no GPU'} here. Run the study on a machine with a GPU and a CUDA build of torch, send it to "
-            "a cluster with --profile, or write another `device` (`cpu`) in a copy of the preset.")
+    return (
+        f"{path} says `device: {study['device']}`, but torch {torch.__version__}, {build}, finds"
+        f" {', '.join(found) or 'no GPU'} here. Run the study on a machine with a GPU and a CUDA"
+        " build of torch, send it to a cluster with --profile, or write another `device` (`cpu`)"
+        " in a copy of the preset."
+    )
 
+# %% ../../nbs/cli/08_reproduce.ipynb #6cd44f91
 def check_names(study: dict[str, Any]) -> None:
-    "Refuse a preset that names a model, source, method or task that does not exist, before hours of work."
+    """Refuse a preset that names a model, source, method or task that does not exist, before hours
+    of work."""
     from calib_prune.calibration.sets import parse_mix
+    from calib_prune.calibration.sources import get_source
     from calib_prune.data.wheels import NAMED_MODELS
     from calib_prune.evaluation.scoring import limit_of
+    from calib_prune.evaluation.tasks import get_tasks
     from calib_prune.generation.igsp import protocol_with
     from calib_prune.model.loading import locate_model
-    from calib_prune.pruning.methods import check_allocation, read_recipe
-    from calib_prune.calibration.sources import get_source
     from calib_prune.pruning.masks import parse_sparsity
+    from calib_prune.pruning.methods import check_allocation, read_recipe
     from calib_prune.study.presets import cells, protocol_of
-    from calib_prune.evaluation.tasks import get_tasks
     for cell in cells(study, ablations=True)[1:]:
         check_allocation(read_recipe(cell.method).allocation, parse_sparsity(cell.sparsity)[1])
     for name, mix in study["strategies"].items():
@@ -210,15 +272,26 @@ def check_names(study: dict[str, Any]) -> None:
             if generated := protocol_of(mix): protocol_with(*generated)
             else: [get_source(source) for source in parse_mix(mix)]
         except CalibPruneError as e: raise CalibPruneError(f"Strategy {name}: {e}") from e
-    if study["model"] not in NAMED_MODELS: locate_model(study["model"])  # a named one may still have to be fetched
+    # a named one may still have to be fetched
+    if study["model"] not in NAMED_MODELS: locate_model(study["model"])
     get_source(study["heldout"]["source"])
     for task in get_tasks(study["scoring"]["tasks"]): limit_of(task, study["scoring"]["limit"])
 
 # %% ../../nbs/cli/08_reproduce.ipynb #60f8caf1
-MOVED = {"default": "claims/smollm2-135m", "qwen": "claims/qwen-0.5b", "paper": "claims/llama-3.1-8b",
-         "pruners": "pruners/smollm2-135m", "pruners-qwen": "pruners/qwen-0.5b", "mixes": "mixing/smollm2-135m",
-         "thirds": "perplexity/smollm2-135m", "unseen": "new-sources/smollm2-135m", "better": "recipe/smollm2-135m",
-         "better-qwen": "recipe/qwen-0.5b", "answers-qwen": "answers/qwen-0.5b"}  # names until 0.1 → names now
+MOVED = {
+    "default": "claims/smollm2-135m",
+    "qwen": "claims/qwen-0.5b",
+    "paper": "claims/llama-3.1-8b",
+    "pruners": "pruners/smollm2-135m",
+    "pruners-qwen": "pruners/qwen-0.5b",
+    "mixes": "mixing/smollm2-135m",
+    "thirds": "perplexity/smollm2-135m",
+    "unseen": "new-sources/smollm2-135m",
+    "better": "recipe/smollm2-135m",
+    # names until 0.1 → names now
+    "better-qwen": "recipe/qwen-0.5b",
+    "answers-qwen": "answers/qwen-0.5b",
+}
 
 def preset_names(root: Path) -> list[str]:  # the folder of the workflow
     "The presets in `presets/`, without the bases that they extend."
@@ -226,6 +299,7 @@ def preset_names(root: Path) -> list[str]:  # the folder of the workflow
     found = (o.relative_to(folder).with_suffix("").as_posix() for o in folder.rglob("*.yaml"))
     return sorted(o for o in found if not o.startswith("base/"))
 
+# %% ../../nbs/cli/08_reproduce.ipynb #6cc6be18
 def preset_file(preset: str,  # a name in `presets/`, or a file
                 root: Path) -> Path:
     "The file of a preset."
@@ -233,7 +307,9 @@ def preset_file(preset: str,  # a name in `presets/`, or a file
     path = as_path(root / "presets" / f"{preset}.yaml", "a preset")
     if path.is_file(): return path
     if preset in MOVED: raise CalibPruneError(f"Preset {preset!r} is now called {MOVED[preset]!r}.")
-    raise unknown_name("preset", preset, preset_names(root), "A preset may also be a YAML file of yours.")
+    raise unknown_name(
+        "preset", preset, preset_names(root), "A preset may also be a YAML file of yours."
+    )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #4933fd94
 def check_layout(root: Path, name: str) -> None:
@@ -241,8 +317,10 @@ def check_layout(root: Path, name: str) -> None:
     for old in (o for o, new in MOVED.items() if new == name):
         before, now = root / "results" / old, root / "results" / name
         if now.exists() or not any(before.glob("*.json")): continue
-        raise CalibPruneError(f"{before} holds rows of this study, whose folder is now {now}. Nothing was changed. "
-                              f"Move them: mkdir -p {now.parent}; mv {before} {now}")
+        raise CalibPruneError(
+            f"{before} holds rows of this study, whose folder is now {now}. Nothing was changed. "
+            f"Move them: mkdir -p {now.parent}; mv {before} {now}"
+        )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #2a42fa50
 def _study_of(preset: str) -> tuple[Path, dict[str, Any], Path]:
@@ -255,21 +333,32 @@ def _study_of(preset: str) -> tuple[Path, dict[str, Any], Path]:
 
 # %% ../../nbs/cli/08_reproduce.ipynb #526a4f39
 def snakemake_command(path: Path,  # of the preset
-                      jobs: int,   # CPU cores, 0: all; on a cluster jobs at once, 0: as its profile says
+                      # CPU cores, 0: all; on a cluster jobs at once, 0: as its profile says
+                      jobs: int,
                       tables_only: bool, again: bool,  # as in `study.plan`
                       profile: Path | None = None,     # of a cluster
                       gpus: int = 0                    # of this machine that runs may use
                      ) -> list[str]:
     "The command that runs the workflow."
-    command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile", str(path), "--keep-going",
-               "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
-    if profile: command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile",
+        str(path), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
+    if profile:command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
     else: command += ["--cores", str(jobs or len(os.sched_getaffinity(0)))]
     if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
-    said = dict(tables_only=tables_only, again=again and not tables_only, cluster=profile is not None)
-    config = [f"{k}=1" for k, v in said.items() if v] + ([f"gpus={gpus}"] if gpus > 1 and not profile else [])
-    return [*command, *(["--config", *config] if config else []), *(["--forceall"] if tables_only else [])]
+    said = dict(
+        tables_only=tables_only, again=again and not tables_only, cluster=profile is not None
+    )
+    config = [f"{k}=1" for k, v in said.items() if v] + (
+        [f"gpus={gpus}"] if gpus > 1 and not profile else []
+    )
+    return [
+        *command,
+        *(["--config", *config] if config else []),
+        *(["--forceall"] if tables_only else []),
+    ]
 
+# %% ../../nbs/cli/08_reproduce.ipynb #9d461576
 def check_profile(name: str,  # a folder, or one in profiles/
                   root: Path) -> Path:
     "The folder of a Snakemake profile that this machine can use."
@@ -279,19 +368,30 @@ def check_profile(name: str,  # a folder, or one in profiles/
     if found is None:
         known = sorted(o.parent.name for o in root.glob("profiles/*/config.yaml"))
         raise unknown_name("profile", name, known, "A profile is a folder with a config.yaml.")
-    try: executor = dict(yaml.safe_load((found / "config.yaml").read_text()) or {}).get("executor", "")
+    try:
+        executor = dict(yaml.safe_load((found / "config.yaml").read_text()) or {}).get(
+            "executor", ""
+        )
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as e:
-        raise CalibPruneError(f"Profile {found / 'config.yaml'} is no YAML file of settings: {e}") from e
+        raise CalibPruneError(
+            f"Profile {found / 'config.yaml'} is no YAML file of settings: {e}"
+        ) from e
     if executor == "slurm" and find_spec("snakemake_executor_plugin_slurm") is None:
-        raise CalibPruneError("For Slurm, Snakemake needs a plugin: pip install 'calib-prune[cluster]'.")
+        raise CalibPruneError(
+            "For Slurm, Snakemake needs a plugin: pip install 'calib-prune[cluster]'."
+        )
     if executor == "slurm" and not shutil.which("sbatch"):
-        raise CalibPruneError("This machine has no `sbatch`: call `reproduce --profile` where jobs can be sent to the cluster.")
+        raise CalibPruneError(
+            "This machine has no `sbatch`: call `reproduce --profile` where jobs can be sent to the"
+            " cluster."
+        )
     return found.resolve()
 
 # %% ../../nbs/cli/08_reproduce.ipynb #2c86bf46
 @contextmanager
 def named_user() -> Iterator[None]:
-    "See to it that whatever runs inside finds a name of its user and a home folder that can be written."
+    """See to it that whatever runs inside finds a name of its user and a home folder that can be
+    written."""
     before = dict(os.environ)
     with temporary_folder("calib-prune-home-") as folder:
         try: getpass.getuser()
@@ -299,7 +399,8 @@ def named_user() -> Iterator[None]:
         try: home = Path.home()
         except RuntimeError: home = Path("/dev/null")
         if not os.access(home, os.W_OK) or not home.is_dir():
-            hub = os.environ.get("HF_HOME") or str(home / ".cache/huggingface")  # models that lie there are still to be found
+            # models that lie there are still to be found
+            hub = os.environ.get("HF_HOME") or str(home / ".cache/huggingface")
             os.environ.update(CALIB_PRUNE_CACHE=str(cache_dir()), HF_HOME=hub, HOME=folder)
         try: yield
         finally:
@@ -314,28 +415,45 @@ def _sweep(results: Path) -> None:
     for old in results.glob(".*.part"):
         if old.is_file(): old.unlink()
 
+# %% ../../nbs/cli/08_reproduce.ipynb #0131d9b6
 def run_workflow(command: list[str], root: Path,  # the checkout
                  results: Path,
                  names: list[str], left: set[str],  # models: all, and those to be made
                  warm: bool = True,               # is there anything to run?
-                 cluster: bool = False            # does a cluster run the jobs? Then there is time to cancel them
+                 # does a cluster run the jobs? Then there is time to cancel them
+                 cluster: bool = False
                 ) -> None:
     "Run Snakemake with progress bars; an error if anything failed or a signal came."
     from calib_prune.study.children import Guarded, on_stop  # a slow import
     console, log = Console(stderr=True), results / "snakemake.log"
     results.mkdir(parents=True, exist_ok=True)
     stops: list[int] = []
-    with only_run(results / ".lock", results) as lock, on_stop(stops.append), named_user(), open(log, "w") as out:
+    with only_run(results / ".lock", results) as lock, on_stop(stops.append), named_user(), open(
+        log, "w"
+    ) as out:
         _sweep(results)
-        run = Guarded(command, 60 if cluster else 5, cluster, str(results / "warm.log") if warm else "", cwd=root, stdout=out,
-                      stderr=subprocess.STDOUT, pass_fds=[lock])
+        run = Guarded(
+            command,
+            60 if cluster else 5,
+            cluster,
+            str(results / "warm.log") if warm else "",
+            cwd=root,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock],
+        )
         try:
-            with new_bars(console) as bars: error = _watch(run, stops, shown := _StudyBars(bars, names, left, results), log)
-        finally: run.close()
+            with new_bars(console) as bars:
+                error = _watch(run, stops, shown := _StudyBars(bars, names, left, results), log)
+        finally:
+            run.close()
     if stops:
         again = shlex.join(["calib-prune", *sys.argv[1:]])
         made = sum(map(shown.over, names))
-        raise Stopped(f"Stopped: {made} of {len(names)} models are finished and kept. To go on: {again}", stops[0])
+        raise Stopped(
+            f"Stopped: {made} of {len(names)} models are finished and kept. To go on: {again}",
+            stops[0],
+        )
     if error: raise CalibPruneError(_common_report(error, log))
     if run.poll(): raise CalibPruneError(failure_report(log))
 
@@ -348,8 +466,10 @@ def without_finished(arguments: list[str],  # for Snakemake
     finished = {results / f"{o}.json" for o in names if o not in left}
     kept = [o for o in arguments if root / o not in finished]
     if kept != arguments and all(o.startswith("-") for o in kept):
-        raise CalibPruneError(f"Finished already: {', '.join(o for o in arguments if o not in kept)}. "
-                              "Name a file that is left, or none for the whole study.")
+        raise CalibPruneError(
+            f"Finished already: {', '.join(o for o in arguments if o not in kept)}. "
+            "Name a file that is left, or none for the whole study."
+        )
     return kept
 
 # %% ../../nbs/cli/08_reproduce.ipynb #33d2ba6c
@@ -357,9 +477,17 @@ def show_headlines(figures: Path) -> None:
     "Print the main table of a study, and its ledger of claims, if they were made."
     import pandas as pd  # a slow import
     if (kept := figures / "T2-retention.csv").is_file() and "value" in (table := pd.read_csv(kept)):
-        wide = table.pivot_table(index=["method", "strategy"], columns="dimension", values="value", sort=False)
-        rows = [dict(method=m, strategy=s) | {k: f"{100 * v:.1f}" for k, v in row.items()} for (m, s), row in wide.iterrows()]
-        show_table(rows, f"Retention, % of the dense model's score (intervals: {figures.name}/T2-retention.md)")
+        wide = table.pivot_table(
+            index=["method", "strategy"], columns="dimension", values="value", sort=False
+        )
+        rows = [
+            dict(method=m, strategy=s) | {k: f"{100 * v:.1f}" for k, v in row.items()}
+            for (m, s), row in wide.iterrows()
+        ]
+        show_table(
+            rows,
+            f"Retention, % of the dense model's score (intervals: {figures.name}/T2-retention.md)",
+        )
     if (claims := figures / "T7-claims.md").is_file():
         from rich.markdown import Markdown  # a slow import
         Console().print(Markdown(claims.read_text().partition("\n\n**C1**")[0]))
@@ -367,21 +495,42 @@ def show_headlines(figures: Path) -> None:
 # %% ../../nbs/cli/08_reproduce.ipynb #3b526fed
 def reproduce(
     context: typer.Context,
-    preset: Annotated[str, typer.Option(
-        help="`smoke`, a question and a model, or a preset file. Questions: `claims`, `pruners`, `mixing`, `perplexity`, "
-             "`new-sources`, `recipe`, `answers`; models: `smollm2-135m`, `qwen-0.5b`, and for claims `llama-3.1-8b`. "
-             "For example `recipe/qwen-0.5b`.")] = "smoke",
-    jobs: Annotated[int, typer.Option(
-        help="CPU cores to use; 0: all. On a cluster, the number of jobs at once; 0: the number in its profile.")] = 0,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help=
+            "`smoke`, a question and a model, or a preset file. Questions: `claims`, `pruners`, "
+            "`mixing`, `perplexity`, "
+            "`new-sources`, `recipe`, `answers`; models: `smollm2-135m`, `qwen-0.5b`, and for "
+            "claims `llama-3.1-8b`. "
+            "For example `recipe/qwen-0.5b`.")] = "smoke",
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help=
+            "CPU cores to use; 0: all. On a cluster, the number of jobs at once; 0: the number "
+            "in its profile."
+        )] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
-    tables_only: Annotated[bool, typer.Option(
-        "--tables-only", help="Only make tables and figures, from existing results; runs no model.")] = False,
-    again: Annotated[bool, typer.Option(
-        "--again", help="Make results again if their keys are of an older scheme.")] = False,
-    profile: Annotated[Optional[str], typer.Option(
-        help="Run on a cluster: `slurm`, or the folder of a Snakemake profile (see docs/howto/run-on-slurm).")] = None,
+    tables_only: Annotated[
+        bool,
+        typer.Option("--tables-only",
+                     help="Only make tables and figures, from existing results; runs no model."
+                     )] = False,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Make results again if their keys are of an older scheme."
+                     )] = False,
+    profile: Annotated[
+        Optional[str],
+        typer.Option(
+            help=
+            "Run on a cluster: `slurm`, or the folder of a Snakemake profile (see "
+            "docs/howto/run-on-slurm)."
+        )] = None,
 ) -> None:
-    """Run a whole study and make its tables and figures. Arguments after `--` are passed to Snakemake; a file there is made
+    """Run a whole study and make its tables and figures. Arguments after `--` are passed to
+    Snakemake; a file there is made
     alone, for example `--tables-only -- figures/claims/smollm2-135m/T3-correlations.csv`."""
     from calib_prune.study.presets import cells
     check_number("--jobs", jobs, 0, 2**20, whole=True)
@@ -406,11 +555,16 @@ def reproduce(
         with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)
         if not tables_only:
             show_table(left_table(left), f"What is left to do in {results}")
-            show_table(estimate(study).to_dict("records"), f"What all cells take, on the hardware that {path.name} states")
-        if lacking: Console(stderr=True).print(f"[bold]This machine cannot run it:[/] {escape(lacking)}", soft_wrap=True)
+            show_table(
+                estimate(study).to_dict("records"),
+                f"What all cells take, on the hardware that {path.name} states")
+        if lacking:
+            Console(stderr=True).print(f"[bold]This machine cannot run it:[/] {escape(lacking)}",
+                                       soft_wrap=True)
         raise typer.Exit(done.returncode)
     if lacking: raise CalibPruneError(lacking)
-    missing = {o for o in names if not (results / f"{o}.json").is_file()} if tables_only else set(left.get("models", ()))
+    missing = {o for o in names if not (results / f"{o}.json").is_file()} if tables_only else set(
+        left.get("models", ()))
     warm = cluster is None and (tables_only or any(left.values()))
     try: run_workflow(command, root, results, names, missing, warm, cluster is not None)
     except Stopped as e:

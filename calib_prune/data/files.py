@@ -20,8 +20,10 @@ def write_jsonl(path: str | Path,        # the file to make or replace
     "Write records as JSON lines, completely or not at all."
     return write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
+# %% ../../nbs/data/01_files.ipynb #f094cd4b
 def read_jsonl(path: str | Path) -> list[dict]:
-    "The records of a JSON-lines file. Only a line feed ends a line: text may hold other line breaks."
+    """The records of a JSON-lines file. Only a line feed ends a line: text may hold other line
+    breaks."""
     with open(path, encoding="utf-8", newline="\n") as f: return [json.loads(line) for line in f]
 
 # %% ../../nbs/data/01_files.ipynb #04d1ad3c

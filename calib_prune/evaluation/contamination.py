@@ -19,12 +19,12 @@ from string import Formatter
 import numpy as np
 import pandas as pd
 
+from ..calibration.sources import get_source
 from ..core import CalibPruneError, unknown_name
 from ..data.fetch import cached
 from ..data.files import read_jsonl
-from ..progress import ProgressFn
-from ..calibration.sources import get_source
 from .tasks import TASKS, Task, get_tasks
+from ..progress import ProgressFn
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #e8e15233
 AUDIT_VERSION = 1  # see `keys`
@@ -37,7 +37,8 @@ NUMBERS = ("collapse", "keep")
 def words(text: str,
           numbers: str = "collapse"  # "collapse" reads every number as 0, "keep" as it stands
          ) -> list[str]:
-    "The words of a text, without case, punctuation, notation and, unless kept, the values of numbers."
+    """The words of a text, without case, punctuation, notation and, unless kept, the values of
+    numbers."""
     text = NOTATION.sub(" ", unicodedata.normalize("NFKC", text).casefold())
     return WORD.findall(NUMBER.sub(" 0 ", text) if numbers == "collapse" else text)
 
@@ -55,24 +56,34 @@ def item_parts(task: Task,
 class OverlapRule:
     "When an item overlaps a text."
     n: int = 13                # words in a row (GPT-3, arXiv 2005.14165, appendix C)
-    least: int = 8             # a shorter part counts from this many on, if all of it occurs (ours; GPT-3's least n)
-    template: int = 3          # sequences in so many items of a benchmark are templates (ours: duplicates come in pairs)
+    # a shorter part counts from this many on, if all of it occurs (ours; GPT-3's least n)
+    least: int = 8
+    # sequences in so many items of a benchmark are templates (ours: duplicates come in pairs)
+    template: int = 3
     numbers: str = "collapse"  # see `words`
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.n:
-            raise CalibPruneError(f"An overlap of n={self.n} words, at least {self.least} of a short part, makes no sense; "
-                                  "use 1 ≤ least ≤ n, such as n=13 and least=8.")
+            raise CalibPruneError(
+                f"An overlap of n={self.n} words, at least {self.least} of a short part, makes no"
+                " sense; use 1 ≤ least ≤ n, such as n=13 and least=8."
+            )
         if self.template < 2:
-            raise CalibPruneError(f"template={self.template} would call every word sequence a template; use 2 or more.")
-        if self.numbers not in NUMBERS: raise unknown_name("way to read numbers", self.numbers, NUMBERS)
+            raise CalibPruneError(
+                f"template={self.template} would call every word sequence a template; use 2 or"
+                " more."
+            )
+        if self.numbers not in NUMBERS:
+            raise unknown_name("way to read numbers", self.numbers, NUMBERS)
 
 DEFAULT_RULE = OverlapRule()
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #af51bf81
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no information is lost modulo 2⁶⁴
 
-def rolling(values: np.ndarray,                       # uint64 [words], a random number for each word
+def rolling(
+            # uint64 [words], a random number for each word
+            values: np.ndarray,
             lengths: Iterable[int]
            ) -> Iterator[tuple[int, np.ndarray]]:     # length, uint64 [words - length + 1]
     "A hash of every sequence of consecutive words, for each length in turn."
@@ -83,8 +94,10 @@ def rolling(values: np.ndarray,                       # uint64 [words], a random
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #2711b553
 def batches(documents: Iterable[str], vocabulary: dict[str, int], numbers: str,
-            size: int = 1 << 18                             # words in a batch, unless one document has more
-           ) -> Iterator[tuple[np.ndarray, np.ndarray]]:    # int32 [words] ids, int32 [words] which document
+            # words in a batch, unless one document has more
+            size: int = 1 << 18
+           # int32 [words] ids, int32 [words] which document
+           ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "Documents as word numbers, a few hundred thousand words at a time."
     text, owners = [], []  # words; (document, its words and the separator)
     def flush():
@@ -93,7 +106,9 @@ def batches(documents: Iterable[str], vocabulary: dict[str, int], numbers: str,
         return ids, np.repeat(documents_of, sizes)
     for d, document in enumerate(documents):
         if not isinstance(document, str):
-            raise CalibPruneError(f"Document {d} is not text but a {type(document).__name__}: {ascii(document)[:60]}.")
+            raise CalibPruneError(
+                f"Document {d} is not text but a {type(document).__name__}: {ascii(document)[:60]}."
+            )
         found = words(document, numbers)
         text += [*found, ""]
         owners.append((d, len(found) + 1))
@@ -114,12 +129,14 @@ class Grams:
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #c64d1fcf
 def templates(gram: np.ndarray, item: np.ndarray, task: np.ndarray,  # int64 [occurrences]
-              least: int                                             # items of a task that make a template
+              # items of a task that make a template
+              least: int
              ) -> np.ndarray:                                        # bool [occurrences]
     "Which occurrences are of a sequence that several items of the same task have."
     if not len(gram): return np.zeros(0, bool)
     key, items = gram * (task.max() + 1) + task, item.max() + 1
-    once = np.unique(key * items + item) // items  # an item counts once, however often it repeats itself
+    # an item counts once, however often it repeats itself
+    once = np.unique(key * items + item) // items
     keys, counts = np.unique(once, return_counts=True)
     return counts[np.searchsorted(keys, key)] >= least
 
@@ -128,15 +145,19 @@ def templates(gram: np.ndarray, item: np.ndarray, task: np.ndarray,  # int64 [oc
 class ItemIndex:
     "What to look for in a text."
     rule: OverlapRule
-    items: pd.DataFrame         # task, item, start (in `ids`), words, evidence: how many of the words are in `grams`
+    # task, item, start (in `ids`), words, evidence: how many of the words are in `grams`
+    items: pd.DataFrame
     vocabulary: dict[str, int]
     ids: np.ndarray             # int32 [words of all items]
     values: np.ndarray          # uint64 [vocabulary + 1], see `rolling`
     grams: dict[int, Grams]     # by length
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #8bbc125b
-def read_items(tasks: str | list[str], rule: OverlapRule) -> tuple[list[tuple], dict[str, int], list[int]]:
-    "The items as (task, item, start, words of each part), the vocabulary, and the word numbers of all."
+def read_items(
+    tasks: str | list[str], rule: OverlapRule
+) -> tuple[list[tuple], dict[str, int], list[int]]:
+    """The items as (task, item, start, words of each part), the vocabulary, and the word numbers of
+    all."""
     items, vocabulary, ids = [], {}, []
     for task in get_tasks(tasks):
         for record in read_jsonl(cached("benchmarks", task.benchmark)):
@@ -189,24 +210,32 @@ def index_items(tasks: str | list[str] = "default",   # names of tasks and sets
     items = pd.DataFrame([(t, i, start, sum(sizes)) for t, i, start, sizes in rows],
                          columns=["task", "item", "start", "words"])
     wordy = np.array([False, *(len(o) > 1 and o.isalpha() for o in names)])[ids]
-    values = np.random.default_rng(0).integers(0, 2**64, len(names) + 1, np.uint64)  # any numbers will do: hits are verified
+    # any numbers will do: hits are verified
+    values = np.random.default_rng(0).integers(0, 2**64, len(names) + 1, np.uint64)
     owner = np.repeat(np.arange(len(items)), items.words)
     task = pd.factorize(items.task)[0][owner]
-    found = np.array([o for _, _, start, sizes in rows for o in spans(start, sizes, rule)], np.int64).reshape(-1, 2)
-    grams = {int(n): evidence(int(n), found[found[:, 0] == n, 1], ids, values, wordy, owner, task, rule)
-             for n in np.unique(found[:, 0])}
+    found = np.array(
+        [o for _, _, start, sizes in rows for o in spans(start, sizes, rule)], np.int64
+    ).reshape(-1, 2)
+    grams = {
+        int(n): evidence(int(n), found[found[:, 0] == n, 1], ids, values, wordy, owner, task, rule)
+        for n in np.unique(found[:, 0])
+    }
     evident = covered_words(len(ids), ((n, g.at) for n, g in grams.items()))
     items["evidence"] = np.bincount(owner[evident], minlength=len(items))
     return ItemIndex(rule, items, vocabulary, ids, values, grams)
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #87182077
-def same_words(a: np.ndarray, i: np.ndarray, b: np.ndarray, j: np.ndarray, length: int) -> np.ndarray:
+def same_words(
+    a: np.ndarray, i: np.ndarray, b: np.ndarray, j: np.ndarray, length: int
+) -> np.ndarray:
     "Whether `length` words of `a` from each `i` are those of `b` from each `j`."
     reach = np.arange(length)
     return (a[i[:, None] + reach] == b[j[:, None] + reach]).all(1)
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #db4e5cce
-def first_holders(index: ItemIndex, documents: Iterable[str]) -> dict[int, np.ndarray]:  # length → int64 [distinct]
+def first_holders(index: ItemIndex, documents: Iterable[str]
+                 ) -> dict[int, np.ndarray]:  # length → int64 [distinct]
     "The number of the first document that holds each sequence, −1 if none does."
     found = {n: np.full(len(g.hashes), -1) for n, g in index.grams.items() if len(g.hashes)}
     for ids, owner in batches(documents, index.vocabulary, index.rule.numbers):
@@ -214,7 +243,8 @@ def first_holders(index: ItemIndex, documents: Iterable[str]) -> dict[int, np.nd
             g = index.grams[n]
             k = np.searchsorted(g.hashes, h).clip(max=len(g.hashes) - 1)
             at = np.flatnonzero((g.hashes[k] == h) & (found[n][k] < 0))
-            at = at[same_words(ids, at, index.ids, g.first[k[at]], n)][::-1]  # reversed: the first of repeats is kept
+            # reversed: the first of repeats is kept
+            at = at[same_words(ids, at, index.ids, g.first[k[at]], n)][::-1]
             found[n][k[at]] = owner[at]
     return found
 
@@ -227,7 +257,9 @@ def longest_run(hit: np.ndarray) -> slice:  # bool [words], at least one is set
 # %% ../../nbs/evaluation/02_contamination.ipynb #9528802b
 def find_overlaps(index: ItemIndex,
                   documents: Iterable[str]
-                 ) -> pd.DataFrame:  # task, item, covered (share of its evidence), document, match (longest stretch found)
+                 # task, item, covered (share of its evidence), document, match (longest stretch
+                 # found)
+                 ) -> pd.DataFrame:
     "The items that a text gives away."
     starts, document = {}, np.full(len(index.ids), np.iinfo(np.int64).max)
     for n, holder in first_holders(index, documents).items():
@@ -242,7 +274,9 @@ def find_overlaps(index: ItemIndex,
         if not hit[mine].any(): continue
         run = longest_run(hit[mine])
         match = " ".join(names[w - 1] for w in index.ids[mine][run])
-        rows.append((o.task, o.item, hit[mine].sum() / o.evidence, document[o.start + run.start], match))
+        rows.append(
+            (o.task, o.item, hit[mine].sum() / o.evidence, document[o.start + run.start], match)
+        )
     frame = pd.DataFrame(rows, columns=["task", "item", "covered", "document", "match"])
     return frame.astype({"covered": float, "document": int})
 
@@ -255,7 +289,10 @@ class Audit:
     sources: tuple[str, ...]
     rule: OverlapRule
 
-def _audit(named: Iterable[tuple[str, Iterable[str]]], tasks: str | list[str], rule: OverlapRule) -> Audit:
+# %% ../../nbs/evaluation/02_contamination.ipynb #bb288fea
+def _audit(
+    named: Iterable[tuple[str, Iterable[str]]], tasks: str | list[str], rule: OverlapRule
+) -> Audit:
     "Search named collections of documents, one after another."
     index = index_items(tasks, rule)
     found = {name: find_overlaps(index, documents) for name, documents in named}
@@ -265,16 +302,21 @@ def _audit(named: Iterable[tuple[str, Iterable[str]]], tasks: str | list[str], r
     return Audit(rows[columns], items, tuple(found), rule)
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #37c1eb2c
-def audit_sources(sources: Iterable[str],               # names, files and hub data sets, see `get_source`
+def audit_sources(
+                  # names, files and hub data sets, see `get_source`
+                  sources: Iterable[str],
                   tasks: str | list[str] = "default",   # names of tasks and sets
                   rule: OverlapRule = DEFAULT_RULE,
                   progress: ProgressFn | None = None
                  ) -> Audit:
     "Search calibration sources for benchmark items."
     if isinstance(sources, str):
-        raise CalibPruneError(f"The sources to audit are a list of names, not the text {sources!r}.")
+        raise CalibPruneError(
+            f"The sources to audit are a list of names, not the text {sources!r}."
+        )
     chosen = [get_source(o) for o in dict.fromkeys(sources)]
-    if not chosen: raise CalibPruneError("There are no sources to audit; name at least one, such as 'c4'.")
+    if not chosen:
+        raise CalibPruneError("There are no sources to audit; name at least one, such as 'c4'.")
     def one_by_one():
         for k, o in enumerate(chosen):
             yield o.name, o.documents()
@@ -289,26 +331,36 @@ def audit(documents: list[str],                # your own text
          ) -> Audit:
     "Search any text for benchmark items."
     if isinstance(documents, str):
-        raise CalibPruneError("The documents to audit are a list of texts; put a single text into a list.")
+        raise CalibPruneError(
+            "The documents to audit are a list of texts; put a single text into a list."
+        )
     if not len(documents): raise CalibPruneError("There are no documents to audit.")
     return _audit([(name, documents)], tasks, rule)
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #774f611d
 def contamination_table(audit: Audit
-                       ) -> pd.DataFrame:  # source, task, items, checked, overlapping, share, mostly (half covered), declared
+                       # source, task, items, checked, overlapping, share, mostly (half covered),
+                       # declared
+                       ) -> pd.DataFrame:
     "How many items of each benchmark each source gives away."
     sizes = audit.items.groupby("task", sort=False).checked.agg(items="size", checked="sum")
     pairs = pd.MultiIndex.from_product([audit.sources, sizes.index], names=["source", "task"])
-    count = audit.overlaps.groupby(["source", "task"]).covered.agg(overlapping="size", mostly=lambda o: (o >= 0.5).sum())
+    count = audit.overlaps.groupby(["source", "task"]).covered.agg(
+        overlapping="size", mostly=lambda o: (o >= 0.5).sum()
+    )
     frame = count.reindex(pairs, fill_value=0).astype(int).reset_index().join(sizes, on="task")
     frame["share"] = frame.overlapping / frame.checked.where(frame.checked > 0)
     frame["declared"] = [source in TASKS[task].overlaps for source, task in pairs]
-    return frame[["source", "task", "items", "checked", "overlapping", "share", "mostly", "declared"]]
+    return frame[
+        ["source", "task", "items", "checked", "overlapping", "share", "mostly", "declared"]
+    ]
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #274959cb
 def contamination_grid(table: pd.DataFrame) -> pd.DataFrame:
     "The table to read: one row per source, one column per task of which anything was found."
-    cell = lambda o: f"{o.overlapping} of {o.checked} ({100 * o.share:.1f}%)" if o.overlapping else "0"
+    cell = lambda o: (
+        f"{o.overlapping} of {o.checked} ({100 * o.share:.1f}%)" if o.overlapping else "0"
+    )
     text = table.assign(text=[cell(o) for o in table.itertuples()])
     wide = text.pivot(index="source", columns="task", values="text").loc[table.source.unique()]
     return wide[table.task[table.overlapping > 0].unique()].rename_axis(columns=None).reset_index()
@@ -318,11 +370,17 @@ def contamination_note(audit: Audit) -> str:
     "What must be known to read the table."
     table, rule = contamination_table(audit), audit.rule
     tasks = table.groupby("task", sort=False).agg({"checked": "first", "overlapping": "sum"})
-    clean, blind = tasks.index[(tasks.overlapping == 0) & (tasks.checked > 0)], tasks.index[tasks.checked == 0]
+    clean, blind = (
+        tasks.index[(tasks.overlapping == 0) & (tasks.checked > 0)],
+        tasks.index[tasks.checked == 0],
+    )
     alike = ", the values of numbers" if rule.numbers == "collapse" else ""
     short = f" (a part with fewer, but {rule.least}: all of it)" if rule.least < rule.n else ""
-    said = [f"Benchmark items that share {rule.n} words in a row with a source{short}, of those that can be checked. Case, "
-            f"punctuation{alike} and what {rule.template} or more items of a benchmark have in common are ignored."]
+    said = [
+        f"Benchmark items that share {rule.n} words in a row with a source{short}, of those that"
+        f" can be checked. Case, punctuation{alike} and what {rule.template} or more items of a"
+        " benchmark have in common are ignored."
+    ]
     if len(clean): said.append(f"Nothing was found of {', '.join(clean)}.")
     if len(blind): said.append(f"Cannot be checked, for want of words: {', '.join(blind)}.")
     return " ".join(said)
@@ -331,7 +389,8 @@ def contamination_note(audit: Audit) -> str:
 def drop_overlapping(items: pd.DataFrame,         # from `evaluate`
                      audit: Audit,                # of at least these sources and tasks
                      sources_used: Iterable[str], # whose items to leave out
-                     covered: float = 0.0         # leave out items of which at least this share was found
+                     # leave out items of which at least this share was found
+                     covered: float = 0.0
                     ) -> pd.DataFrame:            # `items` without them
     "The scores of the items that the sources do not give away."
     used = [sources_used] if isinstance(sources_used, str) else list(sources_used)
@@ -340,7 +399,9 @@ def drop_overlapping(items: pd.DataFrame,         # from `evaluate`
     pairs = lambda frame: pd.MultiIndex.from_frame(frame[["task", "item"]])
     if len(unknown := items[~pairs(items).isin(pairs(audit.items))]):
         task, item = unknown.task.tolist()[0], unknown.item.tolist()[0]
-        raise CalibPruneError(f"Item {item!r} of task {task!r} was not audited. Audit the tasks that were scored, and keep "
-                              "the item numbers as text.")
+        raise CalibPruneError(
+            f"Item {item!r} of task {task!r} was not audited. Audit the tasks that were scored, and"
+            " keep the item numbers as text."
+        )
     mine = audit.overlaps[audit.overlaps.source.isin(used) & (audit.overlaps.covered >= covered)]
     return items[~pairs(items).isin(pairs(mine))].reset_index(drop=True)

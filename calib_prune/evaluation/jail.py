@@ -26,7 +26,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 def checked(result: int,  # what a C function returned, negative for failure
             what: str     # named in the error
            ) -> int:
-    "Turn a failed call of the C library into an error: a protection that is not in force must never go unnoticed."
+    """Turn a failed call of the C library into an error: a protection that is not in force must
+    never go unnoticed."""
     if result < 0: raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
     return result
 
@@ -35,7 +36,9 @@ def limit_resources(memory_mb: int,   # address space, MiB
                     cpu_seconds: int  # processor time, seconds
                    ):
     "Bound memory, processor time, files and core dumps; a limit that is already lower stays."
-    limits = {"AS": memory_mb << 20, "CPU": cpu_seconds, "FSIZE": 0, "NOFILE": 64, "CORE": 0, "STACK": 8 << 20}
+    limits = {
+        "AS": memory_mb << 20, "CPU": cpu_seconds, "FSIZE": 0, "NOFILE": 64, "CORE": 0,
+        "STACK": 8 << 20}
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
@@ -51,11 +54,13 @@ def drop_capabilities():
 # %% ../../nbs/evaluation/03_jail.ipynb #8b8ae79c
 def landlock_abi() -> int:
     "The version of Landlock that the running kernel offers, 0 for none."
-    return max(0, libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))) if sys.platform == "linux" else 0
+    return max(0, libc.syscall(444, None, ctypes.c_size_t(0),
+                               ctypes.c_uint32(1))) if sys.platform == "linux" else 0
 
 # %% ../../nbs/evaluation/03_jail.ipynb #d2698805
 def restrict_files(readable: list[str]):  # the files and folders that stay readable
-    "Forbid every use of the file system but reading below `readable`; also TCP and signals, where Landlock can."
+    """Forbid every use of the file system but reading below `readable`; also TCP and signals, where
+    Landlock can."""
     abi = landlock_abi()
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
     size = 8 if abi < 4 else 16 if abi < 6 else 24
@@ -143,10 +148,12 @@ def run_to_the_end(run,          # called without arguments; returns if all is w
 
     describe = traceback.format_exception_only
     try: run()
-    except SystemExit as e: finish(b"exit", f"called sys.exit({e.code!r})".encode(errors="replace")[:1000])
+    except SystemExit as e:
+        finish(b"exit", f"called sys.exit({e.code!r})".encode(errors="replace")[:1000])
     except MemoryError: finish(b"memory", b"MemoryError")
     except AnswerEnded: finish(b"ended")
-    except BaseException as e: finish(b"exception", "".join(describe(e)).strip().encode(errors="replace")[-1000:])
+    except BaseException as e:
+        finish(b"exception", "".join(describe(e)).strip().encode(errors="replace")[-1000:])
     finish(b"passed")
 
 # %% ../../nbs/evaluation/03_jail.ipynb #c70c3e12
@@ -163,6 +170,7 @@ class AnswerEnded(BaseException):
 
 PLAIN = {list: "l", tuple: "t", set: "s", frozenset: "f"}  # containers that are sent as their items
 
+# %% ../../nbs/evaluation/03_jail.ipynb #47691992
 def pack(value, keep):  # `keep` takes what is not plain data, and returns a number for it
     "A value as JSON can hold it."
     if value is None or isinstance(value, (bool, str)): return value
@@ -170,7 +178,8 @@ def pack(value, keep):  # `keep` takes what is not plain data, and returns a num
     if isinstance(value, float): return {"x": value.hex()}
     if isinstance(value, complex): return {"c": [value.real.hex(), value.imag.hex()]}
     if isinstance(value, (bytes, bytearray)): return {"b": bytes(value).hex()}
-    if isinstance(value, dict): return {"d": [[pack(k, keep), pack(v, keep)] for k, v in value.items()]}
+    if isinstance(value, dict):
+        return {"d": [[pack(k, keep), pack(v, keep)] for k, v in value.items()]}
     for kind, mark in PLAIN.items():
         if isinstance(value, kind): return {mark: [pack(o, keep) for o in value]}
     return {"o": keep(value)}
@@ -203,16 +212,21 @@ def serve(code: str,
         if what == "define": return space.update(run_code(code, "<answer>"))
         thing = space[on] if isinstance(on, str) else kept[on]
         if what == "get": return thing
-        if what == "call": return thing(*unpack(more[0], kept.__getitem__), **unpack(more[1], kept.__getitem__))
+        if what == "call":
+            return thing(*unpack(more[0], kept.__getitem__), **unpack(more[1], kept.__getitem__))
         if what == "attribute": return getattr(thing, more[0])
         if what == "set": return setattr(thing, more[0], unpack(more[1], kept.__getitem__))
         if what == "item": return thing[unpack(more[0], kept.__getitem__)]
-        return {"list": list, "len": len, "str": str, "bool": bool, "int": int, "float": float}[what](thing)
+        return {"list": list, "len": len, "str": str, "bool": bool, "int": int,
+                "float": float}[what](thing)
     for line in open(calls, encoding="utf-8"):
         try: reply = {"value": pack(act(*json.loads(line)), keep)}
         except BaseException as e:
             status = getattr(e, "code", None)
-            reply = {"error": [type(e).__name__, str(e)[:1000], status if isinstance(status, int) else None]}
+            reply = {
+                "error": [
+                    type(e).__name__,
+                    str(e)[:1000], status if isinstance(status, int) else None]}
         os.write(replies, json.dumps(reply).encode() + b"\n")
 
 # %% ../../nbs/evaluation/03_jail.ipynb #998ace5a
@@ -226,25 +240,29 @@ class Remote:
     def __getattr__(self, name): return self._at[0]("attribute", self._at[1], name)
     def __setattr__(self, name, value):
         ask, on = self._at
-        ask("set", on, name, pack(value, lambda o: o._at[1] if isinstance(o, Remote) else _no_data(o)))
+        ask("set", on, name,
+            pack(value, lambda o: o._at[1] if isinstance(o, Remote) else _no_data(o)))
     def __getitem__(self, key): return self._at[0]("item", self._at[1], pack(key, _no_data))
     def __iter__(self): return iter(self._at[0]("list", self._at[1]))
     def __len__(self): return self._at[0]("len", self._at[1])
     def __str__(self): return self._at[0]("str", self._at[1])
     def __bool__(self): return self._at[0]("bool", self._at[1])
-    def __eq__(self, other): return isinstance(other, Remote) and self._at[1] == other._at[1]  # never what the answer says
+    # never what the answer says
+    def __eq__(self, other): return isinstance(other, Remote) and self._at[1] == other._at[1]
     __hash__ = object.__hash__
 
 # %% ../../nbs/evaluation/03_jail.ipynb #172808d0
-def _no_data(value): raise TypeError(f"a {type(value).__name__} of the tests cannot be given to the answer")
+def _no_data(value):
+    raise TypeError(f"a {type(value).__name__} of the tests cannot be given to the answer")
 
+# %% ../../nbs/evaluation/03_jail.ipynb #28398f9f
 def asker(calls: int,   # pipe to the answer, to write
           replies: int  # pipe from the answer, to read
          ):
     "A function that asks the answer's process for something."
     lines = open(replies, encoding="utf-8")
     def ask(*what):
-        try: os.write(calls, json.dumps(what).encode() + b"\n")
+        try:os.write(calls, json.dumps(what).encode() + b"\n")
         except BrokenPipeError: raise AnswerEnded from None
         if not (line := lines.readline()).endswith("\n"): raise AnswerEnded
         reply = json.loads(line)
@@ -252,15 +270,21 @@ def asker(calls: int,   # pipe to the answer, to write
         name, text, code = reply["error"]
         kind = getattr(builtins, name, None)
         if kind is SystemExit: raise SystemExit(code)
-        raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(text)
+        raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(
+            text
+        )
     return ask
 
 # %% ../../nbs/evaluation/03_jail.ipynb #57b62a12
 def run_tests(code: str, calls: int, replies: int) -> None:
-    "Run tests against the answer; returns if all pass. In the tests, `_answer(name)` is what the answer defines under that name."
+    """Run tests against the answer; returns if all pass. In the tests, `_answer(name)` is what the
+    answer defines under that name."""
     ask = asker(calls, replies)
     ask("define", None)
-    exec(compile(code, "<tests>", "exec"), {"__name__": "__main__", "_answer": lambda name: Remote(ask, name)})
+    exec(
+        compile(code, "<tests>", "exec"),
+        {"__name__": "__main__", "_answer": lambda name: Remote(ask, name)},
+    )
 
 # %% ../../nbs/evaluation/03_jail.ipynb #76dad429
 def main(report: int,   # pipe to the parent, to write
@@ -279,5 +303,6 @@ def main(report: int,   # pipe to the parent, to write
     if "seccomp" in task["layers"]: filter_calls()
     os.write(report, b"ready\n")
     if task["role"] == "answer": serve(task["code"], *pipes)
-    elif task["role"] == "tests": run_to_the_end(lambda: run_tests(task["code"], pipes[1], pipes[0]), report, secret)
+    elif task["role"] == "tests":
+        run_to_the_end(lambda: run_tests(task["code"], pipes[1], pipes[0]), report, secret)
     else: run_to_the_end(lambda: run_code(task["code"], "<answer>"), report, secret)

@@ -26,12 +26,17 @@ class Measure:
     kinds: tuple[str, ...]  # of tasks that it can score
     beyond_chance: bool = False  # does guessing count as nothing?
 
-MEASURES: dict[str, Measure] = {o.name: o for o in (
-    Measure("answer-bits", "Answer bits", "bits per byte of the right answers, dense / pruned", ("choice", "bpb")),
-    Measure("above-chance", "Above chance", "accuracies above chance, pruned / dense", ("choice", "generate"), True),
-    Measure("plain", "Plain ratio", "each task's own score: accuracies pruned / dense, bits per byte dense / pruned",
-            ("choice", "bpb", "generate")))}
+MEASURES: dict[str, Measure] = {
+    o.name: o for o in (
+        Measure("answer-bits", "Answer bits", "bits per byte of the right answers, dense / pruned",
+                ("choice", "bpb")),
+        Measure("above-chance", "Above chance", "accuracies above chance, pruned / dense", (
+            "choice", "generate"), True),
+        Measure("plain", "Plain ratio",
+                "each task's own score: accuracies pruned / dense, bits per byte dense / pruned", (
+                    "choice", "bpb", "generate")))}
 
+# %% ../../nbs/evaluation/05_measures.ipynb #46d273d3
 def get_measure(name: str) -> Measure:
     "A measure by its name."
     if name not in MEASURES: raise unknown_name("measure", name, MEASURES)
@@ -43,17 +48,23 @@ def metric_of(task: Task, measure: str) -> str | None:  # None: the measure cann
     if task.kind not in get_measure(measure).kinds: return None
     return "bits" if measure == "answer-bits" else task.metric
 
+# %% ../../nbs/evaluation/05_measures.ipynb #ba422f7d
 def check_scorable(tasks: list[str], measure: str  # names
                   ) -> None:
     "Refuse tasks of which a measure can score none."
     if not tasks or any(metric_of(TASKS[o], measure) for o in tasks): return
-    raise CalibPruneError(f"Measure {measure} cannot score any of these tasks: {', '.join(tasks)}. It takes "
-                          f"{get_measure(measure).about}. Add tasks of other kinds, or use another measure.")
+    raise CalibPruneError(
+        f"Measure {measure} cannot score any of these tasks: {', '.join(tasks)}. It takes "
+        f"{get_measure(measure).about}. Add tasks of other kinds, or use another measure."
+    )
 
+# %% ../../nbs/evaluation/05_measures.ipynb #031dd09c
 def not_scored(items: pd.DataFrame, measure: str = "plain") -> list[str]:  # names
-    "The tasks that a measure passes over: they have no accuracy, as nothing is chosen there, or no bits."
+    """The tasks that a measure passes over: they have no accuracy, as nothing is chosen there, or
+    no bits."""
     return [o for o in items.task.unique() if metric_of(TASKS[o], measure) is None]
 
+# %% ../../nbs/evaluation/05_measures.ipynb #ac39f6e6
 def measured_rows(items: pd.DataFrame,   # from `scoring.evaluate`
                   measure: str = "plain"
                  ) -> np.ndarray:        # [n], positions in the order of dimension, task and item
@@ -67,19 +78,26 @@ def measured_rows(items: pd.DataFrame,   # from `scoring.evaluate`
                               "give the items of one model only.")
     there = set(mine.task.unique())
     lost = [o for o, metric in metrics.items() if metric and o not in there]
-    if lost: raise CalibPruneError(f"The scores of task {lost[0]!r} have no {metrics[lost[0]]!r}, which measure {measure} reads.")
+    if lost:
+        raise CalibPruneError(
+            f"The scores of task {lost[0]!r} have no {metrics[lost[0]]!r}, which measure {measure}"
+            " reads."
+        )
     order = sorted(there, key=lambda o: (DIMENSIONS.index(TASKS[o].dimension), o))
-    return at[np.lexsort((mine.item.to_numpy(), mine.task.map({o: i for i, o in enumerate(order)}).to_numpy()))]
+    return at[np.lexsort((mine.item.to_numpy(), mine.task.map({
+        o: i for i, o in enumerate(order)}).to_numpy()))]
 
 # %% ../../nbs/evaluation/05_measures.ipynb #4558d061
 def measured_values(items: pd.DataFrame,    # from `scoring.evaluate`
                     measure: str = "plain",
                     rows: np.ndarray | None = None  # from `measured_rows`, if known
-                   ) -> pd.DataFrame:       # the same columns, in the order of dimension, task and item
+                   # the same columns, in the order of dimension, task and item
+                   ) -> pd.DataFrame:
     "One row per item: what a measure sums up."
     if rows is None: rows = measured_rows(items, measure)
     return items.iloc[rows].assign(value=values_at(items, measure, rows)).reset_index(drop=True)
 
+# %% ../../nbs/evaluation/05_measures.ipynb #e056f073
 def values_at(items: pd.DataFrame, measure: str,
               rows: np.ndarray    # [n], from `measured_rows`
              ) -> np.ndarray:     # [n]
@@ -87,23 +105,29 @@ def values_at(items: pd.DataFrame, measure: str,
     values = items["value"].to_numpy()[rows]
     return values - _chances(items, rows) if get_measure(measure).beyond_chance else values
 
+# %% ../../nbs/evaluation/05_measures.ipynb #eb12d315
 def _chances(items: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
     "What guessing gets, item by item."
     chances = items["chance"].to_numpy()[rows] if "chance" in items else np.array([np.nan])
     if not np.isnan(chances).any(): return chances
-    raise CalibPruneError("These scores do not say what guessing gets (a column `chance`): they are of an older version. "
-                          "Score the models again, or use another measure.")
+    raise CalibPruneError(
+        "These scores do not say what guessing gets (a column `chance`): they are of an older"
+        " version. Score the models again, or use another measure."
+    )
 
 # %% ../../nbs/evaluation/05_measures.ipynb #877ce95e
 def task_retention(task: str,
-                   dense: np.ndarray, pruned: np.ndarray,  # [1 + n_boot, …], sums of `measured_values`; first as measured
+                   # [1 + n_boot, …], sums of `measured_values`; first as measured
+                   dense: np.ndarray, pruned: np.ndarray,
                    measure: str = "plain"
                   ) -> np.ndarray:  # [1 + n_boot, …]; NaN where the dense model has nothing right
     "What a pruned model keeps of one task."
     if not (dense[0] > 0).all():
         low = "no better than chance" if get_measure(measure).beyond_chance else "zero"
-        raise CalibPruneError(f"The dense model scores {low} on task {task!r}, so nothing can be retained of it. "
-                              "Use more items, or a task that this model can do.")
+        raise CalibPruneError(
+            f"The dense model scores {low} on task {task!r}, so nothing can be retained of it. "
+            "Use more items, or a task that this model can do."
+        )
     above, below = (dense, pruned) if metric_of(TASKS[task], measure) == "bits" else (pruned, dense)
     return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
 
@@ -112,16 +136,20 @@ CLEARLY = 4  # standard errors above chance
 
 def clearly_above_chance(lead: np.ndarray  # [items], right or wrong, less what guessing gets
                         ) -> bool:
-    "Whether a model does better in a task than guesses would. Guesses scatter, even if a few answers are all right."
+    """Whether a model does better in a task than guesses would. Guesses scatter, even if a few
+    answers are all right."""
     guess = np.clip(1 - lead.max(), 0, 1)  # what guessing gets
     scatter = max(lead.std(), np.sqrt(guess * (1 - guess)))
     return bool(lead.mean() > CLEARLY * scatter / np.sqrt(len(lead)))
 
+# %% ../../nbs/evaluation/05_measures.ipynb #0c70d625
 def at_chance(dense: pd.DataFrame  # from `scoring.evaluate`
              ) -> list[str]:       # names
     "The tasks with right and wrong answers in which a model is not clearly above chance."
     if "chance" not in dense: return []  # scores of an older version
-    right = dense[dense["chance"].notna() & (dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric))]
+    right = dense[
+        dense["chance"].notna() & (dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric))
+    ]
     lead = right.assign(lead=right["value"] - right["chance"]).groupby("task", sort=False)["lead"]
     return [task for task, mine in lead if not clearly_above_chance(mine.to_numpy())]
 
@@ -131,10 +159,12 @@ def _has_something(dense: np.ndarray, measure: str) -> bool:
     if not get_measure(measure).beyond_chance: return bool(dense.any())
     return clearly_above_chance(dense)
 
+# %% ../../nbs/evaluation/05_measures.ipynb #45ba422d
 def nothing_right(dense: dict[str, np.ndarray],  # task → [items], from `measured_values`
                   measure: str = "plain"
                  ) -> tuple[str, ...]:
-    "The tasks in which the dense model has nothing to lose; by measures that count from 0, of dimensions that have others."
+    """The tasks in which the dense model has nothing to lose; by measures that count from 0, of
+    dimensions that have others."""
     lost = [t for t, values in dense.items() if not _has_something(values, measure)]
     if get_measure(measure).beyond_chance: return tuple(lost)
     measured = {TASKS[t].dimension for t in dense if t not in lost}
@@ -142,7 +172,8 @@ def nothing_right(dense: dict[str, np.ndarray],  # task → [items], from `measu
 
 # %% ../../nbs/evaluation/05_measures.ipynb #3f0b455d
 def prompt_gains(items: pd.DataFrame  # from `scoring.evaluate` with `swapped`
-                ) -> pd.Series:       # by task: (bits after another's prompt - bits after its own) / the former
+                # by task: (bits after another's prompt - bits after its own) / the former
+                ) -> pd.Series:
     "How much of the right answers' bits a model's own prompts save."
     about = ["task", "item"]
     bits = {o: items[items.metric == o].set_index(about)["value"] for o in ("bits", "swapped_bits")}
@@ -155,12 +186,14 @@ HEADLINE = "above-chance", "answer-bits", "plain"  # in this order
 
 def can_tell(measure: str,
              reliability: float,  # NaN: not known
-             at_chance: float     # share of pairs of pruned model and choice task at chance; NaN: no choice task
+             # share of pairs of pruned model and choice task at chance; NaN: no choice task
+             at_chance: float
             ) -> bool:
     "Whether a measure is to be believed in one dimension."
     floored = measure != "answer-bits" and at_chance > AT_CHANCE
     return bool(reliability >= RELIABLE and not floored)
 
+# %% ../../nbs/evaluation/05_measures.ipynb #b93f53d6
 def headline(telling: dict[str, int]  # measure → number of dimensions in which it can tell
             ) -> str:
     "The measure that a model's main tables show."

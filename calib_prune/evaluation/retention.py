@@ -13,8 +13,13 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from .measures import (at_chance, measured_values, not_scored, nothing_right,
-                                             task_retention)
+from calib_prune.evaluation.measures import (
+    at_chance,
+    measured_values,
+    not_scored,
+    nothing_right,
+    task_retention,
+)
 from .scoring import scores
 from .tasks import TASKS
 from ..resampling import N_BOOT, draws, interval
@@ -26,19 +31,27 @@ def _does_not_fit(*models: pd.DataFrame) -> str:
     return (" Items whose answers are longer than a model's context were left out, so models with "
             "different contexts have different items in common; leave these tasks out.")
 
+# %% ../../nbs/evaluation/07_retention.ipynb #04cb788c
 def paired_values(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
                   measure: str = "plain"                      # see `measures.MEASURES`
-                 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # task → values of the dense and of the pruned model
+                 # task → values of the dense and of the pruned model
+                 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     "The two models' values, item by item; an error if they did not answer the same items."
     a, b = measured_values(dense, measure), measured_values(pruned, measure)
     for task in dict.fromkeys([*a.task, *b.task]):
         x, y = (set(o.item[o.task == task]) for o in (a, b))
         if x != y:
-            raise CalibPruneError(f"Retention needs the same items for both models, but task {task!r} has {len(x)} for the "
-                                  f"dense and {len(y)} for the pruned model, {len(x & y)} of them shared. Score both with "
-                                  "the same tasks and limit." + _does_not_fit(dense, pruned))
+            raise CalibPruneError(
+                f"Retention needs the same items for both models, but task {task!r} has {len(x)}"
+                f" for the dense and {len(y)} for the pruned model, {len(x & y)} of them shared."
+                " Score both with the same tasks and limit."
+                + _does_not_fit(dense, pruned)
+            )
     values = b.value.to_numpy()  # in the order of a
-    return {task: (mine.value.to_numpy(), values[mine.index]) for task, mine in a.groupby("task", sort=False)}
+    return {
+        task: (mine.value.to_numpy(), values[mine.index])
+        for task, mine in a.groupby("task", sort=False)
+    }
 
 # %% ../../nbs/evaluation/07_retention.ipynb #5c1e9a02
 def left_aside(dense: pd.DataFrame, measure: str = "plain",
@@ -64,9 +77,11 @@ def _right_answers(dense: pd.DataFrame, task: str) -> str:
     if "chance" not in mine: return said
     return f"{said}, not clearly more than guessing ({100 * mine['chance'].mean():.0f} %)"
 
+# %% ../../nbs/evaluation/07_retention.ipynb #8db4a13e
 def _tasks_of(dimension: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if TASKS[name].dimension == dimension]
 
+# %% ../../nbs/evaluation/07_retention.ipynb #73aaeae0
 def _dimension_reasons(names: Iterable[str], why: dict[str, str]) -> dict[str, str]:
     "Why dimensions have no retention, given why tasks do not count."
     found = {}
@@ -76,6 +91,7 @@ def _dimension_reasons(names: Iterable[str], why: dict[str, str]) -> dict[str, s
         elif set(mine) <= set(why): found[dimension] = f"no task counts ({', '.join(mine)})"
     return found
 
+# %% ../../nbs/evaluation/07_retention.ipynb #eb270e42
 def left_out_reasons(dense: pd.DataFrame, measure: str = "plain", count_at_chance: bool = False
                     ) -> dict[str, str]:  # name of a task, a dimension or "total" → reason
     "Why tasks do not count, and why dimensions and the total have no retention."
@@ -97,19 +113,24 @@ def _task_draws(task: str, dense: np.ndarray, pruned: np.ndarray,  # [items]
     if len(dense) == 1: found[1:] = np.nan  # a single item cannot be resampled
     return found
 
+# %% ../../nbs/evaluation/07_retention.ipynb #ad944f0c
 def _mean_draws(parts: list[np.ndarray], n_boot: int) -> np.ndarray:  # [1 + n_boot]
     return np.mean(parts, axis=0) if parts else np.full(n_boot + 1, np.nan)
 
+# %% ../../nbs/evaluation/07_retention.ipynb #aaa4f008
 def retention_draws(dense: pd.DataFrame, pruned: pd.DataFrame, n_boot: int, seed: int,
                     measure: str = "plain", count_at_chance: bool = False  # see `left_aside`
-                   ) -> dict[tuple[str, str], np.ndarray]:  # ("task" | "dimension" | "total", name) → [1 + n_boot]
+                   # ("task" | "dimension" | "total", name) → [1 + n_boot]
+                   ) -> dict[tuple[str, str], np.ndarray]:
     """Retention by task, by dimension and in total, under each draw. A dimension is NaN if none of
     its tasks counts, the total unless all dimensions have a number."""
     pairs = paired_values(dense, pruned, measure)
     left = left_aside(dense, measure, count_at_chance)["left_aside"] or []
     if not set(pairs) - set(left):
-        raise CalibPruneError(f"The dense model is not clearly above chance in {', '.join(left)}, so nothing can be kept of it "
-                              "there. Use more items, tasks that this model can do, or another measure.")
+        raise CalibPruneError(
+            f"The dense model is not clearly above chance in {', '.join(left)}, so nothing can be"
+            " kept of it there. Use more items, tasks that this model can do, or another measure."
+        )
     tasks = {t: _task_draws(t, *pairs[t], n_boot, seed, measure) for t in pairs if t not in left}
     found = {("task", t): v for t, v in tasks.items()}
     for d in DIMENSIONS:
@@ -134,11 +155,13 @@ def _not_judged(dimensions: dict[str, np.ndarray], sizes: dict[str, int], reason
             found[name] = "in too many resamples the dense model has nothing to lose"
     return found
 
+# %% ../../nbs/evaluation/07_retention.ipynb #51cf9056
 def _in_percent(values: np.ndarray) -> str:  # [1 + n_boot], fractions
     "An estimate with its interval, in percent."
     low, high = (100 * end for end in interval(values[1:]))
     return f"{100 * values[0]:.1f} % (95 % CI {low:.1f} to {high:.1f})"
 
+# %% ../../nbs/evaluation/07_retention.ipynb #7e0cb494
 def _in_points(values: np.ndarray) -> str:  # [1 + n_boot], fractions
     return _in_percent(values).replace(" %", " points", 1)
 
@@ -154,11 +177,13 @@ def _lowest(judged: dict[str, np.ndarray]  # dimension → [1 + n_boot], the low
         about = ", ".join(f"{name} (difference {_in_points(ahead[name])})" for name in near)
         return (f"{worst} has the lowest retention, {_in_percent(values)}, not significantly lower "
                 f"than {about}.")
-    if interval(values[1:])[1] >= 1: return f"{worst} has the lowest retention, {_in_percent(values)}."
+    if interval(values[1:])[1] >= 1:
+        return f"{worst} has the lowest retention, {_in_percent(values)}."
     following = others[0][0]
     return (f"{worst} has lost most: retention {_in_percent(values)}, "
             f"{_in_points(ahead[following])} below {following}, the next lowest.")
 
+# %% ../../nbs/evaluation/07_retention.ipynb #2e7a82c1
 def _against_dense(judged: dict[str, np.ndarray]) -> list[str]:
     "Which dimensions have no significant loss."
     same, better = [], []
@@ -169,6 +194,7 @@ def _against_dense(judged: dict[str, np.ndarray]) -> list[str]:
     said = [f"Not significantly different from the dense model: {', '.join(same)}."] if same else []
     return said + ([f"Significantly above the dense model: {', '.join(better)}."] if better else [])
 
+# %% ../../nbs/evaluation/07_retention.ipynb #6cb360aa
 def retention_verdict(found: dict[tuple[str, str], np.ndarray],  # from `retention_draws`
                       sizes: dict[str, int],                     # task → items
                       reasons: dict[str, str]                    # from `left_out_reasons`
@@ -177,9 +203,12 @@ def retention_verdict(found: dict[tuple[str, str], np.ndarray],  # from `retenti
     dimensions = {name: v for (level, name), v in found.items() if level == "dimension"}
     unknown = _not_judged(dimensions, sizes, reasons)
     known = [name for name in dimensions if name not in unknown]
-    judged = {name: dimensions[name] for name in sorted(known, key=lambda d: float(dimensions[d][0]))}
+    judged = {
+        name: dimensions[name] for name in sorted(known, key=lambda d: float(dimensions[d][0]))
+    }
     lost = any(interval(values[1:])[1] < 1 for values in judged.values())
-    said = [_lowest(judged)] if lost else ["No judged dimension has a significant loss."] if judged else []
+    said = [_lowest(judged)
+            ] if lost else ["No judged dimension has a significant loss."] if judged else []
     said += _against_dense(judged)
     return " ".join([*said, *(f"{name} cannot be judged: {why}." for name, why in unknown.items())])
 
@@ -189,12 +218,14 @@ def _items_behind(level: str, name: str, sizes: dict[str, int]) -> int:
     if level == "task": return sizes[name]
     return sum(sizes[t] for t in sizes if level == "total" or TASKS[t].dimension == name)
 
+# %% ../../nbs/evaluation/07_retention.ipynb #35c62f4b
 def _interval_reason(level: str, name: str, sizes: dict[str, int]) -> str:
     "Why a row with a retention has no interval."
     tasks = [t for t in sizes if name == t or level == "total" or TASKS[t].dimension == name]
     if any(sizes[t] == 1 for t in tasks): return "no interval, as a single item cannot be resampled"
     return "no interval, as in over 1 % of the resamples the dense model has nothing to lose"
 
+# %% ../../nbs/evaluation/07_retention.ipynb #76fb66e6
 def _retention_row(level: str, name: str, values: np.ndarray,  # [1 + n_boot]
                    sizes: dict[str, int]) -> dict[str, Any]:
     low, high = interval(values[1:])
@@ -203,11 +234,13 @@ def _retention_row(level: str, name: str, values: np.ndarray,  # [1 + n_boot]
     return dict(level=level, name=name, dimension=dimension, retention=values[0], ci_low=low,
                 ci_high=high, n=n)
 
+# %% ../../nbs/evaluation/07_retention.ipynb #394f635b
 def retention(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`, same tasks and limit
               n_boot: int = N_BOOT, seed: int = 0,
               measure: str = "plain",        # see `measures.MEASURES`
               count_at_chance: bool = False  # count tasks in which the dense model only guesses?
-             ) -> pd.DataFrame:  # level, name, dimension, retention, ci_low, ci_high, n; fractions, 1 = nothing lost
+             # level, name, dimension, retention, ci_low, ci_high, n; fractions, 1 = nothing lost
+             ) -> pd.DataFrame:
     """Retention of a pruned model by task, dimension and in total, with paired bootstrap 95 %
     intervals and the number of items that count. `attrs`: those of `left_aside`, the `reasons` of
     what has no number, by name, and the `verdict` in words."""
@@ -227,12 +260,17 @@ def _difference_row(level: str, name: str, values: np.ndarray) -> dict[str, Any]
     low, high = interval(values[1:])
     return dict(level=level, name=name, difference=values[0], ci_low=low, ci_high=high)
 
+# %% ../../nbs/evaluation/07_retention.ipynb #32a6a300
 def difference(dense: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame,  # three models' items
                n_boot: int = N_BOOT, seed: int = 0, measure: str = "plain",
                count_at_chance: bool = False  # count tasks in which the dense model only guesses?
-              ) -> pd.DataFrame:  # level, name, difference, ci_low, ci_high; fractions of the dense model's scores
-    "Retention of `a` minus retention of `b`, with paired bootstrap 95 % intervals; `attrs`: `left_aside`."
-    x, y = (retention_draws(dense, items, n_boot, seed, measure, count_at_chance) for items in (a, b))
+              # level, name, difference, ci_low, ci_high; fractions of the dense model's scores
+              ) -> pd.DataFrame:
+    """Retention of `a` minus retention of `b`, with paired bootstrap 95 % intervals; `attrs`:
+    `left_aside`."""
+    x, y = (
+        retention_draws(dense, items, n_boot, seed, measure, count_at_chance) for items in (a, b)
+    )
     table = pd.DataFrame([_difference_row(*at, x[at] - y[at]) for at in x])
     table.attrs = left_aside(dense, measure, count_at_chance)
     return table

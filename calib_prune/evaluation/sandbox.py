@@ -33,8 +33,10 @@ def missing_layers() -> list[str]:  # a part of `LAYERS`
     "The mechanisms of the kernel that the sandbox needs and that this machine lacks."
     if sys.platform != "linux": return list(LAYERS)
     libc = ctypes.CDLL(None)
-    have = {"landlock": libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)) > 0,
-            "seccomp": platform.machine() in ("x86_64", "aarch64") and libc.prctl(21, 0, 0, 0, 0) >= 0}
+    have = {
+        "landlock": libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)) > 0,
+        "seccomp": platform.machine() in ("x86_64", "aarch64") and libc.prctl(21, 0, 0, 0, 0) >= 0,
+    }
     return [o for o in LAYERS if not have[o]]
 
 # %% ../../nbs/evaluation/04_sandbox.ipynb #2b333b55
@@ -42,8 +44,9 @@ def readable_paths() -> list[str]:
     "What a Python program needs to read in order to import the standard library."
     # not those of a virtual environment
     paths = sysconfig.get_paths(vars={"platbase": sys.base_exec_prefix})
-    wanted = [paths["stdlib"], paths["platstdlib"], f"{sys.base_prefix}/lib", "/usr/lib", "/usr/lib64", "/lib",
-              "/lib64", "/usr/share/zoneinfo", "/dev/null", "/dev/urandom"]
+    wanted = [
+        paths["stdlib"], paths["platstdlib"], f"{sys.base_prefix}/lib", "/usr/lib", "/usr/lib64",
+        "/lib", "/lib64", "/usr/share/zoneinfo", "/dev/null", "/dev/urandom"]
     return sorted({os.path.realpath(o) for o in wanted if os.path.exists(o)})
 
 # %% ../../nbs/evaluation/04_sandbox.ipynb #83baf381
@@ -52,11 +55,14 @@ GRACE = 0.5  # seconds that the other processes get once the awaited one has end
 def collect(pipes: dict,         # name → file descriptor to read
             deadline: float,     # on `time.monotonic`'s clock
             max_bytes: int,      # per pipe
-            needed: set | None = None  # names; once these are closed, the others are not waited for. None: all
-           ) -> tuple[dict[Any, bytes], str | None]:  # by name, what was read; "timeout" or "output" if it was cut short
+            # names; once these are closed, the others are not waited for. None: all
+            needed: set | None = None
+           # by name, what was read; "timeout" or "output" if it was cut short
+           ) -> tuple[dict[Any, bytes], str | None]:
     "Read several pipes until they close, the time is up, or one of them says too much."
     got, waiting = {o: b"" for o in pipes}, set(needed or pipes)
-    late: str | None = "timeout"  # what the end of the time means; None once the awaited process has ended
+    # what the end of the time means; None once the awaited process has ended
+    late: str | None = "timeout"
     with closing(selectors.DefaultSelector()) as ready:
         for name, fd in pipes.items(): ready.register(fd, selectors.EVENT_READ, name)
         while ready.get_map():
@@ -66,7 +72,8 @@ def collect(pipes: dict,         # name → file descriptor to read
                 if data: continue
                 ready.unregister(key.fd)
                 waiting.discard(key.data)
-                if not waiting and late: deadline, late = min(deadline, time.monotonic() + GRACE), None
+                if not waiting and late:
+                    deadline, late = min(deadline, time.monotonic() + GRACE), None
             if max(map(len, got.values())) > max_bytes: return got, "output"
             if time.monotonic() >= deadline: return got, late
     return got, None
@@ -99,10 +106,12 @@ def verdict(report: bytes,  # what came through the report pipe
             secret: bytes,  # what a believable report begins with, after "ready"
             code: int       # exit status, negative for a signal
            ) -> tuple[str, str]:  # reason, detail
-    "How a program ended, from report and exit status; without the secret nothing is a pass. Never raises."
+    """How a program ended, from report and exit status; without the secret nothing is a pass. Never
+    raises."""
     body = report.removeprefix(b"ready\n")
     reason, _, detail = body.removeprefix(secret).partition(b"\n")
-    if body.startswith(secret) and reason in REASONS: return reason.decode(), detail.decode(errors="replace")
+    if body.startswith(secret) and reason in REASONS:
+        return reason.decode(), detail.decode(errors="replace")
     return how_it_died(code)
 
 # %% ../../nbs/evaluation/04_sandbox.ipynb #897c8d44
@@ -152,7 +161,8 @@ class Jail:
 def follow(jails: dict[str, Jail],  # the last one is waited for; the others end with it
            deadline: float,         # on `time.monotonic`'s clock
            max_output: int          # bytes kept of each stream
-          ) -> tuple[dict[str, dict[str, bytes]], str | None, dict[str, int]]:  # streams, why cut short, exit statuses
+          # streams, why cut short, exit statuses
+          ) -> tuple[dict[str, dict[str, bytes]], str | None, dict[str, int]]:
     "Follow jailed processes to their end."
     pipes = {(k, name): fd for k, o in jails.items() for name, fd in o.outputs.items()}
     main = [*jails][-1]
@@ -178,22 +188,35 @@ def layers_in_force(allow_weaker: bool) -> tuple[str, ...]:  # those that are mi
     "Refuse a machine that lacks a layer of protection, unless the caller accepts it."
     missing = tuple(missing_layers())
     if missing and not allow_weaker:
-        raise CalibPruneError("This machine cannot isolate generated code: its kernel does not offer "
-                              f"{' and '.join(missing)} (Linux 5.13 or newer on x86-64 or 64-bit ARM has both). Use a "
-                              "machine that does, or pass allow_weaker=True and accept that the code can reach what "
-                              "you can reach.")
+        raise CalibPruneError(
+            "This machine cannot isolate generated code: its kernel does not offer"
+            f" {' and '.join(missing)} (Linux 5.13 or newer on x86-64 or 64-bit ARM has both). Use"
+            " a machine that does, or pass allow_weaker=True and accept that the code can reach"
+            " what you can reach."
+        )
     return missing
 
 # %% ../../nbs/evaluation/04_sandbox.ipynb #621f77f0
 def _check_ready(got: dict[str, bytes]) -> None:
     if got["report"].startswith(b"ready\n"): return
     why = got["stderr"].decode(errors="replace").strip().splitlines()[-1:]
-    raise CalibPruneError(f"The sandbox could not be set up: {(why or ['no reason given'])[0]}. No code was run.")
+    raise CalibPruneError(
+        f"The sandbox could not be set up: {(why or ['no reason given'])[0]}. No code was run."
+    )
 
-def _task(role: str, code: str, limits: Limits, missing: tuple[str, ...], folder: str) -> dict[str, Any]:
-    return dict(role=role, code=code, parent=os.getpid(),
-                memory_mb=limits.memory_mb, cpu_seconds=int(limits.timeout) + 1,
-                layers=[o for o in LAYERS if o not in missing], readable=[*readable_paths(), folder])
+# %% ../../nbs/evaluation/04_sandbox.ipynb #47ce4769
+def _task(
+    role: str, code: str, limits: Limits, missing: tuple[str, ...], folder: str
+) -> dict[str, Any]:
+    return dict(
+        role=role,
+        code=code,
+        parent=os.getpid(),
+        memory_mb=limits.memory_mb,
+        cpu_seconds=int(limits.timeout) + 1,
+        layers=[o for o in LAYERS if o not in missing],
+        readable=[*readable_paths(), folder],
+    )
 
 # %% ../../nbs/evaluation/04_sandbox.ipynb #d36a9e1f
 def run_sandboxed(code: str,                   # an untrusted Python program
@@ -201,7 +224,8 @@ def run_sandboxed(code: str,                   # an untrusted Python program
                   max_output: int = Limits.max_output,
                   allow_weaker: bool = False   # run even if the kernel lacks a layer of protection
                  ) -> SandboxResult:
-    "Run an untrusted program without files, network or further processes, and say whether it reached its end."
+    """Run an untrusted program without files, network or further processes, and say whether it
+    reached its end."""
     missing, limits = layers_in_force(allow_weaker), Limits(timeout, memory_mb, max_output)
     start = time.monotonic()
     with temporary_folder() as folder:
@@ -211,7 +235,9 @@ def run_sandboxed(code: str,                   # an untrusted Python program
     if cut is None: _check_ready(got)
     reason, detail = (cut, "") if cut else verdict(got["report"], jail.secret, status["alone"])
     out, err = (got[o][:max_output].decode(errors="replace") for o in ("stdout", "stderr"))
-    return SandboxResult(reason == "passed", reason, detail, out, err, time.monotonic() - start, missing)
+    return SandboxResult(
+        reason == "passed", reason, detail, out, err, time.monotonic() - start, missing
+    )
 
 # %% ../../nbs/evaluation/04_sandbox.ipynb #1347e11d
 def run_tests(answer: str,  # untrusted: defines what the tests call
@@ -234,7 +260,13 @@ def run_tests(answer: str,  # untrusted: defines what the tests call
     if cut is None:
         for got in streams.values(): _check_ready(got)
     secret = jails["tests"].secret
-    reason, detail = (cut, "") if cut else verdict(streams["tests"]["report"], secret, status["tests"])
+    reason, detail = (
+        (cut, "") if cut else verdict(streams["tests"]["report"], secret, status["tests"])
+    )
     if reason == "ended": reason, detail = how_it_died(status["answer"])
-    out, err = (streams["answer"][o][:max_output].decode(errors="replace") for o in ("stdout", "stderr"))
-    return SandboxResult(reason == "passed", reason, detail, out, err, time.monotonic() - start, missing)
+    out, err = (
+        streams["answer"][o][:max_output].decode(errors="replace") for o in ("stdout", "stderr")
+    )
+    return SandboxResult(
+        reason == "passed", reason, detail, out, err, time.monotonic() - start, missing
+    )

@@ -22,13 +22,13 @@ import numpy as np
 import pandas as pd
 
 from ..core import CalibPruneError, cache_dir, temporary_folder, unknown_name
-from .sandbox import run_sandboxed, run_tests
 from .measures import measured_values
+from .sandbox import run_sandboxed, run_tests
 from .tasks import KINDS, TASKS, Task, get_tasks, write_task
 from ..generation.sampling import Job, Sampling, decode
 from ..generation.writing import end_tokens
-from ..model.likelihood import loglikelihoods, unpackable
 from ..kernels.memory import reused_memory
+from ..model.likelihood import loglikelihoods, unpackable
 from ..progress import ProgressFn
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #30877915
@@ -39,10 +39,13 @@ def _check_finite(found: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
     "Refuse likelihoods that are no numbers: NaN means below that an answer does not fit."
     broken = sum(not math.isfinite(likelihood) for likelihood, _ in found)
     if not broken: return found
-    raise CalibPruneError(f"The model cannot be scored: {broken:,} of {len(found):,} likelihoods are not finite. "
-                          "Its weights are damaged, or its activations overflow in this dtype. "
-                          "Score it in float32 or bfloat16, or make the model again.")
+    raise CalibPruneError(
+        f"The model cannot be scored: {broken:,} of {len(found):,} likelihoods are not finite. "
+        "Its weights are damaged, or its activations overflow in this dtype. "
+        "Score it in float32 or bfloat16, or make the model again."
+    )
 
+# %% ../../nbs/evaluation/06_scoring.ipynb #54a0941b
 def _where_it_fits(requests, longest, score):
     "Score the requests whose answer fits into the model's context; the others get NaN."
     fits = [len(continuation) <= longest for _, _, continuation in requests]
@@ -71,7 +74,10 @@ def answer_job(lm, name: str, context: str,
     most, end = how["max_gen_toks"], lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
     until = handle_stop_sequences(how["until"], end)
     if most >= lm.max_length:
-        raise CalibPruneError(f"Answers of {most:,} tokens do not fit into the model's context of {lm.max_length:,} tokens.")
+        raise CalibPruneError(
+            f"Answers of {most:,} tokens do not fit into the model's context of {lm.max_length:,}"
+            " tokens."
+        )
     tokens, _ = lm.tok_batch_encode([context], left_truncate_len=lm.max_length - most)
     return Job(name, tuple(tokens[0].tolist()), most=most, stop=ends_with(lm, until)), until
 
@@ -80,11 +86,14 @@ GREEDY = Sampling(top_k=1)
 
 def written_answers(lm, requests: list,  # of lm-eval
                     batch_size: int, progress: ProgressFn | None = None) -> list[str]:
-    "What a model answers: always the likeliest token. `lm.cut` gets the prompts of answers that reached their greatest length."
+    """What a model answers: always the likeliest token. `lm.cut` gets the prompts of answers that
+    reached their greatest length."""
     from lm_eval.models.utils import postprocess_generated_text
     asked = {str(i): answer_job(lm, str(i), *o.args) for i, o in enumerate(requests)}
     jobs, ends, found = [job for job, _ in asked.values()], end_tokens(lm.model, lm.tokenizer), {}
-    for sample in decode(lm.model, jobs, GREEDY, lm.max_length, seed=0, ends=ends, batch=batch_size):
+    for sample in decode(
+        lm.model, jobs, GREEDY, lm.max_length, seed=0, ends=ends, batch=batch_size
+    ):
         said = lm.tok_decode(list(sample.tokens[sample.opening:]))
         if not sample.ended: lm.cut.add(requests[int(sample.key)].args[0])
         found[sample.key] = postprocess_generated_text(said, asked[sample.key][1], None)
@@ -94,12 +103,14 @@ def written_answers(lm, requests: list,  # of lm-eval
 # %% ../../nbs/evaluation/06_scoring.ipynb #83e64b3f
 def language_model(model, tokenizer,
                    batch_tokens: int = 1024,  # see `loglikelihoods`
-                   batch_size: int = 8,       # sequences at once when generating, and on lm-eval's own path
+                   # sequences at once when generating, and on lm-eval's own path
+                   batch_size: int = 8,
                    progress: ProgressFn | None = None,
                    stock: bool = False        # lm-eval's own path
                   ):                          # an lm-eval model
     "A model as lm-eval wants it, with packed scoring and answers side by side unless `stock`."
-    from lm_eval.models.huggingface import HFLM  # a slow import, left out of the command line's start
+    # a slow import, left out of the command line's start
+    from lm_eval.models.huggingface import HFLM
 
     class QuietLM(HFLM):
         def loglikelihood(self, requests, disable_tqdm=False):
@@ -107,7 +118,9 @@ def language_model(model, tokenizer,
 
         def _loglikelihood_tokens(self, requests, **how):
             score = super()._loglikelihood_tokens
-            return _where_it_fits(requests, self.max_length, lambda some: score(some, **how) if some else [])
+            return _where_it_fits(
+                requests, self.max_length, lambda some: score(some, **how) if some else []
+            )
 
         def generate_until(self, requests, disable_tqdm=False):
             found = []
@@ -140,13 +153,23 @@ def likelihood_rows(task: Task,
     gold = sample["doc"]["gold"]
     bits = -sample["filtered_resps"][gold][0] / math.log(2)
     found = [("bits", bits, len(sample["arguments"][gold][1].encode()), math.nan)]
-    if task.kind == "choice": found += [(o, float(sample[o]), 0, 1 / len(sample["doc"]["choices"])) for o in ("acc", "acc_norm")]
-    return [dict(task=task.name, dimension=task.dimension, item=sample["doc"]["id"], metric=m, value=v, bytes=b, chance=c)
-            for m, v, b, c in found]
+    if task.kind == "choice":
+        found += [
+            (o, float(sample[o]), 0, 1 / len(sample["doc"]["choices"])) for o in ("acc", "acc_norm")
+        ]
+    return [
+        dict(task=task.name,
+             dimension=task.dimension,
+             item=sample["doc"]["id"],
+             metric=m,
+             value=v,
+             bytes=b,
+             chance=c) for m, v, b, c in found]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #dc1fe16a
 def last_number(text: str) -> float | None:
-    "The number after `####`, else the last one; None if there is none. Thousands may be separated by commas."
+    """The number after `####`, else the last one; None if there is none. Thousands may be separated
+    by commas."""
     number = r"-?\d[\d,]*(?:\.\d+)?"
     found = re.findall(rf"####\s*\$?({number})", text)[:1] or re.findall(number, text)[-1:]
     return float(found[0].replace(",", "")) if found else None
@@ -155,12 +178,15 @@ def last_number(text: str) -> float | None:
 def generated_rows(task: Task,
                    samples: list[dict],             # as lm-eval logs them
                    timeout: float = 10.0,           # seconds of a program
-                   cut: Container[str] | None = None  # prompts whose answers were cut; None: not known
+                   # prompts whose answers were cut; None: not known
+                   cut: Container[str] | None = None
                   ) -> list[dict]:
-    "The rows of a generate task: exact match of a number, or pass@1 in the sandbox; then how answers and programs ended."
+    """The rows of a generate task: exact match of a number, or pass@1 in the sandbox; then how
+    answers and programs ended."""
     def right(sample):  # is it, and did its program take too long?
         answer, doc = sample["filtered_resps"][0], sample["doc"]
-        if not task.program: return last_number(answer) == float(doc["target"].replace(",", "")), False
+        if not task.program:
+            return last_number(answer) == float(doc["target"].replace(",", "")), False
         ran = run_tests(doc["program"].replace("\0", answer), doc["tests"], timeout)
         return ran.ok, ran.reason == "timeout"
     with ThreadPoolExecutor(2) as pool: found = list(pool.map(right, samples))
@@ -177,7 +203,8 @@ def quiet():
     "Inside, lm-eval and datasets draw no progress bars and give no advice."
     import datasets
     import lm_eval.api.task as building
-    logger, bars, tqdm = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled(), building.tqdm
+    logger, bars, tqdm = logging.getLogger(
+        "lm_eval"), datasets.is_progress_bar_enabled(), building.tqdm
     level = logger.level
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
@@ -192,7 +219,9 @@ def quiet():
 Limit = int | None | dict[str, int | None]
 
 def limit_of(task: Task,
-             limit: Limit  # items per task; or by kind or task name, e.g. {"choice": 200, "bpb": 50}; None for all
+             # items per task; or by kind or task name, e.g. {"choice": 200, "bpb": 50}; None for
+             # all
+             limit: Limit
             ) -> int | None:
     "How many items of a task are scored."
     if not isinstance(limit, dict): return limit
@@ -204,14 +233,22 @@ def limit_of(task: Task,
 def swapped_rows(lm, task: Task, samples: list[dict],  # as lm-eval logs them
                  n: int                                # of the first items
                 ) -> list[dict]:
-    "The bits of the right answers after the prompt of the next item; none for generated answers, or for a single item."
+    """The bits of the right answers after the prompt of the next item; none for generated answers,
+    or for a single item."""
     from lm_eval.api.instance import Instance
     mine = samples[:n] if task.kind != "generate" and len(samples) > 1 else []
     right = [o["arguments"][o["doc"]["gold"]] for o in samples[:n + 1]] if mine else []
     pairs = [(right[(i + 1) % len(right)][0], right[i][1]) for i in range(len(mine))]
-    found = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs]) if pairs else []
-    return [dict(task=task.name, dimension=task.dimension, item=o["doc"]["id"], metric="swapped_bits", value=-lp / math.log(2),
-                 bytes=len(answer.encode()), chance=math.nan) for o, (lp, _), (_, answer) in zip(mine, found, pairs)]
+    found = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)
+                              for pair in pairs]) if pairs else []
+    return [
+        dict(task=task.name,
+             dimension=task.dimension,
+             item=o["doc"]["id"],
+             metric="swapped_bits",
+             value=-lp / math.log(2),
+             bytes=len(answer.encode()),
+             chance=math.nan) for o, (lp, _), (_, answer) in zip(mine, found, pairs)]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #9358692e
 def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval logs them
@@ -223,8 +260,10 @@ def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval lo
     for task, mine in zip(tasks, rows, strict=True):
         there, n = len({o["item"] for o in mine}), len(samples[task.name])
         if not there:
-            raise CalibPruneError(f"Task {task.name!r} cannot be scored: none of its {n} items fits into the model's "
-                                  f"context of {longest:,} tokens. Leave it out, or take more items.")
+            raise CalibPruneError(
+                f"Task {task.name!r} cannot be scored: none of its {n} items fits into the model's "
+                f"context of {longest:,} tokens. Leave it out, or take more items."
+            )
         if there < n: found[task.name] = n - there
     return found
 
@@ -237,53 +276,71 @@ def written_tasks(tasks: list[Task], limit: Limit, skip: int = 0) -> Iterator[li
     with nullcontext() if os.access(above, os.W_OK) else temporary_folder() as folder:
         yield [str(write_task(o, limit_of(o, limit), folder, after=skip)) for o in tasks]
 
+# %% ../../nbs/evaluation/06_scoring.ipynb #979ba5b2
 def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
     "Tasks of lm-eval, by name. It would run what other files in their folders name."
     from datasets.exceptions import DatasetGenerationError
     from lm_eval.tasks import TaskManager
     own = {Path(at, f"{name}.yaml") for at, name in zip(folders, names, strict=True)}
     foreign = sorted({o for at in folders for o in Path(at).rglob("*.y*ml")} - own)
-    if foreign: raise CalibPruneError(f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
+    if foreign:
+        raise CalibPruneError(
+            f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
     try: return TaskManager(include_path=folders, include_defaults=False).load(names)["tasks"]
     except (OSError, ValueError, DatasetGenerationError) as e:
         found: list[BaseException] = [e]
         for o in found: found += [c for c in (o.__cause__, o.__context__) if c and c not in found]
         # A file may be missing because another one could not be written.
-        why = next((o for o in reversed(found) if isinstance(o, OSError) and o.errno not in (None, ENOENT)), found[-1])
+        why = next(
+            (o
+             for o in reversed(found) if isinstance(o, OSError) and o.errno not in (None, ENOENT)),
+            found[-1])
         said = str(getattr(why, "strerror", None) or why).rstrip(".")
-        raise CalibPruneError(f"Cannot keep the tasks in {Path(folders[0]).parent}: {said}. Make room there, remove that folder, "
-                              "or set CALIB_PRUNE_CACHE to a folder on another disk.") from e
+        raise CalibPruneError(
+            f"Cannot keep the tasks in {Path(folders[0]).parent}: {said}. Make room there, "
+            "remove that folder, "
+            "or set CALIB_PRUNE_CACHE to a folder on another disk.") from e
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #9105a13b
 @reused_memory()
 def evaluate(model, tokenizer,
              tasks: str | list[str] = "default",  # names of tasks and sets
-             limit: Limit = None,                 # items per task, see `limit_of`; the same subset for every model
+             # items per task, see `limit_of`; the same subset for every model
+             limit: Limit = None,
              batch_tokens: int = 1024,            # tokens in a batch; the last digits depend on it
-             batch_size: int = 8,                 # sequences at once when generating, and on lm-eval's own path
+             # sequences at once when generating, and on lm-eval's own path
+             batch_size: int = 8,
              progress: ProgressFn | None = None,
              stock: bool = False,                 # score by lm-eval's own path
-             swapped: int = 0,                    # items per task that are scored after another's prompt as well
-             skip: int = 0                        # items per task that are passed over, of those that a limit would keep first
-            ) -> pd.DataFrame:                    # task, dimension, item, metric, value, bytes, chance
-    "Score a model on tasks, item by item. `attrs` of the result say how (`scoring`) and what did not fit (`left_out`)."
+             # items per task that are scored after another's prompt as well
+             swapped: int = 0,
+             # items per task that are passed over, of those that a limit would keep first
+             skip: int = 0
+            # task, dimension, item, metric, value, bytes, chance
+            ) -> pd.DataFrame:
+    """Score a model on tasks, item by item. `attrs` of the result say how (`scoring`) and what did
+    not fit (`left_out`)."""
     from lm_eval.evaluator import evaluate as run
     chosen = get_tasks(tasks)
-    if any(o.program for o in chosen): run_sandboxed("pass")  # fails now, not after hours of generating
+    # fails now, not after hours of generating
+    if any(o.program for o in chosen): run_sandboxed("pass")
     reason = "asked for" if stock else unpackable(model)
     with quiet(), written_tasks(chosen, limit, skip) as folders:
-        lm = language_model(model, tokenizer, batch_tokens, batch_size, progress, stock=bool(reason))
+        lm = language_model(
+            model, tokenizer, batch_tokens, batch_size, progress, stock=bool(reason)
+        )
         loaded = load_tasks(folders, [o.name for o in chosen])
         samples = run(lm=lm, task_dict=loaded, bootstrap_iters=0)["samples"]
         others = [row for o in chosen for row in swapped_rows(lm, o, samples[o.name], swapped)]
     rows = []
     for task in chosen:
         mine = samples[task.name]
-        if task.kind == "generate": rows.append(generated_rows(task, mine, cut=lm.cut))
+        if task.kind == "generate":rows.append(generated_rows(task, mine, cut=lm.cut))
         else: rows.append([row for sample in mine for row in likelihood_rows(task, sample)])
     items = pd.DataFrame([row for part in rows for row in part] + others)
     items.attrs["scoring"] = f"lm-eval ({reason})" if reason else "packed"
-    if left_out := left_out_items(chosen, samples, rows, lm.max_length): items.attrs["left_out"] = left_out
+    if left_out := left_out_items(chosen, samples, rows, lm.max_length):
+        items.attrs["left_out"] = left_out
     return items
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #6326abe6
@@ -293,22 +350,35 @@ def _per_byte(mine: pd.DataFrame) -> tuple[float, float]:
     score = value.sum() / size.sum()
     return score, np.sqrt(((value - score * size) ** 2).sum() * n / max(n - 1, 1)) / size.sum()
 
+# %% ../../nbs/evaluation/06_scoring.ipynb #228f7d5b
 def _share_right(mine: pd.DataFrame) -> tuple[float, float]:
     "The share of right answers, and its standard error."
     value, n = mine.value.to_numpy(), len(mine)
     return value.mean(), np.sqrt(((value - value.mean()) ** 2).mean() / max(n - 1, 1))
 
+# %% ../../nbs/evaluation/06_scoring.ipynb #3731936a
 def scores(items: pd.DataFrame  # from `evaluate`
-          ) -> pd.DataFrame:    # by task: dimension, task, metric, score, standard_error, n, accuracy, chance, bits_per_byte
-    "The scores of each task in the order of the dimensions: its own, and what the measures need (NaN if a task has none)."
+          # by task: dimension, task, metric, score, standard_error, n, accuracy, chance,
+          # bits_per_byte
+          ) -> pd.DataFrame:
+    """The scores of each task in the order of the dimensions: its own, and what the measures need
+    (NaN if a task has none)."""
     bits = items[items.metric == "bits"]
     def one(name: str, mine: pd.DataFrame) -> dict:
         task, coded = TASKS[name], bits[bits.task == name]
         score, error = _per_byte(mine) if task.metric == "bits" else _share_right(mine)
         chance = mine.chance.mean() if "chance" in mine and task.metric != "bits" else np.nan
-        return dict(dimension=task.dimension, task=name, metric=task.scored_by, score=score, standard_error=error, n=len(mine),
-                    accuracy=np.nan if task.metric == "bits" else score, chance=chance,
-                    bits_per_byte=_per_byte(coded)[0] if len(coded) else np.nan)
+        return dict(
+            dimension=task.dimension,
+            task=name,
+            metric=task.scored_by,
+            score=score,
+            standard_error=error,
+            n=len(mine),
+            accuracy=np.nan if task.metric == "bits" else score,
+            chance=chance,
+            bits_per_byte=_per_byte(coded)[0] if len(coded) else np.nan,
+        )
     return pd.DataFrame([one(*o) for o in measured_values(items).groupby("task", sort=False)])
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #a001e655
@@ -316,10 +386,17 @@ ENDINGS = ("cut", "late")  # metrics that are no scores
 
 def ending_notes(items: pd.DataFrame  # from `evaluate`, of one model or more
                 ) -> list[str]:       # empty if every answer came to its own end
-    "How many written answers were cut at their greatest length, and how many programs ran into the time limit."
+    """How many written answers were cut at their greatest length, and how many programs ran into
+    the time limit."""
     notes = []
-    for (task, metric), mine in items[items.metric.isin(ENDINGS)].groupby(["task", "metric"], sort=False):
+    for (task, metric), mine in items[items.metric.isin(ENDINGS)].groupby(
+        ["task", "metric"], sort=False
+    ):
         if not (n := int(mine.value.sum())): continue
-        how = f"answers were cut at {TASKS[task].max_tokens} tokens" if metric == "cut" else "programs ran into the time limit"
+        how = (
+            f"answers were cut at {TASKS[task].max_tokens} tokens"
+            if metric == "cut"
+            else "programs ran into the time limit"
+        )
         notes.append(f"{task}: {n} of {len(mine)} {how}.")
     return notes

@@ -20,8 +20,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ..core import (DIMENSIONS, CalibPruneError, cache_dir, content_hash, unknown_name,
-                              write_atomic)
+from calib_prune.core import (
+    DIMENSIONS,
+    CalibPruneError,
+    cache_dir,
+    content_hash,
+    unknown_name,
+    write_atomic,
+)
 from ..data.fetch import cached
 from ..data.files import read_jsonl, write_jsonl
 
@@ -35,16 +41,20 @@ class Task:
     dimension: str               # one of `DIMENSIONS`
     kind: str                    # "choice", "bpb" or "generate"
     benchmark: str               # the fetched file: `fetch.cached("benchmarks", …)`
-    prompt: str                  # with the item's fields in braces, e.g. "Question: {question}\nAnswer:"
+    # with the item's fields in braces, e.g. "Question: {question}\nAnswer:"
+    prompt: str
     description: str             # one line for the command line
     answer: str = ""             # bpb, generate: the right answer, with fields as in `prompt`
     metric: str = "acc"          # the column of per-item scores that `scores` reads
-    delimiter: str = " "         # between prompt and answer; counted among the bytes of a bpb answer
+    # between prompt and answer; counted among the bytes of a bpb answer
+    delimiter: str = " "
     until: tuple[str, ...] = ()  # generate: what ends an answer
     max_tokens: int = 0          # generate: the longest answer
-    program: str = ""            # generate: the program that the answer makes; empty for an exact match
+    # generate: the program that the answer makes; empty for an exact match
+    program: str = ""
     tests: str = ""              # generate: what is run against it, in a process of its own
-    overlaps: tuple[str, ...] = ()  # calibration sources that share problems, or their wording, with it
+    # calibration sources that share problems, or their wording, with it
+    overlaps: tuple[str, ...] = ()
 
     @property
     def scored_by(self) -> str:
@@ -53,9 +63,12 @@ class Task:
 
     @property
     def entry(self) -> dict[str, Any]:
-        "What decides scores, without defaults: so a new field changes no task that does not use it."
+        """What decides scores, without defaults: so a new field changes no task that does not use
+        it."""
         told = ("name", "description", "overlaps")  # no score depends on these
-        found = {o.name: (getattr(self, o.name), o.default) for o in fields(self) if o.name not in told}
+        found = {
+            o.name: (getattr(self, o.name), o.default) for o in fields(self) if o.name not in told
+        }
         return {k: value for k, (value, default) in found.items() if value != default}
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #0fc1166f
@@ -66,38 +79,72 @@ _SUMS = "6 + 7 = 13\n\n58 - 23 = 35\n\n9 * 3 = 27\n\n84 / 4 = 21\n\n5 + 2 * 6 = 
 def _choice(name, dimension, prompt, description, metric="acc", **more):
     return Task(name, dimension, "choice", name, prompt, description, metric=metric, **more)
 
+# %% ../../nbs/evaluation/01_tasks.ipynb #17f11a8a
 def _bpb(name, dimension, prompt, answer, description, **more):
-    return Task(name, dimension, "bpb", name, prompt, description, answer=answer, metric="bits", **more)
+    return Task(
+        name, dimension, "bpb", name, prompt, description, answer=answer, metric="bits", **more
+    )
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #481f4301
 _SCORED = [
-    _bpb("lambada", "General", "{context}", "{continuation}", "last word of a passage from a novel", delimiter=""),
+    _bpb("lambada",
+         "General",
+         "{context}",
+         "{continuation}",
+         "last word of a passage from a novel",
+         delimiter=""),
     _choice("sciq", "General", _QA, "science exam questions, four answers"),
-    _bpb("jeopardy", "General", "Category: {category}\n" + _QA, "{answer}", "answers to quiz-show clues"),
-    _bpb("naturalqs", "General", _QA, "{answer}", "short answers to questions asked of a search engine"),
+    _bpb("jeopardy", "General", "Category: {category}\n" + _QA, "{answer}",
+         "answers to quiz-show clues"),
+    _bpb("naturalqs", "General", _QA, "{answer}",
+         "short answers to questions asked of a search engine"),
     _bpb("triviaqa", "General", _QA, "{answer}", "answers to trivia questions"),
     _bpb("squad", "General", "{context}\n" + _QA, "{answer}", "answers found in a given paragraph"),
-    _choice("hellaswag", "Commonsense", "{query}", "how an everyday scene goes on, four endings", "acc_norm"),
-    _choice("piqa", "Commonsense", "Question: {goal}\nAnswer:", "which of two ways reaches a practical goal", "acc_norm"),
+    _choice("hellaswag", "Commonsense", "{query}", "how an everyday scene goes on, four endings",
+            "acc_norm"),
+    _choice("piqa", "Commonsense", "Question: {goal}\nAnswer:",
+            "which of two ways reaches a practical goal", "acc_norm"),
     _choice("arc_easy", "Commonsense", _QA, "grade-school science, easy set"),
     _choice("arc_challenge", "Commonsense", _QA, "grade-school science, hard set", "acc_norm"),
-    _choice("openbookqa", "Commonsense", _QA, "elementary science facts combined with common knowledge", "acc_norm"),
+    _choice("openbookqa", "Commonsense", _QA,
+            "elementary science facts combined with common knowledge", "acc_norm"),
     _choice("csqa", "Commonsense", _QA, "everyday concepts, five answers"),
     _choice("socialiqa", "Commonsense", "Question: {context} {question}\nAnswer:",
             "motives and reactions of people, three answers"),
     _choice("boolq", "Commonsense", "{passage}\n" + _QA, "yes or no from a paragraph"),
-    _bpb("humaneval", "Code", "{prompt}", "{canonical_solution}", "bodies of Python functions from their docstrings",
+    _bpb("humaneval",
+         "Code",
+         "{prompt}",
+         "{canonical_solution}",
+         "bodies of Python functions from their docstrings",
          delimiter=""),
-    _bpb("mbpp", "Code", _DOCSTRING, "{code}", "short Python programs from a description and a test",
-         delimiter="", overlaps=("polyglot",)),
-    _choice("basic_skills_coding", "Code", "{question}", "the next expression of a short piece of Python, five answers"),
-    _choice("basic_skills_string_operations", "Code", "{question}", "what an operation on a string gives, four or five answers"),
-    _bpb("gsm8k", "Math", _QA, "{solution}", "worked solutions of school word problems", overlaps=("gsm-symbolic",)),
-    _bpb("math500", "Math", "Problem:\n{problem}\n\nSolution:", "{solution}", "worked solutions of competition problems",
-         overlaps=("math",)),
-    _choice("basic_skills_arithmetic", "Math", _SUMS + "{question}", "small sums and products, ten answers"),
-    _bpb("asdiv", "Math", "Question: {passage} {question}\nAnswer:", "{answer}", "answers to short word problems"),
-]
+    _bpb("mbpp",
+         "Code",
+         _DOCSTRING,
+         "{code}",
+         "short Python programs from a description and a test",
+         delimiter="",
+         overlaps=("polyglot", )),
+    _choice("basic_skills_coding", "Code", "{question}",
+            "the next expression of a short piece of Python, five answers"),
+    _choice("basic_skills_string_operations", "Code", "{question}",
+            "what an operation on a string gives, four or five answers"),
+    _bpb("gsm8k",
+         "Math",
+         _QA,
+         "{solution}",
+         "worked solutions of school word problems",
+         overlaps=("gsm-symbolic", )),
+    _bpb("math500",
+         "Math",
+         "Problem:\n{problem}\n\nSolution:",
+         "{solution}",
+         "worked solutions of competition problems",
+         overlaps=("math", )),
+    _choice("basic_skills_arithmetic", "Math", _SUMS + "{question}",
+            "small sums and products, ten answers"),
+    _bpb("asdiv", "Math", "Question: {passage} {question}\nAnswer:", "{answer}",
+         "answers to short word problems"), ]
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #291ec207
 _EXAMPLES = """Question: A shelf holds 4 boxes with 6 pens each. Mia takes 5 pens. How many pens are left?
@@ -112,31 +159,69 @@ Question: Ben reads 12 pages a day. His book has 180 pages. After a week, how ma
 Answer: In a week Ben reads 7 * 12 = 84 pages. So 180 - 84 = 96 pages remain.
 #### 96
 
-"""
+"""  # noqa: E501
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #aa760c02
 _STOP_CODE = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n#", "\n```")
 
 _GENERATED = [
-    Task("gsm8k_generate", "Math", "generate", "gsm8k", _EXAMPLES + _QA, "school word problems, the number must be right",
-         answer="{short_answer}", metric="exact_match", until=("\n\n", "Question:"), max_tokens=320,
-         overlaps=("gsm-symbolic",)),
-    Task("humaneval_generate", "Code", "generate", "humaneval", "{prompt}", "Python functions that must pass their tests",
-         answer="{canonical_solution}", metric="pass@1", delimiter="", until=(*_STOP_CODE, "\ndef"), max_tokens=512,
-         program="{prompt}{completion}\n",
-         tests="{prompt}\n    pass\n{entry_point} = _answer({entry_point!r})\n{test}\ncheck({entry_point})\n"),
-    Task("mbpp_generate", "Code", "generate", "mbpp", _DOCSTRING, "short programs that must pass their tests",
-         answer="{code}", metric="pass@1", delimiter="", until=_STOP_CODE, max_tokens=512,
-         program="{completion}\n", tests="{own_names}{test_setup_code}\n{tests}\n", overlaps=("polyglot",)),
+    Task(
+        "gsm8k_generate",
+        "Math",
+        "generate",
+        "gsm8k",
+        _EXAMPLES + _QA,
+        "school word problems, the number must be right",
+        answer="{short_answer}",
+        metric="exact_match",
+        until=("\n\n", "Question:"),
+        max_tokens=320,
+        overlaps=("gsm-symbolic",),
+    ),
+    Task(
+        "humaneval_generate",
+        "Code",
+        "generate",
+        "humaneval",
+        "{prompt}",
+        "Python functions that must pass their tests",
+        answer="{canonical_solution}",
+        metric="pass@1",
+        delimiter="",
+        until=(*_STOP_CODE, "\ndef"),
+        max_tokens=512,
+        program="{prompt}{completion}\n",
+        tests=(
+            "{prompt}\n    pass\n{entry_point} ="
+            " _answer({entry_point!r})\n{test}\ncheck({entry_point})\n"
+        ),
+    ),
+    Task(
+        "mbpp_generate",
+        "Code",
+        "generate",
+        "mbpp",
+        _DOCSTRING,
+        "short programs that must pass their tests",
+        answer="{code}",
+        metric="pass@1",
+        delimiter="",
+        until=_STOP_CODE,
+        max_tokens=512,
+        program="{completion}\n",
+        tests="{own_names}{test_setup_code}\n{tests}\n",
+        overlaps=("polyglot",),
+    ),
 ]
 TASKS: dict[str, Task] = {o.name: o for o in _SCORED + _GENERATED}
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #4bc1782e
 TASK_SETS: dict[str, tuple[str, ...]] = {
     "default": ("lambada", "sciq", "jeopardy", "triviaqa", "hellaswag", "piqa", "arc_easy",
-                "humaneval", "mbpp", "basic_skills_coding", "gsm8k", "math500", "basic_skills_arithmetic"),
-    "generate": ("gsm8k_generate", "humaneval_generate", "mbpp_generate"),
-    "candidates": tuple(o.name for o in _SCORED)}
+                "humaneval", "mbpp", "basic_skills_coding", "gsm8k", "math500",
+                "basic_skills_arithmetic"),
+    "generate": ("gsm8k_generate", "humaneval_generate", "mbpp_generate"), "candidates": tuple(
+        o.name for o in _SCORED)}
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #28f825e7
 def chance(task: Task) -> float:
@@ -144,7 +229,9 @@ def chance(task: Task) -> float:
     if task.kind != "choice": return math.nan
     return fmean(1 / len(o["choices"]) for o in read_jsonl(cached("benchmarks", task.benchmark)))
 
-def get_tasks(names: str | list[str]  # task names, or names of sets, in a list or separated by commas
+# %% ../../nbs/evaluation/01_tasks.ipynb #bca8e5f5
+# task names, or names of sets, in a list or separated by commas
+def get_tasks(names: str | list[str]
              ) -> list[Task]:         # in the order asked for, without repeats
     "Look up tasks and sets of tasks."
     names = [o.strip() for o in names.split(",")] if isinstance(names, str) else list(names)
@@ -160,20 +247,23 @@ def own_names(code: str  # the reference solution
     lines = []
     for node in ast.parse(code).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)): lines.append(ast.unparse(node))
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)): lines.append(f"{node.name} = _answer({node.name!r})")
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines.append(f"{node.name} = _answer({node.name!r})")
     return "".join(f"{line}\n" for line in lines)
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #f25d21d8
 def render(task: Task,
            record: dict  # one item, with the benchmark's own fields
-          ) -> dict:     # what lm-eval reads: `id`, `context`, and `choices` with `gold`, or `target`
+          # what lm-eval reads: `id`, `context`, and `choices` with `gold`, or `target`
+          ) -> dict:
     "Fill an item into the task's prompt."
     item = {"id": str(record["id"]), "context": task.prompt.format(**record)}
     if task.kind == "choice": return item | {"choices": record["choices"], "gold": record["gold"]}
     if task.kind == "bpb": return item | {"choices": [task.answer.format(**record)], "gold": 0}
     program = task.program.format(**record, completion="\0")
     more = {}
-    if "test_list" in record: more = dict(own_names=own_names(record["code"]), tests="\n".join(record["test_list"]))
+    if "test_list" in record:
+        more = dict(own_names=own_names(record["code"]), tests="\n".join(record["test_list"]))
     tests = task.tests.format(**record, **more)
     return item | {"target": task.answer.format(**record), "program": program, "tests": tests}
 
@@ -201,9 +291,12 @@ def task_config(task: Task, data: Path) -> dict:
         how = {"until": list(task.until), "max_gen_toks": task.max_tokens, "do_sample": False}
         return config | {"output_type": "generate_until", "doc_to_target": "target",
                          "metric_list": [{"metric": "bypass"}], "generation_kwargs": how}
-    metrics = [{"metric": o, "aggregation": "mean", "higher_is_better": True} for o in ("acc", "acc_norm")]
-    return config | {"output_type": "multiple_choice", "doc_to_target": "gold", "doc_to_choice": "choices",
-                     "metric_list": metrics}
+    metrics = [
+        {"metric": o, "aggregation": "mean", "higher_is_better": True} for o in ("acc", "acc_norm")
+    ]
+    return config | {
+        "output_type": "multiple_choice", "doc_to_target": "gold", "doc_to_choice": "choices",
+        "metric_list": metrics}
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #d4f65a12
 def _holds(path: Path, items: list[dict]) -> bool:
@@ -211,16 +304,21 @@ def _holds(path: Path, items: list[dict]) -> bool:
     try: return read_jsonl(path) == items
     except (OSError, ValueError, RecursionError): return False
 
+# %% ../../nbs/evaluation/01_tasks.ipynb #652b142a
 def write_task(task: Task,
                limit: int | None = None,          # items kept, see `choose`
                folder: str | Path | None = None,  # default: `tasks` in the cache folder
                seed: int = 0,                     # which fixed subset
                after: int = 0                     # items passed over, see `choose`
-              ) -> Path:                          # the folder to give to lm-eval, named by its content
+              # the folder to give to lm-eval, named by its content
+              ) -> Path:
     "Write a task for lm-eval; the same task and limit always lead to the same folder."
     records = read_jsonl(cached("benchmarks", task.benchmark))
     if after >= len(records):
-        raise CalibPruneError(f"Task {task.name} has {len(records)} items: passing over {after} of them leaves none to score.")
+        raise CalibPruneError(
+            f"Task {task.name} has {len(records)} items: passing over {after} of them leaves none"
+            " to score."
+        )
     items = [render(task, o) for o in choose(records, limit, seed, after)]
     root = Path(folder or cache_dir() / "tasks").absolute()
     out = root / f"{task.name}-{content_hash([task_config(task, Path()), items])}"
@@ -234,19 +332,29 @@ def write_task(task: Task,
 def benchmark_tokens(tokenizer,
                      limit: int | None = 50,              # items per task; None for all
                      tasks: str | list[str] = "default",
-                     scored: Mapping[str, int | None] | None = None  # task → how many items are scored (None: all)
-                    ) -> dict[str, np.ndarray]:           # dimension → token ids int64 of its prompts
-    """The tokens of the benchmark prompts, by capability, without the beginning that all prompts of a task share (ours).
+                     # task → how many items are scored (None: all)
+                     scored: Mapping[str, int | None] | None = None
+                    # dimension → token ids int64 of its prompts
+                    ) -> dict[str, np.ndarray]:
+    """The tokens of the benchmark prompts, by capability, without the beginning that all prompts of
+    a task share (ours).
 
     Items that are scored are passed over; a task without others is left out.
     """
     found: dict[str, list[int]] = {}
     for task in get_tasks(tasks):
-        records, first = read_jsonl(cached("benchmarks", task.benchmark)), (scored or {}).get(task.name, 0)
-        prompts = [render(task, o)["context"] for o in ([] if first is None else choose(records, limit, after=first))]
+        records, first = read_jsonl(cached("benchmarks", task.benchmark)), (scored or {}).get(
+            task.name, 0
+        )
+        prompts = [
+            render(task, o)["context"]
+            for o in ([] if first is None else choose(records, limit, after=first))
+        ]
         if not prompts: continue
         same = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
-        ids = tokenizer([o[same:] for o in prompts], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = tokenizer(
+            [o[same:] for o in prompts], add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
         mine = found.setdefault(task.dimension, [])
         for o in ids: mine.extend(o)
     return {d: np.array(found[d], np.int64) for d in DIMENSIONS if found.get(d)}

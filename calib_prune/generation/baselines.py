@@ -20,7 +20,8 @@ SELF_CAL = Sampling(temperature=1.5, final_temperature=1.0, over=10)
 SELF_CAL_VERSION = 1  # raise it when the texts change: see `keys`
 
 def self_cal(model: PreTrainedModel, tokenizer,
-             budget: int = 32 * 512,         # tokens needed: windows × length of the calibration set
+             # tokens needed: windows × length of the calibration set
+             budget: int = 32 * 512,
              length: int = 512,              # the longest text, tokens
              seed: int = 0,
              sampling: Sampling = SELF_CAL,
@@ -62,10 +63,20 @@ def sgs(model: PreTrainedModel, tokenizer,
     origin, writer = get_source(source), Writer(model, tokenizer, sampling, length, seed, **how)
     texts = origin.documents()
     order = seeded_order(len(texts), seed, origin.draw_key)
-    writer.begin("sgs", version=SGS_VERSION, source=source, source_revision=origin.revision, prefix=prefix, drop=drop)
+    writer.begin(
+        "sgs",
+        version=SGS_VERSION,
+        source=source,
+        source_revision=origin.revision,
+        prefix=prefix,
+        drop=drop,
+    )
     def job(i):
-        beginning = texts[order[i % len(order)]][:64 * prefix]  # long enough, and quicker to tokenise than the whole
-        return writer.job(f"sgs/{i}", tokenizer(beginning, add_special_tokens=False)["input_ids"][:prefix])
+        # long enough, and quicker to tokenise than the whole
+        beginning = texts[order[i % len(order)]][:64 * prefix]
+        return writer.job(
+            f"sgs/{i}", tokenizer(beginning, add_special_tokens=False)["input_ids"][:prefix]
+        )
     def origin_of(sample):
         i = int(sample.key.split("/")[1])
         return dict(source=source, document=int(order[i % len(order)]))

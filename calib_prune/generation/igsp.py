@@ -26,39 +26,60 @@ from transformers import PreTrainedModel
 from ..calibration.sets import seeded_order, token_stream
 from ..core import CalibPruneError, content_hash, unknown_name
 from ..data.files import documents
-from .passages import THIRD_VERSION, third
-from .baselines import (SELF_CAL, SELF_CAL_VERSION, SGS, SGS_VERSION,
-                                              self_cal, sgs)
+from calib_prune.generation.baselines import (
+    SELF_CAL,
+    SELF_CAL_VERSION,
+    SGS,
+    SGS_VERSION,
+    self_cal,
+    sgs,
+)
 from .options import BALANCES, OPTIONS, check_options
+from .passages import THIRD_VERSION, third
 from .sampling import Sample, Sampling
-from .writing import (MARGIN, Generated, Writer, check_budget, fill, gather,
-                                            ngrams)
+from calib_prune.generation.writing import (
+    MARGIN,
+    Generated,
+    Writer,
+    check_budget,
+    fill,
+    gather,
+    ngrams,
+)
 
 # %% ../../nbs/generation/06_igsp.ipynb #69d7338c
 OPENINGS: dict[str, tuple[str, ...]] = {
-    "General": ("The history of the town begins", "In recent years, researchers have", "Last week the city council",
-                "The river rises in the mountains and", "There are many reasons why people", "The book opens with"),
-    "Commonsense": ("When it started to rain, she", "He opened the fridge and noticed that", "Before going to bed, people",
-                    "The glass fell off the table, so", "My neighbour was upset because", "To keep the soup warm, you can"),
-    "Code": ("import os\nimport sys\n\n", "class Node:\n", "# Read a file and count its lines\n", "def main():\n",
-             "from collections import defaultdict\n\n", "def is_valid("),
-    "Math": ("To solve the equation, we first", "Let x be the number of", "The area of the rectangle is",
-             "A train leaves the station at", "Proof. Assume that", "First, we add the two fractions:")}
+    "General": ("The history of the town begins", "In recent years, researchers have",
+                "Last week the city council", "The river rises in the mountains and",
+                "There are many reasons why people", "The book opens with"),
+    "Commonsense": ("When it started to rain, she", "He opened the fridge and noticed that",
+                    "Before going to bed, people", "The glass fell off the table, so",
+                    "My neighbour was upset because", "To keep the soup warm, you can"),
+    "Code": ("import os\nimport sys\n\n", "class Node:\n", "# Read a file and count its lines\n",
+             "def main():\n", "from collections import defaultdict\n\n", "def is_valid("),
+    "Math": ("To solve the equation, we first", "Let x be the number of",
+             "The area of the rectangle is", "A train leaves the station at", "Proof. Assume that",
+             "First, we add the two fractions:")}
 
 # %% ../../nbs/generation/06_igsp.ipynb #df3dc8f3
-IGSP = Sampling(temperature=1.0, top_k=50, top_p=0.95)  # SGS's truncation, no penalty: the selection does that (ours)
+# SGS's truncation, no penalty: the selection does that (ours)
+IGSP = Sampling(temperature=1.0, top_k=50, top_p=0.95)
 WARMTHS = 0.7, 1.0, 1.3  # factors on the temperature
 IGSP_VERSION = 1  # raise it when the texts change: see `keys`
 
 def pool_frame(writer: Writer,
                made: Mapping[str, list[Sample]],  # by dimension
                n: int = 4                         # of the n-grams
-              ) -> pd.DataFrame:  # dimension, key, text, tokens, log_perplexity (nats per token), grams (set), sample
-    "Candidates as a table: each text once, its tokens counted as a calibration set counts them, with an end token."
+              # dimension, key, text, tokens, log_perplexity (nats per token), grams (set), sample
+              ) -> pd.DataFrame:
+    """Candidates as a table: each text once, its tokens counted as a calibration set counts them,
+    with an end token."""
     rows = []
     for d, samples in made.items():
         rows += documents(dict(text=writer.text(s), dimension=d, sample=s) for s in samples)
-    table = pd.DataFrame(rows, columns=["dimension", "text", "sample"]).drop_duplicates("text", ignore_index=True)
+    table = pd.DataFrame(rows, columns=["dimension", "text", "sample"]).drop_duplicates(
+        "text", ignore_index=True
+    )
     samples = table["sample"]
     stream, starts = token_stream(list(table.text), writer.tokenizer)
     ids = np.split(stream, starts[1:]) if len(starts) else []
@@ -73,11 +94,17 @@ def make_pool(writer: Writer,
               warmths: Sequence[float] = WARMTHS,  # factors on the temperature, used in turn
               n: int = 4) -> pd.DataFrame:         # see `pool_frame`
     "Let the model write a pool of candidates for each dimension."
-    ids = {d: writer.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for d, texts in openings.items()}
+    ids = {
+        d: writer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        for d, texts in openings.items()
+    }
     def job(d, i):
         mine = ids[d]
-        return writer.job(f"igsp/{d}/{i}", mine[i % len(mine)], warmths[i // len(mine) % len(warmths)])
-    # Most texts are written in batches that all dimensions share. Then each dimension gets what it still needs.
+        return writer.job(
+            f"igsp/{d}/{i}", mine[i % len(mine)], warmths[i // len(mine) % len(warmths)]
+        )
+    # Most texts are written in batches that all dimensions share. Then each dimension gets what it
+    # still needs.
     first = range(math.ceil(MARGIN * budget / writer.length))
     writer.write([job(d, i) for d in openings for i in first])
     made = {d: fill(writer, partial(job, d), budget)[1] for d in openings}
@@ -92,7 +119,8 @@ class Greedy:
         heapq.heapify(self.heap)
 
     def pop(self, covered: set) -> int | None:
-        "Take the candidate with the most n-grams per token beside those covered; None if no candidate is left."
+        """Take the candidate with the most n-grams per token beside those covered; None if no
+        candidate is left."""
         while self.heap:
             _, i = heapq.heappop(self.heap)
             gain = -len(self.grams[i] - covered) / self.cost[i], i
@@ -114,17 +142,24 @@ class Shuffled:
 class CannotBalance(CalibPruneError):
     "The pools have too few perplexities in common."
 
-def shortest_intervals(x: Mapping[str, np.ndarray],     # log-perplexities of each dimension's candidates
+# %% ../../nbs/generation/06_igsp.ipynb #fa517f0f
+def shortest_intervals(
+                       # log-perplexities of each dimension's candidates
+                       x: Mapping[str, np.ndarray],
                        cost: Mapping[str, np.ndarray],  # their tokens
-                       need: float                      # tokens that every dimension must have inside
-                      ) -> tuple[np.ndarray, np.ndarray]:  # edges v; for each i the least j with enough in [v_i, v_j], or len(v)
+                       # tokens that every dimension must have inside
+                       need: float
+                      # edges v; for each i the least j with enough in [v_i, v_j], or len(v)
+                      ) -> tuple[np.ndarray, np.ndarray]:
     "For each left edge, the shortest interval that holds enough of every dimension."
     edges = np.unique(np.concatenate(list(x.values())))
     last = np.zeros(len(edges), np.int64)
     for d in x:
         order = np.argsort(x[d], kind="stable")
         # Tokens of the candidates up to each edge, and below it.
-        upto = np.cumsum(np.r_[0, cost[d][order]])[np.searchsorted(x[d][order], edges, side="right")]
+        upto = np.cumsum(np.r_[0, cost[d][order]])[
+            np.searchsorted(x[d][order], edges, side="right")
+        ]
         below = np.r_[0, upto[:-1]]
         last = np.maximum(last, np.searchsorted(upto, below + need))
     return edges, last
@@ -132,7 +167,9 @@ def shortest_intervals(x: Mapping[str, np.ndarray],     # log-perplexities of ea
 # %% ../../nbs/generation/06_igsp.ipynb #1410f863
 def _least_widths(edges: np.ndarray, last: np.ndarray,  # from `shortest_intervals`
                   bins: int
-                 ) -> np.ndarray:  # [q, i]: least total width of q intervals from edge i on, infinite if there are none
+                 # [q, i]: least total width of q intervals from edge i on, infinite if there are
+                 # none
+                 ) -> np.ndarray:
     best = np.full((bins + 1, len(edges) + 1), np.inf)
     best[0] = 0
     for q in range(1, bins + 1):
@@ -142,17 +179,22 @@ def _least_widths(edges: np.ndarray, last: np.ndarray,  # from `shortest_interva
             best[q, i] = min(best[q, i + 1], here)
     return best
 
-def tightest_bins(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray], need: float,  # see `shortest_intervals`
+# %% ../../nbs/generation/06_igsp.ipynb #a0703b2a
+def tightest_bins(
+                  # see `shortest_intervals`
+                  x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray], need: float,
                   bins: int                      # Q
                  ) -> list[tuple[float, float]]: # closed, disjoint, ascending
     "Q disjoint intervals of least total width, each with enough tokens of every dimension."
     edges, last = shortest_intervals(x, cost, need)
     best = _least_widths(edges, last, bins)
     if not np.isfinite(best[bins, 0]):
-        spans = "; ".join(f"{d} {np.exp(v.min()):.3g} to {np.exp(v.max()):.3g}" for d, v in x.items())
-        raise CannotBalance(f"The dimensions' perplexities cannot be balanced: there are no {bins} intervals with "
-                            f"{need:,.0f} tokens of every dimension in each. Perplexities: {spans}. Use a larger "
-                            "pool, fewer bins, a smaller choice, temperatures further apart, or another balance.")
+        spans = "; ".join(
+            f"{d} {np.exp(v.min()):.3g} to {np.exp(v.max()):.3g}" for d, v in x.items())
+        raise CannotBalance(
+            f"The dimensions' perplexities cannot be balanced: there are no {bins} intervals with "
+            f"{need:,.0f} tokens of every dimension in each. Perplexities: {spans}. Use a larger "
+            "pool, fewer bins, a smaller choice, temperatures further apart, or another balance.")
     found, q, i = [], bins, 0
     while q:
         if best[q, i] == best[q, i + 1]: i += 1  # no interval has to begin here
@@ -162,9 +204,12 @@ def tightest_bins(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray], n
     return found
 
 # %% ../../nbs/generation/06_igsp.ipynb #7549e2b5
-def runs(x: np.ndarray, cost: np.ndarray,  # log-perplexities and tokens of one dimension's candidates
+def runs(
+         # log-perplexities and tokens of one dimension's candidates
+         x: np.ndarray, cost: np.ndarray,
          need: float                       # tokens that a run must have
-        ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # order; first, end and mean of each run in it
+        # order; first, end and mean of each run in it
+        ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "All runs of candidates that are just long enough."
     order = np.argsort(x, kind="stable")
     total, mass = (np.cumsum(np.r_[0.0, o[order]]) for o in (cost, cost * x))
@@ -173,6 +218,7 @@ def runs(x: np.ndarray, cost: np.ndarray,  # log-perplexities and tokens of one 
     end = end[first]
     return order, first, end, (mass[end] - mass[first]) / (total[end] - total[first])
 
+# %% ../../nbs/generation/06_igsp.ipynb #3972ba4b
 def nearest_run(x: np.ndarray, cost: np.ndarray, need: float, target: float  # see `runs`
                ) -> tuple[np.ndarray, float]:  # the candidates of the run; its mean
     "The run whose mean is nearest to a target."
@@ -186,9 +232,11 @@ def common_mean(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray], nee
     means = [runs(x[d], cost[d], need)[3] for d in x]
     low, high = max(m.min() for m in means), min(m.max() for m in means)
     if low > high:
-        raise CannotBalance(f"The dimensions' mean perplexities cannot be balanced: one is at least {np.exp(low):.3g}, "
-                            f"another at most {np.exp(high):.3g}. Use a larger pool, a smaller choice, temperatures "
-                            "further apart, or no balance.")
+        raise CannotBalance(
+            "The dimensions' mean perplexities cannot be balanced: one is at least"
+            f" {np.exp(low):.3g}, another at most {np.exp(high):.3g}. Use a larger pool, a smaller"
+            " choice, temperatures further apart, or no balance."
+        )
     middle = np.mean([np.average(x[d], weights=cost[d]) for d in x])
     return float(np.clip(middle, low, high))
 
@@ -197,16 +245,21 @@ def take(queues: Sequence[Any],          # see `Greedy`
          budget: float,                  # tokens
          grams: Sequence[set], cost: Sequence[int],  # of all candidates
          covered: set,                   # n-grams that the dimension has; grows
-         off: Callable[[int], float] = lambda i: 0.0  # deviation of a candidate; queues[0] holds those below 0
+         # deviation of a candidate; queues[0] holds those below 0
+         off: Callable[[int], float] = lambda i: 0.0
         ) -> list[int]:                  # candidates
-    "Take from the queues until the budget is reached; with two, from the one that brings the deviation back to 0."
+    """Take from the queues until the budget is reached; with two, from the one that brings the
+    deviation back to 0."""
     chosen, spent, deviation = [], 0, 0.0
     while spent < budget:
         ordered = queues if deviation > 0 else queues[::-1]
-        tops = (q.pop(covered) for q in ordered)  # lazily: the second queue is asked only where the first is empty
+        # lazily: the second queue is asked only where the first is empty
+        tops = (q.pop(covered) for q in ordered)
         i = next((i for i in tops if i is not None), None)
         if i is None:
-            raise CalibPruneError(f"The pool has {spent:,} of the {budget:,.0f} tokens needed: use a larger pool.")
+            raise CalibPruneError(
+                f"The pool has {spent:,} of the {budget:,.0f} tokens needed: use a larger pool."
+            )
         chosen.append(i)
         covered |= grams[i]
         spent += cost[i]
@@ -217,7 +270,8 @@ def take(queues: Sequence[Any],          # see `Greedy`
 def parts(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray],  # see `shortest_intervals`
           budget: int,                                                  # tokens of each dimension
           balance: str | None, bins: int, choice: float                 # see `select`
-         ) -> dict[str, list[tuple[np.ndarray, float, float]]]:  # dimension → (candidates, tokens to take, mean or NaN)
+         # dimension → (candidates, tokens to take, mean or NaN)
+         ) -> dict[str, list[tuple[np.ndarray, float, float]]]:
     "What each dimension may take, and how much of it, so that the dimensions are in balance."
     if balance is None: return {d: [(np.arange(len(x[d])), budget, math.nan)] for d in x}
     if balance == "mean":
@@ -226,21 +280,30 @@ def parts(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray],  # see `s
         return {d: [(items, budget, mean)] for d, (items, mean) in nearest.items()}
     found = tightest_bins(x, cost, choice * budget / bins, bins)
     inside = lambda v, low, high: np.flatnonzero((low <= v) & (v <= high))
-    return {d: [(inside(x[d], low, high), budget / bins, math.nan) for low, high in found] for d in x}
+    return {
+        d: [(inside(x[d], low, high), budget / bins, math.nan) for low, high in found] for d in x
+    }
 
 # %% ../../nbs/generation/06_igsp.ipynb #bcc06583
-def check_selection(pool: pd.DataFrame, budget: float, balance: str | None, bins: int, choice: float) -> None:
+def check_selection(
+    pool: pd.DataFrame, budget: float, balance: str | None, bins: int, choice: float
+) -> None:
     "Refuse settings that make no sense, and a pool that is too small for them."
     if balance not in BALANCES:
         raise unknown_name("balance", str(balance), ["quantiles", "mean"], "None is no balance.")
     if bins < 1 or choice < 1:
-        raise CalibPruneError(f"IGSP needs at least one bin and a choice of at least 1, not {bins} and {choice}.")
-    if not len(pool): raise CalibPruneError("The pool is empty: the model wrote nothing that could be chosen.")
+        raise CalibPruneError(
+            f"IGSP needs at least one bin and a choice of at least 1, not {bins} and {choice}."
+        )
+    if not len(pool):
+        raise CalibPruneError("The pool is empty: the model wrote nothing that could be chosen.")
     need = budget * (choice if balance else 1)
     for d, have in pool.groupby("dimension", sort=False).tokens.sum().items():
         if have < need:
-            raise CalibPruneError(f"The pool of {d} has {have:,} tokens, but {need:,.0f} are needed to take "
-                                  f"{budget:,} with a choice of {choice:g}: use a larger pool.")
+            raise CalibPruneError(
+                f"The pool of {d} has {have:,} tokens, but {need:,.0f} are needed to take "
+                f"{budget:,} with a choice of {choice:g}: use a larger pool."
+            )
 
 # %% ../../nbs/generation/06_igsp.ipynb #548bd88b
 def _take_parts(mine: list[tuple[np.ndarray, float, float]],  # a dimension's entry in `parts`
@@ -252,21 +315,28 @@ def _take_parts(mine: list[tuple[np.ndarray, float, float]],  # a dimension's en
         sides = [items]
         off: Callable[..., float] = lambda i: 0.0
         if not math.isnan(mean):
-            sides, off = [items[x[items] < mean], items[x[items] >= mean]], lambda i, mean=mean: x[i] - mean
+            sides, off = [items[x[items] < mean], items[x[items] >= mean]], lambda i, mean=mean: x[
+                i
+            ] - mean
         queues = [queue(side, f"{k}/{j}") for j, side in enumerate(sides)]
         due = tokens * (k + 1) - sum(cost[i] for i, _ in chosen)
         chosen += [(i, k) for i in take(queues, due, grams, cost, covered, off)]
     return chosen
 
+# %% ../../nbs/generation/06_igsp.ipynb #d0caf8f8
 def select(pool: pd.DataFrame,               # see `pool_frame`
            budget: int,                      # tokens to take, over all dimensions
            aggregation: bool = True,         # minimise it; False: take in random order
-           balance: str | None = "quantiles",  # of log-perplexity over the dimensions: quantiles, mean or None
-           dimensions: bool = True,          # equal token budgets for the dimensions; False: one pool, one budget
+           # of log-perplexity over the dimensions: quantiles, mean or None
+           balance: str | None = "quantiles",
+           # equal token budgets for the dimensions; False: one pool, one budget
+           dimensions: bool = True,
            bins: int = 4,                    # Q of `quantiles`
-           choice: float = 2.0,              # balanced parts must offer so many times the tokens to take
+           # balanced parts must offer so many times the tokens to take
+           choice: float = 2.0,
            seed: int = 0                     # of the random order
-          ) -> pd.DataFrame:                 # the chosen rows of the pool, dimension by dimension, with their `part`
+          # the chosen rows of the pool, dimension by dimension, with their `part`
+          ) -> pd.DataFrame:
     "Choose from the pool: least aggregation in each dimension, subject to balanced perplexity."
     table = pool if dimensions else pool.assign(dimension="All")
     groups = {d: g for d, g in table.groupby("dimension", sort=False)}
@@ -288,12 +358,19 @@ def select(pool: pd.DataFrame,               # see `pool_frame`
 def describe(chosen: pd.DataFrame) -> pd.DataFrame:  # one row per dimension
     "Aggregation and perplexity of a choice, by dimension."
     def one(g):
-        total = sum(max(0, t - 1 - 3) for t in g.tokens)  # 4-grams of each text, whose end token is in none
+        # 4-grams of each text, whose end token is in none
+        total = sum(max(0, t - 1 - 3) for t in g.tokens)
         distinct = len(set().union(*g.grams))
-        return dict(texts=len(g), tokens=int(g.tokens.sum()), aggregation=1 - distinct / max(1, total),
-                    log_perplexity=float(np.average(g.log_perplexity, weights=g.tokens)),
-                    spread=float(g.log_perplexity.std()))
-    return pd.DataFrame([dict(dimension=d, **one(g)) for d, g in chosen.groupby("dimension", sort=False)])
+        return dict(
+            texts=len(g),
+            tokens=int(g.tokens.sum()),
+            aggregation=1 - distinct / max(1, total),
+            log_perplexity=float(np.average(g.log_perplexity, weights=g.tokens)),
+            spread=float(g.log_perplexity.std()),
+        )
+    return pd.DataFrame(
+        [dict(dimension=d, **one(g)) for d, g in chosen.groupby("dimension", sort=False)]
+    )
 
 # %% ../../nbs/generation/06_igsp.ipynb #3935a518
 def shared_grams(pool: pd.DataFrame) -> np.ndarray:  # [candidates], in [0, 1]
@@ -310,14 +387,18 @@ def pool_record(pool: pd.DataFrame,  # of `Generated`
     candidates = pool[["dimension", "tokens", "chosen"]].assign(
         perplexity=np.exp(pool.log_perplexity).round(4), common=shared_grams(pool).round(4))
     curve = frontier(pool, budget)
-    curve = curve.assign(perplexity=np.exp(curve.log_perplexity).round(4), aggregation=curve.aggregation.round(6))
+    curve = curve.assign(
+        perplexity=np.exp(curve.log_perplexity).round(4), aggregation=curve.aggregation.round(6)
+    )
     return dict(candidates=candidates.to_dict("records"),
-                frontier=curve[["dimension", "texts", "tokens", "perplexity", "aggregation"]].to_dict("records"))
+                frontier=curve[["dimension", "texts", "tokens", "perplexity",
+                                "aggregation"]].to_dict("records"))
 
 # %% ../../nbs/generation/06_igsp.ipynb #448cd05b
 def frontier(pool: pd.DataFrame, budget: int,  # tokens to take, over all dimensions
              levels: int = 9,                  # target perplexities for each dimension
-             choice: float = 2.0) -> pd.DataFrame:  # as `describe`, one row per dimension and target
+             # as `describe`, one row per dimension and target
+             choice: float = 2.0) -> pd.DataFrame:
     "Aggregation against perplexity: the best choice at each of a range of targets."
     groups = [g for _, g in pool.groupby("dimension", sort=False)]
     each = math.ceil(budget / max(1, len(groups)))
@@ -333,11 +414,16 @@ def frontier(pool: pd.DataFrame, budget: int,  # tokens to take, over all dimens
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/generation/06_igsp.ipynb #c6cd700b
-def balanced_pool(grow: Callable[[float], pd.DataFrame],    # the pool of a size; a larger one holds the smaller one
+def balanced_pool(
+                  # the pool of a size; a larger one holds the smaller one
+                  grow: Callable[[float], pd.DataFrame],
                   choose: Callable[[pd.DataFrame], pd.DataFrame],
-                  pool: float, most: float                  # first and greatest size, as multiples of the budget
-                 ) -> tuple[float, pd.DataFrame, pd.DataFrame]:  # its last size, the candidates, the chosen
-    "Let the pool grow until it can be balanced; the error of `choose` if the greatest size is not enough."
+                  # first and greatest size, as multiples of the budget
+                  pool: float, most: float
+                 # its last size, the candidates, the chosen
+                 ) -> tuple[float, pd.DataFrame, pd.DataFrame]:
+    """Let the pool grow until it can be balanced; the error of `choose` if the greatest size is not
+    enough."""
     for k in range(1 + max(0, math.ceil(4 * (most / pool - 1)))):
         size = min(pool * (1 + k / 4), max(pool, most))
         candidates = grow(size)
@@ -348,20 +434,34 @@ def balanced_pool(grow: Callable[[float], pd.DataFrame],    # the pool of a size
 # %% ../../nbs/generation/06_igsp.ipynb #2373dcc0
 def igsp(model: PreTrainedModel, tokenizer,
          budget: int = 32 * 512,       # tokens needed: windows × length of the calibration set
-         length: int = 256,            # the longest text, its opening included, tokens; short texts leave more to choose (ours)
+         # the longest text, its opening included, tokens; short texts leave more to choose (ours)
+         length: int = 256,
          seed: int = 0,
          sampling: Sampling = IGSP,
          openings: Mapping[str, Sequence[str]] = OPENINGS,
          warmths: Sequence[float] = WARMTHS,  # factors on the temperature, used in turn
          pool: float = 4.0,            # tokens in the pool, as a multiple of the budget
-         most: float = 8.0,            # the same for the largest pool, if smaller ones cannot be balanced (ours)
-         aggregation: bool = True, balance: str | None = "quantiles", dimensions: bool = True,  # see `select`
+         # the same for the largest pool, if smaller ones cannot be balanced (ours)
+         most: float = 8.0,
+         # see `select`
+         aggregation: bool = True, balance: str | None = "quantiles", dimensions: bool = True,
          bins: int = 4, choice: float = 2.0,
          **how                         # batch, journal, about, progress, start: see `Writer`
         ) -> Generated:
-    "Information-guided self-calibration: a pool for each dimension, the least repetitive choice, perplexity in balance."
-    check_options("igsp", dict(length=length, openings=openings, warmths=warmths, pool=pool, most=most, aggregation=aggregation,
-                               balance=balance, dimensions=dimensions, bins=bins, choice=choice))
+    """Information-guided self-calibration: a pool for each dimension, the least repetitive choice,
+    perplexity in balance."""
+    check_options(
+        "igsp",
+        dict(length=length,
+             openings=openings,
+             warmths=warmths,
+             pool=pool,
+             most=most,
+             aggregation=aggregation,
+             balance=balance,
+             dimensions=dimensions,
+             bins=bins,
+             choice=choice))
     check_budget(pool * budget)
     writer = Writer(model, tokenizer, sampling, length, seed, **how)
     hashed = content_hash({d: list(o) for d, o in openings.items()})
@@ -371,13 +471,26 @@ def igsp(model: PreTrainedModel, tokenizer,
     def choose(candidates):
         return select(candidates, budget, aggregation, balance, dimensions, bins, choice, seed)
     size, candidates, chosen = balanced_pool(grow, choose, pool, most)
-    place = {k: dict(dimension=d, part=p) for k, d, p in zip(chosen.key, chosen.dimension, chosen.part)}
-    made = gather(writer, list(chosen["sample"]), list(candidates["sample"]), lambda s: place[s.key])
+    place = {
+        k: dict(dimension=d, part=p) for k, d, p in zip(chosen.key, chosen.dimension, chosen.part)
+    }
+    made = gather(
+        writer, list(chosen["sample"]), list(candidates["sample"]), lambda s: place[s.key]
+    )
     table = describe(chosen)
-    more = dict(pool=size, pool_asked=pool, aggregation=aggregation, balance=balance, dimensions=dimensions,
-                bins=bins, choice=choice, openings=sum(map(len, openings.values())),
-                imbalance=float(np.ptp(table.log_perplexity)), by_dimension=table.to_dict("records"),
-                pool_by_dimension=describe(candidates).to_dict("records"))
+    more = dict(
+        pool=size,
+        pool_asked=pool,
+        aggregation=aggregation,
+        balance=balance,
+        dimensions=dimensions,
+        bins=bins,
+        choice=choice,
+        openings=sum(map(len, openings.values())),
+        imbalance=float(np.ptp(table.log_perplexity)),
+        by_dimension=table.to_dict("records"),
+        pool_by_dimension=describe(candidates).to_dict("records"),
+    )
     shown = candidates.assign(chosen=candidates.index.isin(chosen.index))
     return replace(made, report=made.report | more, pool=shown)
 
@@ -403,13 +516,21 @@ def protocol_with(protocol: str,
     "A protocol with some settings changed, all of them checked."
     if protocol not in PROTOCOLS: raise unknown_name("protocol", protocol, PROTOCOLS)
     run, sampling = PROTOCOLS[protocol].run, PROTOCOLS[protocol].sampling
-    usual = {k: o.default for k, o in inspect.signature(run).parameters.items() if k in OPTIONS[protocol].__annotations__}
+    usual = {
+        k: o.default
+        for k, o in inspect.signature(run).parameters.items()
+        if k in OPTIONS[protocol].__annotations__
+    }
     check_options(protocol, usual | dict(settings))
     own = {k: v for k, v in settings.items() if k in usual}
     n = own.get("openings")
     if isinstance(n, int): own["openings"] = {d: texts[:n] for d, texts in OPENINGS.items()}
     if sampling is None: return partial(run, **own)
-    return partial(run, sampling=replace(sampling, **{k: v for k, v in settings.items() if k not in usual}), **own)
+    return partial(
+        run,
+        sampling=replace(sampling, **{k: v for k, v in settings.items() if k not in usual}),
+        **own
+    )
 
 # %% ../../nbs/generation/06_igsp.ipynb #ec41aa1c
 # Settings of `igsp` and of `third` that choose from what is written or read.
@@ -423,10 +544,13 @@ def journal_name(protocol: str, settings: Mapping[str, Any], seed: int) -> str:
 # %% ../../nbs/generation/06_igsp.ipynb #633c23d5
 def generate(model: PreTrainedModel, tokenizer,
              protocol: str = "igsp",             # a name in `PROTOCOLS`
-             budget: int = 32 * 512,             # tokens needed: windows × length of the calibration set
+             # tokens needed: windows × length of the calibration set
+             budget: int = 32 * 512,
              seed: int = 0,
              settings: Mapping[str, Any] = {},   # see `protocol_with`
-             **how                               # batch, journal, about, progress, start: see `Writer`
-            ) -> Generated:                      # its `rows` hold the texts; `write` saves them as JSON Lines
+             # batch, journal, about, progress, start: see `Writer`
+             **how
+            # its `rows` hold the texts; `write` saves them as JSON Lines
+            ) -> Generated:
     "Let a dense model write its own calibration text, or choose it."
     return protocol_with(protocol, settings)(model, tokenizer, budget=budget, seed=seed, **how)

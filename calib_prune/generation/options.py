@@ -23,12 +23,16 @@ THIRDS = "low", "middle", "high"
 
 def _balance(value: Any) -> Any:
     if value in BALANCES: return value
-    raise ValueError(str(unknown_name("balance", value, ["quantiles", "mean"], "`null` is no balance.")))
+    raise ValueError(
+        str(unknown_name("balance", value, ["quantiles", "mean"], "`null` is no balance."))
+    )
 
+# %% ../../nbs/generation/01_options.ipynb #4d812a24
 def _third(value: str) -> str:
     if value not in THIRDS: raise ValueError(str(unknown_name("third", value, THIRDS)))
     return value
 
+# %% ../../nbs/generation/01_options.ipynb #aaacf5ae
 def _source(value: str) -> str:
     try: get_source(value)
     except CalibPruneError as e: raise ValueError(str(e)) from e
@@ -49,10 +53,12 @@ class SamplingOptions(TypedDict, total=False):
     top_p: Annotated[float, Field(gt=0, le=1)]
     repetition_penalty: Positive
 
+# %% ../../nbs/generation/01_options.ipynb #1f78eafd
 class SelfCalOptions(SamplingOptions, total=False):
     "See `self_cal`."
     length: Count
 
+# %% ../../nbs/generation/01_options.ipynb #6bd2f78c
 class SgsOptions(SamplingOptions, total=False):
     "See `sgs`."
     length: Count
@@ -60,10 +66,14 @@ class SgsOptions(SamplingOptions, total=False):
     prefix: Count
     drop: Annotated[float, Field(ge=0, lt=1)]
 
+# %% ../../nbs/generation/01_options.ipynb #d7863aad
 class IgspOptions(SamplingOptions, total=False):
     "See `igsp`."
     length: Annotated[int, Field(ge=2, le=2**40)]  # an opening and a token
-    openings: Annotated[int, Field(ge=1, le=6)] | dict[Text, Annotated[Sequence[Text], Field(min_length=1)]]
+    openings: (
+        Annotated[int, Field(ge=1, le=6)]
+        | dict[Text, Annotated[Sequence[Text], Field(min_length=1)]]
+    )
     warmths: Annotated[Sequence[Positive], Field(min_length=1)]
     pool: Multiple
     most: Multiple
@@ -73,6 +83,7 @@ class IgspOptions(SamplingOptions, total=False):
     bins: Annotated[int, Field(ge=1, le=1000)]
     choice: Multiple
 
+# %% ../../nbs/generation/01_options.ipynb #e07e4c75
 class ThirdOptions(TypedDict, total=False):
     "See `third`."
     __pydantic_config__ = STRICT  # type: ignore[misc]
@@ -81,8 +92,9 @@ class ThirdOptions(TypedDict, total=False):
     third: Annotated[str, AfterValidator(_third)]
     read: Annotated[int, Field(ge=3, le=100)]
 
-OPTIONS: dict[str, Any] = {"Sampling": SamplingOptions, "self-cal": SelfCalOptions, "sgs": SgsOptions, "igsp": IgspOptions,
-                           "third": ThirdOptions}
+OPTIONS: dict[str, Any] = {
+    "Sampling": SamplingOptions, "self-cal": SelfCalOptions, "sgs": SgsOptions, "igsp": IgspOptions,
+    "third": ThirdOptions}
 
 # %% ../../nbs/generation/01_options.ipynb #f6964d91
 def _discord(options: Mapping[str, Any]) -> str:
@@ -90,25 +102,34 @@ def _discord(options: Mapping[str, Any]) -> str:
     has = lambda *names: all(o in options for o in names)
     if has("openings") and not options["openings"]: return "openings needs at least one dimension."
     if has("prefix", "length") and options["prefix"] >= options["length"]:
-        return (f"prefix is {options['prefix']} and length {options['length']}: nothing would be left to write. Use a "
-                "shorter prefix or longer texts.")
+        return (
+            f"prefix is {options['prefix']} and length {options['length']}: nothing would be left"
+            " to write. Use a shorter prefix or longer texts."
+        )
     if has("pool", "choice") and options.get("balance") and options["pool"] < options["choice"]:
-        return (f"pool is {options['pool']:g} and choice {options['choice']:g}: a balanced choice needs that many times the "
-                "tokens. Use a larger pool, a smaller choice, or no balance.")
+        return (
+            f"pool is {options['pool']:g} and choice {options['choice']:g}: a balanced choice needs"
+            " that many times the tokens. Use a larger pool, a smaller choice, or no balance."
+        )
     return ""
 
+# %% ../../nbs/generation/01_options.ipynb #bc60fc6c
 def _said(errors: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-    "What is wrong with the first wrong option. Where it may be of two types, the wrong type says the least."
+    """What is wrong with the first wrong option. Where it may be of two types, the wrong type says
+    the least."""
     mine = [o for o in errors if o["loc"][0] == errors[0]["loc"][0]]
     error = next((o for o in mine if not o["type"].endswith("_type")), mine[0])
-    if error["type"] == "value_error": return error["msg"].removeprefix("Value error, ")  # it names the option itself
+    # it names the option itself
+    if error["type"] == "value_error": return error["msg"].removeprefix("Value error, ")
     name = str(error["loc"][0])
     return f"{name} {misfit(error, options[name])}."
 
+# %% ../../nbs/generation/01_options.ipynb #40a317d7
 def check_options(protocol: str,  # a key of `OPTIONS`
                   options: Mapping[str, Any]
                  ) -> None:
-    "Refuse options that a protocol does not have, and values of a wrong type, out of range, or at odds with each other."
+    """Refuse options that a protocol does not have, and values of a wrong type, out of range, or at
+    odds with each other."""
     known = OPTIONS[protocol].__annotations__
     for name in options:
         if name not in known: raise unknown_name(f"setting of {protocol}", name, known)

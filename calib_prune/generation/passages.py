@@ -15,7 +15,12 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from ..calibration.oit import js_divergence, pieces, window_nll
-from ..calibration.sets import CalibrationSet, build_calibration, token_stream, tokenizer_identity
+from calib_prune.calibration.sets import (
+    CalibrationSet,
+    build_calibration,
+    token_stream,
+    tokenizer_identity,
+)
 from ..core import CalibPruneError
 from ..data.files import documents
 from .options import THIRDS, check_options
@@ -26,16 +31,22 @@ from ..progress import ProgressFn
 
 # %% ../../nbs/generation/05_passages.ipynb #9670de16
 def passage_facts(cal: CalibrationSet,
-                  nll: np.ndarray,                   # float [N], of each window's tokens after its first, nats
+                  # float [N], of each window's tokens after its first, nats
+                  nll: np.ndarray,
                   prompts: Mapping[str, np.ndarray], # dimension → token ids
                   end: int                           # the end-of-text token
-                 ) -> pd.DataFrame:                  # one row per window: log_perplexity, documents, distance to …
+                 # one row per window: log_perplexity, documents, distance to …
+                 ) -> pd.DataFrame:
     "What is held still, and what is changed."
     tokens = cal.tokens.numpy()
     parts = pieces(cal, end)
     held = (parts["at"] // tokens.shape[1]).value_counts()
-    facts = dict(log_perplexity=nll / (tokens.shape[1] - 1), documents=held.reindex(range(len(tokens)), fill_value=0).to_numpy())
-    for d, ids in prompts.items(): facts[f"distance to {d}"] = [js_divergence(o, ids) for o in tokens]
+    facts = dict(
+        log_perplexity=nll / (tokens.shape[1] - 1),
+        documents=held.reindex(range(len(tokens)), fill_value=0).to_numpy(),
+    )
+    for d, ids in prompts.items():
+        facts[f"distance to {d}"] = [js_divergence(o, ids) for o in tokens]
     return pd.DataFrame(facts)
 
 # %% ../../nbs/generation/05_passages.ipynb #0d72e8c4
@@ -49,22 +60,32 @@ def most_typical(facts: np.ndarray,  # float [passages, facts], standardised ove
         kept = np.delete(kept, without.argmin())
     return kept
 
+# %% ../../nbs/generation/05_passages.ipynb #5a1f899a
 def matched_thirds(facts: pd.DataFrame, n: int  # passages per third
                   ) -> np.ndarray:              # int [3, n]: rows of low, middle and high passages
     "Passages of low, middle and high perplexity, as alike in everything else as the source allows."
-    if len(facts) < 3 * n: raise CalibPruneError(f"{3 * n} passages are needed for {n} of each third; there are {len(facts)}.")
+    if len(facts) < 3 * n:
+        raise CalibPruneError(
+            f"{3 * n} passages are needed for {n} of each third; there are {len(facts)}."
+        )
     ranked = np.argsort(facts["log_perplexity"].to_numpy(), kind="stable")
     other = facts.drop(columns="log_perplexity").to_numpy(float)
-    scaled = np.divide(other - other.mean(0), other.std(0), out=np.zeros_like(other), where=other.std(0) > 0)
+    scaled = np.divide(
+        other - other.mean(0), other.std(0), out=np.zeros_like(other), where=other.std(0) > 0
+    )
     thirds = [np.sort(o) for o in np.array_split(ranked, 3)]
     return np.stack([o[most_typical(scaled[o], n)] for o in thirds])
 
 # %% ../../nbs/generation/05_passages.ipynb #59c5ea9b
 def balance(facts: pd.DataFrame, rows: np.ndarray  # from `matched_thirds`
-           ) -> pd.DataFrame:                      # fact, before, after; then the means of the thirds
+           # fact, before, after; then the means of the thirds
+           ) -> pd.DataFrame:
     "Standardised differences between the high and the low third, before and after matching."
-    ranked, m, sd = np.argsort(facts["log_perplexity"].to_numpy(), kind="stable"), len(facts) // 3, facts.std(ddof=0)
-    apart = lambda high, low: ((facts.iloc[high].mean() - facts.iloc[low].mean()) / sd.where(sd > 0)).fillna(0.0)
+    ranked, m, sd = np.argsort(facts["log_perplexity"].to_numpy(),
+                               kind="stable"), len(facts) // 3, facts.std(ddof=0)
+    apart = lambda high, low: (
+        (facts.iloc[high].mean() - facts.iloc[low].mean()) / sd.where(sd > 0)
+    ).fillna(0.0)
     found = pd.DataFrame(dict(before=apart(ranked[-m:], ranked[:m]), after=apart(rows[2], rows[0]),
                               **{t: facts.iloc[o].mean() for t, o in zip(THIRDS, rows)}))
     return found.rename_axis("fact").reset_index()
@@ -74,54 +95,99 @@ THIRD_VERSION = 1  # raise it when the texts change: see `keys`
 
 AT_ONCE = 16       # passages that are read between two notes in the journal
 
-def read_passages(model: PreTrainedModel, cal: CalibrationSet, journal: Journal, progress: ProgressFn | None = None
-                 ) -> np.ndarray:  # float [N], nats
+def read_passages(model: PreTrainedModel,
+                  cal: CalibrationSet,
+                  journal: Journal,
+                  progress: ProgressFn | None = None) -> np.ndarray:  # float [N], nats
     "The negative log-likelihood of each passage; those in the journal are not read again."
     for start in range(0, len(cal.tokens), AT_ONCE):
         part = cal.tokens[start:start + AT_ONCE]
         if progress: progress("reading passages", start, len(cal.tokens))
         if all(f"passage/{start + i}" in journal.samples for i in range(len(part))): continue
         for i, nll in enumerate(window_nll(model, part)):
-            journal.add(Sample(f"passage/{start + i}", tuple(part[i].tolist()), 0, float(nll), False))
+            journal.add(
+                Sample(f"passage/{start + i}", tuple(part[i].tolist()), 0, float(nll), False)
+            )
     return np.array([journal.samples[f"passage/{i}"].nll for i in range(len(cal.tokens))])
 
 # %% ../../nbs/generation/05_passages.ipynb #3de2c341
-def _passage_rows(cal: CalibrationSet, chosen: np.ndarray, facts: pd.DataFrame, tokenizer, about: dict[str, Any]) -> list[dict]:
+def _passage_rows(
+    cal: CalibrationSet, chosen: np.ndarray, facts: pd.DataFrame, tokenizer, about: dict[str, Any]
+) -> list[dict]:
     "One document per part of a document that a chosen passage holds."
     end, rows = end_of_text_id(tokenizer), []
     tokens, perplexity = cal.tokens.numpy(), np.exp(facts["log_perplexity"].to_numpy())
     for i in sorted(chosen.tolist()):
         for k, part in enumerate(np.split(tokens[i], np.flatnonzero(tokens[i] == end) + 1)):
-            text = tokenizer.decode(part[part != end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            rows.append(dict(text=text, **about, key=f"passage/{i}/{k}", tokens=len(part), perplexity=float(perplexity[i])))
+            text = tokenizer.decode(
+                part[part != end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            rows.append(
+                dict(text=text,
+                     **about,
+                     key=f"passage/{i}/{k}",
+                     tokens=len(part),
+                     perplexity=float(perplexity[i])))
     return list(documents(rows))
 
 # %% ../../nbs/generation/05_passages.ipynb #b5e395ae
-def third(model: PreTrainedModel, tokenizer,
-          budget: int = 32 * 512,       # tokens needed: windows × length of the calibration set
-          length: int = 512,            # tokens of a passage
-          seed: int = 0,
-          source: str = "wikipedia",    # any source or file
-          third: str = "low",           # of `THIRDS`
-          prompts: Mapping[str, np.ndarray] = {},  # dimension → token ids that passages are matched by
-          read: int = 6,                # passages that the model reads for each one needed
-          journal: str | Path | None = None, about: Mapping[str, Any] = {}, progress: ProgressFn | None = None  # as of `Writer`
-         ) -> Generated:
-    "Passages of one source in the low, middle or high third by perplexity, matched in everything else that is known of them."
+def third(
+    model: PreTrainedModel,
+    tokenizer,
+    budget: int = 32 * 512,  # tokens needed: windows × length of the calibration set
+    length: int = 512,  # tokens of a passage
+    seed: int = 0,
+    source: str = "wikipedia",  # any source or file
+    third: str = "low",  # of `THIRDS`
+    # dimension → token ids that passages are matched by
+    prompts: Mapping[str, np.ndarray] = {},
+    read: int = 6,  # passages that the model reads for each one needed
+    # as of `Writer`
+    journal: str | Path | None = None,
+    about: Mapping[str, Any] = {},
+    progress: ProgressFn | None = None,
+) -> Generated:
+    """Passages of one source in the low, middle or high third by perplexity, matched in everything
+    else that is known of them."""
     check_options("third", dict(length=length, source=source, third=third, read=read))
     check_budget(budget)
-    n = -(-budget // length) + 2  # some more: a text is not always cut into the tokens that it came from
+    # some more: a text is not always cut into the tokens that it came from
+    n = -(-budget // length) + 2
     cal = build_calibration(source, tokenizer, read * n, length, seed)
-    settings = dict(protocol="third", version=THIRD_VERSION, source=source, source_revision=list(cal.sources.values()), seed=seed,
-                    length=length, read=read, **about)
-    notes = Journal(journal, settings | dict(dtype=str(model.dtype), tokenizer=tokenizer_identity(tokenizer)))
-    facts = passage_facts(cal, read_passages(model, cal, notes, progress), prompts, end_of_text_id(tokenizer))
+    settings = dict(
+        protocol="third",
+        version=THIRD_VERSION,
+        source=source,
+        source_revision=list(cal.sources.values()),
+        seed=seed,
+        length=length,
+        read=read,
+        **about,
+    )
+    notes = Journal(
+        journal, settings | dict(dtype=str(model.dtype), tokenizer=tokenizer_identity(tokenizer))
+    )
+    facts = passage_facts(
+        cal, read_passages(model, cal, notes, progress), prompts, end_of_text_id(tokenizer)
+    )
     found = matched_thirds(facts, n)
     chosen = found[THIRDS.index(third)]
-    rows = _passage_rows(cal, chosen, facts, tokenizer, dict(protocol="third", third=third, seed=seed))
+    rows = _passage_rows(
+        cal, chosen, facts, tokenizer, dict(protocol="third", third=third, seed=seed)
+    )
     count = len(token_stream([r["text"] for r in rows], tokenizer)[0])
     if count < budget:
-        raise CalibPruneError(f"The passages of {source} have {count:,} tokens of the {budget:,} asked for: read longer ones.")
+        raise CalibPruneError(
+            f"The passages of {source} have {count:,} tokens of the {budget:,} asked for: read"
+            " longer ones."
+        )
     perplexity = float(np.exp(facts["log_perplexity"].iloc[chosen].mean()))
-    return Generated(rows, dict(settings, third=third, documents=len(rows), tokens=count, passages=n, perplexity=perplexity,
-                                balance=balance(facts, found).to_dict("records")))
+    return Generated(
+        rows,
+        dict(settings,
+             third=third,
+             documents=len(rows),
+             tokens=count,
+             passages=n,
+             perplexity=perplexity,
+             balance=balance(facts, found).to_dict("records")))

@@ -26,11 +26,15 @@ from .options import check_options
 class Sampling:
     "How the next token is chosen."
     temperature: float = 1.0                # of the first token
-    final_temperature: float | None = None  # reached after `over` tokens; None: the temperature stays as it is
-    over: int = 0                           # tokens in which the temperature moves from its first value to the final one
+    # reached after `over` tokens; None: the temperature stays as it is
+    final_temperature: float | None = None
+    # tokens in which the temperature moves from its first value to the final one
+    over: int = 0
     top_k: int = 0                          # only the k most likely tokens; 0: all
-    top_p: float = 1.0                      # only the most likely tokens that together reach this probability
-    repetition_penalty: float = 1.0         # divides positive logits of tokens in the text, multiplies negative ones
+    # only the most likely tokens that together reach this probability
+    top_p: float = 1.0
+    # divides positive logits of tokens in the text, multiplies negative ones
+    repetition_penalty: float = 1.0
 
     def __post_init__(self): check_options("Sampling", vars(self))
 
@@ -53,7 +57,8 @@ def penalised(logits: torch.Tensor,  # [B, V]
 def candidates(logits: torch.Tensor,       # float32 [B, V]
                temperature: torch.Tensor,  # [B, 1]
                top_k: int = 0, top_p: float = 1.0
-              ) -> tuple[torch.Tensor, torch.Tensor | None]:  # probabilities [B, K]; token ids, None: 0 to V−1
+              # probabilities [B, K]; token ids, None: 0 to V−1
+              ) -> tuple[torch.Tensor, torch.Tensor | None]:
     "The tokens that may come next and their probabilities, in the order of the token ids."
     logits, ids = logits / temperature, None
     if 0 < top_k < logits.shape[-1]:
@@ -88,7 +93,8 @@ def draw(p: torch.Tensor,  # [B, K], need not add up to 1
 ROOM = 64  # spare columns of a new buffer: it is copied once per 64 tokens
 
 class RollingLayer(DynamicLayer):
-    "The keys and values of one decoder layer, [B, heads, columns, width], in buffers with spare columns."
+    """The keys and values of one decoder layer, [B, heads, columns, width], in buffers with spare
+    columns."""
     def update(self, key_states, value_states, *args, **kwargs):
         "Append columns; returns all that are kept."
         new = key_states, value_states
@@ -103,7 +109,8 @@ class RollingLayer(DynamicLayer):
         return self._show()
 
     def _move(self, more: int) -> int:
-        "Copy the kept columns into buffers with spare ones; returns where `more` new columns will end."
+        """Copy the kept columns into buffers with spare ones; returns where `more` new columns will
+        end."""
         kept = self.last - self.first
         old, size = self.buffers, kept + more + ROOM
         self.buffers = [b.new_empty((*b.shape[:-2], size, b.shape[-1])) for b in old]
@@ -130,8 +137,10 @@ class Job:
     key: str                 # its name: with the seed, this fixes its random numbers
     prompt: tuple[int, ...]  # token ids: the start token, then the opening
     warmth: float = 1.0      # factor on the temperature
-    most: int | None = None  # stop after this many written tokens; None: only the greatest length of a text counts
-    stop: Callable[[Sequence[int]], bool] | None = None  # given the tokens written so far: does the text end here?
+    # stop after this many written tokens; None: only the greatest length of a text counts
+    most: int | None = None
+    # given the tokens written so far: does the text end here?
+    stop: Callable[[Sequence[int]], bool] | None = None
 
 # %% ../../nbs/generation/02_sampling.ipynb #da3a9310
 @dataclass(frozen=True)
@@ -141,7 +150,8 @@ class Sample:
     tokens: tuple[int, ...]  # opening and continuation, without start and end token
     opening: int             # how many of `tokens` are the opening
     nll: float               # negative log-likelihood of `tokens` under the model, nats
-    ended: bool              # whether an end token or its job's `stop` ended it, not its greatest length
+    # whether an end token or its job's `stop` ended it, not its greatest length
+    ended: bool
 
     @property
     def log_perplexity(self) -> float: return self.nll / max(1, len(self.tokens))
@@ -176,11 +186,14 @@ class _Row:
         if drawn and token in ends: return self.sample(ended=True)
         self.nll += nll
         if drawn: self.tokens.append(token)
-        if drawn and self.job.stop and self.job.stop(self.tokens[len(self.job.prompt):]): return self.sample(ended=True)
+        if drawn and self.job.stop and self.job.stop(self.tokens[len(self.job.prompt) :]):
+            return self.sample(ended=True)
         return self.sample(ended=False) if self.written >= self.most else None
 
     def sample(self, ended: bool) -> Sample:
-        return Sample(self.job.key, tuple(self.tokens[1:]), len(self.job.prompt) - 1, self.nll, ended)
+        return Sample(
+            self.job.key, tuple(self.tokens[1:]), len(self.job.prompt) - 1, self.nll, ended
+        )
 
 # %% ../../nbs/generation/02_sampling.ipynb #7d7bbea7
 def _forward(model: PreTrainedModel, cache: Cache, rows: list[_Row],
@@ -207,7 +220,9 @@ def _choose(logits: torch.Tensor,       # float32 [B, V]
     "The next token of each row: drawn, or known from its opening."
     column = lambda values, dtype: torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
     scores = logits if seen is None else penalised(logits, seen, sampling.repetition_penalty)
-    temperature = column([sampling.temperature_at(r.written) * r.job.warmth for r in rows], torch.float32)
+    temperature = column(
+        [sampling.temperature_at(r.written) * r.job.warmth for r in rows], torch.float32
+    )
     p, ids = candidates(scores, temperature, sampling.top_k, sampling.top_p)
     drawn = draw(p, column([r.uniforms[r.written] for r in rows], torch.float64))
     known = column([r.known for r in rows], torch.int64)
@@ -227,7 +242,8 @@ def _let_go(model: PreTrainedModel, cache: Cache, rows: list[_Row],
             over: set[int],             # rows to remove; at least one row stays
             seen: torch.Tensor | None,  # bool [B, V]
             dropped: int                # columns dropped so far
-           ) -> tuple[list[_Row], torch.Tensor | None, int]:  # rows, seen and dropped columns from now on
+           # rows, seen and dropped columns from now on
+           ) -> tuple[list[_Row], torch.Tensor | None, int]:
     "Remove finished rows, and the columns that no other row needs."
     index = None
     if over:

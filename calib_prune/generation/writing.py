@@ -21,8 +21,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration.sets import token_stream, tokenizer_identity
-from ..core import (NAME_BYTES, PATH_BYTES, CalibPruneError, as_path, check_number, content_hash,
-                              write_atomic)
+from calib_prune.core import (
+    NAME_BYTES,
+    PATH_BYTES,
+    CalibPruneError,
+    as_path,
+    check_number,
+    content_hash,
+    write_atomic,
+)
 from ..data.files import documents, write_jsonl
 from .sampling import Job, Sample, Sampling, decode
 from ..model.loading import check_window, end_of_text_id
@@ -32,23 +39,33 @@ from ..progress import ProgressFn
 def start_token(tokenizer) -> int:
     "The token that stands before a document."
     before = tokenizer("")["input_ids"]
-    return before[0] if before and before[0] == tokenizer.bos_token_id else end_of_text_id(tokenizer)
+    return (
+        before[0] if before and before[0] == tokenizer.bos_token_id else end_of_text_id(tokenizer)
+    )
 
+# %% ../../nbs/generation/03_writing.ipynb #352c43fb
 def end_tokens(model: PreTrainedModel, tokenizer) -> frozenset[int]:
-    "The tokens that end a text: the separator of documents, and what model and tokenizer name as an end."
+    """The tokens that end a text: the separator of documents, and what model and tokenizer name as
+    an end."""
     named = model.generation_config.eos_token_id if model.generation_config else None
-    ids = [end_of_text_id(tokenizer), tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    ids = [
+        end_of_text_id(tokenizer),
+        tokenizer.eos_token_id,
+        *(named if isinstance(named, list) else [named]),
+    ]
     return frozenset(i for i in ids if isinstance(i, int))
 
 # %% ../../nbs/generation/03_writing.ipynb #5ee5c4cc
 def _sample(line: str) -> Sample:
-    "The text in a line of a journal; raises ValueError, KeyError or TypeError if the line is damaged."
+    """The text in a line of a journal; raises ValueError, KeyError or TypeError if the line is
+    damaged."""
     said = json.loads(line)
     if not all(type(t) is int for t in said["tokens"]) or not math.isfinite(said["nll"]):
         raise ValueError("no tokens")
     return Sample(str(said["key"]), tuple(said["tokens"]), int(said["opening"]), float(said["nll"]),
                   bool(said["ended"]))
 
+# %% ../../nbs/generation/03_writing.ipynb #a6d5afed
 def _samples(path: Path, lines: list[str]  # without the first
             ) -> dict[str, Sample]:        # by name
     "The texts of a journal."
@@ -56,8 +73,9 @@ def _samples(path: Path, lines: list[str]  # without the first
     for n, line in enumerate(lines, 2):
         try: sample = _sample(line)
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise CalibPruneError(f"The journal {path} is damaged: line {n} is no text ({e}). Remove the line, and "
-                                  "that text is written again.") from e
+            raise CalibPruneError(
+                f"The journal {path} is damaged: line {n} is no text ({e}). Remove the line, and "
+                "that text is written again.") from e
         found[sample.key] = sample
     return found
 
@@ -67,14 +85,18 @@ def _lines(path: Path,
           ) -> list[str]:    # the lines after it
     "Read a journal; an error if it is another one, or none."
     try: text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e: raise CalibPruneError(f"Cannot read the journal {path}: {e}.") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise CalibPruneError(f"Cannot read the journal {path}: {e}.") from e
     first, *lines = text.split("\n")
     if not re.fullmatch(r'"[0-9a-f]{16}"', first):
-        raise CalibPruneError(f"{path} is in the way: texts would be kept there, but it is no journal of this program. "
-                              "Move it, or choose another output.")
+        raise CalibPruneError(
+            f"{path} is in the way: texts would be kept there, but it is no journal of this "
+            "program. "
+            "Move it, or choose another output.")
     if first != head:
-        raise CalibPruneError(f"{path} holds texts of an interrupted run with another model or other settings. "
-                              "Run that one again to finish it, or remove the file.")
+        raise CalibPruneError(
+            f"{path} holds texts of an interrupted run with another model or other settings. "
+            "Run that one again to finish it, or remove the file.")
     return lines
 
 # %% ../../nbs/generation/03_writing.ipynb #e5fffbab
@@ -89,7 +111,8 @@ class Journal:
         if self.path is None or not self.path.exists(): return
         lines = _lines(self.path, self.head)
         self.samples = _samples(self.path, lines[:-1])
-        # What follows the last line feed was cut short: it is removed, and that text is written again.
+        # What follows the last line feed was cut short: it is removed, and that text is written
+        # again.
         if lines[-1:] != [""]: write_atomic(self.path, "\n".join([self.head, *lines[:-1], ""]))
 
     def add(self, sample: Sample) -> None:
@@ -98,9 +121,12 @@ class Journal:
         if self.path is None: return
         if not self.path.exists(): write_atomic(self.path, self.head + "\n")
         try:
-            with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(asdict(sample)) + "\n")
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(asdict(sample)) + "\n")
         except OSError as e:
-            raise CalibPruneError(f"Cannot write the journal {self.path}: {e.strerror or e}.") from e
+            raise CalibPruneError(
+                f"Cannot write the journal {self.path}: {e.strerror or e}."
+            ) from e
 
 # %% ../../nbs/generation/03_writing.ipynb #c99a1621
 @dataclass
@@ -113,10 +139,13 @@ class Writer:
     seed: int = 0
     batch: int = 32                        # texts written side by side
     journal: str | Path | None = None      # file of finished texts, see `Journal`
-    about: dict[str, Any] = field(default_factory=dict)  # for journal and report: the model's name and revision
-    progress: ProgressFn | None = None     # called as progress("writing tokens", tokens written, upper bound)
+    # for journal and report: the model's name and revision
+    about: dict[str, Any] = field(default_factory=dict)
+    # called as progress("writing tokens", tokens written, upper bound)
+    progress: ProgressFn | None = None
     start: int | None = None               # token before a text; None: see `start_token`
-    tokens: int = field(default=0, init=False)     # written so far, without those read from a journal
+    # written so far, without those read from a journal
+    tokens: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self):
@@ -129,18 +158,29 @@ class Writer:
 
     def begin(self, protocol: str, **settings) -> None:
         "Fix the protocol and its settings, and read the journal if there is one."
-        self.settings = dict(protocol=protocol, seed=self.seed, length=self.length, start=self.start,
-                             **asdict(self.sampling), **settings, **self.about)
+        self.settings = dict(
+            protocol=protocol,
+            seed=self.seed,
+            length=self.length,
+            start=self.start,
+            **asdict(self.sampling),
+            **settings,
+            **self.about,
+        )
         who = {}  # needed for a journal only
-        if self.journal: who = dict(dtype=str(self.model.dtype), tokenizer=tokenizer_identity(self.tokenizer))
+        if self.journal:
+            who = dict(dtype=str(self.model.dtype), tokenizer=tokenizer_identity(self.tokenizer))
         self.past = Journal(self.journal, self.settings | who)
 
     def job(self, key: str, opening: Sequence[int] = (), warmth: float = 1.0) -> Job:
         "A text to write after an opening."
         if len(opening) >= self.length:
             said = self.tokenizer.decode(opening[:12])
-            raise CalibPruneError(f"The opening {said!r}… has {len(opening)} tokens, and a text may have {self.length}: "
-                                  "nothing would be left to write. Use a shorter opening or longer texts.")
+            raise CalibPruneError(
+                f"The opening {said!r}… has {len(opening)} tokens, and a text may have"
+                f" {self.length}: nothing would be left to write. Use a shorter opening or longer"
+                " texts."
+            )
         assert self.start is not None  # it is found when the writer is made
         return Job(key, (self.start, *opening), warmth)
 
@@ -148,7 +188,9 @@ class Writer:
         "Write the texts that the journal lacks; returns all, in the order of the jobs."
         todo = [o for o in jobs if o.key not in self.past.samples]
         began, written, left = time.perf_counter(), 0, len(todo)
-        for sample in decode(self.model, todo, self.sampling, self.length, self.seed, self.ends, self.batch):
+        for sample in decode(
+            self.model, todo, self.sampling, self.length, self.seed, self.ends, self.batch
+        ):
             self.past.add(sample)
             written += len(sample.tokens) - sample.opening
             left -= 1
@@ -159,7 +201,9 @@ class Writer:
 
     def text(self, sample: Sample) -> str:
         "The text as a string, without special tokens."
-        return self.tokenizer.decode(sample.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            sample.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def count(self, samples: list[Sample]) -> int:
         "The tokens that a calibration set finds in texts: each text once, its end token included."
@@ -175,28 +219,35 @@ def repeats(texts: list[str]) -> int:
     "How many texts repeat another; empty ones do not count."
     return sum(map(bool, texts)) - len(set(texts) - {""})
 
+# %% ../../nbs/generation/03_writing.ipynb #01c7ee44
 def check_budget(tokens: float) -> None:
     "Refuse an amount of text that makes no sense, before a list of that many texts is made."
     check_number("The number of tokens to write", tokens, 1, 1e8)
 
 # %% ../../nbs/generation/03_writing.ipynb #703e13e3
-def _too_little(writer: Writer, made: list[Sample], kept: list[Sample], have: int, budget: int) -> CalibPruneError:
+def _too_little(
+    writer: Writer, made: list[Sample], kept: list[Sample], have: int, budget: int
+) -> CalibPruneError:
     "The error that says what became of the texts."
     texts = [writer.text(s).strip() for s in made]
     return CalibPruneError(
-        f"The model did not write enough text: after {len(made)} texts of up to {writer.length} tokens there are "
-        f"{have:,} of the {budget:,} tokens asked for. {texts.count('')} texts are empty, {repeats(texts)} repeat "
-        f"another, {len(made) - len(kept)} were left out as the worst, and the model ended "
-        f"{sum(s.ended for s in made)} by itself. Such a model cannot make its own calibration text in this way: "
-        "raise the temperature, give it openings, or use a source.")
+        f"The model did not write enough text: after {len(made)} texts of up to {writer.length}"
+        f" tokens there are {have:,} of the {budget:,} tokens asked for. {texts.count('')} texts"
+        f" are empty, {repeats(texts)} repeat another, {len(made) - len(kept)} were left out as the"
+        f" worst, and the model ended {sum(s.ended for s in made)} by itself. Such a model cannot"
+        " make its own calibration text in this way: raise the temperature, give it openings, or"
+        " use a source."
+    )
 
+# %% ../../nbs/generation/03_writing.ipynb #dae85d09
 def fill(writer: Writer,
          job: Callable[[int], Job],        # the i-th text
          budget: int,                      # tokens needed
          keep: Callable[[list[Sample]], list[Sample]] = list,  # which of the texts count
          expect: float = 1.0               # share of the texts that `keep` will keep
         ) -> tuple[list[Sample], list[Sample]]:  # the texts that count; all that were written
-    "Write texts until there are enough tokens; an error if the greatest amount of work is not enough."
+    """Write texts until there are enough tokens; an error if the greatest amount of work is not
+    enough."""
     made: list[Sample] = []
     for _ in range(ROUNDS):
         kept = keep(made)
@@ -217,9 +268,11 @@ def ngrams(ids: Sequence[int], n: int = 4) -> set[tuple[int, ...]]:
     "The distinct n-grams of a token sequence."
     return set(zip(*(ids[i:] for i in range(n))))
 
+# %% ../../nbs/generation/03_writing.ipynb #e7724ec1
 def repeated_share(texts: Iterable[Sequence[int]],  # token ids of each text
                    n: int = 4) -> float:            # in [0, 1]; 0 when there is no n-gram
-    "Aggregation: 1 − distinct n-grams / all n-grams, over all texts together; no n-gram crosses texts."
+    """Aggregation: 1 − distinct n-grams / all n-grams, over all texts together; no n-gram crosses
+    texts."""
     texts = list(texts)
     total = sum(max(0, len(t) - n + 1) for t in texts)
     distinct = set().union(*(ngrams(t, n) for t in texts))
@@ -229,24 +282,38 @@ def repeated_share(texts: Iterable[Sequence[int]],  # token ids of each text
 @dataclass(frozen=True)
 class Generated:
     "Calibration text that a model wrote."
-    rows: list[dict[str, Any]]  # one per document: text, protocol, key, seed, tokens, perplexity, ended, …
+    # one per document: text, protocol, key, seed, tokens, perplexity, ended, …
+    rows: list[dict[str, Any]]
     report: dict[str, Any]      # settings, what was written and dropped, tokens per second
     pool: Any = None            # IGSP: the candidates that the texts were chosen from
 
     def documents(self) -> list[str]: return [r["text"] for r in self.rows]
 
 # %% ../../nbs/generation/03_writing.ipynb #2a0b85ae
-def _report(writer: Writer, kept: list[Sample], made: list[Sample], n_documents: int) -> dict[str, Any]:
+def _report(
+    writer: Writer, kept: list[Sample], made: list[Sample], n_documents: int
+) -> dict[str, Any]:
     "What was written, how it reads, and how fast it was."
     texts = [writer.text(s).strip() for s in made]
     log_perplexity = sum(s.nll for s in kept) / max(1, sum(len(s.tokens) for s in kept))
     speed = round(writer.tokens / writer.seconds, 1) if writer.tokens else None
-    return dict(writer.settings, documents=n_documents, tokens=writer.count(kept),
-                perplexity=float(f"{math.exp(log_perplexity):.4g}"),
-                repeated_4grams=repeated_share(s.tokens for s in kept), ended=sum(s.ended for s in kept),
-                written=len(made), left_out=len(made) - len(kept), empty=texts.count(""),
-                duplicates=repeats(texts), written_tokens=writer.tokens, seconds=round(writer.seconds, 2),
-                tokens_per_second=speed, batch=writer.batch, device=str(writer.model.device))
+    return dict(
+        writer.settings,
+        documents=n_documents,
+        tokens=writer.count(kept),
+        perplexity=float(f"{math.exp(log_perplexity):.4g}"),
+        repeated_4grams=repeated_share(s.tokens for s in kept),
+        ended=sum(s.ended for s in kept),
+        written=len(made),
+        left_out=len(made) - len(kept),
+        empty=texts.count(""),
+        duplicates=repeats(texts),
+        written_tokens=writer.tokens,
+        seconds=round(writer.seconds, 2),
+        tokens_per_second=speed,
+        batch=writer.batch,
+        device=str(writer.model.device),
+    )
 
 # %% ../../nbs/generation/03_writing.ipynb #11d67ca7
 def gather(writer: Writer,
@@ -266,40 +333,54 @@ def report_of(path: Path) -> Path:
     "Where the report of a text lies."
     return path.with_suffix(".report.json")
 
+# %% ../../nbs/generation/03_writing.ipynb #2dbc4934
 def journal_of(path: Path) -> Path:
     "The file with the finished texts of an interrupted run."
     return path.with_name(f"{path.name}.partial")
 
 # %% ../../nbs/generation/03_writing.ipynb #c0f1a7a1
-PART_NAME = len("..01234567.part")  # bytes that the name of a file has more while the file is written
+# bytes that the name of a file has more while the file is written
+PART_NAME = len("..01234567.part")
 
 def _check_names(files: list[Path]  # in one folder
                 ) -> None:
     "Refuse names that are too long, and links that lead nowhere: a file would take a link's place."
     longest = max(files, key=lambda o: len(os.fsencode(o.name)))
     size = len(os.fsencode(longest.name)) + PART_NAME
-    over = max(size - NAME_BYTES, len(os.fsencode(longest.parent.absolute())) + 1 + size - PATH_BYTES)
+    over = max(
+        size - NAME_BYTES, len(os.fsencode(longest.parent.absolute())) + 1 + size - PATH_BYTES
+    )
     if over > 0:
-        raise CalibPruneError(f"{files[0].name[:60]}… cannot be a file for calibration text: the names of the files beside it, "
-                              f"such as its report, would be {over} bytes too long. Choose a shorter name.")
+        raise CalibPruneError(
+            f"{files[0].name[:60]}… cannot be a file for calibration text: the names of the files"
+            f" beside it, such as its report, would be {over} bytes too long. Choose a shorter"
+            " name."
+        )
     for file in files:
         if file.is_symlink() and not file.exists():
-            raise CalibPruneError(f"{file} is a link to {os.readlink(file)}, which does not exist. Remove the link, or choose "
-                                  "another name.")
+            raise CalibPruneError(
+                f"{file} is a link to {os.readlink(file)}, which does not exist. Remove the link,"
+                " or choose another name."
+            )
 
 # %% ../../nbs/generation/03_writing.ipynb #c0f1a7a2
 def check_target(path: str | Path,
-                 resumed: bool = False,  # a run that was stopped may have written the report already
+                 # a run that was stopped may have written the report already
+                 resumed: bool = False,
                  replace: bool = False   # overwrite both, as a study does with its own results
                 ) -> Path:
-    "The path, if calibration text may be written there: neither text nor report exists. Call it before any work."
+    """The path, if calibration text may be written there: neither text nor report exists. Call it
+    before any work."""
     path = as_path(path, "a file for calibration text")
     if path.suffix != ".jsonl":
-        raise CalibPruneError(f"Calibration text is written as JSON lines: {path} must end in .jsonl.")
+        raise CalibPruneError(
+            f"Calibration text is written as JSON lines: {path} must end in .jsonl."
+        )
     _check_names([path, report_of(path), journal_of(path)])
     must_be_free = [path] if resumed else [path, report_of(path)]
     for file in [] if replace else must_be_free:
-        if file.exists(): raise CalibPruneError(f"{file} exists: choose another name, or remove it first.")
+        if file.exists():
+            raise CalibPruneError(f"{file} exists: choose another name, or remove it first.")
     return path
 
 # %% ../../nbs/generation/03_writing.ipynb #3d659063

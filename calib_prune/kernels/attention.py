@@ -17,11 +17,26 @@ from torch import Tensor
 
 from ..core import CalibPruneError
 from .compiled import compiled, in_threads
-from .tiles import (COLS, FLOATS, INDEX, INT, INTS, LANES, ROWS, add_tile, call, constant, data, register_at,
-                                     set_tile, spread)
+from calib_prune.kernels.tiles import (
+                                       COLS,
+                                       FLOATS,
+                                       INDEX,
+                                       INT,
+                                       INTS,
+                                       LANES,
+                                       ROWS,
+                                       add_tile,
+                                       call,
+                                       constant,
+                                       data,
+                                       register_at,
+                                       set_tile,
+                                       spread,
+)
 
 # %% ../../nbs/kernels/04_attention.ipynb #ab0c43c3
-FLOAT_TYPES = torch.float32, torch.bfloat16  # that the kernel computes; other types are left to torch
+# that the kernel computes; other types are left to torch
+FLOAT_TYPES = torch.float32, torch.bfloat16
 
 # %% ../../nbs/kernels/04_attention.ipynb #9e3944e8
 def _over_row(code: ir.IRBuilder, n: Any, start: ir.Constant, step) -> Any:
@@ -38,6 +53,7 @@ def _over_row(code: ir.IRBuilder, n: Any, start: ir.Constant, step) -> Any:
     code.position_at_end(after)
     return new
 
+# %% ../../nbs/kernels/04_attention.ipynb #7cab3d90
 def _across(code: ir.IRBuilder, value: Any, combine) -> Any:
     "Combine the numbers of a register to one, in a fixed order."
     width = LANES
@@ -50,7 +66,8 @@ def _across(code: ir.IRBuilder, value: Any, combine) -> Any:
 # %% ../../nbs/kernels/04_attention.ipynb #5505c2d4
 @intrinsic
 def hide(typing, scores, at, n, t, keys, lasts):
-    "Set the scores that token `t` may not see to -inf; the largest that is left. `keys`, `lasts`: of each score, int32."
+    """Set the scores that token `t` may not see to -inf; the largest that is left. `keys`, `lasts`:
+    of each score, int32."""
     i = types.int64
     signature = types.float32(scores, i, i, i, keys, lasts)
     def write(context, code, signature, args):
@@ -60,8 +77,12 @@ def hide(typing, scores, at, n, t, keys, lasts):
         hidden = constant(float("-inf"), FLOATS)
         def step(k, found):
             where = register_at(code, code.gep(row, [k]))
-            key, last = (code.load(register_at(code, code.gep(o, [k]), INTS), align=4) for o in (keys, lasts))
-            seen = code.and_(code.icmp_signed("<=", key, token), code.icmp_signed(">=", last, token))
+            key, last = (
+                code.load(register_at(code, code.gep(o, [k]), INTS), align=4) for o in (keys, lasts)
+            )
+            seen = code.and_(
+                code.icmp_signed("<=", key, token), code.icmp_signed(">=", last, token)
+            )
             score = code.select(seen, code.load(where, align=4), hidden)
             code.store(score, where, align=4)
             return code.select(code.fcmp_ordered(">", found, score), found, score)
@@ -71,15 +92,24 @@ def hide(typing, scores, at, n, t, keys, lasts):
 
 # %% ../../nbs/kernels/04_attention.ipynb #f7f91500
 SMALLEST = -87.0  # e to this power is the smallest normal float32
-SERIES = 1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1
+SERIES = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 
 def _exp(code: ir.IRBuilder, x: Any) -> Any:
     "The exponential of a register of numbers that are not above 0."
     number, fma = lambda value: constant(value, FLOATS), lambda *o: call(code, "fma", *o)
     tiny = code.fcmp_ordered("<", x, number(SMALLEST))
     x = code.select(tiny, number(SMALLEST), x)
-    n = code.fsub(fma(x, number(1.4426950408889634), number(12582912.0)), number(12582912.0))  # adding 1.5·2²³ rounds
-    r = fma(n, number(2.12194440e-4), fma(n, number(-0.693359375), x))                         # ln 2 in two parts
+    # adding 1.5·2²³ rounds
+    n = code.fsub(fma(x, number(1.4426950408889634), number(12582912.0)), number(12582912.0))
+    # ln 2 in two parts
+    r = fma(n, number(2.12194440e-4), fma(n, number(-0.693359375), x))
     series = number(SERIES[0])
     for o in SERIES[1:]: series = fma(series, r, number(o))
     value = fma(series, code.fmul(r, r), code.fadd(r, number(1.0)))
@@ -92,7 +122,9 @@ def exponentials(typing, scores, at, n, largest):
     "Replace the scores of a row by e to the power of score - largest; their sum."
     signature = types.float32(scores, types.int64, types.int64, types.float32)
     def write(context, code, signature, args):
-        row, largest = data(context, code, signature, args, 0, args[1]), spread(code, args[3], FLOATS)
+        row, largest = data(context, code, signature, args, 0, args[1]), spread(
+            code, args[3], FLOATS
+        )
         def step(k, found):
             where = register_at(code, code.gep(row, [k]))
             value = _exp(code, code.fsub(code.load(where, align=4), largest))
@@ -103,7 +135,8 @@ def exponentials(typing, scores, at, n, largest):
 
 # %% ../../nbs/kernels/04_attention.ipynb #728f2cfe
 @compiled("kernels/tiles.py")
-def _lay_out(keys, values, laid_keys, laid_values):  # [T, D] twice, [stripes, D, COLS], [stripes, COLS, D]
+# [T, D] twice, [stripes, D, COLS], [stripes, COLS, D]
+def _lay_out(keys, values, laid_keys, laid_values):
     "Keys in stripes of COLS tokens, one feature after another; values one token after another."
     tokens, width = keys.shape
     for k in range(tokens):
@@ -114,54 +147,67 @@ def _lay_out(keys, values, laid_keys, laid_values):  # [T, D] twice, [stripes, D
             finite = value - value == 0
             laid_values[stripe, place, o] = value if finite else 0
             broken |= not finite
-        # A value that is no number would reach all who read its stripe (0 · NaN is NaN); by its key it reaches those who see it.
+        # A value that is no number would reach all who read its stripe (0 · NaN is NaN); by its key
+        # it reaches those who see it.
         for o in range(width): laid_keys[stripe, o, place] = np.nan if broken else keys[k, o]
 
+# %% ../../nbs/kernels/04_attention.ipynb #84a288e9
 @compiled("kernels/tiles.py")
 def _stripes_read(t, until, lasts, stripes, keys, lasts_read):  # lasts: [T or more]
-    "The stripes up to token `until` that token t or one after it reads, their keys and the keys' last descendants; how many."
+    """The stripes up to token `until` that token t or one after it reads, their keys and the keys'
+    last descendants; how many."""
     n = 0
     for stripe in range(until // COLS + 1):
         first, read = stripe * COLS, False
         for o in range(COLS): read |= lasts[first + o] >= t
         if not read: continue
         stripes[n] = stripe
-        for o in range(COLS): keys[n * COLS + o], lasts_read[n * COLS + o] = first + o, lasts[first + o]
+        for o in range(COLS):
+            keys[n * COLS + o], lasts_read[n * COLS + o] = first + o, lasts[first + o]
         n += 1
     return n
 
 # %% ../../nbs/kernels/04_attention.ipynb #7f7d259d
 @compiled("kernels/tiles.py", "kernels/attention.py")
-def _some_queries(queries, t, scale, laid_keys, laid_values, stripes, n_stripes, keys, lasts, scores, some, totals, out):
+def _some_queries(queries, t, scale, laid_keys, laid_values, stripes, n_stripes, keys, lasts,
+                  scores, some, totals, out):
     "Attention of a few queries from token t on; queries and out: [n, D]."
     n, width = queries.shape
     for r in range(n):
         for o in range(width): some[r, o] = queries[r, o] * scale
     row, flat, few = scores.shape[1], scores.reshape(-1), some.reshape(-1)
     for s in range(n_stripes):
-        set_tile(few, 0, width, 1, laid_keys.reshape(-1), stripes[s] * width * COLS, COLS, flat, s * COLS, row, width)
+        set_tile(few, 0, width, 1, laid_keys.reshape(-1), stripes[s] * width * COLS, COLS, flat,
+                 s * COLS, row, width)
     for r in range(n):
         largest = hide(flat, r * row, n_stripes * COLS, t + r, keys, lasts)
         totals[r] = exponentials(flat, r * row, n_stripes * COLS, largest)
     some[:] = 0
     for s in range(n_stripes):
         for j in range(0, width, COLS):
-            add_tile(flat, s * COLS, row, 1, laid_values.reshape(-1), stripes[s] * width * COLS + j, width, few, j, width, COLS)
+            add_tile(flat, s * COLS, row, 1, laid_values.reshape(-1), stripes[s] * width * COLS + j,
+                     width, few, j, width, COLS)
     for r in range(n):
         share = np.float32(1) / totals[r]
         for o in range(width): out[r, o] = some[r, o] * share
 
 # %% ../../nbs/kernels/04_attention.ipynb #ee522f5a
 @compiled("kernels/tiles.py", "kernels/attention.py")
-def _attention(queries, keys, values, lasts, out, scale, share, shares):  # [B, T, H, D], twice [B, T, H / group, D], [B, T], …
+# [B, T, H, D], twice [B, T, H / group, D], [B, T], …
+def _attention(queries, keys, values, lasts, out, scale, share, shares):
     sets, tokens, heads, width = queries.shape
     kv_heads, most = keys.shape[2], (tokens + COLS) // COLS
-    laid_keys, laid_values = np.zeros((most, width, COLS), np.float32), np.zeros((most, COLS, width), np.float32)
+    laid_keys, laid_values = np.zeros((most, width, COLS), np.float32), np.zeros(
+        (most, COLS, width), np.float32
+    )
     last, stripes = np.full(most * COLS, -1, np.int32), np.zeros(most, np.int64)
     keys_read, lasts_read = np.zeros(most * COLS, np.int32), np.zeros(most * COLS, np.int32)
-    scores, some = np.zeros((ROWS, most * COLS + LANES), np.float32), np.zeros((ROWS, width), np.float32)
+    scores, some = np.zeros((ROWS, most * COLS + LANES), np.float32), np.zeros(
+        (ROWS, width), np.float32
+    )
     totals, group = np.zeros(ROWS, np.float32), heads // kv_heads
-    apart = sets * kv_heads >= 4 * shares  # enough heads to go round; else threads share the queries of each
+    # enough heads to go round; else threads share the queries of each
+    apart = sets * kv_heads >= 4 * shares
     for unit in range(share if apart else 0, sets * kv_heads, shares if apart else 1):
         b, g = unit // kv_heads, unit % kv_heads
         last[:tokens] = lasts[b]
@@ -171,28 +217,41 @@ def _attention(queries, keys, values, lasts, out, scale, share, shares):  # [B, 
             n = _stripes_read(t, until, last, stripes, keys_read, lasts_read)
             for h in range(g * group, (g + 1) * group):
                 if not apart and (t // ROWS + h) % shares != share: continue
-                _some_queries(queries[b, t:until + 1, h], t, scale, laid_keys, laid_values, stripes, n, keys_read, lasts_read,
-                              scores, some, totals, out[b, t:until + 1, h])
+                _some_queries(queries[b, t:until + 1, h], t, scale, laid_keys, laid_values, stripes,
+                              n, keys_read, lasts_read, scores, some, totals, out[b, t:until + 1,
+                                                                                  h])
 
 # %% ../../nbs/kernels/04_attention.ipynb #e2223077
 def causal(sets: int, tokens: int) -> Tensor:  # int32 [B, T]
     "The last descendant of each token in texts without branches."
     return torch.full((sets, tokens), tokens - 1, dtype=torch.int32)
 
+# %% ../../nbs/kernels/04_attention.ipynb #6618ad45
 def attention(queries: Tensor,  # [B, H, T, D], computed with in float32; D a multiple of COLS
               keys: Tensor,     # [B, H / group, T, D]
               values: Tensor,   # [B, H / group, T, D]
-              lasts: Tensor,    # int32 [B, T]: the last descendant of each token, in depth-first order
+              # int32 [B, T]: the last descendant of each token, in depth-first order
+              lasts: Tensor,
               scale: float      # of the scores
              ) -> Tensor:       # [B, T, H, D], in the type of the queries
     "Softmax attention in which a token sees itself and its ancestors."
     sets, heads, tokens, width = queries.shape
     shapes = (sets, keys.shape[1], tokens, width), (sets, tokens)
-    if (keys.shape, values.shape, lasts.shape) != (shapes[0], *shapes) or heads % keys.shape[1] or width % COLS:
-        raise CalibPruneError(f"Queries {[*queries.shape]}, keys {[*keys.shape]}, values {[*values.shape]} and last descendants "
-                              f"{[*lasts.shape]} do not fit each other, or heads are no multiple of {COLS} wide.")
+    if (keys.shape, values.shape,
+            lasts.shape) != (shapes[0], *shapes) or heads % keys.shape[1] or width % COLS:
+        raise CalibPruneError(
+            f"Queries {[*queries.shape]}, keys {[*keys.shape]}, values {[*values.shape]} and last"
+            f" descendants {[*lasts.shape]} do not fit each other, or heads are no multiple of"
+            f" {COLS} wide."
+        )
     out = torch.empty(sets, tokens, heads, width)
-    numbers = [o.transpose(1, 2).float().contiguous().numpy() for o in (queries, keys, values)] + [lasts.numpy(), out.numpy()]
+    numbers = [o.transpose(1, 2).float().contiguous().numpy() for o in (queries, keys, values)] + [
+        lasts.numpy(),
+        out.numpy(),
+    ]
     small = sets * heads * tokens**2 * width < 1 << 22
-    in_threads(lambda share, shares: _attention(*numbers, np.float32(scale), share, shares), 1 if small else None)
+    in_threads(
+        lambda share, shares: _attention(*numbers, np.float32(scale), share, shares),
+        1 if small else None,
+    )
     return out.to(queries.dtype)

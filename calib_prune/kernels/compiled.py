@@ -27,10 +27,12 @@ from ..core import CalibPruneError, cache_dir, content_hash
 # %% ../../nbs/kernels/01_compiled.ipynb #7c580d6f
 def processor() -> list[str]:
     "What machine code has to fit: the kind of processor and its instructions."
-    chosen = [o for o in (numba.config.CPU_NAME, numba.config.CPU_FEATURES) if o]  # NUMBA_CPU_NAME, NUMBA_CPU_FEATURES
+    # NUMBA_CPU_NAME, NUMBA_CPU_FEATURES
+    chosen = [o for o in (numba.config.CPU_NAME, numba.config.CPU_FEATURES) if o]
     features = sorted(k for k, has in llvm.get_host_cpu_features().items() if has)
     return [platform.machine(), *(chosen or [llvm.get_host_cpu_name(), *features])]
 
+# %% ../../nbs/kernels/01_compiled.ipynb #a2b360d7
 def kernel_folder(sources: list[Path]  # files that the kernel is made from
                  ) -> Path:            # in the cache; it may not exist yet
     "The folder for machine code that is made from some files on this processor."
@@ -58,18 +60,25 @@ def _cannot_keep(why: Exception) -> None:
     if _said: return
     _said.append(getattr(why, "strerror", None) or str(why))
     where = os.environ.get("CALIB_PRUNE_CACHE") or "the cache folder"
-    warnings.warn(f"Compiled kernels cannot be kept in {where} ({_said[0]}): each process compiles them anew, which takes "
-                  "seconds. Set CALIB_PRUNE_CACHE to a folder that can be written.", stacklevel=2)
+    warnings.warn(
+        f"Compiled kernels cannot be kept in {where} ({_said[0]}): each process compiles them anew,"
+        " which takes seconds. Set CALIB_PRUNE_CACHE to a folder that can be written.",
+        stacklevel=2,
+    )
 
+# %% ../../nbs/kernels/01_compiled.ipynb #3da561c3
 def _check_owner(folder: Path) -> None:
-    "Refuse a folder of the cache in which another user may have put code: machine code is run, and its index is a pickle."
+    """Refuse a folder of the cache in which another user may have put code: machine code is run,
+    and its index is a pickle."""
     if not hasattr(os, "getuid"): return
     for o in (folder, *folder.parents):
         found = o.stat()
-        if os.getuid() and found.st_uid not in (0, os.getuid()): raise OSError(f"{o} belongs to another user")
+        if os.getuid() and found.st_uid not in (0, os.getuid()):
+            raise OSError(f"{o} belongs to another user")
         if found.st_mode & 0o1002 == 0o002: raise OSError(f"everyone can write {o}")
         if o == cache_dir(): return
 
+# %% ../../nbs/kernels/01_compiled.ipynb #816cc88b
 class _KernelCache(FunctionCache):
     "numba's cache of a function, in our folder; what cannot be read is compiled anew."
     def __init__(self, function: Callable, folder: Path):
@@ -78,7 +87,8 @@ class _KernelCache(FunctionCache):
         finally: numba.config.CACHE_DIR = before
         if not Path(self._cache_path).is_relative_to(folder): raise OSError("it cannot be written")
         _check_owner(Path(self._cache_path))
-        self._cache_file = _SealedFile(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
+        self._cache_file = _SealedFile(self._cache_path, self._impl.filename_base,
+                                       self._impl.locator.get_source_stamp())
 
     def load_overload(self, sig, target_context):
         try: return super().load_overload(sig, target_context)
@@ -95,16 +105,22 @@ class _KernelCache(FunctionCache):
         except Exception as e: _cannot_keep(e)  # saving reads the index again
 
 # %% ../../nbs/kernels/01_compiled.ipynb #5837bf4f
-def compiled(*parts: str  # other files of the package that the kernel is made from, such as "kernels/tiles.py"
+# other files of the package that the kernel is made from, such as "kernels/tiles.py"
+def compiled(*parts: str
             ) -> Callable[[Callable], Callable]:
-    "A decorator for kernels: compile for this processor when first called, and keep the code on disk."
+    """A decorator for kernels: compile for this processor when first called, and keep the code on
+    disk."""
     def decorate(function: Callable) -> Callable:
         kernel: Any = numba.njit(nogil=True, fastmath={"contract"})(function)
         file = Path(function.__code__.co_filename)
         if not file.is_file(): return kernel  # typed into a notebook
         package = Path(__file__).parent.parent
-        try: kernel._cache = _KernelCache(function, kernel_folder([Path(__file__), file, *(package / o for o in parts)]))
-        except (CalibPruneError, RuntimeError, OSError) as e: _cannot_keep(e)
+        try:
+            kernel._cache = _KernelCache(
+                function, kernel_folder([Path(__file__), file, *(package / o for o in parts)])
+            )
+        except (CalibPruneError, RuntimeError, OSError) as e:
+            _cannot_keep(e)
         return kernel
     return decorate
 
@@ -113,6 +129,7 @@ def cores() -> int:
     "How many cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+# %% ../../nbs/kernels/01_compiled.ipynb #0956a4e4
 def threads() -> int:
     "How many threads a kernel works with: the number that torch uses, at most one per core."
     return max(1, min(torch.get_num_threads(), cores()))
@@ -123,20 +140,27 @@ def limit_threads() -> None:
     asked, there = torch.get_num_threads(), cores()
     if asked <= there: return
     torch.set_num_threads(there)
-    warnings.warn(f"{asked} threads were asked for (OMP_NUM_THREADS, or torch.set_num_threads), but this process may use "
-                  f"{there} core{'s' if there > 1 else ''}: {there} are used.", stacklevel=2)
+    warnings.warn(
+        f"{asked} threads were asked for (OMP_NUM_THREADS, or torch.set_num_threads), but this"
+        f" process may use {there} core{'s' if there > 1 else ''}: {there} are used.",
+        stacklevel=2,
+    )
 
 # %% ../../nbs/kernels/01_compiled.ipynb #c916963b
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:  # by process: threads do not survive a fork
     return ThreadPoolExecutor(cores(), "kernel")
 
-def in_threads(work: Callable[[int, int], Any],  # called with the number of a share, and of how many
+# %% ../../nbs/kernels/01_compiled.ipynb #b13a68a0
+def in_threads(
+               # called with the number of a share, and of how many
+               work: Callable[[int, int], Any],
                shares: int | None = None         # default: one per thread
               ) -> None:
     "Do all shares of some work, one of them in this thread, and return when all are done."
     n = threads() if shares is None else shares
-    if threading.current_thread().name.startswith("kernel"):  # a share of other work: its threads are busy
+    # a share of other work: its threads are busy
+    if threading.current_thread().name.startswith("kernel"):
         for o in range(n): work(o, n)
         return
     others = [_pool(os.getpid()).submit(work, o, n) for o in range(1, n)]
@@ -149,13 +173,15 @@ def in_threads(work: Callable[[int, int], Any],  # called with the number of a s
 def one_each(work: Callable[[Any], Any],
              items: Sequence[Any]  # the longest work first
             ) -> list[Any]:        # what the work gives for each item
-    "Some work for each item, side by side and in one thread each, if there are at least two items per thread (ours)."
+    """Some work for each item, side by side and in one thread each, if there are at least two items
+    per thread (ours)."""
     n = threads()
-    if n == 1 or len(items) < 2 * n or threading.current_thread().name.startswith("kernel"): return [work(o) for o in items]
+    if n == 1 or len(items) < 2 * n or threading.current_thread().name.startswith("kernel"):
+        return [work(o) for o in items]
     found, left = [None] * len(items), iter(range(len(items)))
     def take_turns(*_: int) -> None:
         for o in left: found[o] = work(items[o])
     torch.set_num_threads(1)  # for what the work calls
-    try: in_threads(take_turns, n)
+    try:in_threads(take_turns, n)
     finally: torch.set_num_threads(n)
     return found

@@ -27,30 +27,42 @@ def _processor(entry: str) -> list[str]:
     found = re.search(rf"^{entry}\s*:(.*)$", info.read_text(), re.M) if info.is_file() else None
     return found[1].split() if found else []
 
+# %% ../../nbs/kernels/03_matmul.ipynb #9a1b7d40
 @cache
 def prefers_onednn() -> bool:
     "Whether this processor has AVX-512 that MKL does not use."
-    return (_processor("vendor_id") not in ([], ["GenuineIntel"]) and torch.backends.cpu.get_cpu_capability() == "AVX512"
-            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    return (
+        _processor("vendor_id") not in ([], ["GenuineIntel"])
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
+# %% ../../nbs/kernels/03_matmul.ipynb #54ed04a8
 @cache
 def multiplies_bfloat16() -> bool:
-    "Whether this processor has instructions for products of bfloat16 numbers, and torch the library that uses them."
+    """Whether this processor has instructions for products of bfloat16 numbers, and torch the
+    library that uses them."""
     there = {"avx512_bf16", "amx_bf16"} & {*_processor("flags")}
-    return bool(there) and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(there) and torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise")
 
 # %% ../../nbs/kernels/03_matmul.ipynb #990cc36d
 def linear(x: Tensor,                   # [..., d_in] on the CPU, float32 or bfloat16
            weight: Tensor,              # [d_out, d_in]
            bias: Tensor | None = None,  # [d_out]
-           then: str = "none",          # what follows: "swish" (SiLU), or "mul" or "add" with `other`
+           # what follows: "swish" (SiLU), or "mul" or "add" with `other`
+           then: str = "none",
            other: Tensor | None = None  # [..., d_out]
           ) -> Tensor:                  # [..., d_out]
-    "`torch.nn.functional.linear` by oneDNN, and what follows it. It keeps no gradients: see `WithGradients`."
+    """`torch.nn.functional.linear` by oneDNN, and what follows it. It keeps no gradients: see
+    `WithGradients`."""
     if not x.numel() or not weight.numel(): return _finish(F.linear(x, weight, bias), then, other)
-    if other is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, then)
+    if other is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, then)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
 
+# %% ../../nbs/kernels/03_matmul.ipynb #2fb277b7
 def _finish(found: Tensor, then: str, other: Tensor | None) -> Tensor:
     "What follows a product, by torch."
     if then == "mul": return found * other
@@ -80,14 +92,18 @@ class WithGradients(torch.autograd.Function):
 class LaidOut:
     "Weights in oneDNN's order. They must not change while this is in use."
     room: int = 4 << 30  # bytes (ours)
-    weights: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by address: the weight, and it in oneDNN's order
+    # by address: the weight, and it in oneDNN's order
+    weights: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def of(self, weight: Tensor, tokens: int) -> Tensor:
         "The weight in oneDNN's order, or as it is if there is no room left."
         found = self.weights.get(weight.data_ptr())
-        if found is not None and found[0].shape == weight.shape and found[0].stride() == weight.stride(): return found[1]
+        if found is not None and found[0].shape == weight.shape and found[0].stride(
+        ) == weight.stride():
+            return found[1]
         size = weight.numel() * weight.element_size()
-        if size > self.room or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"): return weight
+        if size > self.room or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+            return weight
         self.room -= size
         laid = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
         self.weights[weight.data_ptr()] = weight, laid
@@ -100,9 +116,12 @@ class _Following(threading.local):
 
 _following = _Following()
 
+# %% ../../nbs/kernels/03_matmul.ipynb #4b8d4b03
 class _ByOneDNN(TorchFunctionMode):
     "Inside, linear maps of tensors of some types on the CPU are computed by oneDNN."
-    def __init__(self, types: tuple[torch.dtype, ...] = (torch.float32,), laid_out: LaidOut | None = None):
+    def __init__(
+        self, types: tuple[torch.dtype, ...] = (torch.float32,), laid_out: LaidOut | None = None
+    ):
         super().__init__()
         self.types, self.laid_out = types, laid_out
 
@@ -112,12 +131,15 @@ class _ByOneDNN(TorchFunctionMode):
             x, weight, bias = (*args, None)[:3]
             if torch.is_grad_enabled(): return WithGradients.apply(x, weight, bias)
             after = _following.of.pop(id(weight), ())
-            if self.laid_out and x.numel() and weight.numel(): weight = self.laid_out.of(weight, x.numel() // x.shape[-1])
+            if self.laid_out and x.numel() and weight.numel():
+                weight = self.laid_out.of(weight, x.numel() // x.shape[-1])
             return linear(x, weight, bias, *after)
         return func(*args, **(kwargs or {}))
 
+# %% ../../nbs/kernels/03_matmul.ipynb #067fd22f
 @contextmanager
-def fast_products(same_weights: bool = False  # do no weights change inside? Then they are laid out once
+# do no weights change inside? Then they are laid out once
+def fast_products(same_weights: bool = False
                  ) -> Iterator[None]:
     "Inside, a model's linear maps are computed by the faster library."
     faster = {torch.float32: prefers_onednn(), torch.bfloat16: multiplies_bfloat16()}
@@ -129,11 +151,17 @@ def fast_products(same_weights: bool = False  # do no weights change inside? The
 def following(weight: Tensor,      # of the linear map
               then: str, other: Tensor | None = None  # see `linear`
              ) -> Iterator[Callable[[Tensor], Tensor]]:
-    "Inside, the next product with a weight is followed by more. It yields a function that does what is left to do."
+    """Inside, the next product with a weight is followed by more. It yields a function that does
+    what is left to do."""
     _following.of[id(weight)] = then, other
-    try: yield lambda found: _finish(found, then, other) if _following.of.pop(id(weight), None) else found
-    finally: _following.of.pop(id(weight), None)
+    try:
+        yield lambda found: (
+            _finish(found, then, other) if _following.of.pop(id(weight), None) else found
+        )
+    finally:
+        _following.of.pop(id(weight), None)
 
+# %% ../../nbs/kernels/03_matmul.ipynb #5df8650c
 def followed_by(module: torch.nn.Module, x: Tensor,
                 then: str, other: Tensor | None = None  # see `linear`
                ) -> Tensor:

@@ -17,13 +17,15 @@ from typing import Iterator
 import torch
 
 # %% ../../nbs/kernels/05_memory.ipynb #8eab1aed
-# Parameters of mallopt(3), and the values that glibc itself reaches when a process frees large blocks
+# Parameters of mallopt(3), and the values that glibc itself reaches when a process frees large
+# blocks
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = 65536, 32 << 20, 64 << 20
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    "Inside, freed memory stays in the process; on leaving it is given back. Does nothing without glibc."
+    """Inside, freed memory stays in the process; on leaving it is given back. Does nothing without
+    glibc."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         yield
         return
@@ -40,6 +42,9 @@ def reused_memory() -> Iterator[None]:
 
 # %% ../../nbs/kernels/05_memory.ipynb #395ac796
 def peak_memory(device: str | torch.device = "cpu") -> float:
-    "The most memory that this process has held so far, GiB: of the graphics card, or of the machine."
+    """The most memory that this process has held so far, GiB: of the graphics card, or of the
+    machine."""
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(20 if sys.platform == "linux" else 30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
+        20 if sys.platform == "linux" else 30
+    )

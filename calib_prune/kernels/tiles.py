@@ -23,7 +23,8 @@ from .compiled import compiled, in_threads, processor
 
 # %% ../../nbs/kernels/02_tiles.ipynb #76b3df78
 LANES = 16 if "avx512f" in processor() else 8  # numbers per register
-ROWS, COLS = (8, 2 * LANES) if LANES == 16 else (6, 2 * LANES)    # of a tile; ours: the accumulators fill most registers
+# of a tile; ours: the accumulators fill most registers
+ROWS, COLS = (8, 2 * LANES) if LANES == 16 else (6, 2 * LANES)
 
 # %% ../../nbs/kernels/02_tiles.ipynb #826e178b
 FLOAT, INT, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -34,40 +35,54 @@ def constant(value: float | list, kind: ir.Type) -> ir.Constant:
     if isinstance(kind, ir.VectorType) and not isinstance(value, list): value = [value] * LANES
     return ir.Constant(kind, value)
 
+# %% ../../nbs/kernels/02_tiles.ipynb #755719bf
 def spread(code: ir.IRBuilder, value: Any, kind: ir.VectorType) -> Any:
     "A register filled with one number."
     empty = ir.Constant(kind, ir.Undefined)
     first = code.insert_element(empty, value, constant(0, INT))
     return code.shuffle_vector(first, empty, constant(0, INTS))
 
+# %% ../../nbs/kernels/02_tiles.ipynb #519fdaf4
 def register_at(code: ir.IRBuilder, pointer: Any, kind: ir.VectorType = FLOATS) -> Any:
     "The same pointer, to a whole register's numbers."
     return code.bitcast(pointer, kind.as_pointer())
 
+# %% ../../nbs/kernels/02_tiles.ipynb #8f33c204
 def call(code: ir.IRBuilder, name: str, *values: Any) -> Any:
     "One of LLVM's functions, such as fma, on whole registers."
     shape = ir.FunctionType(FLOATS, [FLOATS] * len(values))
-    return code.call(cgutils.get_or_insert_function(code.module, shape, f"llvm.{name}.v{LANES}f32"), values)
+    return code.call(
+        cgutils.get_or_insert_function(code.module, shape, f"llvm.{name}.v{LANES}f32"), values
+    )
 
+# %% ../../nbs/kernels/02_tiles.ipynb #ce561fcf
 def data(context: Any, code: ir.IRBuilder, signature: Any, args: Any, i: int, at: Any) -> Any:
     "A pointer into the array that is argument `i`."
     return code.gep(context.make_array(signature.args[i])(context, code, args[i]).data, [at])
 
 # %% ../../nbs/kernels/02_tiles.ipynb #07cbe96c
-def _step(code: ir.IRBuilder, a: list, b: Any, tile: list) -> list:  # pointers to A's numbers and B's row; the tile so far
+def _step(code: ir.IRBuilder, a: list, b: Any, tile: list
+         ) -> list:  # pointers to A's numbers and B's row; the tile so far
     "The tile after one more column of A and row of B."
-    row = [code.load(register_at(code, code.gep(b, [constant(o, INDEX)])), align=4) for o in range(0, COLS, LANES)]
+    row = [
+        code.load(register_at(code, code.gep(b, [constant(o, INDEX)])), align=4)
+        for o in range(0, COLS, LANES)
+    ]
     new = []
     for pointer, sums in zip(a, tile, strict=True):
         number = spread(code, code.load(pointer, align=4), FLOATS)
-        new.append([call(code, "fma", number, o, total) for o, total in zip(row, sums, strict=True)])
+        new.append(
+            [call(code, "fma", number, o, total) for o, total in zip(row, sums, strict=True)]
+        )
     return new
 
 # %% ../../nbs/kernels/02_tiles.ipynb #4a889688
 def _loop(code: ir.IRBuilder, n: Any, a: Any, a_row: Any, a_step: Any, b: Any, b_step: Any) -> list:
-    "The tile after n steps, n at least 1. Numbers are counted in elements: from row to row of A, from step to step of A and B."
+    """The tile after n steps, n at least 1. Numbers are counted in elements: from row to row of A,
+    from step to step of A and B."""
     rows = [code.gep(a, [code.mul(constant(m, INDEX), a_row)]) for m in range(ROWS)]
-    before, body, after = code.block, code.append_basic_block("steps"), code.append_basic_block("done")
+    before, body, after = code.block, code.append_basic_block("steps"), code.append_basic_block(
+        "done")
     code.branch(body)
     code.position_at_end(body)
     k = code.phi(INDEX)
@@ -85,12 +100,15 @@ def _loop(code: ir.IRBuilder, n: Any, a: Any, a_row: Any, a_step: Any, b: Any, b
     return new
 
 # %% ../../nbs/kernels/02_tiles.ipynb #9c208b6d
-def _tile(finish: str  # an instruction of LLVM, from what is there and the product to what is stored; empty: the product alone
+# an instruction of LLVM, from what is there and the product to what is stored; empty: the product
+# alone
+def _tile(finish: str
          ):
     "A tile of a product as a function for kernels."
     @intrinsic
     def tile(typing, a, a_at, a_row, a_step, b, b_at, b_step, c, c_at, c_row, n):
-        "c[c_at + m·c_row + o] from the sum over k < n of a[a_at + m·a_row + k·a_step] · b[b_at + k·b_step + o]."
+        """c[c_at + m·c_row + o] from the sum over k < n of a[a_at + m·a_row + k·a_step] · b[b_at +
+        k·b_step + o]."""
         i = types.int64
         signature = types.void(a, i, i, i, b, i, i, c, i, i, i)
         def write(context, code, signature, args):
@@ -112,8 +130,11 @@ set_tile, add_tile, subtract_tile = _tile(""), _tile("fadd"), _tile("fsub")
 DEPTH = 256        # steps per piece (ours: fastest of 64 to 512 within noise)
 BLOCK = 12 * ROWS  # rows whose part of A stays in the cache
 
+
 @compiled("kernels/tiles.py")
-def _whole_tiles(a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower, subtract, share, shares):
+def _whole_tiles(
+    a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower, subtract, share, shares
+):
     for k in range(0, depth, DEPTH):
         n = min(DEPTH, depth - k)
         for i in range(0, rows, BLOCK):
@@ -122,11 +143,14 @@ def _whole_tiles(a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower
                 for m in range(i, min(i + BLOCK, rows), ROWS):
                     if lower and j >= m + ROWS: continue
                     at_a, at_b, at_c = m * a_row + k * a_step, k * b_step + j, m * c_row + j
-                    if subtract: subtract_tile(a, at_a, a_row, a_step, b, at_b, b_step, c, at_c, c_row, n)
-                    else: add_tile(a, at_a, a_row, a_step, b, at_b, b_step, c, at_c, c_row, n)
+                    if subtract:
+                        subtract_tile(a, at_a, a_row, a_step, b, at_b, b_step, c, at_c, c_row, n)
+                    else:
+                        add_tile(a, at_a, a_row, a_step, b, at_b, b_step, c, at_c, c_row, n)
 
 # %% ../../nbs/kernels/02_tiles.ipynb #bc5a25ba
-PANEL = ROWS * DEPTH + LANES  # from one copied panel of A to the next, off the multiples of 4,096 bytes
+# from one copied panel of A to the next, off the multiples of 4,096 bytes
+PANEL = ROWS * DEPTH + LANES
 
 @compiled("kernels/tiles.py")
 def _copied(a, a_row, a_step, rows, n, panels):
@@ -136,12 +160,14 @@ def _copied(a, a_row, a_step, rows, n, panels):
             for k in range(n): panels[m // ROWS * PANEL + k * ROWS + m % ROWS] = a[m * a_row + k]
     else:
         for k in range(n):
-            for m in range(rows): panels[m // ROWS * PANEL + k * ROWS + m % ROWS] = a[m * a_row + k * a_step]
+            for m in range(rows):
+                panels[m // ROWS * PANEL + k * ROWS + m % ROWS] = a[m * a_row + k * a_step]
 
 # %% ../../nbs/kernels/02_tiles.ipynb #ed1a6663
 @compiled("kernels/tiles.py")
 def _copied_tile(panels, at, strip, right, c, c_at, c_row, rows, cols, n, subtract, out):
-    "One tile of the result from copies of its factors; of a tile at the edge, the part that exists."
+    """One tile of the result from copies of its factors; of a tile at the edge, the part that
+    exists."""
     if rows == ROWS and cols == COLS:
         if subtract: subtract_tile(panels, at, 1, ROWS, strip, right, COLS, c, c_at, c_row, n)
         else: add_tile(panels, at, 1, ROWS, strip, right, COLS, c, c_at, c_row, n)
@@ -155,8 +181,11 @@ def _copied_tile(panels, at, strip, right, c, c_at, c_row, rows, cols, n, subtra
 # %% ../../nbs/kernels/02_tiles.ipynb #19dbf453
 STRIPES = 12  # tiles side by side whose part of B is copied at once (ours)
 
+
 @compiled("kernels/tiles.py")
-def _any_tiles(a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower, subtract, share, shares):
+def _any_tiles(
+    a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower, subtract, share, shares
+):
     panels = np.zeros((rows + ROWS - 1) // ROWS * PANEL, np.float32)
     pieces = (cols + COLS * STRIPES * shares - 1) // (COLS * STRIPES * shares)  # per share
     width = (cols + COLS * shares * pieces - 1) // (COLS * shares * pieces) * COLS
@@ -168,11 +197,13 @@ def _any_tiles(a, a_row, a_step, b, b_step, c, c_row, rows, cols, depth, lower, 
             right = min(left + width, cols)
             for j in range(left, right, COLS):
                 for o in range(n):
-                    for q in range(min(COLS, right - j)): strip[(j - left) * DEPTH + o * COLS + q] = b[(k + o) * b_step + j + q]
+                    for q in range(min(COLS, right - j)):
+                        strip[(j - left) * DEPTH + o * COLS + q] = b[(k + o) * b_step + j + q]
             for j in range(left, right, COLS):
                 for m in range(j // ROWS * ROWS if lower else 0, rows, ROWS):
-                    _copied_tile(panels, m // ROWS * PANEL, strip, (j - left) * DEPTH, c, m * c_row + j, c_row,
-                                 min(ROWS, rows - m), min(COLS, right - j), n, subtract, out)
+                    _copied_tile(panels, m // ROWS * PANEL, strip,
+                                 (j - left) * DEPTH, c, m * c_row + j, c_row, min(ROWS, rows - m),
+                                 min(COLS, right - j), n, subtract, out)
 
 # %% ../../nbs/kernels/02_tiles.ipynb #77c000fd
 SMALL = 1 << 23  # multiplications that one thread finishes before a second one is awake
@@ -182,20 +213,28 @@ def flat(matrix: Tensor) -> np.ndarray:
     size = 1 + sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
     return matrix.as_strided((size,), (1,)).numpy()
 
+# %% ../../nbs/kernels/02_tiles.ipynb #93e8e040
 def fits(*matrices: Tensor) -> bool:
-    "Whether tiles can compute with these: float32 on the CPU, none empty, no negative or repeated steps."
-    return all(o.dtype == torch.float32 and o.device.type == "cpu" and o.numel() and 0 not in o.stride() for o in matrices)
+    """Whether tiles can compute with these: float32 on the CPU, none empty, no negative or repeated
+    steps."""
+    return all(
+        o.dtype == torch.float32 and o.device.type == "cpu" and o.numel() and 0 not in o.stride()
+        for o in matrices
+    )
 
 # %% ../../nbs/kernels/02_tiles.ipynb #edd663d7
 def add_product(total: Tensor,          # [m, n], changed in place; rows contiguous
                 a: Tensor,              # [m, k], any strides
                 b: Tensor,              # [k, n]; rows contiguous
-                lower: bool = False,    # only what lies on and below the diagonal is wanted; the rest is undefined
+                # only what lies on and below the diagonal is wanted; the rest is undefined
+                lower: bool = False,
                 subtract: bool = False
                ) -> None:
     "Add a product to a matrix, or subtract it."
     if total.shape != (a.shape[0], b.shape[1]) or a.shape[1] != b.shape[0]:
-        raise CalibPruneError(f"A product of {[*a.shape]} and {[*b.shape]} does not fit into {[*total.shape]}.")
+        raise CalibPruneError(
+            f"A product of {[*a.shape]} and {[*b.shape]} does not fit into {[*total.shape]}."
+        )
     if not (fits(total, a, b) and total.stride(1) == b.stride(1) == 1):
         total.addmm_(a, b, alpha=-1 if subtract else 1)
         return
@@ -205,7 +244,7 @@ def add_product(total: Tensor,          # [m, n], changed in place; rows contigu
     kernel = _whole_tiles if whole else _any_tiles
     numbers = [flat(o) for o in (a, b, total)]
     def work(share, shares):
-        kernel(numbers[0], *steps[:2], numbers[1], steps[2], numbers[2], total.stride(0), rows, cols, depth, lower, subtract,
-               share, shares)
+        kernel(numbers[0], *steps[:2], numbers[1], steps[2], numbers[2], total.stride(0), rows,
+               cols, depth, lower, subtract, share, shares)
     small = rows * cols * depth < SMALL
     in_threads(work, 1 if small else None)

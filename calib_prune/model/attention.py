@@ -19,27 +19,36 @@ from ..kernels.attention import FLOAT_TYPES, attention, causal
 from ..kernels.tiles import COLS
 
 # %% ../../nbs/model/02_attention.ipynb #521eba0c
-_current: list[tuple[Tensor, Tensor]] = []  # the innermost trees' lasts, and the stand-in for their mask
+# the innermost trees' lasts, and the stand-in for their mask
+_current: list[tuple[Tensor, Tensor]] = []
 
 def _fits(queries: Tensor, keys: Tensor, more: dict[str, Any]) -> bool:
     "Whether our attention can compute a call."
-    plain = not torch.is_grad_enabled() and all(o.dtype in FLOAT_TYPES and o.device.type == "cpu" for o in (queries, keys))
+    plain = not torch.is_grad_enabled() and all(
+        o.dtype in FLOAT_TYPES and o.device.type == "cpu" for o in (queries, keys)
+    )
     window = more.get("sliding_window")
     return (plain and queries.shape[2] == keys.shape[2] > 1 and queries.shape[3] % COLS == 0
             and not more.get("dropout") and more.get("is_causal", True) is not False
             and (window is None or window >= keys.shape[2])
             and all(more.get(o) is None for o in ("position_bias", "s_aux", "softcap")))
 
-def _forward(before, module, query, key, value, attention_mask, scaling=None, **more):  # before: what the registry held
+# %% ../../nbs/model/02_attention.ipynb #f4aea207
+# before: what the registry held
+def _forward(before, module, query, key, value, attention_mask, scaling=None, **more):
     lasts, stand_in = _current[-1] if _current else (None, None)
     if lasts is not None and not (attention_mask is stand_in and _fits(query, key, more)):
-        raise CalibPruneError(f"{type(module).__name__} does not pass its mask on as it is, or attends in another way: its texts "
-                              "cannot be scored side by side.")
-    if attention_mask is None and key.shape == value.shape and getattr(module, "is_causal", False) and _fits(query, key, more):
+        raise CalibPruneError(
+            f"{type(module).__name__} does not pass its mask on as it is, or attends in another"
+            " way: its texts cannot be scored side by side."
+        )
+    if attention_mask is None and key.shape == value.shape and getattr(
+            module, "is_causal", False) and _fits(query, key, more):
         lasts = causal(query.shape[0], query.shape[2])
     elif lasts is None:
         return before(module, query, key, value, attention_mask, scaling=scaling, **more)
-    return attention(query, key, value, lasts, query.shape[-1]**-.5 if scaling is None else scaling), None
+    return attention(query, key, value, lasts,
+                     query.shape[-1]**-.5 if scaling is None else scaling), None
 
 # %% ../../nbs/model/02_attention.ipynb #41012390
 @contextmanager
@@ -50,10 +59,12 @@ def fast_attention() -> Iterator[None]:
     try: yield
     finally: ALL_ATTENTION_FUNCTIONS.register("sdpa", before)
 
+# %% ../../nbs/model/02_attention.ipynb #fe5d2a15
 @contextmanager
 def in_trees(lasts: Tensor  # int32 [1, T]
             ) -> Iterator[Tensor]:  # what the model gets as its mask, [1, 1, T, T]
-    "Inside, and inside `fast_attention`, a model that gets the yielded mask attends within the trees of one row."
+    """Inside, and inside `fast_attention`, a model that gets the yielded mask attends within the
+    trees of one row."""
     tokens = lasts.shape[1]
     stand_in = torch.full((1,), float("nan")).expand(1, 1, tokens, tokens)
     _current.append((lasts, stand_in))

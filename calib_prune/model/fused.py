@@ -33,7 +33,9 @@ def _rotate(x, cos, sin, out, share, shares):  # [B, T, H, D] float32; [B or 1, 
         for t in range(tokens * share // shares, tokens * (share + 1) // shares):
             for h in range(heads):
                 for o in range(half):
-                    out[b, t, h, o] = x[b, t, h, o] * cos[c, t, o] - x[b, t, h, half + o] * sin[c, t, o]
+                    out[b, t, h, o] = (
+                        x[b, t, h, o] * cos[c, t, o] - x[b, t, h, half + o] * sin[c, t, o]
+                    )
                 for o in range(half):
                     out[b, t, h, half + o] = (x[b, t, h, half + o] * cos[c, t, half + o]
                                               + x[b, t, h, o] * sin[c, t, half + o])
@@ -42,11 +44,17 @@ def _rotate(x, cos, sin, out, share, shares):  # [B, T, H, D] float32; [B or 1, 
 _rotate_as_published = modeling_llama.apply_rotary_pos_emb
 
 def _can_rotate(x: Tensor, cos: Tensor) -> bool:
-    "Whether the kernel can rotate: on the CPU, no gradients, [B, H, T, D] with all features rotated."
-    fits = x.ndim == 4 and cos.ndim == 3 and x.shape[-1] == cos.shape[-1] and x.shape[-1] % 2 == 0 and x.shape[2] == cos.shape[1]
-    return fits and not torch.is_grad_enabled() and x.dtype in FLOAT_TYPES and x.device.type == cos.device.type == "cpu"
+    """Whether the kernel can rotate: on the CPU, no gradients, [B, H, T, D] with all features
+    rotated."""
+    fits = x.ndim == 4 and cos.ndim == 3 and x.shape[-1] == cos.shape[
+        -1] and x.shape[-1] % 2 == 0 and x.shape[2] == cos.shape[1]
+    return fits and not torch.is_grad_enabled(
+    ) and x.dtype in FLOAT_TYPES and x.device.type == cos.device.type == "cpu"
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+# %% ../../nbs/model/03_fused.ipynb #8032c115
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
     "transformers' `apply_rotary_pos_emb`, in one pass where the kernel can do it."
     if unsqueeze_dim != 1 or not (_can_rotate(q, cos) and _can_rotate(k, cos)):
         return _rotate_as_published(q, k, cos, sin, unsqueeze_dim)
@@ -83,6 +91,7 @@ def _rms_norm(x, weight, epsilon, out, share, shares):  # [tokens, d], [d]
 
 _rms_norm_as_published = modeling_llama.LlamaRMSNorm.forward
 
+# %% ../../nbs/model/03_fused.ipynb #5149fbf8
 def rms_norm(self: Any, x: Tensor) -> Tensor:
     "transformers' `LlamaRMSNorm`, in one pass where the kernel can do it."
     plain = all(o.dtype in FLOAT_TYPES and o.device.type == "cpu" for o in (x, self.weight))
@@ -90,33 +99,45 @@ def rms_norm(self: Any, x: Tensor) -> Tensor:
         return _rms_norm_as_published(self, x)
     rows = x.float().contiguous().view(-1, x.shape[-1])
     out = torch.empty_like(rows)
-    numbers = rows.numpy(), self.weight.float().numpy(), np.float32(self.variance_epsilon), out.numpy()
+    numbers = rows.numpy(), self.weight.float().numpy(), np.float32(
+        self.variance_epsilon), out.numpy()
     in_threads(partial(_rms_norm, *numbers), 1 if rows.numel() < 1 << 18 else None)
     return out.to(x.dtype).view(x.shape)
 
 # %% ../../nbs/model/03_fused.ipynb #1f50397f
 _layer_as_published = modeling_llama.LlamaDecoderLayer.forward
-_LAST = dict(o_proj="attn_output = self.o_proj(attn_output) return attn_output, attn_weights",
-             down_proj="down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) return down_proj")
+_LAST = dict(
+    o_proj="attn_output = self.o_proj(attn_output) return attn_output, attn_weights",
+    down_proj=
+    "down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) return down_proj")
 
 @cache
 def _ends_in(forward: Callable, name: str) -> bool:
     "Whether a module's last step is the linear map of that name."
-    try: return forward is gated or " ".join(inspect.getsource(forward).split()).endswith(_LAST[name])
-    except (OSError, TypeError): return False
+    try:
+        return forward is gated or " ".join(inspect.getsource(forward).split()).endswith(
+            _LAST[name]
+        )
+    except (OSError, TypeError):
+        return False
 
+# %% ../../nbs/model/03_fused.ipynb #c587479b
 def _can_add(module: nn.Module, name: str) -> bool:
     linear = getattr(module, name, None)
     changed = lambda o: o._forward_hooks or "forward" in vars(o)
     if not isinstance(linear, nn.Linear) or changed(linear) or changed(module): return False
     return type(linear) is nn.Linear and _ends_in(type(module).forward, name)
 
+# %% ../../nbs/model/03_fused.ipynb #2fb16969
 def decoder_layer(self: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
     "transformers' `LlamaDecoderLayer`, with residuals added within the products."
-    if args or "past_key_values" in more or not (_can_add(self.self_attn, "o_proj") and _can_add(self.mlp, "down_proj")):
+    if args or "past_key_values" in more or not (_can_add(self.self_attn, "o_proj")
+                                                 and _can_add(self.mlp, "down_proj")):
         return _layer_as_published(self, hidden_states, *args, **more)
     with following(self.self_attn.o_proj.weight, "add", hidden_states) as finish:
-        hidden_states = finish(self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)[0])
+        hidden_states = finish(
+            self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)[0]
+        )
     with following(self.mlp.down_proj.weight, "add", hidden_states) as finish:
         return finish(self.mlp(self.post_attention_layernorm(hidden_states)))
 
@@ -125,6 +146,7 @@ def _same_code(a: Callable, b: Callable) -> bool:
     try: return inspect.getsource(a) == inspect.getsource(b)
     except (OSError, TypeError): return False
 
+# %% ../../nbs/model/03_fused.ipynb #307c828e
 @contextmanager
 def _replaced(owner: Any, name: str, new: Callable) -> Iterator[None]:
     old = getattr(owner, name)
@@ -132,11 +154,14 @@ def _replaced(owner: Any, name: str, new: Callable) -> Iterator[None]:
     try: yield
     finally: setattr(owner, name, old)
 
-_REPLACED = ((_gated_as_published, gated), (_rms_norm_as_published, rms_norm), (_layer_as_published, decoder_layer))
+_REPLACED = ((_gated_as_published, gated), (_rms_norm_as_published, rms_norm), (_layer_as_published,
+                                                                                decoder_layer))
 
+# %% ../../nbs/model/03_fused.ipynb #a77a64b5
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
-    "Inside, a model's rotary positions, norms, gated MLPs and residuals take fewer passes, where its code is known."
+    """Inside, a model's rotary positions, norms, gated MLPs and residuals take fewer passes, where
+    its code is known."""
     kinds = {type(o) for o in model.modules()}
     with ExitStack() as stack:
         for module in sorted({o.__module__ for o in kinds}):
@@ -145,5 +170,6 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(_replaced(sys.modules[module], "apply_rotary_pos_emb", rotate))
         for kind in kinds:
             for published, ours in _REPLACED:
-                if _same_code(kind.forward, published): stack.enter_context(_replaced(kind, "forward", ours))
+                if _same_code(kind.forward, published):
+                    stack.enter_context(_replaced(kind, "forward", ours))
         yield

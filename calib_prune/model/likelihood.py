@@ -16,18 +16,20 @@ import torch
 
 from ..core import CalibPruneError, check_number
 from ..kernels.attention import FLOAT_TYPES
-from .attention import fast_attention, in_trees
-from .fused import fused_layers
 from ..kernels.matmul import fast_products
 from ..kernels.tiles import COLS
+from .attention import fast_attention, in_trees
+from .fused import fused_layers
 from ..progress import ProgressFn
 
 # %% ../../nbs/model/05_likelihood.ipynb #735d8882
 @dataclass
 class Row:
-    "Token sequences merged where they begin alike: a tree whose nodes are tokens, in depth-first order."
+    """Token sequences merged where they begin alike: a tree whose nodes are tokens, in depth-first
+    order."""
     tokens: list[int] = field(default_factory=list)            # one per node
-    depth: list[int] = field(default_factory=list)             # position of the node in its sequence
+    # position of the node in its sequence
+    depth: list[int] = field(default_factory=list)
     end: list[int] = field(default_factory=list)               # the last descendant of the node
     paths: dict[int, list[int]] = field(default_factory=dict)  # sequence → its nodes
     last: list[int] = field(default_factory=list)              # nodes of the sequence added last
@@ -46,6 +48,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     "How many tokens two sequences share at their beginning."
     return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
+# %% ../../nbs/model/05_likelihood.ipynb #caf70a7d
 def pack(sequences: list[list[int]],  # token ids
          row_tokens: int = 1024       # longest row; a longer sequence gets its own
         ) -> list[Row]:
@@ -54,7 +57,8 @@ def pack(sequences: list[list[int]],  # token ids
     for i in sorted(range(len(sequences)), key=sequences.__getitem__):
         s = sequences[i]
         k = common_prefix(before, s)
-        if not rows or not (2 * k >= len(s) or k >= 16) or len(rows[-1].tokens) + len(s) - k > row_tokens:
+        if not rows or not (2 * k >= len(s)
+                            or k >= 16) or len(rows[-1].tokens) + len(s) - k > row_tokens:
             rows.append(Row())
             k = 0
         rows[-1].add(i, s, k)
@@ -91,7 +95,8 @@ def unpackable(model) -> str:  # empty if the model can be packed
 def model_masks(model, rows: list[Row],
                 length: int  # of the padded rows
                ):            # a mask, or one per kind of layer: kind → mask
-    "The attention mask in the form that the model's decoder takes: 0 where it may look, very negative elsewhere."
+    """The attention mask in the form that the model's decoder takes: 0 where it may look, very
+    negative elsewhere."""
     def mask(window=None):
         hidden = torch.zeros(len(rows), 1, length, length, dtype=model.dtype)
         sees = tree_mask(rows, length, window)
@@ -104,14 +109,17 @@ def model_masks(model, rows: list[Row],
 
 # %% ../../nbs/model/05_likelihood.ipynb #33c0845a
 def joins_rows(model, rows: list[Row]) -> bool:
-    "Whether the rows of a batch may stand side by side: our attention serves this model, and no window cuts a row."
+    """Whether the rows of a batch may stand side by side: our attention serves this model, and no
+    window cuts a row."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = getattr(config, "sliding_window", None) if PACKABLE.get(config.model_type) != "full" else None
-    return (not unpackable(model) and config._attn_implementation == "sdpa" and model.device.type == "cpu"
-            and model.dtype in FLOAT_TYPES and width % COLS == 0
+    window = getattr(config, "sliding_window", None) if PACKABLE.get(
+        config.model_type) != "full" else None
+    return (not unpackable(model) and config._attn_implementation == "sdpa"
+            and model.device.type == "cpu" and model.dtype in FLOAT_TYPES and width % COLS == 0
             and (window is None or window >= max(len(o.tokens) for o in rows)))
 
+# %% ../../nbs/model/05_likelihood.ipynb #299655c3
 def side_by_side(rows: list[Row]) -> Row:
     "One row that holds several."
     joined = Row()
@@ -137,7 +145,8 @@ def token_scores(logits: torch.Tensor,   # [n, vocabulary]
                  at: torch.Tensor,       # [m], which row of `logits` predicts a token
                  targets: torch.Tensor,  # [m], the token
                  chunk: int = 256        # rows at once: bounds memory
-                ) -> tuple[torch.Tensor, torch.Tensor]:  # [m] log probability (nats), [m] was it the likeliest
+                # [m] log probability (nats), [m] was it the likeliest
+                ) -> tuple[torch.Tensor, torch.Tensor]:
     "Log probabilities of tokens, and whether each was the greedy choice; in float32 or better."
     wide = torch.promote_types(logits.dtype, torch.float32)
     norm = torch.cat([torch.logsumexp(o.to(wide), -1) for o in logits.split(chunk)])
@@ -159,28 +168,40 @@ def _logits(model, rows: list[Row], ids: torch.Tensor, depth: torch.Tensor,
         stack.enter_context(head_at(model, where.to(model.device)))
         if len(rows) == 1 and joins_rows(model, rows):
             mask = stack.enter_context(in_trees(torch.tensor([rows[0].end], dtype=torch.int32)))
-            if PACKABLE[model.config.model_type] == "both": mask = dict.fromkeys(set(model.config.layer_types), mask)
-        else: mask = model_masks(model, rows, ids.shape[1])
-        return model(input_ids=ids, position_ids=depth, use_cache=False, attention_mask=mask).logits[0]
+            if PACKABLE[model.config.model_type] == "both":
+                mask = dict.fromkeys(set(model.config.layer_types), mask)
+        else:
+            mask = model_masks(model, rows, ids.shape[1])
+        return model(
+            input_ids=ids, position_ids=depth, use_cache=False, attention_mask=mask
+        ).logits[0]
 
 # %% ../../nbs/model/05_likelihood.ipynb #15ff8f7e
 @torch.inference_mode()
 @fast_attention()
 def score_batch(model, rows: list[Row],
                 requests: list[Request]            # all of them; the rows say which are theirs
-               ) -> dict[int, tuple[float, bool]]: # request → log-likelihood, is it the greedy continuation
+               # request → log-likelihood, is it the greedy continuation
+               ) -> dict[int, tuple[float, bool]]:
     "Score the requests of a few rows in one pass."
     if joins_rows(model, rows): rows = [side_by_side(rows)]
     length = max(len(o.tokens) for o in rows)
-    pad = lambda values: torch.tensor([[*v, *[0] * (length - len(v))] for v in values], device=model.device)
-    mine = [(b * length, i, o.paths[i], requests[i][1]) for b, o in enumerate(rows) for i in o.paths]
+    pad = lambda values: torch.tensor(
+        [[*v, *[0] * (length - len(v))] for v in values], device=model.device
+    )
+    mine = [
+        (b * length, i, o.paths[i], requests[i][1]) for b, o in enumerate(rows) for i in o.paths
+    ]
     flat = torch.tensor([base + node for base, _, path, cont in mine for node in path[-len(cont):]])
     where, at = flat.unique(return_inverse=True)  # shared nodes are predicted once
     targets = torch.tensor([t for *_, cont in mine for t in cont], device=model.device)
     logits = _logits(model, rows, pad(o.tokens for o in rows), pad(o.depth for o in rows), where)
     sizes = [len(cont) for *_, cont in mine]
     lp, greedy = (o.cpu().split(sizes) for o in token_scores(logits, at.to(model.device), targets))
-    return {i: (float(a.sum(dtype=torch.float64)), bool(g.all())) for (_, i, _, _), a, g in zip(mine, lp, greedy)}
+    return {
+        i: (float(a.sum(dtype=torch.float64)), bool(g.all()))
+        for (_, i, _, _), a, g in zip(mine, lp, greedy)
+    }
 
 # %% ../../nbs/model/05_likelihood.ipynb #6eb6d2d7
 def batches(rows: list[Row],
@@ -202,17 +223,25 @@ def batches(rows: list[Row],
 def loglikelihoods(model,
                    requests: list[Request],
                    batch_tokens: int = 1024,        # tokens in a batch; bounds memory
-                   max_length: int | None = None,   # the model's context; longer requests lose their beginning
-                   progress: ProgressFn | None = None  # called as progress("scoring", tokens done, tokens)
-                  ) -> list[tuple[float, bool]]:    # log-likelihood (nats), is it the greedy continuation
+                   # the model's context; longer requests lose their beginning
+                   max_length: int | None = None,
+                   # called as progress("scoring", tokens done, tokens)
+                   progress: ProgressFn | None = None
+                  # log-likelihood (nats), is it the greedy continuation
+                  ) -> list[tuple[float, bool]]:
     "Log-likelihood of each continuation after its context."
     keep = max_length or 10**9
     if longest := max((len(cont) for _, cont in requests if len(cont) > keep), default=0):
-        raise CalibPruneError(f"A continuation of {longest:,} tokens does not fit into the model's context of {keep:,}.")
+        raise CalibPruneError(
+            f"A continuation of {longest:,} tokens does not fit into the model's context of"
+            f" {keep:,}."
+        )
     check_number("batch_tokens", batch_tokens, 1, math.inf, whole=True)
-    sequences = [(context + cont)[-keep - 1:][:-1] for context, cont in requests]  # the last token predicts nothing
+    # the last token predicts nothing
+    sequences = [(context + cont)[-keep - 1:][:-1] for context, cont in requests]
     found: dict[int, tuple[float, bool]] = {}
-    rows = pack(sequences, 0 if unpackable(model) else min(1024, batch_tokens))  # 0: each sequence gets its own row
+    # 0: each sequence gets its own row
+    rows = pack(sequences, 0 if unpackable(model) else min(1024, batch_tokens))
     done, total = 0, sum(len(o.tokens) for o in rows)
     with fused_layers(model):
         for batch in batches(rows, batch_tokens, bool(rows) and joins_rows(model, rows)):

@@ -22,17 +22,28 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..core import (NAME_BYTES, PATH_BYTES, CalibPruneError, as_path, content_hash, damaged,
-                              file_sha256, load_json, only_run, unknown_name, write_atomic)
+from calib_prune.core import (
+                              NAME_BYTES,
+                              PATH_BYTES,
+                              CalibPruneError,
+                              as_path,
+                              content_hash,
+                              damaged,
+                              file_sha256,
+                              load_json,
+                              only_run,
+                              unknown_name,
+                              write_atomic,
+)
 from ..data.fetch import cached
-from ..data.gguf import (_dequantised, alone, as_the_umask_says, check_bounded,
-                                   read_head)
+from ..data.gguf import _dequantised, alone, as_the_umask_says, check_bounded, read_head
 from ..data.wheels import NAMED_MODELS
 from ..kernels.compiled import limit_threads
 
 # %% ../../nbs/model/04_loading.ipynb #be888397
-DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-          "float16": torch.float16, "fp16": torch.float16}
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}
 
 def as_dtype(name: str) -> torch.dtype:
     "The torch number format for a name such as `bf16`."
@@ -43,32 +54,40 @@ def as_dtype(name: str) -> torch.dtype:
 def as_device(name: str) -> torch.device:
     "The torch device for `cpu`, `cuda` or `cuda:1`, checked to exist."
     unknown = lambda: unknown_name("device", name, ["cpu", "cuda", "cuda:0"])
-    try: device = torch.device(name)
+    try:device = torch.device(name)
     except RuntimeError: raise unknown() from None
     if device.type not in ("cpu", "cuda"): raise unknown()
     found = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda" and (device.index or 0) >= found:
-        raise CalibPruneError(f"Device {name!r} was asked for, but torch {torch.__version__} finds {found} CUDA "
-                              "devices here. Use cpu, or a CUDA build of torch on a machine with a GPU.")
+        raise CalibPruneError(
+            f"Device {name!r} was asked for, but torch {torch.__version__} finds {found} CUDA "
+            "devices here. Use cpu, or a CUDA build of torch on a machine with a GPU."
+        )
     return device
 
 # %% ../../nbs/model/04_loading.ipynb #a0a7e211
-END_OF_TEXT = "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"  # the first one in the vocabulary counts
+# the first one in the vocabulary counts
+END_OF_TEXT = "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"
 
 def end_of_text_id(tokenizer) -> int:
-    "The token that separates documents: a known separator if the vocabulary has one, else the end token."
+    """The token that separates documents: a known separator if the vocabulary has one, else the end
+    token."""
     vocab = tokenizer.get_vocab()
     for token in END_OF_TEXT:
         if token in vocab: return vocab[token]
     if tokenizer.eos_token_id is None:
-        raise CalibPruneError("The tokenizer has neither an end-of-text token nor an end-of-sequence token: "
-                              "set tokenizer.eos_token to the token that separates documents.")
+        raise CalibPruneError(
+            "The tokenizer has neither an end-of-text token nor an end-of-sequence token: "
+            "set tokenizer.eos_token to the token that separates documents."
+        )
     return tokenizer.eos_token_id
 
 # %% ../../nbs/model/04_loading.ipynb #316e9234
 def _pickle_error(where: Path, names: str) -> CalibPruneError:
-    return CalibPruneError(f"{where} holds its weights only as a pickle ({names}), which can run code when loaded. "
-                           "Convert it where you trust it: model.save_pretrained(...) writes safetensors.")
+    return CalibPruneError(
+        f"{where} holds its weights only as a pickle ({names}), which can run code when loaded. "
+        "Convert it where you trust it: model.save_pretrained(...) writes safetensors."
+    )
 
 # %% ../../nbs/model/04_loading.ipynb #46913769
 def _check_index(index: Path) -> None:
@@ -83,7 +102,8 @@ def _check_index(index: Path) -> None:
 
 # %% ../../nbs/model/04_loading.ipynb #c47298ee
 def _check_links(folder: Path) -> None:
-    "Refuse links out of a model's folder, at any depth: their content would be copied into an output."
+    """Refuse links out of a model's folder, at any depth: their content would be copied into an
+    output."""
     own = [folder.resolve()]
     if own[0].parent.name == "snapshots":  # the hub's cache
         own.append(own[0].parent.parent / "blobs")
@@ -93,9 +113,12 @@ def _check_links(folder: Path) -> None:
             if link.suffix == ".safetensors" and not target.is_dir(): continue  # weights only
             if not any(target.is_relative_to(o) for o in own):
                 raise CalibPruneError(
-                    f"{link} is a link to {target}, outside the model's folder: what it holds would "
-                    "be copied into what is saved. Put a copy in its place if that is what you want.")
+                    f"{link} is a link to {target}, outside the model's folder: what it holds would"
+                    " be copied into what is saved. Put a copy in its place if that is what you"
+                    " want."
+                )
 
+# %% ../../nbs/model/04_loading.ipynb #56e2b7c6
 def _check_tokens(path: Path, told: dict[str, Any]) -> None:  # tokenizer.json, and what it holds
     "Refuse token numbers for which a tokenizer would fill the memory."
     model, added = told.get("model"), told.get("added_tokens")
@@ -106,16 +129,23 @@ def _check_tokens(path: Path, told: dict[str, Any]) -> None:  # tokenizer.json, 
     if highest > 1_000_000 + 16 * len(ids):  # ours: real vocabularies have few gaps
         raise damaged(path, f"it numbers a token {highest:,}, and has {len(ids):,} tokens")
 
+# %% ../../nbs/model/04_loading.ipynb #9cb38933
 def _checked_folder(folder: Path) -> Path:
-    "The same folder, checked: it loads without running anything from it, and its JSON files are whole."
+    """The same folder, checked: it loads without running anything from it, and its JSON files are
+    whole."""
     if not (folder / "config.json").is_file():
         raise CalibPruneError(f"{folder} is not a model folder: it has no config.json.")
     if (index := folder / "model.safetensors.index.json").exists(): _check_index(index)
     if not any(folder.glob("*.safetensors")):
-        pickles = sorted(o.name for end in ("*.bin", "*.pt", "*.pth", "*.ckpt") for o in folder.glob(end))
+        pickles = sorted(
+            o.name for end in ("*.bin", "*.pt", "*.pth", "*.ckpt") for o in folder.glob(end)
+        )
         if pickles: raise _pickle_error(folder, ", ".join(pickles))
-        raise CalibPruneError(f"{folder} has a config.json but no weights: expected *.safetensors in it.")
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        raise CalibPruneError(
+            f"{folder} has a config.json but no weights: expected *.safetensors in it."
+        )
+    for name in ("config.json", "generation_config.json", "tokenizer.json",
+                 "tokenizer_config.json"):
         if not (folder / name).exists(): continue
         told = load_json(folder / name)
         if name == "tokenizer.json": _check_tokens(folder / name, told)
@@ -131,9 +161,13 @@ def locate_model(name: str) -> str | Path:
     if path.is_dir(): return _checked_folder(path)
     if path.is_file():
         if path.suffix == ".gguf": return path
-        raise CalibPruneError(f"{path} is a file, but not a GGUF file: give a .gguf file or a folder with safetensors.")
+        raise CalibPruneError(
+            f"{path} is a file, but not a GGUF file: give a .gguf file or a folder with"
+            " safetensors."
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."): return name
-    raise unknown_name("model", name, NAMED_MODELS, "Or give a local folder, a .gguf file, or a hub id 'owner/name'.")
+    raise unknown_name("model", name, NAMED_MODELS,
+                       "Or give a local folder, a .gguf file, or a hub id 'owner/name'.")
 
 # %% ../../nbs/model/04_loading.ipynb #750c31e6
 @contextmanager
@@ -147,27 +181,41 @@ def _reading(what: str | Path  # a file, where it is known
         raise CalibPruneError(f"Cannot load {what}: {why.strip()[:300]}") from e
 
 # %% ../../nbs/model/04_loading.ipynb #653291e1
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings")  # counts; a configuration may lack some
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    # counts; a configuration may lack some
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 def _check_config(config: Any, what: str | Path) -> None:
     "Refuse a configuration whose sizes are not positive whole numbers."
     for name in SIZES:
         size = getattr(config.get_text_config(), name, None)
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise CalibPruneError(f"Cannot load {what}: {name} is {size!r}, but must be a whole number above 0.")
+            raise CalibPruneError(
+                f"Cannot load {what}: {name} is {size!r}, but must be a whole number above 0."
+            )
 
+# %% ../../nbs/model/04_loading.ipynb #f6466d5f
 def _check_weights(folder: Path) -> tuple[int, int]:  # the largest dimension of a tensor; tensors
     "Name the file of weights that cannot be read; refuse sizes that they cannot have."
     most = tensors = 0
     for file in sorted(folder.glob("*.safetensors")):
-        if not file.is_file(): raise damaged(file, "it is not a file")  # to open a pipe would wait for ever
+        # to open a pipe would wait for ever
+        if not file.is_file(): raise damaged(file, "it is not a file")
         with _reading(file), safe_open(file, "pt") as weights:
             shapes = [weights.get_slice(o).get_shape() for o in weights.keys()]
             most, tensors = max([most, *(n for o in shapes for n in o)]), tensors + len(shapes)
     check_bounded(load_json(folder / "config.json"), most, tensors, folder, "config.json")
     return most, tensors
 
+# %% ../../nbs/model/04_loading.ipynb #0b8e90e9
 @torch.inference_mode()
 def _try_out(model: PreTrainedModel) -> None:
     "Run two tokens: a configuration may load and still not fit its weights."
@@ -186,7 +234,9 @@ def _check_found(found: dict[str, Any]) -> None:  # what transformers tells abou
         raise ValueError(f"{name} is {list(has)} in its files, but config.json asks for "
                          f"{list(needs)}")
 
-def _load_folder(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+# %% ../../nbs/model/04_loading.ipynb #acbdc057
+def _load_folder(where: str | Path, dtype: torch.dtype,
+                 safe: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer of a local folder or a hub id."
     of = lambda name: where / name if isinstance(where, Path) else f"{name} of {where}"
     sizes = _check_weights(where) if isinstance(where, Path) else None
@@ -202,6 +252,7 @@ def _load_folder(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]) ->
         tokenizer = AutoTokenizer.from_pretrained(where, **safe)
     return model, tokenizer
 
+# %% ../../nbs/model/04_loading.ipynb #6cbd1d7f
 def _load(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]
          ) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer of a folder, a hub id or a GGUF file."
@@ -222,6 +273,7 @@ def is_finite(tensor: torch.Tensor,
     low, high = bounds.to(dtype or bounds.dtype)
     return bool((below or low.isfinite()) and (high.isfinite() or below and high == -torch.inf))
 
+# %% ../../nbs/model/04_loading.ipynb #d1e3a2a7
 def not_finite(model: PreTrainedModel) -> str | None:
     "The name of a weight that holds NaN or infinity, or of such a buffer; None where all is well."
     weights = dict(model.named_parameters())
@@ -230,10 +282,12 @@ def not_finite(model: PreTrainedModel) -> str | None:
     bad = (k for k, o in (weights | buffers).items() if not is_finite(o, below=k in buffers))
     return next(bad, None)
 
+# %% ../../nbs/model/04_loading.ipynb #4d955a99
 def fitting(weight: torch.Tensor) -> list[str]:
     "The types that can hold all numbers of a weight."
     return [k for k in ("float32", "bfloat16", "float16") if is_finite(weight, DTYPES[k])]
 
+# %% ../../nbs/model/04_loading.ipynb #ae46e15c
 def _check_finite(model: PreTrainedModel, where: str | Path, safe: dict[str, Any]) -> None:
     "Refuse weights that are NaN or infinite, in the files or in the type to compute in."
     if (name := not_finite(model)) is None: return
@@ -249,9 +303,12 @@ def _check_finite(model: PreTrainedModel, where: str | Path, safe: dict[str, Any
         f"{float(weight.abs().max()):.3g}, which overflows. {' and '.join(fits)} can hold it.")
 
 # %% ../../nbs/model/04_loading.ipynb #79d1bef4
-RARE = "a\U0010fffd"  # the last character is in no vocabulary: a tokenizer that fails there fails after hours of work
+# the last character is in no vocabulary: a tokenizer that fails there fails after hours of work
+RARE = "a\U0010fffd"
 
-def load_model(name: str,                   # one of `NAMED_MODELS`, a local folder, a GGUF file, or a hub id
+def load_model(
+               # one of `NAMED_MODELS`, a local folder, a GGUF file, or a hub id
+               name: str,
                dtype: str = "float32",      # float32, bfloat16 or float16 (or fp32, bf16, fp16)
                device: str = "cpu",         # cpu, cuda, cuda:1
                revision: str | None = None  # of a hub id: branch, tag or commit
@@ -278,14 +335,19 @@ def model_revision(name: str,                    # as given to `load_model`
     if isinstance(where, str):
         file = try_to_load_from_cache(where, "config.json", revision=revision)
         return f"commit:{Path(file).parent.name if isinstance(file, str) else 'unknown'}"
-    if where.is_file(): read_head(where)
+    if where.is_file():read_head(where)
     else: _check_weights(where)
-    files = [where] if where.is_file() else sorted(where.glob("*.safetensors")) + [where / "config.json"]
+    files = (
+        [where]
+        if where.is_file()
+        else sorted(where.glob("*.safetensors")) + [where / "config.json"]
+    )
     return "sha256:" + content_hash([[o.name, file_sha256(o)] for o in files])
 
 # %% ../../nbs/model/04_loading.ipynb #8dcd8d00
 RECORD = "calib_prune.json"  # the file in a saved model's folder that says how it was made
-PART = ".calib_prune.part"   # the file that marks a part folder as ours; in an output folder, it names what is being moved there
+# the file that marks a part folder as ours; in an output folder, it names what is being moved there
+PART = ".calib_prune.part"
 ROOM = 128                   # bytes of a path that the names of files in a folder need
 
 def check_place(folder: Path,
@@ -295,14 +357,20 @@ def check_place(folder: Path,
     "Refuse a folder that cannot be made or filled. Call it before any work."
     size = len(os.fsencode(sibling))
     if size > NAME_BYTES or len(os.fsencode(folder.absolute())) + size + ROOM > PATH_BYTES:
-        raise CalibPruneError(f"{what} {str(folder)[:60]}… cannot be made: with the files that are made for it, its name is too "
-                              "long. Choose a shorter name.")
+        raise CalibPruneError(
+            f"{what} {str(folder)[:60]}… cannot be made: with the files that are made for it, its"
+            " name is too long. Choose a shorter name."
+        )
     above = next(o for o in (folder, *folder.absolute().parents) if os.path.lexists(o))
     if not above.exists():
-        raise CalibPruneError(f"{what} {folder} cannot be made: {above} is a link to {os.readlink(above)}, which does not "
-                              "exist. Remove the link, or choose another name.")
+        raise CalibPruneError(
+            f"{what} {folder} cannot be made: {above} is a link to {os.readlink(above)}, which does"
+            " not exist. Remove the link, or choose another name."
+        )
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise CalibPruneError(f"{what} {folder} cannot be made: {above} is not a folder that can be written.")
+        raise CalibPruneError(
+            f"{what} {folder} cannot be made: {above} is not a folder that can be written."
+        )
 
 # %% ../../nbs/model/04_loading.ipynb #c0f1a7f1
 def _moving(folder: Path) -> set[str]:
@@ -313,12 +381,16 @@ def _moving(folder: Path) -> set[str]:
     plain = lambda o: isinstance(o, str) and Path(o).name == o != ".."
     return {o for o in names if plain(o)} if isinstance(names, list) else set()
 
+# %% ../../nbs/model/04_loading.ipynb #d6014eb9
 def check_output(folder: str | Path) -> Path:
-    "The same folder, checked for output: absent, or empty but for what a killed run of ours left there."
+    """The same folder, checked for output: absent, or empty but for what a killed run of ours left
+    there."""
     folder = as_path(folder, "an output folder").absolute()
     mine = {f".{folder.name}.lock", f".{folder.name}.part", PART} | _moving(folder)
     if folder.exists() and (not folder.is_dir() or {o.name for o in folder.iterdir()} - mine):
-        raise CalibPruneError(f"Output {folder} exists and is not empty: choose a new folder, or remove it first.")
+        raise CalibPruneError(
+            f"Output {folder} exists and is not empty: choose a new folder, or remove it first."
+        )
     check_place(folder, "Output", sibling=f".{folder.name}.part")
     return folder
 
@@ -328,29 +400,40 @@ def _remove(file: Path) -> None:
     if file.is_dir() and not file.is_symlink(): return shutil.rmtree(file, ignore_errors=True)
     with suppress(OSError): file.unlink()
 
+# %% ../../nbs/model/04_loading.ipynb #2ce4bda4
 def _clear(part: Path) -> None:
-    "Remove a part folder, if it is ours. The mark goes last: a kill leaves what the next run knows as ours."
+    """Remove a part folder, if it is ours. The mark goes last: a kill leaves what the next run
+    knows as ours."""
     if (part / PART).is_file():
         for file in sorted(part.iterdir(), key=lambda o: o.name == PART): _remove(file)
     if not part.exists(): return
     try: part.rmdir()  # a run may have been killed before it put the mark there
     except OSError:
-        raise CalibPruneError(f"{part} is in the way, and was not made by this program: remove it.") from None
+        raise CalibPruneError(
+            f"{part} is in the way, and was not made by this program: remove it.") from None
 
+# %% ../../nbs/model/04_loading.ipynb #20bf32ee
 def _take_back(folder: Path) -> None:
     "Remove what was moved into a folder, if not all of it was."
     for name in _moving(folder): _remove(folder / name)
     (folder / PART).unlink(missing_ok=True)
 
-def _publish(part: Path, folder: Path, inside: bool) -> None:  # inside: is the part folder in the output folder?
-    "Move what was saved to where it belongs: the record last, before it the configuration, without which nothing loads a model."
+# %% ../../nbs/model/04_loading.ipynb #44eb2f79
+def _publish(part: Path, folder: Path, inside: bool
+            ) -> None:  # inside: is the part folder in the output folder?
+    """Move what was saved to where it belongs: the record last, before it the configuration,
+    without which nothing loads a model."""
     if not inside:
         part.rename(folder)
         (folder / PART).unlink()
         return
     order = ("config.json", RECORD)
-    files = sorted((o for o in part.iterdir() if o.name != PART), key=lambda o: order.index(o.name) if o.name in order else -1)
-    (folder / PART).write_text(json.dumps([o.name for o in files]))  # a kill from here on leaves what the next run removes
+    files = sorted(
+        (o for o in part.iterdir() if o.name != PART),
+        key=lambda o: order.index(o.name) if o.name in order else -1,
+    )
+    # a kill from here on leaves what the next run removes
+    (folder / PART).write_text(json.dumps([o.name for o in files]))
     for file in files: file.rename(folder / file.name)
     (folder / PART).unlink()
 
@@ -361,25 +444,31 @@ def _is_file_name(name: str) -> bool:
     except UnicodeEncodeError: return False
     return Path(name).name == name and "\0" not in name and size <= NAME_BYTES
 
+# %% ../../nbs/model/04_loading.ipynb #af2f6885
 def _check_templates(tokenizer) -> None:
     "Refuse chat templates that cannot be saved: each is a file of the template's name."
     templates = getattr(tokenizer, "chat_template", None)
     for name in templates if isinstance(templates, dict) else {}:
         if name and _is_file_name(f"{name}.jinja"): continue
-        raise CalibPruneError(f"The tokenizer's chat template {name[:60]!r} cannot be saved: a file cannot have this name. "
-                              "Rename the template in tokenizer_config.json.")
+        raise CalibPruneError(
+            f"The tokenizer's chat template {name[:60]!r} cannot be saved: a file cannot have this"
+            " name. Rename the template in tokenizer_config.json."
+        )
 
 # %% ../../nbs/model/04_loading.ipynb #1f1ca294
 class OutputFolder:
     "A folder that only this run may write to. Use it as a context around all the work for a model."
-    def __init__(self, folder: str | Path): self.folder, self._stack = check_output(folder), ExitStack()
+
+    def __init__(self, folder: str | Path):
+        self.folder, self._stack = check_output(folder), ExitStack()
 
     def __enter__(self):
         self.inside = self.folder.is_dir()
         where = self.folder if self.inside else self.folder.parent
         self.part = where / f".{self.folder.name}.part"
         try: where.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise CalibPruneError(f"Output {self.folder} cannot be made: {e.strerror}.") from e
+        except OSError as e:
+            raise CalibPruneError(f"Output {self.folder} cannot be made: {e.strerror}.") from e
         self._stack.enter_context(only_run(where / f".{self.folder.name}.lock", self.folder))
         _clear(self.part)  # whoever left it held the lock that we hold now
         self._stack.callback(_clear, self.part)
@@ -400,10 +489,13 @@ class OutputFolder:
             model.config.save_pretrained(self.part)
             if model.can_generate(): model.generation_config.save_pretrained(self.part)
             tokenizer.save_pretrained(self.part)
-        except OSError as e: raise CalibPruneError(f"Cannot write {self.part}: {e.strerror or e}.") from e
+        except OSError as e:
+            raise CalibPruneError(f"Cannot write {self.part}: {e.strerror or e}.") from e
         except Exception as e:  # whatever a library raises: after the work, it would be too late
-            raise CalibPruneError(f"The model could not be saved after the work: {str(e) or type(e).__name__}. Change the "
-                                  "files of its tokenizer or its generation_config.json.") from e
+            raise CalibPruneError(
+                f"The model could not be saved after the work: {str(e) or type(e).__name__}. "
+                "Change the "
+                "files of its tokenizer or its generation_config.json.") from e
         _clear(self.part)
 
     def save(self, model: PreTrainedModel, tokenizer, record: dict[str, Any]) -> Path:
@@ -418,7 +510,8 @@ class OutputFolder:
             check_output(self.folder)
             _publish(self.part, self.folder, self.inside)
         except (OSError, ValueError, SafetensorError) as e:
-            raise CalibPruneError(f"Cannot save the model to {self.folder}: {e}. Nothing was left there.") from e
+            raise CalibPruneError(
+                f"Cannot save the model to {self.folder}: {e}. Nothing was left there.") from e
         return self.folder
 
 # %% ../../nbs/model/04_loading.ipynb #c0f1a7f3
@@ -430,9 +523,11 @@ def own_record(folder: str | Path) -> dict[str, Any] | None:
         return load_json(folder / RECORD, run=str)
     except (CalibPruneError, OSError): return None
 
+# %% ../../nbs/model/04_loading.ipynb #bf739763
 @contextmanager
 def finished_output(folder: str | Path) -> Iterator[None]:
-    "Hold a folder with a whole model; at the end, remove the remnants of the run that made the model."
+    """Hold a folder with a whole model; at the end, remove the remnants of the run that made the
+    model."""
     folder = as_path(folder, "an output folder").absolute()
     places = [o for o in (folder.parent, folder) if os.access(o, os.W_OK)]
     with ExitStack() as held:
@@ -446,7 +541,8 @@ def save_model(model: PreTrainedModel, tokenizer,
                folder: str | Path,     # must be absent or empty
                record: dict[str, Any]  # how the model was made; saved as `calib_prune.json`
               ) -> Path:
-    "Save model, tokenizer and record as a folder that plain transformers loads: everything or nothing."
+    """Save model, tokenizer and record as a folder that plain transformers loads: everything or
+    nothing."""
     with OutputFolder(folder) as out: return out.save(model, tokenizer, record)
 
 # %% ../../nbs/model/04_loading.ipynb #ef484428
@@ -468,9 +564,12 @@ def check_window(model: PreTrainedModel, length: int) -> None:
     "Refuse windows that are longer than the model's context, if its configuration names one."
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and length > longest:
-        raise CalibPruneError(f"A window of {length} tokens is longer than the model's context of {longest}: "
-                              "use shorter windows.")
+        raise CalibPruneError(
+            f"A window of {length} tokens is longer than the model's context of {longest}: "
+            "use shorter windows."
+        )
 
+# %% ../../nbs/model/04_loading.ipynb #66208af6
 def check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     "Refuse calibration tokens that are not windows of this model's vocabulary."
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
@@ -478,6 +577,8 @@ def check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
                               f"not {tokens.dtype} {tuple(tokens.shape)}.")
     size = model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= size or int(tokens.min()) < 0:
-        raise CalibPruneError(f"Calibration tokens reach {int(tokens.max())}, but the model's vocabulary has {size}: "
-                              "the set was made with another model's tokenizer.")
+        raise CalibPruneError(
+            f"Calibration tokens reach {int(tokens.max())}, but the model's vocabulary has {size}: "
+            "the set was made with another model's tokenizer."
+        )
     check_window(model, tokens.shape[1])

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 
 from ..core import CalibPruneError, unknown_name
+from ..kernels.memory import reused_memory
 from .likelihood import Request, loglikelihoods
 from .loading import check_window, end_of_text_id
-from ..kernels.memory import reused_memory
 from ..progress import ProgressFn
 
 # %% ../../nbs/model/06_perplexity.ipynb #274e9556
@@ -56,7 +56,9 @@ def perplexity(model, tokenizer,
     "Perplexity of documents under a model, summed in float64."
     check_window(model, window)
     documents = [tokenizer(o, add_special_tokens=False)["input_ids"] for o in texts]
-    requests = [r for ids in documents for r in text_windows(ids, end_of_text_id(tokenizer), window)]
+    requests = [
+        r for ids in documents for r in text_windows(ids, end_of_text_id(tokenizer), window)
+    ]
     if not requests: raise CalibPruneError("Perplexity needs text, but every document is empty.")
     nll = -math.fsum(o for o, _ in loglikelihoods(model, requests, batch_tokens, progress=progress))
     words = sum(len(o.split()) for o in texts)

@@ -29,12 +29,20 @@ def _folder_of(model: str, revision: str | None) -> Path | None:
     "The folder with a model's files; None for a GGUF file."
     where = locate_model(model)
     if isinstance(where, Path): return where if where.is_dir() else None
-    try: return Path(snapshot_download(where, revision=revision, allow_patterns="*.safetensors", local_files_only=True))
-    except LocalEntryNotFoundError: return None
+    try:
+        return Path(
+            snapshot_download(
+                where, revision=revision, allow_patterns="*.safetensors", local_files_only=True
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
 
+# %% ../../nbs/model/07_stored_types.ipynb #6dce9d53
 def stored_types(model: str,                   # see `load_model`, which has been called for it
                  revision: str | None = None   # of a hub id
-                ) -> tuple[torch.dtype | None, dict[str, torch.dtype]]:  # of most weights; of tensors that differ from it
+                # of most weights; of tensors that differ from it
+                ) -> tuple[torch.dtype | None, dict[str, torch.dtype]]:
     "The types of a model's weights in its files; None and {} where they are not ours."
     types, numbers = {}, Counter()
     folder = _folder_of(model, revision)
@@ -58,11 +66,13 @@ def _casts(model: PreTrainedModel, most: torch.dtype, others: Types
     tensors = dict(model.named_parameters()) | buffers
     return {k: (o, others.get(k, most)) for k, o in tensors.items() if o.is_floating_point()}
 
+# %% ../../nbs/model/07_stored_types.ipynb #7a64bf6e
 def _overflow(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> str:
     "Says that a type cannot hold a tensor."
     kind = str(dtype).removeprefix("torch.")
     return f"{name} reaches {float(tensor.detach().abs().max()):.3g}, which overflows {kind}"
 
+# %% ../../nbs/model/07_stored_types.ipynb #6377bc09
 def check_saved_type(model: PreTrainedModel, most: torch.dtype | None, others: Types = _NONE,
                      changing: Container[str] = ()  # weights that pruning changes
                     ) -> None:
@@ -81,18 +91,21 @@ class Stored:
     dtype: str            # of most of its numbers
     rounded_to_zero: int  # numbers that were not zero before they were cast
 
+# %% ../../nbs/model/07_stored_types.ipynb #1dabe1ee
 def _main_type(model: PreTrainedModel) -> str:
     "The type of most of a model's numbers."
     numbers = Counter()
     for o in model.parameters(): numbers[o.dtype] += o.numel()
     return str(max(numbers, key=numbers.__getitem__)).removeprefix("torch.")
 
+# %% ../../nbs/model/07_stored_types.ipynb #21b98226
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> int:  # numbers that became zero
     "Give a tensor another type, in place."
     before = int(tensor.count_nonzero())
     tensor.data = tensor.data.to(dtype)
     return before - int(tensor.count_nonzero())
 
+# %% ../../nbs/model/07_stored_types.ipynb #c66dfd50
 @torch.no_grad()
 def as_stored(model: PreTrainedModel,                # changed in place
               most: torch.dtype | None,              # see `stored_types`; None leaves all as it is

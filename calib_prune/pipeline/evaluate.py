@@ -60,30 +60,39 @@ class Evaluation:
     def scores_record(self) -> dict[str, Any]:
         "The scores for programs."
         record = {"scores": json_rows(self.scores), "endings": self.endings} | self.items.attrs
-        return record if self.dense_items is None else record | {"dense_scores": json_rows(scores(self.dense_items))}
+        return record if self.dense_items is None else record | {
+            "dense_scores": json_rows(scores(self.dense_items))}
 
     def record(self) -> dict[str, Any]:
         "Scores and retention for programs."
         if (kept := self.retention) is None: return self.scores_record()
-        return self.scores_record() | {"measure": self.measure, "retention": json_rows(kept), **kept.attrs}
+        return self.scores_record() | {
+            "measure": self.measure, "retention": json_rows(kept), **kept.attrs}
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0020
 def _score_models(models: list[str], tasks: list[str], limit: int | None, dtype: str, device: str,
-                  batch_tokens: int, progress: ProgressFn | None) -> dict[str, pd.DataFrame]:  # model → items
+                  # model → items
+                  batch_tokens: int, progress: ProgressFn | None) -> dict[str, pd.DataFrame]:
     "Every model's answers, item by item."
     found = {}
     for name in dict.fromkeys(models):
         net, tokenizer = load_model(name, dtype, device)
-        found[name] = evaluate(net, tokenizer, tasks, limit=limit, batch_tokens=batch_tokens, progress=progress)
+        found[name] = evaluate(
+            net, tokenizer, tasks, limit=limit, batch_tokens=batch_tokens, progress=progress
+        )
         del net  # one model in memory at a time
     return found
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0021
-def evaluate_model(model: str | Path,                # a folder made by `prune_model`, or any model that it takes
+def evaluate_model(
+                   # a folder made by `prune_model`, or any model that it takes
+                   model: str | Path,
                    dense: str | Path | None = None,  # the model before pruning: adds the retention
                    tasks: str = "default",           # a task set, or task names separated by commas
-                   limit: int | None = 100,          # items per task, always the same random ones; None for all
-                   measure: str = "plain",           # of retention: see `evaluation.measures.MEASURES`
+                   # items per task, always the same random ones; None for all
+                   limit: int | None = 100,
+                   # of retention: see `evaluation.measures.MEASURES`
+                   measure: str = "plain",
                    dtype: str = "float32", device: str = "cpu",
                    batch_tokens: int = 1024,         # tokens that pass through the model at a time
                    progress: ProgressFn | None = None

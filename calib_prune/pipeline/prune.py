@@ -15,8 +15,16 @@ import pandas as pd
 
 from ..calibration.sets import CalibrationSet, build_calibration
 from ..core import CalibPruneError, content_hash, unknown_name
-from ..model.loading import (OutputFolder, as_device, as_dtype, check_output, finished_output,
-                                       load_model, model_revision, own_record)
+from calib_prune.model.loading import (
+    OutputFolder,
+    as_device,
+    as_dtype,
+    check_output,
+    finished_output,
+    load_model,
+    model_revision,
+    own_record,
+)
 from ..model.stored_types import as_stored, check_saved_type, saved_type
 from .records import environment, json_rows, versions_of
 from ..progress import ProgressFn
@@ -24,8 +32,13 @@ from ..pruning.checkpoint import check_checkpoint, remove_checkpoint
 from ..pruning.experts import one_by_one
 from ..pruning.layers import decoder_layers, get_weight, prunable
 from ..pruning.masks import parse_sparsity
-from ..pruning.methods import (Recipe, check_allocation, check_method, check_reconstruct,
-                                         check_refine)
+from calib_prune.pruning.methods import (
+    Recipe,
+    check_allocation,
+    check_method,
+    check_reconstruct,
+    check_refine,
+)
 from ..pruning.walk import check_sizes, prune
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be000c
@@ -39,7 +52,8 @@ class PruneSettings:
     length: int = 512              # tokens per window
     seed: int = 0                  # of the draw of windows
     dtype: str = "float32"         # to compute in: float32, bfloat16 or float16
-    save_dtype: str = "same"       # of the saved weights: `same` (the model's original dtype), or a dtype
+    # of the saved weights: `same` (the model's original dtype), or a dtype
+    save_dtype: str = "same"
     device: str = "cpu"            # cpu, cuda, cuda:1
     offload: bool = False          # keep model and activations on the CPU
     batch_tokens: int = 2048       # tokens that pass through a layer at a time
@@ -75,8 +89,11 @@ class PruneSettings:
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be000f
 def draw_calibration(tokenizer, settings: PruneSettings) -> CalibrationSet:
     "The calibration set that the settings name."
-    return build_calibration(settings.calibration, tokenizer, settings.windows, settings.length, settings.seed)
+    return build_calibration(
+        settings.calibration, tokenizer, settings.windows, settings.length, settings.seed
+    )
 
+# %% ../../nbs/pipeline/02_prune.ipynb #0d95712b
 def prune_loaded(model,                        # pruned in place
                  calibration: CalibrationSet, settings: PruneSettings,
                  checkpoint: str | None = None,  # folder for finished layers; the caller removes it
@@ -84,8 +101,19 @@ def prune_loaded(model,                        # pruned in place
                 ) -> pd.DataFrame:             # one row per linear map, see `pruning.walk.prune`
     "Prune a loaded model on a calibration set."
     sparsity, pattern = parse_sparsity(settings.sparsity)
-    return prune(model, calibration.tokens, settings.method, sparsity, pattern, device=settings.device, offload=settings.offload,
-                 checkpoint=checkpoint, groups=calibration.groups, progress=progress, **settings.walk)
+    return prune(
+        model,
+        calibration.tokens,
+        settings.method,
+        sparsity,
+        pattern,
+        device=settings.device,
+        offload=settings.offload,
+        checkpoint=checkpoint,
+        groups=calibration.groups,
+        progress=progress,
+        **settings.walk
+    )
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0011
 def _summary(report,  # a data frame from `pruning.walk.prune`: one row per linear map
@@ -93,11 +121,15 @@ def _summary(report,  # a data frame from `pruning.walk.prune`: one row per line
             ) -> dict[str, Any]:
     "What a record says about the pruning: sparsity and error, the layers, versions, environment."
     weights, trained = report["d_out"] * report["d_in"], report["trained"].dropna()
-    return dict(achieved_sparsity=float((report["sparsity"] * weights).sum() / weights.sum()),
-                mean_error=float(report["error"].mean()), on_all_tokens=int(report["all_tokens"].sum()),
-                **(dict(trained_error=float(trained.mean())) if len(trained) else {}),
-                layers=json_rows(report),
-                versions=versions_of("calibration set", method, *steps), **environment())
+    return dict(
+        achieved_sparsity=float((report["sparsity"] * weights).sum() / weights.sum()),
+        mean_error=float(report["error"].mean()),
+        on_all_tokens=int(report["all_tokens"].sum()),
+        **(dict(trained_error=float(trained.mean())) if len(trained) else {}),
+        layers=json_rows(report),
+        versions=versions_of("calibration set", method, *steps),
+        **environment()
+    )
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0012
 def _held(model, report):  # a data frame from `pruning.walk.prune`
@@ -110,6 +142,7 @@ def _held(model, report):  # a data frame from `pruning.walk.prune`
                 shares[i, name] = int((weight == 0).sum()) / weight.numel()
     return report.assign(sparsity=[shares[o] for o in zip(report["layer"], report["name"])])
 
+# %% ../../nbs/pipeline/02_prune.ipynb #b0238286
 def _changing(model) -> set[str]:
     "The names of the matrices in a model's layers: pruning may change these."
     inside = {id(p) for p in decoder_layers(model).parameters() if p.ndim > 1}
@@ -118,12 +151,20 @@ def _changing(model) -> set[str]:
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0014
 def _describe(model: str, calibration: CalibrationSet, settings: PruneSettings) -> dict[str, Any]:
     "What a record says before the work: the model, the calibration set and the settings."
-    about = dict(model=model, model_revision=model_revision(model, settings.revision), method=settings.method,
-                 sparsity=str(settings.sparsity), calibration=dict(mix=settings.calibration, **calibration.record()),
-                 dtype=settings.dtype, device=settings.device, **settings.walk)
+    about = dict(
+        model=model,
+        model_revision=model_revision(model, settings.revision),
+        method=settings.method,
+        sparsity=str(settings.sparsity),
+        calibration=dict(mix=settings.calibration, **calibration.record()),
+        dtype=settings.dtype,
+        device=settings.device,
+        **settings.walk
+    )
     stages = [*versions_of("calibration set", settings.method, *settings.steps).values()]
     return about | dict(run=content_hash([about, settings.save_dtype, settings.offload, stages]))
 
+# %% ../../nbs/pipeline/02_prune.ipynb #cd392a95
 def _finished_record(output: str, checkpoint: str | None, run: str) -> dict[str, Any]:
     "The record of an output that this run has finished before; an error for any other output."
     record = own_record(output) or {}
@@ -136,16 +177,20 @@ def check_apart(output: str, checkpoint: str) -> None:
     out, kept = (Path(o).expanduser().resolve() for o in (output, checkpoint))
     for mine in (out, *(out.with_name(f".{out.name}.{end}") for end in ("part", "lock"))):
         if mine.is_relative_to(kept) or kept.is_relative_to(mine):
-            raise CalibPruneError(f"Output {output} and checkpoint {checkpoint} overlap: neither folder may be the other "
-                                  "one, or inside it. Choose two separate folders.")
+            raise CalibPruneError(
+                f"Output {output} and checkpoint {checkpoint} overlap: neither folder may be the"
+                " other one, or inside it. Choose two separate folders."
+            )
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0016
 def _may_be_finished(output: str | None, checkpoint: str | None) -> bool:
     "Whether the output holds a whole model, made with this checkpoint, which was not removed."
-    if output is None or checkpoint is None or not Path(checkpoint).expanduser().is_dir(): return False
+    if output is None or checkpoint is None or not Path(checkpoint).expanduser().is_dir():
+        return False
     record, said = own_record(output), check_checkpoint(checkpoint)
     if record is None or record.get("checkpoint") is None: return False
-    return said is None or content_hash(said["checkpoint"]) == record["checkpoint"]  # None: the marker is gone already
+    # None: the marker is gone already
+    return said is None or content_hash(said["checkpoint"]) == record["checkpoint"]
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0018
 @dataclass(frozen=True)
@@ -167,20 +212,28 @@ def _place(output: str | None, finished: bool) -> ContextManager[OutputFolder | 
     if output is None: return nullcontext()
     return finished_output(output) if finished else OutputFolder(output)
 
+# %% ../../nbs/pipeline/02_prune.ipynb #cec36d1b
 def _check_start(settings: PruneSettings, output: str | None, checkpoint: str | None) -> None:
     settings.check()
     if checkpoint is None: return
     check_checkpoint(checkpoint)
     if output is not None: check_apart(output, checkpoint)
 
-def _prune_and_record(net, calibration: CalibrationSet, about: dict[str, Any], types: tuple, settings: PruneSettings,
-                      checkpoint: str | None, progress: ProgressFn | None) -> dict[str, Any]:
+# %% ../../nbs/pipeline/02_prune.ipynb #43e03daa
+def _prune_and_record(net, calibration: CalibrationSet, about: dict[str, Any], types: tuple,
+                      settings: PruneSettings, checkpoint: str | None,
+                      progress: ProgressFn | None) -> dict[str, Any]:
     "Prune a loaded model, give its weights the types to save, and describe the result."
     report = prune_loaded(net, calibration, settings, checkpoint, progress)
     stored = as_stored(net, *types, asked=settings.save_dtype != "same")
-    return about | dict(checkpoint=report.attrs["checkpoint"], saved_dtype=stored.dtype, rounded_to_zero=stored.rounded_to_zero,
-                        **_summary(_held(net, report), settings.method, settings.steps))
+    return about | dict(
+        checkpoint=report.attrs["checkpoint"],
+        saved_dtype=stored.dtype,
+        rounded_to_zero=stored.rounded_to_zero,
+        **_summary(_held(net, report), settings.method, settings.steps)
+    )
 
+# %% ../../nbs/pipeline/02_prune.ipynb #a52b9f4d
 def _read_settings(given: dict[str, Any]) -> PruneSettings:
     "Settings by name; an unknown name is an error."
     known = [o.name for o in fields(PruneSettings)]
@@ -188,11 +241,17 @@ def _read_settings(given: dict[str, Any]) -> PruneSettings:
         if name not in known: raise unknown_name("setting", name, known)
     return PruneSettings(**given)
 
+# %% ../../nbs/pipeline/02_prune.ipynb #63c2074d
 def _as_text(path: str | Path | None) -> str | None: return None if path is None else str(path)
 
-def prune_model(model: str | Path,                # a fetched model, a local folder, a .gguf file or a hub id
-                output: str | Path | None = None,  # folder to write, absent or empty; None saves nothing
-                checkpoint: str | Path | None = None,  # folder for finished layers; removed at the end
+# %% ../../nbs/pipeline/02_prune.ipynb #ed1f7c47
+def prune_model(
+                # a fetched model, a local folder, a .gguf file or a hub id
+                model: str | Path,
+                # folder to write, absent or empty; None saves nothing
+                output: str | Path | None = None,
+                # folder for finished layers; removed at the end
+                checkpoint: str | Path | None = None,
                 progress: ProgressFn | None = None,
                 **settings                        # see `PruneSettings`
                ) -> PrunedModel:
@@ -202,13 +261,15 @@ def prune_model(model: str | Path,                # a fetched model, a local fol
     _check_start(how, out_name, kept)
     finished = _may_be_finished(out_name, kept)
     with _place(out_name, finished) as out:
-        net, tokenizer = load_model(name, how.dtype, "cpu" if how.offload else how.device, how.revision)
+        net, tokenizer = load_model(
+            name, how.dtype, "cpu" if how.offload else how.device, how.revision
+        )
         if out: out.rehearse(net, tokenizer)
         types = saved_type(how.save_dtype, name, how.revision)
         check_saved_type(net, *types, changing=_changing(net))
         calibration = draw_calibration(tokenizer, how)
         about = _describe(name, calibration, how)
-        if finished and out_name: net, record = None, _finished_record(out_name, kept, about["run"])
+        if finished and out_name:net, record = None, _finished_record(out_name, kept, about["run"])
         else: record = _prune_and_record(net, calibration, about, types, how, kept, progress)
         if out: out.save(net, tokenizer, record)
         if kept is not None: remove_checkpoint(kept)

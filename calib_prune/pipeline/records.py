@@ -28,9 +28,12 @@ from ..pruning.methods import METHODS, STEP_VERSIONS
 # %% ../../nbs/pipeline/01_records.ipynb #922b6d1a
 def versions() -> dict[str, int]:
     "The version of every stage that makes numbers."
-    fixed = {"calibration set": CALIBRATION_VERSION, "scoring": SCORING_VERSION, "metrics": METRICS_VERSION,
-             "audit": AUDIT_VERSION}
-    return fixed | {k: o.version for k, o in PROTOCOLS.items()} | {k: o.version for k, o in METHODS.items()} | STEP_VERSIONS
+    fixed = {
+        "calibration set": CALIBRATION_VERSION, "scoring": SCORING_VERSION,
+        "metrics": METRICS_VERSION, "audit": AUDIT_VERSION}
+    return fixed | {k: o.version
+                    for k, o in PROTOCOLS.items()} | {k: o.version
+                                                      for k, o in METHODS.items()} | STEP_VERSIONS
 
 # %% ../../nbs/pipeline/01_records.ipynb #b1be0001
 def versions_of(*stages: str) -> dict[str, int]:
@@ -44,16 +47,26 @@ def processor() -> str:
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     return found[1].strip() if found else platform.processor()
 
+# %% ../../nbs/pipeline/01_records.ipynb #ba0fcc07
 def cluster_job() -> dict[str, str]:
     "The job of a Slurm cluster that this process runs in, and its nodes; empty elsewhere."
     said = {name: os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "JOB_NODELIST")}
     return {f"slurm_{k.lower()}": v for k, v in said.items() if v}
 
+# %% ../../nbs/pipeline/01_records.ipynb #b5233117
 def environment() -> dict[str, str]:
     "The libraries and the kind of machine that make a result here."
-    return dict(calib_prune=calib_prune.__version__, torch=version("torch"), transformers=version("transformers"),
-                python=platform.python_version(), machine=platform.machine(), processor=processor(),
-                instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), **cluster_job())
+    return dict(
+        calib_prune=calib_prune.__version__,
+        torch=version("torch"),
+        transformers=version("transformers"),
+        python=platform.python_version(),
+        machine=platform.machine(),
+        processor=processor(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        **cluster_job(),
+    )
 
 # %% ../../nbs/pipeline/01_records.ipynb #8a25db53
 def json_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -11,8 +11,15 @@ from torch import Tensor
 
 from ..core import CalibPruneError, check_number, share
 from .hessian import energy, exact_float32
-from .masks import (PrunedWeight, as_pattern, check_sparsity, check_weight, counted, smallest,
-                                       smallest_of_groups)
+from calib_prune.pruning.masks import (
+                                       PrunedWeight,
+                                       as_pattern,
+                                       check_sparsity,
+                                       check_weight,
+                                       counted,
+                                       smallest,
+                                       smallest_of_groups,
+)
 from .refine import Scaled, scaled, times
 
 # %% ../../nbs/pruning/09_admm.ipynb #49488c97
@@ -24,7 +31,10 @@ def inverse(matrix: Tensor,  # [d, d], symmetric, with no eigenvalue below 0
     raised = matrix.clone()
     raised.diagonal().add_(ridge)
     lower, failed = torch.linalg.cholesky_ex(raised)
-    if failed: raise CalibPruneError("The Hessian is not positive definite: it is not the second moment of any inputs.")
+    if failed:
+        raise CalibPruneError(
+            "The Hessian is not positive definite: it is not the second moment of any inputs."
+        )
     return torch.cholesky_inverse(lower)
 
 # %% ../../nbs/pruning/09_admm.ipynb #41f86533
@@ -35,6 +45,7 @@ def choose(v: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tenso
     if pattern: return smallest_of_groups(v.abs(), pattern)
     return smallest(v.abs().view(1, -1), share(sparsity, v.numel())).view(v.shape)
 
+# %% ../../nbs/pruning/09_admm.ipynb #90b89c8c
 def _share_in(round: int, sparsity: float, choosing: int) -> float:
     "The sparsity of a round, from 1 on; in the last that chooses, exactly what was asked."
     return sparsity if round >= choosing else sparsity * (1 - (1 - round / choosing) ** 3)
@@ -50,10 +61,16 @@ def rounds_of_admm(dense: Tensor,    # [d_out, d_in], for inputs of one size
     "Choose a mask and the weights that it keeps."
     constant = dense - penalty * times(dense, unfit)
     unfit = penalty * unfit
-    v, pruned = dense, torch.zeros_like(dense)  # 1 where a weight is pruned: products are several times faster than `where`
+    # 1 where a weight is pruned: products are several times faster than `where`
+    v, pruned = dense, torch.zeros_like(dense)
     for t in range(1, rounds + 1):
         if t <= choosing: pruned = choose(v, _share_in(t, sparsity, choosing), pattern).float()
-        if t < rounds: v = times(torch.addcmul(v, v, pruned, value=-2), unfit, plus=torch.addcmul(constant, v, pruned))
+        if t < rounds:
+            v = times(
+                torch.addcmul(v, v, pruned, value=-2),
+                unfit,
+                plus=torch.addcmul(constant, v, pruned),
+            )
     return v.masked_fill(pruned.bool(), 0)
 
 # %% ../../nbs/pruning/09_admm.ipynb #2530205f
@@ -77,8 +94,10 @@ def admm(weight: Tensor,          # [d_out, d_in], any float type; left as it is
          penalty: float = 1.0,    # ρ (L-ADMM: 1)
          rounds: int = ROUNDS,
          choosing: int = CHOOSING,
-         shared: tuple[Scaled, Tensor] | None = None  # from `admm_factor`, of this very Hessian, if it is known already
-        ) -> PrunedWeight:        # exactly floor(sparsity × weights) pruned, in the type of `weight`
+         # from `admm_factor`, of this very Hessian, if it is known already
+         shared: tuple[Scaled, Tensor] | None = None
+        # exactly floor(sparsity × weights) pruned, in the type of `weight`
+        ) -> PrunedWeight:
     "Prune a layer with L-ADMM."
     check_weight(weight)
     sparsity, pattern = check_sparsity(sparsity), as_pattern(pattern, weight.shape[1])
@@ -87,9 +106,12 @@ def admm(weight: Tensor,          # [d_out, d_in], any float type; left as it is
     hessian = hessian.to(weight.device, torch.float32)
     with exact_float32():
         problem, unfit = shared or admm_factor(hessian, damping, penalty)
-        found = rounds_of_admm(problem.of(weight), unfit, penalty, sparsity, pattern, rounds, choosing)
+        found = rounds_of_admm(
+            problem.of(weight), unfit, penalty, sparsity, pattern, rounds, choosing
+        )
         return measured(weight, found, problem, hessian)
 
+# %% ../../nbs/pruning/09_admm.ipynb #4ed40f33
 def admm_factor(hessian: Tensor,       # [d_in, d_in]
                 damping: float = 0.1, penalty: float = 1.0  # see `admm`
                ) -> tuple[Scaled, Tensor]:

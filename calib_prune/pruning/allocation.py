@@ -17,7 +17,8 @@ from .experts import one_by_one
 from .layers import Call, decoder_layers, get_weight, prunable, watching
 
 # %% ../../nbs/pruning/17_allocation.ipynb #8e659d0b
-OUTLIER, SPREAD = 5.0, 0.08  # M and λ of OWL, second hand: a score that counts, in means; how far layers may move
+# M and λ of OWL, second hand: a score that counts, in means; how far layers may move
+OUTLIER, SPREAD = 5.0, 0.08
 
 class _Norms:
     "Sums of squares of a linear map's inputs, and how many tokens there were."
@@ -29,8 +30,10 @@ class _Norms:
 
     def norms(self, like: Tensor) -> Tensor:
         "Root mean squares, [d_in]; ones where no token was seen."
-        return (self.squares / self.tokens).sqrt() if self.tokens else torch.ones(like.shape[1], device=like.device)
+        return (self.squares / self.tokens).sqrt() if self.tokens else torch.ones(
+            like.shape[1], device=like.device)
 
+# %% ../../nbs/pruning/17_allocation.ipynb #74b28ef0
 def outliers(layer: nn.Module, norms: dict[str, _Norms]) -> float:
     "The share of a layer's weights whose score is an outlier."
     weights = {name: get_weight(m).float() for name, m in prunable(layer).items()}
@@ -40,9 +43,11 @@ def outliers(layer: nn.Module, norms: dict[str, _Norms]) -> float:
 # %% ../../nbs/pruning/17_allocation.ipynb #7d19a192
 @torch.no_grad()
 def outlier_shares(model: PreTrainedModel,     # dense
-                   hidden: list[Tensor],       # the first layer's inputs, of each batch; not changed
+                   # the first layer's inputs, of each batch; not changed
+                   hidden: list[Tensor],
                    calls: list[list[Call]],    # of each layer, of each batch
-                   ready: Callable[[int, nn.Module], list[Call]] | None = None  # moves a layer to work on, and its calls
+                   # moves a layer to work on, and its calls
+                   ready: Callable[[int, nn.Module], list[Call]] | None = None
                   ) -> list[float]:            # of each layer
     "The share of outliers in each layer of the dense model."
     found = []
@@ -52,9 +57,14 @@ def outlier_shares(model: PreTrainedModel,     # dense
         with one_by_one(layer):
             linears = prunable(layer)
             norms = {name: _Norms() for name in linears}
-            def see(name: str, x: Tensor, norms: dict[str, _Norms] = norms) -> None: norms[name].add(x)
+            def see(name: str, x: Tensor, norms: dict[str, _Norms] = norms) -> None:
+                norms[name].add(x)
+
             with watching(linears, see):
-                hidden = [call(layer, x.to(device)).to(x.device) for call, x in zip(here, hidden, strict=True)]
+                hidden = [
+                    call(layer, x.to(device)).to(x.device)
+                    for call, x in zip(here, hidden, strict=True)
+                ]
             found.append(outliers(layer, norms))
         if ready: layer.to(model.device)
     return found
@@ -74,6 +84,8 @@ def spread_out(sparsity: float,       # asked for
     found = [sparsity - (k - mean) for k in kept]
     for i, o in enumerate(found):
         if o > MOST or o < 0:
-            raise CalibPruneError(f"Allocation owl asks layer {i} for a sparsity of {o:.3f}, and it has to be between 0 and "
-                                  f"{MOST}: choose a sparsity between 0.16 and 0.83, or allocation uniform.")
+            raise CalibPruneError(
+                f"Allocation owl asks layer {i} for a sparsity of {o:.3f}, and it has to be between"
+                f" 0 and {MOST}: choose a sparsity between 0.16 and 0.83, or allocation uniform."
+            )
     return found

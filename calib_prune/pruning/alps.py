@@ -19,7 +19,8 @@ from .masks import PrunedWeight, as_pattern, check_sparsity, check_weight
 from .refine import conjugate_gradients, scaled, times
 
 # %% ../../nbs/pruning/10_alps.ipynb #59b0085e
-FIRST, EVERY, MOST = 0.1, 3, 300  # the first penalty; rounds between two looks at the mask; rounds at most
+# the first penalty; rounds between two looks at the mask; rounds at most
+FIRST, EVERY, MOST = 0.1, 3, 300
 FACTORS = (0.1, 1.3), (0.005, 1.2)  # from this share of changed weights on, the penalty grows so
 SLOWEST = 1.1
 
@@ -41,16 +42,22 @@ def _round(dense: Tensor, sparse: Tensor, apart: Tensor,  # W₀, D, U: [d_out, 
     sparse = v * kept
     return sparse, v - sparse, kept
 
+# %% ../../nbs/pruning/10_alps.ipynb #de4b5980
 def _rounds(dense: list[Tensor], matrix: Tensor,  # [d_out, d_in] each; [d_in, d_in]
             sparsity: float, pattern: tuple[int, int] | None, most: int
            ) -> Iterator[tuple[float, list[Tensor], list[Tensor]]]:
     "Penalty, sparse weights and masks after each look, until the masks stand still."
-    penalty, states = FIRST, [(w, torch.zeros_like(w), torch.ones_like(w, dtype=torch.bool)) for w in dense]
+    penalty, states = FIRST, [
+        (w, torch.zeros_like(w), torch.ones_like(w, dtype=torch.bool)) for w in dense
+    ]
     before = [kept for _, _, kept in states]
     for t in range(0, most, EVERY):
         unfit = inverse(matrix, penalty)
         for _ in range(min(EVERY, most - t)):
-            states = [_round(w, o[0], o[1], unfit, penalty, sparsity, pattern) for w, o in zip(dense, states, strict=True)]
+            states = [
+                _round(w, o[0], o[1], unfit, penalty, sparsity, pattern)
+                for w, o in zip(dense, states, strict=True)
+            ]
         masks = [kept for _, _, kept in states]
         yield penalty, [sparse for sparse, _, _ in states], masks
         changed = sum(int((new & ~old).sum()) for new, old in zip(masks, before, strict=True))
@@ -61,14 +68,17 @@ def _rounds(dense: list[Tensor], matrix: Tensor,  # [d_out, d_in] each; [d_in, d
 
 # %% ../../nbs/pruning/10_alps.ipynb #c10fffe0
 @torch.no_grad()
-def alps(weights: list[Tensor],   # [d_out, d_in] each, any float type, of linear maps that share an input; left as they are
+def alps(
+         # [d_out, d_in] each, any float type, of linear maps that share an input; left as they are
+         weights: list[Tensor],
          hessian: Tensor,         # [d_in, d_in] second moment of the inputs
          sparsity: float = 0.6,   # share of weights to prune, in [0, 1); an n:m pattern has its own
          pattern: str | tuple[int, int] | None = None,  # "2:4" or (2, 4) keeps 2 of every 4
          damping: float = 0.01,   # see `scaled` (ALPS: 0.01)
          most: int = MOST,        # rounds
          steps: int = 10          # conjugate-gradient steps at the end (published: at most 10)
-        ) -> list[PrunedWeight]:  # exactly floor(sparsity × weights) pruned in each, in the type of `weights`
+        # exactly floor(sparsity × weights) pruned in each, in the type of `weights`
+        ) -> list[PrunedWeight]:
     "Prune linear maps that share an input with ALPS."
     for w in weights: check_weight(w)
     d_in = weights[0].shape[1]
@@ -78,6 +88,11 @@ def alps(weights: list[Tensor],   # [d_out, d_in] each, any float type, of linea
     with exact_float32():
         problem = scaled(hessian, damping)
         dense = [problem.of(w) for w in weights]
-        _, found, kept = deque(_rounds(dense, problem.matrix, sparsity, pattern, most), maxlen=1).pop()
-        best = [conjugate_gradients(w, o, k, problem.matrix, steps) for w, o, k in zip(dense, found, kept, strict=True)]
+        _, found, kept = deque(
+            _rounds(dense, problem.matrix, sparsity, pattern, most), maxlen=1
+        ).pop()
+        best = [
+            conjugate_gradients(w, o, k, problem.matrix, steps)
+            for w, o, k in zip(dense, found, kept, strict=True)
+        ]
         return [measured(w, o, problem, hessian) for w, o in zip(weights, best, strict=True)]

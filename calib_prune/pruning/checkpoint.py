@@ -21,8 +21,15 @@ from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core import (Busy, CalibPruneError, as_path, content_hash, load_json, only_run,
-                              write_atomic)
+from calib_prune.core import (
+    Busy,
+    CalibPruneError,
+    as_path,
+    content_hash,
+    load_json,
+    only_run,
+    write_atomic,
+)
 from ..model.loading import check_place
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #08c66cd1
@@ -38,8 +45,10 @@ class LinearReport:
     error: float | None    # ‖(W−W′)X‖² / ‖WX‖² on the calibration set; with groups, of the worst
     damping: float | None  # used, as a fraction of the mean diagonal
     dead: int | None       # inputs that were always zero
-    trained: float | None = None  # error of the layer's output after reconstruction; None without it
-    all_tokens: bool = False  # an expert that few tokens were routed to: its statistics are of all tokens of its block
+    # error of the layer's output after reconstruction; None without it
+    trained: float | None = None
+    # an expert that few tokens were routed to: its statistics are of all tokens of its block
+    all_tokens: bool = False
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #7ae8d20d
 PART_SIZE = 1 << 24  # elements that are hashed, and copied from another device, at a time
@@ -52,9 +61,11 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     return found.hexdigest()[:16]
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #c0f1a7e3
-# What a configuration says and no layer computes with: places, versions, names of tokens. The type of each tensor is in its hash.
-NOT_COMPUTED = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "initializer_range",
-                "bos_token_id", "eos_token_id", "pad_token_id"}
+# What a configuration says and no layer computes with: places, versions, names of tokens. The type
+# of each tensor is in its hash.
+NOT_COMPUTED = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache",
+    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 def _computed(part: Any) -> Any:
     "A part of a configuration without what no layer computes with."
@@ -64,7 +75,8 @@ def _computed(part: Any) -> Any:
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #c0f1a7e4
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    "What a model computes with: class, attention, configuration, and a hash of each parameter and buffer."
+    """What a model computes with: class, attention, configuration, and a hash of each parameter and
+    buffer."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return dict(architecture=type(model).__name__, attention=model.config._attn_implementation,
                 configuration=_computed(json.loads(model.config.to_json_string())),
@@ -73,10 +85,13 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 # %% ../../nbs/pruning/15_checkpoint.ipynb #c0f1a7e5
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
     "The dotted names at which two records differ."
-    if not (isinstance(one, dict) and isinstance(other, dict)): return [] if one == other else [name]
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [name]
     found = []
     for key in dict.fromkeys([*one, *other]):
-        found += differences(one.get(key, ...), other.get(key, ...), f"{name}.{key}" if name else key)
+        found += differences(
+            one.get(key, ...), other.get(key, ...), f"{name}.{key}" if name else key
+        )
     return found
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #1fe3b90f
@@ -94,15 +109,19 @@ def own_files(folder: Path) -> list[Path]:
 def _check_layout(folder: Path, run: dict[str, Any]) -> None:
     "Refuse files of another version: what they say of their model cannot be compared."
     if run.get("layout") == LAYOUT: return
-    raise CalibPruneError(f"Checkpoint {folder} was made by another version of calib-prune (layout {run.get('layout')!r}, "
-                          f"not {LAYOUT}): its layers may be of another model. Remove the folder, or choose another one.")
+    raise CalibPruneError(
+        f"Checkpoint {folder} was made by another version of calib-prune (layout"
+        f" {run.get('layout')!r}, not {LAYOUT}): its layers may be of another model. Remove the"
+        " folder, or choose another one."
+    )
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #29104ba3
 def _in_checkpoint(folder: Path) -> set[str]:
     "The names in a checkpoint folder that can be made."
     try: str(folder).encode()
     except UnicodeEncodeError as e:
-        raise CalibPruneError(f"Checkpoint {ascii(str(folder))[1:-1]} cannot be kept: its name is not UTF-8.") from e
+        raise CalibPruneError(
+            f"Checkpoint {ascii(str(folder))[1:-1]} cannot be kept: its name is not UTF-8.") from e
     if folder.exists() and not folder.is_dir():
         raise CalibPruneError(f"Checkpoint {folder} is not a folder: choose another name.")
     check_place(folder, "Checkpoint")
@@ -110,24 +129,33 @@ def _in_checkpoint(folder: Path) -> set[str]:
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #c0f1a7e7
 def check_checkpoint(folder: str | Path
-                    ) -> dict[str, Any] | None:  # its marker; None for a folder that is absent or empty
-    "Refuse a folder that holds anything without the marker of a checkpoint. Call it before any work."
+                    # its marker; None for a folder that is absent or empty
+                    ) -> dict[str, Any] | None:
+    """Refuse a folder that holds anything without the marker of a checkpoint. Call it before any
+    work."""
     there = _in_checkpoint(folder := as_path(folder, "a checkpoint folder"))
     if MARKER in there:
         said = load_json(folder / MARKER, checkpoint=dict, finished=bool)
         if not said["finished"]: _check_layout(folder, said["checkpoint"])
         return said
-    if all(OWN_FILES.fullmatch(o) and o.endswith(".part") for o in there): return None  # another run may begin just now
+    # another run may begin just now
+    if all(OWN_FILES.fullmatch(o) and o.endswith(".part") for o in there): return None
     if all(OWN_FILES.fullmatch(o) for o in there):
-        raise CalibPruneError(f"Checkpoint {folder} holds layers, but no {MARKER} that says which run they belong to: they "
-                              "cannot be used. Remove the folder, or choose another one.")
-    raise CalibPruneError(f"Checkpoint {folder} is not empty, and is no checkpoint: it holds {sorted(there)[0]}, for example. "
-                          "Choose a new or an empty folder.")
+        raise CalibPruneError(
+            f"Checkpoint {folder} holds layers, but no {MARKER} that says which run they belong to:"
+            " they cannot be used. Remove the folder, or choose another one."
+        )
+    raise CalibPruneError(
+        f"Checkpoint {folder} is not empty, and is no checkpoint: it holds {sorted(there)[0]}, for"
+        " example. Choose a new or an empty folder."
+    )
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #a5f94524
 def layer_hash(weights: dict[str, torch.Tensor], reports: str) -> str:
     "A hash of everything that a layer's file holds."
-    return content_hash([reports, {name: tensor_hash(weight) for name, weight in weights.items()}], digits=64)
+    return content_hash(
+        [reports, {name: tensor_hash(weight) for name, weight in weights.items()}], digits=64
+    )
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #92a22f05
 def _restore(file: Path, layer: nn.Module,
@@ -138,36 +166,46 @@ def _restore(file: Path, layer: nn.Module,
         with safe_open(file, "pt") as held:
             told, weights = held.metadata(), {name: held.get_tensor(name) for name in held.keys()}
         if told["run"] != run: raise ValueError("it is of another run")
-        if told["content"] != layer_hash(weights, told["reports"]): raise ValueError("its bytes have changed")
+        if told["content"] != layer_hash(weights, told["reports"]):
+            raise ValueError("its bytes have changed")
         for name, p in layer.named_parameters():
             kept = weights[name]
-            if (kept.shape, kept.dtype) != (p.shape, p.dtype): raise ValueError(f"its {name} has another shape or type")
+            if (kept.shape, kept.dtype) != (p.shape, p.dtype):
+                raise ValueError(f"its {name} has another shape or type")
             p.data.copy_(kept)
         return [LinearReport(**r) for r in json.loads(told["reports"])]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise CalibPruneError(f"{file} is damaged ({e}): remove it, and that layer is pruned again.") from e
+        raise CalibPruneError(
+            f"{file} is damaged ({e}): remove it, and that layer is pruned again."
+        ) from e
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #a5773069
 def _mark(folder: Path, run: dict[str, Any], finished: bool) -> None:
     write_atomic(folder / MARKER, json.dumps(dict(checkpoint=run, finished=finished)))
 
+# %% ../../nbs/pruning/15_checkpoint.ipynb #072022b9
 def _remove_layers(folder: Path) -> None:
     for file in own_files(folder):
         if file.name not in (MARKER, ".lock"): file.unlink()
 
+# %% ../../nbs/pruning/15_checkpoint.ipynb #0aa21c5e
 def _claim(folder: Path, run: dict[str, Any]) -> None:
     "Mark a folder as this run's; an error if it belongs to another one."
     said = check_checkpoint(folder)
-    if said and said["finished"]: _remove_layers(folder)  # an earlier run was killed while it tidied up
+    # an earlier run was killed while it tidied up
+    if said and said["finished"]: _remove_layers(folder)
     elif said and (names := differences(run, said["checkpoint"])):
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        raise CalibPruneError(f"Checkpoint {folder} belongs to another run (it differs in: {', '.join(names[:4])}{more}). "
-                              "Remove the folder or choose another one.")
+        raise CalibPruneError(
+            f"Checkpoint {folder} belongs to another run (it differs in: "
+            f"{', '.join(names[:4])}{more}). "
+            "Remove the folder or choose another one.")
     _mark(folder, run, finished=False)
 
 # %% ../../nbs/pruning/15_checkpoint.ipynb #7d12bea1
 class Checkpoint:
-    "The finished layers of one prune, in a folder of their own. A context: one run at a time works on a folder."
+    """The finished layers of one prune, in a folder of their own. A context: one run at a time
+    works on a folder."""
     def __init__(self, folder: str | Path,
                  run: dict[str, Any]  # everything that the result depends on
                 ):
@@ -178,7 +216,8 @@ class Checkpoint:
     def __enter__(self):
         check_checkpoint(self.folder)
         try: self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise CalibPruneError(f"Checkpoint {self.folder} cannot be made: {e.strerror}.") from e
+        except OSError as e:
+            raise CalibPruneError(f"Checkpoint {self.folder} cannot be made: {e.strerror}.") from e
         with ExitStack() as stack:
             stack.enter_context(only_run(self.folder / ".lock", self.folder))
             _claim(self.folder, self.run)
@@ -188,10 +227,13 @@ class Checkpoint:
     def __exit__(self, *_): self._stack.close()
 
     @staticmethod
-    def of(folder: str | Path | None, model: PreTrainedModel, tokens: torch.Tensor, run: dict[str, Any]):
-        "A checkpoint of a prune of this model on these windows; without a folder, a context that does nothing."
+    def of(folder: str | Path | None, model: PreTrainedModel, tokens: torch.Tensor, run: dict[str,
+                                                                                              Any]):
+        """A checkpoint of a prune of this model on these windows; without a folder, a context that
+        does nothing."""
         if folder is None: return nullcontext(None)
-        return Checkpoint(folder, fingerprint(model) | dict(tokens=content_hash(tokens.tolist())) | run)
+        return Checkpoint(folder,
+                          fingerprint(model) | dict(tokens=content_hash(tokens.tolist())) | run)
 
     def _file(self, index: int) -> Path: return self.folder / f"layer-{index:04d}.safetensors"
 
@@ -220,8 +262,10 @@ def layers_in(folder: str | Path) -> int:
     "How many finished layers a checkpoint folder holds."
     return len([*as_path(folder, "a checkpoint folder").glob("layer-*.safetensors")])
 
+# %% ../../nbs/pruning/15_checkpoint.ipynb #eee7f9a2
 def remove_checkpoint(folder: str | Path) -> None:
-    "Remove the layers of a finished run, then the marker, then the folder if nothing else is in it."
+    """Remove the layers of a finished run, then the marker, then the folder if nothing else is in
+    it."""
     folder = as_path(folder, "a checkpoint folder")
     said = check_checkpoint(folder)
     if not folder.is_dir(): return

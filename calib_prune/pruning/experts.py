@@ -17,8 +17,11 @@ _MARKS = "has_gate", "has_bias", "is_transposed", "is_concatenated", "num_expert
 
 def is_fused(module: nn.Module) -> bool:
     "Whether a module is a block of experts in fused tensors that can be seen one by one."
-    return all(hasattr(module, o) for o in _MARKS) and not getattr(module, "has_post_expert_norm", False)
+    return all(hasattr(module, o) for o in _MARKS) and not getattr(
+        module, "has_post_expert_norm", False
+    )
 
+# %% ../../nbs/pruning/13_experts.ipynb #6d877110
 def _halves(whole: Tensor, fused: nn.Module) -> tuple[Tensor, Tensor]:
     "Gate and up, views of the first dimension's halves."
     n = len(whole) // 2
@@ -41,21 +44,27 @@ class Expert(nn.Module):
         super().__init__()
         self._fused = [fused]  # in a list, so that its tensors are not counted as this module's
         first = self._part("gate_up_proj" if fused.has_gate else "up_proj", index)
-        parts = zip(*(_halves(o, fused) if o is not None else (None, None) for o in first)) if fused.has_gate else [first]
-        for name, (weight, bias) in zip(("gate_proj", "up_proj") if fused.has_gate else ("up_proj",), parts, strict=True):
+        parts = zip(*(_halves(o, fused) if o is not None else (None, None)
+                      for o in first)) if fused.has_gate else [first]
+        for name, (weight, bias) in zip(
+            ("gate_proj", "up_proj") if fused.has_gate else ("up_proj",), parts, strict=True
+        ):
             self.add_module(name, _view(weight, bias))
         self.down_proj = _view(*self._part("down_proj", index))
 
     def _part(self, name: str, index: int) -> tuple[Tensor, Tensor | None]:
         (fused,) = self._fused
-        weight, bias = getattr(fused, name).data[index], getattr(fused, f"{name}_bias").data[index] if fused.has_bias else None
+        weight, bias = getattr(fused, name).data[index], (
+            getattr(fused, f"{name}_bias").data[index] if fused.has_bias else None
+        )
         return weight.T if fused.is_transposed else weight, bias
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, d]
         (fused,) = self._fused
         if not fused.has_gate: return self.down_proj(fused.act_fn(self.up_proj(x)))
         gate, up = self.gate_proj(x), self.up_proj(x)
-        both = torch.cat([gate, up], -1) if fused.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+        both = torch.cat([gate, up], -1) if fused.is_concatenated else torch.stack([gate, up],
+                                                                                   -1).flatten(-2)
         return self.down_proj(fused._apply_gate(both))
 
 # %% ../../nbs/pruning/13_experts.ipynb #6cabee13
@@ -78,10 +87,12 @@ class OneByOne(nn.ModuleList):
             out.index_add_(0, token, (found * weights[token, place, None]).to(out.dtype))
         return out
 
+# %% ../../nbs/pruning/13_experts.ipynb #b84907b8
 @contextmanager
 def one_by_one(layer: nn.Module) -> Iterator[None]:
     "Inside, a layer's fused experts are lists of experts made of linear maps."
-    blocks = [(parent, name, child) for parent in layer.modules() for name, child in parent.named_children() if is_fused(child)]
+    blocks = [(parent, name, child) for parent in layer.modules()
+              for name, child in parent.named_children() if is_fused(child)]
     for parent, name, fused in blocks: setattr(parent, name, OneByOne(fused))
     try: yield
     finally:
@@ -93,11 +104,13 @@ def _count(name: str, module: nn.Module) -> int:
     if is_fused(module): return module.num_experts
     return len(module) if name == "experts" and isinstance(module, nn.ModuleList) else 0
 
+# %% ../../nbs/pruning/13_experts.ipynb #91d38acc
 def _routes(module: nn.Module, experts: int) -> bool:
     "Whether all matrices of a module beside the experts have one row per expert, or are one row."
     matrices = [p for p in module.parameters() if p.ndim > 1]
     return bool(matrices) and all(p.ndim == 2 and len(p) in (1, experts) for p in matrices)
 
+# %% ../../nbs/pruning/13_experts.ipynb #231a39c7
 def routers(layer: nn.Module) -> dict[str, nn.Module]:
     "The modules of a layer that route tokens to experts, or weigh experts, by name."
     found = {}

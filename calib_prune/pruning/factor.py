@@ -23,16 +23,21 @@ def _inverse_of_factor(matrix: Tensor) -> Tensor | None:  # [block, block]; None
     if matrix.device.type != "cpu" or matrix.dtype != torch.float32:
         lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if failed: return None
-        return torch.linalg.solve_triangular(lower, torch.eye(len(matrix)).to(lower), upper=False).flip(0, 1).contiguous()
+        return torch.linalg.solve_triangular(lower, torch.eye(len(matrix)).to(lower),
+                                             upper=False).flip(0, 1).contiguous()
     # LAPACK called directly takes about half the time of the above for a block of 128.
     lower, failed = lapack.spotrf(matrix.flip(0, 1).T.numpy(), lower=1, clean=1, overwrite_a=1)
     if failed: return None
     inverse, _ = lapack.strtri(lower, lower=1, overwrite_c=1)
     return torch.from_numpy(inverse[::-1, ::-1].copy())
 
-def reverse_cholesky(matrix: Tensor,  # [d, d] float32, symmetric; overwritten: left of the diagonal blocks with Rᵀ
+# %% ../../nbs/pruning/03_factor.ipynb #e9f02273
+def reverse_cholesky(
+                     # [d, d] float32, symmetric; overwritten: left of the diagonal blocks with Rᵀ
+                     matrix: Tensor,
                      block: int       # columns per block
-                    ) -> list[Tensor] | None:  # inverses U_bb of R's diagonal blocks; None if not definite
+                    # inverses U_bb of R's diagonal blocks; None if not definite
+                    ) -> list[Tensor] | None:
     "Factor a matrix as R Rᵀ with R upper triangular, block by block from the last."
     d, inverses = len(matrix), []
     for i in reversed(range(0, d, block)):
@@ -45,6 +50,7 @@ def reverse_cholesky(matrix: Tensor,  # [d, d] float32, symmetric; overwritten: 
         if i: _replace(rows[:, :i], inverse)
     return inverses[::-1]
 
+# %% ../../nbs/pruning/03_factor.ipynb #ae2d4b44
 def _replace(rows: Tensor, left: Tensor) -> None:
     "Multiply rows from the left, in place."
     product = torch.zeros_like(rows)
@@ -57,23 +63,29 @@ MAX_DAMPING = 1.0  # as a share of the mean diagonal
 @dataclass(frozen=True)
 class Factor:
     "What SparseGPT needs of a Hessian; layers with the same input share one."
-    inverses: list[Tensor]  # U_bb, [block, block] each: diagonal blocks of the upper factor of the inverse
-    carry: Tensor           # [d_in, d_in]: (R_{<b,b} U_bb)ᵀ left of each block: how earlier changes move its weights
+    # U_bb, [block, block] each: diagonal blocks of the upper factor of the inverse
+    inverses: list[Tensor]
+    # [d_in, d_in]: (R_{<b,b} U_bb)ᵀ left of each block: how earlier changes move its weights
+    carry: Tensor
     dead: Tensor            # bool [d_in]: inputs that are zero on every token
-    damping: float          # the damping that made it positive definite, as a share of the mean diagonal
+    # the damping that made it positive definite, as a share of the mean diagonal
+    damping: float
     ridge: float            # the same, as the number added to the diagonal
     block: int              # columns per block
 
 # %% ../../nbs/pruning/03_factor.ipynb #5c66dba3
 def _spaced(matrix: Tensor) -> Tensor:
-    "A copy whose rows do not all start in the same lines of the cache, as those of 1,024 or 4,096 numbers would."
+    """A copy whose rows do not all start in the same lines of the cache, as those of 1,024 or 4,096
+    numbers would."""
     d = len(matrix)
     room = matrix.new_empty(d, d + (LANES if d % 1024 == 0 else 0))
     return room[:, :d].copy_(matrix)
 
+# %% ../../nbs/pruning/03_factor.ipynb #b9a38201
 @torch.no_grad()
 def factorise(hessian: Tensor,         # [d_in, d_in] float32, the second moment of the inputs
-              damping: float = 0.01,   # share of the mean diagonal added to it (reference code: 0.01)
+              # share of the mean diagonal added to it (reference code: 0.01)
+              damping: float = 0.01,
               block: int = 128         # columns per block (reference code: 128)
              ) -> Factor:
     "Damp and factor a Hessian, once for all layers that share it."
@@ -90,9 +102,12 @@ def factorise(hessian: Tensor,         # [d_in, d_in] float32, the second moment
         with exact_float32(): inverses = reverse_cholesky(carry, block)
         if inverses: break
         if damping >= MAX_DAMPING:
-            raise CalibPruneError(f"The Hessian is not positive definite even with damping {damping:g} of its mean "
-                                  "diagonal: it is not the second moment of any inputs.")
+            raise CalibPruneError(
+                f"The Hessian is not positive definite even with damping {damping:g} of its mean "
+                "diagonal: it is not the second moment of any inputs."
+            )
         damping = min(max(10 * damping, 1e-3), MAX_DAMPING)
     with exact_float32():
-        for n, i in enumerate(range(block, len(carry), block), 1): _replace(carry[i:i + block, :i], inverses[n].T)
+        for n, i in enumerate(range(block, len(carry), block), 1):
+            _replace(carry[i : i + block, :i], inverses[n].T)
     return Factor(inverses, carry, dead, damping, ridge, block)

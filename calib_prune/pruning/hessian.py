@@ -21,7 +21,8 @@ from ..kernels.tiles import COLS, DEPTH, ROWS, add_product, add_tile, fits, set_
 # %% ../../nbs/pruning/01_hessian.ipynb #b3373625
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    "Inside, float32 matrix products are computed in full float32, whatever precision was set outside."
+    """Inside, float32 matrix products are computed in full float32, whatever precision was set
+    outside."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     matmuls = [o for o in backends if hasattr(o, "fp32_precision")]
     # torch before 2.9 has one setting for every device.
@@ -35,13 +36,17 @@ def exact_float32() -> Iterator[None]:
 
 # %% ../../nbs/pruning/01_hessian.ipynb #f115b6e6
 def _check_finite(lower: Tensor, n_tokens: int) -> None:
-    # One NaN or infinite input shows in its own diagonal entry, and no product can exceed the diagonal.
+    # One NaN or infinite input shows in its own diagonal entry, and no product can exceed the
+    # diagonal.
     bad = (~torch.isfinite(lower.diagonal())).nonzero().flatten().tolist()
     if bad:
-        raise CalibPruneError(f"NaN or infinite values reached {len(bad)} of {len(lower)} inputs (the first is "
-                              f"input {bad[0]}) within {n_tokens} tokens: the model overflows on this "
-                              "calibration text. Try dtype float32 or bfloat16.")
+        raise CalibPruneError(
+            f"NaN or infinite values reached {len(bad)} of {len(lower)} inputs (the first is "
+            f"input {bad[0]}) within {n_tokens} tokens: the model overflows on this "
+            "calibration text. Try dtype float32 or bfloat16."
+        )
 
+# %% ../../nbs/pruning/01_hessian.ipynb #4e55f7e6
 def _mirror(matrix: Tensor,   # [d, d]; what lies above the diagonal is filled in
             panel: int = 512  # columns at once
            ) -> None:
@@ -57,9 +62,13 @@ class SecondMoment:
     def __init__(self,
                  d_in: int,                           # inputs of the layer
                  device: str | torch.device = "cpu",  # where the products are computed
-                 panel: int = 512                     # columns per panel where there are no tiles (ours)
+                 # columns per panel where there are no tiles (ours)
+                 panel: int = 512
                 ):
-        if d_in < 1: raise CalibPruneError(f"A layer with {d_in} inputs has no second moment; at least 1 is needed.")
+        if d_in < 1:
+            raise CalibPruneError(
+                f"A layer with {d_in} inputs has no second moment; at least 1 is needed."
+            )
         self.d_in, self.panel, self.n_tokens = d_in, panel, 0
         self._lower = torch.zeros(d_in, d_in, device=device)
 
@@ -68,11 +77,13 @@ class SecondMoment:
               ) -> None:
         "Add the tokens of one batch."
         if x.ndim < 1 or x.shape[-1] != self.d_in or not x.is_floating_point():
-            raise CalibPruneError(f"Inputs of shape {list(x.shape)} and type {x.dtype} do not fit a layer with "
-                                  f"{self.d_in} inputs: [..., {self.d_in}] in a float type is needed.")
+            raise CalibPruneError(
+                f"Inputs of shape {list(x.shape)} and type {x.dtype} do not fit a layer with "
+                f"{self.d_in} inputs: [..., {self.d_in}] in a float type is needed."
+            )
         x = x.reshape(-1, self.d_in).to(self._lower.device, torch.float32)
         with exact_float32():
-            if x.device.type == "cpu": add_product(self._lower, x.T, x.contiguous(), lower=True)
+            if x.device.type == "cpu":add_product(self._lower, x.T, x.contiguous(), lower=True)
             else: self._add_panels(x)
         self.n_tokens += len(x)
 
@@ -84,7 +95,8 @@ class SecondMoment:
     @torch.no_grad()
     def matrix(self) -> Tensor:  # float32 [d_in, d_in], symmetric
         "The mean of `x xᵀ` over the tokens seen so far."
-        if not self.n_tokens: raise CalibPruneError("No tokens were seen: the second moment of nothing is undefined.")
+        if not self.n_tokens:
+            raise CalibPruneError("No tokens were seen: the second moment of nothing is undefined.")
         _check_finite(self._lower, self.n_tokens)
         whole = self._lower / self.n_tokens
         _mirror(whole)
@@ -92,14 +104,16 @@ class SecondMoment:
 
 # %% ../../nbs/pruning/01_hessian.ipynb #85496d8a
 @compiled("kernels/tiles.py")
-def _energies(weight, hessian, sums, share, shares):  # [rows, d] of whole tiles; [n, n] with n at most d; [d / COLS]
+# [rows, d] of whole tiles; [n, n] with n at most d; [d / COLS]
+def _energies(weight, hessian, sums, share, shares):
     "The terms of tr W H Wᵀ whose second factor lies in a tile's columns, for a share of all tiles."
     (rows, d), n = weight.shape, len(hessian)
     columns, flat = np.zeros(d * COLS, np.float32), weight.reshape(-1)
     left, own = np.zeros(ROWS * COLS, np.float32), np.zeros(ROWS * COLS, np.float32)
     part, total = np.zeros(COLS, np.float32), np.zeros(COLS)
     for j in range(0, d, COLS):
-        turn = j // COLS % (2 * shares)  # later tiles are longer, so the shares take turns back and forth
+        # later tiles are longer, so the shares take turns back and forth
+        turn = j // COLS % (2 * shares)
         if min(turn, 2 * shares - 1 - turn) != share: continue
         for k in range(min(j + COLS, n)):
             for q in range(min(COLS, n - j)): columns[k * COLS + q] = hessian[k, j + q]
@@ -107,17 +121,21 @@ def _energies(weight, hessian, sums, share, shares):  # [rows, d] of whole tiles
         for m in range(0, rows, ROWS):
             left[:] = 0
             for k in range(0, j, DEPTH):
-                add_tile(flat, m * d + k, d, 1, columns, k * COLS, COLS, left, 0, COLS, min(DEPTH, j - k))
+                add_tile(
+                    flat, m * d + k, d, 1, columns, k * COLS, COLS, left, 0, COLS, min(DEPTH, j - k)
+                )
             set_tile(flat, m * d + j, d, 1, columns, j * COLS, COLS, own, 0, COLS, COLS)
             part[:] = 0
             for r in range(ROWS):
-                for q in range(COLS): part[q] += (2 * left[r * COLS + q] + own[r * COLS + q]) * weight[m + r, j + q]
+                for q in range(COLS):
+                    part[q] += (2 * left[r * COLS + q] + own[r * COLS + q]) * weight[m + r, j + q]
             total += part
         sums[j // COLS] = total.sum()
 
 # %% ../../nbs/pruning/01_hessian.ipynb #6732c042
 def _in_tiles(matrix: Tensor) -> Tensor:
-    "A matrix of whole tiles, filled up with zeros, whose rows do not all start in the same lines of the cache."
+    """A matrix of whole tiles, filled up with zeros, whose rows do not all start in the same lines
+    of the cache."""
     rows, d = -(-len(matrix) // ROWS) * ROWS, -(-matrix.shape[1] // COLS) * COLS
     if d % 1024 == 0: d += COLS
     if matrix.shape == (rows, d) and matrix.is_contiguous(): return matrix
@@ -125,6 +143,7 @@ def _in_tiles(matrix: Tensor) -> Tensor:
     room[:len(matrix), :matrix.shape[1]] = matrix
     return room
 
+# %% ../../nbs/pruning/01_hessian.ipynb #b72833b0
 @torch.no_grad()
 def energy(weight: Tensor,     # [d_out, d_in] float32
            hessian: Tensor,    # [d_in, d_in] float32, symmetric
@@ -134,12 +153,16 @@ def energy(weight: Tensor,     # [d_out, d_in] float32
     if fits(weight, hessian):
         laid = _in_tiles(weight)
         sums = np.zeros(laid.shape[1] // COLS)
-        in_threads(partial(_energies, laid.numpy(), hessian.contiguous().numpy(), sums), 1 if weight.numel() < 1 << 14 else None)
+        in_threads(
+            partial(_energies, laid.numpy(), hessian.contiguous().numpy(), sums),
+            1 if weight.numel() < 1 << 14 else None,
+        )
         return float(sums.sum())
     total = 0.0
     with exact_float32():
         for i in range(0, len(hessian), panel):
             own = weight[:, i:i + panel]
-            product = (weight[:, :i] @ hessian[:i, i:i + panel]).mul_(2).addmm_(own, hessian[i:i + panel, i:i + panel])
+            product = (weight[:, :i] @ hessian[:i, i:i + panel]).mul_(2).addmm_(
+                own, hessian[i:i + panel, i:i + panel])
             total += product.mul_(own).sum().item()
     return total

@@ -33,7 +33,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def prunable(layer: nn.Module) -> dict[str, nn.Module]:
     "The linear maps of one decoder layer but for its routers, by name, in module order."
     left = routers(layer)
-    return {name: m for name, m in layer.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and name not in left}
+    return {
+        name: m
+        for name, m in layer.named_modules()
+        if isinstance(m, (nn.Linear, Conv1D)) and name not in left
+    }
 
 # %% ../../nbs/pruning/14_layers.ipynb #987b520d
 def get_weight(linear: nn.Module) -> torch.Tensor:
@@ -46,22 +50,37 @@ def check_layers(model: PreTrainedModel) -> None:
     left = {}
     for layer in decoder_layers(model):
         with one_by_one(layer):
-            reached = {id(p) for m in (*prunable(layer).values(), *routers(layer).values()) for p in m.parameters()}
-            left |= {n: tuple(p.shape) for n, p in layer.named_parameters() if p.ndim > 1 and id(p) not in reached}
+            reached = {
+                id(p)
+                for m in (*prunable(layer).values(), *routers(layer).values())
+                for p in m.parameters()
+            }
+            left |= {
+                n: tuple(p.shape)
+                for n, p in layer.named_parameters()
+                if p.ndim > 1 and id(p) not in reached
+            }
     if left:
         names = ", ".join(f"{n} {shape}" for n, shape in left.items())
-        raise CalibPruneError(f"{type(model).__name__} has matrices in its layers that are not linear maps and would stay "
-                              f"dense: {names}. Only models whose layers are made of linear maps and experts can be pruned.")
+        raise CalibPruneError(
+            f"{type(model).__name__} has matrices in its layers that are not linear maps and would"
+            f" stay dense: {names}. Only models whose layers are made of linear maps and experts"
+            " can be pruned."
+        )
 
 # %% ../../nbs/pruning/14_layers.ipynb #2024a39f
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], done: dict[int, torch.Tensor]) -> Any:
+def _mapped(
+    value: Any, change: Callable[[torch.Tensor], torch.Tensor], done: dict[int, torch.Tensor]
+) -> Any:
     "A change of the tensors inside tuples and dictionaries."
     if isinstance(value, torch.Tensor):
         if id(value) not in done: done[id(value)] = change(value)
         return done[id(value)]
     if isinstance(value, tuple): return tuple(_mapped(o, change, done) for o in value)
-    return {k: _mapped(o, change, done) for k, o in value.items()} if isinstance(value, dict) else value
+    return {k: _mapped(o, change, done)
+            for k, o in value.items()} if isinstance(value, dict) else value
 
+# %% ../../nbs/pruning/14_layers.ipynb #651011cb
 @dataclass
 class Call:
     "The arguments of one layer for one batch, without the hidden states."
@@ -75,10 +94,14 @@ class Call:
                else layer(hidden, *self.args, **self.kwargs))
         return out[0] if isinstance(out, tuple) else out
 
+# %% ../../nbs/pruning/14_layers.ipynb #4e6980ee
 def changed_calls(calls: list[Call], change: Callable[[torch.Tensor], torch.Tensor]) -> list[Call]:
     "Calls with other tensors; a tensor that several calls share is changed once."
     done: dict[int, torch.Tensor] = {}  # by the id of the original
-    return [Call(_mapped(o.args, change, done), _mapped(o.kwargs, change, done), o.by_name) for o in calls]
+    return [
+        Call(_mapped(o.args, change, done), _mapped(o.kwargs, change, done), o.by_name)
+        for o in calls
+    ]
 
 # %% ../../nbs/pruning/14_layers.ipynb #8b01cae1
 def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
@@ -95,7 +118,8 @@ def _shared(new: Any, old: Any) -> Any:
         return old if alike and torch.equal(new, old) else new
     if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
         return tuple(_shared(a, b) for a, b in zip(new, old, strict=True))
-    if isinstance(new, dict) and isinstance(old, dict): return {k: _shared(v, old.get(k)) for k, v in new.items()}
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {k: _shared(v, old.get(k)) for k, v in new.items()}
     return new
 
 # %% ../../nbs/pruning/14_layers.ipynb #e1f2c5ca
@@ -124,7 +148,8 @@ def _recording(layers: nn.ModuleList) -> Iterator[list]:
 # %% ../../nbs/pruning/14_layers.ipynb #faa33ae3
 def capture(model: PreTrainedModel,
             batches: list[torch.Tensor]  # token ids int64 [B, L]
-           ) -> tuple[list[torch.Tensor], list[list[Call]]]:  # first layer's input per batch; calls by layer and batch
+           # first layer's input per batch; calls by layer and batch
+           ) -> tuple[list[torch.Tensor], list[list[Call]]]:
     "The first layer's inputs, and the other arguments of every layer, for every batch."
     layers = decoder_layers(model)
     hidden, calls = [], [[] for _ in layers]
@@ -136,7 +161,8 @@ def capture(model: PreTrainedModel,
             for mine, (_, call) in zip(calls, seen, strict=True):
                 if mine:
                     first = mine[0]
-                    call = Call(_shared(call.args, first.args), _shared(call.kwargs, first.kwargs), call.by_name)
+                    call = Call(_shared(call.args, first.args), _shared(call.kwargs, first.kwargs),
+                                call.by_name)
                 mine.append(call)
     return hidden, calls
 
@@ -146,7 +172,8 @@ class _Enough(Exception):
 
 # %% ../../nbs/pruning/14_layers.ipynb #70fefff3
 @contextmanager
-def watching(linears: dict[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def watching(linears: dict[str, nn.Module], see: Callable[[str, torch.Tensor],
+                                                          None]) -> Iterator[None]:
     "While active, `see` gets the name and input of each linear that runs."
     def hook(name): return lambda module, args: see(name, args[0])
     handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
@@ -158,8 +185,9 @@ def watching(linears: dict[str, nn.Module], see: Callable[[str, torch.Tensor], N
 def share_groups(layer: nn.Module, call: Call, hidden: torch.Tensor) -> list[list[str]]:
     "The layer's linears in groups that read the same tensors, by running it once."
     linears, inputs = prunable(layer), {}
-    known = {f"{at}.{name}": (at, name == "down_proj") for at, m in layer.named_modules() if isinstance(m, Expert)
-             for name, _ in m.named_children()}
+    known = {
+        f"{at}.{name}": (at, name == "down_proj") for at, m in layer.named_modules()
+        if isinstance(m, Expert) for name, _ in m.named_children()}
     seen = {name: m for name, m in linears.items() if name not in known}
     with watching(seen, lambda name, x: inputs.setdefault(name, []).append(x)): call(layer, hidden)
     groups: dict[tuple, list[str]] = {}
@@ -169,8 +197,9 @@ def share_groups(layer: nn.Module, call: Call, hidden: torch.Tensor) -> list[lis
     return list(groups.values())
 
 # %% ../../nbs/pruning/14_layers.ipynb #105c5fdf
-def layer_statistics(layer: nn.Module, calls: list[Call], hidden: list[torch.Tensor], groups: list[list[str]]
-                    ) -> dict[str, SecondMoment]:  # by the group's first linear
+def layer_statistics(
+    layer: nn.Module, calls: list[Call], hidden: list[torch.Tensor], groups: list[list[str]]
+) -> dict[str, SecondMoment]:  # by the group's first linear
     "Second moments of the inputs of each group of linears over all batches."
     linears, device = prunable(layer), next(layer.parameters()).device
     leaders = {g[0]: linears[g[0]] for g in groups}  # the first of each
@@ -188,8 +217,10 @@ def layer_statistics(layer: nn.Module, calls: list[Call], hidden: list[torch.Ten
 FEW = 1 / 16  # of an expert's inputs (ours)
 
 def neglected(layer: nn.Module,
-              moments: list[dict[str, SecondMoment]]  # of each group of windows, from `layer_statistics`
-             ) -> list[tuple[OneByOne, int, list[str]]]:  # block, number of the expert, names of its linear maps
+              # of each group of windows, from `layer_statistics`
+              moments: list[dict[str, SecondMoment]]
+             # block, number of the expert, names of its linear maps
+             ) -> list[tuple[OneByOne, int, list[str]]]:
     "Experts that too few tokens were routed to, in any group of windows."
     found = []
     for at, block in layer.named_modules():
@@ -202,16 +233,22 @@ def neglected(layer: nn.Module,
 
 # %% ../../nbs/pruning/14_layers.ipynb #95655975
 def measure_layer(layer: nn.Module,
-                  batches: list[tuple[list[Call], list[torch.Tensor]]],  # calls and hidden states, of each group of windows
+                  # calls and hidden states, of each group of windows
+                  batches: list[tuple[list[Call], list[torch.Tensor]]],
                   groups: list[list[str]]             # from `share_groups`
-                 ) -> tuple[list[dict[str, SecondMoment]], set[str]]:  # of each group of windows; linears measured on all tokens
-    "Second moments of a layer's inputs; those of neglected experts are of all tokens of their block."
+                 # of each group of windows; linears measured on all tokens
+                 ) -> tuple[list[dict[str, SecondMoment]], set[str]]:
+    """Second moments of a layer's inputs; those of neglected experts are of all tokens of their
+    block."""
     moments = [layer_statistics(layer, *o, groups) for o in batches]
     few = neglected(layer, moments)
     anew = {name for *_, names in few for name in names}
     if not anew: return moments, anew
     for block, e, _ in few: block.all_tokens.add(e)
     theirs = [g for g in groups if g[0] in anew]
-    moments = [known | layer_statistics(layer, *o, theirs) for known, o in zip(moments, batches, strict=True)]
+    moments = [
+        known | layer_statistics(layer, *o, theirs)
+        for known, o in zip(moments, batches, strict=True)
+    ]
     for block, *_ in few: block.all_tokens.clear()
     return moments, anew

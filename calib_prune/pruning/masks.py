@@ -31,21 +31,28 @@ class PrunedWeight:
     weight: Tensor               # [d_out, d_in], the type and device of the input
     sparsity: float              # share of zeros in `weight`, counted
     error: float | None = None   # tr((W-W')H(W-W')ᵀ) / tr(WHWᵀ) in float32; None without statistics
-    damping: float | None = None # damping used, as a share of the mean diagonal; None without damping
-    dead: int | None = None      # inputs that are zero on every calibration token; None without statistics
+    # damping used, as a share of the mean diagonal; None without damping
+    damping: float | None = None
+    # inputs that are zero on every calibration token; None without statistics
+    dead: int | None = None
 
 # %% ../../nbs/pruning/02_masks.ipynb #ffeffcf8
 def counted(weight: Tensor, **rest) -> PrunedWeight:
     "The result for a pruned `weight`, its zeros counted."
     if not finite(weight):
-        raise CalibPruneError(f"The pruned weights overflow {weight.dtype}: keep this model in float32 or bfloat16.")
+        raise CalibPruneError(
+            f"The pruned weights overflow {weight.dtype}: keep this model in float32 or bfloat16."
+        )
     # NumPy counts tens of times faster than torch on a CPU; it knows no bfloat16.
     kept = weight if weight.device.type != "cpu" else (weight != 0).numpy()
-    zeros = weight.numel() - int(np.count_nonzero(kept) if isinstance(kept, np.ndarray) else kept.count_nonzero())
+    zeros = weight.numel() - int(
+        np.count_nonzero(kept) if isinstance(kept, np.ndarray) else kept.count_nonzero()
+    )
     return PrunedWeight(weight, zeros / weight.numel(), **rest)
 
 # %% ../../nbs/pruning/02_masks.ipynb #7f154949
-BIN = 19  # bits that scores of a bin may differ in: a bin is a sixteenth of a power of two wide (ours)
+# bits that scores of a bin may differ in: a bin is a sixteenth of a power of two wide (ours)
+BIN = 19
 
 @compiled()
 def _order(bits):  # of a float32
@@ -54,9 +61,11 @@ def _order(bits):  # of a float32
     if bits == 1 << 31: bits = 0
     return (1 << 32) - 1 - bits if bits >> 31 else bits + (1 << 31)
 
+# %% ../../nbs/pruning/02_masks.ipynb #90b9882b
 @compiled()
 def _candidates(bits, k, found):  # uint32 [n] twice
-    "Count scores by bins; copy those of the bin that holds the k-th smallest: how many there are, and how many are below it."
+    """Count scores by bins; copy those of the bin that holds the k-th smallest: how many there are,
+    and how many are below it."""
     counts = np.zeros(1 << (32 - BIN), np.int64)
     for o in bits: counts[_order(o) >> BIN] += 1
     below, chosen = 0, 0
@@ -78,18 +87,24 @@ def _kth(scores: Tensor, k: int) -> Tensor:  # [rows, n] on the CPU → [rows, 1
         return torch.from_numpy(np.partition(scores.numpy(), k - 1, axis=1)[:, k - 1:k])
     found = np.empty(scores.numel(), np.uint32)
     n, below = _candidates(scores.numpy().ravel().view(np.uint32), k, found)
-    return torch.from_numpy(np.partition(found[:n].view(np.float32), k - 1 - below)[k - 1 - below:k - below]).view(1, 1)
+    return torch.from_numpy(
+        np.partition(found[:n].view(np.float32), k - 1 - below)[k - 1 - below : k - below]
+    ).view(1, 1)
 
+# %% ../../nbs/pruning/02_masks.ipynb #a44f6ed1
 def smallest(scores: Tensor,   # [rows, n], no NaN
              k: int            # how many to mark per row, 0 to n
             ) -> Tensor:       # bool [rows, n], exactly `k` True in each row
     "Mark the `k` smallest scores of each row; of equal ones, those with the lowest index."
     if k == 0: return torch.zeros_like(scores, dtype=torch.bool)
-    # On a GPU topk spreads a long row over the device, where kthvalue gives it to one block of threads.
+    # On a GPU topk spreads a long row over the device, where kthvalue gives it to one block of
+    # threads.
     on_cpu = scores.device.type == "cpu"
-    kth = _kth(scores, k) if on_cpu else scores.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    kth = _kth(scores, k) if on_cpu else scores.topk(k, dim=1, largest=False,
+                                                     sorted=False).values.amax(1, keepdim=True)
     mask = scores <= kth
-    marked = np.count_nonzero(mask.numpy()) if on_cpu else mask.count_nonzero()  # NumPy counts much faster than torch
+    # NumPy counts much faster than torch
+    marked = np.count_nonzero(mask.numpy()) if on_cpu else mask.count_nonzero()
     if marked == k * len(scores): return mask
     below, ties = scores < kth, scores == kth
     return below | (ties & (ties.cumsum(1) <= k - below.sum(1, keepdim=True)))
@@ -98,7 +113,8 @@ def smallest(scores: Tensor,   # [rows, n], no NaN
 def smallest_of_groups(scores: Tensor,           # [rows, n], n a multiple of m
                        pattern: tuple[int, int]  # (n, m): n kept of every m
                       ) -> Tensor:               # bool [rows, n], m - n True in every group
-    "Mark the m - n smallest scores in every group of m; of equal ones, those with the lowest index."
+    """Mark the m - n smallest scores in every group of m; of equal ones, those with the lowest
+    index."""
     n, m = pattern
     return smallest(scores.reshape(-1, m), m - n).view(scores.shape)
 
@@ -106,33 +122,46 @@ def smallest_of_groups(scores: Tensor,           # [rows, n], n a multiple of m
 def check_sparsity(sparsity: float) -> float:
     "The sparsity, if it is a number in [0, 1)."
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
-        raise CalibPruneError(f"Sparsity {sparsity!r} is outside [0, 1): it is the share of weights to remove, "
-                              "such as 0.6.")
+        raise CalibPruneError(
+            f"Sparsity {sparsity!r} is outside [0, 1): it is the share of weights to remove, "
+            "such as 0.6."
+        )
     return float(sparsity)
 
 # %% ../../nbs/pruning/02_masks.ipynb #e1b343aa
-def as_pattern(pattern: str | tuple[int, int] | None,  # "2:4", (2, 4), or None for unstructured pruning
+def as_pattern(
+               # "2:4", (2, 4), or None for unstructured pruning
+               pattern: str | tuple[int, int] | None,
                d_in: int | None = None                 # inputs of the layer, where it is known
               ) -> tuple[int, int] | None:
     "An n:m pattern as two numbers, checked to fit."
     if pattern is None: return None
-    parts = tuple(map(int, str(pattern).split(":"))) if re.fullmatch(r"\d+:\d+", str(pattern)) else pattern
-    if not (isinstance(parts, (tuple, list)) and len(parts) == 2 and all(type(o) is int for o in parts)
-            and 0 < parts[0] < parts[1]):
+    parts = (
+        tuple(map(int, str(pattern).split(":")))
+        if re.fullmatch(r"\d+:\d+", str(pattern))
+        else pattern
+    )
+    if not (isinstance(parts, (tuple, list)) and len(parts) == 2
+            and all(type(o) is int for o in parts) and 0 < parts[0] < parts[1]):
         raise CalibPruneError(f"Pattern {pattern!r} is not n:m with 0 < n < m. "
                               "Write 2:4 to keep 2 of every 4 weights.")
     if d_in and d_in % parts[1]:
-        raise CalibPruneError(f"Pattern {parts[0]}:{parts[1]} does not divide a layer with {d_in} inputs: "
-                              f"{d_in} is not a multiple of {parts[1]}.")
+        raise CalibPruneError(
+            f"Pattern {parts[0]}:{parts[1]} does not divide a layer with {d_in} inputs: "
+            f"{d_in} is not a multiple of {parts[1]}."
+        )
     return parts[0], parts[1]
 
 # %% ../../nbs/pruning/02_masks.ipynb #eac58bad
 def check_weight(weight: Tensor) -> None:
     "Refuse what is not a finite float matrix."
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
-        raise CalibPruneError(f"A weight of shape {list(weight.shape)} and type {weight.dtype} cannot be pruned: "
-                              "a float matrix [d_out, d_in] is needed.")
-    if not finite(weight): raise CalibPruneError("The weight to prune holds NaN or infinite values.")
+        raise CalibPruneError(
+            f"A weight of shape {list(weight.shape)} and type {weight.dtype} cannot be pruned: "
+            "a float matrix [d_out, d_in] is needed."
+        )
+    if not finite(weight):
+        raise CalibPruneError("The weight to prune holds NaN or infinite values.")
 
 # %% ../../nbs/pruning/02_masks.ipynb #650e48e7
 def check_hessian(hessian: Tensor,  # [d_in, d_in], see the notebook on the Hessian
@@ -140,32 +169,42 @@ def check_hessian(hessian: Tensor,  # [d_in, d_in], see the notebook on the Hess
                  ) -> Tensor:       # bool [d_in]: inputs that are zero on every calibration token
     "Refuse what is not the second moment of a layer's inputs, and find the dead inputs."
     if hessian.shape != (d_in, d_in):
-        raise CalibPruneError(f"A Hessian of shape {list(hessian.shape)} does not fit a layer with {d_in} inputs: "
-                              f"[{d_in}, {d_in}] is needed.")
+        raise CalibPruneError(
+            f"A Hessian of shape {list(hessian.shape)} does not fit a layer with {d_in} inputs: "
+            f"[{d_in}, {d_in}] is needed."
+        )
     if not finite(hessian): raise CalibPruneError("The Hessian holds NaN or infinite values.")
     diagonal = hessian.diagonal()
     if (diagonal < 0).any():
         raise CalibPruneError(f"The Hessian has a negative diagonal entry ({diagonal.min():.3g}): "
                               "it is not a second moment.")
     if not diagonal.any():
-        raise CalibPruneError("The Hessian is zero: the calibration text never activates this layer, so nothing says "
-                              "which weights matter. Use more or other calibration text.")
+        raise CalibPruneError(
+            "The Hessian is zero: the calibration text never activates this layer, so nothing says "
+            "which weights matter. Use more or other calibration text."
+        )
     return diagonal == 0
 
 # %% ../../nbs/pruning/02_masks.ipynb #9980b0bd
 def parse_sparsity(value: float | str  # a number in [0, 1), or n:m with n of every m weights kept
-                  ) -> tuple[float, tuple[int, int] | None]:  # fraction removed; n and m of a pattern
+                  # fraction removed; n and m of a pattern
+                  ) -> tuple[float, tuple[int, int] | None]:
     "Read a sparsity from a preset or a command line."
     text = str(value)
     if isinstance(value, int) and value > 1:
-        raise CalibPruneError(f"Sparsity {value} is not below 1. A pattern needs quotes in YAML, \"2:4\": "
-                              "YAML reads 2:4 without quotes as a time.")
+        raise CalibPruneError(
+            f"Sparsity {value} is not below 1. A pattern needs quotes in YAML, \"2:4\": "
+            "YAML reads 2:4 without quotes as a time."
+        )
     if ":" in text and (pattern := as_pattern(text)):
         n, m = pattern
         return 1 - n / m, pattern
-    try: return check_sparsity(float(text)), None
+    try:return check_sparsity(float(text)), None
     except ValueError: pass
-    raise CalibPruneError(f"Sparsity {text!r} is neither a number in [0, 1), such as 0.6, nor a pattern n:m, such as 2:4.")
+    raise CalibPruneError(
+        f"Sparsity {text!r} is neither a number in [0, 1), such as 0.6, nor a pattern n:m, such as"
+        " 2:4."
+    )
 
 # %% ../../nbs/pruning/02_masks.ipynb #1fc0ad62
 def block_counts(sparsity: float,  # in [0, 1)

@@ -21,7 +21,8 @@ from .alps import alps
 from .factor import factorise
 from .hessian import exact_float32
 from .masks import PrunedWeight
-from .refine import refine as refined, scaled
+from .refine import refine as refined
+from .refine import scaled
 from .robust import minimax
 from .sparsegpt import sparsegpt
 from .wanda import magnitude, wanda
@@ -31,18 +32,24 @@ def _sparsegpt(weights, hessians, sparsity, pattern, block, damping):
     (hessian,), factor = hessians, factorise(hessians[0], damping, block)
     return [sparsegpt(w, hessian, sparsity, pattern, block, damping, factor) for w in weights]
 
+# %% ../../nbs/pruning/12_methods.ipynb #4bca0680
 def _minimax(weights, hessians, *how, rounds):
     return minimax(weights, hessians, lambda h: _sparsegpt(weights, [h], *how), rounds)
 
+# %% ../../nbs/pruning/12_methods.ipynb #be30f442
 def _admm(weights, hessians, sparsity, pattern, *_):
     shared = admm_factor(hessians[0])
     return [admm(w, hessians[0], sparsity, pattern, shared=shared) for w in weights]
 
-def _alps(weights, hessians, sparsity, pattern, *_): return alps(weights, hessians[0], sparsity, pattern)
+# %% ../../nbs/pruning/12_methods.ipynb #9e6f51fd
+def _alps(weights, hessians, sparsity, pattern, *_):
+    return alps(weights, hessians[0], sparsity, pattern)
 
+# %% ../../nbs/pruning/12_methods.ipynb #44567886
 def _wanda(weights, hessians, sparsity, pattern, *_):
     return [wanda(w, hessians[0], sparsity, pattern) for w in weights]
 
+# %% ../../nbs/pruning/12_methods.ipynb #72a89596
 def _magnitude(weights, hessians, sparsity, pattern, *_):
     return [magnitude(w, hessians[0], sparsity, pattern) for w in weights]
 
@@ -57,23 +64,38 @@ class Method:
     version: int     # raised when the pruned weights change: see `keys`
     passes: float    # time of a prune, in forward passes of the calibration set, for `cost`
     settings: tuple[str, ...] = ()  # which of `block` and `damping` it uses
-    by_group: bool = False          # gets a second moment for each group of windows, such as those of a dimension
+    # gets a second moment for each group of windows, such as those of a dimension
+    by_group: bool = False
 
-METHODS: dict[str, Method] = {o.name: o for o in (
-    Method("sparsegpt", "SparseGPT", "second moments", _sparsegpt, 3, 2.5, ("block", "damping")),
-    Method("wanda", "Wanda", "input norms", _wanda, 3, 2.0),
-    Method("admm", "L-ADMM", "second moments", _admm, 1, 3.8),
-    Method("alps", "ALPS", "second moments", _alps, 1, 6.7),
-    Method("magnitude", "Magnitude", "nothing", _magnitude, 3, 2.0),
-    Method("balanced", "SparseGPT, balanced", "second moments of each dimension", partial(_minimax, rounds=1), 3, 2.5,
-           ("block", "damping"), by_group=True),
-    Method("minimax", "SparseGPT, minimax", "second moments of each dimension", partial(_minimax, rounds=8), 3, 2.5,
-           ("block", "damping"), by_group=True))}
+METHODS: dict[str, Method] = {
+    o.name: o
+    for o in (Method("sparsegpt", "SparseGPT", "second moments", _sparsegpt, 3, 2.5, ("block",
+                                                                                      "damping")),
+              Method("wanda", "Wanda", "input norms", _wanda, 3, 2.0),
+              Method("admm", "L-ADMM", "second moments", _admm, 1, 3.8),
+              Method("alps", "ALPS", "second moments", _alps, 1, 6.7),
+              Method("magnitude", "Magnitude", "nothing", _magnitude, 3, 2.0),
+              Method("balanced",
+                     "SparseGPT, balanced",
+                     "second moments of each dimension",
+                     partial(_minimax, rounds=1),
+                     3,
+                     2.5, ("block", "damping"),
+                     by_group=True),
+              Method("minimax",
+                     "SparseGPT, minimax",
+                     "second moments of each dimension",
+                     partial(_minimax, rounds=8),
+                     3,
+                     2.5, ("block", "damping"),
+                     by_group=True))}
 
 # %% ../../nbs/pruning/12_methods.ipynb #3e1fc28d
 def solve_all(method: str,  # see `METHODS`
-              problems: Mapping[str, tuple[list[Tensor], Callable[[], list[Tensor]]]],  # by name: weights that share an input;
-                                                                                     # its second moments
+              # by name: weights that share an input;
+              problems: Mapping[str, tuple[list[Tensor], Callable[[], list[Tensor]]]],
+                                                                                     # its second
+                                                                                     # moments
               *how,             # sparsity, pattern, block, damping
               refine: int = 0   # conjugate-gradient steps on the weights that stay
              ) -> dict[str, list[PrunedWeight]]:
@@ -86,15 +108,21 @@ def solve_all(method: str,  # see `METHODS`
             found = METHODS[method].solve(weights, moments, *how)
             if not refine: return found
             shared = scaled(moments[0])
-            return [refined(w, o, moments[0], refine, shared=shared) for w, o in zip(weights, found, strict=True)]
-        except CalibPruneError as e: raise CalibPruneError(f"{name}: {e}") from e
+            return [
+                refined(w, o, moments[0], refine, shared=shared)
+                for w, o in zip(weights, found, strict=True)
+            ]
+        except CalibPruneError as e:
+            raise CalibPruneError(f"{name}: {e}") from e
     def size(name: str) -> int:
         weights, _ = problems[name]
         return weights[0].shape[1]**2 * (weights[0].shape[1] + sum(len(o) for o in weights))
     names = sorted(problems, key=size, reverse=True)
     on_cpu = all(o.device.type == "cpu" for weights, _ in problems.values() for o in weights)
     with exact_float32():  # set once for all threads
-        return dict(zip(names, one_each(solve, names) if on_cpu else map(solve, names), strict=True))
+        return dict(
+            zip(names, one_each(solve, names) if on_cpu else map(solve, names), strict=True)
+        )
 
 # %% ../../nbs/pruning/12_methods.ipynb #7ec766cd
 ALLOCATIONS = "uniform", "owl"  # of a sparsity over layers: see `pruning/17_allocation`
@@ -103,23 +131,30 @@ def check_method(method: str) -> None:
     "Refuse an unknown method."
     if method not in METHODS: raise unknown_name("method", method, METHODS)
 
+# %% ../../nbs/pruning/12_methods.ipynb #4db77034
 def check_allocation(allocation: str, pattern: tuple[int, int] | None) -> None:
     "Refuse an unknown allocation, and one that a pattern contradicts."
     if allocation not in ALLOCATIONS: raise unknown_name("allocation", allocation, ALLOCATIONS)
     if pattern and allocation != "uniform":
-        raise CalibPruneError(f"Pattern {pattern[0]}:{pattern[1]} fixes the sparsity of every layer, so allocation {allocation} "
-                              "has nothing to decide: use allocation uniform, or a share such as 0.5.")
+        raise CalibPruneError(
+            f"Pattern {pattern[0]}:{pattern[1]} fixes the sparsity of every layer, so allocation"
+            f" {allocation} has nothing to decide: use allocation uniform, or a share such as 0.5."
+        )
 
+# %% ../../nbs/pruning/12_methods.ipynb #9c98f838
 def check_reconstruct(passes: int) -> None:
     "Refuse what is not a number of passes."
     check_number("reconstruct", passes, 0, 10_000, whole=True)
 
+# %% ../../nbs/pruning/12_methods.ipynb #52217b6b
 def check_refine(method: str, steps: int) -> None:
     "Refuse to refine what cannot be refined."
     check_number("refine", steps, 0, 10_000, whole=True)
     if steps and METHODS[method].by_group:
-        raise CalibPruneError(f"Method {method} weighs groups against each other, and refining would weigh them anew: use "
-                              "refine with sparsegpt, for example.")
+        raise CalibPruneError(
+            f"Method {method} weighs groups against each other, and refining would weigh them anew:"
+            " use refine with sparsegpt, for example."
+        )
 
 # %% ../../nbs/pruning/12_methods.ipynb #6908c847
 @dataclass(frozen=True)
@@ -136,23 +171,34 @@ class Recipe:
     @property
     def extras(self) -> dict[str, Any]:
         "What is not as by default, besides the method."
-        return {f.name: getattr(self, f.name) for f in fields(self)[1:] if getattr(self, f.name) != f.default}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)[1:]
+            if getattr(self, f.name) != f.default
+        }
 
     @property
     def passes(self) -> float:
         "Time of a prune, in forward passes of the calibration set, for `cost`. "
-        return METHODS[self.method].passes + 0.04 * self.refine + 6.4 * self.reconstruct + (self.allocation != "uniform")
+        return METHODS[self.method].passes + 0.04 * self.refine + 6.4 * self.reconstruct + (
+            self.allocation != "uniform")
 
     @property
     def label(self) -> str:
         "In tables and figures."
-        said = dict(refine="refined", reconstruct="reconstructed", allocation=self.allocation.upper())
+        said = dict(
+            refine="refined", reconstruct="reconstructed", allocation=self.allocation.upper()
+        )
         number = lambda k, o: f" ({o})" if o != STEPS.get(k, o) else ""
-        return " + ".join([METHODS[self.method].label, *(said[k] + number(k, o) for k, o in self.extras.items())])
+        return " + ".join(
+            [METHODS[self.method].label, *(said[k] + number(k, o) for k, o in self.extras.items())]
+        )
 
 STEPS = dict(refine=10, reconstruct=5)  # what they are if no number is given
-STEP_VERSIONS = dict(refine=1, reconstruct=2, allocation=1)  # raised when what they make changes: see `keys`
+# raised when what they make changes: see `keys`
+STEP_VERSIONS = dict(refine=1, reconstruct=2, allocation=1)
 
+# %% ../../nbs/pruning/12_methods.ipynb #a45fdd67
 @cache
 def read_recipe(text: str  # "admm", "sparsegpt+refine", "wanda+refine=20+reconstruct=3+owl"
                ) -> Recipe:
@@ -162,12 +208,16 @@ def read_recipe(text: str  # "admm", "sparsegpt+refine", "wanda+refine=20+recons
     found: dict[str, Any] = {}
     for part in parts:
         name, equals, number = part.partition("=")
-        other = number.isdecimal() and int(number) not in (0, STEPS.get(name))  # one way to write a recipe, and so one key
-        if name in STEPS and name not in found and (other or not equals): found[name] = int(number) if equals else STEPS[name]
+        # one way to write a recipe, and so one key
+        other = number.isdecimal() and int(number) not in (0, STEPS.get(name))
+        if name in STEPS and name not in found and (other or not equals):
+            found[name] = int(number) if equals else STEPS[name]
         elif part in ALLOCATIONS[1:] and "allocation" not in found: found["allocation"] = part
         else:
-            raise CalibPruneError(f"{part!r} in the recipe {text!r} is not known: after the method come refine, reconstruct (or "
-                                  "with a number, such as reconstruct=3) and owl, once each, joined by +.")
+            raise CalibPruneError(
+                f"{part!r} in the recipe {text!r} is not known: after the method come refine, "
+                "reconstruct (or "
+                "with a number, such as reconstruct=3) and owl, once each, joined by +.")
     recipe = Recipe(method, **found)
     check_refine(method, recipe.refine)
     check_reconstruct(recipe.reconstruct)

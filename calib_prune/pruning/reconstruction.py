@@ -23,7 +23,8 @@ RATE = 0.003  # size of Adam's first step, as a share of a matrix's root mean sq
 @dataclass(frozen=True)
 class Reconstruction:
     "What training a layer's kept weights did."
-    before: float  # mean square of (layer's output - dense output), as a share of that of (dense output - input)
+    # mean square of (layer's output - dense output), as a share of that of (dense output - input)
+    before: float
     after: float
     rate: float    # the step size used, lower than asked if a step had gone astray
 
@@ -40,14 +41,17 @@ def _left_behind(layer: nn.Module, call: Call, x: Tensor) -> int:
         for o in handles: o.remove()
     return 2 * sum(sizes)  # a part keeps about as much inside as it puts out
 
+# %% ../../nbs/pruning/16_reconstruction.ipynb #c52bbc8c
 def _free(device: torch.device) -> int | None:
     "Bytes of memory that are free; None if the system does not say."
     if device.type == "cuda":  # what torch holds and does not use is free as well
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(
+            device) - torch.cuda.memory_allocated(device)
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((1024 * int(o.split()[1]) for o in lines if o.startswith("MemAvailable:")), None)
 
+# %% ../../nbs/pruning/16_reconstruction.ipynb #21ea48df
 def check_memory(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> None:
     "Refuse to train a layer for which the memory does not suffice."
     device = next(layer.parameters()).device
@@ -55,9 +59,11 @@ def check_memory(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> N
     wider = sum(4 * p.numel() for p in layer.parameters() if p.dtype != torch.float32)
     needed = 17 * weights + wider + _left_behind(layer, calls[0], hidden[0].to(device))
     if (free := _free(device)) is not None and needed > free:
-        raise CalibPruneError(f"Reconstruction of a layer needs about {needed / 1e9:.1f} GB beside the model, and "
-                              f"{free / 1e9:.1f} GB of the {device.type}'s memory are free: lower --batch-tokens, or go "
-                              "without --reconstruct.")
+        raise CalibPruneError(
+            f"Reconstruction of a layer needs about {needed / 1e9:.1f} GB beside the model, and"
+            f" {free / 1e9:.1f} GB of the {device.type}'s memory are free: lower --batch-tokens, or"
+            " go without --reconstruct."
+        )
 
 # %% ../../nbs/pruning/16_reconstruction.ipynb #3958c6d1
 def targets(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> list[Tensor]:
@@ -67,8 +73,11 @@ def targets(layer: nn.Module, calls: list[Call], hidden: list[Tensor]) -> list[T
 
 # %% ../../nbs/pruning/16_reconstruction.ipynb #78c11c66
 @torch.no_grad()
-def _error(layer: nn.Module, calls: list[Call], hidden: list[Tensor], wanted: list[Tensor]) -> float:
-    "Mean square of what is wrong with a layer's output, as a share of what the dense layer adds to its input."
+def _error(
+    layer: nn.Module, calls: list[Call], hidden: list[Tensor], wanted: list[Tensor]
+) -> float:
+    """Mean square of what is wrong with a layer's output, as a share of what the dense layer adds
+    to its input."""
     device, wrong, added = next(layer.parameters()).device, 0.0, 0.0
     for call, x, y in zip(calls, hidden, wanted, strict=True):
         x, y = x.to(device, torch.float32), y.to(device, torch.float32)
@@ -76,12 +85,16 @@ def _error(layer: nn.Module, calls: list[Call], hidden: list[Tensor], wanted: li
         added += (y - x).square().sum(dtype=torch.float64).item()
     return wrong / added if added else 0.0
 
-def _train(layer: nn.Module, weights: list[nn.Parameter], calls: list[Call], hidden: list[Tensor], wanted: list[Tensor],
-           passes: int, rate: float) -> bool:  # whether all numbers stayed finite
+# %% ../../nbs/pruning/16_reconstruction.ipynb #23ba9570
+def _train(layer: nn.Module, weights: list[nn.Parameter], calls: list[Call], hidden: list[Tensor],
+           wanted: list[Tensor], passes: int,
+           rate: float) -> bool:  # whether all numbers stayed finite
     "Adam on the weights that are not 0."
     device, kept = weights[0].device, [w != 0 for w in weights]
     size = lambda w, k: w[k].square().mean().sqrt().item() if k.any() else 0.0
-    optimiser = torch.optim.Adam([dict(params=[w], lr=rate * size(w, k)) for w, k in zip(weights, kept, strict=True)])
+    optimiser = torch.optim.Adam(
+        [dict(params=[w], lr=rate * size(w, k)) for w, k in zip(weights, kept, strict=True)]
+    )
     steps = passes * len(calls)
     falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: 1 - n / steps)
     with torch.enable_grad():
@@ -99,7 +112,8 @@ def _train(layer: nn.Module, weights: list[nn.Parameter], calls: list[Call], hid
     return all(bool(w.isfinite().all()) for w in weights)
 
 # %% ../../nbs/pruning/16_reconstruction.ipynb #ed06264b
-def _rounded(weights: list[nn.Parameter], kinds: list[torch.dtype]) -> bool:  # whether all can be held
+def _rounded(weights: list[nn.Parameter], kinds: list[torch.dtype]
+            ) -> bool:  # whether all can be held
     "Round trained weights to the types that they will be kept in."
     for w, kind in zip(weights, kinds, strict=True): w.data = w.data.to(kind).float()
     return all(bool(w.isfinite().all()) for w in weights)
@@ -107,14 +121,16 @@ def _rounded(weights: list[nn.Parameter], kinds: list[torch.dtype]) -> bool:  # 
 # %% ../../nbs/pruning/16_reconstruction.ipynb #94190720
 @contextmanager
 def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
-    "Inside, all of a layer is float32, and the weights of its linear maps, which are yielded, can be trained."
+    """Inside, all of a layer is float32, and the weights of its linear maps, which are yielded, can
+    be trained."""
     before = [(p, p.data, p.requires_grad) for p in layer.parameters()]
     weights = [m.weight for m in prunable(layer).values()]
     for p, data, _ in before: p.data, p.requires_grad = data.float(), False
     for p in weights: p.requires_grad = True
     try: yield weights
     finally:
-        for p, data, had in before:  # the memory that a weight lies in may be a part of a larger one
+        # the memory that a weight lies in may be a part of a larger one
+        for p, data, had in before:
             if data.dtype != p.dtype: data.copy_(p.data)
             p.data, p.requires_grad, p.grad = data, had, None
 
@@ -136,11 +152,17 @@ def reconstruct(layer: nn.Module,      # pruned; its kept weights are trained in
         def go_back():
             for w, old in zip(weights, start, strict=True): w.copy_(old)
         for _ in range(4):
-            if _train(layer, weights, calls, hidden, wanted, passes, rate) and _rounded(weights, kinds): break
+            if _train(layer, weights, calls, hidden, wanted, passes, rate) and _rounded(
+                weights, kinds
+            ):
+                break
             go_back()
             rate /= 2
-        else: raise CalibPruneError(f"{name}: training the kept weights led to numbers that are not finite, also with steps of "
-                                    f"{2 * rate:g}. Go without --reconstruct.")
+        else:
+            raise CalibPruneError(
+                f"{name}: training the kept weights led to numbers that are not finite, also with"
+                f" steps of {2 * rate:g}. Go without --reconstruct."
+            )
         after = _error(layer, calls, hidden, wanted)
         if not after < before: go_back()
     return Reconstruction(before, min(before, after), rate)

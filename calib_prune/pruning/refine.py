@@ -28,9 +28,13 @@ class Scaled:
     def of(self, weight: Tensor) -> Tensor:
         "A weight [d_out, d_in] for inputs of one size, float32."
         if weight.shape[1] != len(self.sizes):
-            raise CalibPruneError(f"A Hessian of {len(self.sizes)} inputs does not fit a layer with {weight.shape[1]} inputs.")
+            raise CalibPruneError(
+                f"A Hessian of {len(self.sizes)} inputs does not fit a layer with {weight.shape[1]}"
+                " inputs."
+            )
         return (weight.float() * self.sizes).masked_fill_(self.dead, 0).contiguous()
 
+# %% ../../nbs/pruning/08_refine.ipynb #48ddeb00
 @torch.no_grad()
 def scaled(hessian: Tensor,         # [d_in, d_in], the second moment of the inputs
            damping: float = 0.01    # added to the diagonal of ones
@@ -54,7 +58,8 @@ def times(x: Tensor,          # [rows, d]
     return x @ symmetric if plus is None else torch.addmm(plus, x, symmetric)
 
 # %% ../../nbs/pruning/08_refine.ipynb #0bd4dab0
-SOLVED = 1e-5  # of an output's first residual: below that float32 adds more noise than a step removes (ours)
+# of an output's first residual: below that float32 adds more noise than a step removes (ours)
+SOLVED = 1e-5
 
 @torch.no_grad()
 def conjugate_gradients(target: Tensor,  # [rows, d]
@@ -63,7 +68,8 @@ def conjugate_gradients(target: Tensor,  # [rows, d]
                         matrix: Tensor,  # [d, d], symmetric, with a diagonal of about 1
                         steps: int
                        ) -> Tensor:      # [rows, d]
-    "Steps towards the `x` that minimises the energy of `target - x`, with zeros where `kept` is False."
+    """Steps towards the `x` that minimises the energy of `target - x`, with zeros where `kept` is
+    False."""
     x, mask = start.clone(), kept.to(start.dtype)
     residual = times(target - x, matrix).mul_(mask)
     direction, squares = residual, residual.square().sum(1, keepdim=True)
@@ -85,19 +91,29 @@ def refine(weight: Tensor,         # [d_out, d_in], dense
            steps: int = 10,        # conjugate-gradient steps (ALPS: at most 10)
            damping: float = 0.01,  # see `scaled`
            shared: Scaled | None = None  # of this very Hessian, if it is known already
-          ) -> PrunedWeight:       # the same zeros and those of dead inputs, a smaller `error`, in the type of `weight`
+          # the same zeros and those of dead inputs, a smaller `error`, in the type of `weight`
+          ) -> PrunedWeight:
     "Move the kept weights so that the layer's output on the calibration text changes least."
     check_weight(weight)
     check_number("steps", steps, 0, 10_000, whole=True)
     if pruned.weight.shape != weight.shape:
-        raise CalibPruneError(f"A pruned weight of shape {list(pruned.weight.shape)} does not belong to a dense one of shape "
-                              f"{list(weight.shape)}.")
+        raise CalibPruneError(
+            f"A pruned weight of shape {list(pruned.weight.shape)} does not belong to a dense one"
+            f" of shape {list(weight.shape)}."
+        )
     hessian = hessian.to(weight.device, torch.float32)
     shared, kept, dense = shared or scaled(hessian, damping), pruned.weight != 0, weight.float()
     with exact_float32():
-        found = conjugate_gradients(shared.of(dense), shared.of(pruned.weight), kept & ~shared.dead, shared.matrix, steps)
+        found = conjugate_gradients(
+            shared.of(dense), shared.of(pruned.weight), kept & ~shared.dead, shared.matrix, steps
+        )
         new = (found / shared.sizes).to(weight.dtype)
         lost = energy(dense - new.float(), hessian)
         before, whole = energy(dense - pruned.weight.float(), hessian), energy(dense, hessian)
     if not lost < before: return pruned
-    return replace(counted(new), error=max(lost, 0.0) / whole, damping=pruned.damping, dead=int(shared.dead.sum()))
+    return replace(
+        counted(new),
+        error=max(lost, 0.0) / whole,
+        damping=pruned.damping,
+        dead=int(shared.dead.sum()),
+    )

@@ -17,14 +17,20 @@ from .hessian import energy
 from .masks import PrunedWeight
 
 # %% ../../nbs/pruning/11_robust.ipynb #1658e0c7
-def relative_moments(weights: list[Tensor],  # [d_out, d_in] float32, of linear maps that share an input
-                     moments: list[Tensor]   # [d_in, d_in] float32, the second moment of each group's inputs
-                    ) -> list[Tensor]:       # each so scaled that the dense outputs have mean square 1
+def relative_moments(
+                     # [d_out, d_in] float32, of linear maps that share an input
+                     weights: list[Tensor],
+                     # [d_in, d_in] float32, the second moment of each group's inputs
+                     moments: list[Tensor]
+                    # each so scaled that the dense outputs have mean square 1
+                    ) -> list[Tensor]:
     "Second moments in which every group counts alike."
     dense = [sum(energy(w, h) for w in weights) for h in moments]
     if not all(o > 0 for o in dense):
-        raise CalibPruneError(f"The dense layer's output is zero on group {dense.index(min(dense))} of the "
-                              "calibration text: there is nothing to measure an error against.")
+        raise CalibPruneError(
+            f"The dense layer's output is zero on group {dense.index(min(dense))} of the "
+            "calibration text: there is nothing to measure an error against."
+        )
     return [h / o for h, o in zip(moments, dense, strict=True)]
 
 # %% ../../nbs/pruning/11_robust.ipynb #bfd7be35
@@ -33,14 +39,18 @@ def group_errors(weights: list[Tensor], pruned: list[PrunedWeight],
                ) -> Tensor:            # float64 [groups]
     "The relative error on each group, over all the linear maps together."
     lost = [w - o.weight.float() for w, o in zip(weights, pruned, strict=True)]
-    return torch.tensor([max(sum(energy(w, h) for w in lost), 0.0) for h in moments], dtype=torch.float64)
+    return torch.tensor(
+        [max(sum(energy(w, h) for w in lost), 0.0) for h in moments], dtype=torch.float64
+    )
 
 # %% ../../nbs/pruning/11_robust.ipynb #efb6581a
 def minimax(weights: list[Tensor],   # [d_out, d_in], of linear maps that share an input
-            moments: list[Tensor],   # [d_in, d_in] float32, the second moment of each group's inputs
+            # [d_in, d_in] float32, the second moment of each group's inputs
+            moments: list[Tensor],
             kernel: Callable[[Tensor], list[PrunedWeight]],  # prunes `weights` for a second moment
             rounds: int = 8,         # 1: equal weights
-            rate: float = 2.0        # log of the factor that a group with twice the average error gains
+            # log of the factor that a group with twice the average error gains
+            rate: float = 2.0
            ) -> list[PrunedWeight]:  # `error` is that of the worst group
     "Prune for the mixture of the groups that is best for the worst of them."
     weights = [w.float() for w in weights]

@@ -18,8 +18,15 @@ from ..kernels.compiled import compiled, in_threads
 from ..kernels.tiles import COLS, DEPTH, ROWS, add_tile, flat
 from .factor import Factor, factorise
 from .hessian import energy, exact_float32
-from .masks import (PrunedWeight, as_pattern, block_counts, check_sparsity,
-                                       check_weight, counted, smallest)
+from calib_prune.pruning.masks import (
+                                       PrunedWeight,
+                                       as_pattern,
+                                       block_counts,
+                                       check_sparsity,
+                                       check_weight,
+                                       counted,
+                                       smallest,
+)
 from .sweep import strip_for, sweep_stripe, sweep_torch
 
 # %% ../../nbs/pruning/06_sparsegpt.ipynb #385f8fb0
@@ -28,9 +35,11 @@ def _sweep_blocks(weight: Tensor,     # [d_out, d_in] float32
                   counts: list[int],  # weights to prune in each block
                   pattern: tuple[int, int] | None,
                   sweep: Callable     # of one block, see `sweep_torch`
-                 ) -> tuple[Tensor, float, float]:  # pruned; sums of squares: of the errors e, and of the changes of weights
+                 # pruned; sums of squares: of the errors e, and of the changes of weights
+                 ) -> tuple[Tensor, float, float]:
     "Prune block after block, each after the effect of the blocks before."
-    weight = torch.clone(weight.T, memory_format=torch.contiguous_format)  # one input per row of memory
+    # one input per row of memory
+    weight = torch.clone(weight.T, memory_format=torch.contiguous_format)
     weight[factor.dead] = 0
     change, errors = torch.zeros_like(weight), 0.0
     for n, i in enumerate(range(0, len(weight), factor.block)):
@@ -48,7 +57,8 @@ def _sweep_blocks(weight: Tensor,     # [d_out, d_in] float32
 
 # %% ../../nbs/pruning/06_sparsegpt.ipynb #84f6a870
 @compiled("kernels/tiles.py")
-def _move_and_score(weight, change, carry, row, scale, i, scores, share, shares):  # [stripes, d_in, COLS] twice, flat, …, [block]
+# [stripes, d_in, COLS] twice, flat, …, [block]
+def _move_and_score(weight, change, carry, row, scale, i, scores, share, shares):
     "Move the block of columns from i on by the changes before it; its scores, [block, d_out]."
     stripes, d_in, _ = weight.shape
     block, whole, d_out = len(scale), len(scale) // ROWS * ROWS, scores.shape[1]
@@ -58,14 +68,16 @@ def _move_and_score(weight, change, carry, row, scale, i, scores, share, shares)
             for o in range(COLS): moved[k, o] = w[k, o]
         for k in range(0, i, DEPTH):
             for r in range(i, i + whole, ROWS):
-                add_tile(carry, r * row + k, row, 1, moved.reshape(-1), k * COLS, COLS, w.reshape(-1), r * COLS, COLS,
-                         min(DEPTH, i - k))
+                add_tile(carry, r * row + k, row, 1, moved.reshape(-1), k * COLS, COLS,
+                         w.reshape(-1), r * COLS, COLS, min(DEPTH, i - k))
         for r in range(i + whole, i + block):
             for k in range(i):
                 for o in range(COLS): w[r, o] += carry[r * row + k] * moved[k, o]
         for r in range(block):
-            for o in range(min(COLS, d_out - s * COLS)): scores[r, s * COLS + o] = abs(w[i + r, o]) / scale[r]
+            for o in range(min(COLS, d_out - s * COLS)):
+                scores[r, s * COLS + o] = abs(w[i + r, o]) / scale[r]
 
+# %% ../../nbs/pruning/06_sparsegpt.ipynb #576922bf
 @compiled("kernels/tiles.py", "pruning/sweep.py")
 def _sweep_stripes(weight, change, mask, inverse, i, strip, n, m, squares, share, shares):
     "Sweep the block of columns from i on, and note what changed."
@@ -93,17 +105,22 @@ def _stripes_of(weight: Tensor,  # [d_out, d_in] float32
     padded[:, dead] = 0
     return padded.view(-1, COLS, d_in).transpose(1, 2).contiguous()
 
+# %% ../../nbs/pruning/06_sparsegpt.ipynb #41e09e0e
 def _in_turn(kernels: Sequence[Callable], share: int, shares: int) -> None:
     for o in kernels: o(share, shares)
 
+# %% ../../nbs/pruning/06_sparsegpt.ipynb #fbf9090b
 def _sweep_on_cpu(weight: Tensor,     # [d_out, d_in] float32
-                  factor: Factor, counts: list[int], pattern: tuple[int, int] | None  # see `_sweep_blocks`
-                 ) -> tuple[Tensor, float, float]:  # pruned; sums of squares: of the errors e, and of the changes of weights
+                  # see `_sweep_blocks`
+                  factor: Factor, counts: list[int], pattern: tuple[int, int] | None
+                 # pruned; sums of squares: of the errors e, and of the changes of weights
+                 ) -> tuple[Tensor, float, float]:
     "`_sweep_blocks` by compiled kernels."
     (d_out, d_in), (n, m) = weight.shape, pattern or (0, 0)
     swept = _stripes_of(weight, factor.dead)
     change, squares = torch.zeros_like(swept), np.zeros((len(counts), len(swept)), np.float32)
-    numbers, carry, to_sweep = (swept.numpy(), change.numpy()), (flat(factor.carry), factor.carry.stride(0)), []
+    numbers, carry, to_sweep = (swept.numpy(), change.numpy()), (flat(
+        factor.carry), factor.carry.stride(0)), []
     shares = 1 if weight.numel() < 1 << 14 else None
     for b, i in enumerate(range(0, d_in, factor.block)):
         inverse = factor.inverses[b].numpy()
@@ -113,7 +130,9 @@ def _sweep_on_cpu(weight: Tensor,     # [d_out, d_in] float32
         mask = torch.zeros_like(scores, dtype=torch.bool)
         if not pattern: mask = smallest(scores.view(1, -1), counts[b]).view(scores.shape)
         strip = strip_for(len(inverse), m)
-        to_sweep = [partial(_sweep_stripes, *numbers, mask.numpy(), inverse, i, strip, n, m, squares[b])]
+        to_sweep = [
+            partial(_sweep_stripes, *numbers, mask.numpy(), inverse, i, strip, n, m, squares[b])
+        ]
     in_threads(partial(_in_turn, to_sweep), shares)
     pruned = swept.transpose(1, 2).reshape(-1, d_in)[:d_out]
     return pruned, float(squares.sum(dtype=np.float64)), torch.linalg.vector_norm(change).item()**2
@@ -130,12 +149,15 @@ def _blocks_for(device: torch.device) -> Callable:
 @torch.no_grad()
 def sparsegpt(weight: Tensor,            # [d_out, d_in], any float type; left as it is
               hessian: Tensor,           # [d_in, d_in] second moment of the inputs
-              sparsity: float = 0.6,     # share of weights to prune, in [0, 1); an n:m pattern has its own
+              # share of weights to prune, in [0, 1); an n:m pattern has its own
+              sparsity: float = 0.6,
               pattern: str | tuple[int, int] | None = None,  # "2:4" or (2, 4) keeps 2 of every 4
               block: int = 128,          # columns per block (reference code: 128)
-              damping: float = 0.01,     # share of the mean diagonal added to it (reference code: 0.01)
+              # share of the mean diagonal added to it (reference code: 0.01)
+              damping: float = 0.01,
               factor: Factor | None = None  # of this very Hessian, if it is known already
-             ) -> PrunedWeight:          # exactly floor(sparsity × weights) pruned, in the type of `weight`
+             # exactly floor(sparsity × weights) pruned, in the type of `weight`
+             ) -> PrunedWeight:
     "Prune a layer with SparseGPT."
     check_weight(weight)
     d_out, d_in = weight.shape
@@ -146,12 +168,17 @@ def sparsegpt(weight: Tensor,            # [d_out, d_in], any float type; left a
     hessian = hessian.to(weight.device, torch.float32)
     factor = factor or factorise(hessian, damping, block)
     if not len(hessian) == len(factor.dead) == d_in or factor.block != block:
-        raise CalibPruneError(f"A Hessian of {len(hessian)} inputs and a factor of {len(factor.dead)} in blocks of "
-                              f"{factor.block} do not fit a layer with {d_in} inputs in blocks of {block}.")
+        raise CalibPruneError(
+            f"A Hessian of {len(hessian)} inputs and a factor of {len(factor.dead)} in blocks of "
+            f"{factor.block} do not fit a layer with {d_in} inputs in blocks of {block}."
+        )
     counts = block_counts(sparsity, d_out, d_in, block)
     known = {"damping": factor.damping, "dead": int(factor.dead.sum())}
     if not pattern and not any(counts): return counted(weight.clone(), error=0.0, **known)
-    with exact_float32(): pruned, errors, changes = _blocks_for(weight.device)(weight.float(), factor, counts, pattern)
+    with exact_float32():
+        pruned, errors, changes = _blocks_for(weight.device)(
+            weight.float(), factor, counts, pattern
+        )
     dense = energy(weight.float(), hessian)
     error = max(errors - factor.ridge * changes, 0.0) / dense if dense > 0 else 0.0
     return counted(pruned.to(weight.dtype).contiguous(), error=error, **known)

@@ -15,7 +15,9 @@ from ..kernels.tiles import COLS, ROWS, subtract_tile
 from .masks import smallest_of_groups
 
 # %% ../../nbs/pruning/04_sweep.ipynb #bcd3a925
-def sweep_torch(weight: Tensor,     # [block, d_out]: a block of the transposed weight; pruned in place
+def sweep_torch(
+                # [block, d_out]: a block of the transposed weight; pruned in place
+                weight: Tensor,
                 mask: Tensor,       # bool [block, d_out]: what to prune; for n:m filled in here
                 inverse: Tensor,    # [block, block]: U_bb
                 pattern: tuple[int, int] | None = None
@@ -38,7 +40,8 @@ STRIP = 8  # columns (ours): what follows a strip is a product, so strips are sh
 
 @compiled("kernels/tiles.py")
 def _mark_groups(w, top, m, n, inverse, scores, gone):
-    "For the group of m columns from `top` on, mark the m - n smallest scores of each output; of equal ones, the first."
+    """For the group of m columns from `top` on, mark the m - n smallest scores of each output; of
+    equal ones, the first."""
     for a in range(m):
         for o in range(COLS): scores[a, o] = abs(w[top + a, o]) / inverse[top + a, top + a]
     for a in range(m):
@@ -49,6 +52,7 @@ def _mark_groups(w, top, m, n, inverse, scores, gone):
                 rank += other < own or (other == own and b < a)
             gone[top + a, o] = rank < m - n
 
+# %% ../../nbs/pruning/04_sweep.ipynb #7792850b
 @compiled("kernels/tiles.py")
 def _sweep_strip(w, gone, e, total, inverse, i, j, n, m, scores):
     "Columns i to j in turn, each compensated by those after it in the strip."
@@ -69,16 +73,18 @@ def _compensate(w, e, inverse, i, j):
     block = len(inverse)
     whole = j + (block - j) // ROWS * ROWS
     for later in range(j, whole, ROWS):
-        subtract_tile(inverse.reshape(-1), i * block + later, 1, block, e.reshape(-1), 0, COLS, w.reshape(-1), later * COLS,
-                      COLS, j - i)
+        subtract_tile(inverse.reshape(-1), i * block + later, 1, block, e.reshape(-1), 0, COLS,
+                      w.reshape(-1), later * COLS, COLS, j - i)
     for later in range(whole, block):
         for k in range(i, j):
             for o in range(COLS): w[later, o] -= e[k - i, o] * inverse[k, later]
 
 # %% ../../nbs/pruning/04_sweep.ipynb #bbe1eb83
 @compiled("kernels/tiles.py", "pruning/sweep.py")
-def sweep_stripe(w, gone, inverse, strip, n, m, e, total, scores):  # w and gone: [block, COLS], contiguous; gone: 1 where pruned
-    "`sweep_torch` of a stripe of outputs. The squared errors of each are in `total`; `e` and `scores` are room to work in."
+# w and gone: [block, COLS], contiguous; gone: 1 where pruned
+def sweep_stripe(w, gone, inverse, strip, n, m, e, total, scores):
+    """`sweep_torch` of a stripe of outputs. The squared errors of each are in `total`; `e` and
+    `scores` are room to work in."""
     block = len(w)
     total[:] = 0
     for i in range(0, block, strip):
@@ -88,14 +94,17 @@ def sweep_stripe(w, gone, inverse, strip, n, m, e, total, scores):  # w and gone
     for k in range(block):
         for o in range(COLS): w[k, o] *= 1 - gone[k, o]
 
+# %% ../../nbs/pruning/04_sweep.ipynb #96d89eef
 @compiled("kernels/tiles.py", "pruning/sweep.py")
-def _sweep(weight, mask, inverse, strip, n, m, squares):  # see `sweep_torch`; m is 0 without a pattern
+# see `sweep_torch`; m is 0 without a pattern
+def _sweep(weight, mask, inverse, strip, n, m, squares):
     block, d_out = weight.shape
     w, gone = np.zeros((block, COLS), np.float32), np.zeros((block, COLS), np.float32)
     e, total = np.zeros((strip, COLS), np.float32), np.zeros(COLS, np.float32)
     scores = np.zeros((max(m, 1), COLS), np.float32)
     for start in range(0, d_out, COLS):
-        size = min(COLS, d_out - start)  # what lies beyond the last output is left over from the stripe before
+        # what lies beyond the last output is left over from the stripe before
+        size = min(COLS, d_out - start)
         w[:, :size] = weight[:, start:start + size]
         gone[:, :size] = mask[:, start:start + size]
         sweep_stripe(w, gone, inverse, strip, n, m, e, total, scores)
@@ -109,6 +118,7 @@ def strip_for(block: int, m: int  # of an n:m pattern, or 0
     "How many columns a strip has: no strip may split a group."
     return block if m and STRIP % m else STRIP
 
+# %% ../../nbs/pruning/04_sweep.ipynb #ca4b3652
 def sweep_compiled(weight: Tensor, mask: Tensor, inverse: Tensor,  # see `sweep_torch`; contiguous
                    pattern: tuple[int, int] | None = None) -> float:
     "`sweep_torch` for tensors on the CPU."

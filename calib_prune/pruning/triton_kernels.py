@@ -29,15 +29,19 @@ def runs_on(device: str | torch.device) -> bool:
     interpreted = not isinstance(tl.sum, triton.runtime.JITFunction)
     return torch.device(device).type in (("cuda", "cpu") if interpreted else ("cuda",))
 
+# %% ../../nbs/pruning/05_triton_kernels.ipynb #968021b0
 def _check_device(weight: Tensor) -> None:
     if not runs_on(weight.device):
-        raise CalibPruneError(f"The Triton kernels cannot run on {weight.device} here: they need Triton and a CUDA device, or "
-                              "TRITON_INTERPRET=1 in the environment before Python starts.")
+        raise CalibPruneError(
+            f"The Triton kernels cannot run on {weight.device} here: they need Triton and a CUDA"
+            " device, or TRITON_INTERPRET=1 in the environment before Python starts."
+        )
 
 # %% ../../nbs/pruning/05_triton_kernels.ipynb #fd24fcb2
 @_jit
 def _drops(scores,  # [GROUP, T]: T groups side by side, one in each column
-           N: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr):  # GROUP: the power of two that holds m
+           # GROUP: the power of two that holds m
+           N: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr):
     place = tl.arange(0, GROUP)[:, None]
     rank = tl.zeros(scores.shape, tl.int32)
     for other in range(M):
@@ -46,16 +50,22 @@ def _drops(scores,  # [GROUP, T]: T groups side by side, one in each column
     return rank < M - N
 
 # %% ../../nbs/pruning/05_triton_kernels.ipynb #1fb900e2
-FUSE = {"enable_fp_fusion": True}  # as the CPU sweep; explicit, because Triton's default is about to change
+# as the CPU sweep; explicit, because Triton's default is about to change
+FUSE = {"enable_fp_fusion": True}
 
 @_jit
 def _sweep(weight, mask, inverse, squares, columns, d_out,
-           N: tl.constexpr, M: tl.constexpr,              # the pattern; M is 0 where `mask` is given
-           STEP: tl.constexpr, GROUP: tl.constexpr,       # columns whose mask is chosen together; its power of two
-           COLUMNS: tl.constexpr, ROWS: tl.constexpr):    # the tile: a power of two that holds `columns`, and outputs
+           # the pattern; M is 0 where `mask` is given
+           N: tl.constexpr, M: tl.constexpr,
+           # columns whose mask is chosen together; its power of two
+           STEP: tl.constexpr, GROUP: tl.constexpr,
+           # the tile: a power of two that holds `columns`, and outputs
+           COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c, place, inside = tl.arange(0, COLUMNS), tl.arange(0, GROUP), o < d_out
-    w = tl.load(weight + c[:, None] * d_out + o[None, :], mask=(c < columns)[:, None] & inside[None, :], other=0.0)
+    w = tl.load(weight + c[:, None] * d_out + o[None, :],
+                mask=(c < columns)[:, None] & inside[None, :],
+                other=0.0)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, columns, STEP):
         if M > 0:
@@ -80,7 +90,9 @@ def _sweep(weight, mask, inverse, squares, columns, d_out,
     tl.store(squares + o, total, mask=inside)
 
 # %% ../../nbs/pruning/05_triton_kernels.ipynb #df6b82d0
-def sweep_triton(weight: Tensor,     # [block, d_out] float32: a block of the transposed weight; pruned in place
+def sweep_triton(
+                 # [block, d_out] float32: a block of the transposed weight; pruned in place
+                 weight: Tensor,
                  mask: Tensor,       # bool [block, d_out]: what to prune; for n:m filled in here
                  inverse: Tensor,    # [block, block] float32: U_bb
                  pattern: tuple[int, int] | None = None
@@ -93,7 +105,8 @@ def sweep_triton(weight: Tensor,     # [block, d_out] float32: a block of the tr
     rows = max(1, min(16, 2048 // width))
     w, chosen = weight.contiguous(), mask.contiguous()
     squares = torch.empty(d_out, device=weight.device)
-    with torch.cuda.device_of(weight):  # Triton launches on the current device, whatever its arguments say
+    # Triton launches on the current device, whatever its arguments say
+    with torch.cuda.device_of(weight):
         _sweep[(triton.cdiv(d_out, rows),)](
             w, chosen.view(torch.uint8), inverse.contiguous(), squares, columns, d_out,
             n, m, m or 1, triton.next_power_of_2(m or 1), width, rows, num_warps=1, **FUSE)
@@ -108,7 +121,8 @@ def _smallest_of_row(weight, norms, mask, k, d_in, COLUMNS: tl.constexpr):
     inside = c < d_in
     size = tl.abs(tl.load(weight + row + c, mask=inside, other=0.0).to(tl.float32))
     score = size * tl.load(norms + c, mask=inside, other=0.0)
-    bits = tl.where(inside, score.to(tl.int32, bitcast=True), 0x7FFFFFFF)  # padding is above infinity
+    # padding is above infinity
+    bits = tl.where(inside, score.to(tl.int32, bitcast=True), 0x7FFFFFFF)
     kth = tl.full([], 0, tl.int32)
     for n in range(31):
         higher = kth | (1 << (30 - n))
@@ -126,7 +140,9 @@ def _smallest_of_groups(weight, norms, mask, groups, per_row,
     inside = (place < M)[:, None] & (g < groups)[None, :]
     at = g[None, :] * M + place[:, None]
     size = tl.abs(tl.load(weight + at, mask=inside, other=0.0).to(tl.float32))
-    scores = size * tl.load(norms + (g % per_row)[None, :] * M + place[:, None], mask=inside, other=0.0)
+    scores = size * tl.load(
+        norms + (g % per_row)[None, :] * M + place[:, None], mask=inside, other=0.0
+    )
     tl.store(mask + at, _drops(scores, N, M, GROUP).to(tl.uint8), mask=inside)
 
 # %% ../../nbs/pruning/05_triton_kernels.ipynb #cfb6f3e8

@@ -17,30 +17,55 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core import CalibPruneError, check_number
+from ..kernels.matmul import fast_products
+from ..kernels.memory import reused_memory
 from ..model.attention import fast_attention
 from ..model.fused import fused_layers
 from ..model.loading import as_device, check_tokens
-from ..kernels.matmul import fast_products
-from ..kernels.memory import reused_memory
 from ..progress import ProgressFn
 from .allocation import outlier_shares, spread_out
 from .checkpoint import Checkpoint, LinearReport
-from .hessian import SecondMoment
 from .experts import one_by_one
-from .layers import (Call, capture, changed_calls, check_layers, decoder_layers, get_weight,
-                                        measure_layer, prunable, share_groups)
-from .methods import (METHODS, STEP_VERSIONS, Recipe, check_allocation, check_method, check_reconstruct,
-                                         check_refine, solve_all)
-from .reconstruction import check_memory, reconstruct as train, targets
+from .hessian import SecondMoment
+from calib_prune.pruning.layers import (
+                                        Call,
+                                        capture,
+                                        changed_calls,
+                                        check_layers,
+                                        decoder_layers,
+                                        get_weight,
+                                        measure_layer,
+                                        prunable,
+                                        share_groups,
+)
+from calib_prune.pruning.methods import (
+                                        METHODS,
+                                        STEP_VERSIONS,
+                                        Recipe,
+                                        check_allocation,
+                                        check_method,
+                                        check_reconstruct,
+                                        check_refine,
+                                        solve_all,
+)
+from .reconstruction import check_memory, targets
+from .reconstruction import reconstruct as train
 
 # %% ../../nbs/pruning/18_walk.ipynb #653364bc
-def prune_layer(index: int, layer: nn.Module,
-                shared: list[list[str]],                 # names of linears that share an input
-                moments: list[dict[str, SecondMoment]],  # of each group of windows
-                all_tokens: set[str],                    # linears whose statistics are of all tokens of their block
-                sparsity: float,
-                method: str, pattern: tuple[int, int] | None, block: int, damping: float, refine: int
-               ) -> list[LinearReport]:
+def prune_layer(
+    index: int,
+    layer: nn.Module,
+    shared: list[list[str]],  # names of linears that share an input
+    moments: list[dict[str, SecondMoment]],  # of each group of windows
+    # linears whose statistics are of all tokens of their block
+    all_tokens: set[str],
+    sparsity: float,
+    method: str,
+    pattern: tuple[int, int] | None,
+    block: int,
+    damping: float,
+    refine: int,
+) -> list[LinearReport]:
     "Prune the linears of one layer in place."
     linears, reports = prunable(layer), []
     weights = {group[0]: [get_weight(linears[name]) for name in group] for group in shared}
@@ -50,7 +75,9 @@ def prune_layer(index: int, layer: nn.Module,
     found = solve_all(method, problems, sparsity, pattern, block, damping, refine=refine)
     for first, *others in shared:
         n_tokens = sum(o[first].n_tokens for o in moments)
-        for name, weight, new in zip((first, *others), weights[first], found[title[first]], strict=True):
+        for name, weight, new in zip(
+            (first, *others), weights[first], found[title[first]], strict=True
+        ):
             weight.copy_(new.weight)
             d_out, d_in = weight.shape
             reports.append(LinearReport(index, name, d_out, d_in, n_tokens,
@@ -65,13 +92,17 @@ def check_sizes(batch_tokens: int, block: int, damping: float) -> None:
     check_number("block", block, 1, 2**40, whole=True)
     check_number("damping", damping, 0, 1)
 
+# %% ../../nbs/pruning/18_walk.ipynb #573781a8
 def check_groups(method: str, groups: Sequence[str] | None, windows: int) -> None:
     "Refuse windows that do not say which group they belong to, where the method has to know."
     if not METHODS[method].by_group: return
     if groups is None or len(groups) != windows or not all(groups) or len(set(groups)) < 2:
-        raise CalibPruneError(f"Method {method} weighs the groups of a calibration set against each other: each of the "
-                              f"{windows} windows has to belong to one of at least two dimensions, or to one of at least "
-                              "two files of your own. Calibrate on a mix such as uniform-dimensions, or use sparsegpt.")
+        raise CalibPruneError(
+            f"Method {method} weighs the groups of a calibration set against each other: each of"
+            f" the {windows} windows has to belong to one of at least two dimensions, or to one of"
+            " at least two files of your own. Calibrate on a mix such as uniform-dimensions, or"
+            " use sparsegpt."
+        )
 
 # %% ../../nbs/pruning/18_walk.ipynb #39d786ef
 def split(tokens: torch.Tensor,  # int64 [N, L]
@@ -87,8 +118,9 @@ def split(tokens: torch.Tensor,  # int64 [N, L]
     return batches, where
 
 # %% ../../nbs/pruning/18_walk.ipynb #babe574a
-def _reconstructed(index: int, layer: nn.Module, calls: list[Call], hidden: list[torch.Tensor], wanted: list[torch.Tensor],
-                   passes: int, reports: list[LinearReport]) -> list[LinearReport]:
+def _reconstructed(index: int, layer: nn.Module, calls: list[Call], hidden: list[torch.Tensor],
+                   wanted: list[torch.Tensor], passes: int,
+                   reports: list[LinearReport]) -> list[LinearReport]:
     "Train what a layer has kept, and note how well it answers then."
     check_memory(layer, calls, hidden)
     done = train(layer, calls, hidden, wanted, passes, name=f"Layer {index}")
@@ -111,20 +143,27 @@ class _Windows:
     def measure(self, layer: nn.Module, here: list[Call], shared: list[list[str]]
                ) -> tuple[list[dict[str, SecondMoment]], set[str]]:
         "`measure_layer` for each group of windows."
-        inputs = [([here[k] for k in mine], [self.hidden[k] for k in mine]) for mine in self.where.values()]
+        inputs = [
+            ([here[k] for k in mine], [self.hidden[k] for k in mine])
+            for mine in self.where.values()
+        ]
         with fast_products(same_weights=True): return measure_layer(layer, inputs, shared)
 
     def go_on(self, layer: nn.Module, here: list[Call]) -> None:
-        "Pass through a layer. Hidden states stay where they lie in memory: new places would leave holes."
+        """Pass through a layer. Hidden states stay where they lie in memory: new places would leave
+        holes."""
         with fast_products(same_weights=True):
-            for x, call in zip(self.hidden, here, strict=True): x.copy_(call(layer, x.to(self.work)))
+            for x, call in zip(self.hidden, here, strict=True):
+                x.copy_(call(layer, x.to(self.work)))
 
 # %% ../../nbs/pruning/18_walk.ipynb #f6deabed
 def _own(layer: nn.Module) -> None:
     "Give a layer's parameters memory of their own."
     for p in layer.parameters(): p.data = p.data.clone()
 
-def _put_away(index: int, layer: nn.Module, done: list[LinearReport], home: torch.device, saved: Checkpoint | None) -> None:
+# %% ../../nbs/pruning/18_walk.ipynb #76f5af1e
+def _put_away(index: int, layer: nn.Module, done: list[LinearReport], home: torch.device,
+              saved: Checkpoint | None) -> None:
     "Keep a finished layer; it goes to where the model lies, or to disk where that is the CPU."
     if saved and not saved.has(index): saved.save(index, layer, done)
     if saved and home.type == "cpu": saved.lay_down(index, layer)
@@ -140,7 +179,8 @@ def _walk(model: PreTrainedModel, windows: _Windows,
          ) -> list[LinearReport]:
     "Prune layer after layer, each with the inputs that come out of the layers before it."
     layers, home = decoder_layers(model), model.device
-    shared: dict[tuple, list[list[str]]] = {}  # by the make-up of a layer: its linears with a common input
+    # by the make-up of a layer: its linears with a common input
+    shared: dict[tuple, list[list[str]]] = {}
     reports: list[LinearReport] = []
     for i, layer in enumerate(layers):
         if progress: progress("pruning", i, len(layers))
@@ -150,11 +190,15 @@ def _walk(model: PreTrainedModel, windows: _Windows,
         with one_by_one(layer):
             if not done:
                 make = (type(layer), *prunable(layer))
-                if make not in shared: shared[make] = share_groups(layer, here[0], windows.hidden[0].to(windows.work))
+                if make not in shared:
+                    shared[make] = share_groups(layer, here[0], windows.hidden[0].to(windows.work))
                 moments, all_tokens = windows.measure(layer, here, shared[make])
                 wanted = targets(layer, here, windows.hidden) if passes else []
-                done = prune_layer(i, layer, shared[make], moments, all_tokens, sparsity=sparsities[i], **how)
-                if passes: done = _reconstructed(i, layer, here, windows.hidden, wanted, passes, done)
+                done = prune_layer(
+                    i, layer, shared[make], moments, all_tokens, sparsity=sparsities[i], **how
+                )
+                if passes:
+                    done = _reconstructed(i, layer, here, windows.hidden, wanted, passes, done)
                 del wanted
             if i + 1 < len(layers): windows.go_on(layer, here)
         reports += done
@@ -163,14 +207,19 @@ def _walk(model: PreTrainedModel, windows: _Windows,
     return reports
 
 # %% ../../nbs/pruning/18_walk.ipynb #cdbb019a
-def _sparsities(model: PreTrainedModel, windows: _Windows, sparsity: float, allocation: str) -> list[float]:
+def _sparsities(
+    model: PreTrainedModel, windows: _Windows, sparsity: float, allocation: str
+) -> list[float]:
     "The sparsity of each layer."
     layers = decoder_layers(model)
     if allocation == "uniform": return [sparsity] * len(layers)
     sizes = []
     for layer in layers:
-        with one_by_one(layer): sizes.append(sum(m.weight.numel() for m in prunable(layer).values()))
-    return spread_out(sparsity, outlier_shares(model, windows.hidden, windows.calls, windows.ready), sizes)
+        with one_by_one(layer):
+            sizes.append(sum(m.weight.numel() for m in prunable(layer).values()))
+    return spread_out(
+        sparsity, outlier_shares(model, windows.hidden, windows.calls, windows.ready), sizes
+    )
 
 # %% ../../nbs/pruning/18_walk.ipynb #1d4c0731
 @torch.no_grad()
@@ -182,16 +231,24 @@ def prune(model: PreTrainedModel,              # pruned in place
           method: str = "sparsegpt",           # see `METHODS`
           sparsity: float = 0.6,               # in [0, 1); ignored where a pattern is given
           pattern: tuple[int, int] | None = None,  # n:m keeps n of every m weights along the input
-          allocation: str = "uniform",         # of the sparsity over layers: see `ALLOCATIONS` (`pruning/17_allocation`)
+          # of the sparsity over layers: see `ALLOCATIONS` (`pruning/17_allocation`)
+          allocation: str = "uniform",
           block: int = 128,                    # SparseGPT's block of columns
-          damping: float = 0.01,               # added to the diagonal, as a fraction of its mean (SparseGPT, section 3)
-          refine: int = 0,                     # conjugate-gradient steps on the weights that stay (`pruning/08_refine`)
-          reconstruct: int = 0,                # passes of training the kept weights of each layer (`pruning/16_reconstruction`)
-          batch_tokens: int = 2048,            # tokens that pass through a layer at a time; with `reconstruct` one window
-          device: str | torch.device | None = None,  # where layers work; default: where the model is
+          # added to the diagonal, as a fraction of its mean (SparseGPT, section 3)
+          damping: float = 0.01,
+          # conjugate-gradient steps on the weights that stay (`pruning/08_refine`)
+          refine: int = 0,
+          # passes of training the kept weights of each layer (`pruning/16_reconstruction`)
+          reconstruct: int = 0,
+          # tokens that pass through a layer at a time; with `reconstruct` one window
+          batch_tokens: int = 2048,
+          # where layers work; default: where the model is
+          device: str | torch.device | None = None,
           offload: bool = False,               # keep the windows' activations on the CPU
-          checkpoint: str | Path | None = None,  # folder for finished layers: the same call again goes on from them
-          groups: Sequence[str] | None = None,  # of each window, such as its dimension; for methods that work by group
+          # folder for finished layers: the same call again goes on from them
+          checkpoint: str | Path | None = None,
+          # of each window, such as its dimension; for methods that work by group
+          groups: Sequence[str] | None = None,
           progress: ProgressFn | None = None   # called as progress("pruning", layers done, layers)
          ) -> pd.DataFrame:                    # one row per linear: see `LinearReport`
     "Prune every linear map of every decoder layer, sequentially."
@@ -205,12 +262,27 @@ def prune(model: PreTrainedModel,              # pruned in place
     check_sizes(batch_tokens, block, damping)
     groups = [*groups] if groups is not None and METHODS[method].by_group else [""] * len(tokens)
     work = as_device(str(device)) if device else model.device
-    how = dict(method=method, pattern=pattern and list(pattern), block=block, damping=damping, refine=refine)
+    how = dict(
+        method=method,
+        pattern=pattern and list(pattern),
+        block=block,
+        damping=damping,
+        refine=refine,
+    )
     steps = {k: STEP_VERSIONS[k] for k in Recipe(method, refine, reconstruct, allocation).extras}
-    about = dict(version=METHODS[method].version, steps=steps, sparsity=sparsity, allocation=allocation, reconstruct=reconstruct,
-                 batch_tokens=batch_tokens, device=work.type, groups=groups)
+    about = dict(
+        version=METHODS[method].version,
+        steps=steps,
+        sparsity=sparsity,
+        allocation=allocation,
+        reconstruct=reconstruct,
+        batch_tokens=batch_tokens,
+        device=work.type,
+        groups=groups,
+    )
     with Checkpoint.of(checkpoint, model, tokens, how | about) as saved, fused_layers(model):
-        size = 1 if reconstruct else max(1, batch_tokens // tokens.shape[1])  # training takes one step per window
+        # training takes one step per window
+        size = 1 if reconstruct else max(1, batch_tokens // tokens.shape[1])
         batches, where = split(tokens, size, groups)
         hidden, calls = capture(model, batches)
         windows = _Windows([x.to("cpu" if offload else work) for x in hidden], calls, where, work)

@@ -11,8 +11,16 @@ from torch import Tensor
 
 from ..core import share
 from .hessian import energy
-from .masks import (PrunedWeight, as_pattern, check_hessian, check_sparsity,
-                                       check_weight, counted, smallest, smallest_of_groups)
+from calib_prune.pruning.masks import (
+                                       PrunedWeight,
+                                       as_pattern,
+                                       check_hessian,
+                                       check_sparsity,
+                                       check_weight,
+                                       counted,
+                                       smallest,
+                                       smallest_of_groups,
+)
 
 # %% ../../nbs/pruning/07_wanda.ipynb #f051e59c
 def _masked(weight: Tensor,          # [d_out, d_in]
@@ -29,7 +37,8 @@ def _masked(weight: Tensor,          # [d_out, d_in]
 
 # %% ../../nbs/pruning/07_wanda.ipynb #38d4360a
 def _wanda_mask(weight: Tensor, norms: Tensor, k: int, pattern: tuple[int, int] | None) -> Tensor:
-    "What to prune, by weight times norm: exact counts; of equal scores, those with the lowest index."
+    """What to prune, by weight times norm: exact counts; of equal scores, those with the lowest
+    index."""
     if weight.device.type == "cuda":
         # Imported here: Triton takes a while to import, and only a GPU needs it.
         from calib_prune.pruning.triton_kernels import runs_on, wanda_mask_triton
@@ -41,9 +50,11 @@ def _wanda_mask(weight: Tensor, norms: Tensor, k: int, pattern: tuple[int, int] 
 @torch.no_grad()
 def wanda(weight: Tensor,         # [d_out, d_in], any float type; left as it is
           hessian: Tensor,        # [d_in, d_in] second moment of the inputs; its diagonal decides
-          sparsity: float = 0.6,  # share of each row to prune, in [0, 1); an n:m pattern has its own
+          # share of each row to prune, in [0, 1); an n:m pattern has its own
+          sparsity: float = 0.6,
           pattern: str | tuple[int, int] | None = None  # "2:4" or (2, 4) keeps 2 of every 4
-         ) -> PrunedWeight:       # floor(sparsity × d_in) pruned in each row, in the type of `weight`
+         # floor(sparsity × d_in) pruned in each row, in the type of `weight`
+         ) -> PrunedWeight:
     "Prune a layer with Wanda."
     check_weight(weight)
     d_in = weight.shape[1]
@@ -57,9 +68,11 @@ def wanda(weight: Tensor,         # [d_out, d_in], any float type; left as it is
 @torch.no_grad()
 def magnitude(weight: Tensor,                 # [d_out, d_in], any float type; left as it is
               hessian: Tensor | None = None,  # only to report the error
-              sparsity: float = 0.6,          # share of weights to prune, in [0, 1); an n:m pattern has its own
+              # share of weights to prune, in [0, 1); an n:m pattern has its own
+              sparsity: float = 0.6,
               pattern: str | tuple[int, int] | None = None  # "2:4" or (2, 4) keeps 2 of every 4
-             ) -> PrunedWeight:               # exactly floor(sparsity × weights) pruned, in the type of `weight`
+             # exactly floor(sparsity × weights) pruned, in the type of `weight`
+             ) -> PrunedWeight:
     "Prune the smallest weights of a layer."
     check_weight(weight)
     d_in = weight.shape[1]

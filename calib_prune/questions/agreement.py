@@ -17,16 +17,30 @@ import pandas as pd
 from ..core import DIMENSIONS, CalibPruneError
 from ..evaluation.measures import MEASURES
 from .claims import LEDGER, study_ledger
-from ..statistics.comparison import stacked
-from .estimates import (CHECKS, CORRELATIONS, MODEL, Levels, NOT, OPPOSITE, PRESET, SIGN, SIZE, UNCLEAR, YET,
-                                          verdict)
+from calib_prune.questions.estimates import (
+    CHECKS,
+    CORRELATIONS,
+    MODEL,
+    NOT,
+    OPPOSITE,
+    PRESET,
+    SIGN,
+    SIZE,
+    UNCLEAR,
+    YET,
+    Levels,
+    verdict,
+)
 from .resolution import QUICK, resolution_rows
+from ..statistics.comparison import stacked
 from ..statistics.selection import measured
 from ..study.results import Result
 
 # %% ../../nbs/questions/12_agreement.ipynb #9b44c74e
-_OWN = {"C5 c4": ("General", "Code"), "C5 math": ("Math", "General"), "C8": ("Code",), "C8 same unit": ("Code", "Commonsense"),
-        "O3 c4": ("General", "Commonsense", "Math"), "O3 best": ("General", "Commonsense", "Math")}
+_OWN = {
+    "C5 c4": ("General", "Code"), "C5 math": ("Math", "General"), "C8": ("Code", ),
+    "C8 same unit": ("Code", "Commonsense"), "O3 c4": ("General", "Commonsense", "Math"),
+    "O3 best": ("General", "Commonsense", "Math")}
 
 def dimensions_of(check: str  # a key of `CHECKS`
                  ) -> tuple[str, ...]:
@@ -36,6 +50,7 @@ def dimensions_of(check: str  # a key of `CHECKS`
     if check.startswith("C4"): return tuple(dict.fromkeys(o[2] for o in CORRELATIONS.values()))
     return _OWN.get(check, DIMENSIONS)
 
+# %% ../../nbs/questions/12_agreement.ipynb #a99a86d2
 def methods_of(check: str) -> tuple[str, ...]:
     "The pruning methods that a check compares."
     if check.startswith("C4"): return tuple(dict.fromkeys(o[1] for o in CORRELATIONS.values()))
@@ -53,15 +68,23 @@ def _can_tell(preset: dict[str, Any], study: dict[str, Result], n_boot: int | No
     known = set() if resolved is None else set(resolved["method"].dropna())
     for method in dict.fromkeys(o for check in CHECKS for o in methods_of(check)):
         if method not in known:
-            found.append(resolution_rows(preset, study, min(QUICK, n_boot or QUICK), method).assign(method=method))
+            found.append(
+                resolution_rows(preset, study, min(QUICK, n_boot or QUICK), method).assign(
+                    method=method
+                )
+            )
     return pd.concat(found).set_index(["method", "measure", "dimension"])["can_tell"].to_dict()
 
-def ledgers(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame,  # as in `claims.study_ledger`
+# %% ../../nbs/questions/12_agreement.ipynb #f54f5029
+def ledgers(
+            # as in `claims.study_ledger`
+            preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame,
             n_boot: int | None = None, n_perm: int = 19999, complete: bool = True,
             known: Mapping[str, pd.DataFrame] = {},  # measure → its ledger, if it has been made
             resolved: pd.DataFrame | None = None     # from `resolution_rows`, if known
            ) -> pd.DataFrame:  # columns `LEDGERS`
-    "The ledger under every measure that the rows hold; `tells`: whether it is to be believed in the check's dimensions."
+    """The ledger under every measure that the rows hold; `tells`: whether it is to be believed in
+    the check's dimensions."""
     told, tables = _can_tell(preset, study, n_boot, resolved), []
     for name in MEASURES:
         table = known.get(name)
@@ -69,21 +92,31 @@ def ledgers(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFr
             try: whole = measured(preset, study, n_boot, measure=name)
             except CalibPruneError: continue
             table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete)
-        tells = [all(told.get((m, name, d), False) for m in methods_of(check) for d in dimensions_of(check)) for check in CHECKS]
+        tells = [
+            all(
+                told.get((m, name, d), False) for m in methods_of(check)
+                for d in dimensions_of(check)) for check in CHECKS]
         tables.append(table.assign(measure=name, tells=tells, complete=complete, name=list(CHECKS)))
     return stacked(tables, LEDGERS).reindex(columns=LEDGERS)
 
 # %% ../../nbs/questions/12_agreement.ipynb #9ba10f13
-ROBUST, ONE, NONE, DEPENDS = "robust", "one measure can tell", "no measure can tell", "depends on the measure"
+ROBUST, ONE, NONE, DEPENDS = (
+    "robust",
+    "one measure can tell",
+    "no measure can tell",
+    "depends on the measure",
+)
 PARTLY, OPEN, UNTESTED = "inconclusive by some", "inconclusive by all that can tell", "not tested"
 
 def _direction(row: Any  # of `ledgers`
               ) -> str:
     "The verdict as far as the sign goes, because sizes differ from measure to measure."
     check, ends = CHECKS[row["name"]], (row["ci_low"], row["ci_high"])
-    judged = row["verdict"] if check.unit == "count" or any(map(math.isnan, ends)) else verdict(*ends, None, check.sign)
+    judged = row["verdict"] if check.unit == "count" or any(map(math.isnan, ends)) else verdict(
+        *ends, None, check.sign)
     return "reproduced" if judged in (SIZE, SIGN) else judged
 
+# %% ../../nbs/questions/12_agreement.ipynb #28b58ab4
 def _kind(judged: list[str]  # from `_direction`, of rows that can tell
          ) -> str:
     "Whether they agree; the verdict itself if there is one alone."
@@ -91,12 +124,14 @@ def _kind(judged: list[str]  # from `_direction`, of rows that can tell
     if len(kinds) < 2: return next(iter(kinds), NONE)
     return DEPENDS if {"reproduced", NOT} <= kinds else PARTLY
 
+# %% ../../nbs/questions/12_agreement.ipynb #31bfa6af
 def _told(mine: pd.DataFrame  # of one check, from `ledgers`
          ) -> tuple[int, list[str]]:
     "How many rows are tested, and which way those point that can tell."
     tested = mine[~mine["verdict"].isin([PRESET, MODEL, YET])]
     return len(tested), [_direction(o) for _, o in tested[tested["tells"]].iterrows()]
 
+# %% ../../nbs/questions/12_agreement.ipynb #a02bff2f
 def _agrees(mine: pd.DataFrame) -> str:
     "Whether the rows of a check agree."
     tested, judged = _told(mine)
@@ -105,16 +140,26 @@ def _agrees(mine: pd.DataFrame) -> str:
     kind = _kind(judged)
     return {UNCLEAR: OPEN, "reproduced": ROBUST, NOT: ROBUST}.get(kind, kind)
 
+# %% ../../nbs/questions/12_agreement.ipynb #06d002db
 def agreement(table: pd.DataFrame  # from `ledgers`
-             ) -> pd.DataFrame:    # one row per check: claim, check, a verdict per measure, agreement
+             # one row per check: claim, check, a verdict per measure, agreement
+             ) -> pd.DataFrame:
     "Every check with its verdict under each measure, and whether they agree."
     rows = []
     for _, mine in table.groupby("name", sort=False):
         agrees = _agrees(mine)
-        verdicts = {MEASURES[o.measure].label: o.verdict if o.tells else "cannot tell" for o in mine.itertuples()}
-        rows.append(dict(claim=mine["claim"].iloc[0], check=mine["check"].iloc[0], **verdicts, agreement=agrees))
+        verdicts = {
+            MEASURES[o.measure].label: o.verdict if o.tells else "cannot tell"
+            for o in mine.itertuples()
+        }
+        rows.append(
+            dict(claim=mine["claim"].iloc[0],
+                 check=mine["check"].iloc[0],
+                 **verdicts,
+                 agreement=agrees))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/questions/12_agreement.ipynb #1414f6b5
 def agreement_note(table: pd.DataFrame  # from `agreement`
                   ) -> str:
     "How many checks are robust."
@@ -122,7 +167,11 @@ def agreement_note(table: pd.DataFrame  # from `agreement`
     return "; ".join(f"{n} of {len(table)} checks: {kind}" for kind, n in counts.items()) + "."
 
 # %% ../../nbs/questions/12_agreement.ipynb #cf90bce8
-TOGETHER = {DEPENDS: "depends on the model, its sparsity or the measure", ONE: "one can tell", NONE: "none can tell"}
+TOGETHER = {
+    DEPENDS: "depends on the model, its sparsity or the measure",
+    ONE: "one can tell",
+    NONE: "none can tell",
+}
 
 def _said(mine: pd.DataFrame  # of one check and model, from `ledgers`
          ) -> str:
@@ -130,25 +179,34 @@ def _said(mine: pd.DataFrame  # of one check and model, from `ledgers`
     tested, judged = _told(mine)
     return _kind(judged) if tested else UNTESTED
 
+# %% ../../nbs/questions/12_agreement.ipynb #7b885975
 def model_agreement(tables: Mapping[str, pd.DataFrame]  # model → its `ledgers`
-                   ) -> pd.DataFrame:  # one row per check: claim, check, a verdict per model, agreement
+                   # one row per check: claim, check, a verdict per model, agreement
+                   ) -> pd.DataFrame:
     "Every check with its verdict on each model, and whether all that can tell agree."
     every, rows = pd.concat([o.assign(model=model) for model, o in tables.items()]), []
     for name, mine in every.groupby("name", sort=False):
         agrees = _agrees(mine)
         verdicts = {model: _said(o) for model, o in mine.groupby("model", sort=False)}
         said = mine["check"].iloc[0] if mine["check"].nunique() == 1 else CHECKS[name].anywhere()
-        rows.append(dict(claim=mine["claim"].iloc[0], check=said) | verdicts | dict(agreement=TOGETHER.get(agrees, agrees)))
+        rows.append(
+            dict(claim=mine["claim"].iloc[0], check=said)
+            | verdicts
+            | dict(agreement=TOGETHER.get(agrees, agrees))
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/questions/12_agreement.ipynb #2a4ca1fb
 def read_ledgers(path: str | Path,              # T7-measures.csv of a study
-                 levels: Levels | None = None   # sparsities at which its preset judges the claims today
+                 # sparsities at which its preset judges the claims today
+                 levels: Levels | None = None
                 ) -> pd.DataFrame:  # columns `LEDGERS`; empty if the study has just begun
     "A ledger by measure, as the notebook `claims` saved it."
     if not Path(path).is_file():
-        raise CalibPruneError(f"{path} is not there. The notebook `claims` of that study makes it: "
-                              f"calib-prune reproduce --preset {'/'.join(Path(path).parts[-3:-1])}.")
+        raise CalibPruneError(
+            f"{path} is not there. The notebook `claims` of that study makes it: "
+            f"calib-prune reproduce --preset {'/'.join(Path(path).parts[-3:-1])}."
+        )
     table = pd.read_csv(path)
     if list(table) == ["status"]: return pd.DataFrame(columns=LEDGERS)
     if lost := [o for o in LEDGERS if o not in table]:
@@ -158,6 +216,8 @@ def read_ledgers(path: str | Path,              # T7-measures.csv of a study
         wanted = {name: check.said(levels) for name, check in CHECKS.items()}
         other = table[table["check"] != table["name"].map(wanted)]
         if len(other):
-            raise CalibPruneError(f"{path} judges {other['check'].iloc[0]!r}, but its preset asks for "
-                                  f"{wanted.get(other['name'].iloc[0])!r}. Make it anew by the notebook `claims`.")
+            raise CalibPruneError(
+                f"{path} judges {other['check'].iloc[0]!r}, but its preset asks for "
+                f"{wanted.get(other['name'].iloc[0])!r}. Make it anew by the notebook `claims`."
+            )
     return table

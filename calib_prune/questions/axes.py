@@ -21,8 +21,10 @@ from ..study.metric_rows import metric_label
 TOGETHER = 0.9  # metrics with a larger |ρ| count as one (ours)
 
 def metric_ranks(metrics: pd.DataFrame,  # as in `rank_statistics.correlate`
-                 sources: list[str]      # strategies that calibrate on one source; those not measured are left out
-                ) -> tuple[pd.DataFrame, dict[str, str]]:  # ρ of metric × metric; metric → why it is left out
+                 # strategies that calibrate on one source; those not measured are left out
+                 sources: list[str]
+                # ρ of metric × metric; metric → why it is left out
+                ) -> tuple[pd.DataFrame, dict[str, str]]:
     "Rank correlations among the metrics that vary over the single sources."
     known = set(metrics["strategy"])
     wide, why = source_metrics(metrics, [o for o in sources if o in known])
@@ -31,13 +33,16 @@ def metric_ranks(metrics: pd.DataFrame,  # as in `rank_statistics.correlate`
     rho = spearman(values[:, None], values[None]) if len(wide.columns) else np.empty((0, 0))
     return pd.DataFrame(rho, index=wide.columns, columns=wide.columns), why
 
+# %% ../../nbs/questions/14_axes.ipynb #63255cfd
 def n_axes(rho: pd.DataFrame) -> float:
     "The effective number of independent axes."
     values = np.linalg.eigvalsh(rho.to_numpy())
     return float(values.sum() ** 2 / (values**2).sum())
 
+# %% ../../nbs/questions/14_axes.ipynb #8d128b72
 def groups_of(rho: pd.DataFrame) -> list[list[str]]:
-    "Metrics that rise and fall together: each joins the first group of which it correlates with every member."
+    """Metrics that rise and fall together: each joins the first group of which it correlates with
+    every member."""
     found: list[list[str]] = []
     for name in rho.columns:
         for group in found:
@@ -53,8 +58,11 @@ def axes_note(rho: pd.DataFrame, why: dict[str, str]) -> str:
     alike = [listed(map(metric_label, o)) for o in groups_of(rho) if len(o) > 1]
     said = f"Together (|ρ| > {TOGETHER}): {'; '.join(alike) or 'none'}."
     left = [metric_label(o) for o in why]
-    return said + (f" Left out, as they do not vary or do not apply: {listed(left)}." if left else "")
+    return said + (
+        f" Left out, as they do not vary or do not apply: {listed(left)}." if left else ""
+    )
 
+# %% ../../nbs/questions/14_axes.ipynb #45eb9809
 def axes_figure(rho: pd.DataFrame, note: str = "") -> Figure:
     "A heat map of the correlations among metrics, in the order of their groups."
     check_rows(rho, "metrics")
@@ -62,10 +70,24 @@ def axes_figure(rho: pd.DataFrame, note: str = "") -> Figure:
     shown = rho.loc[order, order].rename(index=metric_label, columns=metric_label)
     size = 0.32 * len(order) + 1.6
     figure, ax = plt.subplots(figsize=(min(WIDTH, size + 1.2), size), layout="constrained")
-    sns.heatmap(shown, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".1f", annot_kws={"fontsize": 5.5}, linewidths=0.4, ax=ax,
-                cbar_kws={"label": "Spearman's ρ over sources", "shrink": 0.6})
+    sns.heatmap(
+        shown,
+        cmap="vlag",
+        vmin=-1,
+        vmax=1,
+        annot=True,
+        fmt=".1f",
+        annot_kws={"fontsize": 5.5},
+        linewidths=0.4,
+        ax=ax,
+        cbar_kws={"label": "Spearman's ρ over sources", "shrink": 0.6},
+    )
     ax.tick_params(labelsize=6.5)
     ax.set(xlabel="", ylabel="")
     ax.grid(False)
-    headline(figure, f"Effective number of independent axes of {len(order)} metrics: {n_axes(rho):.1f}")
-    return annotate(figure, f"An estimate over the sources shown in T3, without an interval. {note}")
+    headline(
+        figure, f"Effective number of independent axes of {len(order)} metrics: {n_axes(rho):.1f}"
+    )
+    return annotate(
+        figure, f"An estimate over the sources shown in T3, without an interval. {note}"
+    )

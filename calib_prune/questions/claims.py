@@ -14,10 +14,23 @@ from typing import Any
 import pandas as pd
 
 from ..core import CalibPruneError
-from ..statistics.comparison import stacked
 from .correlations import correlate_study, whole_metrics
-from .estimates import (CHECKS, CLAIMS, CORRELATIONS, NOT, PAPER, ROLES, SIGN, SIZE, UNCLEAR,
-                                          Check, Levels, estimates, verdict)
+from calib_prune.questions.estimates import (
+    CHECKS,
+    CLAIMS,
+    CORRELATIONS,
+    NOT,
+    PAPER,
+    ROLES,
+    SIGN,
+    SIZE,
+    UNCLEAR,
+    Check,
+    Levels,
+    estimates,
+    verdict,
+)
+from ..statistics.comparison import stacked
 from ..statistics.plots import sparsity_label
 from ..statistics.ranks import contrasts
 from ..statistics.selection import Measured, grid_part, main_sparsity
@@ -30,6 +43,7 @@ def number(value: float, unit: str) -> str:
     if unit == "count": return f"{value:.0f}"
     return f"{value:+.2f}" if unit in ("ρ", "share") else f"{value:+.1f}"
 
+# %% ../../nbs/questions/08_claims.ipynb #5c31ab91
 def with_interval(row: dict[str, Any], unit: str) -> str:
     "Our number with its interval; a count has none."
     if math.isnan(row["ci_low"]): return number(row["ours"], unit)
@@ -63,6 +77,7 @@ def because(check: Check, row: dict[str, Any], judged: str) -> str:
     if judged == NOT and farthest <= 0: return f"{ours} does not reach the paper's side of 0."
     return f"{ours} {interval_reason(check, row, judged)}."
 
+# %% ../../nbs/questions/08_claims.ipynb #7767f43a
 def judge(check: Check, row: dict[str, Any]  # of `estimates`
          ) -> str:
     "The verdict on one check."
@@ -74,15 +89,18 @@ def judge(check: Check, row: dict[str, Any]  # of `estimates`
     return verdict(row["ci_low"], row["ci_high"], paper, check.sign)
 
 # %% ../../nbs/questions/08_claims.ipynb #8aeed3e4
-LEDGER = ["claim", "text", "source", "check", "paper", "derived", "ours", "ci_low", "ci_high", "unit",
-          "n", "n_of", "verdict", "why"]
+LEDGER = [
+    "claim", "text", "source", "check", "paper", "derived", "ours", "ci_low", "ci_high", "unit",
+    "n", "n_of", "verdict", "why"]
 
 def ledger(found: pd.DataFrame,           # from `estimates`
            levels: Levels = PAPER         # its sparsities
           ) -> pd.DataFrame:              # columns `LEDGER`
     "Every claim with the paper's number, ours, a verdict and the reason for it."
     if missing := set(CHECKS) - set(found["check"]):
-        raise CalibPruneError(f"The ledger covers every check, but {', '.join(sorted(missing))} has no estimate.")
+        raise CalibPruneError(
+            f"The ledger covers every check, but {', '.join(sorted(missing))} has no estimate."
+        )
     rows = []
     for row in found.to_dict("records"):
         check = CHECKS[row["check"]]
@@ -90,8 +108,17 @@ def ledger(found: pd.DataFrame,           # from `estimates`
         judged = judge(check, row)
         why = because(check, row, judged) + ("" if row["status"] else f" {row['detail']}")
         ours = {k: row[k] for k in ("ours", "ci_low", "ci_high", "n", "n_of")}
-        rows.append(dict(claim=check.claim, text=text, source=source, check=check.said(levels),
-                         paper=check.paper, derived=check.derived, unit=check.unit, verdict=judged, why=why, **ours))
+        rows.append(
+            dict(claim=check.claim,
+                 text=text,
+                 source=source,
+                 check=check.said(levels),
+                 paper=check.paper,
+                 derived=check.derived,
+                 unit=check.unit,
+                 verdict=judged,
+                 why=why,
+                 **ours))
     table = pd.DataFrame(rows)[LEDGER]
     return table.assign(n=table["n"].astype("Int64"), paper=table["paper"].astype(float))
 
@@ -99,29 +126,41 @@ def ledger(found: pd.DataFrame,           # from `estimates`
 def claim_levels(preset: dict[str, Any]) -> Levels:
     "The sparsities at which a study judges the claims."
     def pruned(name):
-        return {c.sparsity for c in cells(preset)[1:]
-                if (c.strategy, c.method) == (name, "sparsegpt") and not isinstance(c.sparsity, str)}
+        return {
+            c.sparsity
+            for c in cells(preset)[1:]
+            if (c.strategy, c.method) == (name, "sparsegpt") and not isinstance(c.sparsity, str)
+        }
     both = sorted(pruned(*ROLES["mix"]) & pruned(*ROLES["default"]))
     papers = {PAPER.low, PAPER.high} <= set(both) or len(both) < 2
     low, high = (PAPER.low, PAPER.high) if papers else (both[0], both[-1])
     return Levels(main_sparsity(preset, "sparsegpt"), low, high)
 
+# %% ../../nbs/questions/08_claims.ipynb #c3c4bab4
 def levels_text(levels: Levels) -> str:
     "The sparsities for people."
     at, low, high = (sparsity_label(o) for o in (levels.at, levels.low, levels.high))
     return f"{at}, growth from {low} to {high}"
 
 # %% ../../nbs/questions/08_claims.ipynb #70099eea
-def study_ledger(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows.load_metrics`; empty if nothing is measured
-                 perplexity: str = "distortion",          # the metric that is the calibration perplexity
+def study_ledger(
+                 # from `metric_rows.load_metrics`; empty if nothing is measured
+                 whole: Measured, metrics: pd.DataFrame,
+                 # the metric that is the calibration perplexity
+                 perplexity: str = "distortion",
                  n_perm: int = 19999, seed: int = 0,
-                 complete: bool = True                    # whether the study has been run to its end
+                 # whether the study has been run to its end
+                 complete: bool = True
                 ) -> pd.DataFrame:
     "The ledger of a study."
-    related = correlate_study(whole, known := whole_metrics(whole, metrics), n_perm, seed, in_full=[perplexity])
+    related = correlate_study(
+        whole, known := whole_metrics(whole, metrics), n_perm, seed, in_full=[perplexity]
+    )
     table = related.table
     if related.found and len(table):
-        table = stacked([table, contrasts(known, related.found, perplexity, n_perm, seed)], table.columns)
+        table = stacked(
+            [table, contrasts(known, related.found, perplexity, n_perm, seed)], table.columns
+        )
     levels = claim_levels(whole.preset)
     return ledger(estimates(grid_part(whole).found, table, perplexity, complete, levels), levels)
 
@@ -129,10 +168,14 @@ def study_ledger(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows.lo
 def ledger_line(row: dict[str, Any]) -> dict[str, Any]:
     "One row of the ledger for people; what is missing stays blank."
     ours = "" if math.isnan(row["ours"]) else with_interval(row, row["unit"])
-    paper = "" if math.isnan(row["paper"]) else number(row["paper"], row["unit"]) + ("†" if row["derived"] else "")
+    paper = "" if math.isnan(
+        row["paper"]) else number(row["paper"], row["unit"]) + ("†" if row["derived"] else "")
     n = "" if pd.isna(row["n"]) else f"{row['n']} {row['n_of']}"
-    return {"claim": row["claim"], "check": row["check"], "paper": paper, "here [95%]": ours, "n": n, "verdict": row["verdict"]}
+    return {
+        "claim": row["claim"], "check": row["check"], "paper": paper, "here [95%]": ours, "n": n,
+        "verdict": row["verdict"]}
 
+# %% ../../nbs/questions/08_claims.ipynb #3a877f55
 def ledger_text(table: pd.DataFrame  # from `ledger`
                ) -> pd.DataFrame:    # claim, check, paper, here, n, verdict
     "The ledger as a table to read."
@@ -146,14 +189,22 @@ def claim_paragraphs(rows: pd.DataFrame  # of one claim
     checks = [f"- *{row.check}*: {row.verdict}. {row.why}" for row in rows.itertuples()]
     return f"**{first['claim']}** {first['text']} ({first['source']})\n\n" + "\n".join(checks)
 
+# %% ../../nbs/questions/08_claims.ipynb #ee24dd82
 def save_ledger(table: pd.DataFrame,  # from `ledger`
                 path: str | Path,     # without suffix
                 caption: str = ""     # which model and preset
                ) -> None:
-    "Save the ledger: numbers as CSV; for people as Markdown and LaTeX, with a paragraph on every check."
+    """Save the ledger: numbers as CSV; for people as Markdown and LaTeX, with a paragraph on every
+    check."""
     claims = [claim_paragraphs(rows) for _, rows in table.groupby("claim", sort=False)]
-    unit = ("The paper's numbers are of 60%, those of C9 of 30% and from 30% to 60%; where it names no sparsity, we take 60%. "
-            "A number with † is a difference or ratio of two of its numbers, taken by us. O1 to O3 are questions of ours. "
-            "Differences and ranges are in points: percent of the dense model's score. Verdicts follow from the intervals.")
-    what = f"The paper's claims beside what was measured here, with a verdict on each. {caption} {unit}"
+    unit = (
+        "The paper's numbers are of 60%, those of C9 of 30% and from 30% to 60%; where it names no"
+        " sparsity, we take 60%. A number with † is a difference or ratio of two of its numbers,"
+        " taken by us. O1 to O3 are questions of ours. Differences and ranges are in points:"
+        " percent of the dense model's score. Verdicts follow from the intervals."
+    )
+    what = (
+        f"The paper's claims beside what was measured here, with a verdict on each. {caption}"
+        f" {unit}"
+    )
     save_table(ledger_text(table), table, path, "\n\n".join([what.replace("  ", " "), *claims]))

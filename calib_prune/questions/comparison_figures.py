@@ -18,30 +18,68 @@ from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
 from ..statistics.comparison import in_order, single_strategies
-from ..statistics.plots import (WIDTH, annotate, check_rows, headline, method_label, panels,
-                                          sparsity_label)
+from calib_prune.statistics.plots import (
+                                          WIDTH,
+                                          annotate,
+                                          check_rows,
+                                          headline,
+                                          method_label,
+                                          panels,
+                                          sparsity_label,
+)
+from calib_prune.statistics.replicates import (
+                                          OUTCOMES,
+                                          Replicates,
+                                          has_interval,
+                                          lead_of_best,
+                                          shortfall,
+                                          significant_sign,
+)
 from ..statistics.selection import Part, span
-from ..statistics.replicates import (OUTCOMES, Replicates, has_interval, lead_of_best, shortfall,
-                                           significant_sign)
 from ..statistics.tables import listed
-from ..style import (DIMENSION_COLOURS, MARKERS, colour_of, colour_reach, difference_colours,
-                               legend_above, make_readable)
+from calib_prune.style import (
+                                          DIMENSION_COLOURS,
+                                          MARKERS,
+                                          colour_of,
+                                          colour_reach,
+                                          difference_colours,
+                                          legend_above,
+                                          make_readable,
+)
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #d91ca9b4
-def _grid(table: pd.DataFrame, value: str, strategies: list[str], columns: list[str]) -> np.ndarray:  # percent
+def _grid(table: pd.DataFrame, value: str, strategies: list[str], columns: list[str]
+         ) -> np.ndarray:  # percent
     wide = table.pivot(index="strategy", columns="dimension", values=value)
     return 100 * wide.reindex(index=strategies, columns=columns).to_numpy(float)
 
-def heat_panel(ax: Axes, kept: pd.DataFrame, colour: np.ndarray,  # [strategies, columns], points over the baseline
-               strategies: list[str], columns: list[str], reach: float  # ends of the colour scale, points
+# %% ../../nbs/questions/01_comparison_figures.ipynb #2caf300d
+def heat_panel(
+               # [strategies, columns], points over the baseline
+               ax: Axes, kept: pd.DataFrame, colour: np.ndarray,
+               # ends of the colour scale, points
+               strategies: list[str], columns: list[str], reach: float
               ) -> None:
     "One method's heat map; what has not been run is white."
     value, low, high = (_grid(kept, o, strategies, columns) for o in ("value", "ci_low", "ci_high"))
     ends = lambda lo, hi: "[–]" if np.isnan(lo + hi) else f"[{lo:.0f}, {hi:.0f}]"
-    say = np.vectorize(lambda v, lo, hi: "" if np.isnan(v) else f"{v:.1f}\n{ends(lo, hi)}", otypes=[str])
-    sns.heatmap(np.where(np.isnan(value), np.nan, colour), annot=say(value, low, high), fmt="", cmap=difference_colours(),
-                vmin=-reach, vmax=reach, linewidths=0.6, ax=ax, cbar=False, annot_kws={"fontsize": 7, "linespacing": 1.05},
-                xticklabels=columns, yticklabels=strategies)
+    say = np.vectorize(
+        lambda v, lo, hi: "" if np.isnan(v) else f"{v:.1f}\n{ends(lo, hi)}", otypes=[str]
+    )
+    sns.heatmap(
+        np.where(np.isnan(value), np.nan, colour),
+        annot=say(value, low, high),
+        fmt="",
+        cmap=difference_colours(),
+        vmin=-reach,
+        vmax=reach,
+        linewidths=0.6,
+        ax=ax,
+        cbar=False,
+        annot_kws={"fontsize": 7, "linespacing": 1.05},
+        xticklabels=columns,
+        yticklabels=strategies,
+    )
     make_readable(ax)
     ax.set_title(method_label(kept["method"].iloc[0]), fontsize=9, pad=4)
     ax.tick_params(axis="x", rotation=35, labelsize=8, pad=0)
@@ -52,19 +90,28 @@ def heat_panel(ax: Axes, kept: pd.DataFrame, colour: np.ndarray,  # [strategies,
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #5262d84e
 def over_baseline(delta: pd.DataFrame,  # of one method, from `with_simultaneous`
-                  strategies: list[str], columns: list[str]) -> np.ndarray:  # [strategies, columns], points
-    "How far each retention is above the baseline's; 0 for the baseline itself, and where the interval includes 0 or is missing."
+                  # [strategies, columns], points
+                  strategies: list[str], columns: list[str]) -> np.ndarray:
+    """How far each retention is above the baseline's; 0 for the baseline itself, and where the
+    interval includes 0 or is missing."""
     clear = delta[significant_sign(delta["ci_low"], delta["ci_high"]) != 0]
     found = _grid(clear.rename(columns={"mix": "strategy"}), "value", strategies, columns)
     return np.where(np.isnan(found), 0.0, found)
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #45f61609
 def first_method(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    "The rows of the first method, which a title speaks of, and its name for the title if there are several."
+    """The rows of the first method, which a title speaks of, and its name for the title if there
+    are several."""
     methods = table["method"].unique()
-    return f"{method_label(methods[0])}: " * (len(methods) > 1), table[table["method"] == methods[0]]
+    return (
+        f"{method_label(methods[0])}: " * (len(methods) > 1),
+        table[table["method"] == methods[0]],
+    )
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #d07a6e13
-def _winners_text(won: dict[str, str],  # dimension → source, where its lead over all others is significant
+def _winners_text(
+                  # dimension → source, where its lead over all others is significant
+                  won: dict[str, str],
                   n: int                # dimensions compared
                  ) -> str:
     "Which sources are best where."
@@ -74,6 +121,7 @@ def _winners_text(won: dict[str, str],  # dimension → source, where its lead o
     each = [f"{name} ({listed(d for d in won if won[d] == name)})" for name in names]
     return f"Best source: {', '.join(each)}" + "; otherwise not significant" * (len(won) < n)
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #de800464
 def best_message(sources: Replicates  # single sources of one setting
                 ) -> str:
     "In which dimensions one source has significantly higher retention than all others."
@@ -83,13 +131,20 @@ def best_message(sources: Replicates  # single sources of one setting
     best, low = lead_of_best(values)
     won = {DIMENSIONS[d]: names[i] for d, i, end in zip(there, best, low) if end > 0}
     if won: return _winners_text(won, len(there))
-    if shortfall(values)[1] > 0: return "No single source has the highest retention in every dimension"
+    if shortfall(values)[1] > 0:
+        return "No single source has the highest retention in every dimension"
     return "Highest retention: not significant among sources (95% intervals include 0)"
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #43610e2e
 def source_message(part: Part) -> str:
-    "The message on the single sources in the first method's setting; empty where nothing has been run."
+    """The message on the single sources in the first method's setting; empty where nothing has been
+    run."""
     settings = part.found.settings()
-    methods = [o for o in dict.fromkeys(c.method for c in part.wanted) if o in {at["method"] for at in settings}]
+    methods = [
+        o
+        for o in dict.fromkeys(c.method for c in part.wanted)
+        if o in {at["method"] for at in settings}
+    ]
     if not methods: return ""
     here = part.found.where(**next(at for at in settings if at["method"] == methods[0]))
     name = f"{method_label(methods[0])}: " * (len(methods) > 1)
@@ -98,7 +153,8 @@ def source_message(part: Part) -> str:
 # %% ../../nbs/questions/01_comparison_figures.ipynb #825a3155
 def two_methods(table: pd.DataFrame  # from `retention_rows`
                ) -> tuple[pd.DataFrame, str]:  # its rows that are shown, and a note on the others
-    "The first method, and of the others the one with the highest total: more panels of numbers could not be read."
+    """The first method, and of the others the one with the highest total: more panels of numbers
+    could not be read."""
     methods = list(table["method"].unique())
     if len(methods) < 3: return table, ""
     total = table[table["dimension"] == "Total"].groupby("method")["value"].mean()
@@ -106,52 +162,93 @@ def two_methods(table: pd.DataFrame  # from `retention_rows`
     others = [method_label(o) for o in methods[1:] if o != best]
     return table[table["method"].isin([methods[0], best])], f"Not shown: {listed(others)} (T2)."
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #6f4ccd0a
 def colour_label(delta: pd.DataFrame) -> str:
     "What a heat map's colours show."
-    return f"difference from {delta['over'].iloc[0]} (points)" if len(delta) else "no difference: the reference has not been run"
+    return f"difference from {delta['over'].iloc[0]} (points)" if len(
+        delta) else "no difference: the reference has not been run"
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #20a4d74f
 def grey_note(delta: pd.DataFrame) -> str:
     "Which cells a heat map leaves grey."
-    return (f"Colour: difference from {delta['over'].iloc[0]}; grey: its interval, paired and simultaneous over the cells of a "
-            "method, includes 0. ") if len(delta) else ""
+    return (
+        f"Colour: difference from {delta['over'].iloc[0]}; grey: its interval, paired and"
+        " simultaneous over the cells of a method, includes 0. "
+        if len(delta)
+        else ""
+    )
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #5818dc9e
 def retention_panels(table: pd.DataFrame,  # from `retention_rows`, one sparsity and size
                      delta: pd.DataFrame,  # from `base_differences`, `with_simultaneous`
                      message: str,         # from `source_message`
                      note: str = "") -> Figure:
-    "Heat map of retention, strategy × dimension, coloured by the difference from the baseline, for up to two methods."
+    """Heat map of retention, strategy × dimension, coloured by the difference from the baseline,
+    for up to two methods."""
     table, more = two_methods(table[table["quantity"] == "retention"])
     check_rows(table, "retention")
     lines = in_order(table, ["source"]).drop_duplicates("strategy")
     strategies, kinds = list(lines["strategy"]), lines["source"].to_numpy()
     columns = [o for o in OUTCOMES if o in set(table["dimension"])]
     figure, axes = panels(table, 0.3 * len(lines) + 1.8, sharey=True)
-    colours = {m: over_baseline(delta[delta["method"] == m], strategies, columns) for m in table["method"].unique()}
+    colours = {
+        m: over_baseline(delta[delta["method"] == m], strategies, columns)
+        for m in table["method"].unique()
+    }
     reach = colour_reach(np.concatenate([*colours.values()]))
     for ax, (method, mine) in zip(axes[0], table.groupby("method", sort=False)):
         heat_panel(ax, mine, colours[method], strategies, columns, reach)
-        ax.hlines(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1, 0, len(columns), color="white", linewidth=4)
+        ax.hlines(
+            np.flatnonzero(kinds[1:] != kinds[:-1]) + 1, 0, len(columns), color="white", linewidth=4
+        )
     for label, kind in zip(axes[0, 0].get_yticklabels(), kinds): label.set_color(colour_of(kind))
     axes[0, 0].set_ylabel("calibration data")
-    figure.colorbar(axes[0, 0].collections[0], ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.01,
-                    label=colour_label(delta)).ax.tick_params(labelsize=8)
+    figure.colorbar(
+        axes[0, 0].collections[0],
+        ax=axes,
+        location="bottom",
+        shrink=0.5,
+        aspect=40,
+        pad=0.01,
+        label=colour_label(delta),
+    ).ax.tick_params(labelsize=8)
     legend_above(figure, kinds)
     headline(figure, message)
     bare = "[–]: no interval, and so no colour. " if table["ci_low"].isna().any() else ""
-    said = f"Numbers: retention, % of the dense model's score [95% interval]. {grey_note(delta)}{bare}{more} {note}"
+    said = (
+        "Numbers: retention, % of the dense model's score [95% interval]."
+        f" {grey_note(delta)}{bare}{more} {note}"
+    )
     return annotate(figure, said.replace("  ", " "))
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #333790f1
-def difference_panel(ax: Axes, delta: pd.DataFrame,  # one row per strategy: mix, value, ci_low, ci_high
+def difference_panel(
+                     # one row per strategy: mix, value, ci_low, ci_high
+                     ax: Axes, delta: pd.DataFrame,
                      order: list[str], kinds: dict[str, str]) -> None:
     "Differences from the baseline with paired intervals, one line per strategy."
     for o in delta.itertuples():
         reach = [[100 * (o.value - o.ci_low)], [100 * (o.ci_high - o.value)]]
-        ax.errorbar(100 * o.value, order.index(o.mix), xerr=reach, color=colour_of(kinds[o.mix]), fmt=MARKERS[kinds[o.mix]],
-                    markersize=4.5, linewidth=1.2)
+        ax.errorbar(
+            100 * o.value,
+            order.index(o.mix),
+            xerr=reach,
+            color=colour_of(kinds[o.mix]),
+            fmt=MARKERS[kinds[o.mix]],
+            markersize=4.5,
+            linewidth=1.2,
+        )
     base = delta["over"].iloc[0]
     if base in order:
-        ax.plot(0, order.index(base), MARKERS[kinds[base]], mfc="white", mec=colour_of(kinds[base]), markersize=4.5, zorder=3)
+        ax.plot(
+            0,
+            order.index(base),
+            MARKERS[kinds[base]],
+            mfc="white",
+            mec=colour_of(kinds[base]),
+            markersize=4.5,
+            zorder=3,
+        )
     ax.axvline(0, color="0.4", linewidth=0.8, zorder=1)
     ax.set_ylim(-0.6, len(order) - 0.4)
     ax.set_yticks(range(len(order)), order, fontsize=7.5)
@@ -166,8 +263,11 @@ def by_total(table: pd.DataFrame  # from `retention_rows`
     names = list(mine.sort_values("value", kind="stable")["strategy"])
     return [o for o in dict.fromkeys(table["strategy"]) if o not in names] + names
 
-SIMULTANEOUS = "Intervals of differences: 95%, simultaneous over all that the figure compares under a method."
+SIMULTANEOUS = (
+    "Intervals of differences: 95%, simultaneous over all that the figure compares under a method."
+)
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #6ea24599
 def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
            ) -> str:
     "How many differences from the baseline are significant, above and below."
@@ -178,9 +278,12 @@ def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
     return f"no significant difference from {base}"
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #d0116aba
-def strategy_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention_rows` and `with_simultaneous`
+def strategy_figure(
+                    # from `retention_rows` and `with_simultaneous`
+                    table: pd.DataFrame, delta: pd.DataFrame,
                     note: str = "") -> Figure:
-    "Total retention of every strategy as a paired difference from the baseline; its own value is at the right."
+    """Total retention of every strategy as a paired difference from the baseline; its own value is
+    at the right."""
     delta = delta[delta["dimension"] == "Total"]
     check_rows(delta, "differences in total retention")
     order, kinds = by_total(table), dict(zip(table["strategy"], table["source"]))
@@ -192,7 +295,9 @@ def strategy_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention
         for name, value in own.items():
             at = dict(xy=(1.01, order.index(name)), xycoords=("axes fraction", "data"))
             ax.annotate(f"{100 * value:.1f}", **at, fontsize=7, va="center")
-        ax.set_title(f"{method_label(method)} (n = {len(own)}; draws: {span(total['draws'])})", fontsize=9)
+        ax.set_title(
+            f"{method_label(method)} (n = {len(own)}; draws: {span(total['draws'])})", fontsize=9
+        )
         ax.set_xlabel(f"total − {mine['over'].iloc[0]} (points; right: %)", fontsize=8)
     first = delta[delta["method"] == delta["method"].iloc[0]]
     headline(figure, f"Total retention, {method_label(first['method'].iloc[0])}: {counted(first)}")
@@ -205,12 +310,15 @@ def front_message(found: Replicates  # of one setting
     "The dimension with the clearest winner, with the lowest set where that is significant, too."
     there = np.flatnonzero(has_interval(found.values[..., :len(DIMENSIONS)]))
     names, values = found.cells["strategy"].to_numpy(), found.values[..., there]
-    if len(names) < 2 or not len(there): return "Retention by dimension: no two calibration sets to compare"
+    if len(names) < 2 or not len(there):
+        return "Retention by dimension: no two calibration sets to compare"
     (best, lead), (worst, lag) = lead_of_best(values), lead_of_best(-values)
     clearest = lead.argmax()
     if not lead[clearest] > 0: return "Highest retention: not significant in any dimension"
     lowest = f" and lowest with {names[worst[clearest]]}" * bool(lag[clearest] > 0)
-    return f"{DIMENSIONS[there[clearest]]} retention is highest with {names[best[clearest]]}{lowest}"
+    return (
+        f"{DIMENSIONS[there[clearest]]} retention is highest with {names[best[clearest]]}{lowest}"
+    )
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #f0a1b203
 def front_panel(ax: Axes, retained: pd.DataFrame,  # of one dimension, one row per strategy
@@ -218,15 +326,24 @@ def front_panel(ax: Axes, retained: pd.DataFrame,  # of one dimension, one row p
     "Retention of each calibration set in one dimension, with its interval."
     for row in retained.itertuples():
         ends = [[100 * (row.value - row.ci_low)], [100 * (row.ci_high - row.value)]]
-        ax.errorbar(100 * row.value, order.index(row.strategy), xerr=ends, color=colour_of(row.source),
-                    fmt=MARKERS.get(row.source, "o"), markersize=6, linewidth=1.6)
+        ax.errorbar(
+            100 * row.value,
+            order.index(row.strategy),
+            xerr=ends,
+            color=colour_of(row.source),
+            fmt=MARKERS.get(row.source, "o"),
+            markersize=6,
+            linewidth=1.6,
+        )
     ax.set_yticks(range(len(order)), order, fontsize=9)
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.tick_params(axis="x", labelsize=8)
     ax.set_title(retained["dimension"].iloc[0], fontsize=10)
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #f0a1b204
-TITLE_NOTE = "The title compares all pairs of sets and all dimensions with simultaneous 95% intervals."
+TITLE_NOTE = (
+    "The title compares all pairs of sets and all dimensions with simultaneous 95% intervals."
+)
 
 def front_figure(table: pd.DataFrame,  # from `retention_rows`, of one setting
                  message: str,         # from `front_message`
@@ -236,8 +353,15 @@ def front_figure(table: pd.DataFrame,  # from `retention_rows`, of one setting
     check_rows(table, "retention by dimension")
     order = list(dict.fromkeys(table["strategy"]))
     dimensions = [o for o in DIMENSIONS if o in set(table["dimension"])]
-    figure, axes = plt.subplots(1, len(dimensions), figsize=(WIDTH, 0.3 * len(order) + 1.1), sharex=True,
-                                sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1,
+        len(dimensions),
+        figsize=(WIDTH, 0.3 * len(order) + 1.1),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     for ax, dimension in zip(axes[0], dimensions):
         front_panel(ax, table[table["dimension"] == dimension], order)
     figure.supxlabel("retention (% of the dense model's score)", fontsize=9)
@@ -250,34 +374,53 @@ def margin_line(ax, mine: pd.DataFrame, shift: float, **look) -> None:
     "One margin along the sparsities, with intervals."
     mine = mine.sort_values("sparsity")
     x, value = 100 * mine["sparsity"].to_numpy(float) + shift, 100 * mine["value"].to_numpy(float)
-    reach = [value - 100 * mine["ci_low"].to_numpy(float), 100 * mine["ci_high"].to_numpy(float) - value]
+    reach = [
+        value - 100 * mine["ci_low"].to_numpy(float),
+        100 * mine["ci_high"].to_numpy(float) - value,
+    ]
     ax.errorbar(x, value, yerr=reach, markersize=4.5, linewidth=1.3, elinewidth=1, **look)
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #9e88cc04
 def margin_panel(ax, title: str, lines: list[tuple[str, pd.DataFrame, dict]]) -> None:
     "Margins with their names above."
     for i, (name, mine, look) in enumerate(lines):
         if len(mine): margin_line(ax, mine, 0.6 * (i - (len(lines) - 1) / 2), label=name, **look)
     ax.axhline(0, color="0.4", linewidth=0.8)
-    ax.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncol=4, handlelength=1.8, columnspacing=0.9,
-              handletextpad=0.4)
+    ax.legend(
+        fontsize=7.5,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.98),
+        ncol=4,
+        handlelength=1.8,
+        columnspacing=0.9,
+        handletextpad=0.4,
+    )
     ax.set_title(title, fontsize=9, pad=20)
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #c5de7dca
 def margin_message(line: pd.DataFrame  # totals over the baseline under one method, by sparsity
                   ) -> str:
     "At which sparsities the margin of the mix is significant."
-    name, mix, base = method_label(line["method"].iloc[0]), line["mix"].iloc[0], line["over"].iloc[0]
+    name, mix, base = method_label(
+        line["method"].iloc[0]), line["mix"].iloc[0], line["over"].iloc[0]
     signs = significant_sign(line["ci_low"], line["ci_high"])
     def at(sign: int) -> str:
         levels = [sparsity_label(o) for o in line["sparsity"][signs == sign]]
         return listed(levels) if len(levels) < 3 else f"{len(levels)} of {len(line)} sparsities"
-    if not signs.any(): return f"{name}: {mix} not significantly different from {base} at any sparsity"
-    said = [f"{word} {base} at {at(sign)}" for word, sign in (("above", 1), ("below", -1)) if (signs == sign).any()]
+    if not signs.any():
+        return f"{name}: {mix} not significantly different from {base} at any sparsity"
+    said = [
+        f"{word} {base} at {at(sign)}"
+        for word, sign in (("above", 1), ("below", -1))
+        if (signs == sign).any()
+    ]
     return f"Total retention, {name}: {mix} {', '.join(said)}"
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #a66c0639
 def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity, `with_simultaneous`
                   note: str = "") -> Figure:
-    "Margin of the mix against sparsity: in total on the left, over the baseline in each dimension on the right."
+    """Margin of the mix against sparsity: in total on the left, over the baseline in each dimension
+    on the right."""
     table = table[~table["dimension"].isin(["Accuracy", "Worst"])]
     check_rows(table, "margins of the mix")
     best, total = table["over"] == "best single source", table["dimension"] == "Total"
@@ -286,45 +429,72 @@ def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity,
     for (left, right), method in zip(axes, dict.fromkeys(table["method"])):
         here = table["method"] == method
         many = span(table[here & best]["n_sources"].astype(int)) if (here & best).any() else ""
-        margin_panel(left, f"{method_label(method)}: total retention", [
-            (f"over {base}", table[here & total & ~best], dict(fmt="o-", color="black")),
-            (f"over the best of {many} single sources", table[here & total & best], dict(fmt="s--", color="0.45"))])
+        margin_panel(left, f"{method_label(method)}: total retention",
+                     [(f"over {base}", table[here & total & ~best], dict(fmt="o-", color="black")),
+                      (f"over the best of {many} single sources", table[here & total & best],
+                       dict(fmt="s--", color="0.45"))])
         margin_panel(right, f"{method_label(method)}: each dimension, over {base}", [
-            (d, table[here & ~best & (table["dimension"] == d)], dict(fmt=f"{look}-", color=DIMENSION_COLOURS[d]))
+            (d, table[here & ~best &
+                      (table["dimension"] == d)], dict(fmt=f"{look}-", color=DIMENSION_COLOURS[d]))
             for d, look in zip(DIMENSIONS, "os^D")])
         left.set_ylabel(f"margin of {mix} (points)")
         left.set_xticks(100 * np.sort(table["sparsity"].unique().astype(float)))
     for ax in axes[-1]: ax.set_xlabel("sparsity (% of weights removed)")
     line = table[total & ~best & (table["method"] == table["method"].iloc[0])]
     if len(line): headline(figure, margin_message(line.sort_values("sparsity")))
-    return annotate(figure, f"Intervals over {base}: 95%, simultaneous over sparsities and outcomes. {note}")
+    return annotate(
+        figure, f"Intervals over {base}: 95%, simultaneous over sparsities and outcomes. {note}"
+    )
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #86f9a5ca
 def averaging_message(table: pd.DataFrame) -> str:
-    "Whether strategies differ in averaged accuracy and in Code retention, by the ranges without noise."
+    """Whether strategies differ in averaged accuracy and in Code retention, by the ranges without
+    noise."""
     name, first = first_method(table)
     low = first.set_index("dimension")["ci_low"]
     names = {"Accuracy": "averaged accuracy", "Code": "Code retention"}
     if not set(names) <= set(low.index): return "How far strategies differ in each outcome"
     differ, alike = ([names[o] for o in names if (low[o] > 0) == there] for there in (True, False))
     if not differ: return f"{name}No significant difference between strategies in {listed(alike)}"
-    return f"{name}Strategies differ in {listed(differ)}" + f"; {listed(alike)}: not significant" * bool(alike)
+    return (
+        f"{name}Strategies differ in {listed(differ)}"
+        + f"; {listed(alike)}: not significant" * bool(alike)
+    )
 
+# %% ../../nbs/questions/01_comparison_figures.ipynb #6c3eb14b
 def averaging_figure(table: pd.DataFrame,  # from `range_rows`, one sparsity and size
                      note: str = "") -> Figure:
-    "Range over strategies in each outcome: as seen, by chance alone, and without noise with its interval; one panel per method."
+    """Range over strategies in each outcome: as seen, by chance alone, and without noise with its
+    interval; one panel per method."""
     check_rows(table, "spreads")
-    order = [o for o in ("Accuracy", "Commonsense", "General", "Code", "Math", "Total") if o in set(table["dimension"])]
+    order = [
+        o
+        for o in ("Accuracy", "Commonsense", "General", "Code", "Math", "Total")
+        if o in set(table["dimension"])
+    ]
     names = {o: f"{o} retention" for o in order} | {"Accuracy": "averaged commonsense\naccuracy"}
     figure, axes = panels(table, 0.36 * len(order) + 1.5, sharey=True, sharex=True)
     for ax, (method, mine) in zip(axes[0], table.groupby("method", sort=False)):
         mine = mine.set_index("dimension").reindex(order)
         y, seen, true = np.arange(len(order)), 100 * mine["spread"], 100 * mine["true_spread"]
-        ax.barh(y, 100 * mine["by_chance"], color="0.82", height=0.62, label="expected from noise alone")
+        ax.barh(
+            y, 100 * mine["by_chance"], color="0.82", height=0.62, label="expected from noise alone"
+        )
         ax.plot(seen, y + 0.14, "o", mfc="white", mec="black", markersize=5, label="as measured")
         colours = [colour_of(o) for o in order]
-        ax.hlines(y - 0.14, 100 * mine["ci_low"], 100 * mine["ci_high"], colors=colours, linewidth=1.6)
-        ax.scatter(true, y - 0.14, c=colours, marker="D", s=22, zorder=3, clip_on=False, label="without the noise, 95% interval")
+        ax.hlines(
+            y - 0.14, 100 * mine["ci_low"], 100 * mine["ci_high"], colors=colours, linewidth=1.6
+        )
+        ax.scatter(
+            true,
+            y - 0.14,
+            c=colours,
+            marker="D",
+            s=22,
+            zorder=3,
+            clip_on=False,
+            label="without the noise, 95% interval",
+        )
         ax.set_yticks(y, [names[o] for o in order], fontsize=8)
         ax.set(ylim=(len(order) - 0.4, -0.6), xlabel="highest − lowest strategy (points)")
         ax.set_title(f"{method_label(method)} (n = {mine['n'].iloc[0]})", fontsize=9)

@@ -21,7 +21,12 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from ..core import DIMENSIONS
-from .correlations import Correlations, correlation_cell, is_main, main_settings
+from calib_prune.questions.correlations import (
+    Correlations,
+    correlation_cell,
+    is_main,
+    main_settings,
+)
 from ..statistics.plots import headline, place_labels, sentence_figure, setting_label
 from ..statistics.ranks import KEPT
 from ..statistics.replicates import retention_summary, significant_sign
@@ -29,14 +34,24 @@ from ..study.metric_rows import metric_label, metrics_summary
 from ..style import DIMENSION_COLOURS, MARKERS, difference_colours, make_readable
 
 # %% ../../nbs/questions/03_correlation_figures.ipynb #e49100b6
-def metric_panel(ax: Axes, points: pd.DataFrame,  # strategy, source_dimension, value, low, high, retention, ci_low, ci_high
+def metric_panel(
+                 # strategy, source_dimension, value, low, high, retention, ci_low, ci_high
+                 ax: Axes, points: pd.DataFrame,
                  row: pd.Series                   # of `correlate`
                 ) -> None:
     "Retention of each source against a metric, with intervals and the correlation."
     for o in points.itertuples():
         look = dict(color=DIMENSION_COLOURS[o.source_dimension], marker=MARKERS[o.source_dimension])
-        ax.plot([o.value] * 2, [100 * o.ci_low, 100 * o.ci_high], lw=0.7, alpha=0.45, color=look["color"], zorder=2)
-        ax.plot([o.low, o.high], [100 * o.retention] * 2, lw=0.7, alpha=0.45, color=look["color"], zorder=2)
+        ax.plot([o.value] * 2, [100 * o.ci_low, 100 * o.ci_high],
+                lw=0.7,
+                alpha=0.45,
+                color=look["color"],
+                zorder=2)
+        ax.plot([o.low, o.high], [100 * o.retention] * 2,
+                lw=0.7,
+                alpha=0.45,
+                color=look["color"],
+                zorder=2)
         ax.plot(o.value, 100 * o.retention, ms=3.5, mec="white", mew=0.3, zorder=3, **look)
     said = row["reason"] or f"ρ {correlation_cell(row)}"
     ax.set_title(f"{row['dimension']}: {said}", fontsize=7, loc="left", pad=3)
@@ -48,33 +63,47 @@ def in_settings(table: pd.DataFrame, settings: list[dict[str, Any]]) -> pd.DataF
     shown = {(at["method"], at["sparsity"]) for at in settings}
     return table[[key in shown for key in zip(table["method"], table["sparsity"])]]
 
+# %% ../../nbs/questions/03_correlation_figures.ipynb #99d4333b
 def metric_message(table: pd.DataFrame,  # of `correlate`, in the settings shown
                    metric: str) -> str:
     "In how many panels the correlation of a metric is significant after correction."
     mine = table[(table["metric"] == metric) & (table["dimension"] != "Total")]
     clear = mine[mine["q"] < 0.05]
-    if clear.empty: return f"Perplexity: none of {len(mine)} correlations with retention is significant (q < 0.05)"
+    if clear.empty:
+        return (
+            f"Perplexity: none of {len(mine)} correlations with retention is significant (q < 0.05)"
+        )
     verb = "is" if len(clear) == 1 else "are"
-    return f"Perplexity: {len(clear)} of {len(mine)} correlations with retention {verb} significant (q < 0.05)"
+    return (
+        f"Perplexity: {len(clear)} of {len(mine)} correlations with retention {verb} significant (q"
+        " < 0.05)"
+    )
 
+# %% ../../nbs/questions/03_correlation_figures.ipynb #29c22111
 def same_height(axes: Iterable[Axes]) -> None:
     "One range of retention for all panels of a dimension, so that they can be compared."
     ends = np.array([ax.get_ylim() for ax in axes])
     for ax in axes: ax.set_ylim(ends[:, 0].min(), ends[:, 1].max())
 
 # %% ../../nbs/questions/03_correlation_figures.ipynb #fb593ce9
-def source_points(related: Correlations, metrics: pd.DataFrame, metric: str, at: dict[str, Any]) -> pd.DataFrame:
+def source_points(
+    related: Correlations, metrics: pd.DataFrame, metric: str, at: dict[str, Any]
+) -> pd.DataFrame:
     "The single sources of one setting: what they kept of each dimension, beside their metric."
     assert related.found is not None  # there is something to correlate
     here = related.found.where(**at)
     kept = retention_summary(here.rows(here.cells["source_dimension"] != ""))
-    measured = metrics_summary(metrics).query("metric == @metric")[["strategy", "value", "low", "high"]]
+    measured = metrics_summary(metrics).query("metric == @metric")[
+        ["strategy", "value", "low", "high"]
+    ]
     return kept.merge(measured, on="strategy")
 
+# %% ../../nbs/questions/03_correlation_figures.ipynb #b822b63b
 def panel_head(ax: Axes, title: str, note: str) -> None:
     "What a column of panels shares, above the title of the first; lengths in points."
     at = dict(xy=(0.5, 1), xycoords="axes fraction", textcoords="offset points", ha="center")
-    ax.annotate(note, xytext=(0, 15), fontsize=7, in_layout=False, **at)  # as wide as the panel: it must not make it narrower
+    # as wide as the panel: it must not make it narrower
+    ax.annotate(note, xytext=(0, 15), fontsize=7, in_layout=False, **at)
     ax.annotate(title, xytext=(0, 26), fontsize=8.5, weight="bold", **at)
 
 # %% ../../nbs/questions/03_correlation_figures.ipynb #873258cd
@@ -86,22 +115,41 @@ def metric_figure(related: Correlations, metrics: pd.DataFrame,  # from `load_me
     if related.note or related.found is None: return sentence_figure(related.note)
     settings = main_settings(related.table)
     points = [source_points(related, metrics, metric, at) for at in settings]
-    figure, axes = plt.subplots(len(DIMENSIONS), len(settings), figsize=(3.55 * len(settings), 7.6), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        len(DIMENSIONS),
+        len(settings),
+        figsize=(3.55 * len(settings), 7.6),
+        squeeze=False,
+        sharex=True,
+    )
     for j, at in enumerate(settings):
-        mine = related.table[(related.table["metric"] == metric) & (related.table["method"] == at["method"])
-                             & (related.table["sparsity"] == at["sparsity"])].set_index("dimension", drop=False)
+        mine = related.table[
+            (related.table["metric"] == metric)
+            & (related.table["method"] == at["method"])
+            & (related.table["sparsity"] == at["sparsity"])
+        ].set_index("dimension", drop=False)
         for i, dimension in enumerate(DIMENSIONS):
-            metric_panel(axes[i, j], points[j][points[j]["dimension"] == dimension], mine.loc[dimension])
+            metric_panel(
+                axes[i, j], points[j][points[j]["dimension"] == dimension], mine.loc[dimension]
+            )
             axes[i, j].set_ylabel(f"{dimension} retention (%)" if j == 0 else "", fontsize=7.5)
-        panel_head(axes[0, j], f"{setting_label(at)}, n = {mine['n'].iloc[0]} sources",
-                   f"95% intervals: {related.found.where(**at).noise}; ρ: also over the choice of sources")
+        panel_head(
+            axes[0, j],
+            f"{setting_label(at)}, n = {mine['n'].iloc[0]} sources",
+            f"95% intervals: {related.found.where(**at).noise}; ρ: also over the choice of sources",
+        )
     finish_panels(figure, axes, name)
     for line in axes: same_height(line)
     headline(figure, metric_message(in_settings(related.table, settings), metric))
     for j, every in enumerate(points):
         for i, dimension in enumerate(DIMENSIONS):
             mine = every[every["dimension"] == dimension]
-            place_labels(axes[i, j], pd.DataFrame(dict(x=mine["value"], y=100 * mine["retention"], name=mine["strategy"])))
+            place_labels(
+                axes[i, j],
+                pd.DataFrame(
+                    dict(x=mine["value"], y=100 * mine["retention"], name=mine["strategy"])
+                ),
+            )
     return figure
 
 # %% ../../nbs/questions/03_correlation_figures.ipynb #28023c5f
@@ -118,7 +166,14 @@ def finish_panels(figure: Figure, axes: np.ndarray, name: str) -> None:
     for ax in axes[-1]: ax.set_xlabel(name, fontsize=7.5)
     point = lambda d: dict(marker=MARKERS[d], color=DIMENSION_COLOURS[d], label=f"{d} source")
     handles = [Line2D([], [], ls="", ms=4.5, **point(d)) for d in DIMENSIONS]
-    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0), ncol=4, fontsize=7.5, frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0),
+        ncol=4,
+        fontsize=7.5,
+        frameon=False,
+    )
     figure.tight_layout(rect=(0, 0.03, 1, 1), h_pad=0.9, w_pad=1.2)
 
 # %% ../../nbs/questions/03_correlation_figures.ipynb #eab81334
@@ -128,14 +183,23 @@ def mark_cells(ax: Axes, rows: pd.DataFrame,  # of `correlate`, one setting
     for o in rows.itertuples():
         x, y = KEPT.index(o.dimension), metrics.index(o.metric)
         if o.reason: ax.add_patch(Rectangle((x, y), 1, 1, fc="0.93", ec="0.65", hatch="////", lw=0))
-        elif o.p < 0.05: ax.plot(x + 0.86, y + 0.24, "o", ms=3.2, mec="black", mew=0.7, mfc="black" if o.q < 0.05 else "white")
+        elif o.p < 0.05:
+            ax.plot(x + 0.86,
+                    y + 0.24,
+                    "o",
+                    ms=3.2,
+                    mec="black",
+                    mew=0.7,
+                    mfc="black" if o.q < 0.05 else "white")
 
 # %% ../../nbs/questions/03_correlation_figures.ipynb #ef7490ce
 def shown_metrics(table: pd.DataFrame) -> list[str]:
-    "One reading of each of the theory's eleven metrics, and every other reading that has a correlation with q < 0.05."
+    """One reading of each of the theory's eleven metrics, and every other reading that has a
+    correlation with q < 0.05."""
     survives = set(table.loc[table["q"] < 0.05, "metric"])
     return [o for o in table["metric"].unique() if is_main(o) or o in survives]
 
+# %% ../../nbs/questions/03_correlation_figures.ipynb #c48858b4
 def survival_message(table: pd.DataFrame,  # the correlations shown
                      tests: int            # of the whole study
                     ) -> str:
@@ -154,10 +218,15 @@ def correlation_heat_map(related: Correlations) -> Figure:
     size = 1.75 + 2.55 * len(settings), 0.235 * len(metrics) + 1.4
     figure, axes = plt.subplots(1, len(settings), figsize=size, squeeze=False, sharey=True)
     for ax, at in zip(axes[0], settings):
-        mine = table[(table["method"] == at["method"]) & (table["sparsity"] == at["sparsity"]) & table["metric"].isin(metrics)]
+        mine = table[(table["method"] == at["method"]) & (table["sparsity"] == at["sparsity"])
+                     & table["metric"].isin(metrics)]
         heat_map_panel(ax, mine, metrics)
-        ax.set_title(f"{setting_label(at)}, n = {mine['n'].max()} sources", fontsize=8, weight="bold")
-    axes[0, 0].set_yticks(np.arange(len(metrics)) + 0.5, [metric_label(m) for m in metrics], fontsize=7, rotation=0)
+        ax.set_title(
+            f"{setting_label(at)}, n = {mine['n'].max()} sources", fontsize=8, weight="bold"
+        )
+    axes[0, 0].set_yticks(
+        np.arange(len(metrics)) + 0.5, [metric_label(m) for m in metrics], fontsize=7, rotation=0
+    )
     figure.tight_layout(rect=(0, 0.2 / figure.get_figheight(), 1, 1), w_pad=0.8)
     tests = int(table["p"].count())
     heat_map_key(figure, axes, tests)
@@ -168,11 +237,25 @@ def correlation_heat_map(related: Correlations) -> Figure:
 # %% ../../nbs/questions/03_correlation_figures.ipynb #0e6faf76
 def heat_map_panel(ax: Axes, mine: pd.DataFrame, metrics: list[str]) -> None:
     "One setting."
-    rho = mine.pivot(index="metric", columns="dimension", values="rho").loc[metrics, list(KEPT)].astype(float)
-    ends = [mine.pivot(index="metric", columns="dimension", values=o).loc[metrics, list(KEPT)] for o in ("ci_low", "ci_high")]
+    rho = mine.pivot(index="metric", columns="dimension",
+                     values="rho").loc[metrics, list(KEPT)].astype(float)
+    ends = [
+        mine.pivot(index="metric", columns="dimension", values=o).loc[metrics, list(KEPT)]
+        for o in ("ci_low", "ci_high")
+    ]
     colour = rho.where(significant_sign(*ends) != 0, 0.0).where(rho.notna())
-    sns.heatmap(colour, vmin=-1, vmax=1, cmap=difference_colours(), annot=rho, fmt="+.2f", annot_kws=dict(fontsize=6.5),
-                linewidths=0.6, cbar=False, ax=ax)
+    sns.heatmap(
+        colour,
+        vmin=-1,
+        vmax=1,
+        cmap=difference_colours(),
+        annot=rho,
+        fmt="+.2f",
+        annot_kws=dict(fontsize=6.5),
+        linewidths=0.6,
+        cbar=False,
+        ax=ax,
+    )
     make_readable(ax)
     mark_cells(ax, mine, metrics)
     ax.set(xlabel="", ylabel="")
@@ -182,13 +265,21 @@ def heat_map_panel(ax: Axes, mine: pd.DataFrame, metrics: list[str]) -> None:
 # %% ../../nbs/questions/03_correlation_figures.ipynb #02344058
 def heat_map_key(figure: Figure, axes: np.ndarray, tests: int) -> None:
     "The colour bar and what the marks mean."
-    bar = figure.colorbar(axes[0, 0].collections[0], ax=list(axes[0]), fraction=0.025, pad=0.015, aspect=30)
+    bar = figure.colorbar(
+        axes[0, 0].collections[0], ax=list(axes[0]), fraction=0.025, pad=0.015, aspect=30
+    )
     bar.set_label("Spearman's ρ of metric and retention", fontsize=7)
     bar.ax.tick_params(labelsize=6.5, length=2)
     bar.outline.set_visible(False)
     ring = dict(ls="", marker="o", ms=4, mec="black")
-    figure.legend(handles=[Line2D([], [], mfc="white", label="p < 0.05", **ring),
-                           Line2D([], [], mfc="black", label=f"q < 0.05 (of {tests} tests)", **ring),
-                           Patch(fc="0.85", label="95% interval of ρ includes 0"),
-                           Patch(fc="0.93", ec="0.65", hatch="////", lw=0, label="not applicable, or the same for all")],
-                  loc="lower center", bbox_to_anchor=(0.5, 0), ncol=4, fontsize=7, frameon=False)
+    figure.legend(handles=[
+        Line2D([], [], mfc="white", label="p < 0.05", **ring),
+        Line2D([], [], mfc="black", label=f"q < 0.05 (of {tests} tests)", **ring),
+        Patch(fc="0.85", label="95% interval of ρ includes 0"),
+        Patch(fc="0.93", ec="0.65", hatch="////", lw=0,
+              label="not applicable, or the same for all")],
+                  loc="lower center",
+                  bbox_to_anchor=(0.5, 0),
+                  ncol=4,
+                  fontsize=7,
+                  frameon=False)

@@ -18,8 +18,8 @@ from ..core import DIMENSIONS
 from ..evaluation.measures import MEASURES
 from ..statistics.plots import setting_label
 from ..statistics.ranks import COLUMNS, KEPT, MIN_SOURCES, correlate
-from ..statistics.selection import Measured, grid_part, interval_note, lacking, span
 from ..statistics.replicates import Replicates
+from ..statistics.selection import Measured, grid_part, interval_note, lacking, span
 from ..statistics.tables import interval_text, status
 from ..study.metric_rows import metric_label
 from ..study.presets import cells, seeds_of
@@ -33,13 +33,16 @@ class Correlations:
     table: pd.DataFrame       # from `rank_statistics.correlate`; empty if there is a note
     note: str = ""            # why there is nothing to correlate
 
+# %% ../../nbs/questions/02_correlations.ipynb #6914ac9c
 def unmeasured(found: Replicates, metrics: pd.DataFrame) -> list[str]:
     "Single sources that were pruned with, but not measured."
     sources = found.cells[found.cells["source_dimension"] != ""]["strategy"].unique()
     return [o for o in sources if o not in set(metrics["strategy"])]
 
+# %% ../../nbs/questions/02_correlations.ipynb #72935613
 def whole_metrics(whole: Measured, metrics: pd.DataFrame) -> pd.DataFrame:
-    "The metrics, if every single source that was pruned is measured, else none: a verdict should not rest on part of them."
+    """The metrics, if every single source that was pruned is measured, else none: a verdict should
+    not rest on part of them."""
     return metrics.iloc[:0] if unmeasured(whole.found, metrics) else metrics
 
 # %% ../../nbs/questions/02_correlations.ipynb #1b634ba0
@@ -47,7 +50,8 @@ def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows
                     n_perm: int = 19999, seed: int = 0,
                     in_full: Collection[str] | None = None  # as in `correlate`
                    ) -> Correlations:
-    "Correlate every metric with every dimension's retention over the single sources that are pruned and measured."
+    """Correlate every metric with every dimension's retention over the single sources that are
+    pruned and measured."""
     empty = pd.DataFrame(columns=["method", "sparsity", "metric", "dimension", *COLUMNS])
     if note := lacking(whole.study): return Correlations(None, empty, note)
     found = grid_part(whole).found.where(windows=whole.preset["calibration"]["windows"])
@@ -55,8 +59,12 @@ def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows
     sources = [(found.where(**at).cells["source_dimension"] != "").sum() for at in found.settings()]
     most = max(sources, default=0)
     if most < MIN_SOURCES:
-        return Correlations(found, empty, f"{most} single sources are pruned in one setting and measured so far. A correlation "
-                                          f"needs {MIN_SOURCES} or more.")
+        return Correlations(
+            found,
+            empty,
+            f"{most} single sources are pruned in one setting and measured so far. A correlation "
+            f"needs {MIN_SOURCES} or more.",
+        )
     table = correlate(metrics, found, n_perm, seed, in_full)
     settings = set(table[["method", "sparsity"]].itertuples(index=False, name=None))
     pruned = found.cells[["method", "sparsity"]].itertuples(index=False, name=None)
@@ -71,15 +79,23 @@ def main_settings(table: pd.DataFrame  # rows with method, sparsity and n
     best = rows.groupby("method")["sparsity"].last()
     return [dict(method=name, sparsity=best[name]) for name in table["method"].unique()]
 
+# %% ../../nbs/questions/02_correlations.ipynb #cc3ad520
 def study_note(preset: dict[str, Any], found: Replicates | None) -> str:
     "Model, size, draws and items."
     size = preset["calibration"]
-    said = f"{preset['model']}; calibration sets of {size['windows']} windows × {size['length']} tokens"
+    said = (
+        f"{preset['model']}; calibration sets of {size['windows']} windows × {size['length']}"
+        " tokens"
+    )
     if found is None: return said + "."
     items = ", ".join(f"{k} {v}" for k, v in found.items.items() if k in DIMENSIONS and v)
-    return (f"{said}, {span(found.cells['draws'])} draws per strategy; items: {items}. Retention is in percent of the dense "
-            f"model's score ({MEASURES[found.measure].label.lower()}: {MEASURES[found.measure].about}).")
+    return (
+        f"{said}, {span(found.cells['draws'])} draws per strategy; items: {items}. Retention is in"
+        f" percent of the dense model's score ({MEASURES[found.measure].label.lower()}:"
+        f" {MEASURES[found.measure].about})."
+    )
 
+# %% ../../nbs/questions/02_correlations.ipynb #9b669740
 def study_caption(preset: dict[str, Any], found: Replicates | None) -> str:
     "Model, size, draws, items, and which noise the intervals have."
     return study_note(preset, found) + ("" if found is None else f" {interval_note(found)}")
@@ -87,11 +103,17 @@ def study_caption(preset: dict[str, Any], found: Replicates | None) -> str:
 # %% ../../nbs/questions/02_correlations.ipynb #56299196
 def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
     "Which strategies have not been measured yet; empty if none."
-    left = [o for o in preset["strategies"] if seeds_of(preset, o) and o not in set(metrics["strategy"])]
+    left = [
+        o for o in preset["strategies"] if seeds_of(preset, o) and o not in set(metrics["strategy"])
+    ]
     return f"Not measured yet: {', '.join(left)}." if left else ""
 
-def missing_note(preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame | None = None) -> str:
-    "How many models have not been run, and which strategies not measured; empty for a finished study."
+# %% ../../nbs/questions/02_correlations.ipynb #67dacac2
+def missing_note(
+    preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame | None = None
+) -> str:
+    """How many models have not been run, and which strategies not measured; empty for a finished
+    study."""
     sizes = (0, preset["calibration"]["windows"])  # 0: the dense model
     every = [c for c in cells(preset) if metrics is not None or c.windows in sizes]
     left = [c.name for c in every if c.name not in study]
@@ -103,16 +125,21 @@ def probability(value: float) -> str:
     "A p-value or q-value: three digits, without the leading zero."
     return "<.001" if value < 0.001 else f"{value:.3f}".replace("0.", ".", 1)
 
+# %% ../../nbs/questions/02_correlations.ipynb #2eec9e68
 def is_main(key: str) -> bool:
     "Whether a metric stands for one of the theory's eleven."
     return METRICS[key.partition(":")[0]].main
 
+# %% ../../nbs/questions/02_correlations.ipynb #019144cb
 def correlation_cell(row: pd.Series  # of `correlate`
                     ) -> str:
     "ρ, interval, p and q; `n/a` where ρ is not defined."
     if row["reason"]: return "n/a"
     chances = f"p {probability(row['p'])}, q {probability(row['q'])}"
-    return f"{interval_text(row['rho'], row['ci_low'], row['ci_high'], '+', scale=1, digits=2)}, {chances}"
+    return (
+        f"{interval_text(row['rho'], row['ci_low'], row['ci_high'], '+', scale=1, digits=2)},"
+        f" {chances}"
+    )
 
 # %% ../../nbs/questions/02_correlations.ipynb #afea8de8
 def correlation_grid(related: Correlations) -> pd.DataFrame:
@@ -124,7 +151,9 @@ def correlation_grid(related: Correlations) -> pd.DataFrame:
                         setting=[setting_label(row) for row in table.to_dict("records")])
     wide = text.pivot(index=["setting", "label"], columns="dimension", values="text")[list(KEPT)]
     order = pd.MultiIndex.from_frame(text[["setting", "label"]].drop_duplicates())
-    return wide.loc[order].reset_index().rename(columns={"label": "metric"}).rename_axis(columns=None)
+    return (
+        wide.loc[order].reset_index().rename(columns={"label": "metric"}).rename_axis(columns=None)
+    )
 
 # %% ../../nbs/questions/02_correlations.ipynb #e2f583db
 def correlation_note(related: Correlations) -> str:
@@ -132,25 +161,35 @@ def correlation_note(related: Correlations) -> str:
     if related.note: return related.note
     table = related.table
     reasons = table[table["reason"] != ""].groupby("reason", sort=False)["metric"].unique()
-    said = [f"Spearman's ρ over {span(table['n'])} single sources [95% interval: over the choice of sources, and over "
-            "the noise that the intervals of retention include, see below]; two-sided permutation p; q after Benjamini and "
-            f"Hochberg over all {table['p'].count()} tests of the study, also those not shown. CSV: also the partial "
-            "correlation that holds fixed whether a source belongs to the dimension, and the range "
-            "of ρ when each source in turn is left out."]
+    said = [
+        f"Spearman's ρ over {span(table['n'])} single sources [95% interval: over the choice of"
+        " sources, and over the noise that the intervals of retention include, see below];"
+        f" two-sided permutation p; q after Benjamini and Hochberg over all {table['p'].count()}"
+        " tests of the study, also those not shown. CSV: also the partial correlation that holds"
+        " fixed whether a source belongs to the dimension, and the range of ρ when each source in"
+        " turn is left out."
+    ]
     for reason, names in reasons.items():
-        said.append(f"n/a: {', '.join(metric_label(name) for name in names)} ({reason.rstrip('.')}).")
+        said.append(
+            f"n/a: {', '.join(metric_label(name) for name in names)} ({reason.rstrip('.')})."
+        )
     return " ".join(said)
 
+# %% ../../nbs/questions/02_correlations.ipynb #ea4ed8bb
 def correlation_footnote(preset: dict[str, Any], related: Correlations, missing: str = "") -> str:
-    "The text below a figure of correlations, so that it can be read alone. The figure itself says what its intervals are over."
-    said = "" if related.note else ("ρ: Spearman's, over single sources; p: permutation, two-sided; q: after "
-                                    f"Benjamini and Hochberg over all {related.table['p'].count()} tests of the study.")
+    """The text below a figure of correlations, so that it can be read alone. The figure itself says
+    what its intervals are over."""
+    said = "" if related.note else (
+        "ρ: Spearman's, over single sources; p: permutation, two-sided; q: after "
+        f"Benjamini and Hochberg over all {related.table['p'].count()} tests of the study.")
     return " ".join(filter(None, [study_note(preset, related.found), said, missing]))
 
 # %% ../../nbs/questions/02_correlations.ipynb #0dd386b7
 def survivors(table: pd.DataFrame  # of `correlate`
-             ) -> pd.DataFrame:    # metric, and a column per dimension; the metric that survives most often first
-    "In how many settings a correlation survives the correction, and ρ there, from the lowest to the highest."
+             # metric, and a column per dimension; the metric that survives most often first
+             ) -> pd.DataFrame:
+    """In how many settings a correlation survives the correction, and ρ there, from the lowest to
+    the highest."""
     def text(rho: pd.Series) -> str:
         ends = dict.fromkeys(f"{o:+.2f}" for o in (rho.min(), rho.max()))
         return f"{len(rho)} ({' to '.join(ends)})".replace("-", "−")
@@ -159,4 +198,5 @@ def survivors(table: pd.DataFrame  # of `correlate`
     wide = left.groupby(["metric", "dimension"])["rho"].agg(text).unstack(fill_value="")
     wide = wide.reindex(columns=list(KEPT), fill_value="")
     order = left["metric"].value_counts().index
-    return wide.loc[order].rename(index=metric_label).rename_axis(index="metric", columns=None).reset_index()
+    return wide.loc[order].rename(index=metric_label).rename_axis(index="metric",
+                                                                  columns=None).reset_index()

@@ -21,26 +21,34 @@ import pandas as pd
 from scipy.stats import norm
 
 from ..core import DIMENSIONS, CalibPruneError, unknown_name
-from ..statistics.plots import sparsity_label
-from ..statistics.replicates import (OUTCOMES, Replicates, best_of, shortfall, spread,
-                                           without_noise)
-from ..statistics.tables import interval_text, listed
 from ..resampling import interval
+from ..statistics.plots import sparsity_label
+from calib_prune.statistics.replicates import (
+    OUTCOMES,
+    Replicates,
+    best_of,
+    shortfall,
+    spread,
+    without_noise,
+)
+from ..statistics.tables import interval_text, listed
 
 # %% ../../nbs/questions/07_estimates.ipynb #79c8af61
 CLAIMS = {  # id → (claim, where it stands)
-    "C1": ("General retention rises with the perplexity of calibration text.", "abstract; per method: quotation"),
+    "C1": ("General retention rises with the perplexity of calibration text.",
+           "abstract; per method: quotation"),
     "C2": ("Math retention falls with the perplexity of calibration text.", "abstract; quotation"),
     "C3": ("Code retention falls with the perplexity of calibration text.", "abstract; quotation"),
-    "C4": ("The correlations of C1 to C3 have p < 0.05 each.", "abstract"),
-    "C5": ("No single source keeps every dimension.", "quotation"),
-    "C6": ("A uniform mix keeps more in total than the best single source, and that more than C4.", "abstract"),
-    "C7": ("IGSP keeps more in total than Self-Cal and than SGS.", "abstract"),
+    "C4": ("The correlations of C1 to C3 have p < 0.05 each.",
+           "abstract"), "C5": ("No single source keeps every dimension.", "quotation"),
+    "C6": ("A uniform mix keeps more in total than the best single source, and that more than C4.",
+           "abstract"), "C7": ("IGSP keeps more in total than Self-Cal and than SGS.", "abstract"),
     "C8": ("Averaged commonsense accuracy hides how far strategies differ in Code.", "quotation"),
-    "C9": ("The margin of the mix over C4 grows with sparsity.", "quotation"),
-    "O1": ("General rises with perplexity where Code and Math fall: the opposite signs, as one test.", "ours"),
-    "O2": ("They are opposite among prose sources and among code-and-math sources, too.", "ours"),
-    "O3": ("The mix keeps most in total also without Code.", "ours")}
+    "C9": ("The margin of the mix over C4 grows with sparsity.", "quotation"), "O1": (
+        "General rises with perplexity where Code and Math fall: the opposite signs, as one test.",
+        "ours"),
+    "O2": ("They are opposite among prose sources and among code-and-math sources, too.",
+           "ours"), "O3": ("The mix keeps most in total also without Code.", "ours")}
 
 # %% ../../nbs/questions/07_estimates.ipynb #f3090606
 @dataclass(frozen=True)
@@ -57,11 +65,13 @@ PAPER = Levels()
 class Check:
     "One number of a claim."
     claim: str
-    what: str             # what is measured; {at}, {low} and {high} stand for the sparsities of `Levels`
+    # what is measured; {at}, {low} and {high} stand for the sparsities of `Levels`
+    what: str
     paper: float | None   # the paper's number; None where it only gives a direction
     sign: int             # the direction that it claims: 1 or −1
     unit: str             # "ρ", "points", "share" or "count"
-    derived: bool = False # whether we took the paper's number as a difference or ratio of two of its numbers
+    # whether we took the paper's number as a difference or ratio of two of its numbers
+    derived: bool = False
 
     def said(self, levels: Levels) -> str:
         "What is measured, with the sparsities of a study."
@@ -77,50 +87,81 @@ class Check:
         return self.said(levels) == self.said(PAPER)
 
 # %% ../../nbs/questions/07_estimates.ipynb #c2437ff0
-# name → (check, method, dimension); the paper's at 60% (ours: the quotation gives no sparsity, other numbers are at 60%)
+# name → (check, method, dimension); the paper's at 60% (ours: the quotation gives no sparsity,
+# other numbers are at 60%)
 CORRELATIONS = {
-    "C1 wanda": (Check("C1", "ρ(perplexity, General), Wanda {at}", 0.71, 1, "ρ"), "wanda", "General"),
-    "C1 sparsegpt": (Check("C1", "ρ(perplexity, General), SparseGPT {at}", 0.55, 1, "ρ"), "sparsegpt", "General"),
-    "C2": (Check("C2", "ρ(perplexity, Math), Wanda {at}", -0.53, -1, "ρ"), "wanda", "Math"),
-    "C3": (Check("C3", "ρ(perplexity, Code), SparseGPT {at}", -0.59, -1, "ρ"), "sparsegpt", "Code")}
+    "C1 wanda": (Check("C1", "ρ(perplexity, General), Wanda {at}", 0.71, 1,
+                       "ρ"), "wanda", "General"), "C1 sparsegpt": (Check(
+                           "C1", "ρ(perplexity, General), SparseGPT {at}", 0.55, 1,
+                           "ρ"), "sparsegpt", "General"), "C2": (Check(
+                               "C2", "ρ(perplexity, Math), Wanda {at}", -0.53, -1,
+                               "ρ"), "wanda", "Math"), "C3": (Check(
+                                   "C3", "ρ(perplexity, Code), SparseGPT {at}", -0.59, -1,
+                                   "ρ"), "sparsegpt", "Code")}
 
 # %% ../../nbs/questions/07_estimates.ipynb #170f016f
-# name → (check, method, pair of dimensions, is the register held fixed?); the paper's numbers are differences of two of its ρ
+# name → (check, method, pair of dimensions, is the register held fixed?); the paper's numbers are
+# differences of two of its ρ
 _RHO = "ρ(perplexity, General) − ρ(perplexity, {})"
 _CODE, _MATH = _RHO.format("Code"), _RHO.format("Math")
 OPPOSITE = {
-    "O1 code": (Check("O1", f"{_CODE}, SparseGPT {{at}}", 1.14, 1, "ρ", True), "sparsegpt", "General − Code", False),
-    "O1 math": (Check("O1", f"{_MATH}, Wanda {{at}}", 1.24, 1, "ρ", True), "wanda", "General − Math", False),
-    "O2 code": (Check("O2", f"{_CODE} within registers, SparseGPT {{at}}", None, 1, "ρ"), "sparsegpt", "General − Code", True),
-    "O2 math": (Check("O2", f"{_MATH} within registers, Wanda {{at}}", None, 1, "ρ"), "wanda", "General − Math", True)}
+    "O1 code": (Check("O1", f"{_CODE}, SparseGPT {{at}}", 1.14, 1, "ρ",
+                      True), "sparsegpt", "General − Code", False), "O1 math": (Check(
+                          "O1", f"{_MATH}, Wanda {{at}}", 1.24, 1, "ρ",
+                          True), "wanda", "General − Math", False), "O2 code": (Check(
+                              "O2", f"{_CODE} within registers, SparseGPT {{at}}", None, 1,
+                              "ρ"), "sparsegpt", "General − Code", True), "O2 math": (Check(
+                                  "O2", f"{_MATH} within registers, Wanda {{at}}", None, 1,
+                                  "ρ"), "wanda", "General − Math", True)}
 
 # %% ../../nbs/questions/07_estimates.ipynb #2228e752
 CHECKS: dict[str, Check] = {
     **{name: check for name, (check, *_) in CORRELATIONS.items()},
     "C4": Check("C4", "correlations with the paper's sign and p < 0.05, of four", 4, 1, "count"),
-    "C4 corrected": Check("C4", "those with q < 0.05 (Benjamini–Hochberg; not in the paper)", None, 1, "count"),
+    "C4 corrected": Check("C4", "those with q < 0.05 (Benjamini–Hochberg; not in the paper)", None,
+                          1, "count"),
     "C5": Check("C5", "shortfall of the most versatile source, SparseGPT {at}", None, 1, "points"),
-    "C5 c4": Check("C5", "C4: General − Code retention, SparseGPT {at}", 60.3, 1, "points", True),  # 60.7 − 0.4
-    "C5 math": Check("C5", "math source: Math − General retention, SparseGPT {at}", 6.0, 1, "points", True),  # 52.2 − 46.2
+    # 60.7 − 0.4
+    "C5 c4": Check("C5", "C4: General − Code retention, SparseGPT {at}", 60.3, 1, "points", True),
+    # 52.2 − 46.2
+    "C5 math": Check("C5", "math source: Math − General retention, SparseGPT {at}", 6.0, 1,
+                     "points", True),
     "C6": Check("C6", "mix − best single source, total, SparseGPT {at}", 8.8, 1, "points"),
     "C6 c4": Check("C6", "mix − C4, total, SparseGPT {at}", 18.8, 1, "points"),
-    "C6 single": Check("C6", "best other single source − C4, total, SparseGPT {at}", 10.0, 1, "points", True),  # 50.0 − 40.0
-    "C6 share": Check("C6", "(mix − best single source) / (mix − C4), total, SparseGPT {at}", 0.47, 1, "share",
-                      True),  # 8.8 / 18.8
-    "C7 self-cal": Check("C7", "IGSP − Self-Cal, total, SparseGPT {at}", 2.4, 1, "points"),  # the setting is ours: the abstract
-    "C7 sgs": Check("C7", "IGSP − SGS, total, SparseGPT {at}", 4.8, 1, "points"),            # gives neither method nor sparsity
-    "C8": Check("C8", "range of Code retention − range of averaged accuracy, SparseGPT {at}", 49.05, 1, "points",
-                True),  # 51.9 − 2.85
-    "C8 same unit": Check("C8", "range of Code − range of Commonsense retention (not in the paper)", None, 1, "points"),
+    # 50.0 − 40.0
+    "C6 single": Check("C6", "best other single source − C4, total, SparseGPT {at}", 10.0, 1,
+                       "points", True),
+    "C6 share": Check("C6", "(mix − best single source) / (mix − C4), total, SparseGPT {at}", 0.47,
+                      1, "share", True),  # 8.8 / 18.8
+    # the setting is ours: the abstract
+    "C7 self-cal": Check("C7", "IGSP − Self-Cal, total, SparseGPT {at}", 2.4, 1, "points"),
+    # gives neither method nor sparsity
+    "C7 sgs": Check("C7", "IGSP − SGS, total, SparseGPT {at}", 4.8, 1, "points"),
+    "C8": Check("C8", "range of Code retention − range of averaged accuracy, SparseGPT {at}", 49.05,
+                1, "points", True),  # 51.9 − 2.85
+    "C8 same unit": Check("C8", "range of Code − range of Commonsense retention (not in the paper)",
+                          None, 1, "points"),
     "C9 low": Check("C9", "mix − C4, total, SparseGPT {low}", 4.6, 1, "points"),
-    "C9": Check("C9", "growth of mix − C4 from {low} to {high}, total, SparseGPT", 14.2, 1, "points", True),  # 18.8 − 4.6
+    # 18.8 − 4.6
+    "C9": Check("C9", "growth of mix − C4 from {low} to {high}, total, SparseGPT", 14.2, 1,
+                "points", True),
     **{name: check for name, (check, *_) in OPPOSITE.items()},
     "O3 c4": Check("O3", "mix − C4, total without Code, SparseGPT {at}", None, 1, "points"),
-    "O3 best": Check("O3", "mix − best single source, total without Code, SparseGPT {at}", None, 1, "points")}
+    "O3 best": Check("O3", "mix − best single source, total without Code, SparseGPT {at}", None, 1,
+                     "points")}
 
 # %% ../../nbs/questions/07_estimates.ipynb #d4b7d890
-SIZE, SIGN, NOT, UNCLEAR = "reproduced, size fits", "reproduced in sign", "not reproduced", "inconclusive"
-PRESET, MODEL, YET = "cannot be tested in this preset", "cannot be tested on this model", "not yet measured"
+SIZE, SIGN, NOT, UNCLEAR = (
+    "reproduced, size fits",
+    "reproduced in sign",
+    "not reproduced",
+    "inconclusive",
+)
+PRESET, MODEL, YET = (
+    "cannot be tested in this preset",
+    "cannot be tested on this model",
+    "not yet measured",
+)
 VERDICTS = (SIZE, SIGN, NOT, UNCLEAR, PRESET, MODEL, YET)
 
 def verdict(low: float, high: float,   # our interval
@@ -128,7 +169,8 @@ def verdict(low: float, high: float,   # our interval
             sign: int                  # that direction
            ) -> str:
     "What an interval says about a claim."
-    if math.isnan(low + high): raise CalibPruneError("A verdict needs an interval, but one of its ends is not a number.")
+    if math.isnan(low + high):
+        raise CalibPruneError("A verdict needs an interval, but one of its ends is not a number.")
     if low > high: raise CalibPruneError(f"The interval [{low}, {high}] ends before it begins.")
     low, high = (low, high) if sign > 0 else (-high, -low)
     holds = paper is not None and low <= abs(paper) <= high
@@ -146,8 +188,10 @@ class Estimate:
     n_of: str         # what n counts
     detail: str = ""
     comparable: bool = True     # whether its size can be compared with the paper's
-    contradicted: bool = False  # of a count: whether any part of it points the other way, beyond noise
+    # of a count: whether any part of it points the other way, beyond noise
+    contradicted: bool = False
 
+# %% ../../nbs/questions/07_estimates.ipynb #a6dea517
 class Untestable(Exception):
     "A check that this study cannot answer, with the verdict that says so and the reason."
     def __init__(self, status: str, reason: str): self.status, self.reason = status, reason
@@ -163,29 +207,39 @@ def strategy_for(found: Replicates,  # of one setting
     "The strategy that plays a role in the claims."
     if role not in ROLES: raise unknown_name("role", role, ROLES)
     present = [name for name in ROLES[role] if name in set(found.cells["strategy"])]
-    if not present: raise Untestable(PRESET, f"No strategy {' or '.join(ROLES[role])} was pruned in this setting.")
+    if not present:
+        raise Untestable(
+            PRESET, f"No strategy {' or '.join(ROLES[role])} was pruned in this setting."
+        )
     return present[0]
 
 # %% ../../nbs/questions/07_estimates.ipynb #a184ce7a
 def setting(found: Replicates, method: str, sparsity: float | str) -> Replicates:
-    "The cells of a method and sparsity; where calibration sizes vary, of the size with the most strategies."
+    """The cells of a method and sparsity; where calibration sizes vary, of the size with the most
+    strategies."""
     wanted = [at for at in found.settings() if (at["method"], at["sparsity"]) == (method, sparsity)]
-    if not wanted: raise Untestable(PRESET, f"No cell was pruned by {method} to {sparsity_label(sparsity)}.")
+    if not wanted:
+        raise Untestable(PRESET, f"No cell was pruned by {method} to {sparsity_label(sparsity)}.")
     return max((found.where(**at) for at in wanted), key=lambda sized: len(sized.cells))
 
+# %% ../../nbs/questions/07_estimates.ipynb #b88156af
 def single_sources(found: Replicates, but: str = "") -> Replicates:
     "The strategies of a setting that calibrate on one source, `but` one of them left out."
     keep = ((found.cells["source_dimension"] != "") & (found.cells["strategy"] != but)).to_numpy()
     if keep.sum() < 2:
-        raise Untestable(PRESET, f"It takes two single sources to choose from; this setting has {keep.sum()}.")
+        raise Untestable(
+            PRESET, f"It takes two single sources to choose from; this setting has {keep.sum()}."
+        )
     return found.rows(keep)
 
+# %% ../../nbs/questions/07_estimates.ipynb #6f55614c
 def outcome(values: np.ndarray,  # [1 + B, …, outcomes]
             name: str            # of `OUTCOMES`
            ) -> np.ndarray:      # in percent
     "One outcome, in points; an error where the study has no such tasks."
     found = 100 * values[..., OUTCOMES.index(name)]
-    if np.isnan(found[0]).any(): raise Untestable(MODEL, f"There is no {name} score: its tasks are not in this study.")
+    if np.isnan(found[0]).any():
+        raise Untestable(MODEL, f"There is no {name} score: its tasks are not in this study.")
     return found
 
 # %% ../../nbs/questions/07_estimates.ipynb #4d60e250
@@ -193,13 +247,17 @@ def in_bits(found: Replicates, *dimensions: str) -> list[str]:
     "The dimensions that are not scored by right answers alone."
     return [d for d in dimensions if "bits" in found.scored[d]]
 
+# %% ../../nbs/questions/07_estimates.ipynb #93086a7c
 def scored_note(found: Replicates, *dimensions: str) -> str:
     "How dimensions are scored, where it matters for comparing with the paper."
     bits = in_bits(found, *dimensions)
     if not bits: return ""
-    return (f"Here {listed(bits)} {'is' if len(bits) == 1 else 'are'} scored in bits per byte, whose retention "
-            "rarely falls near 0, so the paper's size decides nothing.")
+    return (
+        f"Here {listed(bits)} {'is' if len(bits) == 1 else 'are'} scored in bits per byte, whose"
+        " retention rarely falls near 0, so the paper's size decides nothing."
+    )
 
+# %% ../../nbs/questions/07_estimates.ipynb #237fc08a
 def over_items(values: np.ndarray,      # [1 + B], the first is the estimate
                found: Replicates,
                *counted: str,           # outcomes whose items count
@@ -209,49 +267,74 @@ def over_items(values: np.ndarray,      # [1 + B], the first is the estimate
     "An estimate over items."
     scored = DIMENSIONS if "Total" in counted else counted
     said = f"{detail} {scored_note(found, *scored)} The interval is over {noise or found.noise}."
-    return Estimate(float(values[0]), *interval(values[1:]), sum(found.items[name] for name in counted), "items",
-                    said.strip().replace("  ", " "), comparable=not in_bits(found, *scored))
+    return Estimate(
+        float(values[0]),
+        *interval(values[1:]),
+        sum(found.items[name] for name in counted),
+        "items",
+        said.strip().replace("  ", " "),
+        comparable=not in_bits(found, *scored),
+    )
 
 # %% ../../nbs/questions/07_estimates.ipynb #315c52cf
-def correlation(name: str, table: pd.DataFrame, metric: str, at: float | str = PAPER.at) -> pd.Series:
+def correlation(
+    name: str, table: pd.DataFrame, metric: str, at: float | str = PAPER.at
+) -> pd.Series:
     "The row of `rank_statistics.correlate`, or of `contrasts`, that a check speaks of."
     check, method, dimension, *_ = {**CORRELATIONS, **OPPOSITE}[name]
     rows = table[(table["method"] == method) & (table["sparsity"] == at)
                  & (table["metric"] == metric) & (table["dimension"] == dimension)]
     if rows.empty:
-        raise Untestable(PRESET, f"Too few single sources were pruned by {method} to {sparsity_label(at)}, "
-                                 f"or {metric} was not measured.")
+        raise Untestable(
+            PRESET,
+            f"Too few single sources were pruned by {method} to {sparsity_label(at)}, "
+            f"or {metric} was not measured.",
+        )
     row = rows.loc[rows["n"].idxmax()]
     if row["reason"]: raise Untestable(MODEL, f"ρ is not defined: {row['reason']}.")
     return row
 
+# %% ../../nbs/questions/07_estimates.ipynb #d47a9a78
 def chance(symbol: str, p: float) -> str:
     "A p-value or q-value as text."
     return f"{symbol} < 0.001" if p < 0.001 else f"{symbol} = {p:.3f}"
 
 # %% ../../nbs/questions/07_estimates.ipynb #afc8fe0f
-def estimate_correlation(name: str, table: pd.DataFrame, metric: str, at: float | str = PAPER.at) -> Estimate:
+def estimate_correlation(
+    name: str, table: pd.DataFrame, metric: str, at: float | str = PAPER.at
+) -> Estimate:
     "C1 to C3."
     row = correlation(name, table, metric, at)
-    detail = (f"Permutation {chance('p', row['p'])}; "
-              f"{chance('q', row['q'])} (Benjamini–Hochberg, {table['q'].count()} tests). "
-              f"Leaving out one source, ρ runs from {row['loo_low']:+.2f} to {row['loo_high']:+.2f}.")
+    detail = (
+        f"Permutation {chance('p', row['p'])}; "
+        f"{chance('q', row['q'])} (Benjamini–Hochberg, {table['q'].count()} tests). "
+        f"Leaving out one source, ρ runs from {row['loo_low']:+.2f} to {row['loo_high']:+.2f}."
+    )
     if not math.isnan(row["partial"]):
-        partial = interval_text(row["partial"], row["partial_low"], row["partial_high"], "+", scale=1, digits=2)
+        partial = interval_text(
+            row["partial"], row["partial_low"], row["partial_high"], "+", scale=1, digits=2
+        )
         detail += (f" Holding fixed which sources are {row['dimension']} text, ρ = {partial}, "
                    f"{chance('p', row['partial_p'])}.")
     detail += f" The interval is over the choice of sources, and over {row['noise']}."
     return Estimate(row["rho"], row["ci_low"], row["ci_high"], int(row["n"]), "sources", detail)
 
 # %% ../../nbs/questions/07_estimates.ipynb #d8ec04bb
-def estimate_opposite(name: str, table: pd.DataFrame, metric: str, at: float | str = PAPER.at) -> Estimate:
+def estimate_opposite(
+    name: str, table: pd.DataFrame, metric: str, at: float | str = PAPER.at
+) -> Estimate:
     "O1 and O2."
     row, inside = correlation(name, table, metric, at), OPPOSITE[name][-1]
-    value, low, high, p = (row[o] for o in (("partial", "partial_low", "partial_high", "partial_p") if inside else
-                                            ("rho", "ci_low", "ci_high", "p")))
-    if math.isnan(value): raise Untestable(PRESET, "Only sources of one register were pruned and measured.")
+    value, low, high, p = (row[o] for o in (("partial", "partial_low", "partial_high",
+                                             "partial_p") if inside else ("rho", "ci_low",
+                                                                          "ci_high", "p")))
+    if math.isnan(value):
+        raise Untestable(PRESET, "Only sources of one register were pruned and measured.")
     held = " The registers are prose, and code with formulas." if inside else ""
-    detail = f"Permutation {chance('p', p)}.{held} The interval is over the choice of sources, and over {row['noise']}."
+    detail = (
+        f"Permutation {chance('p', p)}.{held} The interval is over the choice of sources, and over"
+        f" {row['noise']}."
+    )
     return Estimate(value, low, high, int(row["n"]), "sources", detail)
 
 # %% ../../nbs/questions/07_estimates.ipynb #afdbde43
@@ -274,7 +357,10 @@ def estimate_significant(column: str,  # "p" or "q"
         if check.paper: chances.append(f"{100 * power(check.paper, int(row['n'])):.0f}")
     detail = f"{'; '.join(each)}."
     if column == "p":
-        detail += f" True correlations of the paper's size would reach p < 0.05 in {', '.join(chances)} of 100 such studies."
+        detail += (
+            f" True correlations of the paper's size would reach p < 0.05 in {', '.join(chances)}"
+            " of 100 such studies."
+        )
     fewest = int(min(row["n"] for row in rows.values()))
     return Estimate(holds, math.nan, math.nan, fewest, "sources", detail, contradicted=against)
 
@@ -285,10 +371,16 @@ def estimate_versatile(found: Replicates, at: float | str = PAPER.at) -> Estimat
     values = np.stack([outcome(sources.values, d) for d in DIMENSIONS], -1)
     best = sources.cells["strategy"].to_numpy()[values[0].argmax(0)]
     detail = "Best in " + ", ".join(f"{d}: {name}" for d, name in zip(DIMENSIONS, best)) + "."
-    detail += f" Its lower end holds for all sources and dimensions at once. {scored_note(found, *DIMENSIONS)}"
+    detail += (
+        " Its lower end holds for all sources and dimensions at once."
+        f" {scored_note(found, *DIMENSIONS)}"
+    )
     return Estimate(*shortfall(values), len(sources.cells), "sources", detail.strip())
 
-def estimate_contrast(found: Replicates, role: str, a: str, b: str, at: float | str = PAPER.at) -> Estimate:
+# %% ../../nbs/questions/07_estimates.ipynb #7163aafc
+def estimate_contrast(
+    found: Replicates, role: str, a: str, b: str, at: float | str = PAPER.at
+) -> Estimate:
     "C5's examples: how much more one strategy keeps of dimension `a` than of `b`."
     here = setting(found, "sparsegpt", at)
     name = strategy_for(here, role)
@@ -320,50 +412,77 @@ def estimate_best(found: Replicates,
     estimate, low, high = best if sign > 0 else (-best[0], -best[2], -best[1])
     first = names[total[0].argmax()]
     often = 100 * np.mean(names[total[1:].argmax(1)] == first)
-    detail = (f"The best single source is {first} (in {often:.0f}% of replicates). It is chosen by the numbers compared, "
-              f"which favours it; the interval holds for all {len(names)} sources at once, and is over {here.noise}. "
-              f"{scored_note(here, *DIMENSIONS)}").strip()
+    detail = (
+        f"The best single source is {first} (in {often:.0f}% of replicates). It is chosen by the"
+        f" numbers compared, which favours it; the interval holds for all {len(names)} sources at"
+        f" once, and is over {here.noise}. {scored_note(here, *DIMENSIONS)}"
+    ).strip()
     comparable = not in_bits(here, *DIMENSIONS)
-    return Estimate(estimate, low, high, here.items["Total"], "items", detail, comparable=comparable)
+    return Estimate(
+        estimate, low, high, here.items["Total"], "items", detail, comparable=comparable
+    )
 
 # %% ../../nbs/questions/07_estimates.ipynb #1758283c
 def estimate_share(found: Replicates, at: float | str = PAPER.at) -> Estimate:
-    "C6 without a scale: the lead over the best single source as a share of the lead over the default."
+    """C6 without a scale: the lead over the best single source as a share of the lead over the
+    default."""
     here = setting(found, "sparsegpt", at)
-    mix, default = (outcome(here.of(strategy_for(here, role)), "Total") for role in ("mix", "default"))
+    mix, default = (
+        outcome(here.of(strategy_for(here, role)), "Total") for role in ("mix", "default")
+    )
     sources = single_sources(here, but=strategy_for(here, "mix"))
     total = outcome(sources.values, "Total")
     names, best = sources.cells["strategy"].to_numpy(), total[0].argmax()
     others = names != strategy_for(here, "default")
     if not others[best]:
-        raise Untestable(UNCLEAR, f"The default text, {names[best]}, is the best single source itself: both leads are one.")
-    lead = Estimate(float((mix - default)[0]), *interval((mix - default)[1:]), here.items["Total"], "items")
+        raise Untestable(
+            UNCLEAR,
+            f"The default text, {names[best]}, is the best single source itself: both leads are"
+            " one.",
+        )
+    lead = Estimate(
+        float((mix - default)[0]), *interval((mix - default)[1:]), here.items["Total"], "items"
+    )
     with_interval("C6 c4", lead)
     if lead.ci_low <= 0:
-        raise Untestable(UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share.")
+        raise Untestable(
+            UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share."
+        )
     with np.errstate(divide="ignore", invalid="ignore"):
         share = (mix[:, None] - total[:, others]) / (mix - default)[:, None]
     value, low, high = best_of(-share)  # the best source leaves the smallest share
-    detail = (f"The best single source is {names[best]}. It is chosen by the numbers compared, which favours it; the interval "
-              f"holds for all {share.shape[1]} other sources at once, and is over {here.noise}.")
+    detail = (
+        f"The best single source is {names[best]}. It is chosen by the numbers compared, which"
+        f" favours it; the interval holds for all {share.shape[1]} other sources at once, and is"
+        f" over {here.noise}."
+    )
     return Estimate(-value, -high, -low, here.items["Total"], "items", detail)
 
+# %% ../../nbs/questions/07_estimates.ipynb #b90a9fcf
 def _without_code(values: np.ndarray) -> np.ndarray:  # [..., outcomes] → [...]
     "The mean of the other dimensions, in points."
     return np.mean([outcome(values, d) for d in DIMENSIONS if d != "Code"], axis=0)
 
+# %% ../../nbs/questions/07_estimates.ipynb #041f09b7
 def estimate_without_code(found: Replicates, over: str,  # "default", or "best"
                           at: float | str = PAPER.at) -> Estimate:
     "O3."
     here = setting(found, "sparsegpt", at)
-    mix, items = _without_code(here.of(strategy_for(here, "mix"))), here.items["Total"] - here.items["Code"]
+    mix, items = (
+        _without_code(here.of(strategy_for(here, "mix"))),
+        here.items["Total"] - here.items["Code"],
+    )
     if over == "default":
         margin = mix - _without_code(here.of(strategy_for(here, "default")))
-        return Estimate(float(margin[0]), *interval(margin[1:]), items, "items", f"The interval is over {here.noise}.")
+        return Estimate(float(margin[0]), *interval(margin[1:]), items, "items",
+                        f"The interval is over {here.noise}.")
     sources = single_sources(here)
     value, low, high = best_of(_without_code(sources.values) - mix[:, None])
     name = sources.cells["strategy"].to_numpy()[_without_code(sources.values)[0].argmax()]
-    detail = f"The best single source is {name}. The interval holds for all sources at once, and is over {here.noise}."
+    detail = (
+        f"The best single source is {name}. The interval holds for all sources at once, and is over"
+        f" {here.noise}."
+    )
     return Estimate(-value, -high, -low, items, "items", detail)
 
 # %% ../../nbs/questions/07_estimates.ipynb #f0ca9d57
@@ -371,14 +490,21 @@ def range_sentence(ranges: pd.DataFrame,  # from `statistics.spread`
                    name: str              # of `OUTCOMES`
                   ) -> str:
     "The range of an outcome over strategies, and how much of it noise explains."
-    row = 100 * ranges.set_index("dimension").loc[name, ["spread", "by_chance", "true_spread"]].astype(float)
+    row = 100 * ranges.set_index("dimension").loc[
+        name, ["spread", "by_chance", "true_spread"]
+    ].astype(float)
     label = "averaged accuracy" if name == "Accuracy" else f"{name} retention"
-    return (f"Range of {label}: {row['spread']:.1f} points, {row['by_chance']:.1f} expected from noise alone, "
-            f"{row['true_spread']:.1f} without it.")
+    return (
+        f"Range of {label}: {row['spread']:.1f} points, {row['by_chance']:.1f} expected from noise"
+        f" alone, {row['true_spread']:.1f} without it."
+    )
 
-_BLIND = ("Averaged accuracy cannot tell strategies apart here. So it would hide what differs in Code, and it does not say that "
-          "Commonsense is kept alike.")
+_BLIND = (
+    "Averaged accuracy cannot tell strategies apart here. So it would hide what differs in Code,"
+    " and it does not say that Commonsense is kept alike."
+)
 
+# %% ../../nbs/questions/07_estimates.ipynb #63908e16
 def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.at) -> Estimate:
     "C8: range of Code retention over strategies minus the range of another outcome."
     here = setting(found, "sparsegpt", at)
@@ -389,15 +515,22 @@ def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.a
     said = [range_sentence(ranges, name) for name in ("Code", hidden_by)]
     if hidden_by == "Accuracy" and interval(other[1:])[0] <= 0: said.append(_BLIND)
     detail = " ".join([*said, scored_note(found, "Code")]).strip()
-    return Estimate(float(code[0] - other[0]), *interval((code - other)[1:]), len(here.cells), "strategies", detail,
-                    comparable=not in_bits(found, "Code"))
+    return Estimate(
+        float(code[0] - other[0]),
+        *interval((code - other)[1:]),
+        len(here.cells),
+        "strategies",
+        detail,
+        comparable=not in_bits(found, "Code"),
+    )
 
 # %% ../../nbs/questions/07_estimates.ipynb #cc921f20
 def margins(found: Replicates) -> dict[float, np.ndarray]:  # sparsity → [1 + B], points
     "Total retention of the mix minus the default's, at every sparsity that has both."
     (mix,), (default,) = ROLES["mix"], ROLES["default"]
     pruned = [at["sparsity"] for at in found.settings() if at["method"] == "sparsegpt"]
-    levels = {level for level in pruned if not isinstance(level, str)}  # "2:4" is a pattern, no level
+    # "2:4" is a pattern, no level
+    levels = {level for level in pruned if not isinstance(level, str)}
     margin_at: dict[float, np.ndarray] = {}
     for level in sorted(levels):
         here = setting(found, "sparsegpt", level)
@@ -405,44 +538,63 @@ def margins(found: Replicates) -> dict[float, np.ndarray]:  # sparsity → [1 + 
             margin_at[level] = outcome(here.of(mix), "Total") - outcome(here.of(default), "Total")
     return margin_at
 
+# %% ../../nbs/questions/07_estimates.ipynb #991ed4c7
 def estimate_low(found: Replicates, levels: Levels = PAPER) -> Estimate:
     "C9: the margin at the lower sparsity."
-    if levels.low == levels.at: raise Untestable(PRESET, "The mix and C4 were not pruned to a lower sparsity than in C6.")
+    if levels.low == levels.at:
+        raise Untestable(PRESET, "The mix and C4 were not pruned to a lower sparsity than in C6.")
     return estimate_margin(found, "mix", "default", levels.low)
 
+# %% ../../nbs/questions/07_estimates.ipynb #8faf8652
 def growth_noise(found: Replicates, levels: Levels = PAPER) -> tuple[str, str]:
     "Which noise the interval of the growth has, and a caution about it."
-    drawn = [level for level in (levels.low, levels.high) if "draws" in setting(found, "sparsegpt", level).noise]
+    drawn = [
+        level
+        for level in (levels.low, levels.high)
+        if "draws" in setting(found, "sparsegpt", level).noise
+    ]
     if len(drawn) == 1: return f"items, and draws at {100 * drawn[0]:.0f}% only", ""
     if not drawn: return "items only", ""
-    return "items and draws", ("Draws of the two sparsities count as independent, which they are not: the interval is "
-                               "rather too wide.")
+    return "items and draws", (
+        "Draws of the two sparsities count as independent, which they are not: the interval is "
+        "rather too wide.")
 
 # %% ../../nbs/questions/07_estimates.ipynb #efe13b66
 def estimate_growth(found: Replicates, levels: Levels = PAPER) -> Estimate:
     "C9: how much larger the margin is at the higher sparsity."
     margin_at = margins(found)
     for level in (levels.low, levels.high):
-        if level not in margin_at: raise Untestable(PRESET, f"The mix and C4 were not both pruned to {100 * level:.0f}%.")
+        if level not in margin_at:
+            raise Untestable(PRESET, f"The mix and C4 were not both pruned to {100 * level:.0f}%.")
     noise, caution = growth_noise(found, levels)
     peak = max(margin_at, key=lambda level: margin_at[level][0])
     detail = "Margin by sparsity: "
-    detail += ", ".join(f"{100 * level:.0f}%: {margin[0]:+.1f}" for level, margin in margin_at.items())
+    detail += ", ".join(
+        f"{100 * level:.0f}%: {margin[0]:+.1f}" for level, margin in margin_at.items()
+    )
     detail += f"; it is largest at {100 * peak:.0f}%"
     detail += ", and smaller where more is pruned." if peak < max(margin_at) else "."
-    return over_items(margin_at[levels.high] - margin_at[levels.low], found.where(method="sparsegpt"), "Total",
-                      detail=f"{detail} {caution}".strip(), noise=noise)
+    return over_items(
+        margin_at[levels.high] - margin_at[levels.low],
+        found.where(method="sparsegpt"),
+        "Total",
+        detail=f"{detail} {caution}".strip(),
+        noise=noise,
+    )
 
 # %% ../../nbs/questions/07_estimates.ipynb #d93e63a3
-# check → how to get it from strategies and sparsities, some also from correlations and a metric's name
+# check → how to get it from strategies and sparsities, some also from correlations and a metric's
+# name
 ESTIMATORS: dict[str, Callable[..., Estimate]] = {
-    **{name: lambda found, levels, table, metric, name=name: estimate_correlation(name, table, metric, levels.at)
-       for name in CORRELATIONS},
-    "C4": lambda found, levels, table, metric: estimate_significant("p", table, metric, levels),
-    "C4 corrected": lambda found, levels, table, metric: estimate_significant("q", table, metric, levels),
-    "C5": lambda found, levels, *_: estimate_versatile(found, levels.at),
-    "C5 c4": lambda found, levels, *_: estimate_contrast(found, "default", "General", "Code", levels.at),
-    "C5 math": lambda found, levels, *_: estimate_contrast(found, "math", "Math", "General", levels.at),
+    **{
+        name: lambda found, levels, table, metric, name=name: estimate_correlation(
+            name, table, metric, levels.at) for name in CORRELATIONS}, "C4": lambda found, levels,
+    table, metric: estimate_significant("p", table, metric, levels),
+    "C4 corrected": lambda found, levels, table, metric: estimate_significant(
+        "q", table, metric, levels),
+    "C5": lambda found, levels, *_: estimate_versatile(found, levels.at), "C5 c4": lambda found,
+    levels, *_: estimate_contrast(found, "default", "General", "Code", levels.at), "C5 math": lambda
+    found, levels, *_: estimate_contrast(found, "math", "Math", "General", levels.at),
     "C6": lambda found, levels, *_: estimate_best(found, "mix", -1, levels.at),
     "C6 c4": lambda found, levels, *_: estimate_margin(found, "mix", "default", levels.at),
     "C6 single": lambda found, levels, *_: estimate_best(found, "default", 1, levels.at),
@@ -452,10 +604,10 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     "C8": lambda found, levels, *_: estimate_hidden(found, "Accuracy", levels.at),
     "C8 same unit": lambda found, levels, *_: estimate_hidden(found, "Commonsense", levels.at),
     "C9 low": lambda found, levels, *_: estimate_low(found, levels),
-    "C9": lambda found, levels, *_: estimate_growth(found, levels),
-    **{name: lambda found, levels, table, metric, name=name: estimate_opposite(name, table, metric, levels.at)
-       for name in OPPOSITE},
-    "O3 c4": lambda found, levels, *_: estimate_without_code(found, "default", levels.at),
+    "C9": lambda found, levels, *_: estimate_growth(found, levels), **{
+        name: lambda found, levels, table, metric, name=name: estimate_opposite(
+            name, table, metric, levels.at) for name in OPPOSITE}, "O3 c4": lambda found, levels, *
+    _: estimate_without_code(found, "default", levels.at),
     "O3 best": lambda found, levels, *_: estimate_without_code(found, "best", levels.at)}
 
 # %% ../../nbs/questions/07_estimates.ipynb #d41d1ee4
@@ -463,30 +615,45 @@ def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:
     "The estimate; at another sparsity than the paper's, its size is not compared."
     check = CHECKS[name]
     if check.paper is None or check.at_papers(levels): return estimate
-    said = f"{estimate.detail} The paper's number is, as far as we know, of another sparsity, so its size decides nothing."
+    said = (
+        f"{estimate.detail} The paper's number is, as far as we know, of another sparsity, so its"
+        " size decides nothing."
+    )
     return replace(estimate, detail=said, comparable=False)
 
 # %% ../../nbs/questions/07_estimates.ipynb #7ab489b6
 def with_interval(name: str, estimate: Estimate) -> Estimate:
     "The estimate, unless it lacks the interval that its check needs."
     if CHECKS[name].unit != "count" and math.isnan(estimate.ci_low + estimate.ci_high):
-        raise Untestable(MODEL, "There is no interval: in over 1% of the replicates the dense model is at 0, or at chance, in "
-                                "some task, or ρ is not defined. Score more items.")
+        raise Untestable(
+            MODEL,
+            "There is no interval: in over 1% of the replicates the dense model is at 0, or at"
+            " chance, in some task, or ρ is not defined. Score more items.",
+        )
     return estimate
 
+# %% ../../nbs/questions/07_estimates.ipynb #092cfb48
 def estimates(found: Replicates,              # from `statistics.strategy_retention`
-              correlations: pd.DataFrame,     # from `rank_statistics.correlate`, and `contrasts` below; empty without
+              # from `rank_statistics.correlate`, and `contrasts` below; empty without
+              correlations: pd.DataFrame,
               perplexity: str = "distortion", # the metric that is the calibration perplexity
               complete: bool = True,          # whether the study has been run to its end
               levels: Levels = PAPER          # sparsities to judge at
-             ) -> pd.DataFrame:               # one row per check: the fields of `Estimate`, status, reason
+             # one row per check: the fields of `Estimate`, status, reason
+             ) -> pd.DataFrame:
     "Our number for every check; where there is none, the status says so and the reason why."
     if correlations.empty:
-        correlations = pd.DataFrame(columns=["method", "sparsity", "metric", "dimension", "n", "p", "reason"])
+        correlations = pd.DataFrame(
+            columns=["method", "sparsity", "metric", "dimension", "n", "p", "reason"]
+        )
     rows = []
     for name, estimator in ESTIMATORS.items():
         try:
-            estimate = at_levels(name, with_interval(name, estimator(found, levels, correlations, perplexity)), levels)
+            estimate = at_levels(
+                name,
+                with_interval(name, estimator(found, levels, correlations, perplexity)),
+                levels,
+            )
             rows.append(dict(check=name, **vars(estimate), status="", reason=""))
         except Untestable as e:
             status = YET if e.status == PRESET and not complete else e.status

@@ -17,22 +17,28 @@ from matplotlib.figure import Figure
 from ..calibration.sets import allocate, parse_mix
 from ..calibration.sources import SOURCES
 from ..core import DIMENSIONS, CalibPruneError
+from ..resampling import interval
+from ..statistics.mixing_law import Law, best_mix, fit
 from ..statistics.plots import WIDTH, annotate, check_rows, headline
 from ..statistics.replicates import OUTCOMES, Replicates
 from ..statistics.tables import interval_text
-from ..resampling import interval
-from ..statistics.mixing_law import Law, best_mix, fit
 from ..style import DIMENSION_COLOURS, MARKERS
 
 # %% ../../nbs/questions/13_mixing.ipynb #2514888d
 def shares_of(mix: str,     # as a preset writes it
               windows: int  # in the calibration set
              ) -> dict[str, float]:
-    "The share of each dimension in a calibration set: of whole windows, so it is near what the mix says."
+    """The share of each dimension in a calibration set: of whole windows, so it is near what the
+    mix says."""
     counts = allocate(parse_mix(mix), windows)
     if odd := [o for o in counts if o not in SOURCES]:
-        raise CalibPruneError(f"The mixing law needs sources of a known dimension; {odd[0]!r} is none.")
-    return {d: sum(n for o, n in counts.items() if SOURCES[o].dimension == d) / windows for d in DIMENSIONS}
+        raise CalibPruneError(
+            f"The mixing law needs sources of a known dimension; {odd[0]!r} is none."
+        )
+    return {
+        d: sum(n for o, n in counts.items() if SOURCES[o].dimension == d) / windows
+        for d in DIMENSIONS
+    }
 
 # %% ../../nbs/questions/13_mixing.ipynb #f7aec4f8
 UNSEEN = "unseen"
@@ -46,15 +52,20 @@ def mixes_of(preset: dict[str, Any], found: Replicates  # of one setting
         rows.append(dict(strategy=o.strategy, unseen=o.strategy.startswith(UNSEEN), **shares))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/questions/13_mixing.ipynb #99a11b86
 def law_of(preset: dict[str, Any], found: Replicates) -> Law:
     "The law fitted to the mixes of a study that are not marked as unseen."
     mixes = mixes_of(preset, found)
     seen = ~mixes["unseen"].to_numpy()
     return fit(mixes.loc[seen, list(DIMENSIONS)], found.values[:, seen, :len(DIMENSIONS)])
 
-MIXES = ["strategy", "unseen", *(f"share_{d}" for d in DIMENSIONS), "dimension", "value", "predicted", "ci_low", "ci_high"]
+MIXES = [
+    "strategy", "unseen", *(f"share_{d}" for d in DIMENSIONS), "dimension", "value", "predicted",
+    "ci_low", "ci_high"]
 
-def mix_rows(preset: dict[str, Any], found: Replicates, law: Law) -> pd.DataFrame:  # columns `MIXES`; fractions
+# %% ../../nbs/questions/13_mixing.ipynb #c51b5a9a
+def mix_rows(preset: dict[str, Any], found: Replicates, law: Law
+            ) -> pd.DataFrame:  # columns `MIXES`; fractions
     "What each mix kept and what the law says of it, with the law's interval."
     mixes = mixes_of(preset, found)
     said = law.predict(mixes[list(DIMENSIONS)]).rename(columns={"value": "predicted"})
@@ -63,51 +74,76 @@ def mix_rows(preset: dict[str, Any], found: Replicates, law: Law) -> pd.DataFram
     about = mixes.rename(columns={d: f"share_{d}" for d in DIMENSIONS})
     return said.join(about, on="mix")[MIXES]
 
+# %% ../../nbs/questions/13_mixing.ipynb #b8ffd930
 def errors(rows: pd.DataFrame  # from `mix_rows`
-          ) -> pd.DataFrame:   # by dimension, in points: `fitted`, `unseen`, `constant`, `spread`, n
-    """How well the law predicts: its root mean square error at mixes of the fit and at unseen ones. Beside it what constants err
-    at the unseen ones: the mean of the fitted mixes (`constant`), and their own mean, which nobody can know before (`spread`)."""
+          # by dimension, in points: `fitted`, `unseen`, `constant`, `spread`, n
+          ) -> pd.DataFrame:
+    """How well the law predicts: its root mean square error at mixes of the fit and at unseen ones.
+    Beside it what constants err
+    at the unseen ones: the mean of the fitted mixes (`constant`), and their own mean, which nobody
+    can know before (`spread`)."""
     rms = lambda measured, said: 100 * np.sqrt(((measured - said) ** 2).mean())
     def line(d: str, mine: pd.DataFrame) -> dict[str, Any]:
         old, new = mine[~mine["unseen"]], mine[mine["unseen"]]
-        return dict(dimension=d, fitted=rms(old["value"], old["predicted"]), unseen=rms(new["value"], new["predicted"]),
-                    constant=rms(new["value"], old["value"].mean()), spread=rms(new["value"], new["value"].mean()), n=len(new))
+        return dict(
+            dimension=d,
+            fitted=rms(old["value"], old["predicted"]),
+            unseen=rms(new["value"], new["predicted"]),
+            constant=rms(new["value"], old["value"].mean()),
+            spread=rms(new["value"], new["value"].mean()),
+            n=len(new),
+        )
     return pd.DataFrame([line(*o) for o in rows.groupby("dimension", sort=False)])
 
 # %% ../../nbs/questions/13_mixing.ipynb #c6afb908
 ALIKE = dict.fromkeys(DIMENSIONS, 0.25)
-NEEDS: dict[str, Mapping[str, float]] = {"all alike": ALIKE, "the worst dimension": dict(worst=1),
-                                         "all alike, and the worst": ALIKE | dict(worst=1),
-                                         "Code and Math": dict(Code=0.5, Math=0.5),
-                                         "General and Commonsense": dict(General=0.5, Commonsense=0.5)}
+NEEDS: dict[str, Mapping[str, float]] = {
+    "all alike": ALIKE, "the worst dimension": dict(worst=1),
+    "all alike, and the worst": ALIKE | dict(worst=1), "Code and Math": dict(
+        Code=0.5, Math=0.5), "General and Commonsense": dict(General=0.5, Commonsense=0.5)}
 
 def best_rows(law: Law) -> pd.DataFrame:  # need, then the columns of `mixing_law.best_mix`
     "The best mix for a few needs."
-    return pd.concat([best_mix(law, need).assign(need=name) for name, need in NEEDS.items()], ignore_index=True)
+    return pd.concat(
+        [best_mix(law, need).assign(need=name) for name, need in NEEDS.items()], ignore_index=True
+    )
 
+# %% ../../nbs/questions/13_mixing.ipynb #f5f99b9a
 def best_text(rows: pd.DataFrame) -> pd.DataFrame:
     "One line per need: shares in percent, with the range of those that may be best."
-    text = [f"{100 * o.share:.0f} [{100 * o.low:.0f}, {100 * o.high:.0f}]" for o in rows.itertuples()]
+    text = [
+        f"{100 * o.share:.0f} [{100 * o.low:.0f}, {100 * o.high:.0f}]" for o in rows.itertuples()
+    ]
     wide = rows.assign(text=text).pivot(index="need", columns="dimension", values="text")
-    return wide.reindex(index=list(NEEDS), columns=list(DIMENSIONS)).rename_axis(columns=None).reset_index()
+    return wide.reindex(index=list(NEEDS),
+                        columns=list(DIMENSIONS)).rename_axis(columns=None).reset_index()
 
+# %% ../../nbs/questions/13_mixing.ipynb #0a628f7d
 def mixing_gain(preset: dict[str, Any], found: Replicates
                ) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; empty without these mixes
-    "Is mixing super-additive? What the mix nearest to equal parts kept, less the kinds alone, in its own shares: as measured."
+    """Is mixing super-additive? What the mix nearest to equal parts kept, less the kinds alone, in
+    its own shares: as measured."""
     mixes = mixes_of(preset, found)
     shares = mixes[list(DIMENSIONS)].to_numpy(float)
     pure = shares == 1
-    if not pure.any(0).all(): return pd.DataFrame(columns=["dimension", "value", "ci_low", "ci_high"])
+    if not pure.any(0).all():
+        return pd.DataFrame(columns=["dimension", "value", "ci_low", "ci_high"])
     even = np.abs(shares - 1 / len(DIMENSIONS)).sum(1).argmin()
-    parts = (pure / pure.sum(0) * shares[even]).sum(1)  # of each mix in the average; 0 but for the kinds alone
+    # of each mix in the average; 0 but for the kinds alone
+    parts = (pure / pure.sum(0) * shares[even]).sum(1)
     gain = found.values[:, even] - np.einsum("bmo,m->bo", found.values, parts)
-    rows = [(d, gain[0, j], *interval(gain[1:, j])) for d in (*DIMENSIONS, "Total") for j in [OUTCOMES.index(d)]]
+    rows = [(d, gain[0, j], *interval(gain[1:, j])) for d in (*DIMENSIONS, "Total")
+            for j in [OUTCOMES.index(d)]]
     return pd.DataFrame(rows, columns=["dimension", "value", "ci_low", "ci_high"])
 
+# %% ../../nbs/questions/13_mixing.ipynb #306ba0e1
 def gain_note(gains: pd.DataFrame  # from `mixing_gain`
              ) -> str:
     "The gain of mixing in words."
-    said = [f"{o.dimension} {interval_text(o.value, o.ci_low, o.ci_high, '+')}" for o in gains.itertuples()]
+    said = [
+        f"{o.dimension} {interval_text(o.value, o.ci_low, o.ci_high, '+')}"
+        for o in gains.itertuples()
+    ]
     return ", ".join(said) or "not all of these mixes have been run"
 
 # %% ../../nbs/questions/13_mixing.ipynb #f71d3320
@@ -118,6 +154,7 @@ def law_message(rows: pd.DataFrame  # from `mix_rows`
     inside = int(new["value"].between(new["ci_low"], new["ci_high"]).sum())
     return f"Mixing law: {inside} of {len(new)} unseen retentions within its 95% intervals"
 
+# %% ../../nbs/questions/13_mixing.ipynb #8e51b152
 def law_figure(rows: pd.DataFrame,  # from `mix_rows`
                note: str = "") -> Figure:
     "Predicted against measured, by dimension; unseen mixes are filled."
@@ -128,14 +165,31 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
         for unseen, o in mine.groupby("unseen"):
             colour, x = DIMENSION_COLOURS[d], 100 * o["value"]
             ax.vlines(x, 100 * o["ci_low"], 100 * o["ci_high"], color=colour, linewidth=0.8)
-            ax.plot(x, 100 * o["predicted"], MARKERS[d], color=colour, mfc=colour if unseen else "white", markersize=4.5)
-        ends = 100 * np.array([mine[["value", "predicted"]].min().min(), mine[["value", "predicted"]].max().max()])
+            ax.plot(
+                x,
+                100 * o["predicted"],
+                MARKERS[d],
+                color=colour,
+                mfc=colour if unseen else "white",
+                markersize=4.5,
+            )
+        ends = 100 * np.array(
+            [mine[["value", "predicted"]].min().min(), mine[["value", "predicted"]].max().max()]
+        )
         ax.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
         ax.set(title=d, xlabel="measured, %")
     axes[0].set_ylabel("predicted, %")
     headline(figure, law_message(rows))
     found = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
-    off, constant = (f"{found[o].min():.1f} to {found[o].max():.1f}" for o in ("unseen", "constant"))
-    about = "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, its misfit included. "
-    about += f"Root mean square error at unseen mixes: law {off} points, mean of the fitted mixes {constant}; no intervals."
+    off, constant = (
+        f"{found[o].min():.1f} to {found[o].max():.1f}" for o in ("unseen", "constant")
+    )
+    about = (
+        "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, its"
+        " misfit included. "
+    )
+    about += (
+        f"Root mean square error at unseen mixes: law {off} points, mean of the fitted mixes"
+        f" {constant}; no intervals."
+    )
     return annotate(figure, f"{about} {note}")

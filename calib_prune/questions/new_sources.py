@@ -21,11 +21,19 @@ from ..calibration.oit import METRICS
 from ..calibration.sources import FURTHER, SUITE
 from ..core import DIMENSIONS
 from .correlations import probability
+from ..resampling import interval
 from ..statistics.plots import WIDTH, annotate, check_rows, headline
-from ..statistics.ranks import KEPT, MIN_SOURCES, pairings, permutation_p, resampled, source_metrics, spearman
+from calib_prune.statistics.ranks import (
+    KEPT,
+    MIN_SOURCES,
+    pairings,
+    permutation_p,
+    resampled,
+    source_metrics,
+    spearman,
+)
 from ..statistics.replicates import OUTCOMES, Replicates
 from ..statistics.tables import interval_text, listed
-from ..resampling import interval
 from ..study.metric_rows import metric_label
 from ..style import MARKERS, colour_of, legend_above
 
@@ -34,8 +42,10 @@ KIND = "kind of source"
 
 def as_predictor(name: str, values: np.ndarray) -> np.ndarray:
     "A metric, or its logarithm where it has no upper bound."
-    return np.log(values) if math.isinf(METRICS[name.partition(":")[0]].high) and (values > 0).all() else values
+    return np.log(values) if math.isinf(
+        METRICS[name.partition(":")[0]].high) and (values > 0).all() else values
 
+# %% ../../nbs/questions/16_new_sources.ipynb #d046502e
 def line_through(x: np.ndarray, y: np.ndarray,  # [n]
                  at: np.ndarray                 # [m]
                 ) -> np.ndarray:                # [m]
@@ -43,11 +53,13 @@ def line_through(x: np.ndarray, y: np.ndarray,  # [n]
     centred = x - x.mean()
     return y.mean() + (centred @ (y - y.mean()) / (centred @ centred)) * (at - x.mean())
 
+# %% ../../nbs/questions/16_new_sources.ipynb #95104c8f
 def kind_means(kinds: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     "The mean of the sources of the same kind; the mean of all where there is none."
     means = {k: y[kinds == k].mean() for k in set(kinds)}
     return np.array([means.get(k, y.mean()) for k in at])
 
+# %% ../../nbs/questions/16_new_sources.ipynb #ac648c19
 def left_out_error(rule: Any, x: np.ndarray, y: np.ndarray) -> float:
     "Root mean square error of a rule at each source that it was not fitted to."
     rest = ~np.eye(len(x), dtype=bool)
@@ -55,7 +67,9 @@ def left_out_error(rule: Any, x: np.ndarray, y: np.ndarray) -> float:
     return float(np.sqrt(np.mean((np.array(said) - y) ** 2)))
 
 # %% ../../nbs/questions/16_new_sources.ipynb #23e8ba65
-RULES = ["metric", "dimension", "left_out", "error", "constant", "rho", "ci_low", "ci_high", "p", "q", "n"]
+RULES = [
+    "metric", "dimension", "left_out", "error", "constant", "rho", "ci_low", "ci_high", "p", "q",
+    "n"]
 
 @dataclass(frozen=True)
 class Split:
@@ -66,11 +80,16 @@ class Split:
     kinds: dict[str, str]        # source → dimension
     kept: dict[str, np.ndarray]  # strategy → [1 + B, outcomes]
 
+# %% ../../nbs/questions/16_new_sources.ipynb #c964977e
 def split_sources(found: Replicates,      # of one setting
                   metrics: pd.DataFrame   # from `metric_rows.load_metrics`
                  ) -> Split | None:       # None while there are too few
     "The sources of the study and the further ones, as far as they are pruned and measured."
-    at = {name: i for i, name in enumerate(found.cells["strategy"]) if name in set(metrics["strategy"])}
+    at = {
+        name: i
+        for i, name in enumerate(found.cells["strategy"])
+        if name in set(metrics["strategy"])
+    }
     first, further = [o for o in SUITE if o in at], [o for o in FURTHER if o in at]
     if min(len(first), len(further)) < MIN_SOURCES: return None
     wide, why = source_metrics(metrics, [*first, *further])
@@ -78,9 +97,13 @@ def split_sources(found: Replicates,      # of one setting
     wide = wide.loc[:, wide.loc[first].nunique() > 1]
     wide = pd.DataFrame({k: as_predictor(k, wide[k].to_numpy()) for k in wide}, index=wide.index)
     kinds = {k: o.dimension for k, o in {**SUITE, **FURTHER}.items()}
-    return Split(first, further, wide, kinds, {o: found.values[:, at[o]] for o in (*first, *further)})
+    return Split(
+        first, further, wide, kinds, {o: found.values[:, at[o]] for o in (*first, *further)}
+    )
 
-def predictions(split: Split, metric: str, dimension: str) -> pd.DataFrame:  # source, predicted, value; of further sources
+# %% ../../nbs/questions/16_new_sources.ipynb #08092a68
+def predictions(split: Split, metric: str, dimension: str
+               ) -> pd.DataFrame:  # source, predicted, value; of further sources
     "What a rule frozen on the first sources says of the further ones."
     y = np.array([split.kept[o][0, OUTCOMES.index(dimension)] for o in split.first])
     rule, x = _rule_of(split, metric)
@@ -88,9 +111,11 @@ def predictions(split: Split, metric: str, dimension: str) -> pd.DataFrame:  # s
     seen = [split.kept[o][0, OUTCOMES.index(dimension)] for o in split.further]
     return pd.DataFrame(dict(source=split.further, predicted=said, value=seen))
 
+# %% ../../nbs/questions/16_new_sources.ipynb #d9f1c4a8
 def _rule_of(split: Split, metric: str) -> tuple[Any, pd.Series]:
     "The rule of a metric, and what it reads."
-    return (kind_means, pd.Series(split.kinds)) if metric == KIND else (line_through, split.metrics[metric])
+    return (kind_means, pd.Series(split.kinds)) if metric == KIND else (line_through,
+                                                                        split.metrics[metric])
 
 # %% ../../nbs/questions/16_new_sources.ipynb #767d09c3
 def rule_rows(split: Split, n_perm: int = 19999, seed: int = 0) -> pd.DataFrame:  # columns `RULES`
@@ -104,52 +129,75 @@ def rule_rows(split: Split, n_perm: int = 19999, seed: int = 0) -> pd.DataFrame:
             j = OUTCOMES.index(d)
             y = np.array([split.kept[o][0, j] for o in split.first])
             table = predictions(split, metric, d)
-            said, real = table["predicted"].to_numpy(), np.stack([split.kept[o][:, j] for o in split.further], 1)
+            said, real = table["predicted"].to_numpy(), np.stack(
+                [split.kept[o][:, j] for o in split.further], 1
+            )
             off = [float(np.sqrt(np.mean((o - real[0]) ** 2))) for o in (said, y.mean())]
             found = spearman(said[taken], np.take_along_axis(real[1:], taken, 1))
-            found = found[np.isfinite(found)]  # a resample of sources that all kept the same has no ρ
+            # a resample of sources that all kept the same has no ρ
+            found = found[np.isfinite(found)]
             ends = interval(found) if len(found) else (math.nan, math.nan)
-            rows.append((metric, d, left_out_error(rule, x[split.first].to_numpy(), y), *off, float(spearman(said, real[0])),
-                         *ends, permutation_p(said, real[0][:, None], *pairs)[0], np.nan, m))
+            rows.append((metric, d, left_out_error(
+                rule, x[split.first].to_numpy(), y), *off, float(spearman(
+                    said, real[0])), *ends, permutation_p(said, real[0][:, None],
+                                                          *pairs)[0], np.nan, m))
     table = pd.DataFrame(rows, columns=RULES)
     return table.assign(q=false_discovery_control(table["p"]))
 
+# %% ../../nbs/questions/16_new_sources.ipynb #b090f1b5
 def chosen_rules(rows: pd.DataFrame) -> pd.DataFrame:  # one row per dimension
-    "The metric with the smallest error at left-out sources among the first fifteen: chosen without the further ones."
+    """The metric with the smallest error at left-out sources among the first fifteen: chosen
+    without the further ones."""
     own = rows[rows["metric"] != KIND]
     return own.loc[own.groupby("dimension", sort=False)["left_out"].idxmin()].reset_index(drop=True)
 
 # %% ../../nbs/questions/16_new_sources.ipynb #8543de91
 def rule_text(rows: pd.DataFrame) -> pd.DataFrame:
-    "One line per rule: for each dimension ρ with its interval, q, and the error beside that of a constant, in points."
+    """One line per rule: for each dimension ρ with its interval, q, and the error beside that of a
+    constant, in points."""
     def cell(o: Any) -> str:
-        rho = interval_text(o.rho, o.ci_low, o.ci_high, "+", scale=1, digits=2) if not math.isnan(o.rho) else "–"
+        rho = interval_text(o.rho, o.ci_low, o.ci_high, "+", scale=1,
+                            digits=2) if not math.isnan(o.rho) else "–"
         return f"{rho}, q {probability(o.q)}; {100 * o.error:.1f} ({100 * o.constant:.1f})"
     names = [o if o == KIND else metric_label(o) for o in rows["metric"]]
     text = rows.assign(text=[cell(o) for o in rows.itertuples()], metric=names)
     wide = text.pivot(index="metric", columns="dimension", values="text")[list(KEPT)]
     return wide.loc[list(dict.fromkeys(text["metric"]))].rename_axis(columns=None).reset_index()
 
+# %% ../../nbs/questions/16_new_sources.ipynb #0251f2b7
 def chosen_note(rows: pd.DataFrame) -> str:
     "The rules that the first fifteen choose, and how they did."
     kind = rows[rows["metric"] == KIND].set_index("dimension")
-    about = lambda o: f"kind {100 * kind.loc[o.dimension, 'error']:.1f}, constant {100 * o.constant:.1f}"
-    said = [f"{o.dimension}: {metric_label(o.metric)}, ρ {o.rho:+.2f}, error {100 * o.error:.1f} ({about(o)})"
-            for o in chosen_rules(rows).itertuples()]
+    about = lambda o: (
+        f"kind {100 * kind.loc[o.dimension, 'error']:.1f}, constant {100 * o.constant:.1f}"
+    )
+    said = [
+        f"{o.dimension}: {metric_label(o.metric)}, ρ {o.rho:+.2f}, error {100 * o.error:.1f}"
+        f" ({about(o)})"
+        for o in chosen_rules(rows).itertuples()
+    ]
     return "Chosen on the first fifteen: " + "; ".join(said) + "."
 
 # %% ../../nbs/questions/16_new_sources.ipynb #e4c72f8a
 def unseen_message(best: pd.DataFrame  # from `chosen_rules`, by dimension
                   ) -> str:
-    "Where the chosen metrics order the further sources significantly, with a smaller error than a constant."
-    better = [d for d in DIMENSIONS if best.loc[d, "error"] < best.loc[d, "constant"] and best.loc[d, "q"] < 0.05]
-    if not better: return "Unseen sources: no chosen metric predicts retention significantly (q < 0.05)"
+    """Where the chosen metrics order the further sources significantly, with a smaller error than a
+    constant."""
+    better = [
+        d
+        for d in DIMENSIONS
+        if best.loc[d, "error"] < best.loc[d, "constant"] and best.loc[d, "q"] < 0.05
+    ]
+    if not better:
+        return "Unseen sources: no chosen metric predicts retention significantly (q < 0.05)"
     rest = "; otherwise not significant" * (len(better) < len(DIMENSIONS))
     return f"Unseen sources: chosen metrics predict {listed(better)} retention{rest}"
 
+# %% ../../nbs/questions/16_new_sources.ipynb #1602690e
 def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
                   note: str = "") -> Figure:
-    "Predicted against measured at the further sources, by the metric that the first fifteen choose."
+    """Predicted against measured at the further sources, by the metric that the first fifteen
+    choose."""
     check_rows(rows, "rules")
     best = chosen_rules(rows).set_index("dimension")
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.5), layout="constrained")
@@ -158,14 +206,23 @@ def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
         for o in table.itertuples():
             kind = split.kinds[o.source]
             low, high = interval(split.kept[o.source][1:, OUTCOMES.index(d)])
-            ax.hlines(100 * o.predicted, 100 * low, 100 * high, color=colour_of(kind), linewidth=0.8)
-            ax.plot(100 * o.value, 100 * o.predicted, MARKERS[kind], color=colour_of(kind), markersize=4)
+            ax.hlines(
+                100 * o.predicted, 100 * low, 100 * high, color=colour_of(kind), linewidth=0.8
+            )
+            ax.plot(
+                100 * o.value, 100 * o.predicted, MARKERS[kind], color=colour_of(kind), markersize=4
+            )
         both = 100 * table[["predicted", "value"]].to_numpy()
-        ax.plot([both.min(), both.max()], [both.min(), both.max()], color="0.5", linewidth=0.8, zorder=0)
+        ax.plot(
+            [both.min(), both.max()], [both.min(), both.max()], color="0.5", linewidth=0.8, zorder=0
+        )
         ax.set_title(f"{d}\n{metric_label(best.loc[d, 'metric'])}", fontsize=8)
         ax.set_xlabel("measured, %")
     axes[0].set_ylabel("predicted, %")
     legend_above(figure, {split.kinds[o] for o in split.further})
     headline(figure, unseen_message(best))
-    about = f"Lines frozen on {len(split.first)} sources, asked for {len(split.further)} others. Bars: 95% intervals."
+    about = (
+        f"Lines frozen on {len(split.first)} sources, asked for {len(split.further)} others. Bars:"
+        " 95% intervals."
+    )
     return annotate(figure, f"{about} {note}")

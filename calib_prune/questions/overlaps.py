@@ -12,11 +12,11 @@ import pandas as pd
 
 from ..calibration.sets import parse_mix
 from ..evaluation.contamination import Audit, drop_overlapping
-from ..statistics.ranks import KEPT
-from ..statistics.selection import Measured, lacking, measured, take
-from ..statistics.replicates import COORDINATES, retention_summary, same_rows
-from ..statistics.tables import interval_text, status
 from ..statistics.plots import setting_label
+from ..statistics.ranks import KEPT
+from ..statistics.replicates import COORDINATES, retention_summary, same_rows
+from ..statistics.selection import Measured, lacking, measured, take
+from ..statistics.tables import interval_text, status
 from ..study.presets import Cell
 from ..study.results import Result
 
@@ -27,10 +27,12 @@ def without_overlaps(study: dict[str, Result], audit: Audit) -> dict[str, Result
     places = drop_overlapping(dense.assign(place=range(len(dense))), audit, audit.sources)["place"]
     for name, r in study.items():
         alike = same_rows(r.items, dense)
-        items = r.items.iloc[places].reset_index(drop=True) if alike else drop_overlapping(r.items, audit, audit.sources)
+        items = r.items.iloc[places].reset_index(
+            drop=True) if alike else drop_overlapping(r.items, audit, audit.sources)
         found[name] = replace(r, items=items)
     return found
 
+# %% ../../nbs/questions/04_overlaps.ipynb #3de4bb79
 def given_away(study: dict[str, Result], audit: Audit) -> pd.DataFrame:  # source, task, item, …
     "The overlaps of items that were scored."
     scored = pd.MultiIndex.from_frame(study["dense"].items[["task", "item"]])
@@ -38,31 +40,45 @@ def given_away(study: dict[str, Result], audit: Audit) -> pd.DataFrame:  # sourc
 
 # %% ../../nbs/questions/04_overlaps.ipynb #ba4b96cd
 NUMBERS = ["retention", "ci_low", "ci_high", "n_items"]
-COLUMNS = ["strategy", *COORDINATES, "dimension", "draws", "noise", *NUMBERS, *(f"clean_{o}" for o in NUMBERS)]
+COLUMNS = [
+    "strategy", *COORDINATES, "dimension", "draws", "noise", *NUMBERS,
+    *(f"clean_{o}" for o in NUMBERS)]
 
 def overlap_retention(whole: Measured, audit: Audit, wanted: list[Cell],
-                      n_boot: int | None = None, seed: int = 0) -> pd.DataFrame:  # columns `COLUMNS`
+                      # columns `COLUMNS`
+                      n_boot: int | None = None, seed: int = 0) -> pd.DataFrame:
     "What affected strategies keep on all items, and on those that no source overlaps."
     if lacking(whole.study): return pd.DataFrame(columns=COLUMNS)
-    clean = measured(whole.preset, without_overlaps(whole.study, audit), n_boot, seed, whole.found.measure)
+    clean = measured(
+        whole.preset, without_overlaps(whole.study, audit), n_boot, seed, whole.found.measure
+    )
     at = ["strategy", *COORDINATES, "dimension"]
     every, without = (retention_summary(take(o, wanted).found) for o in (whole, clean))
     without = without[[*at, *NUMBERS]].rename(columns={o: f"clean_{o}" for o in NUMBERS})
     both = every[[*at, "mix", "draws", "noise", *NUMBERS]].merge(without, on=at)
     hit = set(given_away(whole.study, audit)["source"])
-    used = [{o.strategy, *parse_mix(o.mix)} for o in both.itertuples()]  # written text is audited under its strategy's name
+    # written text is audited under its strategy's name
+    used = [{o.strategy, *parse_mix(o.mix)} for o in both.itertuples()]
     affected = pd.Series([bool(hit & o) for o in used], both.index) & both["dimension"].isin(KEPT)
-    return both.loc[affected & (both["n_items"] > both["clean_n_items"]), COLUMNS].reset_index(drop=True)
+    return both.loc[affected & (both["n_items"] > both["clean_n_items"]), COLUMNS].reset_index(
+        drop=True
+    )
 
 # %% ../../nbs/questions/04_overlaps.ipynb #feecb7f8
 def overlap_grid(table: pd.DataFrame  # from `overlap_retention`
                 ) -> pd.DataFrame:
     "The table for people: percent with all items → without the overlapping ones."
-    if table.empty: return status("No scored item overlaps a source of any strategy that was pruned.")
-    text = [f"{interval_text(o.retention, o.ci_low, o.ci_high)} → "
-            f"{interval_text(o.clean_retention, o.clean_ci_low, o.clean_ci_high)}" for o in table.itertuples()]
+    if table.empty:
+        return status("No scored item overlaps a source of any strategy that was pruned.")
+    text = [
+        f"{interval_text(o.retention, o.ci_low, o.ci_high)} → "
+        f"{interval_text(o.clean_retention, o.clean_ci_low, o.clean_ci_high)}"
+        for o in table.itertuples()
+    ]
     setting = [setting_label(o) for o in table.to_dict("records")]
-    wide = table.assign(text=text, setting=setting).pivot(index=["setting", "strategy"], columns="dimension", values="text")
+    wide = table.assign(text=text, setting=setting).pivot(
+        index=["setting", "strategy"], columns="dimension", values="text"
+    )
     order = pd.DataFrame(dict(setting=setting, strategy=table["strategy"])).drop_duplicates()
     wide = wide.loc[pd.MultiIndex.from_frame(order), table["dimension"].unique()]
     return wide.reset_index().rename_axis(columns=None)

@@ -21,10 +21,10 @@ from ..calibration.sources import SOURCES
 from ..core import DIMENSIONS, load_json
 from ..data.files import read_jsonl
 from ..generation.passages import THIRDS
+from ..resampling import interval
 from ..statistics.plots import WIDTH, annotate, check_rows, headline
 from ..statistics.replicates import OUTCOMES, Replicates, simultaneous, strategy_retention
 from ..statistics.tables import interval_text, listed
-from ..resampling import interval
 from ..study.presets import mix_of, protocol_of, seeds_of
 from ..style import MARKERS, colour_of
 
@@ -32,34 +32,54 @@ from ..style import MARKERS, colour_of
 def thirds_of(preset: dict[str, Any]) -> pd.DataFrame:  # strategy, source, third
     "The strategies that are thirds of a source."
     found = {k: protocol_of(mix) for k, mix in preset["strategies"].items()}
-    rows = [dict(strategy=k, source=o[1]["source"], third=o[1]["third"]) for k, o in found.items() if o and o[0] == "third"]
+    rows = [
+        dict(strategy=k, source=o[1]["source"], third=o[1]["third"])
+        for k, o in found.items()
+        if o and o[0] == "third"
+    ]
     return pd.DataFrame(rows, columns=["strategy", "source", "third"])
 
 FACTS = ["source", "third", "seed", "perplexity", "bytes_per_token"]
 BALANCE = "fact", "before", "after"
 
+# %% ../../nbs/questions/15_perplexity.ipynb #79a54790
 def bytes_note(texts: pd.DataFrame  # from `text_facts`
               ) -> str:             # empty before both thirds of a source are there
-    "How many more bytes a token of the high third has than one of the low third, from draw to draw."
-    wide = texts.pivot(index=["source", "seed"], columns="third", values="bytes_per_token").reindex(columns=list(THIRDS))
+    """How many more bytes a token of the high third has than one of the low third, from draw to
+    draw."""
+    wide = texts.pivot(index=["source", "seed"], columns="third", values="bytes_per_token").reindex(
+        columns=list(THIRDS)
+    )
     more = 100 * (wide[THIRDS[-1]] / wide[THIRDS[0]] - 1).dropna()
     ends = more.groupby("source").agg(["min", "max"])
-    said = [f"{o} {ends['min'][o]:+.0f} to {ends['max'][o]:+.0f} %" for o in dict.fromkeys(texts["source"]) if o in ends.index]
+    said = [
+        f"{o} {ends['min'][o]:+.0f} to {ends['max'][o]:+.0f} %"
+        for o in dict.fromkeys(texts["source"])
+        if o in ends.index
+    ]
     return f"Bytes per token, high against low third: {', '.join(said)}." if said else ""
 
+# %% ../../nbs/questions/15_perplexity.ipynb #ec2880d2
 def text_facts(preset: dict[str, Any], folder: str | Path  # of the study's results
               ) -> tuple[pd.DataFrame, pd.DataFrame]:      # `FACTS`; source, seed, then `BALANCE`
-    "Perplexity and bytes per token of each text, and standardised differences between the high and the low third."
+    """Perplexity and bytes per token of each text, and standardised differences between the high
+    and the low third."""
     texts, balances = [], []
     for o in thirds_of(preset).itertuples():
         for seed in seeds_of(preset, o.strategy):
-            path = Path(folder, "generated", Path(mix_of(preset, o.strategy, seed)).name).with_suffix(".report.json")
+            path = Path(
+                folder, "generated", Path(mix_of(preset, o.strategy, seed)).name
+            ).with_suffix(".report.json")
             if not path.is_file(): continue
             report = load_json(path, balance=list, tokens=int, perplexity=float)
-            size = sum(len(row["text"].encode()) for row in read_jsonl(path.with_suffix("").with_suffix(".jsonl")))
+            size = sum(
+                len(row["text"].encode())
+                for row in read_jsonl(path.with_suffix("").with_suffix(".jsonl"))
+            )
             texts.append((o.source, o.third, seed, report["perplexity"], size / report["tokens"]))
             if o.third != THIRDS[0]: continue  # all three say the same
-            for b in report["balance"]: balances.append(dict(source=o.source, seed=seed, **{k: b[k] for k in BALANCE}))
+            for b in report["balance"]:
+                balances.append(dict(source=o.source, seed=seed, **{k: b[k] for k in BALANCE}))
     return (pd.DataFrame(texts, columns=FACTS),
             pd.DataFrame(balances, columns=["source", "seed", *BALANCE]))
 
@@ -68,28 +88,38 @@ def third_differences(preset: dict[str, Any], cells: Replicates  # one row per c
                      ) -> Replicates:  # one row per source and draw, `strategy` is the source
     "The high third less the low one of the same draw."
     about, thirds = cells.cells, thirds_of(preset).set_index("strategy")
-    at = {(*thirds.loc[o.strategy, ["source", "third"]], o.seed): i for i, o in about.iterrows() if o.strategy in thirds.index}
+    at = {(*thirds.loc[o.strategy, ["source", "third"]], o.seed): i for i, o in about.iterrows()
+          if o.strategy in thirds.index}
     pairs = [(at[source, THIRDS[0], seed], i) for (source, third, seed), i in at.items()
              if third == THIRDS[-1] and (source, THIRDS[0], seed) in at]
     low, high = [a for a, _ in pairs], [b for _, b in pairs]
-    named = about.iloc[high].assign(strategy=[thirds.loc[about["strategy"][i], "source"] for i in high])
-    return replace(cells, cells=named.reset_index(drop=True), values=cells.values[:, high] - cells.values[:, low])
+    named = about.iloc[high].assign(
+        strategy=[thirds.loc[about["strategy"][i], "source"] for i in high]
+    )
+    return replace(
+        cells,
+        cells=named.reset_index(drop=True),
+        values=cells.values[:, high] - cells.values[:, low],
+    )
 
 # %% ../../nbs/questions/15_perplexity.ipynb #5e8e7d6a
 MEAN = "mean of the sources"
 EFFECTS = ["source", "dimension", "value", "ci_low", "ci_high", "draws"]
 
 def _effect_replicates(preset: dict[str, Any], cells: Replicates
-                      ) -> tuple[dict[str, np.ndarray], dict[str, int]]:  # source → [1 + B, outcomes]; → draws
+                      # source → [1 + B, outcomes]; → draws
+                      ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     "The high third less the low one, mean over draws; of several sources, the mean as well."
     every = third_differences(preset, cells)
     if not len(every.cells): return {}, {}
     found = strategy_retention(every)
     each = {o: found.values[:, i] for i, o in enumerate(found.cells["strategy"])}
     draws = dict(zip(each, found.cells["draws"]))
-    if len(each) > 1: each[MEAN], draws[MEAN] = np.mean([*each.values()], axis=0), min(draws.values())
+    if len(each) > 1:
+        each[MEAN], draws[MEAN] = np.mean([*each.values()], axis=0), min(draws.values())
     return each, draws
 
+# %% ../../nbs/questions/15_perplexity.ipynb #207c9ee2
 def third_effects(preset: dict[str, Any], cells: Replicates  # one row per cell, of one setting
                  ) -> pd.DataFrame:                          # columns `EFFECTS`; fractions
     "The high third less the low one, mean over draws."
@@ -100,8 +130,11 @@ def third_effects(preset: dict[str, Any], cells: Replicates  # one row per cell,
             rows.append((source, d, v[0], *interval(v[1:]), draws[source]))
     return pd.DataFrame(rows, columns=EFFECTS)
 
-def simultaneous_effects(preset: dict[str, Any], cells: Replicates) -> pd.DataFrame:  # columns `EFFECTS`
-    "The same; intervals of the mean of the sources are simultaneous over the dimensions, for the title of a figure."
+# %% ../../nbs/questions/15_perplexity.ipynb #f682b97c
+def simultaneous_effects(preset: dict[str, Any], cells: Replicates
+                        ) -> pd.DataFrame:  # columns `EFFECTS`
+    """The same; intervals of the mean of the sources are simultaneous over the dimensions, for the
+    title of a figure."""
     effects, (each, _) = third_effects(preset, cells), _effect_replicates(preset, cells)
     mine = effects.index[(effects["source"] == MEAN) & effects["dimension"].isin(DIMENSIONS)]
     if len(mine):
@@ -119,30 +152,43 @@ def effect_verdict(effects: pd.DataFrame, dimension: str  # from `third_effects`
     if MEAN not in mine.index: return "cannot tell"
     mean, each = mine.loc[MEAN], mine.drop(index=MEAN)["value"]
     if (mean["ci_low"] > 0 or mean["ci_high"] < 0) and len(set(np.sign(each))) == 1: return "moves"
-    return "does not move" if max(abs(mean["ci_low"]), abs(mean["ci_high"])) < NEAR else "cannot tell"
+    return (
+        "does not move" if max(abs(mean["ci_low"]), abs(mean["ci_high"])) < NEAR else "cannot tell"
+    )
 
 # %% ../../nbs/questions/15_perplexity.ipynb #390749fe
 def effect_text(effects: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
     "One line per source: perplexities of the thirds, and the high one less the low one."
-    mean = texts.groupby(["source", "third"], sort=False)["perplexity"].agg(lambda o: np.exp(np.log(o).mean()))
+    mean = texts.groupby(["source", "third"], sort=False)["perplexity"].agg(
+        lambda o: np.exp(np.log(o).mean())
+    )
     lines = []
     for source, mine in effects.groupby("source", sort=False):
         shown = {t: f"{mean[source, t]:.1f}" if (source, t) in mean.index else "" for t in THIRDS}
-        said = {o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()}
+        said = {
+            o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()
+        }
         lines.append(dict(source=source, **shown, **said, draws=mine["draws"].iloc[0]))
     verdicts = {d: effect_verdict(effects, d) for d in (*DIMENSIONS, "Total")}
-    return pd.DataFrame([*lines, dict(source="perplexity", **dict.fromkeys(THIRDS, ""), **verdicts, draws="")])
+    return pd.DataFrame(
+        [*lines, dict(source="perplexity", **dict.fromkeys(THIRDS, ""), **verdicts, draws="")]
+    )
 
+# %% ../../nbs/questions/15_perplexity.ipynb #748229a3
 def balance_text(balances: pd.DataFrame) -> pd.DataFrame:  # source, then one column per fact
     "Standardised differences before → after matching, means over draws."
     mean = balances.groupby(["source", "fact"], sort=False)[["before", "after"]].mean()
-    text = (mean["before"].map("{:+.2f}".format) + " → " + mean["after"].map("{:+.2f}".format)).unstack("fact")
-    return text[list(dict.fromkeys(balances["fact"]))].rename_axis(columns=None).reset_index() if len(balances) else text
+    text = (
+        mean["before"].map("{:+.2f}".format) + " → " + mean["after"].map("{:+.2f}".format)
+    ).unstack("fact")
+    return text[list(dict.fromkeys(balances["fact"]))].rename_axis(
+        columns=None).reset_index() if len(balances) else text
 
 # %% ../../nbs/questions/15_perplexity.ipynb #d28bf29b
 THIRD_ROWS = ["source", "third", "perplexity", "dimension", "value", "ci_low", "ci_high"]
 
-def third_rows(preset: dict[str, Any], found: Replicates, texts: pd.DataFrame) -> pd.DataFrame:  # columns `THIRD_ROWS`
+def third_rows(preset: dict[str, Any], found: Replicates, texts: pd.DataFrame
+              ) -> pd.DataFrame:  # columns `THIRD_ROWS`
     "What each third kept, beside its perplexity."
     mean = texts.groupby(["source", "third"])["perplexity"].agg(lambda o: np.exp(np.log(o).mean()))
     at, rows = {name: i for i, name in enumerate(found.cells["strategy"])}, []
@@ -153,6 +199,7 @@ def third_rows(preset: dict[str, Any], found: Replicates, texts: pd.DataFrame) -
             rows.append((o.source, o.third, mean[o.source, o.third], d, v[0], *interval(v[1:])))
     return pd.DataFrame(rows, columns=THIRD_ROWS)
 
+# %% ../../nbs/questions/15_perplexity.ipynb #15c33c8a
 def third_figure(rows: pd.DataFrame,  # from `third_rows`
                  effects: pd.DataFrame,  # from `simultaneous_effects`
                  note: str = "") -> Figure:
@@ -163,21 +210,47 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
     kinds = {o: SOURCES[o].dimension for o in sources}
     for ax, d in zip(axes, DIMENSIONS):
         for source, kind in kinds.items():
-            mine = rows[(rows["dimension"] == d) & (rows["source"] == source)].sort_values("perplexity")
+            mine = rows[(rows["dimension"] == d) & (rows["source"] == source)].sort_values(
+                "perplexity"
+            )
             value, low, high = (100 * mine[k].to_numpy() for k in ("value", "ci_low", "ci_high"))
-            ax.errorbar(mine["perplexity"], value, yerr=[value - low, high - value], fmt=f"{MARKERS[kind]}-",
-                        color=colour_of(kind), markersize=4, linewidth=1, label=source)
+            ax.errorbar(
+                mine["perplexity"],
+                value,
+                yerr=[value - low, high - value],
+                fmt=f"{MARKERS[kind]}-",
+                color=colour_of(kind),
+                markersize=4,
+                linewidth=1,
+                label=source,
+            )
         ax.set(title=d, xlabel="perplexity of the text", xscale="log")
-        ticks = [2**k for k in range(1, 9) if rows["perplexity"].min() * 0.8 < 2**k < rows["perplexity"].max() * 1.2]
+        ticks = [
+            2**k
+            for k in range(1, 9)
+            if rows["perplexity"].min() * 0.8 < 2**k < rows["perplexity"].max() * 1.2
+        ]
         ax.set_xticks(ticks, map(str, ticks))
         ax.minorticks_off()
     axes[0].set_ylabel("retention, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=len(sources), fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncol=len(sources),
+        fontsize=8,
+    )
     headline(figure, third_message(effects))
-    said = "Thirds of one source by perplexity, matched in documents and distance to the prompts as far as could be (T13). "
-    said += "Title: mean of the sources, highest third − lowest, 95% intervals simultaneous over the dimensions."
+    said = (
+        "Thirds of one source by perplexity, matched in documents and distance to the prompts as"
+        " far as could be (T13). "
+    )
+    said += (
+        "Title: mean of the sources, highest third − lowest, 95% intervals simultaneous over the"
+        " dimensions."
+    )
     return annotate(figure, f"{said} {note}")
 
+# %% ../../nbs/questions/15_perplexity.ipynb #b5cb7b10
 def third_message(effects: pd.DataFrame  # from `simultaneous_effects`
                  ) -> str:
     "What the experiment shows, in one sentence."
@@ -191,7 +264,10 @@ def third_message(effects: pd.DataFrame  # from `simultaneous_effects`
         said = ", ".join(f"{d} {100 * mean.loc[d, 'value']:+.1f}" for d in moved)
         return f"Higher perplexity within a source: {said} points".replace("-", "−")
     still = [d for d in DIMENSIONS if effect_verdict(effects, d) == "does not move"]
-    if still: return f"Perplexity within a source: effect below {100 * NEAR:.0f} points in {listed(still)}"
+    if still:
+        return (
+            f"Perplexity within a source: effect below {100 * NEAR:.0f} points in {listed(still)}"
+        )
     return "Perplexity within a source: no significant effect on any dimension"
 
 # %% ../../nbs/questions/15_perplexity.ipynb #bcd920a6
@@ -201,25 +277,34 @@ def far_effects(effects: pd.DataFrame,  # from `third_effects`
                 rows: pd.DataFrame,     # from `third_rows`
                 start: str = "codeio", end: str = "wikipedia"  # sources
                ) -> pd.DataFrame:       # columns `FAR_ROWS`; fractions
-    "What each effect would come to over the distance between two sources, and what the two really differ by."
+    """What each effect would come to over the distance between two sources, and what the two really
+    differ by."""
     perplexity = rows.pivot_table(index="source", columns="third", values="perplexity")
     step = np.log(perplexity[THIRDS[-1]] / perplexity[THIRDS[0]])
     step[MEAN] = step.mean()
     apart = np.log(perplexity[THIRDS[1]][end] / perplexity[THIRDS[1]][start])
-    kept = rows[rows["third"] == THIRDS[1]].pivot_table(index="source", columns="dimension", values="value")
+    kept = rows[rows["third"] == THIRDS[1]].pivot_table(
+        index="source", columns="dimension", values="value"
+    )
     found = []
     for o in effects.itertuples():
         times = apart / step[o.source]
-        found.append((o.source, o.dimension, times, *(times * np.array([o.value, o.ci_low, o.ci_high])),
-                      kept[o.dimension][end] - kept[o.dimension][start]))
+        found.append(
+            (o.source, o.dimension, times, *(times * np.array([o.value, o.ci_low, o.ci_high])),
+             kept[o.dimension][end] - kept[o.dimension][start]))
     return pd.DataFrame(found, columns=FAR_ROWS)
 
+# %% ../../nbs/questions/15_perplexity.ipynb #88143904
 def far_text(far: pd.DataFrame) -> pd.DataFrame:  # from `far_effects`
     "One line per effect, and what the two sources differ by, in points."
     lines = []
     for effect, mine in far.groupby("effect", sort=False):
-        said = {o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()}
+        said = {
+            o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()
+        }
         lines.append({"effect from": effect, "times": f"{mine['times'].iloc[0]:.1f}", **said})
     differ = 100 * far.drop_duplicates("dimension").set_index("dimension")["differ"]
-    lines.append({"effect from": "measured between the two", "times": "", **differ.map("{:+.1f}".format)})
+    lines.append(
+        {"effect from": "measured between the two", "times": "", **differ.map("{:+.1f}".format)}
+    )
     return pd.DataFrame(lines)

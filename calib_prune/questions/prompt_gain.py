@@ -13,22 +13,35 @@ from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
 from ..evaluation.tasks import TASKS
-from ..statistics.plots import WIDTH, annotate, check_rows, headline, method_label, sparsity_label
-from ..statistics.replicates import BLOCK, same_rows
-from ..resampling import N_BOOT, draws, interval
 from ..pruning.masks import parse_sparsity
+from ..resampling import N_BOOT, draws, interval
+from calib_prune.statistics.plots import (
+    WIDTH,
+    annotate,
+    check_rows,
+    headline,
+    method_label,
+    sparsity_label,
+)
+from ..statistics.replicates import BLOCK, same_rows
 from ..study.results import Result
 from ..style import DIMENSION_COLOURS, MARKERS
 
 # %% ../../nbs/questions/11_prompt_gain.ipynb #43e754d9
-def _places(items: pd.DataFrame) -> pd.DataFrame:  # by task and item: where its bits and swapped_bits stand
+def _places(items: pd.DataFrame
+           ) -> pd.DataFrame:  # by task and item: where its bits and swapped_bits stand
     "The rows of a model's right answers, of items that were also scored after another's prompt."
     about, numbered = ["task", "item"], items.assign(place=range(len(items)))
-    found = {o: numbered[numbered["metric"] == o].set_index(about)["place"] for o in ("bits", "swapped_bits")}
+    found = {
+        o: numbered[numbered["metric"] == o].set_index(about)["place"]
+        for o in ("bits", "swapped_bits")
+    }
     return pd.DataFrame(found).dropna().astype(int)
 
+# %% ../../nbs/questions/11_prompt_gain.ipynb #3ac11b7f
 def _bits(models: list[pd.DataFrame]   # the items of each, all the same
-         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [items] tasks; [items, models] bits, swapped bits
+         # [items] tasks; [items, models] bits, swapped bits
+         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "What the right answers cost each model after their own prompt, and after another's."
     first, columns = _places(models[0]), []
     for items in models:
@@ -37,42 +50,64 @@ def _bits(models: list[pd.DataFrame]   # the items of each, all the same
     return first.index.get_level_values("task").to_numpy(), *np.stack(columns, -1).swapaxes(0, 1)
 
 # %% ../../nbs/questions/11_prompt_gain.ipynb #3fad0f28
-def _of_task(weights: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:  # [B, items]; [items, models] → [B, models]
+def _of_task(weights: np.ndarray, own: np.ndarray, other: np.ndarray
+            ) -> np.ndarray:  # [B, items]; [items, models] → [B, models]
     "The prompt gain of one task in every replicate, its deviations as large as those of samples."
     measured, n = 1 - own.sum(0) / other.sum(0), len(own)
     gain = 1 - (weights @ own) / (weights @ other)
     return measured + (gain - measured) * np.sqrt(n / max(n - 1, 1))
 
+# %% ../../nbs/questions/11_prompt_gain.ipynb #64d988e8
 def _gains(tasks: np.ndarray, own: np.ndarray, other: np.ndarray,  # from `_bits`
            n_boot: int, seed: int
           ) -> dict[str, np.ndarray]:   # dimension → [1 + B, models]
     "The prompt gain of each dimension and model, with replicates over items."
     places = {t: np.flatnonzero(tasks == t) for t in dict.fromkeys(tasks)}
     weights = {t: draws(len(mine), n_boot, seed, f"prompt gain {t}") for t, mine in places.items()}
-    found = {d: np.empty((n_boot + 1, own.shape[1])) for d in DIMENSIONS if any(TASKS[t].dimension == d for t in places)}
+    found = {
+        d: np.empty((n_boot + 1, own.shape[1]))
+        for d in DIMENSIONS
+        if any(TASKS[t].dimension == d for t in places)
+    }
     for d, kept in found.items():
         mine = [t for t in places if TASKS[t].dimension == d]
         for start in range(0, n_boot + 1, BLOCK):
             rows = slice(start, start + BLOCK)
-            np.mean([_of_task(weights[t][rows], own[places[t]], other[places[t]]) for t in mine], axis=0, out=kept[rows])
+            np.mean(
+                [_of_task(weights[t][rows], own[places[t]], other[places[t]]) for t in mine],
+                axis=0,
+                out=kept[rows],
+            )
     return found
 
 # %% ../../nbs/questions/11_prompt_gain.ipynb #b83251f6
-GAIN_ROWS = ["strategy", "method", "sparsity", "windows", "dimension", "value", "ci_low", "ci_high", "draws", "n_items"]
+GAIN_ROWS = [
+    "strategy", "method", "sparsity", "windows", "dimension", "value", "ci_low", "ci_high", "draws",
+    "n_items"]
 
-def gain_rows(study: dict[str, Result], n_boot: int = N_BOOT, seed: int = 0) -> pd.DataFrame:  # columns `GAIN_ROWS`
-    "The prompt gain of every strategy in every setting, the dense model first; none for rows without swapped prompts."
+def gain_rows(study: dict[str, Result], n_boot: int = N_BOOT, seed: int = 0
+             ) -> pd.DataFrame:  # columns `GAIN_ROWS`
+    """The prompt gain of every strategy in every setting, the dense model first; none for rows
+    without swapped prompts."""
     results = [o for o in study.values() if (o.items["metric"] == "swapped_bits").any()]
     if not results: return pd.DataFrame(columns=GAIN_ROWS)
     bits, groups, rows = _bits([o.items for o in results]), {}, []
-    for i, o in enumerate(results): groups.setdefault(tuple(o.record[k] for k in GAIN_ROWS[:4]), []).append(i)
+    for i, o in enumerate(results):
+        groups.setdefault(tuple(o.record[k] for k in GAIN_ROWS[:4]), []).append(i)
     gains = _gains(*bits, n_boot, seed)
     sizes = pd.Series([TASKS[o].dimension for o in bits[0]]).value_counts()
     for where, members in groups.items():
         for d, replicates in gains.items():
             v = replicates[:, members].mean(1)
             low, high = interval(v[1:])
-            about = dict(dimension=d, value=v[0], ci_low=low, ci_high=high, draws=len(members), n_items=sizes[d])
+            about = dict(
+                dimension=d,
+                value=v[0],
+                ci_low=low,
+                ci_high=high,
+                draws=len(members),
+                n_items=sizes[d],
+            )
             rows.append(dict(zip(GAIN_ROWS, where)) | about)
     return pd.DataFrame(rows, columns=GAIN_ROWS)
 
@@ -80,45 +115,86 @@ def gain_rows(study: dict[str, Result], n_boot: int = N_BOOT, seed: int = 0) -> 
 def gain_lines(rows: pd.DataFrame  # from `gain_rows`
               ) -> pd.DataFrame:
     "One line per strategy and setting, in percent."
-    text = [f"{100 * o.value:.0f} [{100 * o.ci_low:.0f}, {100 * o.ci_high:.0f}]" for o in rows.itertuples()]
-    about = rows.assign(text=text, method=rows["method"].map(lambda o: method_label(o) if o else ""),
-                        sparsity=rows["sparsity"].map(sparsity_label))
-    wide = about.pivot_table(index=["strategy", "method", "sparsity", "windows", "draws"], columns="dimension", values="text",
-                             aggfunc="first", sort=False)
-    return wide.reindex(columns=[d for d in DIMENSIONS if d in wide]).rename_axis(columns=None).reset_index()
+    text = [
+        f"{100 * o.value:.0f} [{100 * o.ci_low:.0f}, {100 * o.ci_high:.0f}]"
+        for o in rows.itertuples()
+    ]
+    about = rows.assign(
+        text=text,
+        method=rows["method"].map(lambda o: method_label(o) if o else ""),
+        sparsity=rows["sparsity"].map(sparsity_label),
+    )
+    wide = about.pivot_table(
+        index=["strategy", "method", "sparsity", "windows", "draws"],
+        columns="dimension",
+        values="text",
+        aggfunc="first",
+        sort=False,
+    )
+    return wide.reindex(columns=[d for d in DIMENSIONS
+                                 if d in wide]).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/questions/11_prompt_gain.ipynb #03c873d2
 def gain_figure(rows: pd.DataFrame,  # from `gain_rows`
                 strategies: list[str], method: str = "sparsegpt", note: str = "") -> Figure:
     "Prompt gain against sparsity, one panel per strategy, the dense model at 0."
     shares = rows[(rows["method"] == method) & rows["strategy"].isin(strategies)]
-    shares = shares[shares["windows"].isin(shares["windows"].mode()[:1])]  # one size of the calibration set: that of most rows
+    # one size of the calibration set: that of most rows
+    shares = shares[shares["windows"].isin(shares["windows"].mode()[:1])]
     shares = shares[[parse_sparsity(o)[1] is None for o in shares["sparsity"]]]
     check_rows(shares, "prompt gains")
     check_rows(rows[rows["strategy"] == "dense"], "the dense model's prompt gains")
     names = [o for o in strategies if o in set(shares["strategy"])]
     dense = rows[rows["strategy"] == "dense"].assign(sparsity=0.0)
-    figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 2.9), layout="constrained", squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(WIDTH, 2.9), layout="constrained", squeeze=False, sharey=True
+    )
     for ax, name in zip(axes[0], names):
         for d in DIMENSIONS:
-            mine = pd.concat([dense[dense["dimension"] == d], shares[(shares["strategy"] == name) & (shares["dimension"] == d)]])
+            mine = pd.concat([
+                dense[dense["dimension"] == d],
+                shares[(shares["strategy"] == name) & (shares["dimension"] == d)]])
             mine = mine.sort_values("sparsity")
-            reach = [100 * (mine["value"] - mine["ci_low"]), 100 * (mine["ci_high"] - mine["value"])]
-            ax.errorbar(100 * mine["sparsity"], 100 * mine["value"], yerr=reach, color=DIMENSION_COLOURS[d], marker=MARKERS[d],
-                        markersize=4.5, linewidth=1.2, label=d)
+            reach = [
+                100 * (mine["value"] - mine["ci_low"]),
+                100 * (mine["ci_high"] - mine["value"]),
+            ]
+            ax.errorbar(
+                100 * mine["sparsity"],
+                100 * mine["value"],
+                yerr=reach,
+                color=DIMENSION_COLOURS[d],
+                marker=MARKERS[d],
+                markersize=4.5,
+                linewidth=1.2,
+                label=d,
+            )
         ax.axhline(0, color="0.4", linewidth=0.8)
         ax.set(xlabel="sparsity, %", title=name)
     axes[0, 0].set_ylabel("bits saved by the own prompt, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=4, fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=4, fontsize=8
+    )
     headline(figure, gain_change(rows, shares, names[-1]))
-    return annotate(figure, f"{method_label(method)}; 95% intervals over items. 0: the question does not help. {note}")
+    return annotate(
+        figure,
+        f"{method_label(method)}; 95% intervals over items. 0: the question does not help. {note}",
+    )
 
+# %% ../../nbs/questions/11_prompt_gain.ipynb #6716fd4b
 def gain_change(rows: pd.DataFrame,    # from `gain_rows`
                 shares: pd.DataFrame,  # of one method
                 strategy: str) -> str:
-    "In how many dimensions the prompt gain at the highest sparsity is below the dense model's: by intervals that do not overlap."
-    mine = shares[(shares["strategy"] == strategy) & (shares["sparsity"] == shares["sparsity"].max())]
+    """In how many dimensions the prompt gain at the highest sparsity is below the dense model's: by
+    intervals that do not overlap."""
+    mine = shares[
+        (shares["strategy"] == strategy) & (shares["sparsity"] == shares["sparsity"].max())
+    ]
     dense = rows[rows["strategy"] == "dense"].set_index("dimension").loc[mine["dimension"]]
     below = int((mine["ci_high"].to_numpy() < dense["ci_low"].to_numpy()).sum())
-    said = f"below the dense model's in {below} of {len(mine)} dimensions" if below else "95% intervals overlap the dense model's"
+    said = (
+        f"below the dense model's in {below} of {len(mine)} dimensions"
+        if below
+        else "95% intervals overlap the dense model's"
+    )
     return f"Prompt gain, {sparsity_label(mine['sparsity'].iloc[0])} ({strategy}): {said}"

@@ -19,24 +19,39 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
-from ..pruning.methods import METHODS, read_recipe
-from ..statistics.plots import WIDTH, annotate, check_rows, headline, method_label, sparsity_label
-from ..statistics.selection import Measured
-from ..statistics.replicates import OUTCOMES, Replicates, significant_sign, simultaneous, strategy_retention
-from ..statistics.tables import interval_text
-from ..resampling import interval
 from ..pruning.masks import parse_sparsity
+from ..pruning.methods import METHODS, read_recipe
+from ..resampling import interval
+from calib_prune.statistics.plots import (
+    WIDTH,
+    annotate,
+    check_rows,
+    headline,
+    method_label,
+    sparsity_label,
+)
+from calib_prune.statistics.replicates import (
+    OUTCOMES,
+    Replicates,
+    significant_sign,
+    simultaneous,
+    strategy_retention,
+)
+from ..statistics.selection import Measured
+from ..statistics.tables import interval_text
 from ..study.results import Result
 
 # %% ../../nbs/questions/09_pruners.ipynb #8aff2767
 BASE = "sparsegpt"
 
-def gains(whole: Measured, base: str = BASE) -> Replicates:  # one row per cell of another method that has its counterpart
+def gains(whole: Measured, base: str = BASE
+         ) -> Replicates:  # one row per cell of another method that has its counterpart
     "What each model kept beyond the model of the base method with the same calibration windows."
     cells = whole.cells.cells
     key = lambda row: (row["strategy"], row["seed"], row["sparsity"], row["windows"])
     bases = {key(row): i for i, row in cells.iterrows() if row["method"] == base}
-    pairs = [(i, bases[key(row)]) for i, row in cells.iterrows() if row["method"] != base and key(row) in bases]
+    pairs = [(i, bases[key(row)]) for i, row in cells.iterrows()
+             if row["method"] != base and key(row) in bases]
     mine, theirs = [a for a, _ in pairs], [b for _, b in pairs]
     values = whole.cells.values[:, mine] - whole.cells.values[:, theirs]
     return replace(whole.cells, cells=cells.iloc[mine].reset_index(drop=True), values=values)
@@ -46,10 +61,13 @@ GOALS = [*DIMENSIONS, "Total"]  # outcomes that can be subtracted and averaged
 # %% ../../nbs/questions/09_pruners.ipynb #e9e4c4e0
 GAINS = ["sparsity", "method", "strategy", "dimension", "value", "ci_low", "ci_high", "draws"]
 
-def _means(found: Replicates, sparsity: Any, method: str) -> dict[str, tuple[np.ndarray, int]]:  # [1 + B, outcomes]; draws
+def _means(found: Replicates, sparsity: Any, method: str
+          ) -> dict[str, tuple[np.ndarray, int]]:  # [1 + B, outcomes]; draws
     "Replicates by strategy, their mean, and for two strategies the first less the second."
     here = found.where(sparsity=sparsity, method=method)
-    each = {o: (here.values[:, i], here.cells["draws"][i]) for i, o in enumerate(here.cells["strategy"])}
+    each = {
+        o: (here.values[:, i], here.cells["draws"][i]) for i, o in enumerate(here.cells["strategy"])
+    }
     draws = min(n for _, n in each.values())
     more = {"mean": (np.mean([v for v, _ in each.values()], axis=0), draws)}
     if len(each) == 2:
@@ -57,6 +75,7 @@ def _means(found: Replicates, sparsity: Any, method: str) -> dict[str, tuple[np.
         more[f"{a} − {b}"] = x - y, draws
     return each | more
 
+# %% ../../nbs/questions/09_pruners.ipynb #1e55cff3
 def summary_rows(found: Replicates  # by strategy, from `strategy_retention`
                 ) -> pd.DataFrame:  # columns `GAINS`; fractions
     "Values and intervals by sparsity, method and strategy."
@@ -66,15 +85,26 @@ def summary_rows(found: Replicates  # by strategy, from `strategy_retention`
             for goal in GOALS:
                 v = values[:, OUTCOMES.index(goal)]
                 low, high = interval(v[1:])
-                rows.append(dict(sparsity=sparsity, method=method, strategy=strategy, dimension=goal, value=v[0], ci_low=low,
-                                 ci_high=high, draws=draws))
+                rows.append(
+                    dict(sparsity=sparsity,
+                         method=method,
+                         strategy=strategy,
+                         dimension=goal,
+                         value=v[0],
+                         ci_low=low,
+                         ci_high=high,
+                         draws=draws))
     return pd.DataFrame(rows, columns=GAINS).astype({"sparsity": object})  # numbers and patterns
 
+# %% ../../nbs/questions/09_pruners.ipynb #40e76b70
 def gain_rows(whole: Measured, base: str = BASE) -> pd.DataFrame:  # columns `GAINS`
     "Gains over the base method."
     found = gains(whole, base)
-    return summary_rows(strategy_retention(found)) if len(found.cells) else pd.DataFrame(columns=GAINS)
+    return (
+        summary_rows(strategy_retention(found)) if len(found.cells) else pd.DataFrame(columns=GAINS)
+    )
 
+# %% ../../nbs/questions/09_pruners.ipynb #e760d70a
 def kept_rows(whole: Measured) -> pd.DataFrame:  # columns `GAINS`
     "What each method kept."
     return summary_rows(whole.found)
@@ -88,31 +118,47 @@ def _of_study(study: dict[str, Result]) -> pd.DataFrame:
     for o in study.values():
         if not o.record["method"]: continue
         perplexities = o.rows[o.rows["metric"] == "perplexity per token"]["score"]
-        rows.append({k: o.record[k] for k in ("strategy", "seed", "sparsity", "method")} | dict(
-            processor=o.record.get("processor", ""), threads=o.record.get("threads", 0),
-            seconds=o.seconds["pruning"], peak_gib=o.record.get("peak_gib", np.nan), error=o.record.get("mean_error", np.nan),
-            perplexity=perplexities.iloc[0] if len(perplexities) else np.nan))
+        rows.append({k: o.record[k] for k in ("strategy", "seed", "sparsity", "method")}
+                    | dict(processor=o.record.get("processor", ""),
+                           threads=o.record.get("threads", 0),
+                           seconds=o.seconds["pruning"],
+                           peak_gib=o.record.get("peak_gib", np.nan),
+                           error=o.record.get("mean_error", np.nan),
+                           perplexity=perplexities.iloc[0] if len(perplexities) else np.nan))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/questions/09_pruners.ipynb #3ba78735
 def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # columns `COSTS`
-    """Medians by sparsity and method; `times` the base method's seconds, pair by pair, on processors of one kind (NaN if none);
+    """Medians by sparsity and method; `times` the base method's seconds, pair by pair, on
+    processors of one kind (NaN if none);
     perplexity as a geometric mean."""
     found, on = _of_study(study), ["strategy", "seed", "sparsity", "processor", "threads"]
     if found.empty: return pd.DataFrame(columns=COSTS)
     bases = found[found["method"] == base].set_index(on)["seconds"]
-    found["times"] = found["seconds"].to_numpy() / bases.reindex(pd.MultiIndex.from_frame(found[on])).to_numpy()
-    rows = [dict(sparsity=sparsity, method=method, perplexity=float(np.exp(np.log(mine["perplexity"]).mean())),
-                 error=mine["error"].mean(), **{k: mine[k].median() for k in ("seconds", "times", "peak_gib")})
-            for (sparsity, method), mine in found.groupby(["sparsity", "method"], sort=False)]
+    found["times"] = (
+        found["seconds"].to_numpy() / bases.reindex(pd.MultiIndex.from_frame(found[on])).to_numpy()
+    )
+    rows = [
+        dict(sparsity=sparsity,
+             method=method,
+             perplexity=float(np.exp(np.log(mine["perplexity"]).mean())),
+             error=mine["error"].mean(),
+             **{k: mine[k].median() for k in ("seconds", "times", "peak_gib")})
+        for (sparsity, method), mine in found.groupby(["sparsity", "method"], sort=False)]
     return pd.DataFrame(rows, columns=COSTS).astype({"sparsity": object})
 
 # %% ../../nbs/questions/09_pruners.ipynb #cf01e7e7
 def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    "One line per sparsity and method. With one draw per calibration set an interval is over items only."
+    """One line per sparsity and method. With one draw per calibration set an interval is over items
+    only."""
     about, lines = costs.set_index(["sparsity", "method"]), []
-    rank = {o: i for i, o in enumerate(dict.fromkeys(kept["sparsity"]))}  # blocks of a preset may mix them
+    # blocks of a preset may mix them
+    rank = {o: i for i, o in enumerate(dict.fromkeys(kept["sparsity"]))}
     kept = kept.sort_values("sparsity", key=lambda o: o.map(rank), kind="stable")
-    gains_of = {(o.sparsity, o.method, o.strategy): o for o in gained[gained["dimension"] == "Total"].itertuples()}
+    gains_of = {
+        (o.sparsity, o.method, o.strategy): o
+        for o in gained[gained["dimension"] == "Total"].itertuples()
+    }
     sets = [o for o in dict.fromkeys(kept["strategy"]) if o != "mean" and " − " not in o]
     for (sparsity, method), mine in kept.groupby(["sparsity", "method"], sort=False):
         o = about.loc[(sparsity, method)]
@@ -120,32 +166,51 @@ def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -
         gain = gains_of.get((sparsity, method, "mean"))
         said = interval_text(gain.value, gain.ci_low, gain.ci_high, "+") if gain else "–"
         there = [o for o in sets if o in set(mine["strategy"])]
-        named = f"{', '.join(there)} alone" if len(there) <= 3 else f"{len(there)} of {len(sets)} sets"
+        named = (
+            f"{', '.join(there)} alone" if len(there) <= 3 else f"{len(there)} of {len(sets)} sets"
+        )
         only = f" ({named})" if len(there) < len(sets) else ""
-        lines.append(dict(sparsity=sparsity_label(sparsity), method=method_label(method) + only, error=f"{100 * o.error:.2f}",
-                          perplexity=f"{o.perplexity:.1f}", **{d: f"{100 * cell.value[d]:.1f}" for d in GOALS},
-                          gain=said, draws=gain.draws if gain else cell["draws"].min(),
-                          time="–" if np.isnan(o.times) else f"{o.times:.2f}×", memory=f"{o.peak_gib:.2f}"))
-    return pd.DataFrame(lines).rename(columns=dict(error="error, %", perplexity="held-out perplexity", memory="GiB",
+        lines.append(
+            dict(sparsity=sparsity_label(sparsity),
+                 method=method_label(method) + only,
+                 error=f"{100 * o.error:.2f}",
+                 perplexity=f"{o.perplexity:.1f}",
+                 **{d: f"{100 * cell.value[d]:.1f}" for d in GOALS},
+                 gain=said,
+                 draws=gain.draws if gain else cell["draws"].min(),
+                 time="–" if np.isnan(o.times) else f"{o.times:.2f}×",
+                 memory=f"{o.peak_gib:.2f}"))
+    return pd.DataFrame(lines).rename(columns=dict(error="error, %",
+                                                   perplexity="held-out perplexity",
+                                                   memory="GiB",
                                                    gain="total over SparseGPT"))
 
 # %% ../../nbs/questions/09_pruners.ipynb #e05ad7ac
 def gain_text(gained: pd.DataFrame) -> pd.DataFrame:
     "One line per sparsity, method and calibration set; then their mean and their difference."
-    rows = gained.assign(text=[interval_text(o.value, o.ci_low, o.ci_high, "+") for o in gained.itertuples()],
-                         method=gained["method"].map(method_label), sparsity=gained["sparsity"].map(sparsity_label))
+    rows = gained.assign(
+        text=[interval_text(o.value, o.ci_low, o.ci_high, "+") for o in gained.itertuples()],
+        method=gained["method"].map(method_label),
+        sparsity=gained["sparsity"].map(sparsity_label),
+    )
     lines = ["sparsity", "method", "strategy", "draws"]
-    wide = rows.pivot_table(index=lines, columns="dimension", values="text", aggfunc="first", sort=False)
+    wide = rows.pivot_table(
+        index=lines, columns="dimension", values="text", aggfunc="first", sort=False
+    )
     return wide.rename_axis(columns=None).reset_index() if len(rows) else rows
 
 # %% ../../nbs/questions/09_pruners.ipynb #f21d60c7
-def total_gains(whole: Measured, base: str = BASE) -> pd.DataFrame:  # columns `GAINS`, one row per sparsity and method
-    "Gains in total retention, means of the calibration sets, with intervals simultaneous over the methods of a sparsity."
+def total_gains(whole: Measured, base: str = BASE
+               ) -> pd.DataFrame:  # columns `GAINS`, one row per sparsity and method
+    """Gains in total retention, means of the calibration sets, with intervals simultaneous over the
+    methods of a sparsity."""
     found = gains(whole, base)
     if not len(found.cells): return pd.DataFrame(columns=GAINS)
     found = strategy_retention(found)
     table = summary_rows(found)
-    table = table[(table["strategy"] == "mean") & (table["dimension"] == "Total")].reset_index(drop=True)
+    table = table[(table["strategy"] == "mean") & (table["dimension"] == "Total")].reset_index(
+        drop=True
+    )
     goal = OUTCOMES.index("Total")
     for _, mine in table.groupby(table["sparsity"].map(str)):
         means = [_means(found, o.sparsity, o.method)["mean"][0] for o in mine.itertuples()]
@@ -155,22 +220,30 @@ def total_gains(whole: Measured, base: str = BASE) -> pd.DataFrame:  # columns `
 
 # %% ../../nbs/questions/09_pruners.ipynb #17879cec
 AFFORDABLE, LEAD = 1.5, 0.02  # times the base method's seconds; of total retention
-TIMES = "Times are those of the cells as they ran, some side by side: other work on the machine lengthens them."
+TIMES = (
+    "Times are those of the cells as they ran, some side by side: other work on the machine"
+    " lengthens them."
+)
 
 def totals(rows: pd.DataFrame, sparsity: Any  # columns `GAINS`
           ) -> pd.DataFrame:   # by method
     "The totals of one sparsity, the mean of the calibration sets."
-    found = rows[(rows["sparsity"] == sparsity) & (rows["strategy"] == "mean") & (rows["dimension"] == "Total")]
+    found = rows[(rows["sparsity"] == sparsity) & (rows["strategy"] == "mean") &
+                 (rows["dimension"] == "Total")]
     return found.set_index("method")
 
-def chosen(whole: Measured, sparsity: Any = 0.6, base: str = BASE) -> list[str]:  # methods, the affordable one first
+# %% ../../nbs/questions/09_pruners.ipynb #37da3585
+def chosen(whole: Measured, sparsity: Any = 0.6, base: str = BASE
+          ) -> list[str]:  # methods, the affordable one first
     "The methods that join the study; only those with the most draws are looked at."
     gained = totals(gain_rows(whole, base), sparsity)
     gained = gained[gained["draws"] == gained["draws"].max()]["value"]
     if gained.empty: return []
     costs = cost_rows(whole.study, base)
     times = costs[costs["sparsity"] == sparsity].set_index("method")["times"]
-    leads = lambda method, over: bool(totals(gain_rows(whole, over), sparsity).loc[method, "ci_low"] > LEAD)
+    leads = lambda method, over: bool(
+        totals(gain_rows(whole, over), sparsity).loc[method, "ci_low"] > LEAD
+    )
     affordable, best = gained[times.reindex(gained.index) <= AFFORDABLE], gained.idxmax()
     first = affordable.idxmax() if len(affordable) and leads(affordable.idxmax(), base) else base
     return [o for o in (first,) if o != base] + [best] * (best != first and leads(best, first))
@@ -181,18 +254,32 @@ FAMILIES = {"plain": "o", "refined": "s", "reconstructed": "^", "allocated": "D"
 def _family(method: str) -> str:
     recipe = read_recipe(method)
     if recipe.reconstruct: return "reconstructed"
-    return "allocated" if recipe.allocation != "uniform" else "refined" if recipe.refine else "plain"
+    return (
+        "allocated" if recipe.allocation != "uniform" else "refined" if recipe.refine else "plain"
+    )
 
+# %% ../../nbs/questions/09_pruners.ipynb #86a50420
 def _cost_panel(ax: Axes, points: pd.DataFrame, colours: dict[str, Any]) -> None:
     for o in points.itertuples():
         reach = [[100 * (o.value - o.ci_low)], [100 * (o.ci_high - o.value)]]
-        ax.errorbar(o.times, 100 * o.value, yerr=reach, fmt=FAMILIES[_family(o.method)], markersize=5, linewidth=1.1,
-                    color=colours[read_recipe(o.method).method])
+        ax.errorbar(
+            o.times,
+            100 * o.value,
+            yerr=reach,
+            fmt=FAMILIES[_family(o.method)],
+            markersize=5,
+            linewidth=1.1,
+            color=colours[read_recipe(o.method).method],
+        )
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.axvline(AFFORDABLE, color="0.6", linewidth=0.8, linestyle=":")
     ax.set(xscale="log", title=sparsity_label(points["sparsity"].iloc[0]))
     low, high = 0.9 * points["times"].min(), 1.1 * points["times"].max()
-    ticks = [o for o in (0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 8, 12, 20) if low <= o <= max(high, AFFORDABLE)]
+    ticks = [
+        o
+        for o in (0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 8, 12, 20)
+        if low <= o <= max(high, AFFORDABLE)
+    ]
     ax.set_xticks(ticks, [f"{o:g}" for o in ticks])
     ax.minorticks_off()
 
@@ -200,15 +287,28 @@ def _cost_panel(ax: Axes, points: pd.DataFrame, colours: dict[str, Any]) -> None
 def _legend(figure: Figure, methods: Iterable[str], colours: dict[str, Any]) -> None:
     "Colours of the methods and shapes of what is added to them."
     used, families = {read_recipe(o).method for o in methods}, {_family(o) for o in methods}
-    line = lambda colour, marker, label: plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
+    line = lambda colour, marker, label: plt.Line2D(
+        [], [], color=colour, marker=marker, linestyle="", label=label
+    )
     handles = [line(colours[o], "o", method_label(o)) for o in METHODS if o in used]
-    handles += [line("0.4", marker, o) for o, marker in FAMILIES.items() if o in families and o != "plain"]
-    figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=8, handletextpad=0.1)
+    handles += [
+        line("0.4", marker, o) for o, marker in FAMILIES.items() if o in families and o != "plain"
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncol=len(handles),
+        fontsize=8,
+        handletextpad=0.1,
+    )
 
+# %% ../../nbs/questions/09_pruners.ipynb #d5a911f3
 def gain_message(points: pd.DataFrame  # from `total_gains`, of one sparsity
                 ) -> str:
     "How many methods have a significant gain over SparseGPT; which, if only one was compared."
-    signs, at = significant_sign(points["ci_low"], points["ci_high"]), sparsity_label(points["sparsity"].iloc[0])
+    signs, at = significant_sign(points["ci_low"], points["ci_high"]), sparsity_label(
+        points["sparsity"].iloc[0]
+    )
     if len(points) == 1 and signs.any():
         name, more = method_label(points["method"].iloc[0]), "higher" if signs[0] > 0 else "lower"
         return f"{name} has {more} total retention than SparseGPT at {at}"
@@ -216,20 +316,27 @@ def gain_message(points: pd.DataFrame  # from `total_gains`, of one sparsity
     if not signs.any(): said = "no method significantly different from SparseGPT"
     return f"Total retention at {at}: {said}" + f", {(signs < 0).sum()} below" * bool(signs.any())
 
+# %% ../../nbs/questions/09_pruners.ipynb #f8f612b7
 def pruner_figure(total: pd.DataFrame,  # from `total_gains`
                   costs: pd.DataFrame, note: str = "") -> Figure:
     "Gains in total retention against time."
     check_rows(total, "gains over SparseGPT")
     points = total.merge(costs.dropna(subset="times"), on=["sparsity", "method"])
     check_rows(points, "times beside SparseGPT's")
-    colours = dict(zip(METHODS, sns.color_palette("colorblind", len(METHODS))))  # one colour per method, whichever are there
+    # one colour per method, whichever are there
+    colours = dict(zip(METHODS, sns.color_palette("colorblind", len(METHODS))))
     levels = sorted(points["sparsity"].unique(), key=str)
-    figure, axes = plt.subplots(1, len(levels), figsize=(WIDTH, 3), layout="constrained", squeeze=False, sharey=True)
-    for ax, level in zip(axes[0], levels): _cost_panel(ax, points[points["sparsity"] == level], colours)
+    figure, axes = plt.subplots(
+        1, len(levels), figsize=(WIDTH, 3), layout="constrained", squeeze=False, sharey=True
+    )
+    for ax, level in zip(axes[0], levels):
+        _cost_panel(ax, points[points["sparsity"] == level], colours)
     axes[0, 0].set_ylabel("total retention − SparseGPT, points")
     figure.supxlabel("time of pruning / SparseGPT's", fontsize=9)
     _legend(figure, points["method"], colours)
     at = max(levels, key=lambda o: parse_sparsity(o)[0])
     headline(figure, gain_message(points[points["sparsity"] == at]))
     about = "95% intervals, paired and simultaneous over the methods of a sparsity."
-    return annotate(figure, f"{about} Dotted: {AFFORDABLE:g} times SparseGPT's time. {TIMES} {note}")
+    return annotate(
+        figure, f"{about} Dotted: {AFFORDABLE:g} times SparseGPT's time. {TIMES} {note}"
+    )

@@ -19,11 +19,17 @@ from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
 from ..evaluation.tasks import TASKS
+from ..resampling import interval
 from ..statistics.comparison import kind_of
 from ..statistics.plots import WIDTH, annotate, check_rows, headline, method_label
-from ..statistics.replicates import OUTCOMES, Replicates, lead_of_best, significant_sign, simultaneous
+from calib_prune.statistics.replicates import (
+    OUTCOMES,
+    Replicates,
+    lead_of_best,
+    significant_sign,
+    simultaneous,
+)
 from ..statistics.tables import interval_text, listed
-from ..resampling import interval
 from ..study.results import Result
 from ..style import MARKERS, colour_of, legend_above
 
@@ -35,10 +41,12 @@ def recipe_label(recipe: Recipe) -> str:
     "For people."
     return f"{recipe[0]}, {method_label(recipe[1])}"
 
+# %% ../../nbs/questions/17_recipe.ipynb #defb2c53
 def known_recipes(found: Replicates) -> list[Recipe]:
     "What a study has run, in its order."
     return list(dict.fromkeys(zip(found.cells["strategy"], found.cells["method"])))
 
+# %% ../../nbs/questions/17_recipe.ipynb #0e1f1aa3
 def kept_by(found: Replicates, recipe: Recipe) -> np.ndarray:  # [1 + B, outcomes]
     "The replicates of a recipe."
     return found.of(recipe[0], method=recipe[1])
@@ -49,66 +57,92 @@ LEADS = ["recipe", "over", "goal", "value", "ci_low", "ci_high", "all_low", "all
 def lead_rows(found: Replicates,  # of one sparsity
               pairs: Sequence[tuple[Recipe, Recipe]]  # one family
              ) -> pd.DataFrame:   # columns `LEADS`; fractions
-    "How much more the first of each pair keeps than the second, with intervals for each alone and for all at once."
+    """How much more the first of each pair keeps than the second, with intervals for each alone and
+    for all at once."""
     known = set(known_recipes(found))
     family = [(a, b, goal) for a, b in pairs if {a, b} <= known for goal in GOALS]
     if not family: return pd.DataFrame(columns=LEADS)
     at = [OUTCOMES.index(goal) for *_, goal in family]
-    delta = np.stack([kept_by(found, a)[:, j] - kept_by(found, b)[:, j] for (a, b, _), j in zip(family, at)], 1)
+    delta = np.stack(
+        [kept_by(found, a)[:, j] - kept_by(found, b)[:, j] for (a, b, _), j in zip(family, at)], 1
+    )
     alone, together = [interval(o) for o in delta[1:].T], zip(*simultaneous(delta))
     rows = [(recipe_label(a), recipe_label(b), goal, value, *one, *every)
             for (a, b, goal), value, one, every in zip(family, delta[0], alone, together)]
     return pd.DataFrame(rows, columns=LEADS)
 
-def families(recipe: Recipe, references: Sequence[str], base: str = "sparsegpt") -> dict[str, list[tuple[Recipe, Recipe]]]:
-    "The two questions: against today's use of the reference texts, and against them under the recipe's own method."
+# %% ../../nbs/questions/17_recipe.ipynb #1b34a85b
+def families(
+    recipe: Recipe, references: Sequence[str], base: str = "sparsegpt"
+) -> dict[str, list[tuple[Recipe, Recipe]]]:
+    """The two questions: against today's use of the reference texts, and against them under the
+    recipe's own method."""
     return {"beside today's use": [(recipe, (o, base)) for o in references],
             "what the text adds": [(recipe, (o, recipe[1])) for o in references if o != recipe[0]]}
 
 # %% ../../nbs/questions/17_recipe.ipynb #cfdd3d65
 def shared_tasks(study: dict[str, Result]) -> list[str]:
     "Tasks whose problems, or their wording, a source of the study's calibration text shares."
-    used = {o for r in study.values() for o in (r.record.get("calibration") or {}).get("counts", {})}
+    used = {
+        o for r in study.values() for o in (r.record.get("calibration") or {}).get("counts", {})
+    }
     scored = dict.fromkeys(t for r in study.values() for t in r.items["task"].unique())
     return [t for t in scored if used & set(TASKS[t].overlaps)]
 
+# %% ../../nbs/questions/17_recipe.ipynb #452f8bb5
 def without_shared(study: dict[str, Result]) -> dict[str, Result]:
     "A study without its `shared_tasks`."
     shared = shared_tasks(study)
     return {k: replace(r, items=r.items[~r.items["task"].isin(shared)]) for k, r in study.items()}
 
+# %% ../../nbs/questions/17_recipe.ipynb #8e256502
 def shared_note(study: dict[str, Result],
                 left: int # items that count without these tasks
                ) -> str:
     "What the comparisons without shared problems leave out; empty if no problem is shared."
     shared = shared_tasks(study)
-    return f"Comparisons without shared problems leave out {listed(shared)}: {left} items are left." if shared else ""
+    return (
+        f"Comparisons without shared problems leave out {listed(shared)}: {left} items are left."
+        if shared
+        else ""
+    )
 
 # %% ../../nbs/questions/17_recipe.ipynb #6c86cc12
 def holds(leads: pd.DataFrame) -> bool:
     "Whether every lead of a family is above 0 at once."
     return len(leads) > 0 and bool((leads["all_low"] > 0).all())
 
+# %% ../../nbs/questions/17_recipe.ipynb #9f773c8c
 def shortfalls(leads: pd.DataFrame) -> str:
     "Where a recipe does not lead for certain."
     short = leads[leads["all_low"] <= 0]
     points = [interval_text(o.value, o.all_low, o.all_high, "+") for o in short.itertuples()]
-    return listed(f"{GOALS[o.goal]} over {o.over} ({said})" for o, said in zip(short.itertuples(), points))
+    return listed(
+        f"{GOALS[o.goal]} over {o.over} ({said})" for o, said in zip(short.itertuples(), points)
+    )
 
+# %% ../../nbs/questions/17_recipe.ipynb #1a3d0993
 def verdict(recipe: Recipe, leads: dict[str, pd.DataFrame],  # question → rows
             questions: dict[str, list[tuple[Recipe, Recipe]]]  # from `families`
            ) -> str:
     "What the intervals say of a recipe."
     if any(len(leads[k]) < len(o) * len(GOALS) for k, o in questions.items()):
-        return f"Of {recipe_label(recipe)} nothing is decided: not all of the models that are compared have been run."
-    if all(holds(o) for o in leads.values()): return f"{recipe_label(recipe)} is better than all that it is compared with."
+        return (
+            f"Of {recipe_label(recipe)} nothing is decided: not all of the models that are compared"
+            " have been run."
+        )
+    if all(holds(o) for o in leads.values()):
+        return f"{recipe_label(recipe)} is better than all that it is compared with."
     said = [f"{question}: {shortfalls(o)}" for question, o in leads.items() if not holds(o)]
     return f"{recipe_label(recipe)} is not shown to be better everywhere; {'; '.join(said)}."
 
 # %% ../../nbs/questions/17_recipe.ipynb #e9ca89a7
-KEPT = ["recipe", "method", "kind", "outcome", "value", "ci_low", "ci_high", "lead", "lead_low", "lead_high"]
+KEPT = [
+    "recipe", "method", "kind", "outcome", "value", "ci_low", "ci_high", "lead", "lead_low",
+    "lead_high"]
 
-def recipe_rows(preset: dict[str, Any], found: Replicates, base: Recipe) -> pd.DataFrame:  # columns `KEPT`; fractions
+def recipe_rows(preset: dict[str, Any], found: Replicates, base: Recipe
+               ) -> pd.DataFrame:  # columns `KEPT`; fractions
     "What every recipe keeps, by method, and its lead over one of them; without that one, nothing."
     rows, known = [], known_recipes(found)
     methods = list(dict.fromkeys(method for _, method in known))
@@ -121,65 +155,99 @@ def recipe_rows(preset: dict[str, Any], found: Replicates, base: Recipe) -> pd.D
             rows.append((*about, name, kept[0], *interval(kept[1:]), lead[0], *interval(lead[1:])))
     return pd.DataFrame(rows, columns=KEPT)
 
+# %% ../../nbs/questions/17_recipe.ipynb #a132db2e
 def worst_note(rows: pd.DataFrame  # from `recipe_rows`
                ) -> str:
     "Which dimension is the worst one."
     kept = rows[rows["outcome"].isin(DIMENSIONS)]
-    lowest = kept.loc[kept.groupby("recipe", sort=False)["value"].idxmin()].set_index("recipe")["outcome"]
+    lowest = kept.loc[kept.groupby("recipe", sort=False)["value"].idxmin()].set_index("recipe")[
+        "outcome"
+    ]
     if not len(lowest): return ""
     usual = lowest.mode()[0]
     others = [f"{name} of {recipe}" for recipe, name in lowest[lowest != usual].items()]
-    return f"The worst dimension is {usual}" + (f", but {'; '.join(others)}." if others else " of every recipe.")
+    return f"The worst dimension is {usual}" + (
+        f", but {'; '.join(others)}." if others else " of every recipe."
+    )
 
+# %% ../../nbs/questions/17_recipe.ipynb #859ac2c9
 def recipe_text(rows: pd.DataFrame) -> pd.DataFrame:
     "For people, in %, and points."
     lines = []
     for recipe, mine in rows.groupby("recipe", sort=False):
         o = mine.set_index("outcome")
-        more = {f"{k}, lead": interval_text(o.lead[k], o.lead_low[k], o.lead_high[k], "+") for k in GOALS}
-        lines.append({"recipe": recipe} | {k: f"{100 * o.value[k]:.1f}" for k in OUTCOMES[:-1]} | more)
+        more = {
+            f"{k}, lead": interval_text(o.lead[k], o.lead_low[k], o.lead_high[k], "+")
+            for k in GOALS
+        }
+        lines.append(
+            {"recipe": recipe} | {k: f"{100 * o.value[k]:.1f}" for k in OUTCOMES[:-1]} | more
+        )
     return pd.DataFrame(lines)
 
+# %% ../../nbs/questions/17_recipe.ipynb #626f71f4
 def all_leads(leads: dict[str, pd.DataFrame]) -> pd.DataFrame:  # question, then columns `LEADS`
     "The families of several questions below each other; each keeps its own intervals."
-    named = [rows.assign(question=question) for question, rows in leads.items() if len(rows)]  # empty ones have no types
-    return pd.concat(named or [pd.DataFrame(columns=["question", *LEADS])], ignore_index=True)[["question", *LEADS]]
+    # empty ones have no types
+    named = [rows.assign(question=question) for question, rows in leads.items() if len(rows)]
+    return pd.concat(named or [pd.DataFrame(columns=["question", *LEADS])], ignore_index=True)[
+        ["question", *LEADS]
+    ]
 
+# %% ../../nbs/questions/17_recipe.ipynb #98594f81
 def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
     "For people: leads with intervals that hold at once, by question."
     lines = []
     for (question, recipe, over), mine in rows.groupby(["question", "recipe", "over"], sort=False):
-        said = {o.goal: interval_text(o.value, o.all_low, o.all_high, "+") for o in mine.itertuples()}
+        said = {
+            o.goal: interval_text(o.value, o.all_low, o.all_high, "+") for o in mine.itertuples()
+        }
         lines.append(dict(question=question, recipe=recipe, over=over) | said)
     return pd.DataFrame(lines)
 
 # %% ../../nbs/questions/17_recipe.ipynb #8008e520
 def recipe_message(found: Replicates, base: Recipe) -> str:
-    "The recipe whose total is significantly higher than all others, or how many differ significantly from one of them."
+    """The recipe whose total is significantly higher than all others, or how many differ
+    significantly from one of them."""
     known = known_recipes(found)
-    if base not in known or len(known) < 2: return f"Retention of {len(known)} recipes: no comparison"
+    if base not in known or len(known) < 2:
+        return f"Retention of {len(known)} recipes: no comparison"
     total = np.stack([kept_by(found, o)[:, OUTCOMES.index("Total")] for o in known], 1)
     best, low = lead_of_best(total[..., None])
-    if low[0] > 0: return f"Highest total retention of {len(known)} recipes: {recipe_label(known[best[0]])}"
+    if low[0] > 0:
+        return f"Highest total retention of {len(known)} recipes: {recipe_label(known[best[0]])}"
     others = [i for i, o in enumerate(known) if o != base]
     signs = significant_sign(*simultaneous(total[:, others] - total[:, [known.index(base)]]))
-    return f"Total retention: {(signs > 0).sum()} of {len(others)} recipes above {recipe_label(base)}, {(signs < 0).sum()} below"
+    return (
+        f"Total retention: {(signs > 0).sum()} of {len(others)} recipes above {recipe_label(base)},"
+        f" {(signs < 0).sum()} below"
+    )
 
+# %% ../../nbs/questions/17_recipe.ipynb #1ea80e0c
 def recipe_figure(rows: pd.DataFrame,  # from `recipe_rows`
                   message: str,        # from `recipe_message`
                   note: str = "") -> Figure:
     "Retention of each recipe in total and in the worst dimension, by method."
     check_rows(rows, "recipes")
     first = rows.drop_duplicates("recipe").reset_index(drop=True)
-    heights = -(first.index + 0.7 * first.groupby("method", sort=False).ngroup())  # a gap between methods
-    figure, axes = plt.subplots(1, len(GOALS), figsize=(WIDTH, 1.2 + 0.25 * len(first)), layout="constrained", sharey=True)
+    # a gap between methods
+    heights = -(first.index + 0.7 * first.groupby("method", sort=False).ngroup())
+    figure, axes = plt.subplots(
+        1, len(GOALS), figsize=(WIDTH, 1.2 + 0.25 * len(first)), layout="constrained", sharey=True
+    )
     for ax, goal in zip(axes, GOALS):
-        mine: Any = 100 * rows[rows["outcome"] == goal][["value", "ci_low", "ci_high"]].reset_index(drop=True)
+        mine: Any = 100 * rows[rows["outcome"] == goal][["value", "ci_low", "ci_high"]].reset_index(
+            drop=True
+        )
         ax.hlines(heights, mine["ci_low"], mine["ci_high"], color="0.4", linewidth=1.1)
         for kind in first["kind"].unique():
             at = first["kind"] == kind
-            ax.plot(mine["value"][at], heights[at], MARKERS[kind], color=colour_of(kind), markersize=6)
+            ax.plot(
+                mine["value"][at], heights[at], MARKERS[kind], color=colour_of(kind), markersize=6
+            )
         ax.set(xlabel=f"retention {GOALS[goal]}, %", yticks=heights, yticklabels=first["recipe"])
     legend_above(figure, first["kind"])
     headline(figure, message)
-    return annotate(figure, f"The title compares paired differences, simultaneous over the recipes. {note}")
+    return annotate(
+        figure, f"The title compares paired differences, simultaneous over the recipes. {note}"
+    )

@@ -14,12 +14,19 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from ..evaluation.measures import MEASURES, RELIABLE, can_tell, get_measure, headline, metric_of
+from calib_prune.evaluation.measures import (
+    MEASURES,
+    RELIABLE,
+    can_tell,
+    get_measure,
+    headline,
+    metric_of,
+)
 from ..evaluation.tasks import TASKS
 from ..statistics.comparison import KEYS, retention_rows, source_spread, stacked
 from ..statistics.plots import method_label, sparsity_label
-from ..statistics.selection import Measured, main_cells, measured, take
 from ..statistics.replicates import Replicates, source_dimension
+from ..statistics.selection import Measured, main_cells, measured, take
 from ..statistics.tables import interval_text, listed
 from ..study.presets import Cell
 from ..study.results import Result
@@ -30,57 +37,83 @@ def _right(items: pd.DataFrame) -> pd.DataFrame:  # model, task, accuracy, error
     metrics = {o: TASKS[o].metric for o in items["task"].unique() if TASKS[o].kind == "choice"}
     mine = items[items["metric"] == items["task"].map(metrics)]
     by = mine.groupby(["model", "task"], sort=False)
-    found = by.agg(accuracy=("value", "mean"), n=("value", "size"), chance=("chance", "mean")).reset_index()
+    found = by.agg(
+        accuracy=("value", "mean"), n=("value", "size"), chance=("chance", "mean")
+    ).reset_index()
     return found.assign(error=np.sqrt(found["accuracy"] * (1 - found["accuracy"]) / found["n"]))
 
+# %% ../../nbs/questions/10_resolution.ipynb #01b7b677
 def chance_rows(study: dict[str, Result], names: list[str]  # of pruned models
                ) -> pd.DataFrame:  # model, task, dimension, accuracy, error, chance, at_chance
     "Each choice task of each model: is its accuracy clearly above chance?"
-    found = [study[o].items.assign(model=o) for o in names if o in study and "chance" in study[o].items]
+    found = [
+        study[o].items.assign(model=o) for o in names if o in study and "chance" in study[o].items
+    ]
     none = pd.DataFrame(columns=["model", "task", "accuracy", "n", "chance", "error"])
     rows = _right(pd.concat(found, ignore_index=True)) if found else none
     return rows.assign(dimension=[TASKS[o].dimension for o in rows["task"]],
                        at_chance=rows["accuracy"] - 1.96 * rows["error"] <= rows["chance"])
 
 # %% ../../nbs/questions/10_resolution.ipynb #fa22c7c6
-RESOLUTION = ["measure", "dimension", "method", "sparsity", "sources", "sd", "noise_sd", "reliability", "at_chance", "models",
-              "can_tell", "note"]
+RESOLUTION = [
+    "measure", "dimension", "method", "sparsity", "sources", "sd", "noise_sd", "reliability",
+    "at_chance", "models", "can_tell", "note"]
 
-def _setting(whole: Measured, method: str | None) -> dict[str, Any]:  # empty if no single source was pruned
+def _setting(whole: Measured, method: str | None
+            ) -> dict[str, Any]:  # empty if no single source was pruned
     "The main setting of a method, or of the one with which most single sources were pruned."
-    cells, columns = take(whole, main_cells(whole.preset)).found.cells, ["method", "sparsity", "windows"]
-    single = cells[(cells["source_dimension"] != "") & (cells["method"] == (method or cells["method"]))]
-    return dict(zip(columns, single.groupby(columns, sort=False).size().idxmax())) if len(single) else {}
+    cells, columns = take(whole, main_cells(whole.preset)).found.cells, [
+        "method", "sparsity", "windows"]
+    single = cells[
+        (cells["source_dimension"] != "") & (cells["method"] == (method or cells["method"]))
+    ]
+    return dict(zip(columns,
+                    single.groupby(columns, sort=False).size().idxmax())) if len(single) else {}
 
+# %% ../../nbs/questions/10_resolution.ipynb #3e4a881a
 def _behind(whole: Measured, name: str) -> list[str]:
     "The tasks that a measure reads."
     tasks = [TASKS[o] for o in whole.study["dense"].items["task"].unique()]
     return [o.name for o in tasks if metric_of(o, name) and o.name not in whole.found.left_out]
 
+# %% ../../nbs/questions/10_resolution.ipynb #d9d56f4e
 def _one_draw(whole: Measured, at: dict[str, Any]) -> bool:
     return whole.found.where(**at).noise == "items only"
 
+# %% ../../nbs/questions/10_resolution.ipynb #899b729e
 def _reliability(sd: float, noise_sd: float) -> float:
     return sd**2 / (sd**2 + noise_sd**2)
 
+# %% ../../nbs/questions/10_resolution.ipynb #6233ea68
 def _doubt(whole: Measured, at: dict[str, Any], name: str, dimension: str,
            share: float, reliability: float) -> str:  # empty if there is none
     "Why a measure cannot be judged in a dimension."
     if _one_draw(whole, at): return "one draw per source: their scatter would count as signal"
     mine = [o for o in _behind(whole, name) if TASKS[o].dimension == dimension]
-    if not mine and get_measure(name).beyond_chance: return "no task in which the dense model is clearly above chance"
+    if not mine and get_measure(name).beyond_chance:
+        return "no task in which the dense model is clearly above chance"
     if not mine: return "no task"
     choices = any(TASKS[o].kind == "choice" for o in mine)
-    if name != "answer-bits" and choices and np.isnan(share): return "the rows do not say what guessing gets"
+    if name != "answer-bits" and choices and np.isnan(share):
+        return "the rows do not say what guessing gets"
     if np.isnan(reliability): return "in over 1 % of the replicates the dense model is at chance"
     return ""
 
+# %% ../../nbs/questions/10_resolution.ipynb #2ef68634
 def _of_measure(whole: Measured, name: str, method: str | None) -> list[dict[str, Any]]:
     "The rows of one measure."
     at = _setting(whole, method)
-    if not at: return [dict(measure=name, dimension=d, can_tell=False, note="no single source was pruned") for d in DIMENSIONS]
+    if not at:
+        return [
+            dict(measure=name, dimension=d, can_tell=False, note="no single source was pruned")
+            for d in DIMENSIONS
+        ]
     spread = source_spread(whole.found.where(**at)).set_index("dimension")
-    here = [c.name for c in main_cells(whole.preset) if c.method == at["method"] and c.name in whole.study]
+    here = [
+        c.name
+        for c in main_cells(whole.preset)
+        if c.method == at["method"] and c.name in whole.study
+    ]
     chances, rows = chance_rows(whole.study, here), []
     chances = chances[chances["task"].isin(_behind(whole, name))]
     for d in DIMENSIONS:
@@ -88,9 +121,19 @@ def _of_measure(whole: Measured, name: str, method: str | None) -> list[dict[str
         reliability = _reliability(o["sd"], o["noise_sd"])
         share = chances[chances["dimension"] == d]["at_chance"].mean()
         note = _doubt(whole, at, name, d, share, reliability)
-        rows.append(dict(measure=name, dimension=d, method=at["method"], sparsity=at["sparsity"], sources=int(o["freedom"]) + 1,
-                         sd=o["sd"], noise_sd=o["noise_sd"], reliability=reliability, at_chance=share, models=len(here),
-                         can_tell=can_tell(name, reliability, share) and not note, note=note))
+        rows.append(
+            dict(measure=name,
+                 dimension=d,
+                 method=at["method"],
+                 sparsity=at["sparsity"],
+                 sources=int(o["freedom"]) + 1,
+                 sd=o["sd"],
+                 noise_sd=o["noise_sd"],
+                 reliability=reliability,
+                 at_chance=share,
+                 models=len(here),
+                 can_tell=can_tell(name, reliability, share) and not note,
+                 note=note))
     return rows
 
 # %% ../../nbs/questions/10_resolution.ipynb #fc6f1138
@@ -100,11 +143,19 @@ def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: in
     "What each measure can tell in each dimension; a measure that the rows do not hold says why."
     rows: list[dict[str, Any]] = []
     for name in MEASURES:
-        try: rows += _of_measure(measured(preset, study, n_boot, measure=name, wanted=main_cells(preset)), name, method)
+        try:
+            rows += _of_measure(
+                measured(preset, study, n_boot, measure=name, wanted=main_cells(preset)),
+                name,
+                method,
+            )
         except CalibPruneError as e:
-            rows += [dict(measure=name, dimension=d, can_tell=False, note=str(e)) for d in DIMENSIONS]
+            rows += [
+                dict(measure=name, dimension=d, can_tell=False, note=str(e)) for d in DIMENSIONS
+            ]
     return pd.DataFrame(rows, columns=RESOLUTION)
 
+# %% ../../nbs/questions/10_resolution.ipynb #ed33ac5c
 def headline_of(rows: pd.DataFrame  # from `resolution_rows`
                ) -> str:
     "The headline measure of a study."
@@ -119,11 +170,13 @@ def resolution_text(rows: pd.DataFrame) -> pd.DataFrame:
         lines[o.measure][o.dimension] = f"{known} {'yes' if o.can_tell else 'no'}".strip()
     return pd.DataFrame(lines.values())
 
+# %% ../../nbs/questions/10_resolution.ipynb #b4a0b2d9
 def chance_text(rows: pd.DataFrame) -> str:
     "How many pairs of model and choice task are at chance, by dimension."
     mine = rows[rows["measure"] == "plain"].dropna(subset="at_chance")
     return ", ".join(f"{o.dimension} {100 * o.at_chance:.0f} %" for o in mine.itertuples())
 
+# %% ../../nbs/questions/10_resolution.ipynb #cac5008b
 def doubts_text(rows: pd.DataFrame) -> str:
     "Why measures cannot be judged, in sentences; empty if all can."
     noted = rows[rows["note"].fillna("") != ""]
@@ -131,12 +184,16 @@ def doubts_text(rows: pd.DataFrame) -> str:
             for (name, note), part in noted.groupby(["measure", "note"], sort=False)]
     return f"Not judged: {' '.join(said)}" if said else ""
 
+# %% ../../nbs/questions/10_resolution.ipynb #de91f872
 def resolved_for(rows: pd.DataFrame) -> str:
     "Which models the rows are about."
     known = rows.dropna(subset="method")
     if not len(known): return "no single source was pruned"
     o = known.iloc[0]
-    return f"{o['sources']} single sources, {method_label(o['method'])} at {sparsity_label(o['sparsity'])}"
+    return (
+        f"{o['sources']} single sources, {method_label(o['method'])} at"
+        f" {sparsity_label(o['sparsity'])}"
+    )
 
 # %% ../../nbs/questions/10_resolution.ipynb #b78896fa
 QUICK = 1000  # resamples behind the rule (ours: reliabilities need no more)
@@ -147,7 +204,8 @@ def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int
                   ) -> Measured:
     "A study by the measure that its preset asks for."
     name = preset.get("measure", "plain")
-    if name == "headline": name = headline_of(resolution_rows(preset, study, QUICK) if resolved is None else resolved)
+    if name == "headline":
+        name = headline_of(resolution_rows(preset, study, QUICK) if resolved is None else resolved)
     return measured(preset, study, n_boot, measure=name, wanted=wanted)
 
 # %% ../../nbs/questions/10_resolution.ipynb #d01f71ad
@@ -161,50 +219,78 @@ def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | 
         tables.append(retention_rows(part).assign(measure=name))
     return stacked(tables, ["measure", *KEYS]).query("quantity == 'retention'")
 
+# %% ../../nbs/questions/10_resolution.ipynb #7587f4a8
 def blind_to(resolved: pd.DataFrame, measure: str) -> list[str]:  # from `resolution_rows`
     "The dimensions in which a measure was judged, and cannot tell."
     judged = (resolved["measure"] == measure) & (resolved["note"].fillna("") == "")
     return list(resolved.loc[judged & ~resolved["can_tell"].astype(bool), "dimension"])
 
+# %% ../../nbs/questions/10_resolution.ipynb #242e9540
 def totals_text(rows: pd.DataFrame,     # from `totals_rows`
                 resolved: pd.DataFrame  # from `resolution_rows`
                ) -> pd.DataFrame:
-    "One line per method and strategy: the total by each measure, marked (†) where it averages in what the measure cannot tell."
+    """One line per method and strategy: the total by each measure, marked (†) where it averages in
+    what the measure cannot tell."""
     total = rows[rows["dimension"] == "Total"]
     text = [interval_text(o.value, o.ci_low, o.ci_high) for o in total.itertuples()]
     labels = [MEASURES[o].label + " †" * bool(blind_to(resolved, o)) for o in total["measure"]]
     lines = total.assign(text=text, method=total["method"].map(method_label), label=labels)
-    wide = lines.pivot_table(index=["method", "strategy", "draws"], columns="label", values="text", aggfunc="first", sort=False)
+    wide = lines.pivot_table(
+        index=["method", "strategy", "draws"],
+        columns="label",
+        values="text",
+        aggfunc="first",
+        sort=False,
+    )
     return wide.rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/questions/10_resolution.ipynb #676b25ec
 def untotalled_text(rows: pd.DataFrame,     # from `totals_rows`
                     resolved: pd.DataFrame  # from `resolution_rows`
-                   ) -> str:                # empty if every measure has a total and can tell everywhere
+                   # empty if every measure has a total and can tell everywhere
+                   ) -> str:
     "Which measures have no total, and which totals are in part noise."
     said = []
     for name, measure in MEASURES.items():
-        missing = [o for o in DIMENSIONS if o not in set(rows.loc[rows["measure"] == name, "dimension"])]
-        if missing: said.append(f"{measure.label} has no total here, since it has no number for {listed(missing)}.")
+        missing = [
+            o for o in DIMENSIONS if o not in set(rows.loc[rows["measure"] == name, "dimension"])]
+        if missing:
+            said.append(
+                f"{measure.label} has no total here, since it has no number for {listed(missing)}."
+            )
         elif blind := blind_to(resolved, name):
-            said.append(f"† The total by {measure.label.lower()} takes in dimensions in which it cannot tell: {listed(blind)}.")
+            said.append(
+                f"† The total by {measure.label.lower()} takes in dimensions in which it cannot"
+                f" tell: {listed(blind)}."
+            )
     return " ".join(said)
 
 # %% ../../nbs/questions/10_resolution.ipynb #aadc9640
 def _one_task(whole: Measured, task: str, at: dict[str, Any], measure: str) -> Replicates:
     "The single sources of a setting, scored by one task."
     here = at["method"], at["sparsity"]
-    wanted = [c for c in main_cells(whole.preset) if (c.method, c.sparsity) == here and source_dimension(c.mix)]
+    wanted = [
+        c
+        for c in main_cells(whole.preset)
+        if (c.method, c.sparsity) == here and source_dimension(c.mix)
+    ]
     named = ["dense", *(c.name for c in wanted if c.name in whole.study)]
     study = {o: whole.study[o] for o in named}
-    study = {o: Result(r.record, r.rows, r.items[r.items["task"] == task], r.seconds) for o, r in study.items()}
+    study = {
+        o: Result(r.record, r.rows, r.items[r.items["task"] == task], r.seconds)
+        for o, r in study.items()
+    }
     return measured(whole.preset, study, QUICK, measure=measure, wanted=wanted).found
 
 TASK_ROWS = ["dimension", "task", "items", "sd", "noise_sd", "reliability", "resolves"]
 
+# %% ../../nbs/questions/10_resolution.ipynb #9f0ac8c4
 def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: str = "answer-bits"
-             ) -> pd.DataFrame:  # columns `TASK_ROWS`; empty if no single source was pruned, or the rows lack the measure
-    """How reliably each task tells single sources apart, with the method by which most of them were pruned. Whether a task
+             # columns `TASK_ROWS`; empty if no single source was pruned, or the rows lack the
+             # measure
+             ) -> pd.DataFrame:
+    """How reliably each task tells single sources apart, with the method by which most of them were
+    pruned. Whether a task
     `resolves` is not known from one draw per source: their scatter would count as signal."""
     try: whole = measured(preset, study, QUICK, measure=measure, wanted=main_cells(preset))
     except CalibPruneError: return pd.DataFrame(columns=TASK_ROWS)
@@ -217,13 +303,18 @@ def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: str = "
         if spread.empty: continue
         sd, noise = spread["sd"].iloc[0], spread["noise_sd"].iloc[0]
         reliability = _reliability(sd, noise)
-        rows.append((d, task, found.items[d], sd, noise, reliability, bool(reliability >= RELIABLE) if judged else None))
+        rows.append((d, task, found.items[d], sd, noise, reliability,
+                     bool(reliability >= RELIABLE) if judged else None))
     order = sorted(rows, key=lambda o: (DIMENSIONS.index(o[0]), -o[5]))
     return pd.DataFrame(order, columns=TASK_ROWS)
 
+# %% ../../nbs/questions/10_resolution.ipynb #eb1f5244
 def task_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `task_rows`
     "For people: spreads in points, and whether the task resolves by the rule's limit."
     points = {o: [f"{100 * v:.1f}" for v in rows[o]] for o in ("sd", "noise_sd")}
-    said = [f"{o.reliability:.2f} {({True: 'yes', False: 'no'}).get(o.resolves, '')}".strip() for o in rows.itertuples()]
+    said = [
+        f"{o.reliability:.2f} {({True: 'yes', False: 'no'}).get(o.resolves, '')}".strip()
+        for o in rows.itertuples()
+    ]
     table = rows.assign(**points, reliability=said).drop(columns="resolves")
     return table.rename(columns={"sd": "spread of sources", "noise_sd": "noise of a source"})

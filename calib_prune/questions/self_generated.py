@@ -17,11 +17,17 @@ import numpy as np
 import pandas as pd
 
 from ..calibration.sets import parse_mix
-from ..statistics.comparison import DIFFERENCES, differences, over_best, stacked
-from ..statistics.selection import Measured, Part, main_sparsity
-from ..statistics.replicates import OUTCOMES, Replicates, as_strategy, simultaneous, strategy_retention
-from ..statistics.tables import interval_text, listed
 from ..resampling import interval
+from ..statistics.comparison import DIFFERENCES, differences, over_best, stacked
+from calib_prune.statistics.replicates import (
+    OUTCOMES,
+    Replicates,
+    as_strategy,
+    simultaneous,
+    strategy_retention,
+)
+from ..statistics.selection import Measured, Part, main_sparsity
+from ..statistics.tables import interval_text, listed
 from ..study.presets import Cell, cells, protocol_of
 
 # %% ../../nbs/questions/05_self_generated.ipynb #1715e730
@@ -29,6 +35,7 @@ def in_grid(preset: dict[str, Any]) -> set[str]:
     "The strategies of the main tables."
     return {c.strategy for c in cells(preset)}
 
+# %% ../../nbs/questions/05_self_generated.ipynb #4831254d
 def compared_cells(preset: dict[str, Any],
                    ablations: bool  # the variants of protocols, instead of everything else
                   ) -> list[Cell]:
@@ -37,7 +44,11 @@ def compared_cells(preset: dict[str, Any],
     pruned = [c for c in cells(preset, ablations=True)[1:]
               if (c.windows, c.sparsity, as_strategy(c.strategy, c.method)[1]) == at]
     main = in_grid(preset)
-    variants = {name for name, mix in preset["strategies"].items() if name not in main and protocol_of(mix) is not None}
+    variants = {
+        name
+        for name, mix in preset["strategies"].items()
+        if name not in main and protocol_of(mix) is not None
+    }
     return [c for c in pruned if (c.strategy in variants) == ablations]
 
 # %% ../../nbs/questions/05_self_generated.ipynb #79bd2e00
@@ -48,14 +59,18 @@ def single_sources(found: Replicates) -> list[str]:
     "The strategies that calibrate on one source."
     return list(found.cells["strategy"][found.cells["source_dimension"] != ""])
 
+# %% ../../nbs/questions/05_self_generated.ipynb #00f35c93
 def our_mixes(part: Part) -> list[str]:
-    "The mixes whose shares or weights were chosen: of several sources, no reference, and not written by the model."
+    """The mixes whose shares or weights were chosen: of several sources, no reference, and not
+    written by the model."""
     found = []
     for name in part.found.cells["strategy"]:
         mix = part.preset["strategies"][name.partition(", ")[0]]
-        if name not in REFERENCES and protocol_of(mix) is None and len(parse_mix(mix)) > 1: found.append(name)
+        if name not in REFERENCES and protocol_of(mix) is None and len(parse_mix(mix)) > 1:
+            found.append(name)
     return found
 
+# %% ../../nbs/questions/05_self_generated.ipynb #71fb7916
 def about_ours(names: list[str],
                tuned: str = ""  # on which model, if on another
               ) -> str:
@@ -63,9 +78,13 @@ def about_ours(names: list[str],
     weighed = [o for o in ("balanced", "minimax") if any(name.endswith(f", {o}") for name in names)]
     said = [f"{listed(f'`{o}`' for o in weighed)} weigh the dimensions of a mix"] if weighed else []
     shares = "their shares" if weighed else "its shares of the dimensions"
-    if "tuned" in names: said.append(f"`tuned` has {shares} from held-out text" + (f", as {tuned} keeps it" if tuned else ""))
+    if "tuned" in names:
+        said.append(
+            f"`tuned` has {shares} from held-out text" + (f", as {tuned} keeps it" if tuned else "")
+        )
     return f" Ours: {', '.join(said)}." if said else ""
 
+# %% ../../nbs/questions/05_self_generated.ipynb #38fb0bd8
 def compared_pairs(part: Part) -> list[tuple[str, str]]:
     "Our own strategies and the protocols, each with the references and with one another."
     names = list(part.found.cells["strategy"])
@@ -74,32 +93,49 @@ def compared_pairs(part: Part) -> list[tuple[str, str]]:
     compared = ours + written
     best = [BEST] if len(single_sources(part.found)) > 1 else []
     references = best + [name for name in REFERENCES if name in names]
-    return [(name, other) for i, name in enumerate(compared) for other in references + compared[i + 1:]]
+    return [
+        (name, other) for i, name in enumerate(compared) for other in references + compared[i + 1 :]
+    ]
 
 GOALS = {"Total": "in total", "Worst": "in the worst dimension"}
 
+# %% ../../nbs/questions/05_self_generated.ipynb #91c06bcf
 def _gain(found: Replicates, mix: str, over: str, goal: str) -> np.ndarray:  # [1 + B]
     at = OUTCOMES.index(goal)
     return found.of(mix)[:, at] - found.of(over)[:, at]
 
-def at_once(part: Part, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:  # mix, over, dimension, all_low, all_high
-    "Intervals of all pairs and both goals that hold together; not of the best single source, which allows for its own choice."
+# %% ../../nbs/questions/05_self_generated.ipynb #00bb30a6
+def at_once(part: Part, pairs: Sequence[tuple[str, str]]
+           ) -> pd.DataFrame:  # mix, over, dimension, all_low, all_high
+    """Intervals of all pairs and both goals that hold together; not of the best single source,
+    which allows for its own choice."""
     known = set(part.found.cells["strategy"])
     family = [(a, b, g) for a, b in pairs for g in GOALS if {a, b} <= known]
     if not family: return pd.DataFrame(columns=["mix", "over", "dimension", "all_low", "all_high"])
     delta = [_gain(part.found, a, b, g) for a, b, g in family]
     low, high = simultaneous(np.stack(delta, 1))
-    return pd.DataFrame(family, columns=["mix", "over", "dimension"]).assign(all_low=low, all_high=high)
+    return pd.DataFrame(family, columns=["mix", "over", "dimension"]).assign(
+        all_low=low, all_high=high
+    )
 
-def difference_rows(part: Part, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:  # columns `DIFFERENCES`, all_low, all_high
+# %% ../../nbs/questions/05_self_generated.ipynb #7be52d7c
+def difference_rows(part: Part, pairs: Sequence[tuple[str, str]]
+                   ) -> pd.DataFrame:  # columns `DIFFERENCES`, all_low, all_high
     "How much more the first of each pair kept than the second."
-    table = stacked([over_best(part, a) if b == BEST else differences(part, a, b) for a, b in pairs], DIFFERENCES)
+    table = stacked(
+        [over_best(part, a) if b == BEST else differences(part, a, b) for a, b in pairs],
+        DIFFERENCES,
+    )
     return table.merge(at_once(part, pairs), how="left", on=["mix", "over", "dimension"])
 
+# %% ../../nbs/questions/05_self_generated.ipynb #7ee15d8b
 def corrected(rows: pd.DataFrame) -> pd.DataFrame:  # from `difference_rows`
     "The same rows with the intervals that hold at once, where there are any."
     if "all_low" not in rows: return rows
-    return rows.assign(ci_low=rows["all_low"].fillna(rows["ci_low"]), ci_high=rows["all_high"].fillna(rows["ci_high"]))
+    return rows.assign(
+        ci_low=rows["all_low"].fillna(rows["ci_low"]),
+        ci_high=rows["all_high"].fillna(rows["ci_high"]),
+    )
 
 # %% ../../nbs/questions/05_self_generated.ipynb #7f406898
 def _leads(table: pd.DataFrame, mix: str, over: Sequence[str], sign: int) -> list[str]:
@@ -111,6 +147,7 @@ def _leads(table: pd.DataFrame, mix: str, over: Sequence[str], sign: int) -> lis
         if len(others): found.append(f"{words} than {listed(f'`{name}`' for name in others)}")
     return found
 
+# %% ../../nbs/questions/05_self_generated.ipynb #ee5918ae
 def _standing(table: pd.DataFrame, mix: str, over: Sequence[str]) -> str:
     "Where one strategy keeps more or less than the others."
     said = []
@@ -123,7 +160,8 @@ def _standing(table: pd.DataFrame, mix: str, over: Sequence[str]) -> str:
 def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
                  ours: Sequence[str],
                  over: Sequence[str] = ("uniform", "igsp")) -> str:
-    "What the intervals say of our own methods, and whether one of them beats all others on all goals."
+    """What the intervals say of our own methods, and whether one of them beats all others on all
+    goals."""
     compared = table[table["over"].isin(over) & table["dimension"].isin(GOALS)]
     made = [o for o in ours if o in set(compared["mix"])]
     missing = [f"`{o}`" for o in ours if o not in made]
@@ -133,14 +171,21 @@ def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
     ahead = compared[compared["all_low"] > 0].value_counts("mix")
     best = [f"`{o}`" for o in made if ahead.get(o, 0) == len(over) * len(GOALS)]
     said = "; ".join(_standing(table, mix, over) for mix in made)
-    none = "" if missing else f"So nothing of ours beats {others} both in total and in the worst dimension."
+    none = (
+        ""
+        if missing
+        else f"So nothing of ours beats {others} both in total and in the worst dimension."
+    )
     verdict = f"{listed(best)} beats {others} on both." if best else none
-    return " ".join(filter(None, (f"By intervals that hold for all pairs at once, against {others}: {said}.", verdict, not_yet)))
+    return " ".join(
+        filter(None, (f"By intervals that hold for all pairs at once, against {others}: {said}.",
+                      verdict, not_yet)))
 
 # %% ../../nbs/questions/05_self_generated.ipynb #32c2ef8a
 FACTS = ("pool", "aggregation", "perplexity", "imbalance")
 
-def text_facts(preset: dict[str, Any], folder: str | Path) -> pd.DataFrame:  # strategy, seed, `FACTS`
+def text_facts(preset: dict[str, Any], folder: str | Path
+              ) -> pd.DataFrame:  # strategy, seed, `FACTS`
     "What the reports of generated texts say."
     rows = []
     for name, mix in preset["strategies"].items():
@@ -157,7 +202,8 @@ RETENTIONS = OUTCOMES[:-1]
 
 def variant_rows(found: Replicates, name: str, base: str,  # of strategies; no base, no comparison
                  **about) -> list[dict[str, Any]]:
-    "What a variant keeps, and its difference from the protocol that it varies: one row per measure."
+    """What a variant keeps, and its difference from the protocol that it varies: one row per
+    measure."""
     kept = found.of(name)
     delta = kept - (found.of(base) if base else np.nan)
     rows = []
@@ -169,46 +215,78 @@ def variant_rows(found: Replicates, name: str, base: str,  # of strategies; no b
     return rows
 
 # %% ../../nbs/questions/05_self_generated.ipynb #ff34b254
-def with_draws(whole: Measured, part: Part, strategies: Iterable[str], draws: Collection[int]) -> Replicates:
+def with_draws(
+    whole: Measured, part: Part, strategies: Iterable[str], draws: Collection[int]
+) -> Replicates:
     "Some strategies with some of their draws only."
     (at,) = part.found.settings()
     return strategy_retention(whole.cells, only=dict.fromkeys(strategies, draws)).where(**at)
 
+# %% ../../nbs/questions/05_self_generated.ipynb #c4e08e67
 def by_shared_draws(draws: dict[str, set[int]],  # strategy → its draws
                     base: str, variants: Iterable[str]
-                   ) -> dict[frozenset[int], list[str]]:  # shared draws → variants; perhaps no draw is shared
+                   # shared draws → variants; perhaps no draw is shared
+                   ) -> dict[frozenset[int], list[str]]:
     "The variants of a protocol, by the draws that they share with it."
     groups: dict[frozenset[int], list[str]] = {}
-    for name in variants: groups.setdefault(frozenset(draws[name] & draws.get(base, set())), []).append(name)
+    for name in variants:
+        groups.setdefault(frozenset(draws[name] & draws.get(base, set())), []).append(name)
     return groups
 
 # %% ../../nbs/questions/05_self_generated.ipynb #bf349222
-def all_at_once(goals: dict[tuple[str, str], np.ndarray]) -> pd.DataFrame:  # strategy, dimension, all_low, all_high
+def all_at_once(goals: dict[tuple[str, str], np.ndarray]
+               ) -> pd.DataFrame:  # strategy, dimension, all_low, all_high
     "Intervals of several differences that hold together."
     ends = simultaneous(np.stack(list(goals.values()), 1)) if goals else ([], [])
     named = pd.DataFrame(list(goals), columns=["strategy", "dimension"])
     return named.assign(all_low=np.asarray(ends[0], float), all_high=np.asarray(ends[1], float))
 
+# %% ../../nbs/questions/05_self_generated.ipynb #ba8f558a
 def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text_facts`
-                 ) -> pd.DataFrame:  # one row per variant and measure: what its text is like, what it keeps, its difference
+                 # one row per variant and measure: what its text is like, what it keeps, its
+                 # difference
+                 ) -> pd.DataFrame:
     "Every variant beside the same draws of the protocol that it varies."
     if part.cells.cells.empty: return pd.DataFrame()
-    draws = {name: set(seeds) for name, seeds in part.cells.cells.groupby("strategy", sort=False)["seed"]}
-    settings = {name: how for name in draws if (how := protocol_of(part.preset["strategies"][name]))}
+    draws = {
+        name: set(seeds) for name, seeds in part.cells.cells.groupby("strategy", sort=False)["seed"]
+    }
+    settings = {
+        name: how for name in draws if (how := protocol_of(part.preset["strategies"][name]))
+    }
     rows: list[dict[str, Any]] = []
-    goals: dict[tuple[str, str], np.ndarray] = {}  # strategy, goal → [1 + B], the difference from the protocol
-    def add(found: Replicates, strategy: str, seeds: Collection[int], base: str = "", label: str = "") -> None:
+    # strategy, goal → [1 + B], the difference from the protocol
+    goals: dict[tuple[str, str], np.ndarray] = {}
+    def add(
+        found: Replicates, strategy: str, seeds: Collection[int], base: str = "", label: str = ""
+    ) -> None:
         if base: goals.update({(strategy, o): _gain(found, strategy, base, o) for o in GOALS})
-        text = facts[(facts["strategy"] == strategy) & facts["seed"].isin(seeds)][list(FACTS)].astype(float).mean()
+        text = facts[(facts["strategy"] == strategy)
+                     & facts["seed"].isin(seeds)][list(FACTS)].astype(float).mean()
         varied = ", ".join(f"{k}={v}" for k, v in settings[strategy][1].items())
-        rows.extend(variant_rows(found, strategy, base, strategy=label or strategy, varied=varied, draws=len(seeds), **text))
+        rows.extend(
+            variant_rows(found,
+                         strategy,
+                         base,
+                         strategy=label or strategy,
+                         varied=varied,
+                         draws=len(seeds),
+                         **text))
+
     for base in dict.fromkeys(family for family, _ in settings.values()):
         if base in draws: add(part.found, base, draws[base])
         variants = [name for name, (family, _) in settings.items() if family == base != name]
         for shared, names in by_shared_draws(draws, base, variants).items():
             found = with_draws(whole, part, [base, *names], shared) if shared else part.found
             if shared and shared != draws[base]:
-                add(found, base, shared, label=f"{base}, draw{'s' * (len(shared) > 1)} {listed(map(str, sorted(shared)))}")
+                add(
+                    found,
+                    base,
+                    shared,
+                    label=(
+                        f"{base}, draw{'s' * (len(shared) > 1)} {listed(map(str, sorted(shared)))}"
+                    ),
+                )
             for name in names: add(found, name, shared or draws[name], base if shared else "")
     if not rows: return pd.DataFrame()
     return pd.DataFrame(rows).merge(all_at_once(goals), how="left", on=["strategy", "dimension"])
@@ -218,31 +296,48 @@ SHOWN_FACTS = dict(pool=".1f", aggregation=".3f", perplexity=".1f", imbalance=".
 SHOWN_MEASURES = dict(Total="total", Worst="worst dimension")
 
 def ablation_text(table: pd.DataFrame) -> pd.DataFrame:
-    "For people: retention in total and of the worst dimension, and the difference from the whole protocol, in points."
+    """For people: retention in total and of the worst dimension, and the difference from the whole
+    protocol, in points."""
     lines: dict[str, dict[str, Any]] = {}
     for row in table.to_dict("records"):
-        facts = {k: "" if np.isnan(row[k]) else f"{row[k]:{form}}" for k, form in SHOWN_FACTS.items()}
-        line = lines.setdefault(row["strategy"], {k: row[k] for k in ("strategy", "varied", "draws")} | facts)
+        facts = {
+            k: "" if np.isnan(row[k]) else f"{row[k]:{form}}" for k, form in SHOWN_FACTS.items()
+        }
+        line = lines.setdefault(
+            row["strategy"], {k: row[k] for k in ("strategy", "varied", "draws")} | facts
+        )
         if name := SHOWN_MEASURES.get(row["dimension"]):
             line[name] = interval_text(row["retention"], row["low"], row["high"])
-            line[f"{name}, difference"] = interval_text(row["difference"], row["ci_low"], row["ci_high"], "+")
+            line[f"{name}, difference"] = interval_text(
+                row["difference"], row["ci_low"], row["ci_high"], "+"
+            )
     return pd.DataFrame(lines.values())
 
 # %% ../../nbs/questions/05_self_generated.ipynb #6078164a
 def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
                     base: str) -> str:
-    "Which variants of a protocol keep more or less than it, by intervals that hold together; empty if there are none to compare."
+    """Which variants of a protocol keep more or less than it, by intervals that hold together;
+    empty if there are none to compare."""
     variants = table[table["difference"].notna() & table["dimension"].isin(GOALS)
                      & table["strategy"].str.startswith(f"{base}-")]
     if variants.empty: return ""
     clear = variants[(variants["all_low"] > 0) | (variants["all_high"] < 0)]
-    found = [f"`{row.strategy}` keeps {'more' if row.difference > 0 else 'less'} {GOALS[row.dimension]}"
-             for row in clear.itertuples()]
+    found = [
+        f"`{row.strategy}` keeps {'more' if row.difference > 0 else 'less'} {GOALS[row.dimension]}"
+        for row in clear.itertuples()
+    ]
     verdict = (f"these differ from it beyond noise: {'; '.join(found)}" if found else
                "none differs from it beyond noise, in total or in the worst dimension")
-    points = [f"{interval_text(row.difference, row.ci_low, row.ci_high, '+')} points {GOALS[row.dimension]}"
-              for row in variants[variants["strategy"] == f"{base}-random"].itertuples()]
-    if variants["all_low"].isna().any(): verdict = "some cannot be told from it or not: a replicate has no value"
+    points = [
+        f"{interval_text(row.difference, row.ci_low, row.ci_high, '+')} points"
+        f" {GOALS[row.dimension]}"
+        for row in variants[variants["strategy"] == f"{base}-random"].itertuples()
+    ]
+    if variants["all_low"].isna().any():
+        verdict = "some cannot be told from it or not: a replicate has no value"
     count = variants["strategy"].nunique()
-    said = f"Of {count} variants of `{base}`, by intervals that hold at once for those of all protocols, {verdict}."
+    said = (
+        f"Of {count} variants of `{base}`, by intervals that hold at once for those of all"
+        f" protocols, {verdict}."
+    )
     return f"{said} A random part of the same pools: {', '.join(points)}." if points else said

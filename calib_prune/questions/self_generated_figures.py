@@ -17,17 +17,18 @@ from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
 from ..data.files import read_jsonl
-from ..statistics.comparison import SINGLE
 from .comparison_figures import SIMULTANEOUS, by_total, difference_panel
-from ..statistics.plots import WIDTH, annotate, check_rows, headline
 from .self_generated import RETENTIONS
+from ..statistics.comparison import SINGLE
+from ..statistics.plots import WIDTH, annotate, check_rows, headline
 from ..statistics.replicates import significant_sign
 from ..style import DIMENSION_COLOURS, MARKERS, legend_above
 
 # %% ../../nbs/questions/06_self_generated_figures.ipynb #a3e80ac1
 def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value, ci_low, ci_high
               singles: list[str]) -> str:
-    "The interval of the single source with the highest estimate, as a band, unless it is the baseline; its name."
+    """The interval of the single source with the highest estimate, as a band, unless it is the
+    baseline; its name."""
     mine = delta[delta["mix"].isin(singles)].dropna(subset="value")
     if mine.empty: return ""
     best = mine.loc[mine["value"].idxmax()]
@@ -35,6 +36,7 @@ def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value
     ax.axvspan(100 * best["ci_low"], 100 * best["ci_high"], color="0.9", zorder=0)
     return best["mix"]
 
+# %% ../../nbs/questions/06_self_generated_figures.ipynb #bdef25b8
 def protocol_message(delta: pd.DataFrame  # of mixes and protocols, from `with_simultaneous`
                     ) -> str:
     "How many are above the baseline in total, and in the worst dimension."
@@ -46,14 +48,23 @@ def protocol_message(delta: pd.DataFrame  # of mixes and protocols, from `with_s
     return f"Strategies above {base}: {', '.join(said)}"
 
 # %% ../../nbs/questions/06_self_generated_figures.ipynb #c1f66bb3
-def protocol_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention_rows` and `with_simultaneous`
+def protocol_figure(
+                    # from `retention_rows` and `with_simultaneous`
+                    table: pd.DataFrame, delta: pd.DataFrame,
                     note: str = "") -> Figure:
-    "Retention of mixes and protocols minus the baseline's in each dimension, with paired intervals."
+    """Retention of mixes and protocols minus the baseline's in each dimension, with paired
+    intervals."""
     check_rows(delta, "differences from the baseline")
     kinds, base = dict(zip(table["strategy"], table["source"])), delta["over"].iloc[0]
     singles = [o for o, kind in kinds.items() if kind in SINGLE]
     shown = [o for o in by_total(table) if o not in singles]
-    figure, axes = plt.subplots(1, len(RETENTIONS), figsize=(WIDTH, 0.22 * len(shown) + 1.7), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        len(RETENTIONS),
+        figsize=(WIDTH, 0.22 * len(shown) + 1.7),
+        sharey=True,
+        layout="constrained",
+    )
     names = []
     for ax, measure in zip(axes, RETENTIONS):
         mine = delta[delta["dimension"] == measure]
@@ -62,21 +73,28 @@ def protocol_figure(table: pd.DataFrame, delta: pd.DataFrame,  # from `retention
         difference_panel(ax, mine[mine["mix"].isin(shown)], shown, kinds)
         ax.set_title(measure + (f"\nband:\n{name}" if name else ""), fontsize=7.5)
     itself = f" (none for {base} itself)" if base in names else ""
-    figure.supxlabel(f"retention − {base} (points); band: the single source with the highest estimate{itself}", fontsize=8)
+    figure.supxlabel(
+        f"retention − {base} (points); band: the single source with the highest estimate{itself}",
+        fontsize=8,
+    )
     headline(figure, protocol_message(delta[delta["mix"].isin(shown)]))
     legend_above(figure, [kinds[o] for o in shown])
     return annotate(figure, f"{SIMULTANEOUS} {note}")
 
 # %% ../../nbs/questions/06_self_generated_figures.ipynb #875f0b7a
-def read_pool(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:  # candidates, frontier; empty if there is none
+def read_pool(path: str | Path
+             ) -> tuple[pd.DataFrame, pd.DataFrame]:  # candidates, frontier; empty if there is none
     "A pool as `igsp.pool_record` describes it."
     path = Path(path)
     said = json.loads(path.read_text()) if path.is_file() else dict(candidates=[], frontier=[])
     return pd.DataFrame(said["candidates"]), pd.DataFrame(said["frontier"])
 
+# %% ../../nbs/questions/06_self_generated_figures.ipynb #dbd9f21b
 def read_bins(path: str | Path  # of the chosen texts, .jsonl
-             ) -> list[tuple[float, float]]:  # perplexities; empty where nothing was balanced by bins
-    "The bins of perplexity that the choice was balanced by: from the least to the most perplexing text of each."
+             # perplexities; empty where nothing was balanced by bins
+             ) -> list[tuple[float, float]]:
+    """The bins of perplexity that the choice was balanced by: from the least to the most perplexing
+    text of each."""
     texts = pd.DataFrame(read_jsonl(path)) if Path(path).is_file() else pd.DataFrame()
     if "part" not in texts or texts["part"].nunique() < 2: return []
     ends = texts.groupby("part")["perplexity"].agg(["min", "max"]).sort_values("min")
@@ -85,22 +103,42 @@ def read_bins(path: str | Path  # of the chosen texts, .jsonl
 # %% ../../nbs/questions/06_self_generated_figures.ipynb #40427a38
 def pool_panel(ax: Axes, candidates: pd.DataFrame, bins: list[tuple[float, float]]) -> None:
     "All candidates, the chosen ones as dots; bins as alternating bands."
-    for k, (low, high) in enumerate(bins): ax.axvspan(low, high, color="0.9" if k % 2 else "0.95", zorder=0, linewidth=0)
-    looks = {False: dict(marker="x", s=7, alpha=0.35, linewidth=0.6), True: dict(marker="o", s=11, alpha=0.9)}
+    for k, (low, high) in enumerate(bins):
+        ax.axvspan(low, high, color="0.9" if k % 2 else "0.95", zorder=0, linewidth=0)
+    looks = {
+        False: dict(marker="x", s=7, alpha=0.35, linewidth=0.6),
+        True: dict(marker="o", s=11, alpha=0.9),
+    }
     for d in DIMENSIONS:
         for chosen, some in candidates[candidates["dimension"] == d].groupby("chosen"):
-            ax.scatter(some["perplexity"], 100 * some["common"], color=DIMENSION_COLOURS[d], **looks[chosen])
+            ax.scatter(
+                some["perplexity"],
+                100 * some["common"],
+                color=DIMENSION_COLOURS[d],
+                **looks[chosen],
+            )
     n, chosen = len(candidates), int(candidates["chosen"].sum())
     ax.set(xlabel="perplexity per token (log scale)", ylabel="4-grams that others have as well (%)")
     ax.set_title(f"{n} candidates (crosses), {chosen} chosen (dots)", fontsize=9)
 
+# %% ../../nbs/questions/06_self_generated_figures.ipynb #fd76ac3e
 def frontier_panel(ax: Axes, curve: pd.DataFrame) -> None:
     "The least aggregation at each perplexity."
     for d in DIMENSIONS:
         line = curve[curve["dimension"] == d].sort_values("perplexity")
-        ax.plot(line["perplexity"], 100 * line["aggregation"], marker=MARKERS[d], markersize=4, linewidth=1.2,
-                color=DIMENSION_COLOURS[d], label=d)
-    ax.set(xlabel="mean perplexity of the chosen (log scale)", ylabel="4-gram aggregation of the choice (%)")
+        ax.plot(
+            line["perplexity"],
+            100 * line["aggregation"],
+            marker=MARKERS[d],
+            markersize=4,
+            linewidth=1.2,
+            color=DIMENSION_COLOURS[d],
+            label=d,
+        )
+    ax.set(
+        xlabel="mean perplexity of the chosen (log scale)",
+        ylabel="4-gram aggregation of the choice (%)",
+    )
     ax.set_title("least aggregation at each perplexity", fontsize=9)
 
 # %% ../../nbs/questions/06_self_generated_figures.ipynb #dd790cc4
@@ -119,6 +157,11 @@ def frontier_figure(candidates: pd.DataFrame, curve: pd.DataFrame,  # from `read
         ax.xaxis.label.set_size(8.5)
         ax.yaxis.label.set_size(8.5)
     say = f"equally from {len(bins)} bins of perplexity" if bins else "with no bins of perplexity"
-    headline(figure, f"IGSP: {int(candidates['chosen'].sum())} of {len(candidates)} candidates chosen, {say}")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncol=4, fontsize=8)
+    headline(
+        figure,
+        f"IGSP: {int(candidates['chosen'].sum())} of {len(candidates)} candidates chosen, {say}",
+    )
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside upper center", ncol=4, fontsize=8
+    )
     return annotate(figure, note)

@@ -21,17 +21,29 @@ from ..calibration.sets import parse_mix
 from ..core import DIMENSIONS
 from ..resampling import interval
 from .plots import method_label, sparsity_label
+from calib_prune.statistics.replicates import (
+    COORDINATES,
+    OUTCOMES,
+    Replicates,
+    best_of,
+    draw_spread,
+    noise_variance,
+    paired_difference,
+    retention_summary,
+    simultaneous,
+    source_dimension,
+    spread,
+)
 from .selection import NOTHING, Part, measured, take, varied
-from .replicates import (COORDINATES, OUTCOMES, Replicates, best_of, draw_spread, noise_variance,
-                                           paired_difference, retention_summary, simultaneous, source_dimension, spread)
 from .tables import interval_text, save_table
 from ..study.presets import Cell
 from ..study.results import Result
 from ..style import OWN, SOURCE_KINDS
 
 # %% ../../nbs/statistics/07_comparison.ipynb #d4775f5d
-KEYS = ["method", "strategy", "source", "sparsity", "windows", "draws", "dimension", "quantity", "value", "ci_low", "ci_high",
-        "n_items", "noise"]
+KEYS = [
+    "method", "strategy", "source", "sparsity", "windows", "draws", "dimension", "quantity",
+    "value", "ci_low", "ci_high", "n_items", "noise"]
 
 def kind_of(preset: dict[str, Any], strategy: str,
              dimension: str  # of its source, if it is one
@@ -45,52 +57,82 @@ def kind_of(preset: dict[str, Any], strategy: str,
 
 SINGLE = (*DIMENSIONS, OWN)  # kinds of one source
 
+# %% ../../nbs/statistics/07_comparison.ipynb #0707af0f
 def single_strategies(part: Part) -> list[str]:
     "The strategies that calibrate on one source, own files included."
-    kinds = {o.strategy: kind_of(part.preset, o.strategy, o.source_dimension) for o in part.found.cells.itertuples()}
+    kinds = {
+        o.strategy: kind_of(part.preset, o.strategy, o.source_dimension)
+        for o in part.found.cells.itertuples()
+    }
     return [name for name, kind in kinds.items() if kind in SINGLE]
 
-def in_order(table: pd.DataFrame, by: Sequence[str] = ("method", "source"), methods: Iterable[str] = ()) -> pd.DataFrame:
+# %% ../../nbs/statistics/07_comparison.ipynb #f460bc00
+def in_order(
+    table: pd.DataFrame, by: Sequence[str] = ("method", "source"), methods: Iterable[str] = ()
+) -> pd.DataFrame:
     "Rows by method and source dimension, else as they were."
     rank = {o: i for i, o in enumerate((*dict.fromkeys(methods), *SOURCE_KINDS))}
-    return table.sort_values(list(by), key=lambda o: o.map(rank) if o.name in ("method", "source") else o, kind="stable",
-                             ignore_index=True)
+    return table.sort_values(
+        list(by),
+        key=lambda o: o.map(rank) if o.name in ("method", "source") else o,
+        kind="stable",
+        ignore_index=True,
+    )
 
+# %% ../../nbs/statistics/07_comparison.ipynb #bd40dfbd
 def retention_rows(part: Part) -> pd.DataFrame:  # columns `KEYS`; fractions
     "What every strategy kept in every setting, and its averaged commonsense accuracy."
     table = retention_summary(part.found).rename(columns={"retention": "value"})
     if table.empty: return pd.DataFrame(columns=KEYS)
     table["quantity"] = np.where(table["dimension"] == "Accuracy", "accuracy", "retention")
-    table["source"] = [kind_of(part.preset, o.strategy, o.source_dimension) for o in table.itertuples()]
-    return in_order(table, methods=[c.method for c in part.wanted])[KEYS].dropna(subset="value").reset_index(drop=True)
+    table["source"] = [
+        kind_of(part.preset, o.strategy, o.source_dimension) for o in table.itertuples()
+    ]
+    return in_order(table, methods=[
+        c.method for c in part.wanted])[KEYS].dropna(subset="value").reset_index(drop=True)
 
 # %% ../../nbs/statistics/07_comparison.ipynb #223b1cdd
-def dense_rows(part: Part, n_boot: int | None = None, seed: int = 0) -> pd.DataFrame:  # columns `KEYS`
-    "The dense model beside the pruned ones: it keeps everything; its accuracy has an interval over items."
+def dense_rows(part: Part, n_boot: int | None = None, seed: int = 0
+              ) -> pd.DataFrame:  # columns `KEYS`
+    """The dense model beside the pruned ones: it keeps everything; its accuracy has an interval
+    over items."""
     if part.found is NOTHING: return pd.DataFrame(columns=KEYS)
     dense = part.study["dense"]
     itself = Result(asdict(Cell("itself")), pd.DataFrame(), dense.items, {})
     alone = {"dense": dense, Cell("itself").name: itself}
-    compared = take(measured(part.preset, alone, n_boot, seed, part.found.measure), [Cell("itself")])
+    compared = take(
+        measured(part.preset, alone, n_boot, seed, part.found.measure), [Cell("itself")]
+    )
     return retention_rows(compared).assign(strategy="dense", source="", method="", draws=0)
 
 # %% ../../nbs/statistics/07_comparison.ipynb #b8726e52
 HEADINGS = {"Accuracy": "Commonsense accuracy", "Worst": "Worst dimension"}
 
-def wide_text(table: pd.DataFrame,  # columns of `rows`, dimension, quantity, value, ci_low, ci_high; perhaps best
+def wide_text(
+              # columns of `rows`, dimension, quantity, value, ci_low, ci_high; perhaps best
+              table: pd.DataFrame,
               rows: Sequence[str]   # columns that make a line
              ) -> pd.DataFrame:
     "A tidy table as people read it."
-    text = [(interval_text(o.value, o.ci_low, o.ci_high, "+" if o.quantity == "difference" else "") or "–")
-            + (f" ({o.best})" if getattr(o, "best", "") else "") for o in table.itertuples()]
-    lines = table.assign(text=text, method=table["method"].map(method_label), sparsity=table["sparsity"].map(sparsity_label))
+    text = [(interval_text(o.value, o.ci_low, o.ci_high, "+" if o.quantity == "difference" else "")
+             or "–") + (f" ({o.best})" if getattr(o, "best", "") else "")
+            for o in table.itertuples()]
+    lines = table.assign(
+        text=text,
+        method=table["method"].map(method_label),
+        sparsity=table["sparsity"].map(sparsity_label),
+    )
     lines[list(rows)] = lines[list(rows)].astype(object).fillna("")
-    wide = lines.pivot_table(index=list(rows), columns="dimension", values="text", aggfunc="first", sort=False)
+    wide = lines.pivot_table(
+        index=list(rows), columns="dimension", values="text", aggfunc="first", sort=False
+    )
     wide = wide[[o for o in OUTCOMES if o in wide]].fillna("–")
     return wide.rename(columns=HEADINGS).rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/statistics/07_comparison.ipynb #fa14e5b4
-def save_rows(table: pd.DataFrame, shown: pd.DataFrame | Sequence[str],  # as people read it; or the columns that make a line
+def save_rows(
+              # as people read it; or the columns that make a line
+              table: pd.DataFrame, shown: pd.DataFrame | Sequence[str],
               path: str | Path, caption: str,
               lacking: str = "No cell that this table needs has been run.") -> str:  # the Markdown
     "Save a table; one without rows says why."
@@ -100,12 +142,15 @@ def save_rows(table: pd.DataFrame, shown: pd.DataFrame | Sequence[str],  # as pe
     return Path(path).with_suffix(".md").read_text()
 
 # %% ../../nbs/statistics/07_comparison.ipynb #88d2a751
-DIFFERENCES = ["method", "sparsity", "windows", "mix", "over", "dimension", "quantity", "best", "value", "ci_low", "ci_high",
-               "n_items", "n_sources", "noise"]
+DIFFERENCES = [
+    "method", "sparsity", "windows", "mix", "over", "dimension", "quantity", "best", "value",
+    "ci_low", "ci_high", "n_items", "n_sources", "noise"]
 
-def differences(part: Part, mix: str, over: str) -> pd.DataFrame:  # columns `DIFFERENCES`; fractions
+def differences(part: Part, mix: str, over: str
+               ) -> pd.DataFrame:  # columns `DIFFERENCES`; fractions
     "How much more `mix` kept than `over`, in every setting that has both."
-    if not {mix, over} <= set(part.found.cells["strategy"]): return pd.DataFrame(columns=DIFFERENCES)
+    if not {mix, over} <= set(part.found.cells["strategy"]):
+        return pd.DataFrame(columns=DIFFERENCES)
     table = paired_difference(part.found, mix, over).rename(columns={"difference": "value"})
     table = table.assign(mix=mix, over=over, quantity="difference", best="")
     return table.reindex(columns=DIFFERENCES).dropna(subset="value")
@@ -114,7 +159,8 @@ def differences(part: Part, mix: str, over: str) -> pd.DataFrame:  # columns `DI
 def over_best(part: Part, mix: str,
               among: Iterable[str] | None = None  # strategies; all by default
              ) -> pd.DataFrame:                   # columns `DIFFERENCES`; fractions
-    "How much more `mix` kept than the best single source, outcome by outcome, in every setting that has two sources or more."
+    """How much more `mix` kept than the best single source, outcome by outcome, in every setting
+    that has two sources or more."""
     rows, allowed = [], set(single_strategies(part))
     if among is not None: allowed &= set(among)
     for at in part.found.settings():
@@ -125,19 +171,37 @@ def over_best(part: Part, mix: str,
         delta = here.values[:, chosen] - here.of(mix)[:, None]
         for j, outcome in enumerate(OUTCOMES):
             value, low, high = best_of(delta[..., j])
-            rows.append(dict(**at, mix=mix, over="best single source", dimension=outcome, quantity="difference", value=-value,
-                             ci_low=-high, ci_high=-low, best=names[chosen][delta[0, :, j].argmax()], n_items=here.items[outcome],
-                             n_sources=chosen.sum(), noise=here.noise))
+            rows.append(
+                dict(**at,
+                     mix=mix,
+                     over="best single source",
+                     dimension=outcome,
+                     quantity="difference",
+                     value=-value,
+                     ci_low=-high,
+                     ci_high=-low,
+                     best=names[chosen][delta[0, :, j].argmax()],
+                     n_items=here.items[outcome],
+                     n_sources=chosen.sum(),
+                     noise=here.noise))
     return pd.DataFrame(rows, columns=DIFFERENCES).dropna(subset="value")
 
 # %% ../../nbs/statistics/07_comparison.ipynb #c5f9d701
 def stacked(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    "Tables below each other. Those without rows are left out, as they would change the types of columns."
-    return pd.concat([o for o in parts if len(o)] or [pd.DataFrame(columns=columns)], ignore_index=True)
+    """Tables below each other. Those without rows are left out, as they would change the types of
+    columns."""
+    return pd.concat(
+        [o for o in parts if len(o)] or [pd.DataFrame(columns=columns)], ignore_index=True
+    )
 
+# %% ../../nbs/statistics/07_comparison.ipynb #8079dfc6
 def mix_differences(part: Part) -> pd.DataFrame:  # columns `DIFFERENCES`
-    "Mixes and self-generated text over the best single source and those listed before; mixes also over each single source."
-    kinds = {o.strategy: kind_of(part.preset, o.strategy, o.source_dimension) for o in part.found.cells.itertuples()}
+    """Mixes and self-generated text over the best single source and those listed before; mixes also
+    over each single source."""
+    kinds = {
+        o.strategy: kind_of(part.preset, o.strategy, o.source_dimension)
+        for o in part.found.cells.itertuples()
+    }
     sources = single_strategies(part)
     mixes = [o for o in kinds if o not in sources]
     tables = []
@@ -157,16 +221,24 @@ def base_differences(part: Part, base: str = "c4") -> pd.DataFrame:  # columns `
 # %% ../../nbs/statistics/07_comparison.ipynb #c2f36a95
 def _difference_replicates(found: Replicates, rows: pd.DataFrame) -> np.ndarray:  # [1 + B, rows]
     "The replicates of each difference of a table."
-    place = {key: i for i, key in enumerate(zip(found.cells["strategy"], *(found.cells[o] for o in COORDINATES)))}
+    place = {
+        key: i
+        for i, key in enumerate(
+            zip(found.cells["strategy"], *(found.cells[o] for o in COORDINATES))
+        )
+    }
     where = [rows[o] for o in COORDINATES]
     mine, theirs = ([place[key] for key in zip(rows[name], *where)] for name in ("mix", "over"))
     outcome = [OUTCOMES.index(o) for o in rows["dimension"]]
     return found.values[:, mine, outcome] - found.values[:, theirs, outcome]
 
+# %% ../../nbs/statistics/07_comparison.ipynb #49618012
 def with_simultaneous(part: Part, rows: pd.DataFrame,  # from `base_differences` or `margin_rows`
-                      by: Sequence[str] = COORDINATES  # rows that agree in these are one set of comparisons
+                      # rows that agree in these are one set of comparisons
+                      by: Sequence[str] = COORDINATES
                      ) -> pd.DataFrame:
-    "The same differences with simultaneous intervals; the best single source keeps its own, which allows for its choice."
+    """The same differences with simultaneous intervals; the best single source keeps its own, which
+    allows for its choice."""
     held = rows.copy()
     plain = rows[(rows["best"] == "") & rows["ci_low"].notna()]
     for _, together in plain.groupby(list(by), sort=False):
@@ -176,17 +248,21 @@ def with_simultaneous(part: Part, rows: pd.DataFrame,  # from `base_differences`
 
 # %% ../../nbs/statistics/07_comparison.ipynb #2b44bec7
 def swept_through(part: Part, method: str, along: str) -> set[str]:
-    "The single sources with the most values along a sweep: the best one is chosen among the same ones at every point."
+    """The single sources with the most values along a sweep: the best one is chosen among the same
+    ones at every point."""
     sources = set(part.found.cells["strategy"][part.found.cells["source_dimension"] != ""])
     values: dict[str, set[Any]] = {}
     for c in part.wanted:
-        if c.method == method and c.strategy in sources: values.setdefault(c.strategy, set()).add(getattr(c, along))
+        if c.method == method and c.strategy in sources:
+            values.setdefault(c.strategy, set()).add(getattr(c, along))
     widest = max(values.values(), key=len, default=set())
     return {o for o, mine in values.items() if mine == widest}
 
+# %% ../../nbs/statistics/07_comparison.ipynb #1986d94a
 def margin_rows(part: Part, mix: str, baseline: str, along: str  # "sparsity" or "windows"
                ) -> pd.DataFrame:  # columns `DIFFERENCES`
-    "The margin of the mix over the baseline and over the best of the sources that are swept all through."
+    """The margin of the mix over the baseline and over the best of the sources that are swept all
+    through."""
     tables = [differences(part, mix, baseline)]
     for method in dict.fromkeys(c.method for c in part.wanted):
         mine = replace(part, found=part.found.where(method=method))
@@ -195,22 +271,28 @@ def margin_rows(part: Part, mix: str, baseline: str, along: str  # "sparsity" or
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
 # %% ../../nbs/statistics/07_comparison.ipynb #ec719595
-def sweep_rows(part: Part, mix: str, baseline: str, along: str) -> pd.DataFrame:  # `KEYS`, then best
+def sweep_rows(part: Part, mix: str, baseline: str, along: str
+              ) -> pd.DataFrame:  # `KEYS`, then best
     "Retention of the swept strategies along a sweep, and below it the margins of the mix."
     swept = {c.strategy for c in varied(part.wanted, along)}
     kept = retention_rows(part)
     kept = kept[kept["strategy"].isin(swept)].sort_values(along, kind="stable")
-    kept["line"] = kept["strategy"].map({o: i for i, o in enumerate(dict.fromkeys(c.strategy for c in part.wanted))})
+    kept["line"] = kept["strategy"].map(
+        {o: i for i, o in enumerate(dict.fromkeys(c.strategy for c in part.wanted))}
+    )
     margin = margin_rows(part, mix, baseline, along).sort_values(along, kind="stable")
     margin["strategy"] = margin["mix"] + " − " + margin["over"]
     margin["line"] = 1000 + (margin["over"] != baseline)
-    table = stacked([kept, margin], [*KEYS, "line", "best"]).reindex(columns=[*KEYS, "best", "line"])
+    table = stacked([kept, margin], [*KEYS, "line", "best"]).reindex(
+        columns=[*KEYS, "best", "line"]
+    )
     table = in_order(table, ["method", "line", along], [c.method for c in part.wanted])
     return table.drop(columns="line").astype({"draws": "Int64"}).fillna({"best": "", "source": ""})
 
 # %% ../../nbs/statistics/07_comparison.ipynb #c3983fb0
 def swept_part(part: Part, along: str) -> Part:
-    "The swept strategies of a part, for captions. The others do not stand in the table, but their draws count in its intervals."
+    """The swept strategies of a part, for captions. The others do not stand in the table, but their
+    draws count in its intervals."""
     names = {c.strategy for c in varied(part.wanted, along)}
     wanted = [c for c in part.wanted if c.strategy in names]
     keep = part.found.cells["strategy"].isin(names)
@@ -218,13 +300,17 @@ def swept_part(part: Part, along: str) -> Part:
     return replace(part, wanted=wanted, study=study, found=part.found.rows(keep))
 
 # %% ../../nbs/statistics/07_comparison.ipynb #8e61a053
-GROWTH = ["method", "strategy", "sparsity", "fewest", "windows", "dimension", "quantity", "value", "ci_low", "ci_high",
-          "n_items", "noise"]
+GROWTH = [
+    "method", "strategy", "sparsity", "fewest", "windows", "dimension", "quantity", "value",
+    "ci_low", "ci_high", "n_items", "noise"]
 
 def growth_rows(part: Part) -> pd.DataFrame:  # columns `GROWTH`; fractions
-    "How much more each strategy keeps with more windows, on the same items; then the mean of the strategies."
+    """How much more each strategy keeps with more windows, on the same items; then the mean of the
+    strategies."""
     found, gains = part.found, {}
-    for (method, sparsity, strategy), cells in found.cells.groupby(["method", "sparsity", "strategy"], sort=False):
+    for (method, sparsity, strategy), cells in found.cells.groupby(
+        ["method", "sparsity", "strategy"], sort=False
+    ):
         fewest, *more = sorted(cells["windows"])
         base = found.of(strategy, method=method, sparsity=sparsity, windows=fewest)
         for size in more:
@@ -232,12 +318,23 @@ def growth_rows(part: Part) -> pd.DataFrame:  # columns `GROWTH`; fractions
             gains.setdefault((method, sparsity, fewest, size), {})[strategy] = gain
     rows = []
     for (method, sparsity, fewest, size), each in gains.items():
-        at = dict(method=method, sparsity=sparsity, fewest=fewest, windows=size, quantity="difference", noise=found.noise)
+        at = dict(
+            method=method,
+            sparsity=sparsity,
+            fewest=fewest,
+            windows=size,
+            quantity="difference",
+            noise=found.noise,
+        )
         mean = {"mean": np.mean(list(each.values()), axis=0)} if len(each) > 1 else {}
         for strategy, gain in (each | mean).items():
             for j, outcome in enumerate(OUTCOMES):
                 low, high = interval(gain[1:, j])
-                rows.append(at | dict(strategy=strategy, dimension=outcome, value=gain[0, j], ci_low=low, ci_high=high,
+                rows.append(at | dict(strategy=strategy,
+                                      dimension=outcome,
+                                      value=gain[0, j],
+                                      ci_low=low,
+                                      ci_high=high,
                                       n_items=found.items[outcome]))
     return pd.DataFrame(rows, columns=GROWTH).dropna(subset="value")
 
@@ -249,45 +346,68 @@ def sd_interval(sd: float, noise: float,  # without the noise; of the noise
     low, high = np.sqrt(np.maximum(ends, 0))
     return float(low), float(high)
 
-def source_spread(found: Replicates) -> pd.DataFrame:  # coordinates, dimension, sd, noise_sd, freedom
-    "Standard deviation between single sources in each setting, without the noise of their items and draws."
+# %% ../../nbs/statistics/07_comparison.ipynb #1e73c03c
+def source_spread(found: Replicates
+                 ) -> pd.DataFrame:  # coordinates, dimension, sd, noise_sd, freedom
+    """Standard deviation between single sources in each setting, without the noise of their items
+    and draws."""
     rows = []
     for at in found.settings():
         here = found.where(**at)
         values = here.values[:, (here.cells["source_dimension"] != "").to_numpy()]
         if values.shape[1] < 2: continue
         seen, noise = values[0].var(0, ddof=1), noise_variance(values)
-        rows += [dict(**at, dimension=o, sd=np.sqrt(np.maximum(seen[j] - noise[j], 0)), noise_sd=np.sqrt(noise[j]),
-                      freedom=values.shape[1] - 1) for j, o in enumerate(OUTCOMES) if o != "Worst" and not np.isnan(seen[j])]
+        rows += [
+            dict(**at,
+                 dimension=o,
+                 sd=np.sqrt(np.maximum(seen[j] - noise[j], 0)),
+                 noise_sd=np.sqrt(noise[j]),
+                 freedom=values.shape[1] - 1) for j, o in enumerate(OUTCOMES)
+            if o != "Worst" and not np.isnan(seen[j])]
     return pd.DataFrame(rows, columns=[*COORDINATES, "dimension", "sd", "noise_sd", "freedom"])
 
 # %% ../../nbs/statistics/07_comparison.ipynb #060b96b2
-SPREADS = ["method", "sparsity", "dimension", "between", "sd", "ci_low", "ci_high", "freedom", "noise_sd", "noise"]
+SPREADS = [
+    "method", "sparsity", "dimension", "between", "sd", "ci_low", "ci_high", "freedom", "noise_sd",
+    "noise"]
 
 def spread_rows(part: Part) -> pd.DataFrame:  # columns `SPREADS`; fractions
     "Spread between draws and between single sources, in every setting and outcome."
-    draws = draw_spread(part.cells).rename(columns={"items_sd": "noise_sd"}).assign(between="draws", noise="items")
+    draws = draw_spread(part.cells).rename(columns={"items_sd": "noise_sd"}).assign(between="draws",
+                                                                                    noise="items")
     sources = source_spread(part.found).assign(between="sources", noise=part.found.noise)
     table = stacked([draws, sources], SPREADS).reindex(columns=SPREADS)
     ends = [sd_interval(o.sd, o.noise_sd, o.freedom) for o in table.itertuples()]
     table["ci_low"], table["ci_high"] = [o[0] for o in ends], [o[1] for o in ends]
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
+# %% ../../nbs/statistics/07_comparison.ipynb #59ce41dc
 def spread_text(table: pd.DataFrame  # from `spread_rows`
                ) -> pd.DataFrame:
     "One line per method and outcome: both spreads in points, with their degrees of freedom."
     lines = {}
     for o in table.itertuples():
         name = HEADINGS.get(o.dimension, o.dimension)
-        line = lines.setdefault((o.method, o.sparsity, o.dimension), dict(method=method_label(o.method),
-                                sparsity=sparsity_label(o.sparsity), outcome=name, draws="–", sources="–"))
+        line = lines.setdefault((o.method, o.sparsity, o.dimension),
+                                dict(method=method_label(o.method),
+                                     sparsity=sparsity_label(o.sparsity),
+                                     outcome=name,
+                                     draws="–",
+                                     sources="–"))
         line[o.between] = f"{interval_text(o.sd, o.ci_low, o.ci_high)}, df {o.freedom}"
-    return pd.DataFrame(lines.values()).rename(columns=dict(draws="sd between draws", sources="sd between single sources"))
+    return pd.DataFrame(lines.values()).rename(
+        columns=dict(draws="sd between draws", sources="sd between single sources")
+    )
 
 # %% ../../nbs/statistics/07_comparison.ipynb #ffefb8eb
-RANGES = ["method", "sparsity", "dimension", "spread", "by_chance", "true_spread", "ci_low", "ci_high", "lowest", "highest", "n"]
+RANGES = [
+    "method", "sparsity", "dimension", "spread", "by_chance", "true_spread", "ci_low", "ci_high",
+    "lowest", "highest", "n"]
 
 def range_rows(part: Part) -> pd.DataFrame:  # columns `RANGES`; fractions
-    "How far apart the strategies lie in each outcome, in every setting that has two or more: see `statistics.spread`."
+    """How far apart the strategies lie in each outcome, in every setting that has two or more: see
+    `statistics.spread`."""
     many = [at for at in part.found.settings() if len(part.found.where(**at).cells) > 1]
-    return stacked([spread(part.found, **at).assign(**at) for at in many], RANGES).reindex(columns=RANGES)
+    return stacked([spread(part.found, **at).assign(**at) for at in many], RANGES).reindex(
+        columns=RANGES
+    )

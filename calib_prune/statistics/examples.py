@@ -24,16 +24,27 @@ EXAMPLE_TASKS = dict(zip(DIMENSIONS, ("sciq", "piqa", "humaneval", "basic_skills
 
 def example_items(kept: Sequence[float],                  # retention of the four dimensions
                   n: int,                                 # items per task
-                  rng: np.random.Generator | None = None  # scatter over items; without it the retention is exact
+                  # scatter over items; without it the retention is exact
+                  rng: np.random.Generator | None = None
                  ) -> pd.DataFrame:                       # as `evaluate` returns it
     "Items of a made-up model beside a dense model that is always right and takes one bit per byte."
     rows = []
     for keep, task in zip(kept, EXAMPLE_TASKS.values()):
         wide = TASKS[task].metric == "bits"
-        if wide: value = np.ones(n) / keep if rng is None else rng.lognormal(-math.log(keep) - 0.045, 0.3, n)
-        else: value = np.arange(n) < round(keep * n) if rng is None else rng.random(n) < keep
-        rows.append(pd.DataFrame(dict(task=task, dimension=TASKS[task].dimension, item=[f"{i:04}" for i in range(n)],
-                                      metric=TASKS[task].metric, value=value.astype(float), bytes=int(wide))))
+        if wide:
+            value = (
+                np.ones(n) / keep if rng is None else rng.lognormal(-math.log(keep) - 0.045, 0.3, n)
+            )
+        else:
+            value = np.arange(n) < round(keep * n) if rng is None else rng.random(n) < keep
+        rows.append(
+            pd.DataFrame(
+                dict(task=task,
+                     dimension=TASKS[task].dimension,
+                     item=[f"{i:04}" for i in range(n)],
+                     metric=TASKS[task].metric,
+                     value=value.astype(float),
+                     bytes=int(wide))))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/statistics/01_examples.ipynb #9da2c34b
@@ -41,13 +52,17 @@ def example_study(kept: dict[str, Sequence[float]],  # strategy → retention of
                   methods: Sequence[str] = ("sparsegpt",), sparsities: Sequence[float] = (0.6,),
                   seeds: Sequence[int] = (0,), n: int = 40,
                   draw_sd: float = 0.0,              # standard deviation between calibration draws
-                  seed: int | None = None            # of the scatter over items; None for exact retention
+                  # of the scatter over items; None for exact retention
+                  seed: int | None = None
                  ) -> dict[str, Result]:
     "A made-up study, for examples and tests."
-    rng, noise = (np.random.default_rng(seed or 0), None) if seed is None else [np.random.default_rng(seed)] * 2
+    rng, noise = (np.random.default_rng(seed or 0),
+                  None) if seed is None else [np.random.default_rng(seed)] * 2
     study = {"dense": Result(asdict(Cell("dense")), pd.DataFrame(), example_items([1] * 4, n), {})}
     for method, sparsity, draw, name in itertools.product(methods, sparsities, seeds, kept):
-        cell = Cell(strategy=name, mix=name, method=method, sparsity=sparsity, seed=draw, windows=32)
+        cell = Cell(
+            strategy=name, mix=name, method=method, sparsity=sparsity, seed=draw, windows=32
+        )
         drawn = np.clip(kept[name] + draw_sd * rng.normal(size=4), 0.01, 1)
         study[cell.name] = Result(asdict(cell), pd.DataFrame(), example_items(drawn, n, noise), {})
     return study
@@ -56,7 +71,16 @@ def example_study(kept: dict[str, Sequence[float]],  # strategy → retention of
 def example_preset(study: dict[str, Result]) -> dict[str, Any]:
     "A preset whose grid is a made-up study."
     records = [r.record for r in study.values() if r.record["strategy"] != "dense"]
-    grid = [dict(strategies=[r["strategy"]], methods=[r["method"]], sparsities=[r["sparsity"]], seeds=[r["seed"]],
-                 windows=[r["windows"]]) for r in records]
-    return dict(name="made-up", model="made-up", calibration=dict(windows=32, length=512), grid=grid,
-                strategies={r["strategy"]: r["mix"] for r in records})
+    grid = [
+        dict(strategies=[r["strategy"]],
+             methods=[r["method"]],
+             sparsities=[r["sparsity"]],
+             seeds=[r["seed"]],
+             windows=[r["windows"]]) for r in records]
+    return dict(
+        name="made-up",
+        model="made-up",
+        calibration=dict(windows=32, length=512),
+        grid=grid,
+        strategies={r["strategy"]: r["mix"] for r in records},
+    )

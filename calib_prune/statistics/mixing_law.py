@@ -15,30 +15,38 @@ from typing import Any, Mapping
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, t as student
+from scipy.stats import norm
+from scipy.stats import t as student
 
 import calib_prune
 from ..core import DIMENSIONS, CalibPruneError, damaged, load_json, unknown_name
 from ..resampling import interval
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #34d45821
-def as_shares(mixes: pd.DataFrame | Mapping[str, float],  # shares of the four dimensions; those left out are 0
+def as_shares(
+              # shares of the four dimensions; those left out are 0
+              mixes: pd.DataFrame | Mapping[str, float],
               ) -> np.ndarray:                            # [n, 4]
     "Shares, checked: none negative, sum 1."
     table = mixes if isinstance(mixes, pd.DataFrame) else pd.DataFrame([dict(mixes)])
-    if odd := set(table) - set(DIMENSIONS): raise unknown_name("dimension", sorted(odd)[0], DIMENSIONS)
+    if odd := set(table) - set(DIMENSIONS):
+        raise unknown_name("dimension", sorted(odd)[0], DIMENSIONS)
     shares = table.reindex(columns=list(DIMENSIONS), fill_value=0.0).to_numpy(float)
-    wrong = ~(np.isfinite(shares).all(1) & (shares >= 0).all(1) & np.isclose(shares.sum(1), 1, atol=1e-6))
+    wrong = ~(
+        np.isfinite(shares).all(1) & (shares >= 0).all(1) & np.isclose(shares.sum(1), 1, atol=1e-6)
+    )
     if wrong.any():
         given = dict(zip(DIMENSIONS, shares[wrong][0].round(4).tolist()))
         raise CalibPruneError(f"The mix {given} is not one: shares must be 0 or more and sum to 1.")
     return shares
 
+# %% ../../nbs/statistics/08_mixing_law.ipynb #2f29b407
 def simplex(step: float = 0.1  # 1 / a whole number
            ) -> np.ndarray:    # [n, 4]
     "All mixes whose shares are multiples of a step."
     n = round(1 / step)
-    parts = [(a, b, c, n - a - b - c) for a in range(n + 1) for b in range(n + 1 - a) for c in range(n + 1 - a - b)]
+    parts = [(a, b, c, n - a - b - c) for a in range(n + 1) for b in range(n + 1 - a)
+             for c in range(n + 1 - a - b)]
     return np.array(parts) / n
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #6095f151
@@ -46,10 +54,12 @@ def _entropy(x: np.ndarray) -> np.ndarray:
     "x ln x, 0 at 0."
     return x * np.log(np.where(x > 0, x, 1))
 
-FORMS = {"linear": lambda x: x,
-         "entropy": lambda x: np.hstack([x, _entropy(x)]),
-         "pairs": lambda x: np.hstack([x, np.stack([x[:, i] * x[:, j] for i, j in combinations(range(x.shape[1]), 2)], 1)])}
+FORMS = {
+    "linear": lambda x: x, "entropy": lambda x: np.hstack([x, _entropy(x)]),
+    "pairs": lambda x: np.hstack([
+        x, np.stack([x[:, i] * x[:, j] for i, j in combinations(range(x.shape[1]), 2)], 1)])}
 
+# %% ../../nbs/statistics/08_mixing_law.ipynb #724e2ab0
 def left_out_error(form: str, shares: np.ndarray,  # [n, 4]
                    kept: np.ndarray                # [n, outcomes]
                   ) -> float:
@@ -66,26 +76,34 @@ def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:  # of a symmetric
     there = values > 1e-9 * max(values.max(), 1e-12)  # a direction without noise stays without
     return (vectors * np.where(there, np.where(there, values, 1) ** exponent, 0)) @ vectors.T
 
-def _squares(noise: np.ndarray) -> np.ndarray:  # [1 + B, n, outcomes] → [outcomes, outcomes], means of products
+# %% ../../nbs/statistics/08_mixing_law.ipynb #b199d4aa
+def _squares(noise: np.ndarray
+            ) -> np.ndarray:  # [1 + B, n, outcomes] → [outcomes, outcomes], means of products
     return np.einsum("bni,bnj->ij", noise[1:], noise[1:]) / noise[1:, :, 0].size
 
+# %% ../../nbs/statistics/08_mixing_law.ipynb #02f0a420
 def misfit(terms: np.ndarray,  # [n, terms] of the mixes
            kept: np.ndarray    # [1 + B, n, outcomes]
           ) -> np.ndarray:     # [outcomes, outcomes]: turns noise of a mix into noise and misfit
-    "How much further measured mixes lie from a law than noise alone would put them, in every direction."
+    """How much further measured mixes lie from a law than noise alone would put them, in every
+    direction."""
     over = kept - terms @ (np.linalg.pinv(terms) @ kept)
     expected, found = _squares(over - over[0]), over[0].T @ over[0] / len(terms)
     root, whiten = _power(expected, 0.5), _power(expected, -0.5)
     times, directions = np.linalg.eigh(whiten @ found @ whiten)
     free = len(terms) - np.linalg.matrix_rank(terms)
-    wider = np.where(times > 1, np.sqrt(times.clip(1)) * student.ppf(0.975, free) / norm.ppf(0.975), 1)
+    wider = np.where(
+        times > 1, np.sqrt(times.clip(1)) * student.ppf(0.975, free) / norm.ppf(0.975), 1
+    )
     return root @ (directions * wider) @ directions.T @ whiten
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #e3043982
 def _stretched(kept: np.ndarray,   # [1 + B, n, outcomes]
                misfit: np.ndarray  # [outcomes, outcomes], see there
-              ) -> tuple[np.ndarray, np.ndarray]:  # as `kept`; [outcomes]: how many times as far apart
-    """Replicates with misfit beside the noise. Noise that all mixes share comes from the items and is not stretched; but a mean
+              # as `kept`; [outcomes]: how many times as far apart
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """Replicates with misfit beside the noise. Noise that all mixes share comes from the items and
+    is not stretched; but a mean
     over mixes also holds some of their own."""
     noise, n = kept - kept[0], kept.shape[1]
     shared = noise.mean(1, keepdims=True)
@@ -103,7 +121,8 @@ class Law:
     form: str
     coefficients: np.ndarray  # [1 + B, terms, 4]; the first are as measured
     errors: dict[str, float]  # form → error at mixes left out, fractions
-    wider: np.ndarray         # [4], how many times the noise the intervals of each dimension allow for
+    # [4], how many times the noise the intervals of each dimension allow for
+    wider: np.ndarray
     about: str = ""           # which model, method and setting it was measured on
 
     def _values(self, shares: np.ndarray) -> np.ndarray:  # [1 + B, n, 4]
@@ -114,41 +133,65 @@ class Law:
         values = self._values(as_shares(mixes))
         values = np.concatenate([values, values.mean(-1, keepdims=True)], -1)
         rows = []
-        for i, (j, name) in ((i, o) for i in range(values.shape[1]) for o in enumerate((*DIMENSIONS, "Total"))):
+        for i, (j, name) in (
+            (i, o) for i in range(values.shape[1]) for o in enumerate((*DIMENSIONS, "Total"))
+        ):
             low, high = interval(values[1:, i, j])
-            rows.append(dict(mix=i, dimension=name, value=values[0, i, j], ci_low=low, ci_high=high))
+            rows.append(
+                dict(mix=i, dimension=name, value=values[0, i, j], ci_low=low, ci_high=high)
+            )
         return pd.DataFrame(rows)
 
+# %% ../../nbs/statistics/08_mixing_law.ipynb #ff4417ff
 def fit(mixes: pd.DataFrame,  # shares, one row per mix
         kept: np.ndarray,     # [1 + B, mixes, 4], retention as measured, and its replicates
         form: str | None = None  # default: the one with the smallest error at mixes left out
        ) -> Law:
     "Fit the law to measured mixes."
     shares = as_shares(mixes)
-    if kept.shape[1:] != shares.shape: raise CalibPruneError(f"{len(shares)} mixes need retention of the shape [replicates, "
-                                                             f"{len(shares)}, {len(DIMENSIONS)}], not {list(kept.shape)}.")
-    if form is not None and form not in FORMS: raise unknown_name("form of the mixing law", form, FORMS)
-    if np.isnan(kept).any(): raise CalibPruneError("The law needs retention of every dimension for every mix and replicate.")
+    if kept.shape[1:] != shares.shape:
+        raise CalibPruneError(
+            f"{len(shares)} mixes need retention of the shape [replicates, "
+            f"{len(shares)}, {len(DIMENSIONS)}], not {list(kept.shape)}."
+        )
+    if form is not None and form not in FORMS:
+        raise unknown_name("form of the mixing law", form, FORMS)
+    if np.isnan(kept).any():
+        raise CalibPruneError(
+            "The law needs retention of every dimension for every mix and replicate."
+        )
     errors = {o: left_out_error(o, shares, kept[0]) for o in FORMS}
     if not np.isfinite(errors[form or "linear"]):
-        raise CalibPruneError(f"{len(shares)} mixes are too few for the form {form or 'linear'}: measure more.")
+        raise CalibPruneError(
+            f"{len(shares)} mixes are too few for the form {form or 'linear'}: measure more."
+        )
     chosen = form or min(errors, key=lambda o: errors[o])
     terms = FORMS[chosen](shares)
     replicates, wider = _stretched(kept, misfit(terms, kept))
     return Law(chosen, np.linalg.pinv(terms) @ replicates, errors, wider)
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #f91f93fe
-def super_additive(law: Law, mix: Mapping[str, float]) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; fractions
-    "How much more a mix keeps than the average of its parts, by a law whose form allows for a difference."
-    if law.form == "linear": raise CalibPruneError("By a linear law a mix keeps the average of its parts, whatever was measured.")
+def super_additive(law: Law, mix: Mapping[str, float]
+                  ) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; fractions
+    """How much more a mix keeps than the average of its parts, by a law whose form allows for a
+    difference."""
+    if law.form == "linear":
+        raise CalibPruneError(
+            "By a linear law a mix keeps the average of its parts, whatever was measured."
+        )
     shares = as_shares(mix)
-    gain = law._values(shares)[:, 0] - np.einsum("i,bij->bj", shares[0], law._values(np.eye(len(DIMENSIONS))))
+    gain = law._values(shares)[:, 0] - np.einsum(
+        "i,bij->bj", shares[0], law._values(np.eye(len(DIMENSIONS)))
+    )
     gain = np.concatenate([gain, gain.mean(-1, keepdims=True)], -1)
-    rows = [(name, gain[0, j], *interval(gain[1:, j])) for j, name in enumerate((*DIMENSIONS, "Total"))]
+    rows = [
+        (name, gain[0, j], *interval(gain[1:, j])) for j, name in enumerate((*DIMENSIONS, "Total"))
+    ]
     return pd.DataFrame(rows, columns=["dimension", "value", "ci_low", "ci_high"])
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #606e032c
-REPLICATES = 2_000  # of the law, enough for a 95 % quantile: all 20,000 take ten times as long (ours)
+# of the law, enough for a 95 % quantile: all 20,000 take ten times as long (ours)
+REPLICATES = 2_000
 
 def _may_be_best(worth: np.ndarray,   # [1 + B, mixes]: as measured, and its replicates
                  rivals: np.ndarray   # indices of the mixes that each is compared with
@@ -164,21 +207,29 @@ def _may_be_best(worth: np.ndarray,   # [1 + B, mixes]: as measured, and its rep
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #23675fa9
 def best_mix(law: Law,
-             need: Mapping[str, float],  # weights of the dimensions, and of "worst": the one that is kept least
-             step: float = 0.05          # of the shares; rivals are twice as far apart where that divides 1 (ours)
-            ) -> pd.DataFrame:  # dimension, share, low, high: the best share, and the range of those that may be best
+             # weights of the dimensions, and of "worst": the one that is kept least
+             need: Mapping[str, float],
+             # of the shares; rivals are twice as far apart where that divides 1 (ours)
+             step: float = 0.05
+            # dimension, share, low, high: the best share, and the range of those that may be best
+            ) -> pd.DataFrame:
     "The mix that suits a need best, and the shares of mixes that may be the best one (95 %)."
     known = [*DIMENSIONS, "worst"]
     if odd := set(need) - set(known): raise unknown_name("dimension", sorted(odd)[0], known)
-    if not any(need.values()): raise CalibPruneError("A need gives at least one dimension a weight.")
+    if not any(need.values()):
+        raise CalibPruneError("A need gives at least one dimension a weight.")
     grid = simplex(step)
     values = FORMS[law.form](grid) @ law.coefficients[:1 + REPLICATES]
-    worth = np.concatenate([values, values.min(-1, keepdims=True)], -1) @ np.array([need.get(k, 0.0) for k in known])
+    worth = np.concatenate([values, values.min(-1, keepdims=True)], -1) @ np.array(
+        [need.get(k, 0.0) for k in known]
+    )
     top = worth[0].argmax()
     apart = 2 if round(1 / step) % 2 == 0 else 1
     rivals = np.flatnonzero((np.round(grid / step).astype(int) % apart == 0).all(1))
     possible = grid[_may_be_best(worth.astype(np.float32), np.union1d(rivals, [top]))]
-    return pd.DataFrame(dict(dimension=DIMENSIONS, share=grid[top], low=possible.min(0), high=possible.max(0)))
+    return pd.DataFrame(
+        dict(dimension=DIMENSIONS, share=grid[top], low=possible.min(0), high=possible.max(0))
+    )
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #a2370f41
 LAW_FILE = "figures/mixing/smollm2-135m/T12-law.json"  # in a checkout
@@ -189,35 +240,67 @@ def law_text(law: Law, about: str  # which model, method and setting it was meas
     flat = law.coefficients.reshape(len(law.coefficients), -1)
     rounded = lambda o: np.round(o, 10).tolist()
     errors = {k: round(v, 10) for k, v in law.errors.items()}
-    return json.dumps(dict(about=about, form=law.form, dimensions=DIMENSIONS, coefficients=rounded(law.coefficients[0]),
-                           errors=errors, covariance=rounded(np.cov(flat[1:].T)), wider=rounded(law.wider)), indent=1) + "\n"
+    return json.dumps(dict(about=about,
+                           form=law.form,
+                           dimensions=DIMENSIONS,
+                           coefficients=rounded(law.coefficients[0]),
+                           errors=errors,
+                           covariance=rounded(np.cov(flat[1:].T)),
+                           wider=rounded(law.wider)),
+                      indent=1) + "\n"
 
+# %% ../../nbs/statistics/08_mixing_law.ipynb #8a50314a
 def _read_law(read: dict[str, Any]
-             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # coefficients, root of the covariance, wider
+             # coefficients, root of the covariance, wider
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The numbers of a law's file; ValueError if they cannot be those of a law."
-    if read["form"] not in FORMS: raise ValueError(f"its form {read['form']!r} is none of {', '.join(FORMS)}")
-    if tuple(read["dimensions"]) != tuple(DIMENSIONS): raise ValueError(f"its dimensions are not {', '.join(DIMENSIONS)}")
-    first, spread, wider = (np.array(read[o], float) for o in ("coefficients", "covariance", "wider"))
+    if read["form"] not in FORMS:
+        raise ValueError(f"its form {read['form']!r} is none of {', '.join(FORMS)}")
+    if tuple(read["dimensions"]) != tuple(DIMENSIONS):
+        raise ValueError(f"its dimensions are not {', '.join(DIMENSIONS)}")
+    first, spread, wider = (
+        np.array(read[o], float) for o in ("coefficients", "covariance", "wider")
+    )
     terms, n = FORMS[read["form"]](np.eye(len(DIMENSIONS))).shape[1], len(DIMENSIONS)
-    if (first.shape, spread.shape, wider.shape) != ((terms, n), (terms * n,) * 2, (n,)): raise ValueError("its shapes do not fit")
-    if not all(np.isfinite(o).all() for o in (first, spread, wider)): raise ValueError("it holds numbers that are none")
-    least = np.linalg.eigvalsh(spread).min() if np.allclose(spread, spread.T, atol=1e-9) else -np.inf
+    if (first.shape, spread.shape, wider.shape) != ((terms, n), (terms * n,) * 2, (n,)):
+        raise ValueError("its shapes do not fit")
+    if not all(np.isfinite(o).all() for o in (first, spread, wider)):
+        raise ValueError("it holds numbers that are none")
+    least = (
+        np.linalg.eigvalsh(spread).min() if np.allclose(spread, spread.T, atol=1e-9) else -np.inf
+    )
     if least < -1e-6 * max(np.trace(spread), 1e-12): raise ValueError("its covariance is none")
     return first, _power(spread, 0.5), wider
 
+# %% ../../nbs/statistics/08_mixing_law.ipynb #7ffb2e79
 def fitted_law(path: str | Path | None = None  # default: the law of the package's own study
               ) -> Law:
-    """A law from its file, with `REPLICATES` replicates; `about` says what it was measured on. `predict` says what a mix keeps,
-    `best_mix` which one suits a need. The package's own is of SmolLM2-135M, SparseGPT, 50 %, answer bits."""
+    """A law from its file, with `REPLICATES` replicates; `about` says what it was measured on.
+    `predict` says what a mix keeps,
+    `best_mix` which one suits a need. The package's own is of SmolLM2-135M, SparseGPT, 50 %, answer
+    bits."""
     package = Path(calib_prune.__file__).resolve().parent
     places = [Path(path)] if path else [package.parent / LAW_FILE, package / "project" / LAW_FILE]
     found = next((o for o in places if o.is_file()), None)
     if not found:
-        raise CalibPruneError(f"There is no fitted law at {places[0]}: in a checkout `make figures PRESET=mixing/smollm2-135m` "
-                              "writes one, and the wheel of this package holds one.")
-    read = load_json(found, about=str, form=str, dimensions=list, coefficients=list, covariance=list, errors=dict, wider=list)
-    try: first, root, wider = _read_law(read)
+        raise CalibPruneError(
+            f"There is no fitted law at {places[0]}: in a checkout `make figures"
+            " PRESET=mixing/smollm2-135m` writes one, and the wheel of this package holds one."
+        )
+    read = load_json(
+        found,
+        about=str,
+        form=str,
+        dimensions=list,
+        coefficients=list,
+        covariance=list,
+        errors=dict,
+        wider=list,
+    )
+    try:first, root, wider = _read_law(read)
     except (ValueError, TypeError) as e: raise damaged(found, str(e)) from e
-    drawn = first.ravel() + np.random.default_rng(0).standard_normal((REPLICATES, first.size)) @ root
+    drawn = (
+        first.ravel() + np.random.default_rng(0).standard_normal((REPLICATES, first.size)) @ root
+    )
     coefficients = np.concatenate([first[None], drawn.reshape(-1, *first.shape)])
     return Law(read["form"], coefficients, read["errors"], wider, read["about"])

@@ -26,8 +26,15 @@ def error_by_layer(report: pd.DataFrame,  # see `pruning.prune`
     "Relative reconstruction error of every linear against the depth of its layer."
     figure, ax = plt.subplots(figsize=(6.4, 3.2))
     frame = report.assign(linear=report["name"].str.split(".").str[-1])
-    sns.lineplot(frame, x="layer", y="error", hue="linear", style="linear", markers=True, dashes=False, ax=ax)
-    ax.set(xlabel="decoder layer", ylabel="relative error  ‖(W−W′)X‖² / ‖WX‖²", yscale="log", title=title)
+    sns.lineplot(
+        frame, x="layer", y="error", hue="linear", style="linear", markers=True, dashes=False, ax=ax
+    )
+    ax.set(
+        xlabel="decoder layer",
+        ylabel="relative error  ‖(W−W′)X‖² / ‖WX‖²",
+        yscale="log",
+        title=title,
+    )
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title="")
     return figure
 
@@ -37,14 +44,22 @@ WIDTH = 7.0  # inches: the text width of a page
 def check_rows(table: pd.DataFrame, what: str) -> None:
     "Refuse to draw nothing."
     if table.empty:
-        raise CalibPruneError(f"There is nothing to draw: the table has no rows with {what}. Run cells of the study first.")
+        raise CalibPruneError(
+            f"There is nothing to draw: the table has no rows with {what}. Run cells of the study"
+            " first."
+        )
 
-def panels(table: pd.DataFrame, height: float, columns: int = 1, **more) -> tuple[Figure, np.ndarray]:
+# %% ../../nbs/statistics/05_plots.ipynb #98751dd3
+def panels(
+    table: pd.DataFrame, height: float, columns: int = 1, **more
+) -> tuple[Figure, np.ndarray]:
     "One panel per method side by side, or one row of `columns` panels per method."
     n = table["method"].nunique()
     shape = (1, n) if columns == 1 else (n, columns)
     width = WIDTH * max(1, shape[1] / 2.4)  # a third panel beside two needs more room
-    return plt.subplots(*shape, figsize=(width, height * shape[0]), layout="constrained", squeeze=False, **more)
+    return plt.subplots(
+        *shape, figsize=(width, height * shape[0]), layout="constrained", squeeze=False, **more
+    )
 
 # %% ../../nbs/statistics/05_plots.ipynb #b5722048
 def headline(figure: Figure, message: str) -> None:
@@ -52,12 +67,15 @@ def headline(figure: Figure, message: str) -> None:
     lines = textwrap.wrap(message, int(13 * figure.get_figwidth()))
     figure.suptitle("\n".join(lines), y=1.01, va="bottom", fontsize=10)
 
+# %% ../../nbs/statistics/05_plots.ipynb #38177e2b
 def annotate(figure: Figure, note: str) -> Figure:
     "Write the note below a finished figure, and fix its layout."
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for legend in figure.legends:  # one outside the axes would move to the edge of whatever is cut out and saved
-        if legend.get_bbox_to_anchor() is figure.bbox: legend.set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
+    # one outside the axes would move to the edge of whatever is cut out and saved
+    for legend in figure.legends:
+        if legend.get_bbox_to_anchor() is figure.bbox:
+            legend.set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
     text = "\n".join(textwrap.wrap(note, int(20 * figure.get_figwidth())))
     figure.text(0.01, -0.01, text, fontsize=7, va="top", linespacing=1.3)
     return figure
@@ -74,11 +92,14 @@ def figure_of(draw: Callable[..., Figure], table: pd.DataFrame, note: str,
 # %% ../../nbs/statistics/05_plots.ipynb #103fc5c2
 def method_label(method: str) -> str:
     "The name of a method in tables and figures."
-    try: return read_recipe(method).label
+    try:return read_recipe(method).label
     except CalibPruneError: return method
 
-def sparsity_label(sparsity: float | str) -> str: return sparsity if isinstance(sparsity, str) else f"{100 * sparsity:.0f}%"
+# %% ../../nbs/statistics/05_plots.ipynb #7f152bbc
+def sparsity_label(sparsity: float | str) -> str:
+    return sparsity if isinstance(sparsity, str) else f"{100 * sparsity:.0f}%"
 
+# %% ../../nbs/statistics/05_plots.ipynb #eeb4ef87
 def setting_label(at: dict[str, Any]  # with method and sparsity
                  ) -> str:
     "A method and sparsity for people."
@@ -107,16 +128,23 @@ def place_labels(ax: Axes, points: pd.DataFrame,  # x, y, name
     renderer, unit = ax.figure.canvas.get_renderer(), ax.figure.dpi / 72
     at = ax.transData.transform(points[["x", "y"]].to_numpy(float))
     taken, frame = np.hstack([at - 4 * unit, at + 4 * unit]), np.array(ax.bbox.extents)
-    places = [(r, np.array([np.cos(a), np.sin(a)])) for r in (5, 9, 14, 20, 27) for a in np.arange(16) * np.pi / 8]
+    places = [(r, np.array([np.cos(a), np.sin(a)])) for r in (5, 9, 14, 20, 27)
+              for a in np.arange(16) * np.pi / 8]
     far, chosen = np.array([r for r, _ in places]), {}
     texts = [ax.annotate(o, (x, y), fontsize=size, ha="center", va="center", color="0.15", zorder=4)
              for x, y, o in points[["x", "y", "name"]].itertuples(index=False)]
-    for i in [*range(len(texts))] * 3:  # the first names do not know of the others, so all get a second and third chance
-        half = np.array(texts[i].get_window_extent(renderer).size) / 2 + unit / 2  # air: letters are drawn on whole pixels
+    # the first names do not know of the others, so all get a second and third chance
+    for i in [*range(len(texts))] * 3:
+        # air: letters are drawn on whole pixels
+        half = np.array(texts[i].get_window_extent(renderer).size) / 2 + unit / 2
         centres = np.array([at[i] + d * (r * unit + half) for r, d in places])
         boxes = np.hstack([centres - half, centres + half])
         others = np.vstack([taken, *(box for k, box in chosen.items() if k != i)])
-        cost = overlap(boxes[:, None], others).sum(1) + 4 * (half.prod() * 4 - overlap(boxes, frame)) + 3 * far * unit
+        cost = (
+            overlap(boxes[:, None], others).sum(1)
+            + 4 * (half.prod() * 4 - overlap(boxes, frame))
+            + 3 * far * unit
+        )
         chosen[i] = boxes[cost.argmin()]
     for i, box in chosen.items():
         texts[i].set(position=((box[:2] + box[2:]) / 2 - at[i]) / unit, anncoords="offset points")

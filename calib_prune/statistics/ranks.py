@@ -20,8 +20,8 @@ import pandas as pd
 from scipy.stats import false_discovery_control, rankdata
 
 from ..core import DIMENSIONS, CalibPruneError
-from .replicates import COORDINATES, Replicates
 from ..resampling import interval
+from .replicates import COORDINATES, Replicates
 
 # %% ../../nbs/statistics/03_ranks.ipynb #c9a594af
 def row_correlation(x: np.ndarray, y: np.ndarray  # [..., n]
@@ -29,8 +29,11 @@ def row_correlation(x: np.ndarray, y: np.ndarray  # [..., n]
     "Pearson's correlation over the last axis."
     x, y = (o - o.mean(-1, keepdims=True) for o in (x, y))
     size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
-    return np.clip(np.divide((x * y).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0), -1, 1)
+    return np.clip(
+        np.divide((x * y).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0), -1, 1
+    )
 
+# %% ../../nbs/statistics/03_ranks.ipynb #c8b0a10a
 def spearman(x: np.ndarray, y: np.ndarray  # [..., n]
             ) -> np.ndarray:
     "Spearman's rank correlation over the last axis; ties share their mean rank."
@@ -39,17 +42,24 @@ def spearman(x: np.ndarray, y: np.ndarray  # [..., n]
 # %% ../../nbs/statistics/03_ranks.ipynb #8442a9ef
 def partial_spearman(x: np.ndarray, y: np.ndarray, own: np.ndarray  # [..., n]
                     ) -> np.ndarray:
-    "Spearman's partial correlation of `x` and `y` with `own` held fixed; NaN where `own` leaves nothing to explain."
+    """Spearman's partial correlation of `x` and `y` with `own` held fixed; NaN where `own` leaves
+    nothing to explain."""
     x, y, own = (rankdata(o, axis=-1) for o in (x, y, own))
     return _partial(row_correlation(x, y), row_correlation(x, own), row_correlation(y, own))
 
+# %% ../../nbs/statistics/03_ranks.ipynb #5077921f
 def _partial(xy: np.ndarray, xz: np.ndarray, yz: np.ndarray) -> np.ndarray:  # correlations
     left = (1 - xz**2) * (1 - yz**2)
-    return np.clip(np.divide(xy - xz * yz, np.sqrt(left), out=np.full(left.shape, np.nan), where=left > 1e-12), -1, 1)
+    return np.clip(
+        np.divide(xy - xz * yz, np.sqrt(left), out=np.full(left.shape, np.nan), where=left > 1e-12),
+        -1,
+        1,
+    )
 
 # %% ../../nbs/statistics/03_ranks.ipynb #3ed9ac97
 def pairings(groups: np.ndarray,  # [n], sources change places inside a group only
-             n_perm: int,         # the most permutations: all if there are fewer, else a sample of this size
+             # the most permutations: all if there are fewer, else a sample of this size
+             n_perm: int,
              seed: int
             ) -> tuple[np.ndarray, bool]:  # [permutations, n], and whether these are all
     "Permutations of sources."
@@ -73,7 +83,9 @@ def permutation_p(x: np.ndarray, y: np.ndarray,    # [n], [n, outcomes]
     x, y = rankdata(x) - (len(x) + 1) / 2, rankdata(y, axis=0) - (len(x) + 1) / 2
     null, seen = x[taken] @ y, x @ y
     more, extra = 1e-9 * len(x) ** 3, 0 if whole else 1
-    tails = [(o.sum(0) + extra) / (len(null) + extra) for o in (null >= seen - more, null <= seen + more)]
+    tails = [
+        (o.sum(0) + extra) / (len(null) + extra) for o in (null >= seen - more, null <= seen + more)
+    ]
     return np.minimum(1, 2 * np.minimum(*tails))
 
 # %% ../../nbs/statistics/03_ranks.ipynb #b7f49137
@@ -87,6 +99,7 @@ def resampled(groups: np.ndarray,  # [n]
         taken[:, members] = members[rng.integers(0, len(members), (n_boot, len(members)))]
     return taken
 
+# %% ../../nbs/statistics/03_ranks.ipynb #983eed9f
 def leave_one_out(x: np.ndarray, y: np.ndarray  # [n]
                  ) -> np.ndarray:               # [n]
     "Spearman's correlation without each of the sources."
@@ -103,6 +116,7 @@ def row_ranks(values: np.ndarray  # [B, n], n small
     ranks[np.isnan(values).any(1)] = np.nan
     return ranks
 
+# %% ../../nbs/statistics/03_ranks.ipynb #b3537901
 def unit_rows(ranks: np.ndarray  # [B, n]
              ) -> np.ndarray:    # [B, n]; NaN where a row does not vary
     "Rows around 0 and of length 1: the product of two is their correlation."
@@ -110,6 +124,7 @@ def unit_rows(ranks: np.ndarray  # [B, n]
     size = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.divide(centred, size, out=np.full(centred.shape, np.nan), where=size > 0)
 
+# %% ../../nbs/statistics/03_ranks.ipynb #f376359c
 def unit_correlation(x: np.ndarray, y: np.ndarray  # [B, n], from `unit_rows`
                     ) -> np.ndarray:               # [B]
     "Correlation of every row with the other's."
@@ -122,19 +137,24 @@ class Resampling:
     own: np.ndarray          # [n], 1 where a source belongs to the dimension
     taken: np.ndarray        # [B, n], from `resampled`
     pairings: tuple[np.ndarray, bool]
-    known: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)  # ranks of metrics, which several settings share
+    # ranks of metrics, which several settings share
+    known: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
 
     def ranks(self, values: np.ndarray  # [n], or [1 + B, n] with replicates
              ) -> np.ndarray:           # [B, n], from `unit_rows`
         "Ranks of a quantity in every resample."
-        if values.ndim == 2: return unit_rows(row_ranks(np.take_along_axis(values[1:], self.taken, 1)))
+        if values.ndim == 2:
+            return unit_rows(row_ranks(np.take_along_axis(values[1:], self.taken, 1)))
         order = rankdata(values, "dense").astype(np.int16)  # small numbers are compared faster
-        if (key := order.tobytes()) not in self.known: self.known[key] = unit_rows(row_ranks(order[self.taken]))
+        if (key := order.tobytes()) not in self.known:
+            self.known[key] = unit_rows(row_ranks(order[self.taken]))
         return self.known[key]
 
     @cached_property
-    def own_ranks(self) -> np.ndarray: return self.ranks(self.own)  # [B, n]
+    def own_ranks(self) -> np.ndarray:
+        return self.ranks(self.own)  # [B, n]
 
+# %% ../../nbs/statistics/03_ranks.ipynb #612165a0
 def resampling(groups: np.ndarray, n_boot: int, n_perm: int, seed: int) -> Resampling:
     "Draw permutations and resamples for one grouping of the sources."
     return Resampling(groups, resampled(groups, n_boot, seed), pairings(groups, n_perm, seed))
@@ -147,60 +167,88 @@ class Ranked:
     free: np.ndarray    # [B, n], of all sources
     held: np.ndarray    # [B, n], inside the dimension's own sources and the others
 
+# %% ../../nbs/statistics/03_ranks.ipynb #5c269302
 def relate(x: Ranked, y: Ranked,  # a metric; retention in one dimension
            free: Resampling, held: Resampling
           ) -> dict[str, float]:
     "Everything that is said about one metric and one dimension."
     a, b, partial = x.values, y.values, np.nan
     once = leave_one_out(a, b)
-    found = _rho(a, b, free) | _ends("ci", unit_correlation(x.free, y.free)) | dict(loo_low=np.min(once), loo_high=np.max(once))
+    found = _rho(a, b, free) | _ends("ci", unit_correlation(x.free, y.free)) | dict(
+        loo_low=np.min(once), loo_high=np.max(once))
     if len(np.unique(held.own)) == 2: partial = float(partial_spearman(a, b, held.own))
     if np.isnan(partial): return found
     return found | dict(partial=partial, partial_p=permutation_p(a, b[:, None], *held.pairings)[0],
                         **_ends("partial", _held(x.held, y.held, held)))
 
+# %% ../../nbs/statistics/03_ranks.ipynb #c77113d8
 def _held(x: np.ndarray, y: np.ndarray, plan: Resampling) -> np.ndarray:  # [B, n] each → [B]
-    return _partial(*(unit_correlation(a, b) for a, b in ((x, y), (x, plan.own_ranks), (y, plan.own_ranks))))
+    return _partial(
+        *(unit_correlation(a, b) for a, b in ((x, y), (x, plan.own_ranks), (y, plan.own_ranks)))
+    )
 
+# %% ../../nbs/statistics/03_ranks.ipynb #ebd3dbc5
 def _rho(x: np.ndarray, y: np.ndarray,  # [n]
          free: Resampling) -> dict[str, float]:
-    return dict(n=len(x), rho=float(spearman(x, y)), p=permutation_p(x, y[:, None], *free.pairings)[0])
+    return dict(
+        n=len(x), rho=float(spearman(x, y)), p=permutation_p(x, y[:, None], *free.pairings)[0]
+    )
 
-def _ends(name: str, values: np.ndarray) -> dict[str, float]: return dict(zip((f"{name}_low", f"{name}_high"), interval(values)))
+# %% ../../nbs/statistics/03_ranks.ipynb #e05f39ee
+def _ends(name: str, values: np.ndarray) -> dict[str, float]:
+    return dict(zip((f"{name}_low", f"{name}_high"), interval(values)))
 
 # %% ../../nbs/statistics/03_ranks.ipynb #d47eee39
-def source_metrics(metrics: pd.DataFrame,  # tidy: strategy, seed, metric, value; perhaps applicable, note
+def source_metrics(
+                   # tidy: strategy, seed, metric, value; perhaps applicable, note
+                   metrics: pd.DataFrame,
                    sources: Sequence[str]  # strategies
-                  ) -> tuple[pd.DataFrame, dict[str, str]]:  # sources × metrics; metric → why it cannot be correlated
+                  # sources × metrics; metric → why it cannot be correlated
+                  ) -> tuple[pd.DataFrame, dict[str, str]]:
     "Mean of each metric over the draws of each source, and which metrics say nothing."
     if lacking := {"strategy", "metric", "value"} - set(metrics):
-        raise CalibPruneError(f"The metrics lack the column {sorted(lacking)[0]!r}; they need strategy, metric and value.")
+        raise CalibPruneError(
+            f"The metrics lack the column {sorted(lacking)[0]!r}; they need strategy, metric and"
+            " value."
+        )
     if unknown := set(sources) - set(metrics["strategy"]):
-        raise CalibPruneError(f"No metric was measured for {', '.join(sorted(unknown))}. Measure the calibration set of every "
-                              "source.")
+        raise CalibPruneError(
+            f"No metric was measured for {', '.join(sorted(unknown))}. Measure the calibration set"
+            " of every source."
+        )
     chosen, why = metrics[metrics["strategy"].isin(sources)], {}
-    wide = chosen.pivot_table(index="strategy", columns="metric", values="value", dropna=False, sort=False)
+    wide = chosen.pivot_table(
+        index="strategy", columns="metric", values="value", dropna=False, sort=False
+    )
     wide = wide.reindex(index=list(sources), columns=chosen["metric"].unique()).astype(float)
     for name, rows in chosen.groupby("metric", sort=False):
         given = [str(o) for o in rows.get("note", pd.Series(dtype=str)).dropna().unique() if o]
-        if not rows.get("applicable", pd.Series([True])).all(): why[name] = "; ".join(given) or "not applicable to static text"
-        elif not np.isfinite(wide[name]).all(): why[name] = "not measured for every source"
+        if not rows.get("applicable", pd.Series([True])).all():
+            why[name] = "; ".join(given) or "not applicable to static text"
+        elif not np.isfinite(wide[name]).all():why[name] = "not measured for every source"
         elif wide[name].nunique() == 1: why[name] = "the same for every source"
     return wide, why
 
 # %% ../../nbs/statistics/03_ranks.ipynb #202c52da
 KEPT = (*DIMENSIONS, "Total")
-MIN_SOURCES = 5  # settings with fewer single sources are left out: no order of four has p < 0.05 (ours)
-COLUMNS = ["n", "rho", "ci_low", "ci_high", "p", "q", "loo_low", "loo_high", "partial", "partial_low", "partial_high",
-           "partial_p", "noise", "reason"]
+# settings with fewer single sources are left out: no order of four has p < 0.05 (ours)
+MIN_SOURCES = 5
+COLUMNS = [
+    "n", "rho", "ci_low", "ci_high", "p", "q", "loo_low", "loo_high", "partial", "partial_low",
+    "partial_high", "partial_p", "noise", "reason"]
 
-def correlate(metrics: pd.DataFrame,    # tidy: strategy, seed, metric, value; perhaps applicable, note, unit
+def correlate(
+              # tidy: strategy, seed, metric, value; perhaps applicable, note, unit
+              metrics: pd.DataFrame,
               found: Replicates,        # from `strategy_retention`
-              n_perm: int = 19999,      # enough for p = 0.0001, which a family of some hundred tests needs
+              # enough for p = 0.0001, which a family of some hundred tests needs
+              n_perm: int = 19999,
               seed: int = 0,
-              in_full: Collection[str] | None = None  # metrics that get intervals and partial correlations; None: all
+              # metrics that get intervals and partial correlations; None: all
+              in_full: Collection[str] | None = None
              ) -> pd.DataFrame:         # coordinates, metric, dimension, and `COLUMNS`
-    "Spearman's ρ of every metric with every dimension's retention over the single sources, one setting at a time."
+    """Spearman's ρ of every metric with every dimension's retention over the single sources, one
+    setting at a time."""
     rows = []
     plan = cache(lambda groups: resampling(np.array(groups), len(found.values) - 1, n_perm, seed))
     for at in found.settings():
@@ -208,20 +256,27 @@ def correlate(metrics: pd.DataFrame,    # tidy: strategy, seed, metric, value; p
         sources = here.cells["source_dimension"] != ""
         if sources.sum() < MIN_SOURCES: continue
         rows += [at | row for row in setting_correlations(metrics, here, sources, plan, in_full)]
-    if not rows: raise CalibPruneError(f"No setting of this study has {MIN_SOURCES} single sources: nothing can be correlated.")
+    if not rows:
+        raise CalibPruneError(
+            f"No setting of this study has {MIN_SOURCES} single sources: nothing can be correlated."
+        )
     table = pd.DataFrame(rows).reindex(columns=[*COORDINATES, "metric", "dimension", *COLUMNS])
     tested = table["p"].notna()
-    table.loc[tested, "q"] = false_discovery_control(table.loc[tested, "p"]) if tested.any() else np.nan
+    table.loc[tested, "q"] = (
+        false_discovery_control(table.loc[tested, "p"]) if tested.any() else np.nan
+    )
     return table
 
 # %% ../../nbs/statistics/03_ranks.ipynb #1ebe6fd5
 def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Series,
-                         plan: Callable[[tuple[int, ...]], Resampling],  # by groups; settings with the same sources share it
+                         # by groups; settings with the same sources share it
+                         plan: Callable[[tuple[int, ...]], Resampling],
                          in_full: Collection[str] | None = None) -> list[dict]:
     "The rows of `correlate` for one setting."
     cells, values = here.cells[sources], here.values[:, sources]
     wide, why = source_metrics(metrics, list(cells["strategy"]))
-    plans = {d: plan(tuple((cells["source_dimension"] == d).astype(int))) for d in KEPT}  # "Total" has no sources of its own
+    # "Total" has no sources of its own
+    plans = {d: plan(tuple((cells["source_dimension"] == d).astype(int))) for d in KEPT}
     free, kept, rows = plans["Total"], {d: values[:, :, j] for j, d in enumerate(KEPT)}, []
     outcomes = {d: Ranked(y[0], free.ranks(y), plans[d].ranks(y)) for d, y in kept.items()}
     for metric in wide:
@@ -229,14 +284,16 @@ def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Se
         full = in_full is None or metric in in_full
         of_x = free.ranks(x) if full and metric not in why else None
         for d, y in outcomes.items():
-            reason = why.get(metric) or ("no task was scored" if np.isnan(y.values).any() else
-                                         "every source kept the same" if np.ptp(y.values) == 0 else "")
+            reason = why.get(metric) or ("no task was scored" if np.isnan(
+                y.values).any() else "every source kept the same" if np.ptp(y.values) == 0 else "")
             numbers: dict[str, float] = {}
             if not reason and full:
                 held = of_x if plans[d] is free else plans[d].ranks(x)
                 numbers = relate(Ranked(x, of_x, held), y, free, plans[d])
             elif not reason: numbers = _rho(x, y.values, free)
-            rows.append(dict(n=len(cells)) | numbers | dict(metric=metric, dimension=d, noise=here.noise, reason=reason))
+            rows.append(
+                dict(n=len(cells)) | numbers
+                | dict(metric=metric, dimension=d, noise=here.noise, reason=reason))
     return rows
 
 # %% ../../nbs/statistics/03_ranks.ipynb #a7fa004b
@@ -248,25 +305,35 @@ def _residual_ranks(x: np.ndarray, groups: np.ndarray) -> np.ndarray:  # [n]
     ranks = rankdata(x)
     return ranks - np.array([ranks[groups == g].mean() for g in groups])
 
+# %% ../../nbs/statistics/03_ranks.ipynb #31996b80
 def _contrast_p(x: np.ndarray, a: np.ndarray, b: np.ndarray,  # [n]
                 plan: Resampling
                ) -> float:
-    "Two-sided p-value of ρ(x, a) − ρ(x, b), the groups held fixed: pairings of the metric with the sources inside them."
+    """Two-sided p-value of ρ(x, a) − ρ(x, b), the groups held fixed: pairings of the metric with
+    the sources inside them."""
     ranks = [_residual_ranks(o, plan.own) for o in (x, a, b)]
     weights = ranks[1] / np.linalg.norm(ranks[1]) - ranks[2] / np.linalg.norm(ranks[2])
     taken, extra = plan.pairings[0], 0 if plan.pairings[1] else 1
     null, seen = ranks[0][taken] @ weights, ranks[0] @ weights
-    tails = [(int(o.sum()) + extra) / (len(null) + extra) for o in (null >= seen - 1e-9, null <= seen + 1e-9)]
+    tails = [
+        (int(o.sum()) + extra) / (len(null) + extra)
+        for o in (null >= seen - 1e-9, null <= seen + 1e-9)
+    ]
     return min(1.0, 2 * min(tails))
 
 # %% ../../nbs/statistics/03_ranks.ipynb #20904a91
 def contrast(x: np.ndarray,                    # [n], a metric
-             a: np.ndarray, b: np.ndarray,     # [1 + B, n], retention in two dimensions, with replicates
+             # [1 + B, n], retention in two dimensions, with replicates
+             a: np.ndarray, b: np.ndarray,
              free: Resampling, held: Resampling  # of all sources; inside the two registers
             ) -> dict[str, float]:
     "ρ(metric, a) − ρ(metric, b), also with the register held fixed."
     delta = lambda plan, rho: np.subtract(*(rho(plan.ranks(x), plan.ranks(o)) for o in (a, b)))
-    found = dict(n=len(x), rho=float(spearman(x, a[0]) - spearman(x, b[0])), p=_contrast_p(x, a[0], b[0], free))
+    found = dict(
+        n=len(x),
+        rho=float(spearman(x, a[0]) - spearman(x, b[0])),
+        p=_contrast_p(x, a[0], b[0], free),
+    )
     found |= _ends("ci", delta(free, unit_correlation))
     if len(np.unique(held.own)) < 2: return found
     partial = partial_spearman(x, a[0], held.own) - partial_spearman(x, b[0], held.own)
@@ -286,13 +353,21 @@ def contrasts(metrics: pd.DataFrame, found: Replicates,  # as in `correlate`
         cells, values = here.cells[sources], here.values[:, sources]
         wide, why = source_metrics(metrics, list(cells["strategy"]))
         register = cells["source_dimension"].isin(REGISTER).to_numpy(int)
-        plans = [resampling(o, len(values) - 1, n_perm, seed) for o in (np.zeros(len(cells), int), register)]
+        plans = [
+            resampling(o, len(values) - 1, n_perm, seed)
+            for o in (np.zeros(len(cells), int), register)
+        ]
         for pair in CONTRASTS:
             a, b = (values[:, :, KEPT.index(d)] for d in pair)
             reason = why.get(metric, "" if metric in wide else "not measured")
-            if np.isnan(a[0] + b[0]).any(): reason = reason or "no task was scored"
-            elif not (np.ptp(a[0]) and np.ptp(b[0])): reason = reason or "every source kept the same"
+            if np.isnan(a[0] + b[0]).any():reason = reason or "no task was scored"
+            elif not (np.ptp(a[0]) and np.ptp(b[0])):
+                reason = reason or "every source kept the same"
             numbers = {} if reason else contrast(wide[metric].to_numpy(), a, b, *plans)
-            about = dict(n=len(cells), metric=metric, dimension=" − ".join(pair), noise=here.noise, reason=reason)
+            about = dict(n=len(cells),
+                         metric=metric,
+                         dimension=" − ".join(pair),
+                         noise=here.noise,
+                         reason=reason)
             rows.append(at | about | numbers)
     return pd.DataFrame(rows).reindex(columns=[*COORDINATES, "metric", "dimension", *COLUMNS])

@@ -22,8 +22,15 @@ from scipy.stats import chi2, norm
 
 from ..calibration.sources import FURTHER, PAPER_SOURCES, SOURCES
 from ..core import DIMENSIONS, CalibPruneError, unknown_name
-from ..evaluation.measures import (MEASURES, measured_rows, measured_values, metric_of, nothing_right,
-                                             task_retention, values_at)
+from calib_prune.evaluation.measures import (
+                                             MEASURES,
+                                             measured_rows,
+                                             measured_values,
+                                             metric_of,
+                                             nothing_right,
+                                             task_retention,
+                                             values_at,
+)
 from ..evaluation.retention import paired_values
 from ..evaluation.tasks import TASKS
 from ..pruning.methods import METHODS
@@ -31,7 +38,8 @@ from ..resampling import N_BOOT, draws, interval
 from ..study.results import Result
 
 # %% ../../nbs/statistics/02_replicates.ipynb #8ee29460
-COORDINATES = ["method", "sparsity", "windows"]  # besides the draw, these tell two cells of one strategy apart
+# besides the draw, these tell two cells of one strategy apart
+COORDINATES = ["method", "sparsity", "windows"]
 # retention of the dimensions, their mean and their minimum; and the averaged commonsense accuracy
 OUTCOMES = (*DIMENSIONS, "Total", "Worst", "Accuracy")
 WORST = OUTCOMES.index("Worst")
@@ -40,11 +48,13 @@ WORST = OUTCOMES.index("Worst")
 @dataclass(frozen=True)
 class Replicates:
     "What pruned models kept: as measured, and under every bootstrap replicate."
-    cells: pd.DataFrame      # one row per model, or per strategy: strategy, mix, source_dimension, coordinates, draws, noise
+    # one row per model, or per strategy: strategy, mix, source_dimension, coordinates, draws, noise
+    cells: pd.DataFrame
     values: np.ndarray       # [1 + B, rows, outcomes], fractions; `values[0]` is what was measured
     items: dict[str, int]    # outcome → items behind it
     scored: dict[str, str]   # dimension → how its tasks are scored
-    left_out: tuple[str, ...] = ()  # tasks of which the dense model gets nothing right, which are in no outcome
+    # tasks of which the dense model gets nothing right, which are in no outcome
+    left_out: tuple[str, ...] = ()
     measure: str = "plain"  # see `evaluation.measures`
 
     @property
@@ -54,13 +64,17 @@ class Replicates:
 
     def settings(self) -> list[dict[str, Any]]:
         "Every combination of coordinates, in the order of the cells."
-        return list({tuple(o.values()): o for o in self.cells[COORDINATES].to_dict("records")}.values())
+        return list(
+            {tuple(o.values()): o for o in self.cells[COORDINATES].to_dict("records")}.values()
+        )
 
     def rows(self, keep: Any) -> "Replicates":  # a boolean for each row
         "Some of the rows."
         keep = np.asarray(keep, bool)
         if keep.all(): return self
-        return replace(self, cells=self.cells[keep].reset_index(drop=True), values=self.values[:, keep])
+        return replace(
+            self, cells=self.cells[keep].reset_index(drop=True), values=self.values[:, keep]
+        )
 
     def where(self, **at) -> "Replicates":  # column = value
         "The rows with these coordinates."
@@ -73,8 +87,10 @@ class Replicates:
         rows = self.where(strategy=strategy, **at)
         if len(rows.cells) == 1: return rows.values[:, 0]
         known = ", ".join(self.cells["strategy"].unique())
-        raise CalibPruneError(f"{len(rows.cells)} rows have strategy {strategy!r} and {at}, but one is needed. "
-                              f"Known strategies: {known}; coordinates: {', '.join(COORDINATES)}.")
+        raise CalibPruneError(
+            f"{len(rows.cells)} rows have strategy {strategy!r} and {at}, but one is needed. "
+            f"Known strategies: {known}; coordinates: {', '.join(COORDINATES)}."
+        )
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c0243a23
 def source_dimension(mix: str  # of a cell
@@ -83,29 +99,44 @@ def source_dimension(mix: str  # of a cell
     known = {**SOURCES, **FURTHER, **PAPER_SOURCES}.get(mix.partition("@")[0])
     return known.dimension if known else ""
 
+# %% ../../nbs/statistics/02_replicates.ipynb #64963d49
 def as_strategy(strategy: str, method: str) -> tuple[str, str]:
-    "A method that weighs the dimensions of a mix, as a strategy of SparseGPT: it is another way to use the same text (ours)."
+    """A method that weighs the dimensions of a mix, as a strategy of SparseGPT: it is another way
+    to use the same text (ours)."""
     base, plus, extras = method.partition("+")
     weighs = base in METHODS and METHODS[base].by_group
     return (f"{strategy}, {base}", f"sparsegpt{plus}{extras}") if weighs else (strategy, method)
 
+# %% ../../nbs/statistics/02_replicates.ipynb #2413c3fc
 def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per pruned cell
     "What identifies the cells of a study."
-    if "dense" not in study: raise CalibPruneError("A study needs the dense model, under the name 'dense', to compare with.")
+    if "dense" not in study:
+        raise CalibPruneError(
+            "A study needs the dense model, under the name 'dense', to compare with."
+        )
     records = [r.record for r in study.values() if r.record["strategy"] != "dense"]
-    if not records: raise CalibPruneError("This study has no pruned model, so there is nothing to analyse.")
+    if not records:
+        raise CalibPruneError("This study has no pruned model, so there is nothing to analyse.")
     found = []
     for r in records:
         strategy, method = as_strategy(r["strategy"], r["method"])
-        found.append(dict(strategy=strategy, mix=r["mix"], source_dimension=source_dimension(r["mix"]), seed=r["seed"],
-                          method=method, sparsity=r["sparsity"], windows=r["windows"]))
+        found.append(
+            dict(strategy=strategy,
+                 mix=r["mix"],
+                 source_dimension=source_dimension(r["mix"]),
+                 seed=r["seed"],
+                 method=method,
+                 sparsity=r["sparsity"],
+                 windows=r["windows"]))
     return pd.DataFrame(found, dtype=object)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #8e1809e5
 def same_rows(items: pd.DataFrame, others: pd.DataFrame) -> bool:
-    "Whether two models' rows lie in the same places, as they nearly always do: then these need be found only once."
+    """Whether two models' rows lie in the same places, as they nearly always do: then these need be
+    found only once."""
     return all(items[o].equals(others[o]) for o in ("task", "item", "metric"))
 
+# %% ../../nbs/statistics/02_replicates.ipynb #cb4de3c2
 def item_values(study: dict[str, Result],
                 measure: str = "plain"
                ) -> dict[str, np.ndarray]:  # task → [items, 1 + cells], the dense model first
@@ -132,54 +163,81 @@ def task_replicates(task: str,
                     weights: np.ndarray,  # [1 + B, items], from `resampling.draws`
                     measure: str = "plain"
                    ) -> np.ndarray:       # [1 + B, cells]
-    "Retention of one task in every replicate of every cell; NaN where the dense model got nothing right."
+    """Retention of one task in every replicate of every cell; NaN where the dense model got nothing
+    right."""
     sums = weights @ values
-    return task_retention(task, np.broadcast_to(sums[:, :1], sums[:, 1:].shape), sums[:, 1:], measure)
+    return task_retention(
+        task, np.broadcast_to(sums[:, :1], sums[:, 1:].shape), sums[:, 1:], measure
+    )
 
 # %% ../../nbs/statistics/02_replicates.ipynb #d1f5d472
 def in_accuracy(task: str) -> bool:
-    "Whether a task counts in the averaged commonsense accuracy, the summary that the field usually reports."
+    """Whether a task counts in the averaged commonsense accuracy, the summary that the field
+    usually reports."""
     return TASKS[task].dimension == "Commonsense" and TASKS[task].scored_by == "accuracy"
 
 BLOCK = 1000  # replicates at a time: what lies in between stays small, which is faster (ours)
 
+# %% ../../nbs/statistics/02_replicates.ipynb #5283ca9c
 def _mean(tables: list[np.ndarray], missing: np.ndarray) -> np.ndarray:
     return np.mean(tables, axis=0) if tables else missing
 
+# %% ../../nbs/statistics/02_replicates.ipynb #55554fa6
 def outcome_replicates(tasks: dict[str, np.ndarray],   # from `item_values`
-                       rights: dict[str, np.ndarray],  # the same of rights and wrongs, for the averaged accuracy
+                       # the same of rights and wrongs, for the averaged accuracy
+                       rights: dict[str, np.ndarray],
                        n_boot: int, seed: int, measure: str = "plain"
                       ) -> np.ndarray:                 # [1 + B, cells, outcomes]
     "Every outcome of every cell, with replicates; NaN where no task measures it."
     counted = [t for t in rights if in_accuracy(t)]
-    weights = {t: draws(len((tasks | rights)[t]), n_boot, seed, t) for t in dict.fromkeys([*tasks, *counted])}
+    weights = {
+        t: draws(len((tasks | rights)[t]), n_boot, seed, t)
+        for t in dict.fromkeys([*tasks, *counted])
+    }
     found = np.empty((n_boot + 1, next(iter(tasks.values())).shape[1] - 1, len(OUTCOMES)))
     for start in range(0, n_boot + 1, BLOCK):
         rows = np.arange(start, min(start + BLOCK, n_boot + 1))
         kept: dict[str, list[np.ndarray]] = {d: [] for d in DIMENSIONS}
-        for task, values in tasks.items():  # the first row always goes along: as measured, which is what is checked
-            kept[TASKS[task].dimension].append(task_replicates(task, values, weights[task][[0, *rows]], measure)[1:])
+        # the first row always goes along: as measured, which is what is checked
+        for task, values in tasks.items():
+            kept[TASKS[task].dimension].append(
+                task_replicates(task, values, weights[task][[0, *rows]], measure)[1:]
+            )
         accuracies = [weights[t][rows] @ rights[t][:, 1:] / len(rights[t]) for t in counted]
         missing = np.full((len(rows), found.shape[1]), np.nan)
         dimensions = [_mean(tables, missing) for tables in kept.values()]
-        outcomes = [*dimensions, _mean(dimensions, missing), np.min(dimensions, axis=0), _mean(accuracies, missing)]
+        outcomes = [
+            *dimensions,
+            _mean(dimensions, missing),
+            np.min(dimensions, axis=0),
+            _mean(accuracies, missing),
+        ]
         np.stack(outcomes, -1, out=found[start:start + BLOCK])
     return found
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c9296c20
-def items_behind(tasks: dict[str, np.ndarray], rights: dict[str, np.ndarray]  # as in `outcome_replicates`
+# as in `outcome_replicates`
+def items_behind(tasks: dict[str, np.ndarray], rights: dict[str, np.ndarray]
                 ) -> dict[str, int]:
     "How many items each outcome rests on."
-    sizes = {d: sum(len(v) for t, v in tasks.items() if TASKS[t].dimension == d) for d in DIMENSIONS}
+    sizes = {
+        d: sum(len(v) for t, v in tasks.items() if TASKS[t].dimension == d) for d in DIMENSIONS
+    }
     every = sum(sizes.values())
-    return sizes | dict(Total=every, Worst=every, Accuracy=sum(len(v) for t, v in rights.items() if in_accuracy(t)))
+    return sizes | dict(
+        Total=every, Worst=every, Accuracy=sum(len(v) for t, v in rights.items() if in_accuracy(t))
+    )
 
+# %% ../../nbs/statistics/02_replicates.ipynb #fcec9824
 def scored_by(tasks: Collection[str], dimension: str, measure: str = "plain") -> str:
     "How the tasks of a dimension are scored; empty if there are none."
-    kinds = {"bits per byte" if metric_of(TASKS[t], measure) == "bits" else "accuracy above chance"
-             if MEASURES[measure].beyond_chance else "accuracy" for t in tasks if TASKS[t].dimension == dimension}
+    kinds = {
+        "bits per byte" if metric_of(TASKS[t], measure) == "bits" else
+        "accuracy above chance" if MEASURES[measure].beyond_chance else "accuracy" for t in tasks
+        if TASKS[t].dimension == dimension}
     return " and ".join(sorted(kinds))
 
+# %% ../../nbs/statistics/02_replicates.ipynb #540d73fa
 def bootstrap_retention(study: dict[str, Result],
                         n_boot: int = N_BOOT, seed: int = 0,
                         measure: str = "plain"  # see `evaluation.measures`
@@ -192,42 +250,56 @@ def bootstrap_retention(study: dict[str, Result],
     tasks = {name: values for name, values in tasks.items() if name not in left_out}
     for name in nothing_right(of_dense(rights)): rights.pop(name)
     if not tasks:
-        raise CalibPruneError(f"No task of this study can be scored by measure {measure}: {MEASURES[measure].about}. "
-                              f"The dense model is not clearly above chance in {', '.join(left_out)}.")
+        raise CalibPruneError(
+            f"No task of this study can be scored by measure {measure}: {MEASURES[measure].about}. "
+            f"The dense model is not clearly above chance in {', '.join(left_out)}."
+        )
     scored = {d: scored_by(tasks, d, measure) for d in DIMENSIONS}
-    return Replicates(cells.assign(draws=1, noise="items only"), outcome_replicates(tasks, rights, n_boot, seed, measure),
+    return Replicates(cells.assign(draws=1, noise="items only"),
+                      outcome_replicates(tasks, rights, n_boot, seed, measure),
                       items_behind(tasks, rights), scored, left_out, measure)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #4c8a0c95
 def draw_groups(cells: Replicates) -> dict[tuple, list[int]]:  # strategy and coordinates → its rows
     "Which cells are draws of the same strategy in the same setting."
     groups: dict[tuple, list[int]] = {}
-    for i, key in enumerate(cells.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)):
+    for i, key in enumerate(
+        cells.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
+    ):
         groups.setdefault(key, []).append(i)
     return groups
 
-def setting_groups(cells: Replicates) -> dict[tuple, list[list[int]]]:  # coordinates → the rows of each strategy
+# %% ../../nbs/statistics/02_replicates.ipynb #caeea1e9
+def setting_groups(cells: Replicates
+                  ) -> dict[tuple, list[list[int]]]:  # coordinates → the rows of each strategy
     "Which cells are draws of the same strategy, setting by setting."
     found: dict[tuple, list[list[int]]] = {}
-    for (_, *where), rows in draw_groups(cells).items(): found.setdefault(tuple(where), []).append(rows)
+    for (_, *where), rows in draw_groups(cells).items():
+        found.setdefault(tuple(where), []).append(rows)
     return found
 
+# %% ../../nbs/statistics/02_replicates.ipynb #b57e3636
 def deviations(values: np.ndarray,         # [..., cells, outcomes]
                groups: list[list[int]]     # rows of each strategy
-              ) -> np.ndarray:             # [..., draws, outcomes], of strategies with two draws and more
-    "How far draws lie from their strategy's mean, scaled so that their mean square is the variance between draws."
+              # [..., draws, outcomes], of strategies with two draws and more
+              ) -> np.ndarray:
+    """How far draws lie from their strategy's mean, scaled so that their mean square is the
+    variance between draws."""
     found = []
     for rows in groups:
         if len(rows) < 2: continue
         drawn = values[..., rows, :]
-        found.append((drawn - drawn.mean(-2, keepdims=True)) * math.sqrt(len(rows) / (len(rows) - 1)))
+        found.append(
+            (drawn - drawn.mean(-2, keepdims=True)) * math.sqrt(len(rows) / (len(rows) - 1))
+        )
     return np.concatenate(found, -2) if found else values[..., :0, :]
 
 # %% ../../nbs/statistics/02_replicates.ipynb #60bb47f2
 SPREAD = [*COORDINATES, "dimension", "seen", "items", "sd", "items_sd", "draws", "freedom"]
 
 def draw_spread(cells: Replicates) -> pd.DataFrame:  # columns `SPREAD`
-    "Variance between calibration draws in each setting, pooled over strategies: as seen, the items' part, and the rest as `sd`."
+    """Variance between calibration draws in each setting, pooled over strategies: as seen, the
+    items' part, and the rest as `sd`."""
     found = []
     for where, groups in setting_groups(cells).items():
         squares = deviations(cells.values, groups) ** 2
@@ -235,10 +307,16 @@ def draw_spread(cells: Replicates) -> pd.DataFrame:  # columns `SPREAD`
         seen = squares[0].mean(0)
         items = np.maximum(squares[1:].mean((0, 1)) - seen, 0)  # what resampling items adds
         sizes = [len(rows) for rows in groups if len(rows) > 1]
-        about = dict(zip(COORDINATES, where)) | dict(draws=sum(sizes), freedom=sum(sizes) - len(sizes))
+        about = dict(zip(COORDINATES, where)) | dict(
+            draws=sum(sizes), freedom=sum(sizes) - len(sizes)
+        )
         for outcome, s, i in zip(OUTCOMES, seen, items):
             if outcome == "Worst" or math.isnan(s): continue
-            found.append(about | dict(dimension=outcome, seen=s, items=i, sd=math.sqrt(max(s - i, 0)), items_sd=math.sqrt(i)))
+            found.append(about | dict(dimension=outcome,
+                                      seen=s,
+                                      items=i,
+                                      sd=math.sqrt(max(s - i, 0)),
+                                      items_sd=math.sqrt(i)))
     return pd.DataFrame(found, columns=SPREAD)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #e42889ca
@@ -250,8 +328,11 @@ def draw_variances(spread: pd.DataFrame,       # of one setting, from `draw_spre
     seen, items, freedom = (known[k].to_numpy(float) for k in ("seen", "items", "freedom"))
     u = 1 - rng.random((n_boot, len(OUTCOMES)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        most = chi2.cdf(freedom * seen / items, freedom)  # beyond it the variance between draws would be negative
-        return np.nan_to_num(freedom * seen / chi2.ppf(u * most, freedom) - items, nan=0.0, posinf=0.0)
+        # beyond it the variance between draws would be negative
+        most = chi2.cdf(freedom * seen / items, freedom)
+        return np.nan_to_num(
+            freedom * seen / chi2.ppf(u * most, freedom) - items, nan=0.0, posinf=0.0
+        )
 
 # %% ../../nbs/statistics/02_replicates.ipynb #6065ae7d
 @dataclass(frozen=True)
@@ -266,7 +347,8 @@ class DrawNoise:
         return self.shapes[taken].mean(1) * np.sqrt(self.variances)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #f338130c
-def draw_noise(cells: Replicates, seed: int) -> dict[tuple, DrawNoise]:  # by coordinates; none where no strategy has two draws
+def draw_noise(cells: Replicates, seed: int
+              ) -> dict[tuple, DrawNoise]:  # by coordinates; none where no strategy has two draws
     "The noise of draws in every setting."
     found, every = {}, draw_spread(cells)
     for where, groups in setting_groups(cells).items():
@@ -274,7 +356,9 @@ def draw_noise(cells: Replicates, seed: int) -> dict[tuple, DrawNoise]:  # by co
         if not len(pool): continue
         size = np.sqrt((pool**2).mean(0))
         shapes = np.divide(pool, size, out=np.zeros_like(pool), where=size > 0)
-        spread = every[[tuple(row[k] for k in COORDINATES) == where for row in every.to_dict("records")]]
+        spread = every[
+            [tuple(row[k] for k in COORDINATES) == where for row in every.to_dict("records")]
+        ]
         rng = np.random.default_rng([seed, zlib.crc32(f"spread {where}".encode())])
         found[where] = DrawNoise(shapes, draw_variances(spread, len(cells.values) - 1, rng))
     return found
@@ -282,12 +366,16 @@ def draw_noise(cells: Replicates, seed: int) -> dict[tuple, DrawNoise]:  # by co
 # %% ../../nbs/statistics/02_replicates.ipynb #029bc0f2
 def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_retention`
                        seed: int = 0,
-                       only: Mapping[str, Collection[int]] | None = None  # strategy → draws that count; the spread is of all
+                       # strategy → draws that count; the spread is of all
+                       only: Mapping[str, Collection[int]] | None = None
                       ) -> Replicates:     # one row per strategy and setting
     "Mean over calibration draws, with replicates over the items and the draws."
     noise, found, groups = draw_noise(cells, seed), [], draw_groups(cells)
     if only is not None:
-        groups = {k: [i for i in index if cells.cells["seed"][i] in only.get(k[0], ())] for k, index in groups.items()}
+        groups = {
+            k: [i for i in index if cells.cells["seed"][i] in only.get(k[0], ())]
+            for k, index in groups.items()
+        }
     groups = {k: index for k, index in groups.items() if index}
     values = np.empty((len(cells.values), len(groups), len(OUTCOMES)))
     for k, ((strategy, *where), index) in enumerate(groups.items()):
@@ -296,19 +384,26 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
             rng = np.random.default_rng([seed, zlib.crc32(f"{strategy} {where}".encode())])
             mean[1:] += here.of_mean(len(index), rng)
         mean[:, WORST] = mean[:, :len(DIMENSIONS)].min(1)
-        about = dict(draws=len(index), noise="items and draws" if here is not None else "items only")
+        about = dict(
+            draws=len(index), noise="items and draws" if here is not None else "items only"
+        )
         found.append(cells.cells.iloc[index[0]].drop("seed").to_dict() | about)
         values[:, k] = mean
     return replace(cells, cells=pd.DataFrame(found, dtype=object), values=values)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #0dcc4067
-def retention_summary(found: Replicates) -> pd.DataFrame:  # strategy, coordinates, dimension, retention, ci_low, ci_high, …
-    "What every strategy kept, tidy, with 95% intervals, the items and draws behind them, and which noise the interval has."
+# strategy, coordinates, dimension, retention, ci_low, ci_high, …
+def retention_summary(found: Replicates) -> pd.DataFrame:
+    """What every strategy kept, tidy, with 95% intervals, the items and draws behind them, and
+    which noise the interval has."""
     rows = []
     for i, cell in enumerate(found.cells.to_dict("records")):
         for j, outcome in enumerate(OUTCOMES):
             low, high = interval(found.values[1:, i, j])
-            rows.append(cell | dict(dimension=outcome, retention=found.values[0, i, j], ci_low=low, ci_high=high,
+            rows.append(cell | dict(dimension=outcome,
+                                    retention=found.values[0, i, j],
+                                    ci_low=low,
+                                    ci_high=high,
                                     n_items=found.items[outcome]))
     return pd.DataFrame(rows).infer_objects()
 
@@ -327,17 +422,23 @@ def paired_difference(found: Replicates, a: str, b: str  # names of strategies
         delta = here.of(a, **at) - here.of(b, **at)
         for j, outcome in enumerate(OUTCOMES):
             low, high = interval(delta[1:, j])
-            rows.append(at | dict(dimension=outcome, difference=delta[0, j], ci_low=low, ci_high=high,
-                                  n_items=found.items[outcome], noise=here.noise))
+            rows.append(at | dict(dimension=outcome,
+                                  difference=delta[0, j],
+                                  ci_low=low,
+                                  ci_high=high,
+                                  n_items=found.items[outcome],
+                                  noise=here.noise))
     return pd.DataFrame(rows, columns=PAIRED)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #bbfcfd72
 def noise_variance(values: np.ndarray  # [1 + B, strategies, outcomes]
-                  ) -> np.ndarray:     # [outcomes]; NaN where over 1% of the replicates have no value
+                  # [outcomes]; NaN where over 1% of the replicates have no value
+                  ) -> np.ndarray:
     "The variance over strategies that noise alone gives."
     each = (values[1:] - values[0]).var(1, ddof=1)
     return np.where(np.isnan(each).mean(0) > 0.01, np.nan, pd.DataFrame(each).mean())
 
+# %% ../../nbs/statistics/02_replicates.ipynb #0c9aa690
 def without_noise(values: np.ndarray  # [1 + B, strategies, outcomes]
                  ) -> np.ndarray:     # [1 + B, outcomes]
     "The range over strategies, shrunk to what it would be without the noise of items and draws."
@@ -349,10 +450,15 @@ def without_noise(values: np.ndarray  # [1 + B, strategies, outcomes]
 
 # %% ../../nbs/statistics/02_replicates.ipynb #b3b6a082
 def spread(found: Replicates, **at  # one setting
-          ) -> pd.DataFrame:        # dimension, spread, by_chance, true_spread and its ci_low, ci_high, lowest, highest, n
-    "How far apart the strategies of a setting lie, in every dimension and in averaged commonsense accuracy."
+          # dimension, spread, by_chance, true_spread and its ci_low, ci_high, lowest, highest, n
+          ) -> pd.DataFrame:
+    """How far apart the strategies of a setting lie, in every dimension and in averaged commonsense
+    accuracy."""
     here = found.where(**at)
-    if len(here.cells) < 2: raise CalibPruneError(f"A spread needs two strategies or more, but {at} has {len(here.cells)}.")
+    if len(here.cells) < 2:
+        raise CalibPruneError(
+            f"A spread needs two strategies or more, but {at} has {len(here.cells)}."
+        )
     measured, real = here.values[0], without_noise(here.values)
     chance = pd.DataFrame(np.ptp(here.values[1:] - measured, axis=1)).mean()
     names, rows = here.cells["strategy"].to_numpy(), []
@@ -360,61 +466,91 @@ def spread(found: Replicates, **at  # one setting
         seen = np.ptp(measured[:, j])
         if np.isnan(seen): continue
         low, high = interval(real[1:, j])
-        rows.append(dict(dimension=outcome, spread=seen, by_chance=chance[j], true_spread=real[0, j], ci_low=low, ci_high=high,
-                         lowest=names[measured[:, j].argmin()], highest=names[measured[:, j].argmax()], n=len(names)))
+        rows.append(
+            dict(dimension=outcome,
+                 spread=seen,
+                 by_chance=chance[j],
+                 true_spread=real[0, j],
+                 ci_low=low,
+                 ci_high=high,
+                 lowest=names[measured[:, j].argmin()],
+                 highest=names[measured[:, j].argmax()],
+                 n=len(names)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #725095c4
 def _scaled(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [k], [B, k]
-    "The size of each difference's noise, and the noise in these units. Quantiles: two or three draws have heavy tails."
+    """The size of each difference's noise, and the noise in these units. Quantiles: two or three
+    draws have heavy tails."""
     lost = np.isnan(delta).any(1)
-    if 0 < lost[1:].mean() <= 0.01: delta = delta[~lost | (np.arange(len(delta)) == 0)]  # as in `resampling.interval`
+    # as in `resampling.interval`
+    if 0 < lost[1:].mean() <= 0.01: delta = delta[~lost | (np.arange(len(delta)) == 0)]
     size = np.diff(np.quantile(delta[1:], norm.cdf([-1, 1]), axis=0), axis=0)[0] / 2
-    return size, np.divide(delta[1:] - delta[0], size, out=np.zeros_like(delta[1:]), where=size != 0)
+    return size, np.divide(
+        delta[1:] - delta[0], size, out=np.zeros_like(delta[1:]), where=size != 0
+    )
 
+# %% ../../nbs/statistics/02_replicates.ipynb #06feeeb7
 def simultaneous(delta: np.ndarray,       # [1 + B, k]
                  level: float = 0.95
                 ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper ends, [k]
-    "Intervals that hold for all of several differences at once: as wide as the largest of their noises needs."
+    """Intervals that hold for all of several differences at once: as wide as the largest of their
+    noises needs."""
     size, scaled = _scaled(delta)
     reach = np.quantile(np.abs(scaled).max(1), level) * size
     return delta[0] - reach, delta[0] + reach
 
+# %% ../../nbs/statistics/02_replicates.ipynb #dc948c71
 def best_of(delta: np.ndarray              # [1 + B, candidates], how far each lies above something
            ) -> tuple[float, float, float]:  # estimate, and an interval that allows for the choice
     "The largest of several differences."
     size, scaled = _scaled(delta)
     reach = np.quantile(scaled.max(1), 0.975), np.quantile((-scaled).max(1), 0.975)
-    return float(delta[0].max()), float((delta[0] - reach[0] * size).max()), float((delta[0] + reach[1] * size).max())
+    return float(delta[0].max()), float((delta[0] - reach[0] * size).max()), float(
+        (delta[0] + reach[1] * size).max())
 
 # %% ../../nbs/statistics/02_replicates.ipynb #3f9c51d2
 def significant_sign(low: Any, high: Any  # ends of intervals, of the same shape
-                    ) -> np.ndarray:      # 1 or −1; 0 where the interval includes 0, or there is none
+                    # 1 or −1; 0 where the interval includes 0, or there is none
+                    ) -> np.ndarray:
     "The sign of each difference whose interval excludes 0: what a title or a colour may state."
     low, high = np.asarray(low, float), np.asarray(high, float)
     return np.where(low > 0, 1, np.where(high < 0, -1, 0))
 
+# %% ../../nbs/statistics/02_replicates.ipynb #7d454b3b
 def has_interval(values: np.ndarray  # [1 + B, strategies, outcomes]
                 ) -> np.ndarray:     # [outcomes]
     "Which outcomes have an interval for every strategy: see `resampling.interval`."
     return (np.isnan(values).mean(0) <= 0.01).all(0)
 
-def lead_of_best(values: np.ndarray                 # [1 + B, strategies, outcomes], two strategies or more
-                ) -> tuple[np.ndarray, np.ndarray]:  # [outcomes] index of the best; lower end of its lead over all others
-    "How far the best strategy of each outcome is above all others; simultaneous for all pairs, so the choice is allowed for."
+# %% ../../nbs/statistics/02_replicates.ipynb #6b6f9657
+# [1 + B, strategies, outcomes], two strategies or more
+def lead_of_best(values: np.ndarray
+                # [outcomes] index of the best; lower end of its lead over all others
+                ) -> tuple[np.ndarray, np.ndarray]:
+    """How far the best strategy of each outcome is above all others; simultaneous for all pairs, so
+    the choice is allowed for."""
     n = values.shape[1]
     first, second = np.triu_indices(n, 1)
     low, high = simultaneous((values[:, first] - values[:, second]).reshape(len(values), -1))
     ends = np.full((n, n, values.shape[2]), np.inf)  # [i, j]: lower end of i − j
-    ends[first, second], ends[second, first] = low.reshape(len(first), -1), -high.reshape(len(first), -1)
+    ends[first, second], ends[second, first] = low.reshape(len(first), -1), -high.reshape(
+        len(first), -1
+    )
     best = values[0].argmax(0)
     return best, ends[best, :, np.arange(values.shape[2])].min(1)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #2084f9b8
 def shortfall(values: np.ndarray                # [1 + B, sources, dimensions], retention
-             ) -> tuple[float, float, float]:   # estimate, ci_low, ci_high; 0 if one source is best in all dimensions
-    "How much even the most versatile source lacks, in its weakest dimension, of the best other source."
+             # estimate, ci_low, ci_high; 0 if one source is best in all dimensions
+             ) -> tuple[float, float, float]:
+    """How much even the most versatile source lacks, in its weakest dimension, of the best other
+    source."""
     sources = range(values.shape[1])
-    gaps = [best_of((np.delete(values, s, 1) - values[:, s:s + 1]).reshape(len(values), -1)) for s in sources]
-    estimate, low, high = np.maximum(0, np.min(gaps, axis=0))  # unlike `max` and `min`, these keep NaN
+    gaps = [
+        best_of((np.delete(values, s, 1) - values[:, s : s + 1]).reshape(len(values), -1))
+        for s in sources
+    ]
+    # unlike `max` and `min`, these keep NaN
+    estimate, low, high = np.maximum(0, np.min(gaps, axis=0))
     return float(estimate), float(low), float(high)

@@ -20,19 +20,26 @@ from ..core import DIMENSIONS
 from ..evaluation.measures import MEASURES, at_chance, not_scored
 from ..evaluation.scoring import ENDINGS, ending_notes
 from ..evaluation.tasks import TASKS
+from ..pruning.masks import parse_sparsity
+from ..resampling import N_BOOT
 from .examples import example_items
 from .plots import method_label, sparsity_label
-from .replicates import (COORDINATES, OUTCOMES, Replicates, as_strategy,
-                                           bootstrap_retention, strategy_retention)
+from calib_prune.statistics.replicates import (
+    COORDINATES,
+    OUTCOMES,
+    Replicates,
+    as_strategy,
+    bootstrap_retention,
+    strategy_retention,
+)
 from .tables import listed, mix_note, overlap_note, overlaps
-from ..resampling import N_BOOT
-from ..pruning.masks import parse_sparsity
 from ..study.presets import Cell, cells
 from ..study.results import Result
 
 # %% ../../nbs/statistics/06_selection.ipynb #1c850393
 def example_results(preset: dict[str, Any],
-                    kept: dict[str, Sequence[float]],  # strategy → retention of the four dimensions at 60%
+                    # strategy → retention of the four dimensions at 60%
+                    kept: dict[str, Sequence[float]],
                     n: int = 100,                      # items per task
                     draw_sd: float = 0.02, seed: int = 0,
                     ablations: bool = False            # these as well
@@ -40,9 +47,11 @@ def example_results(preset: dict[str, Any],
     "A made-up study for a preset: what is lost grows in proportion to the sparsity."
     rng, study = np.random.default_rng(seed), {}
     for cell in cells(preset, ablations):
-        mine = 1 - (1 - np.array(kept.get(cell.strategy, (1,) * 4))) * parse_sparsity(cell.sparsity)[0] / 0.6
+        mine = 1 - (1 - np.array(kept.get(cell.strategy,
+                                          (1, ) * 4))) * parse_sparsity(cell.sparsity)[0] / 0.6
         noise = draw_sd * rng.normal(size=4) * (cell.strategy != "dense")
-        items = example_items(np.clip(mine + noise, 0.01, 1), n, rng) if cell.strategy != "dense" else example_items(mine, n)
+        items = example_items(np.clip(mine + noise, 0.01, 1), n,
+                              rng) if cell.strategy != "dense" else example_items(mine, n)
         study[cell.name] = Result(asdict(cell), pd.DataFrame(), items, {})
     return study
 
@@ -52,10 +61,13 @@ def main_sparsity(preset: dict[str, Any],
                  ) -> float | str:
     "The sparsity at which most strategies are pruned; the highest of several."
     planned = cells(preset)[1:]
-    pruned = {(c.sparsity, c.strategy) for c in [c for c in planned if c.method == method] or planned}
+    pruned = {
+        (c.sparsity, c.strategy) for c in [c for c in planned if c.method == method] or planned
+    }
     levels = [sparsity for sparsity, _ in pruned]
     return max(sorted(set(levels), key=str), key=lambda o: (levels.count(o), parse_sparsity(o)[0]))
 
+# %% ../../nbs/statistics/06_selection.ipynb #367bbc4e
 def main_cells(preset: dict[str, Any]) -> list[Cell]:
     "The cells of the main comparison: the preset's size of the calibration set, main sparsity."
     at = preset["calibration"]["windows"], main_sparsity(preset)
@@ -68,25 +80,31 @@ def varied(among: Iterable[Cell], what: str) -> list[Cell]:
     for c in among: found.setdefault((c.strategy, c.method), set()).add(getattr(c, what))
     return [c for c in among if len(found[c.strategy, c.method]) > 1]
 
+# %% ../../nbs/statistics/06_selection.ipynb #023e5613
 def default_size_cells(preset: dict[str, Any]) -> list[Cell]:
     "The pruned cells whose calibration sets have the preset's own size."
     return [c for c in cells(preset)[1:] if c.windows == preset["calibration"]["windows"]]
 
+# %% ../../nbs/statistics/06_selection.ipynb #3c7cdb52
 def sweep_cells(preset: dict[str, Any]) -> list[Cell]:
-    "The cells of the preset's size, of methods that prune some strategy to several sparsities; patterns n:m are left out."
+    """The cells of the preset's size, of methods that prune some strategy to several sparsities;
+    patterns n:m are left out."""
     at_size = [c for c in default_size_cells(preset) if not parse_sparsity(c.sparsity)[1]]
     methods = {c.method for c in varied(at_size, "sparsity")}
     return [c for c in at_size if c.method in methods]
 
+# %% ../../nbs/statistics/06_selection.ipynb #799b485b
 def size_cells(preset: dict[str, Any]) -> list[Cell]:
     "The cells of strategies whose calibration sets have several sizes, at the main sparsity."
     return varied([c for c in cells(preset)[1:] if c.sparsity == main_sparsity(preset)], "windows")
 
 # %% ../../nbs/statistics/06_selection.ipynb #f0c3115a
-FRONT = ("c4", "codeio", "math", "uniform", "igsp")  # web text, code, problems, their mix, self-generated text
+# web text, code, problems, their mix, self-generated text
+FRONT = ("c4", "codeio", "math", "uniform", "igsp")
 
 def front_cells(preset: dict[str, Any]) -> list[Cell]:
-    "Five calibration sets under the first method, at the lowest sparsity that most strategies have."
+    """Five calibration sets under the first method, at the lowest sparsity that most strategies
+    have."""
     planned = default_size_cells(preset)
     if not planned: return []
     mine = [c for c in planned if c.method == planned[0].method]
@@ -98,8 +116,9 @@ def front_cells(preset: dict[str, Any]) -> list[Cell]:
     return [c for c in mine if c.sparsity == lowest and c.strategy in shown]
 
 # %% ../../nbs/statistics/06_selection.ipynb #b0d849b5
-NOTHING = Replicates(pd.DataFrame(columns=["strategy", "mix", "source_dimension", *COORDINATES, "draws", "noise"]),
-                     np.empty((1, 0, len(OUTCOMES))), dict.fromkeys(OUTCOMES, 0), {})
+NOTHING = Replicates(
+    pd.DataFrame(columns=["strategy", "mix", "source_dimension", *COORDINATES, "draws", "noise"]),
+    np.empty((1, 0, len(OUTCOMES))), dict.fromkeys(OUTCOMES, 0), {})
 
 @dataclass(frozen=True)
 class Measured:
@@ -109,28 +128,37 @@ class Measured:
     cells: Replicates         # one row per cell
     found: Replicates         # one row per strategy and setting
 
+# %% ../../nbs/statistics/06_selection.ipynb #78ae8c05
 def in_settings(study: dict[str, Result], wanted: Iterable[Cell]) -> dict[str, Result]:
     "The dense model and all that was pruned in the settings of some cells."
     settings = {(as_strategy(c.strategy, c.method)[1], c.sparsity, c.windows) for c in wanted}
     def among(o: dict[str, Any]) -> bool:  # a record
-        return o["strategy"] == "dense" or (as_strategy(o["strategy"], o["method"])[1], o["sparsity"], o["windows"]) in settings
+        return (
+            o["strategy"] == "dense"
+            or (as_strategy(o["strategy"], o["method"])[1], o["sparsity"], o["windows"]) in settings
+        )
     return {name: r for name, r in study.items() if among(r.record)}
 
+# %% ../../nbs/statistics/06_selection.ipynb #2310a24a
 def measured(preset: dict[str, Any], study: dict[str, Result],
              n_boot: int | None = None,  # resamples; by default the preset's
              seed: int = 0,
              measure: str = "plain",     # see `evaluation.measures`
-             wanted: Iterable[Cell] | None = None  # only the settings of these cells: faster; numbers differ by rounding
+             # only the settings of these cells: faster; numbers differ by rounding
+             wanted: Iterable[Cell] | None = None
             ) -> Measured:
-    "Bootstrap a whole study, ablations included: how far draws scatter in a setting is pooled over all of it."
+    """Bootstrap a whole study, ablations included: how far draws scatter in a setting is pooled
+    over all of it."""
     if wanted is not None: study = in_settings(study, wanted)
     if lacking(study): return Measured(preset, study, NOTHING, NOTHING)
     cells = bootstrap_retention(study, n_boot or preset.get("resamples", N_BOOT), seed, measure)
     return Measured(preset, study, cells, strategy_retention(cells, seed))
 
+# %% ../../nbs/statistics/06_selection.ipynb #109b0a0f
 def lacking(study: dict[str, Result]) -> str:
     "Why a study that is not finished says nothing yet; empty if it says something."
-    if "dense" not in study: return "The dense model has not been scored yet, so there is nothing to compare with."
+    if "dense" not in study:
+        return "The dense model has not been scored yet, so there is nothing to compare with."
     return "No pruned model has been scored yet." if len(study) < 2 else ""
 
 # %% ../../nbs/statistics/06_selection.ipynb #0a666ab8
@@ -150,19 +178,24 @@ class Part:
         "Copied when it is asked for: few tables need it, and it is large."
         return _chosen(self.whole.cells, self.wanted, self.study)
 
+# %% ../../nbs/statistics/06_selection.ipynb #12d75d31
 def _chosen(found: Replicates, wanted: list[Cell], run: dict[str, Result]) -> Replicates:
     "The rows of those of the wanted cells that have been run."
     if lacking(run): return NOTHING
-    keys = {(*as_strategy(c.strategy, c.method), c.sparsity, c.windows) for c in wanted if c.name in run}
+    keys = {
+        (*as_strategy(c.strategy, c.method), c.sparsity, c.windows) for c in wanted if c.name in run
+    }
     rows = found.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
     return found.rows([key in keys for key in rows])
 
+# %% ../../nbs/statistics/06_selection.ipynb #e278424e
 def take(whole: Measured, wanted: list[Cell]) -> Part:
     "The part of a study that consists of these cells."
     names = {"dense", *(c.name for c in wanted)}
     run = {name: r for name, r in whole.study.items() if name in names}
     return Part(whole, wanted, run, _chosen(whole.found, wanted, run))
 
+# %% ../../nbs/statistics/06_selection.ipynb #1216035c
 def grid_part(whole: Measured) -> Part:
     "The cells of the preset's grid, without its ablations."
     return take(whole, cells(whole.preset)[1:])
@@ -178,25 +211,36 @@ def draw_counts(wanted: list[Cell]) -> pd.Series:
     "The number of draws per strategy, sparsity and size."
     return pd.Series([(c.strategy, str(c.sparsity), c.windows) for c in wanted]).value_counts()
 
+# %% ../../nbs/statistics/06_selection.ipynb #3da86144
 def draws_so_far(part: Part) -> list[str]:
     "How many draws per strategy and setting have been run, and how many are planned; by method."
     said = []
     for method in dict.fromkeys(c.method for c in part.wanted):
         of_method = [c for c in part.wanted if c.method == method]
-        planned, run = draw_counts(of_method), draw_counts([c for c in of_method if c.name in part.study])
-        said.append(f"{method_label(method)} {span(run.reindex(planned.index, fill_value=0), '–')} of {span(planned, '–')}")
+        planned, run = draw_counts(of_method), draw_counts(
+            [c for c in of_method if c.name in part.study]
+        )
+        said.append(
+            f"{method_label(method)} {span(run.reindex(planned.index, fill_value=0), '–')} of"
+            f" {span(planned, '–')}"
+        )
     return said
 
+# %% ../../nbs/statistics/06_selection.ipynb #6de926b1
 def missing_note(part: Part) -> str:  # empty if nothing is missing
     "What has not been run yet."
     run = sum(c.name in part.study for c in part.wanted)
     if run == len(part.wanted): return ""
-    return f"Not complete: {run} of {len(part.wanted)} cells have been run; draws per setting: {', '.join(draws_so_far(part))}."
+    return (
+        f"Not complete: {run} of {len(part.wanted)} cells have been run; draws per setting:"
+        f" {', '.join(draws_so_far(part))}."
+    )
 
 # %% ../../nbs/statistics/06_selection.ipynb #fc2598f5
 def drawn_settings(cells: pd.DataFrame  # of `statistics.strategy_retention`
                   ) -> str:
-    "The settings whose intervals include draws; where only some sizes of the calibration set do, those are named."
+    """The settings whose intervals include draws; where only some sizes of the calibration set do,
+    those are named."""
     said = []
     for method, mine in cells.groupby("method", sort=False):
         levels = []
@@ -204,18 +248,23 @@ def drawn_settings(cells: pd.DataFrame  # of `statistics.strategy_retention`
             here = mine[mine["sparsity"] == sparsity]
             drawn = here[here["noise"] == "items and draws"]
             if drawn.empty: continue
-            sizes = "" if len(drawn) == len(here) else f" with {listed(sorted(drawn['windows']))} windows"
+            sizes = "" if len(drawn) == len(
+                here) else f" with {listed(sorted(drawn['windows']))} windows"
             levels.append(sparsity_label(sparsity) + sizes)
         if levels: said.append(f"{method_label(method)} {listed(levels)}")
     return "; ".join(said)
 
+# %% ../../nbs/statistics/06_selection.ipynb #a8df5905
 def interval_note(found: Replicates) -> str:
     "Which noise the intervals include, and in which settings."
     drawn = found.cells["noise"] == "items and draws"
     if drawn.all(): return "95% intervals are over items (paired) and calibration draws."
-    if not drawn.any(): return "95% intervals are over items (paired) only, as no strategy has a second draw yet."
-    return ("95% intervals are over items (paired), and over calibration draws where some strategy has two "
-            f"({drawn_settings(found.cells)}); elsewhere over items only.")
+    if not drawn.any():
+        return "95% intervals are over items (paired) only, as no strategy has a second draw yet."
+    return (
+        "95% intervals are over items (paired), and over calibration draws where some strategy has"
+        f" two ({drawn_settings(found.cells)}); elsewhere over items only."
+    )
 
 # %% ../../nbs/statistics/06_selection.ipynb #dfe3fd4e
 def setting_note(part: Part) -> str:
@@ -223,43 +272,72 @@ def setting_note(part: Part) -> str:
     if not part.wanted: return "The preset plans no cell for this."
     sizes, model = span(c.windows for c in part.wanted), part.preset["model"]
     levels = [sparsity_label(o) for o in sorted({c.sparsity for c in part.wanted}, key=str)]
-    said = [f"{model}; {sizes} windows of {part.preset['calibration']['length']} tokens; "
-            f"{listed(method_label(as_strategy(c.strategy, c.method)[1]) for c in part.wanted)}; sparsity {listed(levels)}."]
+    said = [
+        f"{model}; {sizes} windows of {part.preset['calibration']['length']} tokens;"
+        f" {listed(method_label(as_strategy(c.strategy, c.method)[1]) for c in part.wanted)};"
+        f" sparsity {listed(levels)}."
+    ]
     if len(part.found.cells):
         draws = span(part.found.cells["draws"])
-        said += [f"{draws} calibration draw{'s' * (draws != '1')} per strategy; {part.found.items['Total']:,} items.",
-                 interval_note(part.found)]
+        said += [
+            (
+                f"{draws} calibration draw{'s' * (draws != '1')} per strategy;"
+                f" {part.found.items['Total']:,} items."
+            ),
+            interval_note(part.found),
+        ]
     return " ".join([*said, missing_note(part)]).strip()
 
 # %% ../../nbs/statistics/06_selection.ipynb #9386a833
 _FORMULA = {"plain": "pruned / dense for accuracies, dense / pruned for bits per byte",
             "answer-bits": "bits per byte of the right answers, dense / pruned",
             "above-chance": "accuracies above what guessing gets, pruned / dense"}
-_GUESSING = {"plain": " Guessing counts: an accuracy's retention falls little below chance / dense."}
+_GUESSING = {
+    "plain": " Guessing counts: an accuracy's retention falls little below chance / dense."
+}
 
 def scoring_note(part: Part) -> str:
     "How retention is defined, and on how many items."
     found = part.found
-    each = "; ".join(f"{d}: {found.scored[d]}, {found.items[d]} items" for d in DIMENSIONS if found.items[d])
+    each = "; ".join(
+        f"{d}: {found.scored[d]}, {found.items[d]} items" for d in DIMENSIONS if found.items[d]
+    )
     if not each: return ""
-    left_out = f" Left out, as the dense model has nothing to lose there: {listed(found.left_out)}." if found.left_out else ""
+    left_out = (
+        f" Left out, as the dense model has nothing to lose there: {listed(found.left_out)}."
+        if found.left_out
+        else ""
+    )
     passed = not_scored(part.study["dense"].items, found.measure)
-    if passed: left_out += f" Not scored by {MEASURES[found.measure].label.lower()}: {listed(passed)}."
-    return (f"{MEASURES[found.measure].label}: retention is in % of the dense model's score, {_FORMULA[found.measure]} "
-            f"({each}).{_GUESSING.get(found.measure, '')} Total is the mean of the dimensions.{left_out}")
+    if passed:
+        left_out += f" Not scored by {MEASURES[found.measure].label.lower()}: {listed(passed)}."
+    return (
+        f"{MEASURES[found.measure].label}: retention is in % of the dense model's score,"
+        f" {_FORMULA[found.measure]} ({each}).{_GUESSING.get(found.measure, '')} Total is the mean"
+        f" of the dimensions.{left_out}"
+    )
 
 # %% ../../nbs/statistics/06_selection.ipynb #b5a02d84
 def weak_note(part: Part) -> str:
-    "The tasks that count, though the dense model has few right answers beyond guessing; empty if none, or nothing is pruned yet."
+    """The tasks that count, though the dense model has few right answers beyond guessing; empty if
+    none, or nothing is pruned yet."""
     if part.found.measure != "plain" or not len(part.found.cells): return ""
     dense = part.study["dense"].items
-    right = dense[dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric)].groupby("task")["value"].agg(["sum", "size"])
+    right = dense[dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric)].groupby(
+        "task")["value"].agg(["sum", "size"])
     near = [o for o in at_chance(dense) if o not in part.found.left_out]
     weak = [f"{o} ({right.loc[o, 'sum']:.0f} of {right.loc[o, 'size']} right)" for o in near]
-    return f"These tell little, as the dense model has few right answers beyond guessing: {', '.join(weak)}." if weak else ""
+    return (
+        "These tell little, as the dense model has few right answers beyond guessing:"
+        f" {', '.join(weak)}."
+        if weak
+        else ""
+    )
 
+# %% ../../nbs/statistics/06_selection.ipynb #b3d24deb
 def endings_note(part: Part) -> str:
-    "How many written answers were cut, and how many programs ran out of time; empty if none, or where rows do not say so."
+    """How many written answers were cut, and how many programs ran out of time; empty if none, or
+    where rows do not say so."""
     says = lambda o: o["metric"].isin(ENDINGS).any()
     pruned = [o.items for k, o in part.study.items() if k != "dense" and says(o.items)]
     dense = ending_notes(part.study["dense"].items) if "dense" in part.study else []
@@ -272,12 +350,17 @@ def endings_note(part: Part) -> str:
 def caption(part: Part, what: str,  # the title
             *more: str) -> str:
     "The text below a table."
-    notes = what, setting_note(part), scoring_note(part), weak_note(part), *more, mix_note(part.study), overlap_note(part.study)
+    notes = what, setting_note(part), scoring_note(part), weak_note(part), *more, mix_note(
+        part.study), overlap_note(part.study)
     return " ".join(o for o in notes if o)
 
+# %% ../../nbs/statistics/06_selection.ipynb #3e0132f9
 def footnote(part: Part) -> str:
     "The text below a figure."
     shared = overlaps(part.study)
-    said = f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
-    scored = f"Measure of retention: {MEASURES[part.found.measure].label.lower()}. " if len(part.found.cells) else ""
+    said = (
+        f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
+    )
+    scored = f"Measure of retention: {MEASURES[part.found.measure].label.lower()}. " if len(
+        part.found.cells) else ""
     return " ".join(filter(None, [scored + setting_note(part), weak_note(part)])) + said

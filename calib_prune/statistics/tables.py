@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core import DIMENSIONS, write_atomic
 from ..calibration.sources import SOURCES
-from ..study.results import Result
+from ..core import DIMENSIONS, write_atomic
 from ..evaluation.tasks import TASKS
+from ..study.results import Result
 
 # %% ../../nbs/statistics/04_tables.ipynb #7f142dcf
 def interval_text(value: float, low: float, high: float,
@@ -39,46 +39,69 @@ def listed(items: Iterable[Any]) -> str:
     *first, last = dict.fromkeys(map(str, items))
     return f"{', '.join(first)} and {last}" if first else last
 
+# %% ../../nbs/statistics/04_tables.ipynb #b7e5c7fc
 def overlaps(study: dict[str, Result]
             ) -> dict[str, str]: # by strategy: "source with benchmark, …"
     "The strategies whose calibration sources share problems with a scored benchmark."
     found = {}
     for r in study.values():
         used = set((r.record.get("calibration") or {}).get("counts", {}))
-        pairs = [f"{o} with {task}" for task in r.items["task"].unique() for o in TASKS[task].overlaps if o in used]
+        pairs = [
+            f"{o} with {task}" for task in r.items["task"].unique() for o in TASKS[task].overlaps
+            if o in used]
         if pairs: found[r.record["strategy"]] = ", ".join(pairs)
     return found
 
+# %% ../../nbs/statistics/04_tables.ipynb #e8c3a785
 def overlap_note(study: dict[str, Result]) -> str:
-    "One sentence on the strategies that share problems with a benchmark, together where they share the same; empty if none does."
+    """One sentence on the strategies that share problems with a benchmark, together where they
+    share the same; empty if none does."""
     shared = overlaps(study)
     together = {what: listed([o for o in shared if shared[o] == what]) for what in shared.values()}
     each = "; ".join(f"{strategies} ({what})" for what, strategies in together.items())
-    return f"Calibrated on sources that share problems, or their wording, with a benchmark: {each}." if shared else ""
+    return (
+        f"Calibrated on sources that share problems, or their wording, with a benchmark: {each}."
+        if shared
+        else ""
+    )
 
 # %% ../../nbs/statistics/04_tables.ipynb #c7eda9b4
 def mix_note(study: dict[str, Result]) -> str:
-    "How many windows of each dimension the mixes have. Whole windows of many sources give nearly equal shares, not equal ones."
+    """How many windows of each dimension the mixes have. Whole windows of many sources give nearly
+    equal shares, not equal ones."""
     shares = {}
     for r in study.values():
-        counts = {k: n for k, n in ((r.record.get("calibration") or {}).get("counts") or {}).items() if k in SOURCES}
+        counts = {
+            k: n
+            for k, n in ((r.record.get("calibration") or {}).get("counts") or {}).items()
+            if k in SOURCES
+        }
         if len(counts) > 1:
-            each = {d: sum(n for k, n in counts.items() if SOURCES[k].dimension == d) for d in DIMENSIONS}
+            each = {
+                d: sum(n for k, n in counts.items() if SOURCES[k].dimension == d)
+                for d in DIMENSIONS
+            }
             shares[r.record["strategy"], sum(counts.values())] = ", ".join(map(str, each.values()))
     mixes = "; ".join(f"{name} {each}" for (name, _), each in shares.items())
-    return f"Windows of General, Commonsense, Code and Math text in mixes: {mixes}." if shares else ""
+    return (
+        f"Windows of General, Commonsense, Code and Math text in mixes: {mixes}." if shares else ""
+    )
 
 # %% ../../nbs/statistics/04_tables.ipynb #7be20f16
-MATH = {"ρ": r"\rho", "χ": r"\chi", "σ": r"\sigma", "Σ": r"\Sigma", "∞": r"\infty", "−": "-", "→": r"\to", "×": r"\times",
-        "·": r"\cdot", "±": r"\pm", "≤": r"\le", "≥": r"\ge", "²": "^2", "₂": "_2", "†": r"\dagger", "<": "<", ">": ">", "|": "|"}
-LATEX = str.maketrans({o: f"${macro}$" for o, macro in MATH.items()} | {o: f"\\{o}" for o in "&%$#_{}"} |
-                      {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "—": "---",
-                       "…": r"\dots{}"})
+MATH = {
+    "ρ": r"\rho", "χ": r"\chi", "σ": r"\sigma", "Σ": r"\Sigma", "∞": r"\infty", "−": "-",
+    "→": r"\to", "×": r"\times", "·": r"\cdot", "±": r"\pm", "≤": r"\le", "≥": r"\ge", "²": "^2",
+    "₂": "_2", "†": r"\dagger", "<": "<", ">": ">", "|": "|"}
+LATEX = str.maketrans({o: f"${macro}$"
+                       for o, macro in MATH.items()} | {o: f"\\{o}" for o in "&%$#_{}"} | {
+                           "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+                           "^": r"\textasciicircum{}", "–": "--", "—": "---", "…": r"\dots{}"})
 
 def latex_text(text: str) -> str:
     "Plain text as LaTeX; a hyphen before a number is a minus."
     return re.sub(r"(?<!\w)-(?=\.?\d)", "−", text).translate(LATEX)
 
+# %% ../../nbs/statistics/04_tables.ipynb #a60f5d51
 def _latex_words(text: str) -> str:
     "A paragraph of Markdown as LaTeX."
     text = latex_text(text)
@@ -86,6 +109,7 @@ def _latex_words(text: str) -> str:
         text = re.sub(rf"{mark}(\S|\S.*?\S){mark}", rf"\\{macro}{{\1}}", text)
     return text
 
+# %% ../../nbs/statistics/04_tables.ipynb #c0225c90
 def _latex_frame(table: pd.DataFrame, **how) -> str:
     text = lambda o: latex_text(o) if isinstance(o, str) else o
     return table.map(text).rename(columns=text).to_latex(index=False, escape=False, **how)
@@ -95,25 +119,34 @@ def _latex_block(block: str) -> str:
     "A paragraph, a list or a table of Markdown as LaTeX."
     lines = block.splitlines()
     if all(o.startswith("- ") for o in lines):
-        return "\n".join([r"\begin{itemize}", *(rf"\item {_latex_words(o[2:])}" for o in lines), r"\end{itemize}"])
+        return "\n".join([
+            r"\begin{itemize}", *(rf"\item {_latex_words(o[2:])}" for o in lines),
+            r"\end{itemize}"])
     if not all(o.startswith("|") for o in lines): return _latex_words(block)
-    cuts = [i for i, o in enumerate(lines[1]) if o == "|"]  # cells may hold a bar, the line below the heads holds no other
-    head, _, *rows = [[line[a + 1:b].strip().replace(r"\|", "|") for a, b in pairwise(cuts)] for line in lines]
+    # cells may hold a bar, the line below the heads holds no other
+    cuts = [i for i, o in enumerate(lines[1]) if o == "|"]
+    head, _, *rows = [
+        [line[a + 1 : b].strip().replace(r"\|", "|") for a, b in pairwise(cuts)] for line in lines
+    ]
     return _latex_frame(pd.DataFrame(rows, columns=head))
 
 # %% ../../nbs/statistics/04_tables.ipynb #9baa3531
 LONG = 25  # lines of a table that fit on a page together with a long caption (ours)
 
 def latex_table(shown: pd.DataFrame,
-                caption: str = "",  # as of `save_table`; what follows its first paragraph is set below the table
+                # as of `save_table`; what follows its first paragraph is set below the table
+                caption: str = "",
                 label: str = ""
                ) -> str:
-    "A table as LaTeX. One too long to float breaks between pages; the caption's first sentence is for the list of tables."
+    """A table as LaTeX. One too long to float breaks between pages; the caption's first sentence is
+    for the list of tables."""
     first, *others = [o for o in caption.split("\n\n") if o.strip()] or [""]
     words = _latex_words(first)
     about = dict(caption=(words, f"{{{words.split('. ')[0]}}}"), label=label) if words else {}
     table = _latex_frame(shown, longtable=len(shown) > LONG, **about)
-    return "\n".join([r"% Preamble: \usepackage{booktabs,longtable}", table, *(_latex_block(o) + "\n" for o in others)])
+    return "\n".join([
+        r"% Preamble: \usepackage{booktabs,longtable}", table,
+        *(_latex_block(o) + "\n" for o in others)])
 
 # %% ../../nbs/statistics/04_tables.ipynb #302918d4
 def save_table(shown: pd.DataFrame,  # for people
@@ -124,9 +157,13 @@ def save_table(shown: pd.DataFrame,  # for people
     "Save a table as CSV (numbers), Markdown and LaTeX (as shown)."
     path = Path(path)
     write_atomic(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6f"))
-    write_atomic(path.with_suffix(".md"), "\n\n".join([shown.to_markdown(index=False), caption]).strip() + "\n")
+    write_atomic(
+        path.with_suffix(".md"),
+        "\n\n".join([shown.to_markdown(index=False), caption]).strip() + "\n",
+    )
     write_atomic(path.with_suffix(".tex"), latex_table(shown, caption, f"tab:{path.name}"))
 
+# %% ../../nbs/statistics/04_tables.ipynb #5b8741e6
 def status(note: str) -> pd.DataFrame:
     "A table that says why there is no other."
     return pd.DataFrame({"status": [note]})

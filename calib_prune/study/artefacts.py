@@ -11,16 +11,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # %% ../../nbs/study/01_artefacts.ipynb #8a04e8ac
-READS = {"models": "the grid's models", "ablations": "the ablations' models",
-         "metrics": "metrics of the calibration sets", "audits": "audits of text for benchmark items",
-         "ledger": "the ledger by measure"}
+READS = {
+    "models": "the grid's models", "ablations": "the ablations' models",
+    "metrics": "metrics of the calibration sets", "audits": "audits of text for benchmark items",
+    "ledger": "the ledger by measure"}
 LEDGER = "T7-measures.csv"  # what the notebook `models` reads of each study
 ENDINGS = {"T": ("csv", "md", "tex"), "F": ("pdf", "png")}
 
 @dataclass(frozen=True)
 class Artefact:
     "A table or a figure."
-    number: str    # such as "T2": T for a table, F for a figure; the parts of one table share a number
+    # such as "T2": T for a table, F for a figure; the parts of one table share a number
+    number: str
     name: str      # used in file names
     title: str
     notebook: str  # in nbs/paper, without .ipynb
@@ -31,59 +33,76 @@ class Artefact:
     def stem(self) -> str: return f"{self.number}-{self.name}"
 
     @property
-    def files(self) -> list[str]: return [*(f"{self.stem}.{end}" for end in ENDINGS[self.number[0]]), *self.beside]
+    def files(self) -> list[str]:
+        return [*(f"{self.stem}.{end}" for end in ENDINGS[self.number[0]]), *self.beside]
 
 # %% ../../nbs/study/01_artefacts.ipynb #0646947c
-METRICS, ABLATIONS, AUDITS = ("models", "metrics"), ("models", "ablations"), ("models", "ablations", "audits")
-ARTEFACTS: dict[str, Artefact] = {o.stem: o for o in (
-    Artefact("T1", "sources", "Sources and mixes, and the information metrics of their sets", "sources", METRICS),
-    Artefact("T2", "retention", "What each calibration set keeps", "main"),
-    Artefact("T2", "differences", "Mixes against single sources", "main"),
-    Artefact("T2", "over-c4", "Every calibration set against C4", "main"),
-    Artefact("F0", "front", "Retention of five calibration sets in four dimensions", "main"),
-    Artefact("F1", "retention", "Which ability each calibration set costs", "main"),
-    Artefact("F6", "strategies", "Single sources beside mixes", "main"),
-    Artefact("T3", "correlations", "Correlations between metrics and retention", "correlations", METRICS),
-    Artefact("F2", "perplexity", "Perplexity of the calibration text against retention", "correlations", METRICS),
-    Artefact("F3", "correlations", "All correlations", "correlations", METRICS),
-    Artefact("F3", "axes", "How many different things the metrics measure", "correlations", METRICS),
-    Artefact("T4", "sparsity", "Retention against sparsity", "sweep"),
-    Artefact("F4", "margin", "The margin of the mix against sparsity", "sweep"),
-    Artefact("T5", "draws", "Spread between draws and between sources", "draws"),
-    Artefact("T5", "sizes", "Retention against the size of the calibration set", "draws"),
-    Artefact("T5", "growth", "What more calibration text gains", "draws"),
-    Artefact("F5", "averaging", "What averaging hides", "draws"),
-    Artefact("T6", "contamination", "Benchmark items that the text gives away", "contamination", AUDITS),
-    Artefact("T6", "retention", "Retention without those items", "contamination", AUDITS),
-    Artefact("T7", "claims", "The claims of the paper, with verdicts", "claims", METRICS),
-    Artefact("T7", "measures", "Which verdicts depend on the measure", "claims", METRICS),
-    Artefact("T7", "models", "Which verdicts depend on the model", "models", ("ledger",)),
-    Artefact("T8", "self-generated", "Text that the model writes, beside sources and mixes", "self_generated", ABLATIONS),
-    Artefact("T8", "differences", "The same, as paired differences", "self_generated", ABLATIONS),
-    Artefact("T8", "tuning", "How the tuned shares were found", "self_generated", ABLATIONS),
-    Artefact("F8", "self-generated", "Text that the model writes, by dimension", "self_generated", ABLATIONS),
-    Artefact("T9", "ablations", "What each step of IGSP adds", "ablations", ABLATIONS),
-    Artefact("F7", "frontier", "The pool of IGSP and its choice", "ablations", ABLATIONS),
-    Artefact("T11", "measures", "Which measure can tell sources apart", "measures"),
-    Artefact("T11", "tasks", "Which task tells sources apart", "measures"),
-    Artefact("T11", "totals", "Total retention by every measure", "measures"),
-    Artefact("T11", "prompt-gain", "How much models still draw from the question", "measures"),
-    Artefact("F10", "prompt-gain", "How much models still draw from the question", "measures"),
-    Artefact("T12", "mixes", "What each mix keeps, and what the mixing law says of it", "mixing"),
-    Artefact("T12", "best", "The best mix for a need, by the mixing law", "mixing", beside=("T12-law.json",)),
-    Artefact("F11", "law", "The mixing law against measured mixes", "mixing"),
-    Artefact("T13", "thirds", "What perplexity does within a source", "perplexity"),
-    Artefact("T13", "balance", "How alike the thirds of a source are", "perplexity"),
-    Artefact("T13", "far", "What the effect of perplexity would come to between code and prose", "perplexity"),
-    Artefact("F12", "thirds", "Retention against perplexity within a source", "perplexity"),
-    Artefact("T14", "unseen", "What metrics predict at sources that they have not seen", "new_sources", METRICS),
-    Artefact("F13", "unseen", "Predicted against measured at unseen sources", "new_sources", METRICS),
-    Artefact("T15", "recipes", "What each recipe of text and method keeps", "recipe"),
-    Artefact("T15", "leads", "Whether a recipe is better than today's use, and why", "recipe"),
-    Artefact("F14", "recipes", "Recipes, in total and in the worst dimension", "recipe"),
-    Artefact("T10", "pruners", "Better pruners beside SparseGPT and Wanda", "pruners"),
-    Artefact("T10", "gains", "What better pruners gain, by dimension and calibration set", "pruners"),
-    Artefact("F9", "pruners", "What a better pruner gains against what it costs", "pruners"))}
+METRICS, ABLATIONS, AUDITS = ("models", "metrics"), ("models", "ablations"), ("models", "ablations",
+                                                                              "audits")
+ARTEFACTS: dict[str, Artefact] = {
+    o.stem: o for o in
+    (Artefact("T1", "sources", "Sources and mixes, and the information metrics of their sets",
+              "sources", METRICS),
+     Artefact("T2", "retention", "What each calibration set keeps", "main"),
+     Artefact("T2", "differences", "Mixes against single sources", "main"),
+     Artefact("T2", "over-c4", "Every calibration set against C4", "main"),
+     Artefact("F0", "front", "Retention of five calibration sets in four dimensions", "main"),
+     Artefact("F1", "retention", "Which ability each calibration set costs", "main"),
+     Artefact("F6", "strategies", "Single sources beside mixes", "main"),
+     Artefact("T3", "correlations", "Correlations between metrics and retention", "correlations",
+              METRICS),
+     Artefact("F2", "perplexity", "Perplexity of the calibration text against retention",
+              "correlations", METRICS),
+     Artefact("F3", "correlations", "All correlations", "correlations", METRICS),
+     Artefact("F3", "axes", "How many different things the metrics measure", "correlations",
+              METRICS), Artefact("T4", "sparsity", "Retention against sparsity", "sweep"),
+     Artefact("F4", "margin", "The margin of the mix against sparsity", "sweep"),
+     Artefact("T5", "draws", "Spread between draws and between sources", "draws"),
+     Artefact("T5", "sizes", "Retention against the size of the calibration set", "draws"),
+     Artefact("T5", "growth", "What more calibration text gains", "draws"),
+     Artefact("F5", "averaging", "What averaging hides", "draws"),
+     Artefact("T6", "contamination", "Benchmark items that the text gives away", "contamination",
+              AUDITS),
+     Artefact("T6", "retention", "Retention without those items", "contamination", AUDITS),
+     Artefact("T7", "claims", "The claims of the paper, with verdicts", "claims", METRICS),
+     Artefact("T7", "measures", "Which verdicts depend on the measure", "claims", METRICS),
+     Artefact("T7", "models", "Which verdicts depend on the model", "models", ("ledger", )),
+     Artefact("T8", "self-generated", "Text that the model writes, beside sources and mixes",
+              "self_generated", ABLATIONS),
+     Artefact("T8", "differences", "The same, as paired differences", "self_generated", ABLATIONS),
+     Artefact("T8", "tuning", "How the tuned shares were found", "self_generated", ABLATIONS),
+     Artefact("F8", "self-generated", "Text that the model writes, by dimension", "self_generated",
+              ABLATIONS),
+     Artefact("T9", "ablations", "What each step of IGSP adds", "ablations", ABLATIONS),
+     Artefact("F7", "frontier", "The pool of IGSP and its choice", "ablations", ABLATIONS),
+     Artefact("T11", "measures", "Which measure can tell sources apart", "measures"),
+     Artefact("T11", "tasks", "Which task tells sources apart", "measures"),
+     Artefact("T11", "totals", "Total retention by every measure", "measures"),
+     Artefact("T11", "prompt-gain", "How much models still draw from the question", "measures"),
+     Artefact("F10", "prompt-gain", "How much models still draw from the question", "measures"),
+     Artefact("T12", "mixes", "What each mix keeps, and what the mixing law says of it", "mixing"),
+     Artefact("T12",
+              "best",
+              "The best mix for a need, by the mixing law",
+              "mixing",
+              beside=("T12-law.json", )),
+     Artefact("F11", "law", "The mixing law against measured mixes", "mixing"),
+     Artefact("T13", "thirds", "What perplexity does within a source", "perplexity"),
+     Artefact("T13", "balance", "How alike the thirds of a source are", "perplexity"),
+     Artefact("T13", "far", "What the effect of perplexity would come to between code and prose",
+              "perplexity"),
+     Artefact("F12", "thirds", "Retention against perplexity within a source", "perplexity"),
+     Artefact("T14", "unseen", "What metrics predict at sources that they have not seen",
+              "new_sources", METRICS),
+     Artefact("F13", "unseen", "Predicted against measured at unseen sources", "new_sources",
+              METRICS),
+     Artefact("T15", "recipes", "What each recipe of text and method keeps", "recipe"),
+     Artefact("T15", "leads", "Whether a recipe is better than today's use, and why", "recipe"),
+     Artefact("F14", "recipes", "Recipes, in total and in the worst dimension", "recipe"),
+     Artefact("T10", "pruners", "Better pruners beside SparseGPT and Wanda", "pruners"),
+     Artefact("T10", "gains", "What better pruners gain, by dimension and calibration set",
+              "pruners"),
+     Artefact("F9", "pruners", "What a better pruner gains against what it costs", "pruners"))}
 
 # %% ../../nbs/study/01_artefacts.ipynb #97e9d477
 NOTEBOOKS = tuple(dict.fromkeys(o.notebook for o in ARTEFACTS.values()))
@@ -93,6 +112,7 @@ def made_by(notebooks: Iterable[str]) -> list[Artefact]:
     "The tables and figures that these notebooks make."
     return [o for name in notebooks for o in ARTEFACTS.values() if o.notebook == name]
 
+# %% ../../nbs/study/01_artefacts.ipynb #c2ced446
 def needed_by(notebooks: Iterable[str]) -> set[str]:  # names in `READS`
     "The kinds of results that these notebooks read."
     return {kind for o in made_by(notebooks) for kind in o.reads}

@@ -13,26 +13,36 @@ from typing import Any, Mapping
 
 import pandas as pd
 
-from ..evaluation.contamination import Audit, OverlapRule, audit, audit_sources
+from ..calibration.sources import get_source
 from ..core import content_hash, file_sha256, load_json, write_atomic
 from ..data.files import documents, read_jsonl
-from .keys import audit_key, changes, sources_in, written_audit_key, written_in
+from ..evaluation.contamination import Audit, OverlapRule, audit, audit_sources
 from ..progress import ProgressFn
-from ..calibration.sources import get_source
+from .keys import audit_key, changes, sources_in, written_audit_key, written_in
 
 # %% ../../nbs/study/08_audit_rows.ipynb #e35f0270
 def save_audit(audit: Audit, path: str | Path,
                key: dict[str, Any],                       # see `keys.audit_key`
-               revisions: Mapping[str, str] | None = None  # of the searched texts; by default the sources'
+               # of the searched texts; by default the sources'
+               revisions: Mapping[str, str] | None = None
               ) -> Path:
     "Write an audit as JSON."
     revisions = revisions or {o: get_source(o).revision for o in audit.sources}
-    items = [dict(task=task, checked=o[o["checked"]]["item"].tolist(), unchecked=o[~o["checked"]]["item"].tolist())
-             for task, o in audit.items.groupby("task", sort=False)]
-    done = dict(key=key, rule=asdict(audit.rule), items=items, overlaps=audit.overlaps.to_dict("records"),
-                sources=[dict(source=o, revision=revisions[o]) for o in audit.sources])
+    items = [
+        dict(task=task,
+             checked=o[o["checked"]]["item"].tolist(),
+             unchecked=o[~o["checked"]]["item"].tolist())
+        for task, o in audit.items.groupby("task", sort=False)]
+    done = dict(
+        key=key,
+        rule=asdict(audit.rule),
+        items=items,
+        overlaps=audit.overlaps.to_dict("records"),
+        sources=[dict(source=o, revision=revisions[o]) for o in audit.sources],
+    )
     as_json = lambda o: json.dumps(o, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    lines = [f"{json.dumps(k)}: {as_json(done[k])}" for k in sorted(done)]  # one line per key: diffs stay readable
+    # one line per key: diffs stay readable
+    lines = [f"{json.dumps(k)}: {as_json(done[k])}" for k in sorted(done)]
     return write_atomic(path, "{" + ",\n ".join(lines) + "}\n")
 
 # %% ../../nbs/study/08_audit_rows.ipynb #e3c0c2ed
@@ -43,7 +53,9 @@ def load_audit(path: str | Path) -> Audit:
     for o in done["items"]:
         items += [dict(task=o["task"], item=i, checked=True) for i in o["checked"]]
         items += [dict(task=o["task"], item=i, checked=False) for i in o["unchecked"]]
-    overlaps = pd.DataFrame(done["overlaps"], columns=["source", "task", "item", "covered", "document", "match"])
+    overlaps = pd.DataFrame(
+        done["overlaps"], columns=["source", "task", "item", "covered", "document", "match"]
+    )
     return Audit(overlaps.astype({"covered": float, "document": int}),
                  pd.DataFrame(items, columns=["task", "item", "checked"]),
                  tuple(o["source"] for o in done["sources"]), OverlapRule(**done["rule"]))
@@ -53,15 +65,20 @@ def merged(audits: list[Audit]  # of the same items, by the same rule
           ) -> Audit:
     "Several audits as one."
     overlaps = pd.concat([o.overlaps for o in audits], ignore_index=True)
-    return Audit(overlaps, audits[0].items, tuple(name for o in audits for name in o.sources), audits[0].rule)
+    return Audit(
+        overlaps, audits[0].items, tuple(name for o in audits for name in o.sources), audits[0].rule
+    )
 
 SOURCES_AUDIT, WRITTEN_AUDIT = "contamination", "contamination-written"  # stems of the files
 
+# %% ../../nbs/study/08_audit_rows.ipynb #2e24168a
 def _audit_written(preset: dict[str, Any], folder: Path) -> None:
     "Search the texts that the dense model wrote, all draws of a strategy together."
     read = lambda paths: [row["text"] for o in paths for row in documents(read_jsonl(o))]
     texts = written_in(preset, folder)
-    made = merged([audit(read(paths), preset["scoring"]["tasks"], name=k) for k, paths in texts.items()])
+    made = merged(
+        [audit(read(paths), preset["scoring"]["tasks"], name=k) for k, paths in texts.items()]
+    )
     revisions = {k: content_hash([file_sha256(o) for o in paths]) for k, paths in texts.items()}
     save_audit(made, folder / f"{WRITTEN_AUDIT}.json", written_audit_key(preset, folder), revisions)
 
@@ -70,6 +87,7 @@ def _holds(path: Path, key: dict[str, Any]) -> bool:
     "Whether the file of an audit exists and has this key."
     return path.is_file() and not changes(load_json(path).get("key") or {}, key)
 
+# %% ../../nbs/study/08_audit_rows.ipynb #4f0ad897
 def make_audits(preset: dict[str, Any],
                 folder: str | Path,                   # of the study's results
                 progress: ProgressFn | None = None
@@ -77,8 +95,11 @@ def make_audits(preset: dict[str, Any],
     "Make the missing audits: of a preset's sources, and of the text written for it so far."
     folder, key = Path(folder), audit_key(preset)
     if not _holds(path := folder / f"{SOURCES_AUDIT}.json", key):
-        save_audit(audit_sources(sources_in(preset), preset["scoring"]["tasks"], progress=progress), path, key)
-    if written_in(preset, folder) and not _holds(folder / f"{WRITTEN_AUDIT}.json", written_audit_key(preset, folder)):
+        save_audit(audit_sources(sources_in(preset), preset["scoring"]["tasks"], progress=progress),
+                   path, key)
+    if written_in(preset, folder) and not _holds(
+        folder / f"{WRITTEN_AUDIT}.json", written_audit_key(preset, folder)
+    ):
         _audit_written(preset, folder)
 
 # %% ../../nbs/study/08_audit_rows.ipynb #38234f8f

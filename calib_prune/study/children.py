@@ -28,8 +28,10 @@ from .preload import warm_process
 # %% ../../nbs/study/13_children.ipynb #bb3e4ea3
 def _adopt_orphans() -> None:
     "Become the parent of all processes below this one whose own parent ends."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # 36: PR_SET_CHILD_SUBREAPER
+    # 36: PR_SET_CHILD_SUBREAPER
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
+# %% ../../nbs/study/13_children.ipynb #1cfb7bdb
 def _signal_tree(number: int,
                  top: psutil.Process,
                  among: bool = True  # the top as well?
@@ -42,11 +44,15 @@ def _signal_tree(number: int,
         return found
     return []
 
-def end_children(most: float = 10  # seconds: a process that waits for a broken disk cannot be killed
+# %% ../../nbs/study/13_children.ipynb #943af063
+# seconds: a process that waits for a broken disk cannot be killed
+def end_children(most: float = 10
                 ) -> None:
     "Kill all processes below this one."
     limit = time.monotonic() + most
-    while time.monotonic() < limit and (found := _signal_tree(signal.SIGKILL, psutil.Process(), among=False)):
+    while time.monotonic() < limit and (
+        found := _signal_tree(signal.SIGKILL, psutil.Process(), among=False)
+    ):
         psutil.wait_procs(found, timeout=1)
 
 # %% ../../nbs/study/13_children.ipynb #43c270c4
@@ -62,6 +68,7 @@ def _await(process: subprocess.Popen, grace: float, cancels: bool) -> None:
         limit = time.monotonic() + (grace if asked or cancels else 0)
         _signal_tree(signal.SIGINT, psutil.Process(process.pid))
 
+# %% ../../nbs/study/13_children.ipynb #b0668aee
 def _guard(command: list[str],
            grace: float,   # seconds between the signal of Ctrl-C and the kill
            cancels: bool,  # also if this process's owner was killed?
@@ -71,16 +78,22 @@ def _guard(command: list[str],
     _adopt_orphans()
     for number in STOPPING: signal.signal(number, lambda n, _: sys.exit(128 + n))
     try:
-        warm: ContextManager[dict[str, str]] = warm_process(Path.cwd(), Path(log)) if log else nullcontext({})
+        warm: ContextManager[dict[str, str]] = (
+            warm_process(Path.cwd(), Path(log)) if log else nullcontext({})
+        )
         with warm as more:
             # Standard input stays the guard's. The command inherits the study's lock.
-            process = subprocess.Popen(command, env=os.environ | more, stdin=subprocess.DEVNULL, close_fds=False)
+            process = subprocess.Popen(
+                command, env=os.environ | more, stdin=subprocess.DEVNULL, close_fds=False
+            )
             _await(process, grace, cancels)
             end_children()
-    finally: end_children()  # a signal may have come first
+    finally:
+        end_children()  # a signal may have come first
     return process.wait()
 
-if __name__ == "__main__" and sys.argv[1:2] == ["guard"]: sys.exit(_guard(sys.argv[3:], **json.loads(sys.argv[2])))
+if __name__ == "__main__" and sys.argv[1:2] == ["guard"]:
+    sys.exit(_guard(sys.argv[3:], **json.loads(sys.argv[2])))
 
 # %% ../../nbs/study/13_children.ipynb #6ef8abc5
 class Guarded:

@@ -14,21 +14,24 @@ from typing import Any
 
 import pandas as pd
 
-from ..evaluation.scoring import limit_of
 from ..data.fetch import cached
 from ..data.files import read_jsonl
+from ..evaluation.scoring import limit_of
+from ..evaluation.tasks import choose, get_tasks, render
 from ..generation.igsp import WRITERS, journal_name, protocol_with
 from ..pruning.methods import read_recipe
 from .presets import Cell, cells, protocol_of
-from ..evaluation.tasks import choose, get_tasks, render
 
 # %% ../../nbs/study/06_cost.ipynb #7433c74c
 def scored_tokens(preset: dict[str, Any]) -> tuple[float, float]:  # read, written
     "Roughly how many tokens are read and written to score one model."
     read = written = 0.0
     for task in get_tasks(preset["scoring"]["tasks"]):
-        chosen = choose(read_jsonl(cached("benchmarks", task.benchmark)), limit_of(task, preset["scoring"]["limit"]),
-                        after=preset["scoring"].get("skip") or 0)
+        chosen = choose(
+            read_jsonl(cached("benchmarks", task.benchmark)),
+            limit_of(task, preset["scoring"]["limit"]),
+            after=preset["scoring"].get("skip") or 0,
+        )
         read += sum(len(str(v)) for o in chosen for v in render(task, o).values()) / 4
         written += task.max_tokens * len(chosen) if task.kind == "generate" else 0
     return read, written
@@ -44,8 +47,10 @@ def tokens_of(mix: str,   # of a preset, `generated:…`
     setting = lambda name, otherwise: settings[name].default if name in settings else otherwise
     return budget * setting("pool", 1) * setting("read", 1) / (1 - setting("drop", 0))
 
+# %% ../../nbs/study/06_cost.ipynb #ee3b772a
 def own_tokens(preset: dict[str, Any],
-               written: bool = True     # by protocols that write; otherwise read, by those that choose passages of a source
+               # by protocols that write; otherwise read, by those that choose passages of a source
+               written: bool = True
               ) -> dict[str, float]:    # journal → tokens
     "Roughly how many tokens the dense model writes, or reads, for calibration."
     found, budget = {}, preset["calibration"]["windows"] * preset["calibration"]["length"]
@@ -64,24 +69,42 @@ def cell_seconds(preset: dict[str, Any]) -> dict[str, float]:  # cell → second
     per_token = 2 * hardware["parameters"] / hardware["flops"]
     score = read * per_token + written / hardware["written_tokens_per_second"]
     def passed(cell: Cell) -> float:
-        return read_recipe(cell.method).passes * cell.windows * preset["calibration"]["length"] if cell.method else 0.0
-    return {c.name: hardware["seconds_per_cell"] + score + passed(c) * per_token for c in cells(preset, ablations=True)}
+        return (
+            read_recipe(cell.method).passes * cell.windows * preset["calibration"]["length"]
+            if cell.method
+            else 0.0
+        )
+    return {
+        c.name: hardware["seconds_per_cell"] + score + passed(c) * per_token
+        for c in cells(preset, ablations=True)
+    }
 
-def work(preset: dict[str, Any]) -> pd.DataFrame:  # what, windows, seconds: one row per cell and per text
+# %% ../../nbs/study/06_cost.ipynb #16cf1316
+def work(preset: dict[str, Any]
+        ) -> pd.DataFrame:  # what, windows, seconds: one row per cell and per text
     "The work of a study, in seconds on the hardware of its preset."
     hardware, size = preset["hardware"], preset["calibration"]
     rate, seconds = hardware["written_tokens_per_second"], cell_seconds(preset)
-    rows = [(c.method or "dense", c.windows, seconds[c.name]) for c in cells(preset, ablations=True)]
+    rows = [
+        (c.method or "dense", c.windows, seconds[c.name]) for c in cells(preset, ablations=True)
+    ]
     rows += [("writing", size["windows"], n / rate) for n in own_tokens(preset).values()]
     per_token = 2 * hardware["parameters"] / hardware["flops"]
-    rows += [("reading", size["windows"], n * per_token) for n in own_tokens(preset, written=False).values()]
+    rows += [
+        ("reading", size["windows"], n * per_token)
+        for n in own_tokens(preset, written=False).values()
+    ]
     return pd.DataFrame(rows, columns=["what", "windows", "seconds"])
 
 # %% ../../nbs/study/06_cost.ipynb #b06e51d9
-def estimate(preset: dict[str, Any]) -> pd.DataFrame:  # one row per kind of cell, one for texts: number, minutes each, hours
+# one row per kind of cell, one for texts: number, minutes each, hours
+def estimate(preset: dict[str, Any]) -> pd.DataFrame:
     "How long a study takes on the hardware of its preset."
-    found = work(preset).groupby(["what", "windows"], sort=False)["seconds"].agg(["size", "mean", "sum"]).reset_index()
-    found = found.assign(minutes=found["mean"] / 60, hours=found["sum"] / 3600).rename(columns={"size": "number"})
+    found = work(preset).groupby(["what", "windows"], sort=False)["seconds"].agg([
+        "size", "mean", "sum"]).reset_index()
+    found = found.assign(minutes=found["mean"] / 60, hours=found["sum"] / 3600).rename(
+        columns={"size": "number"}
+    )
     return found[["what", "windows", "number", "minutes", "hours"]]
 
 # %% ../../nbs/study/06_cost.ipynb #e1322f55
@@ -89,6 +112,7 @@ def memory_gib() -> float:
     "The memory of this machine in GiB."
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
+# %% ../../nbs/study/06_cost.ipynb #cea6fd4b
 def cores_per_cell(preset: dict[str, Any], cores: int, memory: float  # GiB in all
                   ) -> int:
     "How many cores each cell gets, so that the cells running side by side fit into memory."
@@ -98,10 +122,13 @@ def cores_per_cell(preset: dict[str, Any], cores: int, memory: float  # GiB in a
     return -(-cores // at_once)
 
 # %% ../../nbs/study/06_cost.ipynb #006c4f99
-def requests_of(preset: dict[str, Any]) -> dict[str, dict[str, int]]:  # cell, or "text" → mem_mb, runtime (minutes), gpu
-    "What each cell asks of a cluster, as far as it is known, and what a run asks that writes or reads text with the dense model."
+def requests_of(preset: dict[str, Any]
+               ) -> dict[str, dict[str, int]]:  # cell, or "text" → mem_mb, runtime (minutes), gpu
+    """What each cell asks of a cluster, as far as it is known, and what a run asks that writes or
+    reads text with the dense model."""
     need, gpus = preset["hardware"].get("cell_gib"), preset["device"].startswith("cuda")
     fixed = (dict(mem_mb=round(1.25 * 1024 * need)) if need else {}) | (dict(gpu=1) if gpus else {})
     texts = work(preset).query("what in ('writing', 'reading')")["seconds"]
-    seconds = cell_seconds(preset) | {"text": max(texts, default=0.0) + 600}  # 600: metrics, which the estimate leaves out
+    # 600: metrics, which the estimate leaves out
+    seconds = cell_seconds(preset) | {"text": max(texts, default=0.0) + 600}
     return {name: fixed | dict(runtime=10 + math.ceil(3 * s / 60)) for name, s in seconds.items()}

@@ -19,19 +19,27 @@ from ..core import Busy, CalibPruneError, only_run
 _held = ExitStack()  # locks, until this process ends
 
 def claim(names: list[str],                 # of the GPUs
-          folder: str | Path | None = None  # of the locks; default: the machine's folder for temporary files
+          # of the locks; default: the machine's folder for temporary files
+          folder: str | Path | None = None
          ) -> int:                          # the place of the claimed one
     "Claim one of several GPUs that no other run of this user has claimed."
     for i, name in enumerate(names):
         lock = Path(folder or gettempdir()) / f"calib-prune-gpu-{os.getuid()}-{name}.lock"
-        try: _held.enter_context(only_run(lock, f"GPU {name}"))
+        try:_held.enter_context(only_run(lock, f"GPU {name}"))
         except Busy: continue
         return i
-    raise CalibPruneError(f"All {len(names)} GPUs are taken by other runs of calib-prune: start at most {len(names)} at once.")
+    raise CalibPruneError(
+        f"All {len(names)} GPUs are taken by other runs of calib-prune: start at most {len(names)}"
+        " at once."
+    )
 
+# %% ../../nbs/study/02_gpus.ipynb #1e535657
 def claimed_gpu(device: str  # of a preset
                ) -> str:
-    "The device of this run: of several GPUs one that is free; `cpu`, `cuda:1` and a single GPU as they are."
+    """The device of this run: of several GPUs one that is free; `cpu`, `cuda:1` and a single GPU as
+    they are."""
     if device != "cuda" or torch.cuda.device_count() < 2: return device
-    found = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    found = [
+        str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
+    ]
     return f"cuda:{claim(found)}"

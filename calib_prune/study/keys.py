@@ -18,20 +18,26 @@ from typing import Any
 import torch
 
 from ..calibration.sets import allocate, parse_mix
-from ..evaluation.contamination import DEFAULT_RULE, OverlapRule
-from ..core import CalibPruneError, cache_dir, content_hash, file_sha256, load_json
-from ..evaluation.scoring import limit_of
-from ..data.fetch import read_manifest
-from ..generation.sampling import Sampling
-from ..generation.igsp import PROTOCOLS
-from ..pruning.methods import METHODS, read_recipe
 from ..calibration.sources import get_source
-from ..pipeline.records import environment, versions_of
-from .artefacts import needed_by
-from .presets import (Cell, cells, measured_strategies, mix_of, protocol_of,
-                                       seeds_of)
-from .results import load_record
+from ..core import CalibPruneError, cache_dir, content_hash, file_sha256, load_json
+from ..data.fetch import read_manifest
+from ..evaluation.contamination import DEFAULT_RULE, OverlapRule
+from ..evaluation.scoring import limit_of
 from ..evaluation.tasks import Task, get_tasks
+from ..generation.igsp import PROTOCOLS
+from ..generation.sampling import Sampling
+from ..pipeline.records import environment, versions_of
+from ..pruning.methods import METHODS, read_recipe
+from .artefacts import needed_by
+from calib_prune.study.presets import (
+    Cell,
+    cells,
+    measured_strategies,
+    mix_of,
+    protocol_of,
+    seeds_of,
+)
+from .results import load_record
 
 # %% ../../nbs/study/05_keys.ipynb #dbad55ba
 def _outline(path: Path) -> list[Any]:
@@ -42,28 +48,41 @@ def _outline(path: Path) -> list[Any]:
         file.seek(max(0, size - chunk))
         return [path.name, size, content_hash([head.hex(), file.read(chunk).hex()])]
 
+# %% ../../nbs/study/05_keys.ipynb #c048acd8
 def model_key(preset: dict[str, Any]) -> dict[str, Any]:
     "What identifies the model, its number format and the kind of device that it runs on."
     name, path = preset["model"], Path(preset["model"])
     if path.is_dir():
-        weights = [_outline(p) for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".json", ".gguf", ".model")]
+        weights = [
+            _outline(p) for p in sorted(path.iterdir())
+            if p.suffix in (".safetensors", ".json", ".gguf", ".model")]
     elif path.is_file(): weights = _outline(path)
-    else: weights = read_manifest(cache_dir()).get(f"models/{name}", {}).get("sha256") or [name, preset["revision"]]
-    return dict(weights=content_hash(weights), dtype=preset["dtype"], device=torch.device(preset["device"]).type)
+    else:
+        weights = read_manifest(cache_dir()).get(f"models/{name}", {}).get("sha256") or [
+            name, preset["revision"]]
+    return dict(weights=content_hash(weights),
+                dtype=preset["dtype"],
+                device=torch.device(preset["device"]).type)
 
 # %% ../../nbs/study/05_keys.ipynb #13cd032f
 def _items(task: Task) -> str | None:
     "The hash of a task's items, None where they were not fetched."
     return read_manifest(cache_dir()).get(f"benchmarks/{task.benchmark}.jsonl", {}).get("sha256")
 
+# %% ../../nbs/study/05_keys.ipynb #04edf289
 def tasks_key(preset: dict[str, Any]) -> dict[str, str]:
     "What identifies each task that a preset scores."
     limit, skip = preset["scoring"]["limit"], preset["scoring"].get("skip")
     more = [skip] if skip else []
-    return {o.name: content_hash([o.entry, _items(o), limit_of(o, limit), *more]) for o in get_tasks(preset["scoring"]["tasks"])}
+    return {
+        o.name: content_hash([o.entry, _items(o), limit_of(o, limit), *more])
+        for o in get_tasks(preset["scoring"]["tasks"])
+    }
 
+# %% ../../nbs/study/05_keys.ipynb #a777f6ee
 def scored_items(preset: dict[str, Any]) -> dict[str, int | None]:  # task → items, None: all
-    "How many of a task's items are scored or passed over; what comes after them is free for other uses."
+    """How many of a task's items are scored or passed over; what comes after them is free for other
+    uses."""
     limit, skip = preset["scoring"]["limit"], preset["scoring"].get("skip") or 0
     counts = {o.name: limit_of(o, limit) for o in get_tasks(preset["scoring"]["tasks"])}
     return {k: None if n is None else n + skip for k, n in counts.items()}
@@ -87,24 +106,36 @@ SCHEME = 2  # of keys; scheme 1 was a hash of whole modules
 def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
     "Everything that a cell's numbers depend on, except for the libraries and the kind of machine."
     heldout, scoring, pruning = preset["heldout"], preset["scoring"], preset["pruning"]
-    key = dict(scheme=SCHEME, model=model_key(preset), tasks=tasks_key(preset), batch_tokens=scoring["batch_tokens"],
-               heldout=heldout | dict(revision=get_source(heldout["source"]).revision))
+    key = dict(
+        scheme=SCHEME,
+        model=model_key(preset),
+        tasks=tasks_key(preset),
+        batch_tokens=scoring["batch_tokens"],
+        heldout=heldout | dict(revision=get_source(heldout["source"]).revision),
+    )
     key |= {k: scoring[k] for k in ("batch_size", "swapped") if scoring.get(k)}
     if cell.strategy == "dense": return key | dict(versions=versions_of("scoring"))
     recipe = read_recipe(cell.method)
     method = METHODS[recipe.method]
     settings = {k: pruning[k] for k in ("batch_tokens", *method.settings)} | recipe.extras
     return key | dict(
-        calibration=calibration_key(cell.mix, cell.windows, preset["calibration"]["length"], cell.seed, method.by_group),
+        calibration=calibration_key(
+            cell.mix, cell.windows, preset["calibration"]["length"], cell.seed, method.by_group
+        ),
         pruning=dict(sparsity=str(cell.sparsity), **settings),
-        versions=versions_of("calibration set", recipe.method, *recipe.extras, "scoring"))
+        versions=versions_of("calibration set", recipe.method, *recipe.extras, "scoring"),
+    )
 
 # %% ../../nbs/study/05_keys.ipynb #b7f3059e
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     "The values in nested dictionaries and lists by path, such as `model.dtype`."
     if isinstance(value, (list, tuple)): value = dict(enumerate(value))
     if not isinstance(value, dict): return {name: value}
-    return {k: v for key, o in value.items() for k, v in _flat(o, f"{name}.{key}" if name else str(key)).items()}
+    return {
+        k: v
+        for key, o in value.items()
+        for k, v in _flat(o, f"{name}.{key}" if name else str(key)).items()
+    }
 
 # %% ../../nbs/study/05_keys.ipynb #8d517fbc
 def changes(made: dict[str, Any],   # the key that a result has
@@ -112,7 +143,9 @@ def changes(made: dict[str, Any],   # the key that a result has
            ) -> str:                # empty if they agree
     "What differs between two keys, in words."
     old, new = _flat(made), _flat(wanted)
-    names = [k for k in dict.fromkeys([*old, *new]) if k not in new or k not in old or old[k] != new[k]]
+    names = [
+        k for k in dict.fromkeys([*old, *new]) if k not in new or k not in old or old[k] != new[k]
+    ]
     counts = Counter(k.partition(".")[0] for k in names)
     def describe(k):
         part = k.partition(".")[0]
@@ -125,36 +158,63 @@ def changes(made: dict[str, Any],   # the key that a result has
 
 # %% ../../nbs/study/05_keys.ipynb #6689ac77
 def describe_run(preset: dict[str, Any], cell: Cell, model_revision: str,
-                 calibration: dict[str, Any] | None  # `CalibrationSet.record()`; None for the dense model
+                 # `CalibrationSet.record()`; None for the dense model
+                 calibration: dict[str, Any] | None
                 ) -> dict[str, Any]:
     "Everything needed to make a cell's rows again."
-    return dict(preset=preset["name"], key=cell_key(preset, cell), cell=cell.name, **asdict(cell), model=preset["model"],
-                dtype=preset["dtype"], model_revision=model_revision, calibration=calibration, **environment())
+    return dict(
+        preset=preset["name"],
+        key=cell_key(preset, cell),
+        cell=cell.name,
+        **asdict(cell),
+        model=preset["model"],
+        dtype=preset["dtype"],
+        model_revision=model_revision,
+        calibration=calibration,
+        **environment()
+    )
 
+# %% ../../nbs/study/05_keys.ipynb #d063a297
 def same_items(a: dict[str, Any], b: dict[str, Any]  # records of two cells
               ) -> bool:
-    "Whether two cells scored the same items in the same way, so that they can be compared item by item."
-    part = lambda o: [o["key"][k] for k in ("model", "tasks", "batch_tokens")] + [o["key"]["versions"]["scoring"]]
+    """Whether two cells scored the same items in the same way, so that they can be compared item by
+    item."""
+    part = lambda o: [o["key"][k] for k in ("model", "tasks", "batch_tokens")] + [
+        o["key"]["versions"]["scoring"]
+    ]
     return part(a) == part(b)
 
 # %% ../../nbs/study/05_keys.ipynb #574b74c8
 def _reference_key(preset: dict[str, Any]) -> dict[str, Any]:
     "What prompts that no score uses depend on."
     tasks = get_tasks(preset["scoring"]["tasks"])
-    return dict(references={o.name: content_hash([o.entry, _items(o)]) for o in tasks}, scored=scored_items(preset))
+    return dict(
+        references={o.name: content_hash([o.entry, _items(o)]) for o in tasks},
+        scored=scored_items(preset),
+    )
 
+# %% ../../nbs/study/05_keys.ipynb #39f8fb4a
 def text_key(preset: dict[str, Any], strategy: str, seed: int) -> dict[str, Any]:
     "Everything that a strategy's generated text depends on."
     generated = protocol_of(preset["strategies"][strategy])
     assert generated, f"{strategy} is not generated"
     protocol, settings = generated
-    key = dict(scheme=SCHEME, model=model_key(preset), protocol=protocol, settings=settings, seed=seed,
-               budget=preset["calibration"]["windows"] * preset["calibration"]["length"], versions=versions_of(protocol))
+    key = dict(
+        scheme=SCHEME,
+        model=model_key(preset),
+        protocol=protocol,
+        settings=settings,
+        seed=seed,
+        budget=preset["calibration"]["windows"] * preset["calibration"]["length"],
+        versions=versions_of(protocol),
+    )
     takes = inspect.signature(PROTOCOLS[protocol].run).parameters
     if "prompts" in takes: key |= _reference_key(preset)
     if "source" not in takes: return key
     source = get_source(settings.get("source", takes["source"].default))
-    return key | dict(source=[source.draw_key, source.revision, *([source.entry] if source.entry else [])])
+    return key | dict(
+        source=[source.draw_key, source.revision, *([source.entry] if source.entry else [])]
+    )
 
 # %% ../../nbs/study/05_keys.ipynb #88286d38
 OWN_TEXT: dict[str, Any] = dict(budget=16384, length=512, seed=0, sampling=Sampling(), batch=32)
@@ -162,7 +222,9 @@ OWN_TEXT: dict[str, Any] = dict(budget=16384, length=512, seed=0, sampling=Sampl
 def own_text_key(preset: dict[str, Any]) -> dict[str, Any]:
     "Everything that the dense model's own text depends on."
     settings = OWN_TEXT | dict(sampling=asdict(OWN_TEXT["sampling"]))
-    return dict(scheme=SCHEME, model=model_key(preset), settings=settings, versions=versions_of("self-cal"))
+    return dict(
+        scheme=SCHEME, model=model_key(preset), settings=settings, versions=versions_of("self-cal")
+    )
 
 # %% ../../nbs/study/05_keys.ipynb #654b55b3
 def metrics_key(preset: dict[str, Any], strategy: str,
@@ -170,11 +232,19 @@ def metrics_key(preset: dict[str, Any], strategy: str,
                ) -> dict[str, Any]:
     "Everything that the metrics of a strategy's sets depend on."
     size, prompts = preset["calibration"], _reference_key(preset)
-    draws = {str(seed): calibration_key(mix_of(preset, strategy, seed), size["windows"], size["length"], seed)
-             for seed in seeds_of(preset, strategy)}
+    draws = {
+        str(seed): calibration_key(mix_of(preset, strategy, seed), size["windows"], size["length"],
+                                   seed) for seed in seeds_of(preset, strategy)}
     references = prompts["references"] | {"own text": file_sha256(own_text)[:16]}
-    return dict(scheme=SCHEME, model=model_key(preset), draws=draws, references=references, scored=prompts["scored"],
-                batch_tokens=preset["scoring"]["batch_tokens"], versions=versions_of("calibration set", "metrics"))
+    return dict(
+        scheme=SCHEME,
+        model=model_key(preset),
+        draws=draws,
+        references=references,
+        scored=prompts["scored"],
+        batch_tokens=preset["scoring"]["batch_tokens"],
+        versions=versions_of("calibration set", "metrics"),
+    )
 
 # %% ../../nbs/study/05_keys.ipynb #27cba5f6
 def sources_in(preset: dict[str, Any]) -> list[str]:
@@ -182,31 +252,55 @@ def sources_in(preset: dict[str, Any]) -> list[str]:
     mixes = [o for o in preset["strategies"].values() if not protocol_of(o)]
     return list(dict.fromkeys(name for mix in mixes for name in parse_mix(mix)))
 
+# %% ../../nbs/study/05_keys.ipynb #0fe1e1d6
 def written_in(preset: dict[str, Any], folder: str | Path  # a study's results
               ) -> dict[str, list[Path]]:
-    "By strategy, the texts written for its draws, as far as they exist; of the grid, not of ablations."
+    """By strategy, the texts written for its draws, as far as they exist; of the grid, not of
+    ablations."""
     names = [k for k, mix in preset["strategies"].items() if protocol_of(mix)]
-    files = {k: [Path(folder, "generated", f"{k}-s{seed}.jsonl") for seed in seeds_of(preset, k)] for k in names}
+    files = {
+        k: [Path(folder, "generated", f"{k}-s{seed}.jsonl") for seed in seeds_of(preset, k)]
+        for k in names
+    }
     return {k: found for k, paths in files.items() if (found := [o for o in paths if o.is_file()])}
 
 # %% ../../nbs/study/05_keys.ipynb #61b5fea9
-def _audit_key(preset: dict[str, Any], searched: dict[str, Any], rule: OverlapRule) -> dict[str, Any]:
-    tasks = {o.name: content_hash([o.entry, _items(o)]) for o in get_tasks(preset["scoring"]["tasks"])}
-    return dict(scheme=SCHEME, searched=searched, tasks=tasks, rule=asdict(rule), versions=versions_of("audit"))
+def _audit_key(
+    preset: dict[str, Any], searched: dict[str, Any], rule: OverlapRule
+) -> dict[str, Any]:
+    tasks = {
+        o.name: content_hash([o.entry, _items(o)]) for o in get_tasks(preset["scoring"]["tasks"])
+    }
+    return dict(
+        scheme=SCHEME,
+        searched=searched,
+        tasks=tasks,
+        rule=asdict(rule),
+        versions=versions_of("audit"),
+    )
 
+# %% ../../nbs/study/05_keys.ipynb #25318bf2
 def audit_key(preset: dict[str, Any], rule: OverlapRule = DEFAULT_RULE) -> dict[str, Any]:
     "Everything that the audit of a preset's sources depends on."
     found = {name: get_source(name) for name in sources_in(preset)}
-    return _audit_key(preset, {k: [o.revision, *([o.entry] if o.entry else [])] for k, o in found.items()}, rule)
+    return _audit_key(
+        preset, {k: [o.revision, *([o.entry] if o.entry else [])] for k, o in found.items()}, rule
+    )
 
-def written_audit_key(preset: dict[str, Any], folder: str | Path, rule: OverlapRule = DEFAULT_RULE) -> dict[str, Any]:
+# %% ../../nbs/study/05_keys.ipynb #0d99ed20
+def written_audit_key(
+    preset: dict[str, Any], folder: str | Path, rule: OverlapRule = DEFAULT_RULE
+) -> dict[str, Any]:
     "Everything that the audit of written text depends on."
-    return _audit_key(preset, {k: [file_sha256(o)[:16] for o in paths] for k, paths in written_in(preset, folder).items()}, rule)
+    return _audit_key(preset, {
+        k: [file_sha256(o)[:16] for o in paths] for k, paths in written_in(preset, folder).items()},
+                      rule)
 
 # %% ../../nbs/study/05_keys.ipynb #fd0a0537
 MISSING, OLDER = "not made yet", "its key is of an older scheme"
 
-def _why_left(made: dict[str, Any] | None, wanted: dict[str, Any]) -> str:  # empty if it is finished
+def _why_left(made: dict[str, Any] | None, wanted: dict[str, Any]
+             ) -> str:  # empty if it is finished
     "Why an existing result has to be made again."
     if isinstance(made, dict) and made.get("scheme") == SCHEME: return changes(made, wanted)
     return OLDER
@@ -218,11 +312,14 @@ def unfinished_texts(preset: dict[str, Any],
     "The generated texts of a study that still have to be written."
     found = {}
     for cell in cells(preset, ablations=True):
-        if cell.mix in found or not protocol_of(preset["strategies"].get(cell.strategy, "")): continue
+        if cell.mix in found or not protocol_of(preset["strategies"].get(cell.strategy, "")):
+            continue
         path = Path(folder) / "generated" / Path(cell.mix).name
         report = path.with_suffix(".report.json")
-        if not (path.is_file() and report.is_file()): found[cell.mix] = MISSING
-        else: found[cell.mix] = _why_left(load_json(report).get("key"), text_key(preset, cell.strategy, cell.seed))
+        if not (path.is_file() and report.is_file()):found[cell.mix] = MISSING
+        else:
+            found[cell.mix] = _why_left(
+                load_json(report).get("key"), text_key(preset, cell.strategy, cell.seed))
     return {k: why for k, why in found.items() if why}
 
 # %% ../../nbs/study/05_keys.ipynb #51b48f2c
@@ -239,23 +336,33 @@ def unfinished(preset: dict[str, Any],
     return {k: why for k, why in found.items() if why}
 
 # %% ../../nbs/study/05_keys.ipynb #31ee4d12
-def unfinished_metrics(preset: dict[str, Any], folder: str | Path) -> dict[str, str]:  # strategy, or "own text" → why
-    "What has to be measured: the strategies, and before them the model's own text if it has to be written."
+def unfinished_metrics(preset: dict[str, Any], folder: str | Path
+                      ) -> dict[str, str]:  # strategy, or "own text" → why
+    """What has to be measured: the strategies, and before them the model's own text if it has to be
+    written."""
     wanted, found = measured_strategies(preset), {}
-    own, report = Path(folder, "metrics", "own-text.jsonl"), Path(folder, "metrics", "own-text.report.json")
+    own, report = Path(folder, "metrics", "own-text.jsonl"), Path(
+        folder, "metrics", "own-text.report.json"
+    )
     written = own.is_file() and report.is_file()
-    if wanted: found["own text"] = _why_left(load_json(report).get("key"), own_text_key(preset)) if written else MISSING
+    if wanted:
+        found["own text"] = (
+            _why_left(load_json(report).get("key"), own_text_key(preset)) if written else MISSING
+        )
     texts = unfinished_texts(preset, folder)
     for name in wanted:
-        path, mixes = Path(folder) / "metrics" / f"{name}.json", [mix_of(preset, name, seed) for seed in seeds_of(preset, name)]
+        path, mixes = Path(folder) / "metrics" / f"{name}.json", [
+            mix_of(preset, name, seed) for seed in seeds_of(preset, name)
+        ]
         before = found["own text"] or next((texts[o] for o in mixes if o in texts), "")
-        if not path.is_file(): found[name] = MISSING
-        elif before: found[name] = f"of a text to be written: {before}"
+        if not path.is_file():found[name] = MISSING
+        elif before:found[name] = f"of a text to be written: {before}"
         else: found[name] = _why_left(load_json(path).get("key"), metrics_key(preset, name, own))
     return {k: why for k, why in found.items() if why}
 
 # %% ../../nbs/study/05_keys.ipynb #1c00d40d
-def unfinished_audits(preset: dict[str, Any], folder: str | Path) -> dict[str, str]:  # file's stem → why
+def unfinished_audits(preset: dict[str, Any], folder: str | Path
+                     ) -> dict[str, str]:  # file's stem → why
     "The audits that have to be made: of the sources, and of written text."
     if "audits" not in needed_by(preset["tables"]): return {}
     folder, found, texts = Path(folder), {}, unfinished_texts(preset, folder)
@@ -266,23 +373,30 @@ def unfinished_audits(preset: dict[str, Any], folder: str | Path) -> dict[str, s
     generated = [k for k, mix in preset["strategies"].items() if protocol_of(mix)]
     if mixes := {mix_of(preset, k, seed) for k in generated for seed in seeds_of(preset, k)}:
         before = next((texts[o] for o in sorted(mixes) if o in texts), "")
-        found["contamination-written"] = (f"of a text to be written: {before}" if before
-                                          else why("contamination-written", lambda: written_audit_key(preset, folder)))
+        found["contamination-written"] = (f"of a text to be written: {before}" if before else why(
+            "contamination-written", lambda: written_audit_key(preset, folder)))
     return {k: why for k, why in found.items() if why}
 
 # %% ../../nbs/study/05_keys.ipynb #a144f25f
 def left_to_do(preset: dict[str, Any],
                folder: str | Path,       # of the study's results
-               again: bool = False       # make results with older keys again; otherwise they are an error
+               # make results with older keys again; otherwise they are an error
+               again: bool = False
               ) -> dict[str, dict[str, str]]:  # models, texts, metrics, audits → name → why
     "Everything that a study lacks, by kind of result."
-    found = dict(models=unfinished(preset, folder), texts=unfinished_texts(preset, folder),
-                 metrics=unfinished_metrics(preset, folder), audits=unfinished_audits(preset, folder))
+    found = dict(
+        models=unfinished(preset, folder),
+        texts=unfinished_texts(preset, folder),
+        metrics=unfinished_metrics(preset, folder),
+        audits=unfinished_audits(preset, folder),
+    )
     older = [k for left in found.values() for k, why in left.items() if why.endswith(OLDER)]
     if not older or again: return found
     raise CalibPruneError(
-        f"In {folder}, {len(older)} of the results have keys of an older scheme (such as {older[0]}). Nothing was changed. "
-        f"`calib-prune reproduce --preset {preset['name']} --again` makes them again; to keep them, move the folder aside.")
+        f"In {folder}, {len(older)} of the results have keys of an older scheme (such as"
+        f" {older[0]}). Nothing was changed. `calib-prune reproduce --preset {preset['name']}"
+        " --again` makes them again; to keep them, move the folder aside."
+    )
 
 # %% ../../nbs/study/05_keys.ipynb #6596ffcc
 def left_table(left: dict[str, dict[str, str]]  # from `left_to_do`
@@ -291,5 +405,8 @@ def left_table(left: dict[str, dict[str, str]]  # from `left_to_do`
     rows = []
     for kind, names in left.items():
         reasons = [f"{n} {why}" for why, n in Counter(names.values()).most_common()]
-        rows.append(dict(results=kind, left=len(names), why="; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")))
+        rows.append(
+            dict(results=kind,
+                 left=len(names),
+                 why="; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")))
     return rows

@@ -17,30 +17,37 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..calibration.sets import build_calibration, parse_mix, source_stream, token_stream
-from ..core import DIMENSIONS, CalibPruneError, load_json, write_atomic
 from ..calibration.oit import METRICS, measure
-from ..evaluation.tasks import benchmark_tokens
-from ..progress import ProgressFn
+from ..calibration.sets import build_calibration, parse_mix, source_stream, token_stream
 from ..calibration.sources import get_source
+from ..core import DIMENSIONS, CalibPruneError, load_json, write_atomic
+from ..evaluation.tasks import benchmark_tokens
+from ..pipeline.records import json_rows
+from ..progress import ProgressFn
 from .keys import scored_items
 from .presets import mix_of, seeds_of
-from ..pipeline.records import json_rows
 
 # %% ../../nbs/study/07_metric_rows.ipynb #256314e1
-def unscored_prompts(preset: dict[str, Any], tokenizer) -> dict[str, np.ndarray]:  # dimension → token ids
+def unscored_prompts(preset: dict[str, Any], tokenizer
+                    ) -> dict[str, np.ndarray]:  # dimension → token ids
     "Prompts of the study's tasks that no score uses."
-    return benchmark_tokens(tokenizer, tasks=preset["scoring"]["tasks"], scored=scored_items(preset))
+    return benchmark_tokens(
+        tokenizer, tasks=preset["scoring"]["tasks"], scored=scored_items(preset)
+    )
 
+# %% ../../nbs/study/07_metric_rows.ipynb #ef8da4a4
 def mismatch_references(preset: dict[str, Any], tokenizer,
                         own_text: str | Path        # what the dense model wrote, .jsonl
                        ) -> dict[str, np.ndarray]:  # dimension, or "model" → token ids
-    "The texts that calibration sets are compared with: prompts that the study does not score, and the dense model's own."
+    """The texts that calibration sets are compared with: prompts that the study does not score, and
+    the dense model's own."""
     own = token_stream(get_source(str(own_text)).documents(), tokenizer)[0]
     return unscored_prompts(preset, tokenizer) | {"model": own}
 
 # %% ../../nbs/study/07_metric_rows.ipynb #5c1f46a1
-ROW_COLUMNS = ["strategy", "seed", "metric", "value", "unit", "ci_low", "ci_high", "applicable", "note", "content"]
+ROW_COLUMNS = [
+    "strategy", "seed", "metric", "value", "unit", "ci_low", "ci_high", "applicable", "note",
+    "content"]
 
 def draw_metrics(preset: dict[str, Any], strategy: str, model, tokenizer,
                  references: Mapping[str, np.ndarray] | None = None,  # from `mismatch_references`
@@ -49,8 +56,17 @@ def draw_metrics(preset: dict[str, Any], strategy: str, model, tokenizer,
     "Every metric of every draw of a strategy, at the study's default size."
     size, tables = preset["calibration"], []
     for seed in seeds_of(preset, strategy):
-        cal = build_calibration(mix_of(preset, strategy, seed), tokenizer, size["windows"], size["length"], seed)
-        found = measure(cal, tokenizer, model, references, batch_tokens=preset["scoring"]["batch_tokens"], progress=progress)
+        cal = build_calibration(
+            mix_of(preset, strategy, seed), tokenizer, size["windows"], size["length"], seed
+        )
+        found = measure(
+            cal,
+            tokenizer,
+            model,
+            references,
+            batch_tokens=preset["scoring"]["batch_tokens"],
+            progress=progress,
+        )
         tables.append(found.assign(strategy=strategy, seed=seed, content=cal.content))
     return pd.concat(tables, ignore_index=True)[ROW_COLUMNS]
 
@@ -58,12 +74,20 @@ def draw_metrics(preset: dict[str, Any], strategy: str, model, tokenizer,
 OWN_TEXT = dict(dimension="own text", licence="written by the model", origin="the dense model")
 
 def source_facts(preset: dict[str, Any], strategy: str, tokenizer) -> list[dict[str, Any]]:
-    "Dimension, licence, origin and size of a strategy's sources; for generated text, of the first draw's."
+    """Dimension, licence, origin and size of a strategy's sources; for generated text, of the first
+    draw's."""
     facts, generated = [], preset["strategies"][strategy].startswith("generated:")
-    for source in map(get_source, parse_mix(mix_of(preset, strategy, seeds_of(preset, strategy)[0]))):
+    for source in map(
+        get_source, parse_mix(mix_of(preset, strategy, seeds_of(preset, strategy)[0]))
+    ):
         tokens, documents = source_stream(source, tokenizer)
         about = OWN_TEXT if generated else {k: getattr(source, k) for k in OWN_TEXT}
-        facts.append(dict(source=source.name, revision=source.revision, documents=len(documents), tokens=len(tokens), **about))
+        facts.append(
+            dict(source=source.name,
+                 revision=source.revision,
+                 documents=len(documents),
+                 tokens=len(tokens),
+                 **about))
     return facts
 
 # %% ../../nbs/study/07_metric_rows.ipynb #dcb93f46
@@ -74,36 +98,58 @@ def save_metrics(folder: str | Path,      # of the study's results
                  sources: list[dict[str, Any]]  # from `source_facts`
                 ) -> Path:
     "Write the metrics of a strategy's calibration sets."
-    done = dict(key=key, strategy=strategy, seeds=sorted(map(int, rows["seed"].unique())), rows=json_rows(rows),
-                sources=sources)
+    done = dict(
+        key=key,
+        strategy=strategy,
+        seeds=sorted(map(int, rows["seed"].unique())),
+        rows=json_rows(rows),
+        sources=sources,
+    )
     text = json.dumps(done, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     return write_atomic(Path(folder) / "metrics" / f"{strategy}.json", text + "\n")
 
 # %% ../../nbs/study/07_metric_rows.ipynb #dde7f144
-def read_metrics(preset: dict[str, Any], folder: str | Path, partial: bool = False) -> list[dict[str, Any]]:
+def read_metrics(
+    preset: dict[str, Any], folder: str | Path, partial: bool = False
+) -> list[dict[str, Any]]:
     "The files of all strategies in the preset's order; `partial` leaves out missing ones."
     found = []
     for name in preset["strategies"]:
         path = Path(folder) / "metrics" / f"{name}.json"
-        if path.is_file(): found.append(load_json(path, rows=list, sources=list))
-        elif not partial: raise CalibPruneError(f"No metrics {path}: the calibration sets of {name!r} have not been measured.")
+        if path.is_file():found.append(load_json(path, rows=list, sources=list))
+        elif not partial:
+            raise CalibPruneError(
+                f"No metrics {path}: the calibration sets of {name!r} have not been measured.")
     return found
 
+# %% ../../nbs/study/07_metric_rows.ipynb #3d3db70b
 def load_metrics(preset: dict[str, Any], folder: str | Path,
-                 partial: bool = False  # leave out strategies not measured; otherwise they are an error
+                 # leave out strategies not measured; otherwise they are an error
+                 partial: bool = False
                 ) -> pd.DataFrame:      # `ROW_COLUMNS`
     "The metrics of every draw of every strategy."
     rows = [r for o in read_metrics(preset, folder, partial) for r in o["rows"]]
-    return pd.DataFrame(rows, columns=ROW_COLUMNS).astype({k: float for k in ("value", "ci_low", "ci_high")})
+    return pd.DataFrame(rows, columns=ROW_COLUMNS).astype(
+        {k: float for k in ("value", "ci_low", "ci_high")}
+    )
 
 # %% ../../nbs/study/07_metric_rows.ipynb #6344ee17
 def metrics_summary(rows: pd.DataFrame  # from `load_metrics`
-                   ) -> pd.DataFrame:   # strategy, metric, oit, main, unit, value, low, high, ci_low, ci_high, draws, …
+                   # strategy, metric, oit, main, unit, value, low, high, ci_low, ci_high, draws, …
+                   ) -> pd.DataFrame:
     "Every metric of every strategy over its draws."
     by = rows.groupby(["strategy", "metric"], sort=False)
-    found = by.agg(unit=("unit", "first"), value=("value", "mean"), low=("value", "min"), high=("value", "max"),
-                   ci_low=("ci_low", "mean"), ci_high=("ci_high", "mean"), draws=("seed", "nunique"),
-                   applicable=("applicable", "all"), note=("note", "first")).reset_index()
+    found = by.agg(
+        unit=("unit", "first"),
+        value=("value", "mean"),
+        low=("value", "min"),
+        high=("value", "max"),
+        ci_low=("ci_low", "mean"),
+        ci_high=("ci_high", "mean"),
+        draws=("seed", "nunique"),
+        applicable=("applicable", "all"),
+        note=("note", "first"),
+    ).reset_index()
     known = [METRICS[o.partition(":")[0]] for o in found["metric"]]
     found.insert(2, "oit", [m.oit for m in known])
     found.insert(3, "main", [m.main for m in known])
@@ -114,21 +160,34 @@ def mix_facts(files: list[dict[str, Any]]  # from `read_metrics`
              ) -> pd.DataFrame:            # strategy, dimension, licence, documents, tokens
     "The sources of each strategy, summed up in one row."
     def one_row(o):
-        dimensions = [d for d in (*DIMENSIONS, "Own", OWN_TEXT["dimension"]) if d in {s["dimension"] for s in o["sources"]}]
+        dimensions = [
+            d
+            for d in (*DIMENSIONS, "Own", OWN_TEXT["dimension"])
+            if d in {s["dimension"] for s in o["sources"]}
+        ]
         single = len(o["sources"]) == 1
-        return dict(strategy=o["strategy"], dimension="all four" if len(dimensions) > 3 else ", ".join(dimensions),
-                    licence=o["sources"][0]["licence"] if single else f"those of {len(o['sources'])} sources",
+        return dict(strategy=o["strategy"],
+                    dimension="all four" if len(dimensions) > 3 else ", ".join(dimensions),
+                    licence=o["sources"][0]["licence"]
+                    if single else f"those of {len(o['sources'])} sources",
                     **{k: sum(s[k] for s in o["sources"]) for k in ("documents", "tokens")})
-    return pd.DataFrame([one_row(o) for o in files], columns=["strategy", "dimension", "licence", "documents", "tokens"])
+    return pd.DataFrame(
+        [one_row(o) for o in files],
+        columns=["strategy", "dimension", "licence", "documents", "tokens"],
+    )
 
 # %% ../../nbs/study/07_metric_rows.ipynb #0f6caf90
 def metric_label(key: str) -> str:
-    "A metric's name in figures and tables: the metric of the theory, then the variant measured here."
+    """A metric's name in figures and tables: the metric of the theory, then the variant measured
+    here."""
     base, _, target = key.partition(":")
     if target: return f"{METRICS[base].oit} to " + ("own text" if target == "model" else target)
-    reading = {"distortion": "perplexity", "aggregation": "4-grams", "coverage": "vocabulary"}.get(base, base.partition("_")[2])
+    reading = {"distortion": "perplexity", "aggregation": "4-grams", "coverage": "vocabulary"}.get(
+        base, base.partition("_")[2]
+    )
     return METRICS[base].oit + (f" ({reading})" if reading else "")
 
+# %% ../../nbs/study/07_metric_rows.ipynb #580da49c
 def short_number(value: float) -> str:
     "Three significant digits, and whole numbers in full."
     if np.isnan(value): return "n/a"
@@ -137,14 +196,21 @@ def short_number(value: float) -> str:
 # %% ../../nbs/study/07_metric_rows.ipynb #931275da
 def sources_grid(summary: pd.DataFrame,  # from `metrics_summary`
                  facts: pd.DataFrame,    # from `mix_facts`
-                 main: bool = True       # one variant of each of the theory's metrics, or all other variants
+                 # one variant of each of the theory's metrics, or all other variants
+                 main: bool = True
                 ) -> pd.DataFrame:
     "The table for readers: one row per strategy. Perplexity has its interval in brackets."
     def text(o):  # a row of the summary
-        ends = f" [{short_number(o.ci_low)}, {short_number(o.ci_high)}]" if o.ci_low == o.ci_low else ""
+        ends = (
+            f" [{short_number(o.ci_low)}, {short_number(o.ci_high)}]"
+            if o.ci_low == o.ci_low
+            else ""
+        )
         return short_number(o.value) + ends
     shown = summary[summary["main"] == main]
-    shown = shown.assign(text=[text(o) for o in shown.itertuples()], label=shown["metric"].map(metric_label))
+    shown = shown.assign(
+        text=[text(o) for o in shown.itertuples()], label=shown["metric"].map(metric_label)
+    )
     wide = shown.pivot(index="strategy", columns="label", values="text")[shown["label"].unique()]
     counts = {k: facts[k].map("{:,}".format) for k in ("documents", "tokens")}
     about = facts.assign(**counts) if main else facts[["strategy"]]
@@ -156,7 +222,9 @@ def definitions_text(summary: pd.DataFrame) -> str:
     rows, bound = [], lambda o: "∞" if o == math.inf else f"{o:g}"
     for o in summary.drop_duplicates("metric").itertuples():
         m = METRICS[o.metric.partition(":")[0]]
-        rows.append({"metric": metric_label(o.metric), "in the theory": m.form, "here": m.formula.replace("|", r"\|"),
-                     "unit": o.unit, "range": "" if math.isnan(m.low) else f"{bound(m.low)} to {bound(m.high)}", "why": m.why,
-                     "note": o.note or ""})
+        rows.append({
+            "metric": metric_label(o.metric), "in the theory": m.form, "here": m.formula.replace(
+                "|", r"\|"), "unit": o.unit,
+            "range": "" if math.isnan(m.low) else f"{bound(m.low)} to {bound(m.high)}",
+            "why": m.why, "note": o.note or ""})
     return pd.DataFrame(rows).to_markdown(index=False)

@@ -26,8 +26,10 @@ def warm_kernel(command: list[str],      # that starts the kernel
     python, *argv = [o for o in command if o != FOR_DEBUGGERS]
     unusual = {k for k, v in settings.items() if k != "env" and v is not None}
     if python != sys.executable or argv[:2] != ["-m", "ipykernel_launcher"] or unusual: return None
-    argv.append(f"--IPKernelApp.parent_handle={os.getpid()}")  # it would be a variable that IPython reads at import
-    with open(os.devnull) as nothing: return ask(argv, settings.get("env") or dict(os.environ), (nothing.fileno(), 1, 2))
+    # it would be a variable that IPython reads at import
+    argv.append(f"--IPKernelApp.parent_handle={os.getpid()}")
+    with open(os.devnull) as nothing:
+        return ask(argv, settings.get("env") or dict(os.environ), (nothing.fileno(), 1, 2))
 
 # %% ../../nbs/study/11_notebook_kernels.ipynb #369238b8
 class WarmProvisioner(LocalProvisioner):
@@ -35,7 +37,8 @@ class WarmProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         program: Any = warm_kernel(cmd, self._scrub_kwargs(kwargs))
         if program is None: return await super().launch_kernel(cmd, **kwargs)
-        self.process, self.pid, self.cwd = program, program.pid, os.getcwd()  # no `pgid`: signals go through the program
+        # no `pgid`: signals go through the program
+        self.process, self.pid, self.cwd = program, program.pid, os.getcwd()
         return self.connection_info
 
 # %% ../../nbs/study/11_notebook_kernels.ipynb #92a07bce
@@ -45,4 +48,6 @@ def use_warm_kernels() -> None:
     "Let this process, and its forks, start kernels warm."
     if KernelProvisionerFactory.default_provisioner_name_env in os.environ: return
     known = KernelProvisionerFactory.instance(default_provisioner_name=NAME).provisioners
-    known[NAME] = EntryPoint(NAME, f"{WarmProvisioner.__module__}:WarmProvisioner", KernelProvisionerFactory.GROUP_NAME)
+    known[NAME] = EntryPoint(
+        NAME, f"{WarmProvisioner.__module__}:WarmProvisioner", KernelProvisionerFactory.GROUP_NAME
+    )

@@ -30,23 +30,29 @@ class Job:
     notebook: str                 # in nbs/paper, without .ipynb
     parameters: dict[str, Any]    # of the notebook
     outputs: list[str]            # files that it writes
-    inputs: list[str]             # files needed first; if newer than the outputs, the job runs again
+    # files needed first; if newer than the outputs, the job runs again
+    inputs: list[str]
     unchanged: list[str] = field(default_factory=list)  # files needed first, however new they are
     priority: int = 0             # the highest runs first
     cores: int | None = None      # None: all
     log: str = ""                 # the executed notebook; its output is beside it, as .log
     progress: str = ""            # a file in which the run reports its progress
     retries: int = 0              # after a failure
-    needs: dict[str, int] = field(default_factory=dict)  # asked of a cluster: mem_mb, runtime in minutes, gpu
+    # asked of a cluster: mem_mb, runtime in minutes, gpu
+    needs: dict[str, int] = field(default_factory=dict)
 
 # %% ../../nbs/study/10_plan.ipynb #6729215f
 def command(job: Job) -> str:
     "The shell command that runs a job."
     words = [sys.executable, "-m", "calib_prune.warm", "-m", "papermill", "--no-progress-bar"]
     words += [f"nbs/paper/{job.notebook}.ipynb", job.log]
-    for name, value in job.parameters.items(): words += ["-p" if isinstance(value, int) else "-r", name, str(value)]
+    for name, value in job.parameters.items():
+        words += ["-p" if isinstance(value, int) else "-r", name, str(value)]
     before = f"CALIB_PRUNE_PROGRESS={shlex.quote(job.progress)} " if job.progress else ""
-    return f"{before}{shlex.join(words)} > {shlex.quote(Path(job.log).with_suffix('.log').as_posix())} 2>&1"
+    return (
+        f"{before}{shlex.join(words)} > {shlex.quote(Path(job.log).with_suffix('.log').as_posix())}"
+        " 2>&1"
+    )
 
 # %% ../../nbs/study/10_plan.ipynb #e8b60685
 @dataclass(frozen=True)
@@ -67,13 +73,22 @@ class Study:
     def figures(self) -> str: return f"figures/{self.preset['name']}"
 
     @property
-    def cells(self) -> dict[str, Cell]: return {c.name: c for c in cells(self.preset, ablations=True)}
+    def cells(self) -> dict[str, Cell]:
+        return {c.name: c for c in cells(self.preset, ablations=True)}
 
 # %% ../../nbs/study/10_plan.ipynb #a61a67bb
-def study_of(preset: dict[str, Any], path: str, cores: int = 1, tables_only: bool = False, again: bool = False,
-             cluster: bool = False, gpus: int = 1) -> Study:
+def study_of(
+    preset: dict[str, Any],
+    path: str,
+    cores: int = 1,
+    tables_only: bool = False,
+    again: bool = False,
+    cluster: bool = False,
+    gpus: int = 1,
+) -> Study:
     "A study and what it lacks; `again` as in `keys.left_to_do`."
-    study = Study(preset, path, dict(models={}, texts={}, metrics={}, audits={}), cores, tables_only, cluster, gpus)
+    study = Study(preset, path, dict(models={}, texts={}, metrics={}, audits={}), cores,
+                  tables_only, cluster, gpus)
     if tables_only: return study
     from calib_prune.study.keys import left_to_do  # a slow import
     return replace(study, left=left_to_do(preset, study.results, again))
@@ -84,36 +99,48 @@ def result_file(study: Study, kind: str, name: str  # as in `Study.left`
     "The file that holds a result."
     if kind == "texts": return name
     if name == "own text": return f"{study.results}/metrics/own-text.jsonl"
-    return f"{study.results}/metrics/{name}.json" if kind == "metrics" else f"{study.results}/{name}.json"
+    return (
+        f"{study.results}/metrics/{name}.json"
+        if kind == "metrics"
+        else f"{study.results}/{name}.json"
+    )
 
+# %% ../../nbs/study/10_plan.ipynb #95b77fbc
 def stamp_file(study: Study, kind: str, name: str) -> str:
     "The stamp of a result."
     return f"{study.results}/.keys/{kind}-{Path(name).name}"
 
+# %% ../../nbs/study/10_plan.ipynb #c70fd31c
 def write_stamps(study: Study) -> None:
     "Give each result that is left a stamp newer than its file."
     for kind, left in study.left.items():
         for name, why in left.items():
             stamp = Path(stamp_file(study, kind, name))
             result = Path(result_file(study, kind, name))
-            older = stamp.is_file() and result.is_file() and stamp.stat().st_mtime <= result.stat().st_mtime
+            older = stamp.is_file() and result.is_file() and stamp.stat().st_mtime <= result.stat(
+            ).st_mtime
             if older or not stamp.is_file() or stamp.read_text() != why: write_atomic(stamp, why)
 
 # %% ../../nbs/study/10_plan.ipynb #06eaa59c
 def _paths(study: Study) -> dict[str, str]:
     return dict(preset=study.path, results=study.results)
 
+# %% ../../nbs/study/10_plan.ipynb #9f815c31
 def _log(study: Study, name: str) -> str:
     return f"{study.results}/notebooks/{name}.ipynb"
 
+# %% ../../nbs/study/10_plan.ipynb #5edd6233
 def priorities(study: Study) -> dict[str, int]:
     "The priority of each model that is left: even numbers, so that texts fit in between."
     models = study.left["models"]
     return {name: 2 * (len(models) - rank) for rank, name in enumerate(models)}
 
+# %% ../../nbs/study/10_plan.ipynb #83bdbe98
 def texts_of(study: Study, *mixes: str) -> tuple[list[str], list[str]]:
     "The generated texts in some mixes: those to be written, and those that exist."
-    found = [o for mix in mixes for o in mix.split(",") if o.startswith(f"{study.results}/generated/")]
+    found = [
+        o for mix in mixes for o in mix.split(",") if o.startswith(f"{study.results}/generated/")
+    ]
     left = study.left["texts"]
     return [o for o in found if o in left], [o for o in found if o not in left]
 
@@ -136,23 +163,28 @@ def model_jobs(study: Study, cores: int | None = None,
 
 # %% ../../nbs/study/10_plan.ipynb #dae817f5
 def text_priorities(study: Study) -> dict[str, int]:
-    "For each model that waits for text, the priority of that: just above the first of a row of models that all wait."
+    """For each model that waits for text, the priority of that: just above the first of a row of
+    models that all wait."""
     found, first = {}, None
     for name, rank in priorities(study).items():
         first = (first or rank) if texts_of(study, study.cells[name].mix)[0] else None
         if first: found[name] = first + 1
     return found
 
+# %% ../../nbs/study/10_plan.ipynb #529e78fb
 def text_jobs(study: Study) -> list[Job]:
     "One run per text that has to be written, before the first model that needs it."
     order, jobs = text_priorities(study), {}
     for name, cell in study.cells.items():
         rank = order.get(name, 1)
-        if cell.mix not in study.left["texts"] or cell.mix in jobs and jobs[cell.mix].priority >= rank: continue
+        if cell.mix not in study.left["texts"] or cell.mix in jobs and jobs[
+                cell.mix].priority >= rank:
+            continue
         stem = f"{cell.strategy}-s{cell.seed}"
         settings = dict(preset=study.path, strategy=cell.strategy, seed=cell.seed, output=cell.mix)
-        jobs[cell.mix] = Job("generate_" + re.sub(r"\W", "_", stem), "generate", settings, [cell.mix],
-                             [stamp_file(study, "texts", cell.mix)], [], rank, None, _log(study, f"generate-{stem}"))
+        jobs[cell.mix] = Job("generate_" + re.sub(r"\W", "_", stem), "generate", settings,
+                             [cell.mix], [stamp_file(study, "texts", cell.mix)], [], rank, None,
+                             _log(study, f"generate-{stem}"))
     return [*jobs.values()]
 
 # %% ../../nbs/study/10_plan.ipynb #e4d815ca
@@ -162,13 +194,18 @@ def metric_jobs(study: Study) -> list[Job]:
     for name in left:
         stamp, output = stamp_file(study, "metrics", name), result_file(study, "metrics", name)
         if name == "own text":
-            jobs.append(Job("own_text", "own_text", dict(preset=study.path, output=own), [own], [stamp], [], 1000, None,
-                            _log(study, "own_text")))
+            jobs.append(
+                Job("own_text", "own_text", dict(preset=study.path, output=own), [own], [stamp], [],
+                    1000, None, _log(study, "own_text")))
             continue
-        new, old = texts_of(study, *(mix_of(study.preset, name, seed) for seed in seeds_of(study.preset, name)))
+        new, old = texts_of(
+            study, *(mix_of(study.preset, name, seed) for seed in seeds_of(study.preset, name))
+        )
         (new if "own text" in left else old).append(own)
-        jobs.append(Job("measure_" + re.sub(r"\W", "_", name), "measure", dict(_paths(study), strategy=name), [output],
-                        [stamp, *new], old, 500, None, _log(study, f"measure-{name}")))
+        jobs.append(
+            Job("measure_" + re.sub(r"\W", "_", name), "measure", dict(
+                _paths(study), strategy=name), [output], [stamp, *new], old, 500, None,
+                _log(study, f"measure-{name}")))
     return jobs
 
 # %% ../../nbs/study/10_plan.ipynb #7f613f71
@@ -176,39 +213,54 @@ def audit_jobs(study: Study) -> list[Job]:
     "One run that makes the audits that are left, if there are any."
     if not (left := study.left["audits"]): return []
     new, old = texts_of(study, *(c.mix for c in cells(study.preset)))
-    return [Job("audit", "audit", _paths(study), [result_file(study, "audits", o) for o in left],
-                [*(stamp_file(study, "audits", o) for o in left), *dict.fromkeys(new)], [*dict.fromkeys(old)], 500, None,
-                _log(study, "audit"))]
+    return [
+        Job("audit", "audit", _paths(study), [result_file(study, "audits", o) for o in left],
+            [*(stamp_file(study, "audits", o) for o in left), *dict.fromkeys(new)],
+            [*dict.fromkeys(old)], 500, None, _log(study, "audit"))]
 
 # %% ../../nbs/study/10_plan.ipynb #88d7f969
 def _usable(study: Study, files: Iterable[str]) -> list[str]:
     "Files that tables may wait for: all, or with `tables_only` those that exist."
     return [o for o in files if not study.tables_only or Path(o).is_file()]
 
+# %% ../../nbs/study/10_plan.ipynb #e48190b9
 def results_of(study: Study) -> dict[str, list[str]]:  # by kind, see `artefacts.READS`
     "The files that tables read."
     grid, every = [c.name for c in cells(study.preset)], list(study.cells)
     files = lambda kind, names: _usable(study, [result_file(study, kind, o) for o in names])
-    return dict(models=files("models", grid), ablations=files("models", every[len(grid):]),
+    return dict(models=files("models", grid),
+                ablations=files("models", every[len(grid):]),
                 metrics=files("metrics", measured_strategies(study.preset)),
                 audits=files("audits", study.left["audits"]),
-                ledger=[f"{study.figures}/{LEDGER}"] if "ledger" in needed_by(study.preset["tables"]) else [])
+                ledger=[f"{study.figures}/{LEDGER}"]
+                if "ledger" in needed_by(study.preset["tables"]) else [])
 
 # %% ../../nbs/study/10_plan.ipynb #04cdc3eb
 def table_jobs(study: Study) -> list[Job]:
     "One run per notebook that makes tables or figures; it runs again if results or code are newer."
     results, jobs = results_of(study), []
-    code = sorted(os.path.relpath(o) for o in Path(calib_prune.__file__).parent.rglob("*.py") if o.name != "_modidx.py")
+    code = sorted(
+        os.path.relpath(o)
+        for o in Path(calib_prune.__file__).parent.rglob("*.py")
+        if o.name != "_modidx.py"
+    )
     for book in study.preset["tables"]:
         files = [f"{study.figures}/{f}" for o in made_by([book]) for f in o.files]
         read = [o for kind in sorted(needed_by([book])) for o in results[kind]]
-        jobs.append(Job(book, book, dict(_paths(study), figures=study.figures), files,
-                        [f"nbs/paper/{book}.ipynb", *code, *read], log=_log(study, book), cores=1, retries=1))
+        jobs.append(
+            Job(book,
+                book,
+                dict(_paths(study), figures=study.figures),
+                files, [f"nbs/paper/{book}.ipynb", *code, *read],
+                log=_log(study, book),
+                cores=1,
+                retries=1))
     return jobs
 
 # %% ../../nbs/study/10_plan.ipynb #472ca45f
 def plan(study: Study) -> list[Job]:
-    "All runs that a study lacks, and those of all tables: Snakemake skips tables newer than their inputs."
+    """All runs that a study lacks, and those of all tables: Snakemake skips tables newer than their
+    inputs."""
     if study.tables_only: return table_jobs(study)
     from calib_prune.study.cost import cores_per_cell, memory_gib, requests_of  # slow imports
     cores = 1 if study.cluster else cores_per_cell(study.preset, study.cores, memory_gib())
@@ -217,7 +269,12 @@ def plan(study: Study) -> list[Job]:
     texts = [replace(o, needs=needs["text"]) for o in (*text_jobs(study), *metric_jobs(study))]
     return [*texts, *model_jobs(study, cores, needs), *audit_jobs(study), *table_jobs(study)]
 
+# %% ../../nbs/study/10_plan.ipynb #4a9c455d
 def targets(study: Study) -> list[str]:
     "Every file that a study should have."
-    results = results_of(study)  # as targets too: otherwise Snakemake ignores a missing result behind a finished table
-    return [*(o for job in table_jobs(study) for o in job.outputs), *(o for files in results.values() for o in files)]
+    # as targets too: otherwise Snakemake ignores a missing result behind a finished table
+    results = results_of(study)
+    return [
+        *(o for job in table_jobs(study) for o in job.outputs),
+        *(o for files in results.values() for o in files),
+    ]

@@ -39,12 +39,18 @@ def imports_of(folder: Path  # with notebooks
 
 # %% ../../nbs/study/12_preload.ipynb #85489693
 def _import_as_in_a_kernel() -> None:
+    # ipywidgets would register itself with a kernel
+    import ipykernel.zmqshell  # noqa: F401
     import IPython
-    import ipykernel.zmqshell, ipywidgets  # noqa: E401, F401  (ipywidgets would register itself with a kernel)
+    import ipywidgets  # noqa: F401
     shell = SimpleNamespace(kernel="not yet", config={"IPKernelApp": {}})
-    with patch.object(IPython, "get_ipython", lambda: shell), patch("builtins.get_ipython", lambda: shell, create=True):
-        import pandas, tqdm.auto  # noqa: E401, F401
+    with patch.object(IPython, "get_ipython", lambda: shell), patch(
+        "builtins.get_ipython", lambda: shell, create=True
+    ):
+        import pandas  # noqa: F401
+        import tqdm.auto  # noqa: F401
 
+# %% ../../nbs/study/12_preload.ipynb #891feee6
 def prepare() -> None:
     "Import what runs need; no computation, which would start threads."
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
@@ -67,14 +73,16 @@ def adapt(env: dict[str, str]) -> None:
     torch.seed()
     if "OMP_NUM_THREADS" not in env: return
     n = int(env["OMP_NUM_THREADS"])
-    torch.set_num_threads(min(n, torch.get_num_threads()))  # without the variable it uses all cores, and with it no more
+    # without the variable it uses all cores, and with it no more
+    torch.set_num_threads(min(n, torch.get_num_threads()))
     threadpool_limits(min(n, len(os.sched_getaffinity(0))), user_api="blas")
 
 # %% ../../nbs/study/12_preload.ipynb #9abcaa6a
 if __name__ == "__main__" and sys.argv[1:2] == ["serve"]:
     place = (listener := socket.socket(fileno=int(sys.argv[2]))).getsockname()
     serve(listener, prepare, adapt)
-    with suppress(OSError): os.rmdir(os.path.dirname(place))  # whoever made the folder may have been killed
+    # whoever made the folder may have been killed
+    with suppress(OSError): os.rmdir(os.path.dirname(place))
 
 # %% ../../nbs/study/12_preload.ipynb #7d215eea
 def _start(root: Path, place: str, log: Path) -> subprocess.Popen | None:
@@ -83,13 +91,25 @@ def _start(root: Path, place: str, log: Path) -> subprocess.Popen | None:
     env = {k: v for k, v in os.environ.items() if k not in THREADS}
     try:
         with listen(place) as listener, open(log, "w") as out:
-            command = [sys.executable, "-m", "calib_prune.study.preload", "serve", str(listener.fileno())]
-            return subprocess.Popen(command, cwd=root, env=env, stdin=subprocess.PIPE, stdout=out, stderr=out,
-                                    start_new_session=True, pass_fds=[listener.fileno()])
+            command = [
+                sys.executable, "-m", "calib_prune.study.preload", "serve",
+                str(listener.fileno())]
+            return subprocess.Popen(
+                command,
+                cwd=root,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                pass_fds=[listener.fileno()],
+            )
     except OSError as e:
-        with suppress(OSError): log.write_text(f"Runs start cold, because the warm process could not be started: {e}\n")
+        with suppress(OSError):
+            log.write_text(f"Runs start cold, because the warm process could not be started: {e}\n")
         return None
 
+# %% ../../nbs/study/12_preload.ipynb #d89a416d
 @contextmanager
 def warm_process(root: Path,  # the checkout
                  log: Path    # the warm process's

@@ -30,27 +30,36 @@ def _settings(words: Sequence[str], mix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
-        if not name or not value: raise CalibPruneError(f"{mix!r}: {word!r} is not a setting. Write name=value, without spaces.")
-        if name in found: raise CalibPruneError(f"{mix!r} sets {name!r} twice: leave one of the two out.")
+        if not name or not value:
+            raise CalibPruneError(
+                f"{mix!r}: {word!r} is not a setting. Write name=value, without spaces."
+            )
+        if name in found:
+            raise CalibPruneError(f"{mix!r} sets {name!r} twice: leave one of the two out.")
         found[name] = read_yaml(value, f"{mix!r}: the value of {name!r}")
     return found
 
+# %% ../../nbs/study/03_presets.ipynb #9d175b07
 def protocol_of(mix: str  # as a preset writes it
                ) -> tuple[str, dict[str, Any]] | None:  # None if the text is not generated
     "The protocol that writes a strategy's text, and its settings."
     if not mix.startswith("generated:"): return None
     name, *words = mix.removeprefix("generated:").split() or [""]
-    if not name: raise CalibPruneError(f"{mix!r} names no protocol: write generated:igsp, for example.")
+    if not name:
+        raise CalibPruneError(f"{mix!r} names no protocol: write generated:igsp, for example.")
     return name, _settings(words, mix)
 
 # %% ../../nbs/study/03_presets.ipynb #ee673ab4
 def _a_name(value: str) -> str:
     "A name that files can have, checked. `dense` is taken by the dense model."
     if value == "dense" or not re.fullmatch(r"\w[\w.-]{0,99}", value):
-        raise ValueError("cannot name files: use at most 100 letters, digits, '.', '_' and '-', do not begin with '.' or '-', "
-                         "and avoid 'dense'")
+        raise ValueError(
+            "cannot name files: use at most 100 letters, digits, '.', '_' and '-', do not begin"
+            " with '.' or '-', and avoid 'dense'"
+        )
     return value
 
+# %% ../../nbs/study/03_presets.ipynb #9816638c
 def _a_study(value: str) -> str:
     "The name of a study, checked: one word, or a question and a model such as `claims/qwen-0.5b`."
     parts = value.split("/")
@@ -58,21 +67,25 @@ def _a_study(value: str) -> str:
     for part in parts: _a_name(part)
     return value
 
+# %% ../../nbs/study/03_presets.ipynb #76286ffb
 def _a_sparsity(value: Any) -> Any:
     "A sparsity as written, checked."
     try: parse_sparsity(value)
     except CalibPruneError as e: raise ValueError(str(e)) from e
     return value
 
+# %% ../../nbs/study/03_presets.ipynb #3971121d
 def _a_mix(value: str) -> str:
     "A mix, or a protocol with its settings, that can be read."
     try: protocol_of(value)
     except CalibPruneError as e: raise ValueError(str(e)) from e
     return value
 
+# %% ../../nbs/study/03_presets.ipynb #62524cef
 def _each_once(values: list[str]) -> list[str]:
     "A list without repetition."
-    if twice := next((o for o in values if values.count(o) > 1), ""): raise ValueError(f"names {twice!r} twice")
+    if twice := next((o for o in values if values.count(o) > 1), ""):
+        raise ValueError(f"names {twice!r} twice")
     return values
 
 Name = Annotated[str, AfterValidator(_a_name)]
@@ -81,16 +94,17 @@ Mix = Annotated[Text, AfterValidator(_a_mix)]
 Sparsity = Annotated[Any, AfterValidator(_a_sparsity)]
 Seed = Annotated[int, Field(ge=0, le=2**63)]
 
-
 # %% ../../nbs/study/03_presets.ipynb #9aa20a1f
 class CalibrationForm(Form):
     windows: Count  # N: the default size of a calibration set
     length: Count   # L: tokens per window
 
+# %% ../../nbs/study/03_presets.ipynb #466b3c24
 class PruningForm(Form):
     batch_tokens: Count
     block: Count         # columns per block of SparseGPT
-    damping: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]  # fraction of the mean diagonal
+    # fraction of the mean diagonal
+    damping: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     offload: bool        # keep layers on the CPU until they are pruned
 
 # %% ../../nbs/study/03_presets.ipynb #4102d70b
@@ -99,9 +113,12 @@ class ScoringForm(Form):
     limit: Count | dict[Text, Count | None] | None
     batch_tokens: Count
     batch_size: Count | None = None  # answers that the model writes at once; None: 8
-    swapped: Count | None = None  # items per task that are also scored after another's prompt: see `measures.prompt_gains`
-    skip: Count | None = None  # items per task to pass over: a recipe that was learnt from some items is judged by others
+    # items per task that are also scored after another's prompt: see `measures.prompt_gains`
+    swapped: Count | None = None
+    # items per task to pass over: a recipe that was learnt from some items is judged by others
+    skip: Count | None = None
 
+# %% ../../nbs/study/03_presets.ipynb #70ce8d03
 class HeldoutForm(Form):
     source: Text
     documents: Count
@@ -121,7 +138,8 @@ class BlockForm(Form):
     methods: Annotated[list[Text], Field(min_length=1)]
     sparsities: Annotated[list[Sparsity], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    windows: Annotated[list[Count | Literal["default"]], Field(min_length=1)]  # default: see `CalibrationForm`
+    # default: see `CalibrationForm`
+    windows: Annotated[list[Count | Literal["default"]], Field(min_length=1)]
 
 # %% ../../nbs/study/03_presets.ipynb #cf5aad64
 class PresetForm(Form):
@@ -137,11 +155,15 @@ class PresetForm(Form):
     strategies: Annotated[dict[Name, Mix], Field(min_length=1)]
     grid: Annotated[list[BlockForm], Field(min_length=1)]
     ablations: list[BlockForm] | None = None
-    tables: Annotated[list[Literal[NOTEBOOKS]], Field(min_length=1), AfterValidator(_each_once)]  # type: ignore[valid-type]  # computed from `ARTEFACTS`
+    # computed from `ARTEFACTS`
+    tables: Annotated[list[Literal[NOTEBOOKS]],  # type: ignore[valid-type]
+                      Field(min_length=1), AfterValidator(_each_once)]
     hardware: HardwareForm
     resamples: Annotated[int, Field(ge=100, le=2**24)]  # of items and draws, for intervals
-    measure: Literal[(*MEASURES, "headline")] = "plain"  # type: ignore[valid-type]  # of the tables; headline: by the rule
-    beside: list[Name] = []  # presets in the same folder, of other models, whose ledgers the notebook `models` compares
+    # of the tables; headline: by the rule
+    measure: Literal[(*MEASURES, "headline")] = "plain"  # type: ignore[valid-type]
+    # presets in the same folder, of other models, whose ledgers the notebook `models` compares
+    beside: list[Name] = []
 
     @model_validator(mode="after")
     def _strategies_are_defined(self):
@@ -149,14 +171,20 @@ class PresetForm(Form):
             for i, block in enumerate(getattr(self, part) or ()):
                 for name in block.strategies if isinstance(block.strategies, list) else ():
                     if name not in self.strategies:
-                        raise ValueError(str(unknown_name(f"strategy in {part}.{i}", name, self.strategies)))
+                        raise ValueError(
+                            str(unknown_name(f"strategy in {part}.{i}", name, self.strategies))
+                        )
         return self
 
     @model_validator(mode="after")
     def _models_have_ledgers(self):
         if "models" not in self.tables: return self
-        if "claims" not in self.tables: raise ValueError("the table `models` reads the ledger: name `claims` in `tables` as well")
-        if not self.beside: raise ValueError("the table `models` needs `beside`, a list of presets on other models")
+        if "claims" not in self.tables:
+            raise ValueError(
+                "the table `models` reads the ledger: name `claims` in `tables` as well"
+            )
+        if not self.beside:
+            raise ValueError("the table `models` needs `beside`, a list of presets on other models")
         return self
 
 # %% ../../nbs/study/03_presets.ipynb #bc3117f6
@@ -165,8 +193,10 @@ def _wrong(errors: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for o in errors[:5]:
         where, given = ".".join(map(str, o["loc"])) or "the preset", shown_value(o["input"])
-        note = " (YAML reads 3e11 as text: write 3.0e+11)" if o["type"] == "float_type" and isinstance(o["input"], str) else ""
-        shown = "" if o["type"] in ("missing", "value_error") and len(given) > 80 else f", not {given[:80]}"
+        note = " (YAML reads 3e11 as text: write 3.0e+11)" if o[
+            "type"] == "float_type" and isinstance(o["input"], str) else ""
+        shown = "" if o["type"] in ("missing",
+                                    "value_error") and len(given) > 80 else f", not {given[:80]}"
         lines.append(f"{where}: {o['msg'].removeprefix('Value error, ')}{shown}{note}")
     return "\n  ".join(lines)
 
@@ -185,7 +215,8 @@ class Cell:
     def name(self) -> str:
         "A name for files: unique within a study."
         if self.strategy == "dense": return "dense"
-        return f"{self.strategy}-{self.method}-{str(self.sparsity).replace(':', 'of')}-n{self.windows}-s{self.seed}"
+        sparsity = str(self.sparsity).replace(":", "of")
+        return f"{self.strategy}-{self.method}-{sparsity}-n{self.windows}-s{self.seed}"
 
 # %% ../../nbs/study/03_presets.ipynb #ad12068c
 def mix_of(preset: dict[str, Any], strategy: str, seed: int) -> str:
@@ -205,6 +236,7 @@ def _expand(preset: dict[str, Any], blocks: list[dict[str, Any]]) -> list[Cell]:
             found.append(Cell(name, mix_of(preset, name, seed), method, sparsity, seed, size))
     return found
 
+# %% ../../nbs/study/03_presets.ipynb #95a721ad
 def cells(preset: dict[str, Any],
           ablations: bool = False  # include the ablations
          ) -> list[Cell]:
@@ -220,11 +252,14 @@ def _preset_text(path: Path) -> Any:
     except ValueError as e: raise CalibPruneError(f"Preset {path} is not YAML: {e}") from e
     return read_yaml(text, f"Preset {path}")
 
+# %% ../../nbs/study/03_presets.ipynb #2397a319
 def _base_file(path: Path, base: Any  # as the preset at `path` writes it
               ) -> Path:
     "The file that a preset extends."
     if not isinstance(base, str) or not base.strip():
-        raise CalibPruneError(f"Preset {path}: extends is {shown_value(base)}, but must be the path of a file.")
+        raise CalibPruneError(
+            f"Preset {path}: extends is {shown_value(base)}, but must be the path of a file."
+        )
     name = base if base.endswith((".yaml", ".yml")) else f"{base}.yaml"
     file = as_path(path.parent / name, "a preset")
     if file.is_file(): return file
@@ -239,11 +274,14 @@ def merged(base: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]
         if isinstance(before, dict) and isinstance(value, dict): found[key] = {**before, **value}
     return found
 
+# %% ../../nbs/study/03_presets.ipynb #da09a0ac
 def _extended(path: Path, before: tuple[Path, ...] = ()) -> Any:
     "What a preset's file holds, over what the files hold that it extends."
     chain = (*before, path.resolve())
     if path.resolve() in before:
-        raise CalibPruneError(f"Preset {before[0]} extends itself: {' → '.join(o.name for o in chain)}.")
+        raise CalibPruneError(
+            f"Preset {before[0]} extends itself: {' → '.join(o.name for o in chain)}."
+        )
     preset = _preset_text(path)
     if not isinstance(preset, dict) or "extends" not in preset: return preset
     file = _base_file(path, preset.pop("extends"))
@@ -261,18 +299,30 @@ def _namesakes(names: list[str]) -> list[str]:
         first[plain] = name
     return []
 
+# %% ../../nbs/study/03_presets.ipynb #e6e18763
 def load_preset(path: str | Path) -> dict[str, Any]:
     "Read a preset, put it over the files that it extends, and check keys and types."
     path = as_path(path, "a preset")
     if not path.is_file():
-        raise unknown_name("preset", str(path), [str(o) for o in path.parent.glob("*.yaml")], "A preset is a YAML file.")
+        raise unknown_name(
+            "preset",
+            str(path),
+            [str(o) for o in path.parent.glob("*.yaml")],
+            "A preset is a YAML file.",
+        )
     preset = _extended(path)
-    try: PresetForm.model_validate(preset)
-    except ValidationError as e: raise CalibPruneError(f"Preset {path} is wrong:\n  {_wrong(e.errors())}") from e
-    except RecursionError as e: raise CalibPruneError(f"Preset {path} is wrong: it contains itself.") from e
+    try:PresetForm.model_validate(preset)
+    except ValidationError as e:
+        raise CalibPruneError(f"Preset {path} is wrong:\n  {_wrong(e.errors())}") from e
+    except RecursionError as e:
+        raise CalibPruneError(f"Preset {path} is wrong: it contains itself.") from e
     if namesakes := _namesakes([c.name for c in cells(preset, ablations=True)]):
-        raise CalibPruneError(f"Preset {path} is wrong: {' and '.join(namesakes)} would be the same file or the same job. "
-                              "Let the strategies differ in more than case and punctuation, and write each sparsity in one way.")
+        raise CalibPruneError(
+            f"Preset {path} is wrong: {' and '.join(namesakes)} would be the same file or the "
+            "same job. "
+            "Let the strategies differ in more than case and punctuation, and write each "
+            "sparsity in one way."
+        )
     return preset
 
 # %% ../../nbs/study/03_presets.ipynb #ad292caa
@@ -294,9 +344,13 @@ def find_cell(preset: dict[str, Any], name: str) -> Cell:
 def seeds_of(preset: dict[str, Any], strategy: str) -> list[int]:
     "The draws of a strategy at the default size, in all blocks of the grid."
     default = preset["calibration"]["windows"]
-    return sorted({c.seed for c in cells(preset) if c.strategy == strategy and c.windows == default})
+    return sorted(
+        {c.seed for c in cells(preset) if c.strategy == strategy and c.windows == default}
+    )
 
+# %% ../../nbs/study/03_presets.ipynb #b0aa60e2
 def measured_strategies(preset: dict[str, Any]) -> list[str]:
-    "The strategies with sets of the default size, if a table of the preset shows metrics; else none."
+    """The strategies with sets of the default size, if a table of the preset shows metrics; else
+    none."""
     if "metrics" not in needed_by(preset["tables"]): return []
     return [name for name in preset["strategies"] if seeds_of(preset, name)]

@@ -31,15 +31,21 @@ def save_cell(folder: str | Path,      # of the study's results
               record: dict[str, Any],  # see `keys.describe_run`
               rows: pd.DataFrame,      # one per task: task, dimension, metric, score, n, …
               items: pd.DataFrame,     # one per item, see `evaluation.scoring.evaluate`
-              layers: pd.DataFrame,    # one per linear map, see `pruning.walk.prune`; empty for the dense model
+              # one per linear map, see `pruning.walk.prune`; empty for the dense model
+              layers: pd.DataFrame,
               seconds: dict[str, float]  # wall time per stage; not part of the rows
              ) -> Path:                # the JSON file
     "Write the files of a finished cell, the JSON file last."
     base = Path(folder) / record["cell"]
     write_atomic(base.with_name(base.name + ".items.parquet"), _parquet(items))
     if len(layers): write_atomic(base.with_name(base.name + ".layers.parquet"), _parquet(layers))
-    done = dict(record=record, rows=json_rows(rows), seconds={k: round(v, 1) for k, v in seconds.items()})
-    return write_atomic(base.with_name(base.name + ".json"), json.dumps(done, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    done = dict(
+        record=record, rows=json_rows(rows), seconds={k: round(v, 1) for k, v in seconds.items()}
+    )
+    return write_atomic(
+        base.with_name(base.name + ".json"),
+        json.dumps(done, indent=1, sort_keys=True, allow_nan=False) + "\n",
+    )
 
 # %% ../../nbs/study/04_results.ipynb #22182d29
 @dataclass
@@ -50,10 +56,13 @@ class Result:
     items: pd.DataFrame        # one per item
     seconds: dict[str, float]  # wall time per stage
 
+# %% ../../nbs/study/04_results.ipynb #bf85929b
 def _read(path: Path) -> dict[str, Any]:  # the JSON file
-    if not path.is_file(): raise CalibPruneError(f"No result {path}: that cell has not been run, or did not finish.")
+    if not path.is_file():
+        raise CalibPruneError(f"No result {path}: that cell has not been run, or did not finish.")
     return load_json(path, record=dict, rows=list, seconds=dict)
 
+# %% ../../nbs/study/04_results.ipynb #afa446dc
 def load_record(path: str | Path) -> dict[str, Any]:
     "The record of a finished cell: how its model was made."
     return _read(Path(path))["record"]
@@ -73,26 +82,35 @@ def load_cell(path: str | Path  # the JSON file
 def _scored_as(record: dict[str, Any]) -> dict[str, Any]:  # empty for a record without a key
     "What results must share to be compared: model, items and way of scoring."
     if not (key := record.get("key")): return {}
-    return {k: key.get(k) for k in ("model", "tasks", "batch_tokens")} | dict(scoring=key.get("versions", {}).get("scoring"))
+    return {k: key.get(k) for k in ("model", "tasks", "batch_tokens")} | dict(
+        scoring=key.get("versions", {}).get("scoring")
+    )
 
+# %% ../../nbs/study/04_results.ipynb #a9f6a676
 def check_one_edition(study: dict[str, Result]) -> None:
     "Refuse results that were scored in different ways, such as those of two editions of a study."
     known = {name: how for name, o in study.items() if (how := _scored_as(o.record))}
     keyless = [o for o in study if o not in known] if known else []
     some = lambda names: ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     if keyless:
-        raise CalibPruneError(f"{len(keyless)} of {len(study)} results do not say how they were scored, as the others do: "
-                              f"{some(keyless)}. They are of an older version: `calib-prune reproduce` makes them again.")
+        raise CalibPruneError(
+            f"{len(keyless)} of {len(study)} results do not say how they were scored, as the others"
+            f" do: {some(keyless)}. They are of an older version: `calib-prune reproduce` makes"
+            " them again."
+        )
     name, first = next(iter(known.items()), ("", {}))
     odd = [o for o, how in known.items() if how != first]
     if not odd: return
     differs = " and ".join(k for k in first if first[k] != known[odd[0]][k])
-    raise CalibPruneError(f"{len(odd)} of {len(known)} results were scored in another way than {name} (they differ in "
-                          f"{differs}): {some(odd)}. `calib-prune reproduce` makes them again.")
+    raise CalibPruneError(
+        f"{len(odd)} of {len(known)} results were scored in another way than {name} (they differ in"
+        f" {differs}): {some(odd)}. `calib-prune reproduce` makes them again."
+    )
 
 # %% ../../nbs/study/04_results.ipynb #a78d4198
 def load_study(preset: dict[str, Any], folder: str | Path,
-               partial: bool = False,   # leave out cells that have not been run; otherwise they are an error
+               # leave out cells that have not been run; otherwise they are an error
+               partial: bool = False,
                ablations: bool = False  # include the ablations
               ) -> dict[str, Result]:
     "The results of a study by cell name, in the preset's order."
@@ -106,9 +124,13 @@ def tidy_rows(study: dict[str, Result]) -> pd.DataFrame:
     "One row per cell and task, with the columns that identify it."
     tables = []
     for result in study.values():
-        about = {k: v for k, v in result.record.items() if k not in ("calibration", "key", "left_out")}
+        about = {
+            k: v for k, v in result.record.items() if k not in ("calibration", "key", "left_out")
+        }
         about["calibration"] = (result.record["calibration"] or {}).get("content", "")
         tables.append(result.rows.assign(**about))
     frame = pd.concat(tables, ignore_index=True)
-    first = ["cell", "strategy", "method", "sparsity", "seed", "dimension", "task", "metric", "score", "n"]
+    first = [
+        "cell", "strategy", "method", "sparsity", "seed", "dimension", "task", "metric", "score",
+        "n"]
     return frame[first + [c for c in frame if c not in first]]

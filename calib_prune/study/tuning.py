@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 
 from ..calibration.sets import build_calibration
-from ..core import DIMENSIONS
-from ..model.likelihood import loglikelihoods
-from ..kernels.memory import reused_memory
-from ..progress import ProgressFn
 from ..calibration.sources import SUITE
+from ..core import DIMENSIONS
+from ..kernels.memory import reused_memory
+from ..model.likelihood import loglikelihoods
+from ..progress import ProgressFn
 
 # %% ../../nbs/study/09_tuning.ipynb #98dab03c
 def mix_of_shares(shares: Mapping[str, float]  # dimension → share, positive
@@ -42,7 +42,10 @@ def heldout_windows(tokenizer, n: int,       # windows of each dimension
         counts = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
         windows = []
         for name, k in zip(names, counts):
-            if k: windows.append(build_calibration(name, tokenizer, used + k, length, seed).tokens[used:])
+            if k:
+                windows.append(
+                    build_calibration(name, tokenizer, used + k, length, seed).tokens[used:]
+                )
         found[d] = torch.cat(windows)
     return found
 
@@ -54,10 +57,14 @@ def text_nll(model, texts: Mapping[str, torch.Tensor],  # dimension → int64 [n
     "The mean negative log-likelihood of each dimension's windows."
     found = {}
     for d, tokens in texts.items():
-        pairs = [(w[:1], w[1:]) for w in tokens.tolist()]  # every token after the first is predicted
-        found[d] = -np.mean([o for o, _ in loglikelihoods(model, pairs, batch_tokens)]) / (tokens.shape[1] - 1)
+        # every token after the first is predicted
+        pairs = [(w[:1], w[1:]) for w in tokens.tolist()]
+        found[d] = -np.mean([o for o, _ in loglikelihoods(model, pairs, batch_tokens)]) / (
+            tokens.shape[1] - 1
+        )
     return found
 
+# %% ../../nbs/study/09_tuning.ipynb #346d0fc7
 def text_retention(dense: Mapping[str, float], pruned: Mapping[str, float]) -> dict[str, float]:
     "The retention of each dimension's text."
     return {d: dense[d] / pruned[d] for d in dense}
@@ -68,7 +75,9 @@ def objective(kept: Mapping[str, float]) -> float:
     return float(np.mean([*kept.values()]) + min(kept.values()))
 
 # %% ../../nbs/study/09_tuning.ipynb #1f90a163
-def tune_shares(retention_of: Callable[[str], Mapping[str, float]],  # mix → dimension → retention of held-out text
+def tune_shares(
+                # mix → dimension → retention of held-out text
+                retention_of: Callable[[str], Mapping[str, float]],
                 rounds: int = 6, rate: float = 3.0,
                 progress: ProgressFn | None = None
                ) -> pd.DataFrame:  # one row per round: shares, retention, objective, mix
@@ -80,7 +89,9 @@ def tune_shares(retention_of: Callable[[str], Mapping[str, float]],  # mix → d
         kept = retention_of(mix)
         about = {f"share {d}": o for d, o in shares.items()}
         rows.append({"round": k, "mix": mix, **about, **kept, "objective": objective(kept)})
-        gain = {d: shares[d] * np.exp(rate * (np.mean([*kept.values()]) - kept[d])) for d in DIMENSIONS}
+        gain = {
+            d: shares[d] * np.exp(rate * (np.mean([*kept.values()]) - kept[d])) for d in DIMENSIONS
+        }
         shares = {d: o / sum(gain.values()) for d, o in gain.items()}
     if progress: progress("tuning", rounds, rounds)
     return pd.DataFrame(rows)
@@ -90,10 +101,15 @@ def best_mix(rounds: pd.DataFrame) -> str:
     "The mix of the best round, the first of equal ones."
     return rounds.loc[rounds["objective"].idxmax(), "mix"]
 
+# %% ../../nbs/study/09_tuning.ipynb #8ed4e04b
 def tuning_text(rounds: pd.DataFrame) -> pd.DataFrame:
     "The table for readers, in percent."
     best = rounds["objective"].idxmax()
     text = {"round": [f"{o} (best)" if k == best else str(o) for k, o in rounds["round"].items()]}
-    columns = {f"share {d}": f"share {d}" for d in DIMENSIONS} | {f"kept {d}": d for d in DIMENSIONS}
+    columns = {f"share {d}": f"share {d}" for d in DIMENSIONS} | {
+        f"kept {d}": d for d in DIMENSIONS
+    }
     columns |= {"mean + worst": "objective"}
-    return pd.DataFrame(text | {name: [f"{100 * o:.1f}" for o in rounds[k]] for name, k in columns.items()})
+    return pd.DataFrame(
+        text | {name: [f"{100 * o:.1f}" for o in rounds[k]] for name, k in columns.items()}
+    )
