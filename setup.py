@@ -1,4 +1,5 @@
-"What setuptools cannot be told in pyproject.toml: the wheel also holds the files of studies, and the mixing law."
+"""What setuptools cannot be told in pyproject.toml: the wheel also holds the files of studies, and
+the mixing law."""
 import shutil
 from pathlib import Path
 
@@ -6,8 +7,10 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-FOUND = [ROOT / "Snakefile", *sorted(ROOT.glob("presets/**/*.yaml")), *sorted(ROOT.glob("nbs/paper/*.ipynb")),
-         *sorted(ROOT.glob("profiles/*/config.yaml")), ROOT / "figures/mixing/smollm2-135m/T12-law.json"]
+FOUND = [
+    ROOT / "Snakefile", *sorted(ROOT.glob("presets/**/*.yaml")),
+    *sorted(ROOT.glob("nbs/paper/*.ipynb")), *sorted(ROOT.glob("profiles/*/config.yaml")),
+    ROOT / "figures/mixing/smollm2-135m/T12-law.json"]
 STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb"]
 
 
@@ -15,7 +18,8 @@ class WithStudy(build_py):
     def run(self):
         if self.editable_mode: return super().run()  # a checkout has them
         old = Path(self.build_lib, "calib_prune").resolve()
-        if ROOT / "build" in old.parents: shutil.rmtree(old, ignore_errors=True)  # any other folder is the caller's
+        # any other folder is the caller's
+        if ROOT / "build" in old.parents: shutil.rmtree(old, ignore_errors=True)
         super().run()
         for name in STUDY:
             target = Path(self.build_lib, "calib_prune", "project", name)

@@ -1,4 +1,5 @@
-"""What a measurement ran on, and how much memory its process held. Standard library only: peers import it as well."""
+"""What a measurement ran on, and how much memory its process held. Standard library only: peers
+import it as well."""
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,8 @@ def resident() -> int:
 
 
 def peak() -> int:
-    "The most that this process has held, in bytes (`ru_maxrss` would count what the parent held when it forked)."
+    """The most that this process has held, in bytes (`ru_maxrss` would count what the parent held
+    when it forked)."""
     return _status("VmHWM")
 
 
@@ -48,6 +50,14 @@ def describe(threads: int) -> dict:
     cpu = {key.strip(): value.strip() for key, value in facts}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     wide = [o for o in ("avx2", "avx512f", "amx_tile") if o in cpu.get("flags", "").split()]
-    return dict(cpu=cpu.get("model name", platform.machine()), cores=os.cpu_count(), memory_gib=round(memory / 2**30),
-                vectors=wide, system=f"{platform.system()} {platform.machine()}", python=platform.python_version(),
-                threads=threads, dtype="float32", **versions("torch", "transformers", "numba", "lm_eval"))
+    return dict(
+        cpu=cpu.get("model name", platform.machine()),
+        cores=os.cpu_count(),
+        memory_gib=round(memory / 2**30),
+        vectors=wide,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        threads=threads,
+        dtype="float32",
+        **versions("torch", "transformers", "numba", "lm_eval"),
+    )

@@ -1,4 +1,5 @@
-"""llm-compressor's prune of the same model on the same tokens; runs in bench/.venv, where calib_prune is not installed."""
+"""llm-compressor's prune of the same model on the same tokens; runs in bench/.venv, where
+calib_prune is not installed."""
 import json
 import sys
 import time
@@ -7,7 +8,9 @@ from pathlib import Path
 from bench.machine import peak, versions
 
 
-def main(model: str, tokens: str, method: str, sparsity: float, batch: int, layers: int, out: str) -> dict:
+def main(
+    model: str, tokens: str, method: str, sparsity: float, batch: int, layers: int, out: str
+) -> dict:
     "Prune and save the linears' weights; what it took."
     import numpy as np
     from datasets import Dataset
@@ -18,16 +21,30 @@ def main(model: str, tokens: str, method: str, sparsity: float, batch: int, laye
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32", num_hidden_layers=layers)
     tokenizer = AutoTokenizer.from_pretrained(model)
     windows = np.load(tokens)
-    dataset = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()})
+    dataset = Dataset.from_dict(
+        {"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()}
+    )
     modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
     start = time.perf_counter()
-    oneshot(model=loaded, tokenizer=tokenizer, dataset=dataset, pipeline="sequential", batch_size=batch,
-            recipe=modifier(sparsity=sparsity, targets=["Linear"], ignore=["lm_head"]),
-            num_calibration_samples=len(windows), max_seq_length=windows.shape[1], shuffle_calibration_samples=False)
+    oneshot(
+        model=loaded,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        pipeline="sequential",
+        batch_size=batch,
+        recipe=modifier(sparsity=sparsity, targets=["Linear"], ignore=["lm_head"]),
+        num_calibration_samples=len(windows),
+        max_seq_length=windows.shape[1],
+        shuffle_calibration_samples=False,
+    )
     seconds = time.perf_counter() - start
-    weights = {k: v.contiguous() for k, v in loaded.state_dict().items() if ".layers." in k and v.ndim == 2}
+    weights = {
+        k: v.contiguous() for k, v in loaded.state_dict().items() if ".layers." in k and v.ndim == 2
+    }
     save_file(weights, Path(out))
-    return dict(seconds=seconds, peak_bytes=peak(), version=versions("llmcompressor")["llmcompressor"])
+    return dict(
+        seconds=seconds, peak_bytes=peak(), version=versions("llmcompressor")["llmcompressor"]
+    )
 
 
 if __name__ == "__main__":

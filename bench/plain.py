@@ -1,8 +1,12 @@
-"""The published algorithms, written plainly: what a good programmer gets who follows the papers and their code's structure.
+"""The published algorithms, written plainly: what a good programmer gets who follows the papers and
+their code's structure.
 
-SparseGPT is Algorithm 1 of arXiv 2301.00774 in float32, one column at a time; Wanda is arXiv 2306.11695. The walk is that of
-both papers' code: catch the first layer's inputs; then, layer by layer, pass all windows with a hook on each linear, prune
-each linear by its own statistics, pass all windows again. Batches are as large as ours, which the papers' code does not do.
+SparseGPT is Algorithm 1 of arXiv 2301.00774 in float32, one column at a time; Wanda is arXiv
+2306.11695. The walk is that of
+both papers' code: catch the first layer's inputs; then, layer by layer, pass all windows with a
+hook on each linear, prune
+each linear by its own statistics, pass all windows again. Batches are as large as ours, which the
+papers' code does not do.
 """
 import torch
 
@@ -14,7 +18,8 @@ def plain_sparsegpt(weight: torch.Tensor,   # [d_out, d_in] float32
                     sparsity: float = 0.6, block: int = 128, damping: float = 0.01) -> torch.Tensor:
     """The pruned weight.
 
-    A block prunes exactly so many weights that floor(sparsity × weights) are gone by its end; the papers' code prunes one
+    A block prunes exactly so many weights that floor(sparsity × weights) are gone by its end; the
+    papers' code prunes one
     more in each block.
     """
     W, H = weight.clone(), hessian.clone()
@@ -29,7 +34,8 @@ def plain_sparsegpt(weight: torch.Tensor,   # [d_out, d_in] float32
         W1, U1 = W[:, i:j].clone(), U[i:j, i:j]
         errors, scores = torch.zeros_like(W1), W1**2 / U1.diagonal()**2
         count = share(sparsity, d_out * j) - share(sparsity, d_out * i)
-        mask = scores <= scores.flatten().sort()[0][count - 1] if count else torch.zeros_like(scores, dtype=torch.bool)
+        mask = scores <= scores.flatten().sort()[0][count - 1] if count else torch.zeros_like(
+            scores, dtype=torch.bool)
         for k in range(j - i):
             w = W1[:, k].clone()
             e = torch.where(mask[:, k], w, 0) / U1[k, k]
@@ -82,7 +88,9 @@ def plain_prune(model,                 # of the LLaMA family; pruned in place
                 tokens: torch.Tensor,  # int64 [N, L]
                 method: str = "sparsegpt", sparsity: float = 0.6, batch_tokens: int = 4096) -> None:
     "Prune every linear of every layer, sequentially."
-    hidden, others = first_inputs(model, list(tokens.split(max(1, batch_tokens // tokens.shape[1]))))
+    hidden, others = first_inputs(
+        model, list(tokens.split(max(1, batch_tokens // tokens.shape[1])))
+    )
     for layer in model.model.layers:
         linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
         inputs = [Inputs(method) for _ in linears]

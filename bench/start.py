@@ -1,4 +1,5 @@
-"What a model of a study costs before its work begins: papermill, a kernel, imports, the model; cold, and by a warm process."
+"""What a model of a study costs before its work begins: papermill, a kernel, imports, the model;
+cold, and by a warm process."""
 import json
 import os
 import statistics
@@ -15,13 +16,19 @@ from calib_prune.study.preload import warm_process
 ROOT = Path(__file__).resolve().parent.parent
 BOOK, ROUNDS = "nbs/paper/prune_and_score.ipynb", 5
 LOAD = "model, tokenizer = load_model('smollm2-135m', 'float32', 'cpu')"
-NOTES = "import time; began = time.time()", "imported = time.time()", "[began, imported, time.time()]"
+NOTES = (
+    "import time; began = time.time()",
+    "imported = time.time()",
+    "[began, imported, time.time()]",
+)
 
 
 def notebook() -> nbformat.NotebookNode:
     "The imports of the notebook that prunes and scores, and the load of a model."
     book = nbformat.read(ROOT / BOOK, 4)
-    imports = next(o.source for o in book.cells if "from calib_prune.pruning.walk import prune" in o.source)
+    imports = next(
+        o.source for o in book.cells if "from calib_prune.pruning.walk import prune" in o.source
+    )
     cells = [nbformat.v4.new_code_cell(o) for o in (NOTES[0], imports, NOTES[1], LOAD, NOTES[2])]
     spec = dict(name="python3", display_name="python3", language="python")
     return nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=spec))
@@ -29,13 +36,21 @@ def notebook() -> nbformat.NotebookNode:
 
 def once(folder: Path, env: dict[str, str]) -> dict[str, float]:
     "Seconds of one run, by part."
-    command = [sys.executable, "-m", "calib_prune.warm", "-m", "papermill", "--no-progress-bar", str(folder / "book.ipynb"),
-               str(folder / "done.ipynb")]
+    command = [
+        sys.executable, "-m", "calib_prune.warm", "-m", "papermill", "--no-progress-bar",
+        str(folder / "book.ipynb"),
+        str(folder / "done.ipynb")]
     start = time.time()
     subprocess.run(command, cwd=ROOT, env=os.environ | env, check=True, capture_output=True)
     end, done = time.time(), nbformat.read(folder / "done.ipynb", 4)
     began, imported, loaded = json.loads(done.cells[-1].outputs[0].data["text/plain"])
-    return dict(total=end - start, start=began - start, imports=imported - began, load=loaded - imported, end=end - loaded)
+    return dict(
+        total=end - start,
+        start=began - start,
+        imports=imported - began,
+        load=loaded - imported,
+        end=end - loaded,
+    )
 
 
 def measure(rounds: int = ROUNDS) -> dict:
@@ -47,11 +62,17 @@ def measure(rounds: int = ROUNDS) -> dict:
         with warm_process(ROOT, folder / "warm.log") as env:
             first = once(folder, env)  # it waits for the imports
             for _ in range(rounds):
-                for name, more in (("cold", {}), ("warm", env)): found[name].append(once(folder, more))
+                for name, more in (("cold", {}), ("warm", env)):
+                    found[name].append(once(folder, more))
         said = (folder / "warm.log").read_text().strip()
-    middle = {k: {part: round(statistics.median(o[part] for o in runs), 2) for part in runs[0]} for k, runs in found.items()}
+    middle = {
+        k: {part: round(statistics.median(o[part] for o in runs), 2) for part in runs[0]}
+        for k, runs in found.items()
+    }
     totals = {k: [round(o["total"], 2) for o in runs] for k, runs in found.items()}
-    return dict(seconds=middle, totals=totals, first_warm=round(first["total"], 2), warm_process=said)
+    return dict(
+        seconds=middle, totals=totals, first_warm=round(first["total"], 2), warm_process=said
+    )
 
 
 if __name__ == "__main__": print(json.dumps(measure()))

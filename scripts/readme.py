@@ -1,4 +1,5 @@
-"Write README.md and docs/results.md from their notebooks: text and outputs, without code; --check only compares."
+"""Write README.md and docs/results.md from their notebooks: text and outputs, without code; --check
+only compares."""
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ PAGES = {"README.md": "nbs/index.ipynb", "docs/results.md": "nbs/results.ipynb"}
 
 
 def render(page: str) -> str:
-    "A page as Markdown. Links start at the notebook's folder, which for README is one level deeper than the page."
+    """A page as Markdown. Links start at the notebook's folder, which for README is one level
+    deeper than the page."""
     text, _ = MarkdownExporter(exclude_input=True).from_filename(str(ROOT / PAGES[page]))
     if page == "README.md": text = text.replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -19,4 +21,5 @@ def render(page: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         if "--check" not in sys.argv: (ROOT / page).write_text(render(page))
-        elif (ROOT / page).read_text() != render(page): sys.exit(f"{page} does not match {PAGES[page]}: run `make readme`.")
+        elif (ROOT / page).read_text() != render(page):
+            sys.exit(f"{page} does not match {PAGES[page]}: run `make readme`.")

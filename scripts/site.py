@@ -1,4 +1,5 @@
-"Lay out the pages of the site in build/site/source and build them: python scripts/site.py. Nothing is executed or downloaded."
+"""Lay out the pages of the site in build/site/source and build them: python scripts/site.py.
+Nothing is executed or downloaded."""
 import html
 import json
 import math
@@ -20,12 +21,16 @@ SOURCE = BUILD / "source"
 settings = ConfigParser()
 settings.read(ROOT / "settings.ini")
 REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
-HOWTOS = ["install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark", "add-a-method",
-          "run-at-paper-scale", "run-on-several-gpus", "run-on-slurm", "read-the-json"]
+HOWTOS = [
+    "install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark",
+    "add-a-method", "run-at-paper-scale", "run-on-several-gpus", "run-on-slurm", "read-the-json"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 MAIN = "claims/smollm2-135m"  # the study of the front page and of the ledger
 TITLES = {"core": "Foundations", "cli": "Command line", "paper": "Notebooks that papermill runs"}
-FOLDERS = {o: TITLES.get(o, o.capitalize()) for o in [*settings["DEFAULT"]["reading_order"].split(), "paper"]}
+FOLDERS = {
+    o: TITLES.get(o, o.capitalize())
+    for o in [*settings["DEFAULT"]["reading_order"].split(), "paper"]
+}
 
 
 def write(path: str, text: str) -> None:
@@ -46,7 +51,8 @@ def toctree(pages: list[str], **options: str) -> str:
 def target(link: str, page: str) -> str:
     "Where a link of a page leads: a page or file of the site, or the repository."
     path, mark, anchor = link.partition("#")
-    if not path: return "#" + re.sub(r"[^\w -]", "", anchor.lower()).replace(" ", "-")  # Jupyter writes the heading as it stands
+    # Jupyter writes the heading as it stands
+    if not path: return "#" + re.sub(r"[^\w -]", "", anchor.lower()).replace(" ", "-")
     if re.match(r"[a-z]+:", link): return link
     file = (ROOT / page).parent.joinpath(path).resolve()
     if not file.exists() or not file.is_relative_to(ROOT): return link
@@ -54,13 +60,15 @@ def target(link: str, page: str) -> str:
     up = "../" * page.count("/")
     if inside == "README.md": return f"{up}index.md"
     if inside.startswith("nbs/") and file.is_dir(): return f"{up}{inside}/index.md"
-    if inside.startswith("figures/") and file.with_suffix(".md") in shown(): return f"{up}{inside.rsplit('.', 1)[0]}.md"
+    if inside.startswith("figures/") and file.with_suffix(".md") in shown():
+        return f"{up}{inside.rsplit('.', 1)[0]}.md"
     if (SOURCE / inside).is_file(): return f"{up}{inside}{mark}{anchor}"
     return f"{REPOSITORY}/{quote(inside)}"
 
 
 def relinked(text: str, page: str) -> str:
-    "Markdown whose links lead somewhere on the site. Pictures keep their files; code is left alone."
+    """Markdown whose links lead somewhere on the site. Pictures keep their files; code is left
+    alone."""
     def link(found: re.Match) -> str: return f"{found[1]}({target(found[2], page)})"
     parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.DOTALL)
     written = re.compile(r"((?<!\!)\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
@@ -96,8 +104,13 @@ def add_notebooks() -> list[str]:
             if page in ("nbs/index.ipynb", "nbs/results.ipynb"): continue  # they are pages already
             write(page, json.dumps(reader_notebook(path, page)))
             names.append(path.stem)
-        about = "\n".join(f"- [{subtitle(ROOT / 'nbs' / folder / f'{o}.ipynb')}]({o}.ipynb)" for o in names)
-        write(f"nbs/{folder}/index.md", f"# {title}\n\n{about}\n\n{toctree(names, maxdepth='1', hidden='')}")
+        about = "\n".join(
+            f"- [{subtitle(ROOT / 'nbs' / folder / f'{o}.ipynb')}]({o}.ipynb)" for o in names
+        )
+        write(
+            f"nbs/{folder}/index.md",
+            f"# {title}\n\n{about}\n\n{toctree(names, maxdepth='1', hidden='')}",
+        )
         indexes.append(f"nbs/{folder}/index".replace("//", "/"))
     return indexes
 
@@ -105,7 +118,9 @@ def add_notebooks() -> list[str]:
 def subtitle(path: Path) -> str:
     "What a notebook is about: its title and the line below it."
     first = "".join(json.loads(path.read_text())["cells"][0]["source"])
-    title, quoted = re.search(r"^# (.+)", first, re.MULTILINE), re.search(r"^> (.+)", first, re.MULTILINE)
+    title, quoted = re.search(r"^# (.+)", first, re.MULTILINE), re.search(
+        r"^> (.+)", first, re.MULTILINE
+    )
     return f"{title[1] if title else path.stem}: {quoted[1] if quoted else ''}".rstrip(": ")
 
 
@@ -115,13 +130,17 @@ def subtitle(path: Path) -> str:
 def shown() -> set[Path]:
     "The tables and figures that have a page, by the path of the page in the repository."
     from calib_prune.study.artefacts import ARTEFACTS
-    return {ROOT / "figures" / study / f"{stem}.md" for study in studies() for stem in ARTEFACTS
-            if any((ROOT / "figures" / study / f"{stem}.{end}").is_file() for end in ("csv", "png"))}
+    return {
+        ROOT / "figures" / study / f"{stem}.md" for study in studies() for stem in ARTEFACTS
+        if any((ROOT / "figures" / study / f"{stem}.{end}").is_file() for end in ("csv", "png"))}
 
 
 def studies() -> list[str]:
     "Studies with stored tables, the main one first."
-    presets = (o.relative_to(ROOT / "presets").with_suffix("").as_posix() for o in (ROOT / "presets").rglob("*.yaml"))
+    presets = (
+        o.relative_to(ROOT / "presets").with_suffix("").as_posix()
+        for o in (ROOT / "presets").rglob("*.yaml")
+    )
     found = [o for o in presets if (ROOT / "figures" / o).is_dir()]
     return sorted(found, key=lambda o: (o != MAIN, o))
 
@@ -129,16 +148,27 @@ def studies() -> list[str]:
 def sortable(table: pd.DataFrame, caption: str, filters: Sequence[str] = (),
              fold: str = ""  # a column whose text is shown on demand
             ) -> str:
-    "A table that can be sorted by a click or a key, and filtered by words and by columns of few values."
+    """A table that can be sorted by a click or a key, and filtered by words and by columns of few
+    values."""
     table = table.map(lambda o: html.escape(o) if isinstance(o, str) else o)
-    if fold: table = table.assign(**{fold: [f"<details><summary>show</summary>{o}</details>" for o in table[fold]]})
-    options = lambda o: '<option value="">all</option>' + "".join(f"<option>{v}</option>" for v in dict.fromkeys(table[o]) if v)
-    choices = "".join(f'<label>{o} <select data-column="{list(table).index(o)}">{options(o)}</select></label> ' for o in filters)
+    if fold:
+        table = table.assign(
+            **{fold: [f"<details><summary>show</summary>{o}</details>" for o in table[fold]]}
+        )
+    options = lambda o: '<option value="">all</option>' + "".join(
+        f"<option>{v}</option>" for v in dict.fromkeys(table[o]) if v
+    )
+    choices = "".join(
+        f'<label>{o} <select data-column="{list(table).index(o)}">{options(o)}</select></label> '
+        for o in filters
+    )
     words = '<label>find <input type="search" data-find></label>'
     body = table.to_html(index=False, border=0, classes="sortable", escape=False, na_rep="")
     body = body.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1)
-    return f'```{{raw}} html\n<div class="filtered"><p class="filters">{choices}{words} <output></output></p>\n' \
-           f'<div class="scroll">{body}</div></div>\n```'
+    return (
+        f'```{{raw}} html\n<div class="filtered"><p class="filters">{choices}{words}'
+        f' <output></output></p>\n<div class="scroll">{body}</div></div>\n```'
+    )
 
 
 def artefact_page(study: str, stem: str) -> str:
@@ -146,15 +176,21 @@ def artefact_page(study: str, stem: str) -> str:
     from calib_prune.study.artefacts import ARTEFACTS
     made, folder = ARTEFACTS[stem], ROOT / "figures" / study
     up = "../" * (2 + study.count("/"))
-    links = [f"[notebook]({up}nbs/paper/{made.notebook}.ipynb)", f"[rows of the study]({REPOSITORY}/results/{study})",
-             f"[preset]({REPOSITORY}/presets/{study}.yaml)"]
+    links = [
+        f"[notebook]({up}nbs/paper/{made.notebook}.ipynb)",
+        f"[rows of the study]({REPOSITORY}/results/{study})",
+        f"[preset]({REPOSITORY}/presets/{study}.yaml)",
+    ]
     if (csv := folder / f"{stem}.csv").is_file():
         shutil.copy(csv, SOURCE / "figures" / study)
         links.append(f"{{download}}`numbers (CSV) <{stem}.csv>`")
         body = relinked(csv.with_suffix(".md").read_text(), f"figures/{study}/{stem}.md")
         if stem == "T2-retention":
-            body = f"{sortable(wide_retention(csv), made.title, ['method', 'sparsity', 'kind'])}\n\n{below_table(body)}"
-        if stem == "T7-claims": body = f"The same as a table to sort and filter: [ledger]({up}claims.md).\n\n{body}"
+            body = (
+                f"{sortable(wide_retention(csv), made.title, ['method', 'sparsity', 'kind'])}\n\n{below_table(body)}"  # noqa: E501
+            )
+        if stem == "T7-claims":
+            body = f"The same as a table to sort and filter: [ledger]({up}claims.md).\n\n{body}"
     else:
         for end in ("png", "pdf"): shutil.copy(folder / f"{stem}.{end}", SOURCE / "figures" / study)
         links.append(f"{{download}}`PDF <{stem}.pdf>`")
@@ -175,16 +211,20 @@ def wide_retention(csv: Path) -> pd.DataFrame:
     rows["value"] = (100 * rows["value"]).round(1)
     wide = rows.pivot_table(index=lines, columns="dimension", values="value", sort=False)
     wide = wide.rename_axis(columns=None).reset_index().rename(columns=dict(source="kind"))
-    return wide.assign(sparsity=[f"{100 * float(o):.0f} %" if not isinstance(o, str) else o for o in wide["sparsity"]])
+    return wide.assign(sparsity=[
+        f"{100 * float(o):.0f} %" if not isinstance(o, str) else o for o in wide["sparsity"]])
 
 
 def hover_figure(study: str) -> str:
-    "Figure F2 for one method as points that tell their numbers when pointed at or reached by the Tab key."
+    """Figure F2 for one method as points that tell their numbers when pointed at or reached by the
+    Tab key."""
     kept = pd.read_csv(ROOT / "figures" / study / "T2-retention.csv").query("method == 'sparsegpt'")
-    metrics = pd.read_csv(ROOT / "figures" / study / "T1-sources.csv").query("metric == 'distortion'").set_index("strategy")
+    metrics = pd.read_csv(ROOT / "figures" / study /
+                          "T1-sources.csv").query("metric == 'distortion'").set_index("strategy")
     panels = []
     for d in ("General", "Commonsense", "Code", "Math"):
-        mine = kept[(kept["dimension"] == d) & kept["strategy"].isin(metrics.index) & (kept["source"] != "mix")]
+        mine = kept[(kept["dimension"] == d) & kept["strategy"].isin(metrics.index) &
+                    (kept["source"] != "mix")]
         percent = 100 * mine[["value", "ci_low", "ci_high"]].to_numpy()
         perplexities = metrics["value"][mine["strategy"]]
         panels.append(panel(d, [*zip(mine["strategy"], mine["source"], perplexities, *percent.T)]))
@@ -195,7 +235,8 @@ def hover_figure(study: str) -> str:
 def panel(title: str, points: list[tuple]) -> str:
     "Retention against perplexity (logarithmic) as SVG; each point has a title."
     if not points: return ""
-    xs, lows, highs = [math.log(o[2]) for o in points], [o[4] for o in points], [o[5] for o in points]
+    xs, lows, highs = [math.log(o[2]) for o in points], [o[4] for o in points], [
+        o[5] for o in points]
     x = lambda o: 40 + 250 * (math.log(o) - min(xs)) / (max(xs) - min(xs))
     y = lambda o: 180 - 160 * (o - min(lows)) / (max(highs) - min(lows))
     marks = []
@@ -205,13 +246,20 @@ def panel(title: str, points: list[tuple]) -> str:
     for v in (2**k for k in range(1, 9) if min(xs) <= math.log(2**k) <= max(xs)):
         marks.append(f'<text x="{x(v):.1f}" y="196" text-anchor="middle">{v}</text>')
     for name, kind, p, value, low, high in points:
-        said = html.escape(f"{name} ({kind}): perplexity {p:.1f}, {title} {value:.1f} % [{low:.1f}, {high:.1f}]")
-        marks.append(f'<g tabindex="0" role="img" aria-label="{said}" class="{kind.lower()}"><title>{said}</title>'
-                     f'<line x1="{x(p):.1f}" x2="{x(p):.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
-                     f'<circle cx="{x(p):.1f}" cy="{y(value):.1f}" r="4.5"/></g>')
-    return (f'<figure><svg viewBox="0 0 310 215" role="group" aria-label="{title} against perplexity">{"".join(marks)}'
-            '<text x="170" y="211" text-anchor="middle">perplexity of the text</text></svg>'
-            f'<figcaption>{title} retention, %</figcaption></figure>')
+        said = html.escape(
+            f"{name} ({kind}): perplexity {p:.1f}, {title} {value:.1f} % [{low:.1f}, {high:.1f}]"
+        )
+        marks.append(
+            f'<g tabindex="0" role="img" aria-label="{said}"'
+            f' class="{kind.lower()}"><title>{said}</title><line x1="{x(p):.1f}" x2="{x(p):.1f}"'
+            f' y1="{y(low):.1f}" y2="{y(high):.1f}"/><circle cx="{x(p):.1f}" cy="{y(value):.1f}"'
+            ' r="4.5"/></g>'
+        )
+    return (
+        f'<figure><svg viewBox="0 0 310 215" role="group" aria-label="{title} against'
+        f' perplexity">{"".join(marks)}<text x="170" y="211" text-anchor="middle">perplexity of the'
+        f' text</text></svg><figcaption>{title} retention, %</figcaption></figure>'
+    )
 
 
 def first_sentence(preset: str) -> str:
@@ -241,23 +289,38 @@ def add_gallery() -> list[str]:
 
 def card(stem: str, made) -> str:
     "A card of the gallery."
-    picture = f":img-top: {stem}.png\n:img-alt: {made.title}\n" if made.number.startswith("F") else ""
-    return f":::{{grid-item-card}} {made.number}: {made.title}\n:link: {stem}\n:link-type: doc\n{picture}:::"
+    picture = (
+        f":img-top: {stem}.png\n:img-alt: {made.title}\n" if made.number.startswith("F") else ""
+    )
+    return (
+        f":::{{grid-item-card}} {made.number}: {made.title}\n:link: {stem}\n:link-type:"
+        f" doc\n{picture}:::"
+    )
 
 
 def add_ledger() -> None:
     "All claims with their verdicts, to sort and filter."
     rows = pd.read_csv(ROOT / "figures" / MAIN / "T7-claims.csv")
-    def number(o: float, unit: str) -> str: return "" if pd.isna(o) else f"{o:+.2f}" if unit == "ρ" else f"{o:.1f}"
-    ends = [f" [{number(o.ci_low, o.unit)}, {number(o.ci_high, o.unit)}]" if pd.notna(o.ci_low) else ""
-            for o in rows.itertuples()]
+    def number(o: float, unit: str) -> str:
+        return "" if pd.isna(o) else f"{o:+.2f}" if unit == "ρ" else f"{o:.1f}"
+
+    ends = [
+        f" [{number(o.ci_low, o.unit)}, {number(o.ci_high, o.unit)}]" if pd.notna(o.ci_low) else ""
+        for o in rows.itertuples()
+    ]
     said = [f"{number(o.ours, o.unit)}{end}" for o, end in zip(rows.itertuples(), ends)]
     table = rows.assign(ours=said, paper=[number(o.paper, o.unit) for o in rows.itertuples()])
-    table = table[["claim", "text", "check", "paper", "ours", "verdict", "why"]].rename(columns=dict(text="what the paper says"))
-    write("claims.md", "# Claims ledger\n\nEvery claim of the paper with our numbers [95 % interval] and a verdict, which "
-          "follows from the interval by a fixed rule. Made by [claims](nbs/paper/claims.ipynb); as a plain table: "
-          f"[T7](figures/{MAIN}/T7-claims.md).\n\n"
-          + sortable(table, "Claims and verdicts", ["claim", "verdict"], fold="why"))
+    table = table[["claim", "text", "check", "paper", "ours", "verdict", "why"]].rename(
+        columns=dict(text="what the paper says")
+    )
+    write(
+        "claims.md",
+        "# Claims ledger\n\nEvery claim of the paper with our numbers [95 % interval] and a"
+        " verdict, which follows from the interval by a fixed rule. Made by"
+        " [claims](nbs/paper/claims.ipynb); as a plain table:"
+        f" [T7](figures/{MAIN}/T7-claims.md).\n\n"
+        + sortable(table, "Claims and verdicts", ["claim", "verdict"], fold="why"),
+    )
 
 
 # --- library reference
@@ -270,14 +333,19 @@ def add_reference() -> list[str]:
         for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb")):
             exported = re.search(r"#\| default_exp ([\w.]+)", path.read_text())
             if exported: modules.append(exported[1])
-        parts = [f"## calib_prune.{o}\n\n```{{eval-rst}}\n.. automodule:: calib_prune.{o}\n   :members:\n```"
-                 for o in modules]
+        parts = [
+            f"## calib_prune.{o}\n\n```{{eval-rst}}\n.. automodule:: calib_prune.{o}\n  "
+            " :members:\n```"
+            for o in modules
+        ]
         write(f"api/{folder}.md", f"# {title}\n\n" + "\n\n".join(parts))
         pages.append(folder)
     return pages
 
 
-def front_page(indexes: list[str], gallery: list[str], reference: list[str], howtos: list[str]) -> str:
+def front_page(
+    indexes: list[str], gallery: list[str], reference: list[str], howtos: list[str]
+) -> str:
     "The question, one figure, its answer, and the ways on."
     readme = (ROOT / "README.md").read_text()
     question = re.search(r"^> (.+)", readme, re.MULTILINE)[1]
@@ -285,13 +353,22 @@ def front_page(indexes: list[str], gallery: list[str], reference: list[str], how
     about = readme.split("\n\n")[2]
     shutil.copy(ROOT / "figures" / MAIN / "F0-front.png", SOURCE)
     body = (ROOT / "docs" / "site" / "index.md").read_text()
-    said = dict(QUESTION=question, ANSWER=answer[0].upper() + answer[1:], ABOUT=relinked(about, "README.md"))
+    said = dict(
+        QUESTION=question, ANSWER=answer[0].upper() + answer[1:], ABOUT=relinked(about, "README.md")
+    )
     for word, text in said.items(): body = body.replace(word, text)
-    trees = [toctree(["claims", *gallery, "docs/results", "speed"], hidden="", caption="Results", maxdepth="1"),
-             toctree(howtos, hidden="", caption="How to", maxdepth="1"),
-             toctree(indexes, hidden="", caption="Notebooks", maxdepth="1"),
-             toctree([f"api/{o}" for o in reference], hidden="", caption="Reference", maxdepth="1"),
-             toctree(["docs/glossary", "LOG", "CHANGELOG", "CONTRIBUTING"], hidden="", caption="More", maxdepth="1")]
+    trees = [
+        toctree(["claims", *gallery, "docs/results", "speed"],
+                hidden="",
+                caption="Results",
+                maxdepth="1"),
+        toctree(howtos, hidden="", caption="How to", maxdepth="1"),
+        toctree(indexes, hidden="", caption="Notebooks", maxdepth="1"),
+        toctree([f"api/{o}" for o in reference], hidden="", caption="Reference", maxdepth="1"),
+        toctree(["docs/glossary", "LOG", "CHANGELOG", "CONTRIBUTING"],
+                hidden="",
+                caption="More",
+                maxdepth="1")]
     return "\n\n".join([body, *trees])
 
 
@@ -301,7 +378,10 @@ def add_speed() -> None:
     (SOURCE / "figures" / "bench").mkdir(parents=True, exist_ok=True)
     parts = ["# Speed\n\nSide by side with peers in one run, as ratios (`make bench`)."]
     for path in sorted(folder.glob("*.md")):
-        parts.append(f"## {path.stem.capitalize()}\n\n{relinked(path.read_text(), f'figures/bench/{path.name}')}")
+        parts.append(
+            "## "
+            f"{path.stem.capitalize()}\n\n{relinked(path.read_text(), f'figures/bench/{path.name}')}"  # noqa: E501
+        )
     for path in sorted(folder.glob("*.png")):
         shutil.copy(path, SOURCE / "figures" / "bench")
         parts.append(f"![{path.stem}](figures/bench/{path.name})")
@@ -317,8 +397,10 @@ def missing() -> list[str]:
 def lay_out() -> None:
     "Write all pages."
     if lacking := missing():
-        sys.exit(f"The site shows {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not there: "
-                 f"run `make figures PRESET={MAIN}` first.")
+        sys.exit(
+            f"The site shows {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not"
+            f" there: run `make figures PRESET={MAIN}` first."
+        )
     shutil.rmtree(SOURCE, ignore_errors=True)
     shutil.copytree(ROOT / "docs" / "site", SOURCE, ignore=shutil.ignore_patterns("index.md"))
     pages = [*PAGES, *(f"docs/howto/{o}.md" for o in HOWTOS)]
@@ -334,10 +416,15 @@ def lay_out() -> None:
     gallery = add_gallery()
     add_ledger()
     add_speed()
-    write("index.md", front_page(indexes, gallery, add_reference(), [f"docs/howto/{o}" for o in HOWTOS]))
+    write(
+        "index.md",
+        front_page(indexes, gallery, add_reference(), [f"docs/howto/{o}" for o in HOWTOS]),
+    )
 
 
 if __name__ == "__main__":
     lay_out()
-    sys.exit(subprocess.call([sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-j", "auto",
-                              "-d", BUILD / "doctrees", SOURCE, BUILD / "html"]))
+    sys.exit(
+        subprocess.call([
+            sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-j", "auto",
+            "-d", BUILD / "doctrees", SOURCE, BUILD / "html"]))

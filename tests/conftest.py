@@ -14,10 +14,13 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples on every machine, however slow it is.
-settings.register_profile("calib-prune", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "calib-prune", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("calib-prune")
 
-LONG = ("test_workflow.py", "test_paper_preset.py", "test_lost.py", "test_torture.py", "test_calibration.py", "test_evaluation.py")
+LONG = ("test_workflow.py", "test_paper_preset.py", "test_lost.py", "test_torture.py",
+        "test_calibration.py", "test_evaluation.py")
 
 
 def pytest_collection_modifyitems(items):

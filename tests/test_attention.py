@@ -1,4 +1,5 @@
-"Attention from tiles against torch in float64, in texts and in trees, and the models that it serves."
+"""Attention from tiles against torch in float64, in texts and in trees, and the models that it
+serves."""
 from types import SimpleNamespace
 
 import pytest
@@ -9,40 +10,58 @@ from hypothesis import strategies as st
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calib_prune.core import CalibPruneError
+from calib_prune.kernels.attention import attention, causal
+from calib_prune.kernels.tiles import COLS
 from calib_prune.model import attention as attention_module
 from calib_prune.model import likelihood as likelihood_module
-from calib_prune.kernels.attention import attention, causal
 from calib_prune.model.attention import fast_attention, in_trees
-from calib_prune.model.likelihood import Row, batches, joins_rows, loglikelihoods, pack, score_batch, side_by_side, unpackable
-from calib_prune.kernels.tiles import COLS
+from calib_prune.model.likelihood import (
+    Row,
+    batches,
+    joins_rows,
+    loglikelihoods,
+    pack,
+    score_batch,
+    side_by_side,
+    unpackable,
+)
 from calib_prune.model.tiny import TINY_FAMILIES, tiny_model
 
 NAN, INF = float("nan"), float("inf")
 
 
-def random(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def problem(sets, kv_heads, group, tokens, width, seed=0):
     "Queries, keys and values as models hand them over: views of [B, T, H, D]."
     heads = kv_heads * group, kv_heads, kv_heads
-    return [random(sets, tokens, h, width, seed=3 * seed + n).transpose(1, 2) for n, h in enumerate(heads)]
+    return [
+        random(sets, tokens, h, width, seed=3 * seed + n).transpose(1, 2)
+        for n, h in enumerate(heads)
+    ]
 
 
 def reference(q, k, v, scale, sees=None):
     "torch's attention in float64, or with an explicit mask (`sees`, bool [T, T]) a plain softmax."
     group = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
-    if sees is None: return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(
+        group, 1)
+    if sees is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     weights = (q @ k.transpose(2, 3) * scale).masked_fill(~sees, -INF).softmax(-1)
     return (weights @ v).transpose(1, 2)
 
 
-def close(found, expected): torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5, equal_nan=True)
+def close(found, expected):
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5, equal_nan=True)
 
 
 widths = st.sampled_from([COLS, 2 * COLS])
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 130), widths)
+shapes = st.tuples(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 130), widths
+)
 forests = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=60), min_size=1, max_size=12)
 
 
@@ -76,7 +95,8 @@ def test_trees(sequences, kv_heads, group, width):
 
 
 def test_a_large_forest_and_a_batch_of_trees():
-    "Stripes of keys that no query reads any more are skipped; each text of a batch may have its own tree."
+    """Stripes of keys that no query reads any more are skipped; each text of a batch may have its
+    own tree."""
     rng = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(0, 2, (n,), generator=rng).tolist()
     stems = [draw(n) for n in (90, 5, 70)]
@@ -124,7 +144,8 @@ def test_a_broken_key_reaches_only_those_who_see_it(sequences, bad, data):
     k[:, 0, token, data.draw(st.integers(0, COLS - 1))] = bad
     found = attention(q, k, v, lasts, .2)
     spared = ~sees[:, token]
-    assert torch.equal(found[0, spared, 0], whole[0, spared, 0]) and torch.equal(found[0, :, 1], whole[0, :, 1])
+    assert torch.equal(found[0, spared, 0], whole[0, spared, 0]) and torch.equal(
+        found[0, :, 1], whole[0, :, 1])
     if bad == INF: close(found, reference(q, k, v, .2, sees))
     else: assert found[0, ~spared, 0].isnan().all()
 
@@ -135,13 +156,17 @@ def test_a_broken_key_reaches_only_those_who_see_it(sequences, bad, data):
 def calls(monkeypatch):
     "The shapes of the queries that came to our attention."
     seen, original = [], attention_module.attention
-    monkeypatch.setattr(attention_module, "attention", lambda q, *rest: (seen.append(tuple(q.shape)), original(q, *rest))[1])
+    monkeypatch.setattr(attention_module, "attention", lambda q, *rest:
+                        (seen.append(tuple(q.shape)), original(q, *rest))[1])
     return seen
 
 
 def test_the_registry_is_restored_even_after_an_error():
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(ZeroDivisionError), fast_attention(), fast_attention(), in_trees(causal(1, 3)): 1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError), fast_attention(), fast_attention(), in_trees(
+        causal(1, 3)
+    ):
+        1 / 0  # noqa: B018
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before and not attention_module._current
     with fast_attention(): assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
@@ -149,13 +174,17 @@ def test_the_registry_is_restored_even_after_an_error():
 
 def served(family, **more):
     "A tiny model whose heads are as wide as our attention needs."
-    size = dict(head_dim=COLS) if "head_dim" in TINY_FAMILIES[family] else dict(hidden_size=4 * COLS)
+    size = (
+        dict(head_dim=COLS) if "head_dim" in TINY_FAMILIES[family] else dict(hidden_size=4 * COLS)
+    )
     if family == "opt": size["word_embed_proj_dim"] = 4 * COLS
     return tiny_model(family, **(size | more))
 
 
-WINDOWS = {"mistral": {}, "gemma2": {}, "gemma3_text": {}, "qwen2": dict(use_sliding_window=True, max_window_layers=1),
-           "qwen3": dict(use_sliding_window=True, max_window_layers=1)}
+WINDOWS = {
+    "mistral": {}, "gemma2": {}, "gemma3_text": {}, "qwen2": dict(use_sliding_window=True,
+                                                                  max_window_layers=1),
+    "qwen3": dict(use_sliding_window=True, max_window_layers=1)}
 
 
 @torch.inference_mode()
@@ -167,9 +196,14 @@ def agree(model, ids):
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_models_say_the_same(family, calls):
-    model, ids = served(family), torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(0))
+    model, ids = served(family), torch.randint(
+        1, 250, (2, 40), generator=torch.Generator().manual_seed(0)
+    )
     agree(model, ids)
-    expected = model.config._attn_implementation == "sdpa" and getattr(model.config, "sliding_window", None) != 16
+    expected = (
+        model.config._attn_implementation == "sdpa"
+        and getattr(model.config, "sliding_window", None) != 16
+    )
     assert len(calls) == (2 if expected else 0)
 
 
@@ -178,7 +212,8 @@ def test_windows_are_kept_whether_shorter_or_longer_than_the_text(family, calls)
     model = served(family, sliding_window=16, **WINDOWS[family])
     for tokens in (1, 2, 15, 16, 17, 33): agree(model, torch.arange(1, tokens + 1)[None])
     assert model.config._attn_implementation == "eager" or any(o[2] == 15 for o in calls)
-    assert len([o for o in calls if o[2] > 16]) == (2 if family.startswith("qwen") else 0)  # in qwen's one layer without a window
+    # in qwen's one layer without a window
+    assert len([o for o in calls if o[2] > 16]) == (2 if family.startswith("qwen") else 0)
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values`:FutureWarning")
@@ -199,7 +234,8 @@ def test_left_padding_and_a_cache_are_left_to_torch(family, calls):
 
 
 @pytest.mark.parametrize("change", [
-    lambda model: model.double(), lambda model: model.half(), lambda model: model.set_attn_implementation("eager")])
+    lambda model: model.double(), lambda model: model.half(),
+    lambda model: model.set_attn_implementation("eager")])
 def test_other_number_formats_and_other_attention_are_left_alone(change, calls):
     model, ids = served("llama"), torch.arange(1, 21)[None]
     change(model)
@@ -209,15 +245,19 @@ def test_other_number_formats_and_other_attention_are_left_alone(change, calls):
 
 
 def test_bfloat16_goes_through_float32(calls):
-    "Attention itself loses nothing; a model's numbers are rounded between its steps, as they are elsewhere."
+    """Attention itself loses nothing; a model's numbers are rounded between its steps, as they are
+    elsewhere."""
     q, k, v = (o.bfloat16() for o in problem(2, 2, 3, 40, COLS))
     found = attention(q, k, v, causal(2, 40), 0.1)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, attention(q.float(), k.float(), v.float(), causal(2, 40), 0.1).bfloat16())
+    assert torch.equal(
+        found, attention(q.float(), k.float(), v.float(), causal(2, 40), 0.1).bfloat16()
+    )
     model, ids = served("llama").bfloat16(), torch.arange(1, 21)[None]
     with torch.inference_mode():
         plain = model(ids).logits
-        with fast_attention(): torch.testing.assert_close(model(ids).logits, plain, rtol=0.1, atol=0.02)
+        with fast_attention():
+            torch.testing.assert_close(model(ids).logits, plain, rtol=0.1, atol=0.02)
     assert len(calls) == 2
 
 
@@ -239,19 +279,35 @@ def test_gradients_are_left_to_torch(calls):
     assert not calls and torch.equal(*grads) and grads[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("more", [dict(is_causal=False), dict(dropout=.1), dict(sliding_window=9), dict(softcap=5.0),
-                                  dict(s_aux=torch.zeros(2)), dict(position_bias=torch.zeros(1, 2, 10, 10))])
+@pytest.mark.parametrize("more", [
+    dict(is_causal=False),
+    dict(dropout=.1),
+    dict(sliding_window=9),
+    dict(softcap=5.0),
+    dict(s_aux=torch.zeros(2)),
+    dict(position_bias=torch.zeros(1, 2, 10, 10))])
 def test_what_our_attention_does_not_know_is_left_to_torch(more, calls, monkeypatch):
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *a, **k: ("torch", None))
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *a, **k: ("torch", None)
+    )
     module = SimpleNamespace(is_causal=True)
     with fast_attention(), torch.inference_mode():
         forward = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        assert forward(module, *problem(1, 2, 1, 10, COLS), None, scaling=1.0, **more)[0] == "torch" and not calls
-        assert forward(SimpleNamespace(is_causal=False), *problem(1, 2, 1, 10, COLS), None)[0] == "torch"
+        assert (
+            forward(module, *problem(1, 2, 1, 10, COLS), None, scaling=1.0, **more)[0] == "torch"
+            and not calls
+        )
+        assert (
+            forward(SimpleNamespace(is_causal=False), *problem(1, 2, 1, 10, COLS), None)[0]
+            == "torch"
+        )
         q, k, v = problem(1, 2, 1, 10, COLS)
         assert forward(module, q, k, v[..., :8], None)[0] == "torch"
         assert forward(module, q[:, :, :1], k, v, None)[0] == "torch"
-        assert forward(module, q, k, v, None, sliding_window=10)[0].shape == (1, 10, 2, COLS) and len(calls) == 1
+        assert (
+            forward(module, q, k, v, None, sliding_window=10)[0].shape == (1, 10, 2, COLS)
+            and len(calls) == 1
+        )
 
 
 # --- trees in models
@@ -261,14 +317,18 @@ def tree_logits(model, mask):
     row = side_by_side(pack([[1, 2, 3, 4], [1, 2, 5, 6, 7], [8, 9]]))
     ids, depth = torch.tensor([row.tokens]), torch.tensor([row.depth])
     with torch.inference_mode(), fast_attention(), in_trees(lasts) as stand_in:
-        return model(ids, position_ids=depth, attention_mask=mask(stand_in), use_cache=False).logits, row
+        return (
+            model(ids, position_ids=depth, attention_mask=mask(stand_in), use_cache=False).logits,
+            row,
+        )
 
 
 def test_a_tree_gives_what_each_path_gives_alone():
     model = served("llama")
     logits, row = tree_logits(model, lambda o: o)
     for path in row.paths.values():
-        with torch.inference_mode(): alone = model(torch.tensor([[row.tokens[o] for o in path]])).logits
+        with torch.inference_mode():
+            alone = model(torch.tensor([[row.tokens[o] for o in path]])).logits
         torch.testing.assert_close(logits[:, path], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -285,7 +345,8 @@ def test_the_mask_of_a_tree_means_nothing_outside():
     with torch.inference_mode(), fast_attention():
         with in_trees(causal(1, 10)) as old: pass
         assert model(ids, attention_mask=old).logits.isnan().any()
-        with in_trees(causal(1, 10)), pytest.raises(CalibPruneError, match="side by side"): model(ids, attention_mask=old)
+        with in_trees(causal(1, 10)), pytest.raises(CalibPruneError, match="side by side"):
+            model(ids, attention_mask=old)
 
 
 # --- scores
@@ -293,7 +354,9 @@ def test_the_mask_of_a_tree_means_nothing_outside():
 def requests_of(seed=0, longest=60):
     "Contexts that share beginnings, with several continuations each; some come twice."
     rng = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: torch.randint(1, 250, (int(torch.randint(low, high, (), generator=rng)),), generator=rng).tolist()
+    draw = lambda low, high: torch.randint(
+        1, 250, (int(torch.randint(low, high, (), generator=rng)),), generator=rng
+    ).tolist()
     contexts = [draw(1, longest - 10) for _ in range(6)]
     contexts += [contexts[0] + draw(2, 5), contexts[1][:1]]
     found = [(context, draw(1, 9)) for context in contexts for _ in range(3)]
@@ -320,14 +383,21 @@ def check_scores(found, expected):
 def joined(monkeypatch):
     "How many rows stood side by side, batch by batch."
     seen, original = [], likelihood_module.side_by_side
-    monkeypatch.setattr(likelihood_module, "side_by_side", lambda rows: (seen.append(len(rows)), original(rows))[1])
+    monkeypatch.setattr(
+        likelihood_module, "side_by_side", lambda rows: (seen.append(len(rows)), original(rows))[1]
+    )
     return seen
 
 
 @pytest.mark.parametrize("budget", [64, 200, 1024])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_joined_rows_score_like_one_by_one_and_like_padded_rows(family, budget, joined, calls, monkeypatch):
-    model, requests = served(family, **(dict(sliding_window=4096) if family == "mistral" else {})), requests_of()
+def test_joined_rows_score_like_one_by_one_and_like_padded_rows(
+    family, budget, joined, calls, monkeypatch
+):
+    model, requests = (
+        served(family, **(dict(sliding_window=4096) if family == "mistral" else {})),
+        requests_of(),
+    )
     found = loglikelihoods(model, requests, budget)
     assert max(joined) > 1 and len(calls) == 2 * len(joined), "each layer, once per batch"
     check_scores(found, one_by_one(model, requests))
@@ -336,7 +406,9 @@ def test_joined_rows_score_like_one_by_one_and_like_padded_rows(family, budget, 
     check_scores(found, loglikelihoods(model, requests, budget))
 
 
-@pytest.mark.parametrize("family", [o for o in TINY_FAMILIES if o not in ("llama", "qwen2", "mistral")])
+@pytest.mark.parametrize(
+    "family", [o for o in TINY_FAMILIES if o not in ("llama", "qwen2", "mistral")]
+)
 def test_every_other_family_scores_like_one_by_one(family, joined):
     model, requests = served(family), requests_of(1)
     check_scores(loglikelihoods(model, requests, 300), one_by_one(model, requests))
@@ -347,7 +419,9 @@ def test_every_other_family_scores_like_one_by_one(family, joined):
 @pytest.mark.parametrize("window, longest", [(8, 30), (40, 30), (40, 60)])
 def test_a_window_cuts_no_row_that_stands_beside_others(family, window, longest, joined):
     "Rows shorter than the window are joined even if together they are longer; longer rows are not."
-    model, requests = served(family, sliding_window=window, **WINDOWS[family]), requests_of(2, longest)
+    model, requests = served(family, sliding_window=window, **WINDOWS[family]), requests_of(
+        2, longest
+    )
     check_scores(loglikelihoods(model, requests, 100), one_by_one(model, requests))
 
 
@@ -363,10 +437,14 @@ def test_who_may_stand_side_by_side():
     short, long = Row(tokens=[1] * 10), Row(tokens=[1] * 50)
     assert joins_rows(served("llama"), [short, long])
     assert not joins_rows(tiny_model("llama"), [short]), "narrow heads"
-    assert not joins_rows(served("llama").double(), [short]) and not joins_rows(served("llama").half(), [short])
+    assert not joins_rows(served("llama").double(), [short]) and not joins_rows(
+        served("llama").half(), [short]
+    )
     assert joins_rows(served("llama").bfloat16(), [short])
     windowed = served("mistral", sliding_window=50)
-    assert joins_rows(windowed, [short, long]) and not joins_rows(served("mistral", sliding_window=49), [short, long])
+    assert joins_rows(windowed, [short, long]) and not joins_rows(
+        served("mistral", sliding_window=49), [short, long]
+    )
     eager = served("llama")
     eager.set_attn_implementation("eager")
     assert not unpackable(eager) and not joins_rows(eager, [short])
@@ -377,10 +455,12 @@ def test_who_may_stand_side_by_side():
 def test_batches_fill_the_budget_and_lose_nothing(lengths, budget, side):
     rows = [Row(tokens=[n] * size) for n, size in enumerate(lengths)]
     made = list(batches(rows, budget, side))
-    size = lambda batch: sum(len(o.tokens) for o in batch) if side else len(batch) * max(len(o.tokens) for o in batch)
+    size = lambda batch: sum(len(o.tokens) for o in batch) if side else len(batch) * max(
+        len(o.tokens) for o in batch)
     assert all(len(o) == 1 or size(o) <= budget for o in made)
     assert sorted(o.tokens[0] for batch in made for o in batch) == list(range(len(rows)))
-    for batch, following in zip(made, made[1:]): assert size([*batch, following[0]]) > budget, "a batch ended too early"
+    for batch, following in zip(made, made[1:]):
+        assert size([*batch, following[0]]) > budget, "a batch ended too early"
 
 
 @settings(max_examples=60)
@@ -388,7 +468,9 @@ def test_batches_fill_the_budget_and_lose_nothing(lengths, budget, side):
 def test_rows_side_by_side_are_the_same_trees(sequences):
     row, sees, lasts = forest(sequences)
     at = torch.arange(len(row.tokens))
-    assert torch.equal(sees, (at <= at[:, None]) & (at[:, None] <= lasts[0])), "`end` says who sees whom"
+    assert torch.equal(
+        sees, (at <= at[:, None]) & (at[:, None] <= lasts[0])
+    ), "`end` says who sees whom"
     for i, sequence in enumerate(sequences):
         assert [row.tokens[o] for o in row.paths[i]] == sequence
         assert [row.depth[o] for o in row.paths[i]] == list(range(len(sequence)))

@@ -1,4 +1,5 @@
-"Calibration sets: exact shares, disjoint windows, the same bytes for ever, provenance that can be checked."
+"""Calibration sets: exact shares, disjoint windows, the same bytes for ever, provenance that can be
+checked."""
 import hashlib
 import json
 import os
@@ -13,12 +14,20 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from calib_prune.calibration.sets import (allocate, build_calibration, load_calibration, parse_mix,
-                                          save_calibration, source_stream, token_stream,
-                                          named_mixes, window_starts)
+from calib_prune.calibration.sets import (
+    allocate,
+    build_calibration,
+    load_calibration,
+    named_mixes,
+    parse_mix,
+    save_calibration,
+    source_stream,
+    token_stream,
+    window_starts,
+)
+from calib_prune.calibration.sources import FURTHER, HELDOUT, SOURCES, get_source
 from calib_prune.core import CalibPruneError, cache_dir, content_hash
 from calib_prune.model.tiny import tiny_tokenizer
-from calib_prune.calibration.sources import FURTHER, HELDOUT, SOURCES, get_source
 
 TOKENIZER = tiny_tokenizer()
 
@@ -41,7 +50,8 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         fetched = cache_dir()
         here = tmp_path_factory.mktemp("cache")
-        for name in ("models", "sources", "benchmarks", "manifest.json"): (here / name).symlink_to(fetched / name)
+        for name in ("models", "sources", "benchmarks", "manifest.json"):
+            (here / name).symlink_to(fetched / name)
         m.setenv("CALIB_PRUNE_CACHE", str(here))
         yield
 
@@ -101,13 +111,18 @@ def test_a_files_draw_does_not_depend_on_where_it_lies(tmp_path, monkeypatch):
     names = ("notes.txt", "./notes.txt", str(tmp_path / "notes.txt"), "elsewhere/other.txt")
     assert len({build_calibration(n, TOKENIZER, 5, 16).content for n in names}) == 1
     named = Texts([(tmp_path / "notes.txt").read_text()], name="notes.txt")
-    assert build_calibration(named, TOKENIZER, 5, 16).content != build_calibration("notes.txt", TOKENIZER, 5, 16).content
+    assert (
+        build_calibration(named, TOKENIZER, 5, 16).content
+        != build_calibration("notes.txt", TOKENIZER, 5, 16).content
+    )
 
 
 def test_a_folders_draw_does_not_depend_on_where_it_lies(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text("".join(f'{{"text": "{i:09}"}}\n' for i in range(40)))
+        (tmp_path / name / "train.jsonl").write_text(
+            "".join(f'{{"text": "{i:09}"}}\n' for i in range(40))
+        )
     a, b = (build_calibration(f"hub:{tmp_path / name}", TOKENIZER, 5, 16) for name in ("a", "b"))
     assert a.content == b.content
 
@@ -135,7 +150,8 @@ def test_a_cut_token_cache_is_made_again(part, keep):
     path = max((cache_dir() / "tokens").glob(f"*.{part}.npy"), key=os.path.getmtime)
     data = path.read_bytes()
     path.write_bytes(data[:keep])
-    for again, wanted in zip(source_stream(source, TOKENIZER), whole, strict=True): assert (again == wanted).all()
+    for again, wanted in zip(source_stream(source, TOKENIZER), whole, strict=True):
+        assert (again == wanted).all()
     assert path.read_bytes() == data
 
 
@@ -160,7 +176,9 @@ def test_tokens_of_a_text_that_changes_meanwhile_are_not_kept(tmp_path, end, mon
     write_texts(path, [f"the old text, {i}" for i in range(50)])
     cal = build_calibration(str(path), TOKENIZER, 4, 16)
     assert "new" not in "".join(TOKENIZER.decode(o) for o in cal.tokens)
-    assert cal.sources == {str(path): f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"}
+    assert cal.sources == {
+        str(path): f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    }
 
 
 @pytest.mark.parametrize("end", ["txt", "jsonl", "parquet"])
@@ -172,10 +190,14 @@ def test_a_text_that_is_replaced_between_two_draws_is_drawn_anew(tmp_path, end):
     source = get_source(str(path))
     for texts in (["a" * 40, "b" * 40], ["a" * 40, "c" * 40]):
         write_texts(path, texts)
-        by_name, by_object = (build_calibration(o, TOKENIZER, 4, 16, seed=1) for o in (str(path), source))
+        by_name, by_object = (
+            build_calibration(o, TOKENIZER, 4, 16, seed=1) for o in (str(path), source)
+        )
         assert by_name.content == by_object.content and by_name.sources == by_object.sources
         found.append(by_name)
-    assert found[0].sources != found[1].sources and "b" not in "".join(TOKENIZER.decode(o) for o in found[1].tokens)
+    assert found[0].sources != found[1].sources and "b" not in "".join(
+        TOKENIZER.decode(o) for o in found[1].tokens
+    )
 
 
 def test_a_source_of_ones_own_that_changes_meanwhile_is_refused():
@@ -192,7 +214,9 @@ def test_a_source_of_ones_own_that_changes_meanwhile_is_refused():
 def test_a_text_is_hashed_once_and_read_once(tmp_path, monkeypatch):
     from calib_prune.calibration import sources
     calls = []
-    monkeypatch.setattr(sources, "judged_sha256", lambda *a, f=sources.judged_sha256: calls.append(a) or f(*a))
+    monkeypatch.setattr(
+        sources, "judged_sha256", lambda *a, f=sources.judged_sha256: calls.append(a) or f(*a)
+    )
     (tmp_path / "a.txt").write_text("alpha beta gamma " * 40)
     for n in (1, 2):
         build_calibration(str(tmp_path / "a.txt"), TOKENIZER, 8, 20)
@@ -203,7 +227,9 @@ def fast(model, **more):
     "A tokenizer of words that end at spaces."
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="./my-model", eos_token="e", **more)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, name_or_path="./my-model", eos_token="e", **more
+    )
 
 
 WORDS = {"a": 0, "e": 1}
@@ -215,12 +241,16 @@ WORDS = {"a": 0, "e": 1}
     (models.Unigram([("a", 0.0), ("e", -1.0)], None), "unk_id")])
 def test_what_a_tokenizer_cannot_encode_is_an_error_that_names_it(model, lacks):
     tokenizer = fast(model)
-    with pytest.raises(CalibPruneError, match=f"The tokenizer of ./my-model cannot encode this text: .*{lacks}.*unk_token"):
+    with pytest.raises(
+        CalibPruneError,
+        match=f"The tokenizer of ./my-model cannot encode this text: .*{lacks}.*unk_token",
+    ):
         build_calibration(Texts(["a b " * 20]), tokenizer, 2, 4)
 
 
 def test_another_end_of_text_token_is_another_stream(monkeypatch):
-    "A tokenizer without a known separator falls back to its end token, which its backend does not hold."
+    """A tokenizer without a known separator falls back to its end token, which its backend does not
+    hold."""
     monkeypatch.setattr("calib_prune.model.loading.END_OF_TEXT", ())
     other = tiny_tokenizer()
     other.eos_token = "a"
@@ -239,7 +269,10 @@ def test_uniform_mixes_are_uniform():
 
 
 def test_too_little_text_says_how_much():
-    with pytest.raises(CalibPruneError, match=r"(?s)'texts' has 611 tokens.*39 windows of 16 tokens need 624.*at most 38"):
+    with pytest.raises(
+        CalibPruneError,
+        match=r"(?s)'texts' has 611 tokens.*39 windows of 16 tokens need 624.*at most 38",
+    ):
         build_calibration(Texts(), TOKENIZER, 39, 16)
 
 
@@ -249,7 +282,8 @@ def test_unreadable_mixes(wrong):
 
 
 def test_unknown_source_suggests():
-    with pytest.raises(CalibPruneError, match="Did you mean 'wikipedia'"): build_calibration("wikipeda", TOKENIZER)
+    with pytest.raises(CalibPruneError, match="Did you mean 'wikipedia'"):
+        build_calibration("wikipeda", TOKENIZER)
 
 
 def test_damaged_file_is_noticed(tmp_path):
@@ -257,16 +291,23 @@ def test_damaged_file_is_noticed(tmp_path):
     path = save_calibration(cal, tmp_path / "set.parquet")
     assert load_calibration(path).content == cal.content
     (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CalibPruneError, match="cut.parquet"): load_calibration(tmp_path / "cut.parquet")
+    with pytest.raises(CalibPruneError, match="cut.parquet"):
+        load_calibration(tmp_path / "cut.parquet")
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", json.loads((Path(__file__).parent / "golden_sets.json").read_text()))
+@pytest.mark.parametrize(
+    "name", json.loads((Path(__file__).parent / "golden_sets.json").read_text())
+)
 def test_packaged_sets_hold_the_same_tokens_for_ever(name):
     from calib_prune.model.loading import load_tokenizer
     golden = json.loads((Path(__file__).parent / "golden_sets.json").read_text())[name]
-    if golden["revision"] != SOURCES.get(name, FURTHER.get(name, HELDOUT.get(name))).revision: pytest.skip("another text")
-    assert build_calibration(name, load_tokenizer("smollm2-135m"), 32, 512, seed=1).content == golden["content"]
+    if golden["revision"] != SOURCES.get(name, FURTHER.get(name, HELDOUT.get(name))).revision:
+        pytest.skip("another text")
+    assert (
+        build_calibration(name, load_tokenizer("smollm2-135m"), 32, 512, seed=1).content
+        == golden["content"]
+    )
 
 
 @pytest.mark.real

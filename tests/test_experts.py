@@ -1,4 +1,5 @@
-"""Mixtures of experts: as the same model with its experts apart, routers dense, neglected experts handled, saved for transformers."""
+"""Mixtures of experts: as the same model with its experts apart, routers dense, neglected experts
+handled, saved for transformers."""
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,9 @@ class PlainExpert(nn.Module):
         super().__init__()
         both, down, self.fused = fused.gate_up_proj[e], fused.down_proj[e], [fused]
         half = len(both) // 2
-        self.gate_proj, self.up_proj, self.down_proj = (self.linear(o) for o in (both[:half], both[half:], down))
+        self.gate_proj, self.up_proj, self.down_proj = (
+            self.linear(o) for o in (both[:half], both[half:], down)
+        )
 
     @staticmethod
     def linear(weight, bias=None):
@@ -30,7 +33,8 @@ class PlainExpert(nn.Module):
         if bias is not None: found.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return found
 
-    def forward(self, x): return self.down_proj(self.fused[0].act_fn(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x):
+        return self.down_proj(self.fused[0].act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PlainGptOss(PlainExpert):
@@ -39,11 +43,15 @@ class PlainGptOss(PlainExpert):
         nn.Module.__init__(self)
         both, bias = fused.gate_up_proj[e].T, fused.gate_up_proj_bias[e]
         self.limit, self.alpha = fused.limit, fused.alpha
-        self.gate_proj, self.up_proj = self.linear(both[::2], bias[::2]), self.linear(both[1::2], bias[1::2])
+        self.gate_proj, self.up_proj = self.linear(both[::2], bias[::2]), self.linear(
+            both[1::2], bias[1::2]
+        )
         self.down_proj = self.linear(fused.down_proj[e].T, fused.down_proj_bias[e])
 
     def forward(self, x):
-        gate, up = self.gate_proj(x).clamp(max=self.limit), self.up_proj(x).clamp(-self.limit, self.limit)
+        gate, up = self.gate_proj(x).clamp(max=self.limit), self.up_proj(x).clamp(
+            -self.limit, self.limit
+        )
         return self.down_proj((up + 1) * gate * torch.sigmoid(gate * self.alpha))
 
 
@@ -53,7 +61,8 @@ class PlainExperts(nn.ModuleList):
         out = torch.zeros_like(hidden)
         for e, expert in enumerate(self):
             token, place = torch.where(index == e)
-            if len(token): out.index_add_(0, token, expert(hidden[token]) * weights[token, place, None])
+            if len(token):
+                out.index_add_(0, token, expert(hidden[token]) * weights[token, place, None])
         return out
 
 
@@ -63,7 +72,9 @@ def taken_apart(model):
         for name, child in [*parent.named_children()]:
             if is_fused(child):
                 kind = PlainGptOss if child.has_bias else PlainExpert
-                setattr(parent, name, PlainExperts(kind(child, e) for e in range(child.num_experts)))
+                setattr(
+                    parent, name, PlainExperts(kind(child, e) for e in range(child.num_experts))
+                )
     return model
 
 
@@ -72,7 +83,9 @@ def taken_apart(model):
 def test_fused_experts_are_pruned_like_experts_apart(family, method):
     fused, apart = tiny_model(family), taken_apart(tiny_model(family))
     reports = [prune(m, WINDOWS, method, 0.5) for m in (fused, apart)]
-    assert not reports[0].all_tokens.any(), "every expert has seen enough tokens, so the comparison is of all"
+    assert not reports[
+        0
+    ].all_tokens.any(), "every expert has seen enough tokens, so the comparison is of all"
     assert len(reports[0]) == len(reports[1]) and (reports[0].sparsity >= 0.49).all()
     for a, b in zip(decoder_layers(fused), decoder_layers(apart), strict=True):
         with one_by_one(a):
@@ -80,18 +93,26 @@ def test_fused_experts_are_pruned_like_experts_apart(family, method):
             assert ours.keys() == plain.keys()
             differ = sum(int(((ours[k].weight == 0) != (plain[k].weight == 0)).sum()) for k in ours)
             assert differ <= 1e-3 * sum(m.weight.numel() for m in ours.values())
-            for k in ours: assert torch.norm(ours[k].weight - plain[k].weight) < 0.02 * torch.norm(plain[k].weight), k
+            for k in ours:
+                assert torch.norm(ours[k].weight - plain[k].weight) < 0.02 * torch.norm(
+                    plain[k].weight
+                ), k
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_all_matrices_but_routers_are_pruned(family):
     dense, model = tiny_model(family), tiny_model(family)
     prune(model, WINDOWS, "sparsegpt", 0.5)
-    left = {n for i, o in enumerate(model.model.layers) for at in routers(o) for n, _ in model.named_parameters()
-            if n.startswith(f"model.layers.{i}.{at}.")}
-    assert left and all(torch.equal(dict(model.named_parameters())[n], dict(dense.named_parameters())[n]) for n in left)
+    left = {
+        n for i, o in enumerate(model.model.layers) for at in routers(o)
+        for n, _ in model.named_parameters() if n.startswith(f"model.layers.{i}.{at}.")}
+    assert left and all(
+        torch.equal(dict(model.named_parameters())[n], dict(dense.named_parameters())[n])
+        for n in left
+    )
     for name, p in model.named_parameters():
-        if ".layers." in name and p.ndim > 1 and "bias" not in name and name not in left: assert abs((p == 0).float().mean() - 0.5) < 0.02, name
+        if ".layers." in name and p.ndim > 1 and "bias" not in name and name not in left:
+            assert abs((p == 0).float().mean() - 0.5) < 0.02, name
 
 
 def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router():
@@ -108,12 +129,16 @@ def test_a_pruned_mixture_loads_in_plain_transformers(family, tmp_path):
     folder = save_model(model, tiny_tokenizer(), tmp_path / "out", {})
     with torch.no_grad():
         want = model(WINDOWS[:2]).logits
-        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(WINDOWS[:2]).logits
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            WINDOWS[:2]
+        ).logits
         again = load_model(str(folder))[0](WINDOWS[:2]).logits
     assert torch.allclose(plain, want, atol=1e-5) and torch.allclose(again, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("family, method", [("mixtral", "sparsegpt"), ("qwen3_moe", "wanda"), ("deepseek_v3", "admm")])
+@pytest.mark.parametrize(
+    "family, method", [("mixtral", "sparsegpt"), ("qwen3_moe", "wanda"), ("deepseek_v3", "admm")]
+)
 def test_an_expert_without_tokens_is_measured_on_all_of_them_and_the_report_says_so(family, method):
     model = tiny_model(family)
     layer = decoder_layers(model)[1]
@@ -133,26 +158,44 @@ def test_an_expert_without_tokens_is_measured_on_all_of_them_and_the_report_says
 def test_a_killed_prune_of_a_mixture_goes_on(tmp_path):
     def stop(stage, done, total):
         if done == 1: raise KeyboardInterrupt
-    model, again = tiny_model("qwen3_moe", num_hidden_layers=3), tiny_model("qwen3_moe", num_hidden_layers=3)
-    with pytest.raises(KeyboardInterrupt): prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c", progress=stop)
-    assert not any(isinstance(o, nn.ModuleList) and len(o) == 8 for o in again.modules()), "fused again after the interruption"
+    model, again = tiny_model("qwen3_moe", num_hidden_layers=3), tiny_model(
+        "qwen3_moe", num_hidden_layers=3
+    )
+    with pytest.raises(KeyboardInterrupt):
+        prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c", progress=stop)
+    assert not any(
+        isinstance(o, nn.ModuleList) and len(o) == 8 for o in again.modules()
+    ), "fused again after the interruption"
     again = tiny_model("qwen3_moe", num_hidden_layers=3)
-    assert prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c").equals(prune(model, WINDOWS, "sparsegpt", 0.5))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c").equals(
+        prune(model, WINDOWS, "sparsegpt", 0.5)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_experts_without_a_gate_compute_the_same_apart():
     family = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
     layer, rng = nn.Module(), torch.Generator().manual_seed(0)
-    layer.experts = family.NemotronHExperts(SimpleNamespace(
-        n_routed_experts=4, hidden_size=12, moe_intermediate_size=20, moe_latent_size=None, mlp_hidden_act="relu2", _experts_implementation="eager"))
+    layer.experts = family.NemotronHExperts(
+        SimpleNamespace(n_routed_experts=4,
+                        hidden_size=12,
+                        moe_intermediate_size=20,
+                        moe_latent_size=None,
+                        mlp_hidden_act="relu2",
+                        _experts_implementation="eager"))
     for o in layer.experts.parameters(): o.data = torch.randn(o.shape, generator=rng)
     hidden, weights = torch.randn(30, 12, generator=rng), torch.rand(30, 2, generator=rng)
-    index = torch.stack([torch.randint(0, 2, (30,), generator=rng), torch.randint(2, 4, (30,), generator=rng)], -1)
+    index = torch.stack(
+        [torch.randint(0, 2, (30,), generator=rng), torch.randint(2, 4, (30,), generator=rng)], -1
+    )
     with torch.no_grad():
         fused = layer.experts(hidden, index, weights)
         with one_by_one(layer):
-            assert [*prunable(layer)] == [f"experts.{e}.{name}" for e in range(4) for name in ("up_proj", "down_proj")]
+            assert [*prunable(layer)] == [
+                f"experts.{e}.{name}" for e in range(4) for name in ("up_proj", "down_proj")
+            ]
             torch.testing.assert_close(layer.experts(hidden, index, weights), fused)
             layer.experts[1].up_proj.weight.zero_()
     assert not layer.experts.up_proj[1].any() and layer.experts.up_proj[0].any()

@@ -1,17 +1,20 @@
-"Fewer passes through a decoder layer: the same numbers, in the models whose code is known, and nowhere else."
+"""Fewer passes through a decoder layer: the same numbers, in the models whose code is known, and
+nowhere else."""
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from calib_prune.kernels.matmul import _ByOneDNN, fast_products
 from calib_prune.model import fused
 from calib_prune.model.fused import decoder_layer, fused_layers, rms_norm
-from calib_prune.kernels.matmul import _ByOneDNN, fast_products
 from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model
 
 IDS = torch.arange(1, 41)[None] % 7
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
 
 
 @settings(max_examples=60)
@@ -23,7 +26,9 @@ def test_norms(lead, width, seed):
         norm.weight.copy_(torch.randn(width, generator=rng))
         torch.testing.assert_close(rms_norm(norm, x), norm(x), rtol=1e-5, atol=1e-6)
         half = norm.bfloat16()
-        torch.testing.assert_close(rms_norm(half, x.bfloat16()), half(x.bfloat16()), rtol=0.02, atol=1e-3)
+        torch.testing.assert_close(
+            rms_norm(half, x.bfloat16()), half(x.bfloat16()), rtol=0.02, atol=1e-3
+        )
 
 
 def test_norms_of_views_gradients_other_types_and_broken_numbers():
@@ -44,7 +49,8 @@ def test_every_family_gives_the_same_numbers(family):
     model = tiny_model(family)
     with torch.no_grad():
         want = model(IDS).logits
-        with fast_products(), fused_layers(model): torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-5)
+        with fast_products(), fused_layers(model):
+            torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-5)
         assert torch.equal(model(IDS).logits, want), "outside, everything is as it was"
 
 
@@ -61,7 +67,9 @@ def test_bfloat16_is_no_further_from_the_truth(family):
 @needs_onednn
 def test_residuals_are_added_within_the_products(monkeypatch):
     seen, linear = [], __import__("calib_prune.kernels.matmul").model.matmul.linear
-    monkeypatch.setattr("calib_prune.kernels.matmul.linear", lambda *o: seen.append(o[3:4]) or linear(*o))
+    monkeypatch.setattr(
+        "calib_prune.kernels.matmul.linear", lambda *o: seen.append(o[3:4]) or linear(*o)
+    )
     model = tiny_llama()
     with torch.no_grad(), _ByOneDNN(), fused_layers(model): model(IDS)
     assert seen[:7] == [(), (), (), ("add",), ("swish",), ("mul",), ("add",)]
@@ -71,22 +79,29 @@ def test_residuals_are_added_within_the_products(monkeypatch):
 def test_who_watches_a_linear_map_sees_its_own_output():
     model, seen = tiny_llama(), []
     layer = model.model.layers[0]
-    layer.self_attn.o_proj.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    layer.self_attn.o_proj.register_forward_hook(
+        lambda module, args, out: seen.append((args[0], out))
+    )
     with torch.no_grad(), _ByOneDNN():
         want = model(IDS).logits
-        with fused_layers(model): torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-5)
+        with fused_layers(model):
+            torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-5)
     (x, out), (_, within) = seen
     torch.testing.assert_close(within, x @ layer.self_attn.o_proj.weight.T, rtol=1e-4, atol=1e-5)
 
 
 def test_a_module_that_does_more_after_its_last_map_is_left_alone():
     class Doubled(type(tiny_llama().model.layers[0].mlp)):
-        def forward(self, x): return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+        def forward(self, x):
+            return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
     model = tiny_llama()
     model.model.layers[0].mlp.__class__ = Doubled
     with torch.no_grad(), _ByOneDNN():
         want = model(IDS).logits
-        with fused_layers(model): torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-5)
+        with fused_layers(model):
+            torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_replaced_comes_back_after_an_error():

@@ -35,10 +35,13 @@ def problem(d_out, d_in, tokens=None, seed=0, dead=()):
 
 
 def plain_sparsegpt(weight, hessian, sparsity=None, pattern=None, block=128, damping=0.01):
-    """Algorithm 1 of arXiv 2301.00774 in float64, one column and one later column at a time, with an explicit inverse.
+    """Algorithm 1 of arXiv 2301.00774 in float64, one column and one later column at a time, with
+    an explicit inverse.
 
-    Only the count of a block differs from the reference code, which keeps or prunes by `<= threshold`: here exactly
-    floor(sparsity * weights up to the block's end) are pruned by the end of each block, and n:m keeps n of m.
+    Only the count of a block differs from the reference code, which keeps or prunes by `<=
+    threshold`: here exactly
+    floor(sparsity * weights up to the block's end) are pruned by the end of each block, and n:m
+    keeps n of m.
     """
     W, H = weight.double().numpy().copy(), hessian.double().numpy().copy()
     d_out, d_in = W.shape
@@ -54,7 +57,8 @@ def plain_sparsegpt(weight, hessian, sparsity=None, pattern=None, block=128, dam
         if pattern is None:
             cells = [(r, c) for c in range(start, end) for r in range(d_out)]
             cells.sort(key=lambda o: W[o] ** 2 / U[o[1], o[1]] ** 2)
-            for cell in cells[:share(sparsity, d_out * end) - share(sparsity, d_out * start)]: pruned[cell] = True
+            for cell in cells[: share(sparsity, d_out * end) - share(sparsity, d_out * start)]:
+                pruned[cell] = True
         for c in range(start, end):
             if pattern and c % pattern[1] == 0:
                 keep, m = pattern
@@ -77,15 +81,19 @@ def reference_error(weight, pruned, hessian):
 def sweep(request, monkeypatch):
     "Both forms of the sweep, the one for the CPU and the one for any device."
     through_torch = partial(sparsegpt_module._sweep_blocks, sweep=sweep_torch)
-    if request.param == "torch": monkeypatch.setattr(sparsegpt_module, "_blocks_for", lambda device: through_torch)
+    if request.param == "torch":
+        monkeypatch.setattr(sparsegpt_module, "_blocks_for", lambda device: through_torch)
     return request.param
 
 
 # --- against the plain implementation
 
-@pytest.mark.parametrize("d_out,d_in,block,how", [
-    (24, 40, 16, 0.6), (7, 33, 8, 0.5), (70, 48, 128, 0.35), (1, 20, 128, 0.5), (5, 130, 128, 0.6), (130, 17, 4, 0.9),
-    (24, 40, 16, (2, 4)), (66, 32, 8, (4, 8)), (9, 24, 128, (1, 4)), (5, 136, 128, (2, 4)), (3, 12, 6, (2, 3))])
+@pytest.mark.parametrize("d_out,d_in,block,how", [(24, 40, 16, 0.6), (7, 33, 8, 0.5),
+                                                  (70, 48, 128, 0.35), (1, 20, 128, 0.5),
+                                                  (5, 130, 128, 0.6), (130, 17, 4, 0.9),
+                                                  (24, 40, 16, (2, 4)), (66, 32, 8, (4, 8)),
+                                                  (9, 24, 128, (1, 4)), (5, 136, 128, (2, 4)),
+                                                  (3, 12, 6, (2, 3))])
 def test_equals_plain_implementation(d_out, d_in, block, how, sweep):
     W, _, H = problem(d_out, d_in, seed=d_out)
     kind = {"pattern": how} if isinstance(how, tuple) else {"sparsity": how}
@@ -93,7 +101,9 @@ def test_equals_plain_implementation(d_out, d_in, block, how, sweep):
     result = sparsegpt(W, H, block=block, **kind)
     assert np.array_equal((result.weight == 0).numpy(), pruned)
     assert np.abs(result.weight.numpy() - expected).max() < 1e-4 * np.abs(expected).max()
-    assert result.error == pytest.approx(reference_error(W, torch.from_numpy(expected), H), rel=1e-3)
+    assert result.error == pytest.approx(
+        reference_error(W, torch.from_numpy(expected), H), rel=1e-3
+    )
     assert result.sparsity == pruned.mean() and result.damping == 0.01 and result.dead == 0
 
 
@@ -114,7 +124,9 @@ def test_compiled_and_torch_sweeps_agree(pattern):
     a, b = W.T.contiguous(), W.T.contiguous()
     masks = [smallest(a.abs(), 90).clone() for _ in range(2)]
     inverse = factorise(H, block=64).inverses[0]
-    squares = sweep_compiled(a, masks[0], inverse, pattern), sweep_torch(b, masks[1], inverse, pattern)
+    squares = sweep_compiled(a, masks[0], inverse, pattern), sweep_torch(
+        b, masks[1], inverse, pattern
+    )
     assert torch.equal(*masks)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert squares[0] == pytest.approx(squares[1], rel=1e-5)
@@ -129,7 +141,9 @@ def test_factor_is_the_published_one():
     for n, i in enumerate(range(0, 50, 16)):
         b = slice(i, min(i + 16, 50))
         torch.testing.assert_close(factor.inverses[n].double(), U[b, b], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(factor.carry[b, :i].T.double(), R[:i, b] @ U[b, b], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            factor.carry[b, :i].T.double(), R[:i, b] @ U[b, b], rtol=1e-3, atol=1e-4
+        )
     assert factor.ridge == pytest.approx(0.02 * H.diagonal().mean().item())
 
 
@@ -159,9 +173,11 @@ def least_squares(w, x, kept):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_never_better_than_least_squares_and_optimal_to_the_right(seed, sweep):
-    """Refitting all kept weights bounds the error from below; those right of the last pruned one are such a refit.
+    """Refitting all kept weights bounds the error from below; those right of the last pruned one
+    are such a refit.
 
-    The error of a row may exceed that of zeroing without any update: a compensation can land on a weight that is
+    The error of a row may exceed that of zeroing without any update: a compensation can land on a
+    weight that is
     pruned later. So no upper bound is asserted here.
     """
     W, x, H = problem(12, 8, tokens=200, seed=seed)
@@ -183,7 +199,8 @@ def test_compensation_pays_over_a_layer():
 
 @pytest.mark.parametrize("pruned_first", [1, 2, 4, 7])
 def test_equals_least_squares_when_the_pruned_come_first(pruned_first, sweep):
-    "Only columns to the right make up for a loss, so with all pruned columns first nothing is out of reach."
+    """Only columns to the right make up for a loss, so with all pruned columns first nothing is out
+    of reach."""
     W, x, H = problem(1, 8, tokens=200, seed=11)
     W[:, :pruned_first] *= 1e-3
     result = sparsegpt(W, H, pruned_first / 8, damping=0)
@@ -193,7 +210,8 @@ def test_equals_least_squares_when_the_pruned_come_first(pruned_first, sweep):
 
 
 def test_single_pruned_weight_is_the_cheapest_of_all():
-    "With one weight to prune, the score is the exact cost of pruning it and refitting those to its right."
+    """With one weight to prune, the score is the exact cost of pruning it and refitting those to
+    its right."""
     W, x, H = problem(1, 6, tokens=100, seed=4)
     w, x = W[0].double().numpy(), x.double().numpy()
     costs = []
@@ -242,25 +260,36 @@ def test_block_counts_add_up(shape, sparsity, block):
 
 
 @settings(max_examples=60)
-@given(st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=5), st.integers(0, 7))
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=5),
+    st.integers(0, 7),
+)
 def test_smallest_breaks_ties_by_index(rows, k):
     mask = smallest(torch.tensor(rows, dtype=torch.float32), k)
     for row, marked in zip(rows, mask.tolist(), strict=True):
-        assert [i for i, m in enumerate(marked) if m] == sorted(sorted(range(7), key=lambda i: (row[i], i))[:k])
+        assert [i for i, m in enumerate(marked) if m] == sorted(
+            sorted(range(7), key=lambda i: (row[i], i))[:k]
+        )
 
 
 @settings(max_examples=80)
-@given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from(["spread", "ties", "odd"]), st.integers(0, 99))
+@given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from(["spread", "ties", "odd"]),
+       st.integers(0, 99))
 def test_smallest_of_one_row_agrees_with_a_sort(n, part, kind, seed):
     "One long row takes another way than several short ones."
     rng = torch.Generator().manual_seed(seed)
     scores = torch.randn(n, generator=rng) * torch.exp(4 * torch.randn(n, generator=rng))
     if kind == "ties": scores = scores.round()
-    if kind == "odd": scores[torch.randint(n, (4,), generator=rng)] = torch.tensor([float("inf"), float("-inf"), 0.0, -0.0])
+    if kind == "odd":
+        scores[torch.randint(n, (4,), generator=rng)] = torch.tensor(
+            [float("inf"), float("-inf"), 0.0, -0.0]
+        )
     want = torch.zeros(n, dtype=torch.bool)
     want[scores.sort(stable=True).indices[:int(part * n)]] = True
     assert torch.equal(smallest(scores[None], int(part * n))[0], want)
-    assert torch.equal(smallest(torch.stack([scores, scores]), int(part * n)), torch.stack([want, want]))
+    assert torch.equal(
+        smallest(torch.stack([scores, scores]), int(part * n)), torch.stack([want, want])
+    )
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -282,17 +311,23 @@ def test_invariances(name, kind, seed):
     kernel = KERNELS[name]
     W, _, H = problem(20, 64, seed=seed)
     base = kernel(W, H, **kind)
-    close = lambda a, b: (torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5), torch.equal(a == 0, b == 0))[1]
+    close = lambda a, b: (
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5),
+        torch.equal(a == 0, b == 0),
+    )[1]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
     assert close(kernel(W[order], H, **kind).weight, base.weight[order])
     scaled = kernel(W * 4, H * 0.125, **kind)
-    assert close(scaled.weight / 4, base.weight) and scaled.error == pytest.approx(base.error, rel=1e-4)
+    assert close(scaled.weight / 4, base.weight) and scaled.error == pytest.approx(
+        base.error, rel=1e-4
+    )
     assert close(kernel(-W, H, **kind).weight, -base.weight)
 
 
 @pytest.mark.parametrize("kind", [{"sparsity": 0.6}, {"pattern": (2, 4)}])
 def test_scaling_inputs_scales_weights(kind):
-    "W/s on inputs s·x is the same layer; damping alone knows the difference, and magnitude never does."
+    """W/s on inputs s·x is the same layer; damping alone knows the difference, and magnitude never
+    does."""
     W, _, H = problem(20, 64, seed=9)
     s = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(9)))
     scaled = H * s * s[:, None]
@@ -310,7 +345,8 @@ def test_type_is_kept_and_input_untouched(name, dtype):
     W = torch.nn.Parameter(W.to(dtype))
     before = W.detach().clone()
     result = KERNELS[name](W, H, 0.5)
-    assert result.weight.dtype == dtype and result.weight.is_contiguous() and not result.weight.requires_grad
+    assert result.weight.dtype == dtype and result.weight.is_contiguous(
+    ) and not result.weight.requires_grad
     assert torch.equal(W, before) and result.sparsity == 0.5
     if name != "sparsegpt": assert torch.equal(result.weight, before * (result.weight != 0))
 
@@ -319,7 +355,9 @@ def test_type_is_kept_and_input_untouched(name, dtype):
 @pytest.mark.parametrize("kind", [{"sparsity": 0.5}, {"pattern": (2, 4)}])
 def test_a_transposed_view_is_pruned_like_its_copy(name, kind):
     W, _, H = problem(12, 32, seed=1)
-    assert torch.equal(KERNELS[name](W.T.contiguous().T, H, **kind).weight, KERNELS[name](W, H, **kind).weight)
+    assert torch.equal(
+        KERNELS[name](W.T.contiguous().T, H, **kind).weight, KERNELS[name](W, H, **kind).weight
+    )
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -327,14 +365,17 @@ def test_a_transposed_view_is_pruned_like_its_copy(name, kind):
 def test_pattern_holds_in_every_group(name, n, m):
     W, _, H = problem(10, 48, seed=n)
     result = KERNELS[name](W, H, pattern=f"{n}:{m}")
-    assert (result.weight.view(10, -1, m).count_nonzero(-1) == n).all() and result.sparsity == 1 - n / m
+    assert (
+        result.weight.view(10, -1, m).count_nonzero(-1) == n
+    ).all() and result.sparsity == 1 - n / m
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_zero_sparsity_is_the_identity(name):
     W, _, H = problem(5, 16, dead=(3,))
     result = KERNELS[name](W, H, 0)
-    assert torch.equal(result.weight, W) and result.weight is not W and result.error == 0 and result.sparsity == 0
+    assert torch.equal(result.weight,
+                       W) and result.weight is not W and result.error == 0 and result.sparsity == 0
 
 
 def test_no_correlation_no_update():
@@ -347,7 +388,8 @@ def test_no_correlation_no_update():
 def test_more_dead_inputs_than_asked_for():
     W, _, H = problem(6, 10, dead=range(2, 10))
     result = sparsegpt(W, H, 0.5)
-    assert result.dead == 8 and result.sparsity == pytest.approx(0.8) and not result.weight[:, 2:].any()
+    assert result.dead == 8 and result.sparsity == pytest.approx(
+        0.8) and not result.weight[:, 2:].any()
     assert result.error == 0 and torch.equal(result.weight[:, :2], W[:, :2])
 
 
@@ -360,7 +402,9 @@ def test_shared_factor_changes_nothing():
     W, _, H = problem(10, 40)
     factor = factorise(H)
     for kind in ({}, {"pattern": "2:4"}):
-        assert torch.equal(sparsegpt(W, H, factor=factor, **kind).weight, sparsegpt(W, H, **kind).weight)
+        assert torch.equal(
+            sparsegpt(W, H, factor=factor, **kind).weight, sparsegpt(W, H, **kind).weight
+        )
 
 
 def test_zero_layer():
@@ -378,7 +422,10 @@ def test_few_tokens_need_no_more_than_the_default_damping():
     assert result.error == pytest.approx(reference_error(W, result.weight, H), rel=0.05)
 
 
-@pytest.mark.parametrize("start,lowest,used", [(0.01, -0.05, 0.1), (0.01, -0.5, 1.0), (0.0, -5e-4, 1e-3), (0.3, -0.5, 1.0)])
+@pytest.mark.parametrize(
+    "start,lowest,used",
+    [(0.01, -0.05, 0.1), (0.01, -0.5, 1.0), (0.0, -5e-4, 1e-3), (0.3, -0.5, 1.0)],
+)
 def test_damping_is_raised_and_recorded(start, lowest, used):
     H = torch.ones(2, 2) - lowest * torch.tensor([[0., 1.], [1., 0.]])
     assert torch.linalg.eigvalsh(H)[0] == pytest.approx(lowest, abs=1e-5)
@@ -402,27 +449,35 @@ W8, _, H8 = problem(4, 8)
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
-@pytest.mark.parametrize("args,message", [
-    ((W8, H8, 1.0), "outside"), ((W8, H8, -0.1), "outside"), ((W8, H8, float("nan")), "outside"), ((W8, H8, "x"), "outside"),
-    ((W8, H8, True), "outside"), ((W8[0], H8), "float matrix"), ((W8.int(), H8), "float matrix"),
-    ((W8[:, :0], H8), "float matrix"), ((W8 * float("inf"), H8), "NaN or infinite"),
-    ((W8, H8[:4, :4]), r"\[8, 8\] is needed|do not fit"), ((W8, H8[0]), "is needed"),
-    ((W8, swapped(H8, 2, 5, float("nan"))), "NaN or infinite"), ((W8, swapped(H8, 1, 1, -1.)), "negative"),
-    ((W8, H8 * 0), "never activates"), ((W8, H8, 0.5, "3:5"), "not a multiple of 5"), ((W8, H8, 0.5, (4, 4)), "0 < n < m"),
-    ((W8, H8, 0.5, "2-4"), "0 < n < m"), ((W8, H8, 0.5, (0, 4)), "0 < n < m")])
+@pytest.mark.parametrize("args,message",
+                         [((W8, H8, 1.0), "outside"), ((W8, H8, -0.1), "outside"),
+                          ((W8, H8, float("nan")), "outside"), ((W8, H8, "x"), "outside"),
+                          ((W8, H8, True), "outside"), ((W8[0], H8), "float matrix"),
+                          ((W8.int(), H8), "float matrix"), ((W8[:, :0], H8), "float matrix"),
+                          ((W8 * float("inf"), H8), "NaN or infinite"),
+                          ((W8, H8[:4, :4]), r"\[8, 8\] is needed|do not fit"),
+                          ((W8, H8[0]), "is needed"),
+                          ((W8, swapped(H8, 2, 5, float("nan"))), "NaN or infinite"),
+                          ((W8, swapped(H8, 1, 1, -1.)), "negative"),
+                          ((W8, H8 * 0), "never activates"),
+                          ((W8, H8, 0.5, "3:5"), "not a multiple of 5"),
+                          ((W8, H8, 0.5, (4, 4)), "0 < n < m"), ((W8, H8, 0.5, "2-4"), "0 < n < m"),
+                          ((W8, H8, 0.5, (0, 4)), "0 < n < m")])
 def test_bad_input(name, args, message):
     with pytest.raises(CalibPruneError, match=message): KERNELS[name](*args)
 
 
 def test_bad_sparsegpt_settings():
-    for wrong in ({"damping": -1}, {"damping": float("nan")}, {"block": 0}, {"pattern": "2:4", "block": 6},
-                  {"factor": factorise(H8[:4, :4])}, {"factor": factorise(H8), "block": 64}):
+    for wrong in ({"damping": -1}, {"damping": float("nan")}, {"block": 0}, {
+            "pattern": "2:4", "block": 6}, {"factor": factorise(H8[:4, :4])}, {
+                "factor": factorise(H8), "block": 64}):
         with pytest.raises(CalibPruneError): sparsegpt(W8, H8, **wrong)
 
 
 def test_overflow_of_half_precision_is_an_error():
     W = torch.tensor([[60000., 60000.]], dtype=torch.float16)
-    with pytest.raises(CalibPruneError, match="overflow"): sparsegpt(W, torch.tensor([[1., 1.], [1., 1.1]]), 0.5, damping=0.001)
+    with pytest.raises(CalibPruneError, match="overflow"):
+        sparsegpt(W, torch.tensor([[1.0, 1.0], [1.0, 1.1]]), 0.5, damping=0.001)
 
 
 # --- statistics
@@ -449,7 +504,9 @@ def test_second_moment_any_shape(d, tokens, panel, dtype):
     stats = SecondMoment(d, panel=panel)
     stats.update(x[: tokens // 2])
     stats.update(x[tokens // 2:])
-    torch.testing.assert_close(stats.matrix().double(), x.double().T @ x.double() / tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        stats.matrix().double(), x.double().T @ x.double() / tokens, rtol=1e-5, atol=1e-5
+    )
     W = torch.randn(3, d)
     expected = ((W.double() @ x.double().T) ** 2).sum().item() / tokens
     assert energy(W, stats.matrix(), panel) == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -467,7 +524,9 @@ def test_energy_of_whole_and_of_broken_tiles(d_out, d_in):
 
 
 def test_second_moment_of_many_single_tokens():
-    x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 16)
+    x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1)) * torch.logspace(
+        -3, 3, 16
+    )
     stats = SecondMoment(16)
     for token in x: stats.update(token)
     exact = x.double().T @ x.double() / 2000
@@ -507,11 +566,18 @@ def test_low_precision_products_are_switched_off_and_on_again():
 
 
 def test_read_only_installation(tmp_path):
-    "The compiled sweep writes nothing next to the package, and works in a fresh process with nowhere to write."
+    """The compiled sweep writes nothing next to the package, and works in a fresh process with
+    nowhere to write."""
     code = ("import torch; from calib_prune.pruning.sparsegpt import sparsegpt; "
             "print(sparsegpt(torch.eye(4), torch.eye(4), 0.75).sparsity)")
-    env = {"PATH": "/usr/bin:/bin", "CALIB_PRUNE_CACHE": "/dev/null/none", "NUMBA_CACHE_DIR": str(tmp_path)}
-    out = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, env=env, check=True)
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "CALIB_PRUNE_CACHE": "/dev/null/none",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    out = subprocess.run(
+        [sys.executable, "-B", "-c", code], capture_output=True, text=True, env=env, check=True
+    )
     assert out.stdout.strip() == "0.75" and not any(tmp_path.iterdir())
 
 

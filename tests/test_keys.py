@@ -1,4 +1,5 @@
-"What a finished result survives: every committed one, under edits of the code, of the registries, and of the numbers."
+"""What a finished result survives: every committed one, under edits of the code, of the registries,
+and of the numbers."""
 import json
 import os
 import shutil
@@ -9,26 +10,29 @@ from pathlib import Path
 
 import pytest
 
-from calib_prune.pipeline import records
-from calib_prune.study import keys
-from calib_prune.core import CalibPruneError
-from calib_prune.pipeline.records import versions
-from calib_prune.study.keys import OLDER, cell_key, changes, left_to_do, scored_items
 from calib_prune.calibration.sources import LibrarySource
-from calib_prune.study.presets import cells, load_preset, measured_strategies, protocol_of
+from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.tasks import TASKS
+from calib_prune.pipeline import records
+from calib_prune.pipeline.records import versions
+from calib_prune.study import keys
+from calib_prune.study.keys import OLDER, cell_key, changes, left_to_do, scored_items
+from calib_prune.study.presets import cells, load_preset, measured_strategies, protocol_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results/claims/smollm2-135m"
 PRESET = load_preset(ROOT / "presets/claims/smollm2-135m.yaml")
 PLANNED = cells(PRESET, ablations=True)
-CELLS = [c for c in PLANNED if (RESULTS / f"{c.name}.json").is_file()]  # a study may still be growing
-RECORDED = "Python 3.11.7#2044b1208251"  # the standard library that the committed results were calibrated on
+# a study may still be growing
+CELLS = [c for c in PLANNED if (RESULTS / f"{c.name}.json").is_file()]
+# the standard library that the committed results were calibrated on
+RECORDED = "Python 3.11.7#2044b1208251"
 pytestmark = pytest.mark.real  # keys name the fetched text
 
 
 def versions_recorded():
-    "The versions of the stages that made the committed results; today's where none was made by a stage."
+    """The versions of the stages that made the committed results; today's where none was made by a
+    stage."""
     found = versions()
     for path in (*RESULTS.glob("*.json"), *RESULTS.glob("*/*.json")):
         done = json.loads(path.read_text())
@@ -48,33 +52,89 @@ def as_the_committed_results_were_made(monkeypatch):
 
 def left(preset=PRESET, folder=RESULTS, **options):
     "What a study has to make again; what was never made is another matter."
-    return {kind: {k: why for k, why in found.items() if why != "not made yet"} for kind, found in left_to_do(preset, folder, **options).items()}
+    return {
+        kind: {k: why for k, why in found.items() if why != "not made yet"}
+        for kind, found in left_to_do(preset, folder, **options).items()
+    }
 
 
 def of_method(*methods): return {c.name for c in CELLS if c.method in methods}
-def of_protocol(name): return {c.mix for c in PLANNED if (own := protocol_of(PRESET["strategies"].get(c.strategy, ""))) and own[0] == name}
+def of_protocol(name):
+    return {
+        c.mix
+        for c in PLANNED
+        if (own := protocol_of(PRESET["strategies"].get(c.strategy, ""))) and own[0] == name
+    }
 
 
 def test_every_committed_result_is_finished_but_for_raised_versions(monkeypatch):
     assert left() == dict(models={}, texts={}, metrics={}, audits={})
     monkeypatch.setattr(records, "versions", versions)
     raised = {f"versions.{k}: {v} → {versions()[k]}" for k, v in THEN.items() if versions()[k] != v}
-    assert {part for mine in left().values() for why in mine.values() for part in why.split("; ")} <= raised
-    kept = {str(o.relative_to(RESULTS)) for o in RESULTS.rglob("*.json") if not o.name.startswith(".") and "notebooks" not in o.parts}
-    assert len(CELLS) == 351 and {f"{c.name}.json" for c in CELLS} | {f"metrics/{k}.json" for k in STRATEGIES} <= kept
+    assert {
+        part for mine in left().values() for why in mine.values() for part in why.split("; ")
+    } <= raised
+    kept = {
+        str(o.relative_to(RESULTS))
+        for o in RESULTS.rglob("*.json")
+        if not o.name.startswith(".") and "notebooks" not in o.parts
+    }
+    assert (
+        len(CELLS) == 351
+        and {f"{c.name}.json" for c in CELLS} | {f"metrics/{k}.json" for k in STRATEGIES} <= kept
+    )
 
 
 EDITS = {  # file → [(what is there, what an edit makes of it)]
-    "model/likelihood.py": [("norm = torch.cat(", "total = torch.cat("), ("wide) - norm[at]", "wide) - total[at]")],  # a renamed local
-    "evaluation/scoring.py": [('"The number after `####`, else', '"Better explained: the number after `####`, else'),
-                              ('def last_number(text: str)', "from .moved import last_number\n\ndef unused(text: str)")],
-    "evaluation/moved.py": [("", 'import re\n\ndef last_number(text):\n    found = re.findall(r"-?\\d+", text)\n    return float(found[-1]) if found else None\n')],
-    "pruning/walk.py": [("weighs the groups of a calibration set against each other", "compares the groups of a calibration set")],  # an error
-    "pruning/methods.py": [('    Method("wanda", ', '    Method("other", "Other", "nothing", _wanda, 1, 2.0),\n    Method("wanda", ')],
-    "calibration/sources.py": [('    packaged("arithmetic",', '    LibrarySource("more", "Code", "PSF-2.0", "elsewhere"),\n    packaged("arithmetic",')],
-    "evaluation/tasks.py": [('    _choice("sciq",', '    _choice("other", "General", _QA, "another task"),\n    _choice("sciq",'),
-                 ('overlaps: tuple[str, ...] = ()', 'more: int = 0\n    overlaps: tuple[str, ...] = ()'),
-                 ("science exam questions, four answers", "questions of science exams")]}
+    # a renamed local
+    "model/likelihood.py": [
+        ("norm = torch.cat(", "total = torch.cat("),
+        ("wide) - norm[at]", "wide) - total[at]"),
+    ],
+    "evaluation/scoring.py": [
+        ('"The number after `####`, else', '"Better explained: the number after `####`, else'),
+        ('def last_number(text: str)', "from .moved import last_number\n\ndef unused(text: str)"),
+    ],
+    "evaluation/moved.py": [
+        (
+            "",
+            (
+                'import re\n\ndef last_number(text):\n    found = re.findall(r"-?\\d+", text)\n   '
+                ' return float(found[-1]) if found else None\n'
+            ),
+        )
+    ],
+    # an error
+    "pruning/walk.py": [
+        (
+            "weighs the groups of a calibration set against each other",
+            "compares the groups of a calibration set",
+        )
+    ],
+    "pruning/methods.py": [
+        (
+            '    Method("wanda", ',
+            '    Method("other", "Other", "nothing", _wanda, 1, 2.0),\n    Method("wanda", ',
+        )
+    ],
+    "calibration/sources.py": [
+        (
+            '    packaged("arithmetic",',
+            (
+                '    LibrarySource("more", "Code", "PSF-2.0", "elsewhere"),\n   '
+                ' packaged("arithmetic",'
+            ),
+        )
+    ],
+    "evaluation/tasks.py": [
+        (
+            '    _choice("sciq",',
+            '    _choice("other", "General", _QA, "another task"),\n    _choice("sciq",',
+        ),
+        ('overlaps: tuple[str, ...] = ()', 'more: int = 0\n    overlaps: tuple[str, ...] = ()'),
+        ("science exam questions, four answers", "questions of science exams"),
+    ],
+}
 PROBE = """
 import json
 from calib_prune.calibration import sources
@@ -88,11 +148,13 @@ records.versions = lambda: {then!r}
 assert "other" in methods.METHODS and "more" in sources.SOURCES and "other" in tasks.TASKS
 found = keys.left_to_do(load_preset("presets/claims/smollm2-135m.yaml"), "results/claims/smollm2-135m")
 print(json.dumps({{kind: {{k: why for k, why in mine.items() if why != "not made yet"}} for kind, mine in found.items()}}))
-"""
+"""  # noqa: E501
 
 
 def test_edits_of_the_code_and_of_registries_leave_everything_finished(tmp_path):
-    shutil.copytree(ROOT / "calib_prune", tmp_path / "calib_prune", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "calib_prune", tmp_path / "calib_prune", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name, edits in EDITS.items():
         path = tmp_path / "calib_prune" / name
         text = path.read_text() if path.exists() else ""
@@ -100,28 +162,45 @@ def test_edits_of_the_code_and_of_registries_leave_everything_finished(tmp_path)
             assert not old or text.count(old) == 1, (name, old)
             text = text.replace(old, new) if old else new
         path.write_text(text)
-    env = os.environ | dict(PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")  # the copy, not the checkout that it stands in
-    done = subprocess.run([sys.executable, "-c", PROBE.format(revision=RECORDED, then=THEN)], cwd=ROOT, env=env, capture_output=True, text=True)
+    # the copy, not the checkout that it stands in
+    env = os.environ | dict(PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(revision=RECORDED, then=THEN)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == dict(models={}, texts={}, metrics={}, audits={})
+    assert json.loads(done.stdout.splitlines()[-1]) == dict(
+        models={}, texts={}, metrics={}, audits={}
+    )
 
 
 ALL = {c.name for c in CELLS}
 STRATEGIES = set(measured_strategies(PRESET))
 USES = {  # stage → which results of each kind have to be made again when its version is raised
-    "sparsegpt": dict(models=of_method("sparsegpt")), "wanda": dict(models=of_method("wanda")), "magnitude": {},
-    "balanced": dict(models=of_method("balanced")), "minimax": dict(models=of_method("minimax")),
-    "scoring": dict(models=ALL), "calibration set": dict(models=ALL - {"dense"}, metrics=STRATEGIES), "metrics": dict(metrics=STRATEGIES),
-    "audit": dict(audits={"contamination", "contamination-written"}),
-    "sgs": dict(texts=of_protocol("sgs"), models={c.name for c in CELLS if c.mix in of_protocol("sgs")}, metrics={"sgs"}, audits={"contamination-written"})}
+    "sparsegpt": dict(models=of_method("sparsegpt")), "wanda": dict(models=of_method("wanda")),
+    "magnitude": {}, "balanced": dict(models=of_method("balanced")),
+    "minimax": dict(models=of_method("minimax")), "scoring": dict(models=ALL),
+    "calibration set": dict(models=ALL - {"dense"},
+                            metrics=STRATEGIES), "metrics": dict(metrics=STRATEGIES),
+    "audit": dict(audits={"contamination", "contamination-written"}), "sgs": dict(
+        texts=of_protocol("sgs"),
+        models={c.name for c in CELLS if c.mix in of_protocol("sgs")},
+        metrics={"sgs"},
+        audits={"contamination-written"})}
 
 
 @pytest.mark.parametrize("stage", USES)
 def test_a_raised_version_leaves_what_it_made_and_nothing_else(stage, monkeypatch):
     monkeypatch.setattr(records, "versions", lambda: THEN | {stage: THEN[stage] + 1})
     found = left()
-    assert {k: set(v) for k, v in found.items()} == dict(models=set(), texts=set(), metrics=set(), audits=set()) | USES[stage]
-    assert all(f"versions.{stage}: {THEN[stage]} → {THEN[stage] + 1}" in why for mine in found.values() for why in mine.values())
+    assert {k: set(v) for k, v in found.items()} == dict(
+        models=set(), texts=set(), metrics=set(), audits=set()
+    ) | USES[stage]
+    assert all(f"versions.{stage}: {THEN[stage]} → {THEN[stage] + 1}" in why
+               for mine in found.values() for why in mine.values())
 
 
 def test_the_models_own_text_comes_before_the_metrics(monkeypatch):
@@ -131,7 +210,10 @@ def test_the_models_own_text_comes_before_the_metrics(monkeypatch):
 
 def test_another_damping_leaves_those_that_use_it():
     found = left(PRESET | dict(pruning=PRESET["pruning"] | dict(damping=0.02, offload=True)))
-    assert set(found["models"]) == of_method("sparsegpt", "balanced", "minimax") and not found["texts"] | found["metrics"] | found["audits"]
+    assert (
+        set(found["models"]) == of_method("sparsegpt", "balanced", "minimax")
+        and not found["texts"] | found["metrics"] | found["audits"]
+    )
     assert set(found["models"].values()) == {"pruning.damping: 0.01 → 0.02"}
 
 
@@ -139,15 +221,25 @@ def test_another_prompt_leaves_what_reads_it(monkeypatch):
     monkeypatch.setitem(TASKS, "piqa", replace(TASKS["piqa"], prompt="Goal: {goal}\nAnswer:"))
     found = left()
     assert set(found["models"]) == ALL and set(found["models"].values()) == {"tasks.piqa changed"}
-    assert set(found["metrics"]) == STRATEGIES and set(found["audits"]) == {"contamination", "contamination-written"} and not found["texts"]
-    monkeypatch.setitem(TASKS, "piqa", replace(TASKS["piqa"], prompt="Question: {goal}\nAnswer:", description="Better told", overlaps=("c4",)))
+    assert set(found["metrics"]) == STRATEGIES and set(found["audits"]) == {
+        "contamination", "contamination-written"} and not found["texts"]
+    monkeypatch.setitem(
+        TASKS, "piqa",
+        replace(TASKS["piqa"],
+                prompt="Question: {goal}\nAnswer:",
+                description="Better told",
+                overlaps=("c4", )))
     assert not left()["models"], "a description is not scored"
 
 
 def test_fewer_items_leave_the_models_alone_that_have_them():
     limit = PRESET["scoring"]["limit"]
-    assert not left(PRESET | dict(scoring=PRESET["scoring"] | dict(limit=limit | dict(boolq=5))))["models"], "of a task that is not scored"
-    assert set(left(PRESET | dict(scoring=PRESET["scoring"] | dict(limit=limit | dict(piqa=5))))["models"]) == ALL
+    assert not left(PRESET | dict(scoring=PRESET["scoring"] | dict(limit=limit | dict(boolq=5))))[
+        "models"
+    ], "of a task that is not scored"
+    assert set(
+        left(PRESET
+             | dict(scoring=PRESET["scoring"] | dict(limit=limit | dict(piqa=5))))["models"]) == ALL
 
 
 def test_items_that_are_passed_over_are_part_of_the_key_and_of_no_reference():
@@ -181,16 +273,25 @@ def test_another_text_in_a_file_is_another_key(tmp_path):
 
 @pytest.fixture
 def copied(tmp_path):
-    shutil.copytree(RESULTS, tmp_path / "results", ignore=shutil.ignore_patterns("notebooks", ".*", "*.parquet", "*.log"))
+    shutil.copytree(
+        RESULTS,
+        tmp_path / "results",
+        ignore=shutil.ignore_patterns("notebooks", ".*", "*.parquet", "*.log"),
+    )
     return tmp_path / "results"
 
 
-def contents(folder): return {o.relative_to(folder): o.read_bytes() for o in sorted(folder.rglob("*")) if o.is_file()}
+def contents(folder):
+    return {o.relative_to(folder): o.read_bytes() for o in sorted(folder.rglob("*")) if o.is_file()}
 
 
 def with_old_keys(folder):
     "Results as version 0.1 left them: instead of a key, a hash of whole modules."
-    found = [path for path in (*folder.glob("*.json"), *folder.glob("*/*.json")) if '"key"' in path.read_text()]
+    found = [
+        path
+        for path in (*folder.glob("*.json"), *folder.glob("*/*.json"))
+        if '"key"' in path.read_text()
+    ]
     for path in found:
         done = json.loads(path.read_text())
         record = done.get("record", done)
@@ -203,19 +304,48 @@ def with_old_keys(folder):
 def test_results_of_an_older_scheme_are_refused_and_kept(copied):
     count, before = with_old_keys(copied), contents(copied)
     assert count > len(CELLS) + len(STRATEGIES)
-    with pytest.raises(CalibPruneError, match=f"{count} of the results have keys of an older scheme.*--preset claims/smollm2-135m --again"):
+    with pytest.raises(
+        CalibPruneError,
+        match=(
+            f"{count} of the results have keys of an older scheme.*--preset claims/smollm2-135m"
+            " --again"
+        ),
+    ):
         left(folder=copied)
     found = left(folder=copied, again=True)
     assert all(why.endswith(OLDER) for mine in found.values() for why in mine.values())
-    assert sum(map(len, found.values())) == count and set(found["models"]) == ALL and set(found["metrics"]) == STRATEGIES | {"own text"}
+    assert sum(map(len, found.values())) == count and set(found["models"]) == ALL and set(
+        found["metrics"]) == STRATEGIES | {"own text"}
     assert contents(copied) == before, "asking changes nothing"
 
 
-@pytest.mark.parametrize("name", ["dense.json", "generated/sgs-s0.report.json", "metrics/c4.json", "metrics/own-text.report.json",
-                                  "contamination.json"])
-@pytest.mark.parametrize("text", ["", '{"record": ', "[]", "<<<<<<< HEAD\n{}\n=======\n{}\n>>>>>>> other\n", "[" * 100_000, "\udcff"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense.json",
+        "generated/sgs-s0.report.json",
+        "metrics/c4.json",
+        "metrics/own-text.report.json",
+        "contamination.json",
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"record": ',
+        "[]",
+        "<<<<<<< HEAD\n{}\n=======\n{}\n>>>>>>> other\n",
+        "[" * 100_000,
+        "\udcff",
+    ],
+)
 def test_a_damaged_record_is_named(copied, name, text):
     (copied / name).write_bytes(text.encode(errors="surrogateescape"))
     before = contents(copied)
-    with pytest.raises(CalibPruneError, match=rf"{name} is damaged: .*Nothing was changed. Restore it .*git checkout"): left(folder=copied)
+    with pytest.raises(
+        CalibPruneError,
+        match=rf"{name} is damaged: .*Nothing was changed. Restore it .*git checkout",
+    ):
+        left(folder=copied)
     assert contents(copied) == before

@@ -11,15 +11,26 @@ from hypothesis import strategies as st
 import calib_prune
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.questions.mixing import NEEDS
-from calib_prune.statistics.mixing_law import (FORMS, LAW_FILE, _may_be_best, as_shares, best_mix, fit, fitted_law, left_out_error, simplex,
-                                          super_additive)
+from calib_prune.statistics.mixing_law import (
+    FORMS,
+    LAW_FILE,
+    _may_be_best,
+    as_shares,
+    best_mix,
+    fit,
+    fitted_law,
+    left_out_error,
+    simplex,
+    super_additive,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 EVEN = dict.fromkeys(DIMENSIONS, 0.25)
 
 
-def mixes(n=20, seed=0): return pd.DataFrame(np.random.default_rng(seed).dirichlet(np.ones(4), n), columns=DIMENSIONS)
+def mixes(n=20, seed=0):
+    return pd.DataFrame(np.random.default_rng(seed).dirichlet(np.ones(4), n), columns=DIMENSIONS)
 
 
 def noisy(values, sd=0.01, b=200, seed=1):
@@ -37,7 +48,9 @@ def test_a_law_of_each_form_is_found_again(form):
     new = mixes(50, 9)
     expected = FORMS[form](new.to_numpy()) @ truth
     got = law.predict(new).set_index(["mix", "dimension"]).value
-    np.testing.assert_allclose(got.drop("Total", level=1).to_numpy().reshape(-1, 4), expected, atol=1e-8)
+    np.testing.assert_allclose(
+        got.drop("Total", level=1).to_numpy().reshape(-1, 4), expected, atol=1e-8
+    )
     np.testing.assert_allclose(got.xs("Total", level=1), expected.mean(1), atol=1e-8)
 
 
@@ -55,10 +68,13 @@ def test_error_of_mixes_left_out_is_that_of_refitting():
 
 def test_a_straight_truth_is_not_taken_for_a_curved_one():
     x = mixes(16)
-    truth = np.array([[0.8, 0.5, 0.4, 0.4], [0.5, 0.7, 0.4, 0.4], [0.3, 0.5, 0.9, 0.5], [0.4, 0.5, 0.5, 0.8]])
+    truth = np.array(
+        [[0.8, 0.5, 0.4, 0.4], [0.5, 0.7, 0.4, 0.4], [0.3, 0.5, 0.9, 0.5], [0.4, 0.5, 0.5, 0.8]]
+    )
     law = fit(x, noisy(x.to_numpy() @ truth, 0.01))
     assert law.errors["linear"] < law.errors["pairs"]
-    with pytest.raises(CalibPruneError, match="whatever was measured"): super_additive(fit(x, noisy(x.to_numpy() @ truth, 0.01), "linear"), EVEN)
+    with pytest.raises(CalibPruneError, match="whatever was measured"):
+        super_additive(fit(x, noisy(x.to_numpy() @ truth, 0.01), "linear"), EVEN)
 
 
 def test_intervals_hold_the_truth_and_gains_of_mixing_are_seen():
@@ -66,7 +82,9 @@ def test_intervals_hold_the_truth_and_gains_of_mixing_are_seen():
     x = pd.DataFrame(np.vstack([simplex(0.5), simplex(0.25)]), columns=DIMENSIONS)
     law = fit(x, noisy(truth(x.to_numpy()), 0.01))
     gains = super_additive(law, EVEN).set_index("dimension")
-    assert (gains.ci_low > 0.05).all() and gains.value["Total"] == pytest.approx(gains.value[list(DIMENSIONS)].mean())
+    assert (gains.ci_low > 0.05).all() and gains.value["Total"] == pytest.approx(
+        gains.value[list(DIMENSIONS)].mean()
+    )
     found = best_mix(law, dict(worst=1)).set_index("dimension")
     np.testing.assert_allclose(found.share, 0.25, atol=0.051)
     assert ((found.low <= found.share) & (found.share <= found.high)).all()
@@ -75,29 +93,39 @@ def test_intervals_hold_the_truth_and_gains_of_mixing_are_seen():
 def test_the_best_mix_serves_the_need():
     x = pd.DataFrame(simplex(0.25), columns=DIMENSIONS)
     law = fit(x, noisy(x.to_numpy() * 0.8 + 0.1, 0.001), "linear")
-    assert best_mix(law, dict(Code=1)).set_index("dimension").share.to_dict() == dict(General=0, Commonsense=0, Code=1, Math=0)
+    assert best_mix(law, dict(Code=1)).set_index("dimension").share.to_dict() == dict(
+        General=0, Commonsense=0, Code=1, Math=0
+    )
     both = best_mix(law, dict(Code=1, Math=1)).set_index("dimension")
-    assert both.high["General"] <= 0.06 and both.high["Code"] == both.high["Math"] == 1  # a straight law leaves the two alike
+    # a straight law leaves the two alike
+    assert both.high["General"] <= 0.06 and both.high["Code"] == both.high["Math"] == 1
 
 
 def test_any_of_equally_good_mixes_stays_possible():
-    "Among 20 mixes that are alike but for noise, none is refused more often than in 5 % of studies."
+    """Among 20 mixes that are alike but for noise, none is refused more often than in 5 % of
+    studies."""
     rng, kept, studies = np.random.default_rng(0), 0, 400
     for _ in range(studies):
         measured = rng.normal(size=20)
-        kept += _may_be_best(np.vstack([measured, measured + rng.normal(size=(500, 20))]), np.arange(20))[0]
+        kept += _may_be_best(
+            np.vstack([measured, measured + rng.normal(size=(500, 20))]), np.arange(20)
+        )[0]
     assert 0.93 * studies <= kept < studies
 
 
 def test_a_mix_that_is_worse_beyond_noise_is_refused():
-    worth = np.array([0, 1, 1, -9.0]) + np.vstack([np.zeros(4), np.random.default_rng(0).normal(size=(500, 4))])
+    worth = np.array([0, 1, 1, -9.0]) + np.vstack(
+        [np.zeros(4), np.random.default_rng(0).normal(size=(500, 4))]
+    )
     assert _may_be_best(worth, np.arange(4)).tolist() == [True, True, True, False]
     assert _may_be_best(worth, np.array([0, 1])).tolist() == [True, True, True, False]
 
 
 def test_a_grid_of_an_odd_number_of_steps():
     x = mixes(20)
-    found = best_mix(fit(x, noisy(FORMS["entropy"](x.to_numpy()) @ np.full((8, 4), 0.1)), "entropy"), EVEN, 0.2)
+    found = best_mix(
+        fit(x, noisy(FORMS["entropy"](x.to_numpy()) @ np.full((8, 4), 0.1)), "entropy"), EVEN, 0.2
+    )
     assert (found.low <= found.share).all() and (found.share <= found.high).all()
 
 
@@ -105,7 +133,11 @@ def test_noise_that_all_mixes_share_is_not_stretched_by_misfit():
     x, rng = mixes(40), np.random.default_rng(0)
     truth = np.repeat(0.3 + 0.3 * np.sqrt(x.to_numpy()[:, [2]]), 4, 1)
     together = 0.05 * rng.normal(size=(500, 1, 4))
-    law = fit(x, np.concatenate([truth[None], truth + together + 0.001 * rng.normal(size=(500, 40, 4))]), "linear")
+    law = fit(
+        x,
+        np.concatenate([truth[None], truth + together + 0.001 * rng.normal(size=(500, 40, 4))]),
+        "linear",
+    )
     assert (law.wider > 5).all()
     found = law.predict(EVEN).query("dimension == 'Code'").iloc[0]
     assert found.ci_high - found.ci_low == pytest.approx(2 * 1.96 * 0.05, rel=0.15)
@@ -124,7 +156,8 @@ def test_a_misfit_that_dimensions_share_counts_in_their_mean():
 
 
 def test_intervals_hold_in_studies_with_misfit():
-    "The true straight line, where each mix is off it by chance: intervals hold it in 95 % of studies, though noise is a third of that."
+    """The true straight line, where each mix is off it by chance: intervals hold it in 95 % of
+    studies, though noise is a third of that."""
     x, hits, studies = mixes(15), 0, 200
     line = x.to_numpy() @ np.full((4, 4), 0.1)
     for seed in range(studies):
@@ -137,7 +170,11 @@ def test_intervals_hold_in_studies_with_misfit():
 
 def test_without_noise_one_mix_is_the_best():
     x = mixes(20)
-    found = best_mix(fit(x, noisy(FORMS["entropy"](x.to_numpy()) @ np.repeat([[0.5], [-0.2]], 4, 0).repeat(4, 1), 0), "entropy"), EVEN, 0.25)
+    found = best_mix(
+        fit(
+            x,
+            noisy(FORMS["entropy"](x.to_numpy()) @ np.repeat([[0.5], [-0.2]], 4, 0).repeat(4, 1),
+                  0), "entropy"), EVEN, 0.25)
     assert (found.low == found.high).all() and (found.share == 0.25).all()
 
 
@@ -145,16 +182,20 @@ def test_without_noise_one_mix_is_the_best():
 @given(st.lists(st.integers(0, 10), min_size=4, max_size=4).filter(any))
 def test_shares(parts):
     total = sum(parts)
-    np.testing.assert_allclose(as_shares({d: p / total for d, p in zip(DIMENSIONS, parts)})[0], np.array(parts) / total)
+    np.testing.assert_allclose(
+        as_shares({d: p / total for d, p in zip(DIMENSIONS, parts)})[0], np.array(parts) / total
+    )
 
 
 def test_the_grid():
-    assert len(simplex(0.1)) == 286 and np.allclose(simplex(0.05).sum(1), 1) and (simplex(0.2) >= 0).all()
+    assert len(simplex(0.1)) == 286 and np.allclose(simplex(0.05).sum(1), 1) and (simplex(0.2)
+                                                                                  >= 0).all()
 
 
-@pytest.mark.parametrize("mix, said", [
-    (dict(General=0.5, Code=0.6), "sum to 1"), (dict(General=1.5, Code=-0.5), "0 or more"), (dict(Coed=1.0), "'Coed'.*'Code'"),
-    (dict(General=float("nan"), Code=1.0), "not one")])
+@pytest.mark.parametrize("mix, said", [(dict(General=0.5, Code=0.6), "sum to 1"),
+                                       (dict(General=1.5, Code=-0.5), "0 or more"),
+                                       (dict(Coed=1.0), "'Coed'.*'Code'"),
+                                       (dict(General=float("nan"), Code=1.0), "not one")])
 def test_mixes_outside_the_simplex_are_refused(mix, said):
     with pytest.raises(CalibPruneError, match=said): as_shares(mix)
     law = fit(mixes(12), noisy(np.full((12, 4), 0.5)), "entropy")
@@ -165,11 +206,15 @@ def test_mixes_outside_the_simplex_are_refused(mix, said):
 def test_what_cannot_be_fitted_is_refused():
     x = mixes(12)
     with pytest.raises(CalibPruneError, match="12 mixes need"): fit(x, np.zeros((3, 11, 4)))
-    with pytest.raises(CalibPruneError, match="5 mixes are too few for the form linear"): fit(x[:5], np.zeros((3, 5, 4)))
-    with pytest.raises(CalibPruneError, match="every dimension for every mix"): fit(x, np.full((3, 12, 4), np.nan))
+    with pytest.raises(CalibPruneError, match="5 mixes are too few for the form linear"):
+        fit(x[:5], np.zeros((3, 5, 4)))
+    with pytest.raises(CalibPruneError, match="every dimension for every mix"):
+        fit(x, np.full((3, 12, 4), np.nan))
     alone = x.assign(General=x.General + x.Code, Code=0.0)
     alone.loc[0] = dict(General=0, Commonsense=0, Code=1, Math=0)
-    assert left_out_error("linear", alone.to_numpy(), np.full((12, 4), 0.5)) == np.inf, "one mix alone has Code"
+    assert (
+        left_out_error("linear", alone.to_numpy(), np.full((12, 4), 0.5)) == np.inf
+    ), "one mix alone has Code"
     with pytest.raises(CalibPruneError, match="'cubic'"): fit(x, np.zeros((3, 12, 4)), "cubic")
     law = fit(x, noisy(np.full((12, 4), 0.5)), "linear")
     with pytest.raises(CalibPruneError, match="'Coed'"): best_mix(law, dict(Coed=1))
@@ -178,25 +223,44 @@ def test_what_cannot_be_fitted_is_refused():
 
 
 def test_the_packaged_law_is_that_of_the_study():
-    law, table = calib_prune.fitted_law(), pd.read_csv(ROOT / "figures/mixing/smollm2-135m/T12-mixes.csv")
+    law, table = calib_prune.fitted_law(), pd.read_csv(
+        ROOT / "figures/mixing/smollm2-135m/T12-mixes.csv"
+    )
     shares = [o for o in table if o.startswith("share_")]
     for strategy, mine in table.groupby("strategy"):
         said = law.predict(dict(zip(DIMENSIONS, mine[shares].iloc[0]))).set_index("dimension")
         mine = mine.set_index("dimension")
         assert np.allclose(said.value, mine.predicted.loc[said.index], atol=1e-6), strategy
-        assert np.allclose(said[["ci_low", "ci_high"]], mine.loc[said.index, ["ci_low", "ci_high"]], atol=0.005), strategy
-    best, own = best_mix(law, NEEDS["the worst dimension"]), pd.read_csv(ROOT / "figures/mixing/smollm2-135m/T12-best.csv")
+        assert np.allclose(
+            said[["ci_low", "ci_high"]], mine.loc[said.index, ["ci_low", "ci_high"]], atol=0.005
+        ), strategy
+    best, own = best_mix(law, NEEDS["the worst dimension"]), pd.read_csv(
+        ROOT / "figures/mixing/smollm2-135m/T12-best.csv"
+    )
     own = own[own.need == "the worst dimension"]
-    assert np.allclose(best.share, own.share) and np.allclose(best[["low", "high"]], own[["low", "high"]], atol=0.051), "a step apart at most"
-    assert law.about.startswith("Answer bits. smollm2-135m") and "SparseGPT; sparsity 50%" in law.about
+    assert np.allclose(best.share, own.share) and np.allclose(
+        best[["low", "high"]], own[["low", "high"]], atol=0.051
+    ), "a step apart at most"
+    assert (
+        law.about.startswith("Answer bits. smollm2-135m") and "SparseGPT; sparsity 50%" in law.about
+    )
 
 
 @pytest.mark.parametrize("change", [
-    dict(form="cubic"), dict(coefficients=[[1.0]]), dict(covariance=[[0.0]]), dict(coefficients=[["a"] * 4] * 8), dict(wider=[1.0]), dict(wider=[[1.0], 1.0]),
-    dict(dimensions=["Math"]), dict(covariance=(-np.eye(32)).tolist()), dict(covariance=np.full((32, 32), np.nan).tolist()),
-    dict(covariance=np.tri(32).tolist()), dict(about=1)])
+    dict(form="cubic"),
+    dict(coefficients=[[1.0]]),
+    dict(covariance=[[0.0]]),
+    dict(coefficients=[["a"] * 4] * 8),
+    dict(wider=[1.0]),
+    dict(wider=[[1.0], 1.0]),
+    dict(dimensions=["Math"]),
+    dict(covariance=(-np.eye(32)).tolist()),
+    dict(covariance=np.full((32, 32), np.nan).tolist()),
+    dict(covariance=np.tri(32).tolist()),
+    dict(about=1)])
 def test_a_damaged_law_is_refused(tmp_path, change):
     path = tmp_path / "law.json"
     path.write_text(json.dumps(json.loads((ROOT / LAW_FILE).read_text()) | change))
     with pytest.raises(CalibPruneError, match="law.json is damaged"): fitted_law(path)
-    with pytest.raises(CalibPruneError, match="no fitted law at .*absent.json"): fitted_law(tmp_path / "absent.json")
+    with pytest.raises(CalibPruneError, match="no fitted law at .*absent.json"):
+        fitted_law(tmp_path / "absent.json")

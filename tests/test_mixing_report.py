@@ -4,9 +4,19 @@ import pytest
 
 from calib_prune.calibration.sources import SOURCES
 from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.questions.mixing import (
+    best_rows,
+    best_text,
+    errors,
+    gain_note,
+    law_figure,
+    law_of,
+    mix_rows,
+    mixes_of,
+    mixing_gain,
+    shares_of,
+)
 from calib_prune.statistics.examples import example_preset, example_study
-from calib_prune.questions.mixing import (best_rows, best_text, errors, gain_note, law_figure, law_of, mix_rows, mixes_of, mixing_gain,
-                                       shares_of)
 from calib_prune.statistics.selection import measured
 from calib_prune.study.presets import load_preset
 
@@ -15,20 +25,29 @@ ONE = {d: next(k for k, o in SOURCES.items() if o.dimension == d) for d in DIMEN
 
 def study_of(truth, n=18, unseen=4, seed=0):
     rng = np.random.default_rng(seed)
-    mixes = {f"{'unseen-' if i >= n - unseen else ''}{i}": rng.multinomial(28, np.full(4, 0.25)) + 1 for i in range(n)}
+    mixes = {
+        f"{'unseen-' if i >= n - unseen else ''}{i}": rng.multinomial(28, np.full(4, 0.25)) + 1
+        for i in range(n)
+    }
     kept = {k: truth(x / 32) for k, x in mixes.items()}
     study = example_study(kept, seeds=(0, 1), n=2000)
     preset = example_preset(study)
-    preset["strategies"] = {k: ",".join(f"{ONE[d]}={v}" for d, v in zip(DIMENSIONS, x)) for k, x in mixes.items()}
+    preset["strategies"] = {
+        k: ",".join(f"{ONE[d]}={v}" for d, v in zip(DIMENSIONS, x)) for k, x in mixes.items()
+    }
     return preset, measured(preset, study, 60).found, mixes
 
 
 def test_shares_are_of_whole_windows():
     assert shares_of("c4=1,math=1", 32) == dict(General=0.5, Commonsense=0, Code=0, Math=0.5)
-    assert sum(shares_of("uniform", 32).values()) == pytest.approx(1) and shares_of("uniform", 32)["General"] != 5 / 15
+    assert (
+        sum(shares_of("uniform", 32).values()) == pytest.approx(1)
+        and shares_of("uniform", 32)["General"] != 5 / 15
+    )
     preset, found, mixes = study_of(lambda x: 0.3 + 0.5 * x)
     table = mixes_of(preset, found).set_index("strategy")
-    for name, x in mixes.items(): np.testing.assert_allclose(table.loc[name, list(DIMENSIONS)].astype(float), x / 32)
+    for name, x in mixes.items():
+        np.testing.assert_allclose(table.loc[name, list(DIMENSIONS)].astype(float), x / 32)
     with pytest.raises(CalibPruneError): shares_of("nowhere.txt", 32)
 
 
@@ -50,18 +69,26 @@ def test_a_true_law_predicts_and_a_wrong_one_does_not():
     assert (good.unseen < 0.5).all() and (good.n == 4).all() and good.spread["Code"] > 1
     code = rows[rows["dimension"] == "Code"]
     known = code[~code["unseen"]]["value"].mean()
-    assert good.constant["Code"] == pytest.approx(100 * np.sqrt(((code[code["unseen"]]["value"] - known) ** 2).mean()))
-    assert (good.constant >= good.spread - 1e-9).all(), "the mean of the unseen mixes is their best constant"
+    assert good.constant["Code"] == pytest.approx(
+        100 * np.sqrt(((code[code["unseen"]]["value"] - known) ** 2).mean())
+    )
+    assert (
+        good.constant >= good.spread - 1e-9
+    ).all(), "the mean of the unseen mixes is their best constant"
     rng = np.random.default_rng(7)
     preset, found, _ = study_of(lambda x: 0.3 + 0.4 * rng.random(4))
-    bad = errors(mix_rows(preset, found, law_of(preset, found))).set_index("dimension").loc[list(DIMENSIONS)]
+    bad = errors(mix_rows(preset, found, law_of(
+        preset, found))).set_index("dimension").loc[list(DIMENSIONS)]
     assert bad.unseen.mean() > bad.spread.mean() * 0.8
 
 
 def test_words_and_pictures():
     preset, found, _ = study_of(lambda x: 0.2 + 0.6 * np.sqrt(x))
     law = law_of(preset, found)
-    assert "not all" in gain_note(mixing_gain(preset, found)) and list(best_text(best_rows(law))["need"])[1] == "the worst dimension"
+    assert (
+        "not all" in gain_note(mixing_gain(preset, found))
+        and list(best_text(best_rows(law))["need"])[1] == "the worst dimension"
+    )
     figure = law_figure(mix_rows(preset, found, law))
     assert len(figure.axes) == 4 and figure.get_suptitle().startswith("Mixing law: ")
     assert "within its 95% intervals" in figure.get_suptitle()
@@ -69,7 +96,9 @@ def test_words_and_pictures():
 
 def test_the_preset_of_mixes_spans_the_simplex():
     preset = load_preset("presets/mixing/smollm2-135m.yaml")
-    shares = np.array([list(shares_of(o, 32).values()) for k, o in preset["strategies"].items() if not k.startswith("unseen")])
+    shares = np.array([
+        list(shares_of(o, 32).values()) for k, o in preset["strategies"].items()
+        if not k.startswith("unseen")])
     unseen = [k for k in preset["strategies"] if k.startswith("unseen")]
     assert shares.shape == (15, 4) and len(unseen) == 5 and (shares.max(0) == 1).all()
     for k, o in preset["strategies"].items():
@@ -78,13 +107,16 @@ def test_the_preset_of_mixes_spans_the_simplex():
 
 
 def test_the_gain_of_mixing_is_measured():
-    kept = {"g": (0.8, 0.4, 0.3, 0.3), "c": (0.5, 0.7, 0.3, 0.3), "p": (0.3, 0.4, 0.9, 0.4), "m": (0.3, 0.4, 0.4, 0.8), "even": (0.7,) * 4,
-            "near": (0.1,) * 4}
+    kept = {
+        "g": (0.8, 0.4, 0.3, 0.3), "c": (0.5, 0.7, 0.3, 0.3), "p": (0.3, 0.4, 0.9, 0.4),
+        "m": (0.3, 0.4, 0.4, 0.8), "even": (0.7, ) * 4, "near": (0.1, ) * 4}
     study = example_study(kept, seeds=(0, 1), n=2000)
     preset = example_preset(study)
     mixes = {"g": "General", "c": "Commonsense", "p": "Code", "m": "Math"}
-    preset["strategies"] = {k: ONE[d] for k, d in mixes.items()} | dict(even=",".join(f"{o}=8" for o in ONE.values()),
-                                                                       near=",".join(f"{o}={n}" for o, n in zip(ONE.values(), (11, 7, 7, 7))))
+    preset["strategies"] = {k: ONE[d] for k, d in mixes.items()} | dict(
+        even=",".join(f"{o}=8" for o in ONE.values()),
+        near=",".join(f"{o}={n}" for o, n in zip(ONE.values(), (11, 7, 7, 7))),
+    )
     gains = mixing_gain(preset, measured(preset, study, 60).found).set_index("dimension")
     expected = 0.7 - np.mean([kept[k] for k in mixes], axis=0)
     np.testing.assert_allclose(gains.value[list(DIMENSIONS)], expected, atol=1e-3)
@@ -92,8 +124,9 @@ def test_the_gain_of_mixing_is_measured():
 
 
 def test_the_gain_of_mixing_weighs_the_kinds_by_their_shares():
-    kept = {"g": (0.8, 0.4, 0.3, 0.3), "g2": (0.6, 0.4, 0.3, 0.3), "c": (0.5, 0.7, 0.3, 0.3), "p": (0.3, 0.4, 0.9, 0.4),
-            "m": (0.3, 0.4, 0.4, 0.8), "even": (0.7,) * 4}
+    kept = {
+        "g": (0.8, 0.4, 0.3, 0.3), "g2": (0.6, 0.4, 0.3, 0.3), "c": (0.5, 0.7, 0.3, 0.3),
+        "p": (0.3, 0.4, 0.9, 0.4), "m": (0.3, 0.4, 0.4, 0.8), "even": (0.7, ) * 4}
     study = example_study(kept, seeds=(0, 1), n=2000)
     preset = example_preset(study)
     shares = (6, 8, 9, 9)
@@ -101,6 +134,10 @@ def test_the_gain_of_mixing_weighs_the_kinds_by_their_shares():
         g2=ONE["General"], even=",".join(f"{o}={n}" for o, n in zip(ONE.values(), shares)))
     gains = mixing_gain(preset, measured(preset, study, 60).found).set_index("dimension")
     alone = np.array([np.mean([kept["g"], kept["g2"]], axis=0), *(kept[o] for o in "cpm")])
-    np.testing.assert_allclose(gains.value[list(DIMENSIONS)], 0.7 - np.array(shares) / 32 @ alone, atol=1e-3)
+    np.testing.assert_allclose(
+        gains.value[list(DIMENSIONS)], 0.7 - np.array(shares) / 32 @ alone, atol=1e-3
+    )
     preset["strategies"]["c"] = ONE["General"]
-    assert not len(mixing_gain(preset, measured(preset, study, 60).found)), "three kinds are no four, however many mixes there are"
+    assert not len(
+        mixing_gain(preset, measured(preset, study, 60).found)
+    ), "three kinds are no four, however many mixes there are"

@@ -10,13 +10,29 @@ from calib_prune.calibration.oit import js_divergence
 from calib_prune.calibration.sets import build_calibration
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.generation.igsp import PROTOCOLS, WRITERS, generate, journal_name
-from calib_prune.generation.passages import THIRDS, balance, matched_thirds, most_typical, passage_facts, third
+from calib_prune.generation.passages import (
+    THIRDS,
+    balance,
+    matched_thirds,
+    most_typical,
+    passage_facts,
+    third,
+)
 from calib_prune.generation.writing import write
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.questions.perplexity import (
+    MEAN,
+    bytes_note,
+    effect_text,
+    effect_verdict,
+    simultaneous_effects,
+    text_facts,
+    third_effects,
+    third_message,
+)
 from calib_prune.statistics.examples import example_preset, example_study
-from calib_prune.questions.perplexity import MEAN, bytes_note, effect_text, effect_verdict, text_facts, simultaneous_effects, third_effects, third_message
-from calib_prune.statistics.selection import measured
 from calib_prune.statistics.replicates import OUTCOMES
+from calib_prune.statistics.selection import measured
 from calib_prune.study.keys import text_key
 from calib_prune.study.presets import load_preset, mix_of
 from tests.golden import shuffled_prose
@@ -36,7 +52,9 @@ def facts_of(n=90, seed=0):
     "Perplexity goes with the distance, and with chance."
     rng = np.random.default_rng(seed)
     distance = rng.normal(size=n)
-    return pd.DataFrame({"log_perplexity": 0.6 * distance + rng.normal(size=n), "distance": distance, "same": 1.0})
+    return pd.DataFrame(
+        {"log_perplexity": 0.6 * distance + rng.normal(size=n), "distance": distance, "same": 1.0}
+    )
 
 
 def test_the_thirds_are_thirds_and_alike():
@@ -52,13 +70,17 @@ def test_the_thirds_are_thirds_and_alike():
 
 def test_dropping_brings_the_mean_to_that_of_all():
     facts = np.array([[1.0], [2.0], [-1.0], [5.0], [0.1]])
-    assert most_typical(facts, 3).tolist() == [0, 2, 4] and most_typical(facts, 5).tolist() == [0, 1, 2, 3, 4]
+    assert most_typical(facts, 3).tolist() == [0, 2, 4] and most_typical(facts, 5).tolist() == [
+        0, 1, 2, 3, 4]
 
 
 def test_without_choice_nothing_is_dropped():
     rows = matched_thirds(facts_of(30), 10)
     assert sorted(rows.ravel()) == list(range(30))
-    with pytest.raises(CalibPruneError, match="33 passages are needed for 11 of each third; there are 30"): matched_thirds(facts_of(30), 11)
+    with pytest.raises(
+        CalibPruneError, match="33 passages are needed for 11 of each third; there are 30"
+    ):
+        matched_thirds(facts_of(30), 11)
 
 
 def test_facts_are_those_of_each_window(source):
@@ -67,7 +89,9 @@ def test_facts_are_those_of_each_window(source):
     assert facts["log_perplexity"].tolist() == [0, 1, 2, 3, 4, 5]
     assert facts["distance to Code"][4] == js_divergence(cal.tokens[4].numpy(), PROMPTS["Code"])
     ends = [set(np.flatnonzero(o == 0)) - {31} for o in cal.tokens.numpy()]
-    assert facts["documents"].tolist() == [1 + len(o) - (0 in o) - sum(i + 1 in o for i in o) for o in ends]
+    assert facts["documents"].tolist() == [
+        1 + len(o) - (0 in o) - sum(i + 1 in o for i in o) for o in ends
+    ]
 
 
 def test_thirds_of_a_draw_share_no_text_and_one_journal(source, tmp_path):
@@ -75,12 +99,25 @@ def test_thirds_of_a_draw_share_no_text_and_one_journal(source, tmp_path):
     for o in THIRDS:
         settings = dict(source=source, third=o, length=32)
         name = journal_name("third", settings, 0)
-        made[o] = generate(model, TOK, "third", 512, 0, settings, prompts=PROMPTS, journal=tmp_path / name, about=dict(model="tiny"))
+        made[o] = generate(
+            model,
+            TOK,
+            "third",
+            512,
+            0,
+            settings,
+            prompts=PROMPTS,
+            journal=tmp_path / name,
+            about=dict(model="tiny"),
+        )
     assert len(list(tmp_path.glob("third-*.journal"))) == 1
     keys = {o: {r["key"].rsplit("/", 1)[0] for r in m.rows} for o, m in made.items()}
-    assert not keys["low"] & keys["middle"] and not keys["low"] & keys["high"] and all(len(k) == 18 for k in keys.values())
+    assert not keys["low"] & keys["middle"] and not keys["low"] & keys["high"] and all(
+        len(k) == 18 for k in keys.values())
     perplexities = [made[o].report["perplexity"] for o in THIRDS]
-    assert perplexities == sorted(perplexities) and all(m.report["tokens"] >= 512 for m in made.values())
+    assert perplexities == sorted(perplexities) and all(
+        m.report["tokens"] >= 512 for m in made.values()
+    )
     text = write(made["low"], tmp_path / "low.jsonl")
     assert build_calibration(str(text), TOK, 16, 32).tokens.shape == (16, 32)
     assert "<|endoftext|>" not in text.read_text()
@@ -94,12 +131,15 @@ def test_a_journal_saves_reading(source, tmp_path, monkeypatch):
         third(tiny_llama(), TOK, **HOW, source=source, seed=1, journal=tmp_path / "j")
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(third="lowest"), "Unknown third 'lowest'"), (dict(read=2), "read is 2, but should be greater than or equal to 3"),
-    (dict(budget=10**7), "ask for at most"), (dict(temperature=0.5), "Unknown setting of third 'temperature'")])
+@pytest.mark.parametrize("wrong, message",
+                         [(dict(third="lowest"), "Unknown third 'lowest'"),
+                          (dict(read=2), "read is 2, but should be greater than or equal to 3"),
+                          (dict(budget=10**7), "ask for at most"),
+                          (dict(temperature=0.5), "Unknown setting of third 'temperature'")])
 def test_what_cannot_work_is_refused(source, wrong, message):
     with pytest.raises(CalibPruneError, match=message):
-        generate(tiny_llama(), TOK, "third", wrong.pop("budget", 512), 0, dict(source=source, length=32) | wrong)
+        generate(tiny_llama(), TOK, "third", wrong.pop("budget", 512), 0,
+                 dict(source=source, length=32) | wrong)
 
 
 def test_it_is_no_writer():
@@ -109,19 +149,29 @@ def test_it_is_no_writer():
 def test_the_prompts_belong_to_the_key():
     preset = load_preset("presets/perplexity/smollm2-135m.yaml")
     key = text_key(preset, "math-low", 0)
-    assert key["settings"] == dict(source="math", third="low") and set(key["references"]) == set(preset["scoring"]["tasks"])
+    assert key["settings"] == dict(source="math", third="low") and set(key["references"]) == set(
+        preset["scoring"]["tasks"]
+    )
     preset["scoring"]["limit"] = 3
-    assert text_key(preset, "math-low", 0)["scored"] != key["scored"], "prompts that are scored are no references"
+    assert (
+        text_key(preset, "math-low", 0)["scored"] != key["scored"]
+    ), "prompts that are scored are no references"
     assert "references" not in text_key(load_preset("presets/claims/smollm2-135m.yaml"), "igsp", 0)
 
 
 # --- the report
 
 def study_of(change, sources=("wikipedia", "math"), **how):
-    kept = {f"{s}-{t}": tuple(0.7 + i * o for o in change) for s in sources for i, t in enumerate(THIRDS)}
+    kept = {
+        f"{s}-{t}": tuple(0.7 + i * o for o in change)
+        for s in sources
+        for i, t in enumerate(THIRDS)
+    }
     study = example_study(kept, **(dict(seeds=(0, 1, 2), n=400, draw_sd=0.002, seed=2) | how))
     preset = example_preset(study)
-    preset["strategies"] = {k: "generated:third source={} third={}".format(*k.split("-")) for k in kept}
+    preset["strategies"] = {
+        k: "generated:third source={} third={}".format(*k.split("-")) for k in kept
+    }
     return preset, measured(preset, study, 400).cells
 
 
@@ -129,34 +179,58 @@ def test_an_effect_is_the_high_third_less_the_low_one():
     preset, cells = study_of((0.0, 0.05, -0.1, 0.02), seed=None)
     effects = third_effects(preset, cells).set_index(["source", "dimension"])["value"]
     for source in ("wikipedia", "math", MEAN):
-        assert effects[source].round(6).to_dict() == pytest.approx(dict(zip((*DIMENSIONS, "Total"), (0, 0.1, -0.2, 0.05, -0.0125))), abs=0.01)
+        assert effects[source].round(6).to_dict() == pytest.approx(
+            dict(zip((*DIMENSIONS, "Total"), (0, 0.1, -0.2, 0.05, -0.0125))), abs=0.01
+        )
 
 
 def test_what_a_draw_does_to_both_thirds_is_no_noise_of_their_difference():
     preset, cells = study_of((0.0,) * 4, draw_sd=0.0)
-    common = {(o.strategy.split("-")[0], o.seed): 0.05 * np.random.default_rng(i).normal(size=len(OUTCOMES)) for i, o in cells.cells.iterrows()}
+    common = {(o.strategy.split("-")[0], o.seed): 0.05 *
+              np.random.default_rng(i).normal(size=len(OUTCOMES))
+              for i, o in cells.cells.iterrows()}
     shaken = np.stack([common[o.strategy.split("-")[0], o.seed] for o in cells.cells.itertuples()])
     moved = replace(cells, values=cells.values + shaken)
-    pd.testing.assert_frame_equal(third_effects(preset, moved), third_effects(preset, cells), atol=1e-9)
-    alone = moved.rows([o.seed == (0 if o.strategy.endswith("low") else 1) for o in moved.cells.itertuples()])
+    pd.testing.assert_frame_equal(
+        third_effects(preset, moved), third_effects(preset, cells), atol=1e-9
+    )
+    alone = moved.rows(
+        [o.seed == (0 if o.strategy.endswith("low") else 1) for o in moved.cells.itertuples()]
+    )
     assert third_effects(preset, alone).empty, "thirds of different draws are no pair"
 
 
 def test_draws_that_part_the_thirds_are_noise():
     preset, cells = study_of((0.0,) * 4, draw_sd=0.0)
-    apart = np.array([{0: 0.04, 1: 0.0, 2: -0.04}[o.seed] * o.strategy.endswith("high") for o in cells.cells.itertuples()])
-    wide, still = (third_effects(preset, replace(cells, values=cells.values + more)).eval("ci_high - ci_low")
-                   for more in (apart[:, None], 0.0))
+    apart = np.array([{0: 0.04, 1: 0.0, 2: -0.04}[o.seed] * o.strategy.endswith("high")
+                      for o in cells.cells.itertuples()])
+    wide, still = (
+        third_effects(preset, replace(cells, values=cells.values + more)).eval("ci_high - ci_low")
+        for more in (apart[:, None], 0.0)
+    )
     assert (wide > still + 0.01).all()
 
 
 def test_verdicts():
     def verdicts(*ends, signs=(1, 1)):
-        rows = [dict(source=s, dimension="Code", value=v * 0.01, ci_low=0, ci_high=0) for s, v in zip("ab", signs)]
-        return effect_verdict(pd.DataFrame([*rows, dict(source=MEAN, dimension="Code", value=0, ci_low=ends[0], ci_high=ends[1])]), "Code")
+        rows = [
+            dict(source=s, dimension="Code", value=v * 0.01, ci_low=0, ci_high=0)
+            for s, v in zip("ab", signs)
+        ]
+        return effect_verdict(
+            pd.DataFrame([
+                *rows,
+                dict(source=MEAN, dimension="Code", value=0, ci_low=ends[0], ci_high=ends[1])]),
+            "Code")
     assert verdicts(0.01, 0.05) == "moves" and verdicts(-0.05, -0.001, signs=(-1, -1)) == "moves"
-    assert verdicts(0.01, 0.05, signs=(1, -1)) == "cannot tell" and verdicts(-0.01, 0.03) == "cannot tell"
-    assert verdicts(-0.019, 0.019) == "does not move" and verdicts(0.001, 0.019, signs=(1, -1)) == "does not move"
+    assert (
+        verdicts(0.01, 0.05, signs=(1, -1)) == "cannot tell"
+        and verdicts(-0.01, 0.03) == "cannot tell"
+    )
+    assert (
+        verdicts(-0.019, 0.019) == "does not move"
+        and verdicts(0.001, 0.019, signs=(1, -1)) == "does not move"
+    )
 
 
 def test_the_table_says_what_was_found(tmp_path):
@@ -165,15 +239,26 @@ def test_the_table_says_what_was_found(tmp_path):
     for k in preset["strategies"]:
         for seed in range(3):
             source, t = k.split("-")
-            report = dict(tokens=2, perplexity=[8, 16, 32][THIRDS.index(t)] * (1.0, 2.0, 0.5)[seed], balance=[dict(fact="documents", before=1.0, after=0.1 * seed)])
-            (tmp_path / "generated" / f"{k}-s{seed}.jsonl").write_text(json.dumps(dict(text="ö" * (10 + seed * (t == "high")))) + "\n")
+            report = dict(
+                tokens=2,
+                perplexity=[8, 16, 32][THIRDS.index(t)] * (1.0, 2.0, 0.5)[seed],
+                balance=[dict(fact="documents", before=1.0, after=0.1 * seed)],
+            )
+            (tmp_path / "generated" / f"{k}-s{seed}.jsonl").write_text(
+                json.dumps(dict(text="ö" * (10 + seed * (t == "high")))) + "\n"
+            )
             (tmp_path / "generated" / f"{k}-s{seed}.report.json").write_text(json.dumps(report))
     preset["name"] = tmp_path.name
     assert mix_of(preset, "math-low", 1).endswith("math-low-s1.jsonl")
     texts, balances = text_facts(preset, tmp_path)
-    assert bytes_note(texts) == "Bytes per token, high against low third: wikipedia +0 to +20 %, math +0 to +20 %."
+    assert (
+        bytes_note(texts)
+        == "Bytes per token, high against low third: wikipedia +0 to +20 %, math +0 to +20 %."
+    )
     assert texts.bytes_per_token.min() == 10.0, "twenty bytes, two tokens"
-    assert len(texts) == 18 and balances.groupby("source")["after"].mean().round(6).to_dict() == dict(math=0.1, wikipedia=0.1)
+    assert len(texts) == 18 and balances.groupby("source")["after"].mean().round(
+        6
+    ).to_dict() == dict(math=0.1, wikipedia=0.1)
     table = effect_text(third_effects(preset, cells), texts).set_index("source")
     assert table.loc["math", list(THIRDS)].tolist() == ["8.0", "16.0", "32.0"]
     assert table.loc["perplexity", "Code"] == "moves" and table.loc["math", "Code"].startswith("-")
@@ -191,7 +276,11 @@ def test_four_dimensions_of_noise_give_a_title_without_an_effect():
 
 def test_half_a_study_says_nothing_of_the_other_half():
     preset, cells = study_of((0.0,) * 4)
-    some = cells.rows(cells.cells["strategy"].isin(["wikipedia-low", "wikipedia-high", "math-low"]).tolist())
+    some = cells.rows(
+        cells.cells["strategy"].isin(["wikipedia-low", "wikipedia-high", "math-low"]).tolist()
+    )
     effects = third_effects(preset, some)
-    assert set(effects["source"]) == {"wikipedia"} and effect_verdict(effects, "Code") == "cannot tell"
+    assert (
+        set(effects["source"]) == {"wikipedia"} and effect_verdict(effects, "Code") == "cannot tell"
+    )
     assert len(third_effects(preset, cells.rows([False] * len(cells.cells)))) == 0

@@ -1,4 +1,5 @@
-"The bars: a rate that holds over rounds, bursts and changing totals, and numbers that no narrow terminal cuts."
+"""The bars: a rate that holds over rounds, bursts and changing totals, and numbers that no narrow
+terminal cuts."""
 import io
 import json
 import re
@@ -24,7 +25,9 @@ def clock(monkeypatch):
 def last_state(reports, clock, width=80):
     "The line that a stage's bar ends with, after reports of (seconds, stage, done, total)."
     out = io.StringIO()
-    with terminal_bars(Console(file=out, width=width, force_terminal=True, color_system=None)) as show:
+    with terminal_bars(
+        Console(file=out, width=width, force_terminal=True, color_system=None)
+    ) as show:
         for clock.seconds, stage, done, total in reports: show(stage, done, total)
     return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", out.getvalue()).strip().splitlines()[-1].strip()
 
@@ -54,12 +57,15 @@ def test_what_was_done_before_the_first_report_has_no_pace(clock):
 
 def test_written_tokens_have_a_rate_and_the_time_left_follows(clock):
     # The total changes with every report: of such a bar rich knows neither.
-    line = last_state([(0, "writing tokens", 0, 900), (2, "writing tokens", 100, 800), (4, "writing tokens", 200, 700)], clock)
+    line = last_state([(0, "writing tokens", 0, 900), (2, "writing tokens", 100, 800),
+                       (4, "writing tokens", 200, 700)], clock)
     assert "200/700" in line and "left 0:00:10" in line and line.endswith("50 tokens/s")
 
 
 def test_a_stage_without_a_unit_has_no_rate(clock):
-    assert last_state([(0, "pruning", 0, 3), (2, "pruning", 3, 3)], clock).endswith("3/3 0:00:00 left 0:00:00")
+    assert last_state([(0, "pruning", 0, 3), (2, "pruning", 3, 3)], clock).endswith(
+        "3/3 0:00:00 left 0:00:00"
+    )
 
 
 def test_nothing_written_yet_is_no_rate(clock):
@@ -67,13 +73,17 @@ def test_nothing_written_yet_is_no_rate(clock):
 
 
 def test_a_narrow_terminal_cuts_no_number(clock):
-    line = last_state([(0, "writing tokens", 0, 65_536), (40, "writing tokens", 49_360, 65_536)], clock, width=80)
+    line = last_state(
+        [(0, "writing tokens", 0, 65_536), (40, "writing tokens", 49_360, 65_536)], clock, width=80
+    )
     assert "49360/65536" in line and line.endswith("left 0:00:14 1,234 tokens/s")
 
 
 def test_the_time_left_is_plausible_from_the_first_tenth_on(clock):
     for stage in ("pruning", "scoring"):
-        assert "left 0:00:54" in last_state([(0, stage, 0, 30), (2, stage, 1, 30), (6, stage, 3, 30)], clock)
+        assert "left 0:00:54" in last_state(
+            [(0, stage, 0, 30), (2, stage, 1, 30), (6, stage, 3, 30)], clock
+        )
 
 
 def test_off_a_terminal_a_stage_writes_a_line_each_half_minute(clock):
@@ -82,12 +92,17 @@ def test_off_a_terminal_a_stage_writes_a_line_each_half_minute(clock):
 
 
 def test_each_stage_says_its_beginning_its_end_and_where_it_broke_off(clock):
-    found = lines([(0, "pruning", 0, 2), (1, "pruning", 2, 2), (2, "scoring", 0, 50), (3, "scoring", 20, 50)], clock)
+    found = lines(
+        [(0, "pruning", 0, 2), (1, "pruning", 2, 2), (2, "scoring", 0, 50), (3, "scoring", 20, 50)],
+        clock,
+    )
     assert found == ["pruning 0/2", "pruning 2/2", "scoring 0/50", "scoring 20/50"]
 
 
 def test_nothing_is_written_twice(clock):
-    assert lines([(0, "pruning", 1, 2), (60, "pruning", 1, 2), (120, "pruning", 1, 2)], clock) == ["pruning 1/2"]
+    assert lines([(0, "pruning", 1, 2), (60, "pruning", 1, 2), (120, "pruning", 1, 2)], clock) == [
+        "pruning 1/2"
+    ]
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -96,10 +111,20 @@ def test_a_command_in_a_pipe_writes_lines(as_json, tmp_path):
     from calib_prune.model.loading import save_model
     from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
     save_model(tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "model", {})
-    (tmp_path / "text.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(200)))
-    words = ["prune", "--model", tmp_path / "model", "--calibration", tmp_path / "text.txt", "--output", tmp_path / "out", "--windows", "2",
-             "--length", "16", "--method", "wanda", *["--json"] * as_json]
-    done = subprocess.run([sys.executable, "-c", "from calib_prune.cli.app import main; main()", *map(str, words)], capture_output=True, text=True)
+    (tmp_path / "text.txt").write_text(
+        "".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(200))
+    )
+    words = [
+        "prune", "--model", tmp_path / "model", "--calibration", tmp_path / "text.txt", "--output",
+        tmp_path / "out", "--windows", "2", "--length", "16", "--method", "wanda",
+        *["--json"] * as_json]
+    done = subprocess.run(
+        [sys.executable, "-c", "from calib_prune.cli.app import main; main()", *map(str, words)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert ("pruning 2/2" in done.stderr) is not as_json and ("pruning 0/2" in done.stderr) is not as_json
+    assert ("pruning 2/2" in done.stderr) is not as_json and (
+        "pruning 0/2" in done.stderr
+    ) is not as_json
     if as_json: assert isinstance(json.loads(done.stdout), dict)

@@ -1,4 +1,5 @@
-"The repository keeps its promises about itself: notebooks are the source, README follows, versions agree."
+"""The repository keeps its promises about itself: notebooks are the source, README follows,
+versions agree."""
 import ast
 import configparser
 import re
@@ -20,7 +21,10 @@ NOTEBOOKS = sorted(ROOT.glob("nbs/**/*.ipynb"))
 
 def modules(folder: Path) -> dict[str, Path]:
     "Module → file, of the package in a folder."
-    files = {p.relative_to(folder).with_suffix("").as_posix().replace("/", "."): p for p in (folder / "calib_prune").rglob("*.py")}
+    files = {
+        p.relative_to(folder).with_suffix("").as_posix().replace("/", "."): p
+        for p in (folder / "calib_prune").rglob("*.py")
+    }
     assert len(files) > 40
     return files
 
@@ -30,7 +34,12 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
     import shutil
     for name in ("nbs", "calib_prune"): shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    subprocess.run([str(Path(sys.executable).parent / "nbdev_export")], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        [str(Path(sys.executable).parent / "nbdev_export")],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     exported, committed = modules(tmp_path), modules(ROOT)
     for name, path in exported.items():
         assert path.read_text() == committed[name].read_text(), f"{name}: run `make export`"
@@ -38,7 +47,9 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
 
 
 def test_readme_is_rendered_from_its_notebook():
-    done = subprocess.run([sys.executable, "scripts/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "scripts/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -47,7 +58,9 @@ def test_versions_agree():
     settings.read(ROOT / "settings.ini")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
-    assert settings["DEFAULT"]["version"] == project["version"] == calib_prune.__version__ == citation
+    assert (
+        settings["DEFAULT"]["version"] == project["version"] == calib_prune.__version__ == citation
+    )
 
 
 def test_notebooks_are_in_reading_order_and_titled():
@@ -57,7 +70,9 @@ def test_notebooks_are_in_reading_order_and_titled():
         assert first.cell_type == "markdown" and re.match(r"# .+\n+> .+", first.source), path.name
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name != "paper"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.parent.name != "paper"], ids=lambda p: p.name
+)
 def test_library_notebooks_hold_their_outputs(path):
     "Readers see results without running anything: no error, and something shown."
     outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
@@ -78,7 +93,8 @@ def test_paper_notebooks_find_the_root_before_they_read():
     "JupyterLab starts them in their own folder."
     for path in sorted(ROOT.glob("nbs/paper/*.ipynb")):
         code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
-        if path.stem != "own_study": assert "\nat_root()" in re.split(r"load_preset\(|load_results\(", code)[0], path.name
+        if path.stem != "own_study":
+            assert "\nat_root()" in re.split(r"load_preset\(|load_results\(", code)[0], path.name
 
 
 def test_paper_notebooks_are_committed_without_outputs():
@@ -89,11 +105,14 @@ def test_paper_notebooks_are_committed_without_outputs():
 
 def test_nothing_runs_code_that_came_with_a_model():
     for path in modules(ROOT).values():
-        assert not re.search(r"trust_remote_code\s*[=:]\s*True|torch\.load\(|pickle\.load", path.read_text()), path.name
+        assert not re.search(
+            r"trust_remote_code\s*[=:]\s*True|torch\.load\(|pickle\.load", path.read_text()
+        ), path.name
 
 
 def library() -> dict[str, tuple[int, str]]:
-    "Module → its place in the reading order, and the code of its notebook: exported cells, examples and all."
+    """Module → its place in the reading order, and the code of its notebook: exported cells,
+    examples and all."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
     folders = settings["DEFAULT"]["reading_order"].split()
@@ -111,7 +130,8 @@ def test_every_module_has_its_notebook():
 
 
 def test_imports_point_backwards():
-    "A notebook needs only what stands before it: in exported code, in imports inside functions, and in its examples."
+    """A notebook needs only what stands before it: in exported code, in imports inside functions,
+    and in its examples."""
     found = library()
     for module, (place, code) in found.items():
         for wanted in re.findall(r"(?:from|import) (calib_prune[\w.]*)", code):
@@ -136,13 +156,16 @@ LATE = {"torch", "transformers", "lm_eval", "datasets", "numba", "scipy", "panda
 
 @pytest.mark.parametrize("module", ["calib_prune", "calib_prune.cli.app"])
 def test_the_command_line_starts_without_slow_packages(module):
-    "`calib-prune --help` needs none of these packages; the list stands for a time, which would depend on the machine."
+    """`calib-prune --help` needs none of these packages; the list stands for a time, which would
+    depend on the machine."""
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not LATE & {*done.stdout.split()}
 
 
-PAGES = [ROOT / o for o in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "SECURITY.md")] + sorted(ROOT.glob("docs/*.md"))
+PAGES = [
+    ROOT / o for o in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "SECURITY.md")
+] + sorted(ROOT.glob("docs/*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -158,8 +181,11 @@ def test_readme_is_short():
 def test_paper_notebooks_write_what_is_declared():
     "The names in `save_table`, `save_rows` and `save_figure` are those of the list of artefacts."
     for book in NOTEBOOKS_OF_TABLES:
-        code = "\n".join(c.source for c in nbformat.read(ROOT / f"nbs/paper/{book}.ipynb", 4).cells if c.cell_type == "code")
-        assert set(re.findall(r"\b[TF]\d+-[\w-]+", code)) == {Path(f).stem for o in made_by([book]) for f in o.files}, book
+        code = "\n".join(c.source for c in nbformat.read(ROOT / f"nbs/paper/{book}.ipynb", 4).cells
+                         if c.cell_type == "code")
+        assert set(re.findall(r"\b[TF]\d+-[\w-]+", code)) == {
+            Path(f).stem for o in made_by([book]) for f in o.files
+        }, book
 
 
 def test_the_snakefile_can_be_read_at_one_sitting():

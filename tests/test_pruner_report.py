@@ -6,19 +6,38 @@ import pandas as pd
 import pytest
 
 from calib_prune.core import CalibPruneError
+from calib_prune.questions.pruners import (
+    GAINS,
+    chosen,
+    cost_rows,
+    gain_message,
+    gain_rows,
+    gain_text,
+    gains,
+    kept_rows,
+    pruner_figure,
+    pruner_text,
+    total_gains,
+    totals,
+)
 from calib_prune.statistics.examples import example_items, example_preset
-from calib_prune.questions.pruners import (GAINS, chosen, cost_rows, gain_rows, gain_text, gain_message, gains, kept_rows, pruner_figure, total_gains,
-                                        pruner_text, totals)
-from calib_prune.statistics.selection import measured
 from calib_prune.statistics.replicates import OUTCOMES
+from calib_prune.statistics.selection import measured
 from calib_prune.study.presets import Cell
 from calib_prune.study.results import Result
 
 TOTAL = OUTCOMES.index("Total")
 
 
-def made_up(methods: dict[str, tuple[float, float]], strategies=("uniform", "c4"), seeds=(0, 1, 2), noise=0.003, n=1000):
-    "A study in which each method (gain, seconds) keeps more than SparseGPT by its gain, on the same draws."
+def made_up(
+    methods: dict[str, tuple[float, float]],
+    strategies=("uniform", "c4"),
+    seeds=(0, 1, 2),
+    noise=0.003,
+    n=1000,
+):
+    """A study in which each method (gain, seconds) keeps more than SparseGPT by its gain, on the
+    same draws."""
     rng = np.random.default_rng(3)
     study = {"dense": Result(asdict(Cell("dense")), pd.DataFrame(), example_items([1] * 4, n), {})}
     for method, (more, seconds) in ({"sparsegpt": (0.0, 20.0)} | methods).items():
@@ -28,7 +47,9 @@ def made_up(methods: dict[str, tuple[float, float]], strategies=("uniform", "c4"
                 kept = np.full(4, 0.6 + more + 0.1 * (name == "c4") + noise * rng.normal())
                 rows = pd.DataFrame([dict(metric="perplexity per token", score=30.0 + seed)])
                 about = asdict(cell) | dict(peak_gib=1.5, mean_error=0.03)
-                study[cell.name] = Result(about, rows, example_items(kept, n), {"pruning": seconds * (1 + seed)})
+                study[cell.name] = Result(
+                    about, rows, example_items(kept, n), {"pruning": seconds * (1 + seed)}
+                )
     return measured(example_preset(study), study, 400)
 
 
@@ -43,9 +64,12 @@ def test_gains_are_paired_by_draw():
     rows = gain_rows(whole).set_index(["strategy", "dimension"])
     mean = np.mean([found.values[0, :, TOTAL]])
     assert rows.value["mean", "Total"] == pytest.approx(mean) and abs(mean - 0.05) < 0.01
-    assert rows.value["uniform − c4", "Total"] == pytest.approx(rows.value["uniform", "Total"] - rows.value["c4", "Total"])
+    assert rows.value["uniform − c4", "Total"] == pytest.approx(
+        rows.value["uniform", "Total"] - rows.value["c4", "Total"]
+    )
     assert rows.draws["mean", "Total"] == rows.draws["c4", "Total"] == 3
-    assert list(gain_text(gain_rows(whole))["strategy"]) == ["uniform", "c4", "mean", "uniform − c4"]
+    assert list(gain_text(gain_rows(whole))["strategy"]) == [
+        "uniform", "c4", "mean", "uniform − c4"]
 
 
 def test_costs_are_ratios_of_the_same_draw():
@@ -58,26 +82,37 @@ def test_costs_are_ratios_of_the_same_draw():
 def test_times_of_two_kinds_of_processor_are_not_compared():
     whole = made_up({"admm": (0.05, 28)})
     def on(kind):  # by cell; a slow processor takes three times as long
-        moved = {k: replace(o, record=o.record | dict(processor=kind(k)), seconds={w: s * (3 if kind(k) == "slow" else 1) for w, s in o.seconds.items()})
-                 for k, o in whole.study.items()}
+        moved = {
+            k: replace(
+                o,
+                record=o.record | dict(processor=kind(k)),
+                seconds={w: s * (3 if kind(k) == "slow" else 1) for w, s in o.seconds.items()},
+            )
+            for k, o in whole.study.items()
+        }
         return cost_rows(moved).set_index("method")["times"], moved
-    other, _ = on(lambda name: "slow" if "sparsegpt" in name and not name.endswith("s0") else "fast")
+    other, _ = on(
+        lambda name: "slow" if "sparsegpt" in name and not name.endswith("s0") else "fast"
+    )
     assert other["admm"] == pytest.approx(1.4), "of the first draw alone"
     none, moved = on(lambda name: "slow" if "sparsegpt" in name else "fast")
     assert np.isnan(none["admm"]) and none["sparsegpt"] == 1
     text = pruner_text(kept_rows(whole), gain_rows(whole), cost_rows(moved)).set_index("method")
     assert text["time"].to_dict() == {"SparseGPT": "1.00×", "L-ADMM": "–"}
-    with pytest.raises(CalibPruneError, match="times beside SparseGPT's"): pruner_figure(total_gains(whole), cost_rows(moved))
+    with pytest.raises(CalibPruneError, match="times beside SparseGPT's"):
+        pruner_figure(total_gains(whole), cost_rows(moved))
 
 
 @pytest.mark.parametrize("methods, names", [
     ({"admm": (0.05, 28)}, ["admm"]),
     ({"admm": (0.05, 28), "alps": (0.06, 60)}, ["admm"]),
     ({"admm": (0.05, 28), "alps": (0.12, 60)}, ["admm", "alps"]),
-    ({"admm": (0.05, 31)}, ["admm"]),                       # 1.55 times: not affordable, but the best at any cost
+    # 1.55 times: not affordable, but the best at any cost
+    ({"admm": (0.05, 31)}, ["admm"]),
     ({"admm": (0.015, 28), "alps": (0.02, 60)}, []),        # a lead too small to matter
     ({"admm": (0.01, 28), "alps": (0.09, 60)}, ["alps"]),
-    ({"wanda": (-0.06, 10), "alps": (0.0, 60)}, []),        # better than the worse one is not good enough
+    # better than the worse one is not good enough
+    ({"wanda": (-0.06, 10), "alps": (0.0, 60)}, []),
     ({"wanda": (-0.05, 10)}, []), ({}, [])])
 def test_the_rule(methods, names): assert chosen(made_up(methods)) == names
 
@@ -86,7 +121,10 @@ def test_table_and_figure():
     whole = made_up({"admm": (0.05, 28), "sparsegpt+reconstruct": (0.1, 90)})
     kept, gained, costs = kept_rows(whole), gain_rows(whole), cost_rows(whole.study)
     text = pruner_text(kept, gained, costs).set_index("method")
-    assert text.loc["SparseGPT", "total over SparseGPT"] == "–" and text.loc["L-ADMM", "time"] == "1.40×"
+    assert (
+        text.loc["SparseGPT", "total over SparseGPT"] == "–"
+        and text.loc["L-ADMM", "time"] == "1.40×"
+    )
     assert text.loc["L-ADMM", "Total"] == f"{100 * totals(kept, 0.6).value['admm']:.1f}"
     title = pruner_figure(total_gains(whole), costs).get_suptitle()
     assert title == "Total retention at 60%: 2 of 2 methods above SparseGPT, 0 below"
@@ -94,8 +132,14 @@ def test_table_and_figure():
 
 def test_a_title_on_methods_states_only_significant_gains():
     alike = total_gains(made_up({"admm": (0.0, 28), "alps": (0.0, 60)}))
-    assert gain_message(alike) == "Total retention at 60%: no method significantly different from SparseGPT"
-    assert gain_message(total_gains(made_up({"admm": (0.05, 28)}))) == "L-ADMM has higher total retention than SparseGPT at 60%"
+    assert (
+        gain_message(alike)
+        == "Total retention at 60%: no method significantly different from SparseGPT"
+    )
+    assert (
+        gain_message(total_gains(made_up({"admm": (0.05, 28)})))
+        == "L-ADMM has higher total retention than SparseGPT at 60%"
+    )
     both = made_up({"admm": (0.05, 28), "alps": (0.06, 60)})
     alone, together = gain_rows(both), total_gains(both).set_index("method")
     alone = alone[(alone.strategy == "mean") & (alone.dimension == "Total")].set_index("method")
@@ -111,19 +155,27 @@ def test_a_pattern_that_only_the_base_has_so_far():
     more = {cell.name: Result(about, rows, example_items(np.full(4, 0.5), 1000), {"pruning": 20.0})}
     both = measured(example_preset(whole.study | more), whole.study | more, 60)
     assert len(pruner_text(kept_rows(both), gain_rows(both), cost_rows(both.study))) == 3
-    assert len(pruner_figure(total_gains(both), cost_rows(both.study)).axes) == 1 and chosen(both) == ["admm"]
+    assert len(pruner_figure(total_gains(both), cost_rows(both.study)).axes) == 1 and chosen(
+        both
+    ) == ["admm"]
 
 
 def test_a_method_with_fewer_draws_is_not_looked_at():
     whole = made_up({"admm": (0.05, 28), "alps": (0.12, 60)})
-    study = {k: o for k, o in whole.study.items() if o.record["method"] != "alps" or o.record["seed"] == 0}
+    study = {
+        k: o
+        for k, o in whole.study.items()
+        if o.record["method"] != "alps" or o.record["seed"] == 0
+    }
     assert chosen(measured(whole.preset, study, 400)) == ["admm"]
     assert cost_rows({"dense": study["dense"]}).empty
 
 
 def test_a_method_on_fewer_calibration_sets_says_so_and_draws_are_shown():
     whole = made_up({"admm": (0.05, 28), "alps": (0.12, 60)}, strategies=("uniform", "c4", "math"))
-    lacks = lambda o: o.record["method"] == "alps" and (o.record["strategy"] == "uniform" or o.record["seed"])
+    lacks = lambda o: o.record["method"] == "alps" and (
+        o.record["strategy"] == "uniform" or o.record["seed"]
+    )
     study = {k: o for k, o in whole.study.items() if not lacks(o)}
     part = measured(whole.preset, study, 400)
     text = pruner_text(kept_rows(part), gain_rows(part), cost_rows(study)).set_index("method")
@@ -134,16 +186,30 @@ def test_a_method_on_fewer_calibration_sets_says_so_and_draws_are_shown():
 def test_many_calibration_sets_are_counted_not_named():
     sets = ("uniform", "c4", "math", "codeio", "papers")
     whole = made_up({"wanda": (0.05, 10)}, strategies=sets)
-    study = {k: o for k, o in whole.study.items() if o.record["method"] != "wanda" or o.record["strategy"] != "papers"}
+    study = {
+        k: o
+        for k, o in whole.study.items()
+        if o.record["method"] != "wanda" or o.record["strategy"] != "papers"
+    }
     part = measured(whole.preset, study, 60)
-    assert pruner_text(kept_rows(part), gain_rows(part), cost_rows(study))["method"].tolist() == ["SparseGPT", "Wanda (4 of 5 sets)"]
+    assert pruner_text(kept_rows(part), gain_rows(part), cost_rows(study))["method"].tolist() == [
+        "SparseGPT",
+        "Wanda (4 of 5 sets)",
+    ]
 
 
 def test_a_gain_rests_on_pairs():
     whole = made_up({"admm": (0.05, 28)})
-    study = {k: o for k, o in whole.study.items() if o.record["method"] != "sparsegpt" or not o.record["seed"]}
+    study = {
+        k: o
+        for k, o in whole.study.items()
+        if o.record["method"] != "sparsegpt" or not o.record["seed"]
+    }
     part = measured(whole.preset, study, 400)
-    assert pruner_text(kept_rows(part), gain_rows(part), cost_rows(study))["draws"].tolist() == [1, 1]
+    assert pruner_text(kept_rows(part), gain_rows(part), cost_rows(study))["draws"].tolist() == [
+        1,
+        1,
+    ]
 
 
 def test_a_study_of_the_dense_model_alone_has_no_lines():
@@ -154,7 +220,11 @@ def test_a_study_of_the_dense_model_alone_has_no_lines():
 
 def test_a_study_without_other_methods_or_draws():
     alone = made_up({})
-    assert gain_rows(alone).empty and list(gain_rows(alone).columns) == GAINS and gain_text(gain_rows(alone)).empty
+    assert gain_rows(alone).empty and list(gain_rows(alone).columns) == GAINS and gain_text(
+        gain_rows(alone)).empty
     one = made_up({"admm": (0.05, 28)}, strategies=("c4",), seeds=(0,))
     assert set(gain_rows(one)["strategy"]) == {"c4", "mean"} and chosen(one) == ["admm"]
-    assert pruner_text(kept_rows(one), gain_rows(one), cost_rows(one.study))["method"].tolist() == ["SparseGPT", "L-ADMM"]
+    assert pruner_text(kept_rows(one), gain_rows(one), cost_rows(one.study))["method"].tolist() == [
+        "SparseGPT",
+        "L-ADMM",
+    ]

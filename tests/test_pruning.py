@@ -16,8 +16,8 @@ from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model, tiny_t
 from calib_prune.pruning.checkpoint import fingerprint
 from calib_prune.pruning.layers import decoder_layers, prunable
 from calib_prune.pruning.methods import METHODS
-from calib_prune.pruning.walk import prune
 from calib_prune.pruning.sparsegpt import sparsegpt
+from calib_prune.pruning.walk import prune
 from calib_prune.pruning.wanda import wanda
 
 KERNELS = {"sparsegpt": sparsegpt, "wanda": wanda}
@@ -32,16 +32,23 @@ def windows(n=7, length=24, seed=0):
 
 @torch.no_grad()
 def slow_prune(model, tokens, kernel, sparsity):
-    "Run the whole model anew for every layer, see every linear's inputs in float64, prune one by one."
+    """Run the whole model anew for every layer, see every linear's inputs in float64, prune one by
+    one."""
     for layer in decoder_layers(model):
         inputs = {}
-        hooks = [m.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
-                 for name, m in prunable(layer).items()]
+        hooks = [
+            m.register_forward_pre_hook(
+                lambda _, args, name=name: inputs.setdefault(name, []).append(args[0])
+            )
+            for name, m in prunable(layer).items()
+        ]
         model(tokens, use_cache=False)
         for h in hooks: h.remove()
         for name, linear in prunable(layer).items():
             x = torch.cat([o.flatten(0, -2) for o in inputs[name]]).double()
-            linear.weight.copy_(kernel(linear.weight.data, (x.T @ x / len(x)).float(), sparsity).weight)
+            linear.weight.copy_(
+                kernel(linear.weight.data, (x.T @ x / len(x)).float(), sparsity).weight
+            )
     return model
 
 
@@ -61,12 +68,21 @@ def test_same_as_slow_walk(family, method):
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 def test_conv1d_layers_are_pruned_along_their_input(method, pattern):
     torch.manual_seed(0)
-    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64, initializer_range=0.2)
+    config = AutoConfig.for_model(
+        "gpt2",
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=264,
+        n_positions=64,
+        initializer_range=0.2,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     report = prune(model, windows(), method, 0.5, pattern, groups=GROUPS)
     assert len(report) == 8 and (report["sparsity"] == 0.5).all()
     fc = model.transformer.h[0].mlp.c_fc
-    assert tuple(fc.weight.shape) == (32, 128) and (fc.weight == 0).float().mean() == 0.5  # stored as [d_in, d_out]
+    # stored as [d_in, d_out]
+    assert tuple(fc.weight.shape) == (32, 128) and (fc.weight == 0).float().mean() == 0.5
     if pattern: assert ((fc.weight.T.reshape(128, 8, 4) == 0).sum(-1) == 2).all()
     if method == "wanda": assert ((fc.weight == 0).sum(0) == 16).all()
     assert list(report.query("name == 'mlp.c_fc'")[["d_out", "d_in"]].iloc[0]) == [128, 32]
@@ -83,21 +99,27 @@ def test_matrices_that_are_not_linear_maps_are_refused_before_any_work():
 
 def test_windows_longer_than_the_context_are_refused():
     model = tiny_llama(max_position_embeddings=20)
-    with pytest.raises(CalibPruneError, match="window of 24 tokens .* context of 20"): prune(model, windows())
+    with pytest.raises(CalibPruneError, match="window of 24 tokens .* context of 20"):
+        prune(model, windows())
     assert len(prune(model, windows(length=20))) == 14
 
 
 @pytest.mark.parametrize("device", ["cuda", torch.device("cuda:0")])
 def test_a_missing_device_is_a_clear_error(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(CalibPruneError, match="Device 'cuda.* was asked for"): prune(tiny_llama(), windows(), device=device)
+    with pytest.raises(CalibPruneError, match="Device 'cuda.* was asked for"):
+        prune(tiny_llama(), windows(), device=device)
     assert len(prune(tiny_llama(), windows(), device=torch.device("cpu"))) == 14
 
 
 def test_embeddings_head_and_norms_are_never_touched():
     model, dense = tiny_llama(), tiny_llama()
     prune(model, windows(), sparsity=0.9)
-    linears = {f"model.layers.{i}.{n}.weight" for i, layer in enumerate(decoder_layers(model)) for n in prunable(layer)}
+    linears = {
+        f"model.layers.{i}.{n}.weight"
+        for i, layer in enumerate(decoder_layers(model))
+        for n in prunable(layer)
+    }
     for (name, a), b in zip(model.named_parameters(), dense.parameters(), strict=True):
         assert torch.equal(a, b) == (name not in linears), name
 
@@ -128,8 +150,11 @@ def test_same_result_again_and_offloaded():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_inputs_solved_side_by_side_give_the_same(method, monkeypatch):
-    models, reports, before, set_threads = [tiny_llama(), tiny_llama()], [], torch.get_num_threads(), torch.set_num_threads
-    set_threads(1)  # products round by the number of torch's threads, and ALPS takes another path from another rounding
+    models, reports, before, set_threads = [
+        tiny_llama(), tiny_llama()], [], torch.get_num_threads(), torch.set_num_threads
+    # products round by the number of torch's threads, and ALPS takes another path from another
+    # rounding
+    set_threads(1)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     try:
         for n, model in enumerate(models, 1):
@@ -137,8 +162,10 @@ def test_inputs_solved_side_by_side_give_the_same(method, monkeypatch):
             reports.append(prune(model, windows(), method, groups=GROUPS))
     finally: set_threads(before)
     pd.testing.assert_frame_equal(*reports, rtol=1e-5)
-    for p, q in zip(*(o.parameters() for o in models), strict=True): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    assert all(p.is_leaf and p.grad_fn is None for p in models[1].parameters()), "no thread keeps gradients"
+    for p, q in zip(*(o.parameters() for o in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert all(p.is_leaf and p.grad_fn is None
+               for p in models[1].parameters()), "no thread keeps gradients"
 
 
 def test_magnitude_ignores_the_calibration_data():
@@ -156,7 +183,10 @@ def test_an_input_that_is_always_zero_is_dead():
     model = tiny_llama()
     with torch.no_grad(): decoder_layers(model)[0].input_layernorm.weight[3] = 0
     report = prune(model, windows()).set_index(["layer", "name"])
-    assert report.loc[(0, "self_attn.q_proj"), "dead"] == 1 and report.loc[(0, "mlp.up_proj"), "dead"] == 0
+    assert (
+        report.loc[(0, "self_attn.q_proj"), "dead"] == 1
+        and report.loc[(0, "mlp.up_proj"), "dead"] == 0
+    )
     assert (decoder_layers(model)[0].self_attn.q_proj.weight[:, 3] == 0).all()
 
 
@@ -189,32 +219,43 @@ def stopping(at):
     return show
 
 
-@pytest.mark.parametrize("method,family,at", [("sparsegpt", "llama", 0), ("sparsegpt", "llama", 2), ("wanda", "gpt_neox", 1), ("sparsegpt", "qwen2", 1)])
+@pytest.mark.parametrize("method,family,at", [("sparsegpt", "llama", 0), ("sparsegpt", "llama", 2),
+                                              ("wanda", "gpt_neox", 1), ("sparsegpt", "qwen2", 1)])
 def test_interrupted_prune_resumes_to_the_same_bits(tmp_path, method, family, at):
     make = lambda: tiny_model(family, num_hidden_layers=3)
     tokens = torch.randint(1, 200, (6, 20), generator=torch.Generator().manual_seed(1))
     whole = make()
     expected = prune(whole, tokens, method, 0.5, batch_tokens=40)
-    with pytest.raises(Stop): prune(make(), tokens, method, 0.5, batch_tokens=40, checkpoint=tmp_path, progress=stopping(at))
+    with pytest.raises(Stop):
+        prune(
+            make(), tokens, method, 0.5, batch_tokens=40, checkpoint=tmp_path, progress=stopping(at)
+        )
     assert len(list(tmp_path.glob("*.safetensors"))) == at
     resumed = make()
     found = prune(resumed, tokens, method, 0.5, batch_tokens=40, checkpoint=tmp_path)
     pd.testing.assert_frame_equal(found, expected)
     assert fingerprint(resumed) == fingerprint(whole)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
+    )
 
 
 def test_a_checkpoint_serves_its_own_run_only(tmp_path):
     tokens = torch.randint(1, 200, (4, 20), generator=torch.Generator().manual_seed(1))
     run = dict(sparsity=0.5, checkpoint=tmp_path)
     with pytest.raises(Stop): prune(tiny_llama(), tokens, progress=stopping(1), **run)
-    for other, named in ((dict(sparsity=0.6), "sparsity"), (dict(method="wanda"), "method"), (dict(damping=0.1), "damping")):
-        with pytest.raises(CalibPruneError, match=f"another run.*{named}"): prune(tiny_llama(), tokens, **(run | other))
-    with pytest.raises(CalibPruneError, match="another run.*tokens"): prune(tiny_llama(), tokens + 1, **run)
-    with pytest.raises(CalibPruneError, match="another run.*model"): prune(tiny_llama(seed=5), tokens, **run)
+    for other, named in ((dict(sparsity=0.6), "sparsity"), (dict(method="wanda"), "method"),
+                         (dict(damping=0.1), "damping")):
+        with pytest.raises(CalibPruneError, match=f"another run.*{named}"):
+            prune(tiny_llama(), tokens, **(run | other))
+    with pytest.raises(CalibPruneError, match="another run.*tokens"):
+        prune(tiny_llama(), tokens + 1, **run)
+    with pytest.raises(CalibPruneError, match="another run.*model"):
+        prune(tiny_llama(seed=5), tokens, **run)
     file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CalibPruneError, match="is damaged.*pruned again"): prune(tiny_llama(), tokens, **run)
+    with pytest.raises(CalibPruneError, match="is damaged.*pruned again"):
+        prune(tiny_llama(), tokens, **run)
     file.unlink()
     prune(tiny_llama(), tokens, **run)
 
@@ -240,19 +281,27 @@ done.set()
 watcher.join()
 model.save_pretrained(sys.argv[1] + "-pruned" + str(len(sys.argv)))
 print(most - before)
-"""
+"""  # noqa: E501
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")
 def test_finished_layers_lie_on_disk(tmp_path):
-    "With a checkpoint the memory is that of a layer, however many there are; without one, every layer that was changed stays in it."
+    """With a checkpoint the memory is that of a layer, however many there are; without one, every
+    layer that was changed stays in it."""
     sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=4)
-    save_model(tiny_llama(**sizes, num_hidden_layers=32), tiny_tokenizer(), tmp_path / "deep", {})  # 300 MB in its layers
+    # 300 MB in its layers
+    save_model(tiny_llama(**sizes, num_hidden_layers=32), tiny_tokenizer(), tmp_path / "deep", {})
     save_model(tiny_llama(**sizes, num_hidden_layers=1), tiny_tokenizer(), tmp_path / "flat", {})
     grown = {}
     for more in ((), (tmp_path / "cp",)):
-        done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path / "deep", tmp_path / "flat", *more], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH, tmp_path / "deep", tmp_path / "flat", *more],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         grown[len(more)] = int(done.stdout.split()[-1])  # MB
     assert grown[0] > 150 and grown[1] < grown[0] / 2, grown
     a, b = (load_file(tmp_path / f"deep-pruned{k}" / "model.safetensors") for k in (3, 4))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "where the weights lay changes nothing"
+    assert a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) for k in a
+    ), "where the weights lay changes nothing"

@@ -17,13 +17,25 @@ from datasets.exceptions import DatasetGenerationError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.calibration import readers
+from calib_prune.calibration.sources import (
+    FURTHER,
+    HELDOUT,
+    PAPER_SOURCES,
+    SOURCES,
+    SUITE,
+    HubSource,
+    LibrarySource,
+    file_source,
+    get_source,
+    hub_source,
+    library_files,
+    say_gsm8k_hub,
+    say_hellaswag_hub,
+    say_siqa_hub,
+)
+from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.data.wheels import say_winogrande
-from calib_prune.calibration.sources import (FURTHER, HELDOUT, PAPER_SOURCES, SOURCES, SUITE, HubSource,
-                                             LibrarySource, file_source, get_source, hub_source,
-                                             library_files, say_gsm8k_hub, say_hellaswag_hub,
-                                             say_siqa_hub)
 
 
 def damage_parquet(path):
@@ -37,17 +49,24 @@ def test_registries():
     for sources in (SOURCES, PAPER_SOURCES):
         assert {s.dimension for s in sources.values()} == set(DIMENSIONS)
         assert all(s.name == k and s.licence and s.origin for k, s in sources.items())
-    assert not SOURCES.keys() & (HELDOUT.keys() | FURTHER.keys() | PAPER_SOURCES.keys()) and not FURTHER.keys() & HELDOUT.keys()
+    assert (
+        not SOURCES.keys() & (HELDOUT.keys() | FURTHER.keys() | PAPER_SOURCES.keys())
+        and not FURTHER.keys() & HELDOUT.keys()
+    )
     assert get_source("c4") is SOURCES["c4"] and get_source("paper:c4").path == "allenai/c4"
 
 
 # The standard library
 
 def test_library_leaves_out_tests_data_and_installed_packages(tmp_path):
-    for name in ("b.py", "a/x.py", "a/test/t.py", "site-packages/p.py", "encodings/cp1.py", "_sysconfigdata_x.py", "a/n.txt"):
+    for name in ("b.py", "a/x.py", "a/test/t.py", "site-packages/p.py", "encodings/cp1.py",
+                 "_sysconfigdata_x.py", "a/n.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
-    assert [p.relative_to(tmp_path).as_posix() for p in library_files(tmp_path)] == ["a/x.py", "b.py"]
+    assert [p.relative_to(tmp_path).as_posix() for p in library_files(tmp_path)] == [
+        "a/x.py",
+        "b.py",
+    ]
     source = LibrarySource("lib", "Code", "-", "-", root=str(tmp_path))
     assert source.documents() == ["# a/x.py", "# b.py"]
     assert source.size == {"documents": 2, "megabytes": 0.0}
@@ -72,18 +91,25 @@ def test_library_without_source_files_is_an_error(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "data").mkdir()
-    frame = pd.DataFrame({"question": ["1+1?", "2+2?", "1+1?"], "answer": ["2", "4", "2"], "n": [1, 2, 3]})
+    frame = pd.DataFrame(
+        {"question": ["1+1?", "2+2?", "1+1?"], "answer": ["2", "4", "2"], "n": [1, 2, 3]}
+    )
     frame.to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
     frame[:1].to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
     pd.DataFrame({"text": ["one", " ", "two"]}).to_parquet(tmp_path / "plain.parquet")
     (tmp_path / "README.md").write_text(
-        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: data/train-*\n  - split: test\n"
-        "    path: data/test-*\n- config_name: plain\n  data_files:\n  - split: train\n    path: plain.parquet\n---\n")
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path:"
+        " data/train-*\n  - split: test\n    path: data/test-*\n- config_name: plain\n "
+        " data_files:\n  - split: train\n    path: plain.parquet\n---\n"
+    )
     return tmp_path
 
 
 def test_hub_parquet_with_configurations_in_the_card(folder):
-    assert get_source(f"hub:{folder}[main]#{{question}} {{answer}}").documents() == ["1+1? 2", "2+2? 4"]
+    assert get_source(f"hub:{folder}[main]#{{question}} {{answer}}").documents() == [
+        "1+1? 2",
+        "2+2? 4",
+    ]
     assert get_source(f"hub:{folder}[main]:test#question").documents() == ["1+1?"]
     assert get_source(f"hub:{folder}[plain]").documents() == ["one", "two"]
 
@@ -96,7 +122,9 @@ def test_hub_jsonl_without_a_card(tmp_path):
 def test_hub_jsonl_with_a_card(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: b\n  data_files: b.jsonl\n---\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: b\n  data_files: b.jsonl\n---\n"
+    )
     assert get_source(f"hub:{tmp_path}[b]").documents() == ["two"]
 
 
@@ -107,7 +135,8 @@ def test_hub_revision_follows_the_content_and_can_be_pinned(folder):
     assert pinned.documents() == ["one", "two"]
     pd.DataFrame({"text": ["three"]}).to_parquet(folder / "plain.parquet")
     assert get_source(f"hub:{folder}[plain]").revision != source.revision
-    with pytest.raises(CalibPruneError, match="not at folder#"): get_source(f"hub:{folder}[plain]@{source.revision}").documents()
+    with pytest.raises(CalibPruneError, match="not at folder#"):
+        get_source(f"hub:{folder}[plain]@{source.revision}").documents()
 
 
 def test_a_folder_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
@@ -123,43 +152,56 @@ def test_the_number_of_hub_documents_is_bounded(folder, monkeypatch):
     assert get_source(f"hub:{folder}[plain]").documents() == ["one"]
 
 
-@pytest.mark.parametrize("spec, says", [
-    ("[nope]", "'nope' not found"), ("[main]:dev", "dev"),
-    ("[main]#body", "no column 'body'; its columns are question, answer, n"),
-    ("[main]#n", "holds int, not text"), ("[main]#{question", "template"), ("[main]#{body}", "no column 'body'")])
+@pytest.mark.parametrize("spec, says",
+                         [("[nope]", "'nope' not found"), ("[main]:dev", "dev"),
+                          ("[main]#body", "no column 'body'; its columns are question, answer, n"),
+                          ("[main]#n", "holds int, not text"), ("[main]#{question", "template"),
+                          ("[main]#{body}", "no column 'body'")])
 def test_hub_mistakes(folder, spec, says):
-    with pytest.raises(CalibPruneError, match=re.escape(says)): get_source(f"hub:{folder}{spec}").documents()
+    with pytest.raises(CalibPruneError, match=re.escape(says)):
+        get_source(f"hub:{folder}{spec}").documents()
 
 
 def test_a_hub_data_set_out_of_reach_is_an_error(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     def load(*a, **k): raise ConnectionError("Couldn't reach the Hub")
     monkeypatch.setattr("datasets.load_dataset_builder", load)
-    with pytest.raises(CalibPruneError, match="needs the network"): get_source("paper:gsm8k").documents()
+    with pytest.raises(CalibPruneError, match="needs the network"):
+        get_source("paper:gsm8k").documents()
 
 
 @pytest.mark.parametrize("error", [
-    DatasetGenerationError("a bad shard"), httpx.ConnectError("no route"), pa.ArrowInvalid("a bad page"),
-    OSError("reset"), EOFError("cut short")])
+    DatasetGenerationError("a bad shard"),
+    httpx.ConnectError("no route"),
+    pa.ArrowInvalid("a bad page"),
+    OSError("reset"),
+    EOFError("cut short")])
 def test_a_failure_while_streaming_is_an_error(monkeypatch, error):
     def rows():
         yield {"question": "q", "answer": "a"}
         raise error
-    monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, **k: SimpleNamespace(hash="c0ffee"))
+    monkeypatch.setattr(
+        "datasets.load_dataset_builder", lambda *a, **k: SimpleNamespace(hash="c0ffee")
+    )
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: rows())
-    with pytest.raises(CalibPruneError, match=f"(?s)'paper:gsm8k' .openai/gsm8k.*{error}"): get_source("paper:gsm8k").documents()
+    with pytest.raises(CalibPruneError, match=f"(?s)'paper:gsm8k' .openai/gsm8k.*{error}"):
+        get_source("paper:gsm8k").documents()
 
 
 def test_a_damaged_shard_in_a_folder_is_an_error(folder):
     damage_parquet(folder / "plain.parquet")
-    with pytest.raises(CalibPruneError, match=re.escape(str(folder))): get_source(f"hub:{folder}[plain]").documents()
+    with pytest.raises(CalibPruneError, match=re.escape(str(folder))):
+        get_source(f"hub:{folder}[plain]").documents()
 
 
 def test_a_hub_data_set_is_loaded_at_the_resolved_commit(monkeypatch):
-    "The commit that a branch stood for is what gets loaded and recorded; no code of the hub is allowed to run."
+    """The commit that a branch stood for is what gets loaded and recorded; no code of the hub is
+    allowed to run."""
     asked = []
     class Builder: hash = "c0ffee"
-    monkeypatch.setattr("datasets.load_dataset_builder", lambda *a, **k: asked.append((a, k)) or Builder)
+    monkeypatch.setattr(
+        "datasets.load_dataset_builder", lambda *a, **k: asked.append((a, k)) or Builder
+    )
     rows = [{"question": "q", "answer": "a #### 1"}]
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
     source = get_source("paper:gsm8k@main")
@@ -171,20 +213,34 @@ def test_a_hub_data_set_is_loaded_at_the_resolved_commit(monkeypatch):
 NAME = st.from_regex(r"[A-Za-z][\w.-]{0,8}/[A-Za-z][\w.-]{0,8}", fullmatch=True)
 WORD = st.from_regex(r"[A-Za-z0-9][\w.-]{0,8}", fullmatch=True)
 
-@given(NAME, st.none() | WORD, st.none() | WORD, st.none() | st.sampled_from(["text", "{a}: {b}\n{c}"]), st.none() | WORD)
+@given(
+    NAME,
+    st.none() | WORD,
+    st.none() | WORD,
+    st.none() | st.sampled_from(["text", "{a}: {b}\n{c}"]),
+    st.none() | WORD,
+)
 def test_hub_names_are_read_back(path, config, split, text, at):
-    spec = f"hub:{path}" + "".join(f for f, v in ((f"[{config}]", config), (f":{split}", split), (f"#{text}", text),
-                                                  (f"@{at}", at)) if v)
+    spec = f"hub:{path}" + "".join(f for f, v in ((f"[{config}]", config), (f":{split}", split),
+                                                  (f"#{text}", text), (f"@{at}", at)) if v)
     s = hub_source(spec)
-    assert (s.path, s.config, s.split, s.text, s.at) == (path, config, split or "train", text or "text", at)
+    assert (s.path, s.config, s.split, s.text, s.at) == (path, config, split or "train", text
+                                                         or "text", at)
 
 
 def test_hub_records_become_the_right_text():
     assert say_hellaswag_hub({"ctx": "He", "endings": ["a", "b"], "label": "1"}) == "He b"
-    r = {"context": "C.", "question": "Q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"}
+    r = {
+        "context": "C.", "question": "Q?", "answerA": "a", "answerB": "b", "answerC": "c",
+        "label": "3"}
     assert say_siqa_hub(r) == "C. Q? c"
-    assert say_winogrande({"sentence": "so _ won", "option1": "A", "option2": "B", "answer": "1"}) == "so A won"
-    assert say_gsm8k_hub({"question": "Q", "answer": "x=<<1+1=2>>2\nso 2\n#### 2"}) == "Q\nx=2\nso 2"
+    assert (
+        say_winogrande({"sentence": "so _ won", "option1": "A", "option2": "B", "answer": "1"})
+        == "so A won"
+    )
+    assert (
+        say_gsm8k_hub({"question": "Q", "answer": "x=<<1+1=2>>2\nso 2\n#### 2"}) == "Q\nx=2\nso 2"
+    )
 
 
 # A user's own files
@@ -195,7 +251,9 @@ def test_txt_is_one_document_unless_form_feeds_divide_it(tmp_path):
 
 
 def test_jsonl_and_parquet_fields(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x", "body": "y\\u2028z"}\r\n\r\n{"text": "w", "body": "v"}\n')
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "x", "body": "y\\u2028z"}\r\n\r\n{"text": "w", "body": "v"}\n'
+    )
     assert get_source(f"{tmp_path}/a.jsonl").documents() == ["x", "w"]
     assert get_source(f"{tmp_path}/a.jsonl:body").documents() == ["y\u2028z", "v"]
     pd.DataFrame({"text": ["x", None, "y"], "n": [1, 2, 3]}).to_parquet(tmp_path / "a.parquet")
@@ -213,7 +271,8 @@ def test_file_revision_follows_the_content(tmp_path):
 def write_texts(path, texts):
     "The same texts in any of the formats."
     if path.suffix == ".txt": path.write_text("\f".join(texts))
-    elif path.suffix == ".jsonl": path.write_text("".join(json.dumps({"text": o}) + "\n" for o in texts))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": o}) + "\n" for o in texts))
     else: pq.write_table(pa.table({"text": texts}), path)
 
 
@@ -243,7 +302,8 @@ def test_a_source_stands_for_one_revision(tmp_path, end):
     assert source.anew().documents() == ["one", "six"] and source.anew().revision != source.revision
 
 
-@pytest.mark.parametrize("end, says", [("txt", "zero byte at offset 0"), ("jsonl", "zero byte at offset 0"),
+@pytest.mark.parametrize("end, says", [("txt", "zero byte at offset 0"),
+                                       ("jsonl", "zero byte at offset 0"),
                                        ("parquet", "not a Parquet file")])
 def test_a_sparse_terabyte_is_refused_before_it_is_hashed(tmp_path, end, says):
     path = tmp_path / f"a.{end}"
@@ -255,20 +315,29 @@ def test_text_is_judged_while_it_is_hashed(tmp_path):
     with open(tmp_path / "a.txt", "wb") as file:
         file.write(b"a line\n" * 10 ** 6)
         file.truncate(1 << 40)
-    with pytest.raises(CalibPruneError, match="zero byte at offset 7,000,000"): _ = get_source(f"{tmp_path}/a.txt").revision
+    with pytest.raises(CalibPruneError, match="zero byte at offset 7,000,000"):
+        _ = get_source(f"{tmp_path}/a.txt").revision
 
 
 def repeated(path, n, **how):
     "A text of 20 MB in each of n rows, in a file of two thousand bytes."
-    texts = pa.DictionaryArray.from_arrays(pa.array([0] * n, pa.int32()), pa.array(["a b c d e\n" * 2_000_000]))
-    table = pa.table({"text": texts if how.get("use_dictionary", True) else texts.cast(pa.string())})
-    pq.write_table(table, path, compression="zstd", write_statistics=False, store_schema=False, **how)
+    texts = pa.DictionaryArray.from_arrays(
+        pa.array([0] * n, pa.int32()), pa.array(["a b c d e\n" * 2_000_000])
+    )
+    table = pa.table(
+        {"text": texts if how.get("use_dictionary", True) else texts.cast(pa.string())}
+    )
+    pq.write_table(
+        table, path, compression="zstd", write_statistics=False, store_schema=False, **how
+    )
     assert path.stat().st_size < 5000
 
 
 @pytest.mark.parametrize("how", [dict(dictionary_pagesize_limit=1 << 30),
                                  dict(use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY")])
-@pytest.mark.parametrize("n, says", [(20, "20 rows"), (60, "makes 1,0.* bytes or more out of [12],...\\. No text is so repetitive")])
+@pytest.mark.parametrize(
+    "n, says", [(20, "20 rows"),
+                (60, "makes 1,0.* bytes or more out of [12],...\\. No text is so repetitive")])
 def test_a_small_parquet_file_does_not_fill_the_memory(tmp_path, how, n, says):
     repeated(tmp_path / "a.parquet", n, **how)
     code = """
@@ -281,7 +350,12 @@ before = peak()
 try: print(sum(1 for _ in read_parquet_column(Path(sys.argv[1]), "text")), "rows")
 except CalibPruneError as e: print(e)
 print(peak() - before)"""
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "a.parquet"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.parquet"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     said, megabytes = run.stdout.splitlines()
     assert re.search(says, said) and int(megabytes) < 600
 
@@ -289,8 +363,15 @@ print(peak() - before)"""
 def test_a_group_of_rows_that_is_large_only_when_unpacked_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BATCH", 10 ** 6)
     table = pa.table({"text": ["a b c d e\n" * 200_000]})
-    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
-    with pytest.raises(CalibPruneError, match="makes 2,000,.* bytes or more out of"): get_source(f"{tmp_path}/a.parquet").documents()
+    pq.write_table(
+        table,
+        tmp_path / "a.parquet",
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    with pytest.raises(CalibPruneError, match="makes 2,000,.* bytes or more out of"):
+        get_source(f"{tmp_path}/a.parquet").documents()
 
 
 @pytest.mark.parametrize("end", ["jsonl", "parquet"])
@@ -299,7 +380,9 @@ def test_a_record_that_is_too_long_is_named(tmp_path, end, monkeypatch):
     monkeypatch.setattr(readers.within, "__defaults__", (1000,))
     monkeypatch.setattr(readers, "CHUNK", 100)
     write_texts(tmp_path / f"a.{end}", ["short", "long " * 400])
-    with pytest.raises(CalibPruneError, match=f"a.{end}.* more than 1,000 .*, the most that a record may have"):
+    with pytest.raises(
+        CalibPruneError, match=f"a.{end}.* more than 1,000 .*, the most that a record may have"
+    ):
         get_source(f"{tmp_path}/a.{end}").documents()
 
 
@@ -311,28 +394,36 @@ def test_a_text_without_lines_is_divided(tmp_path):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("error", [MemoryError("malloc of size 5 failed"), pa.ArrowMemoryError("realloc of size 5 failed")])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("malloc of size 5 failed"), pa.ArrowMemoryError("realloc of size 5 failed")],
+)
 def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, error):
     write_texts(tmp_path / "a.parquet", ["one"])
     def fail(*a, **k): raise error
     monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", fail)
-    with pytest.raises(CalibPruneError, match="not enough memory to read .*a.parquet .*of size 5 failed") as e:
+    with pytest.raises(
+        CalibPruneError, match="not enough memory to read .*a.parquet .*of size 5 failed"
+    ) as e:
         get_source(f"{tmp_path}/a.parquet").documents()
     assert "damaged" not in str(e.value)
 
 
 @pytest.mark.parametrize("name, data, says", [
-    ("a.txt", b"", "holds no text"), ("a.txt", b" \n\f ", "holds no text"), ("a.txt", b"ab\0c", "zero byte at offset 2"),
-    ("a.txt", b"caf\xe9", "byte 0xe9 at offset 3"), ("a.jsonl", b'{"text": "a"}\nnope', "line 2, is not JSON"),
-    ("a.jsonl", b'{"body": "a", "n": 1}', "no field 'text', but the fields body, n"), ("a.jsonl", b"[1]", "but a list"),
-    ("a.jsonl", b'{"text": 3}', "does not hold text but 3"), ("a.jsonl", b'{"text": "\\ud800"}', "does not hold text"),
-    ("a.jsonl", b"", "holds no text"), ("a.parquet", b"PAR1", "not a Parquet file"), ("a.csv", b"x", "not '.csv'"),
+    ("a.txt", b"", "holds no text"), ("a.txt", b" \n\f ", "holds no text"),
+    ("a.txt", b"ab\0c", "zero byte at offset 2"), ("a.txt", b"caf\xe9", "byte 0xe9 at offset 3"),
+    ("a.jsonl", b'{"text": "a"}\nnope', "line 2, is not JSON"),
+    ("a.jsonl", b'{"body": "a", "n": 1}', "no field 'text', but the fields body, n"),
+    ("a.jsonl", b"[1]", "but a list"), ("a.jsonl", b'{"text": 3}', "does not hold text but 3"),
+    ("a.jsonl", b'{"text": "\\ud800"}', "does not hold text"), ("a.jsonl", b"", "holds no text"),
+    ("a.parquet", b"PAR1", "not a Parquet file"), ("a.csv", b"x", "not '.csv'"),
     ("noend/a", b"x", "not ''")])
 def test_bad_files_are_named(tmp_path, name, data, says):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-    with pytest.raises(CalibPruneError, match=re.escape(says)) as e: get_source(str(path)).documents()
+    with pytest.raises(CalibPruneError, match=re.escape(says)) as e:
+        get_source(str(path)).documents()
     assert str(path) in str(e.value)
 
 
@@ -348,19 +439,23 @@ def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
     source = get_source(f"{tmp_path}/a.txt")
     def refuse(*a, **k): raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"): source.documents()
-    with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"): _ = source.revision
+    with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"):
+        source.documents()
+    with pytest.raises(CalibPruneError, match="Cannot read .*a.txt: Permission denied"):
+        _ = source.revision
 
 
 def test_parquet_columns_that_are_missing_or_not_text(tmp_path):
     pd.DataFrame({"body": ["x"], "n": [1]}).to_parquet(tmp_path / "a.parquet")
     for name in ("a.parquet", "a.parquet:n"):
-        with pytest.raises(CalibPruneError, match="its columns are body .*, n "): get_source(f"{tmp_path}/{name}").documents()
+        with pytest.raises(CalibPruneError, match="its columns are body .*, n "):
+            get_source(f"{tmp_path}/{name}").documents()
     assert get_source(f"{tmp_path}/a.parquet:body").documents() == ["x"]
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(CalibPruneError, match="There is no file"): get_source(f"{tmp_path}/none.txt")
+    with pytest.raises(CalibPruneError, match="There is no file"):
+        get_source(f"{tmp_path}/none.txt")
     with pytest.raises(CalibPruneError, match="There is no file"): get_source("none.jsonl:body")
     with pytest.raises(CalibPruneError, match="hub:"): file_source(str(tmp_path))
 
@@ -368,7 +463,10 @@ def test_missing_files_and_folders(tmp_path):
 @pytest.mark.parametrize("name", ["", "c5", "wikipeda", "paper:c5", "PAPER:c4", "paper:c5@abc"])
 def test_unknown_names_suggest(name):
     with pytest.raises(CalibPruneError, match=f"Unknown source '{name}'"): get_source(name)
-    if name == "wikipeda": assert "Did you mean 'wikipedia'" in str(pytest.raises(CalibPruneError, get_source, name).value)
+    if name == "wikipeda":
+        assert "Did you mean 'wikipedia'" in str(
+            pytest.raises(CalibPruneError, get_source, name).value
+        )
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
@@ -378,7 +476,8 @@ def test_any_text_survives_jsonl(tmp_path_factory, texts):
     wanted = list(dict.fromkeys(t.strip() for t in texts if t.strip()))
     if wanted: assert get_source(str(path)).documents() == wanted
     else:
-        with pytest.raises(CalibPruneError, match="holds no text"): get_source(str(path)).documents()
+        with pytest.raises(CalibPruneError, match="holds no text"):
+            get_source(str(path)).documents()
 
 
 # What was really fetched
@@ -409,7 +508,10 @@ def test_an_edited_text_in_the_cache_is_refused(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").symlink_to(cache_dir() / "manifest.json")
     (tmp_path / "sources/c4.jsonl").write_bytes(data.replace(b"a", b"e"))
     monkeypatch.setenv("CALIB_PRUNE_CACHE", str(tmp_path))
-    with pytest.raises(CalibPruneError, match="c4.jsonl is broken: its content is not what was fetched"): SOURCES["c4"].documents()
+    with pytest.raises(
+        CalibPruneError, match="c4.jsonl is broken: its content is not what was fetched"
+    ):
+        SOURCES["c4"].documents()
 
 
 @pytest.mark.real
@@ -428,10 +530,13 @@ def test_real_revisions_name_wheel_and_content():
 @pytest.mark.real
 def test_real_heldout_text_is_in_no_general_source():
     def grams(texts, n=13):
-        return {tuple(w[i:i + n]) for t in texts if (w := re.findall(r"\w+", t.lower())) for i in range(len(w) - n + 1)}
+        return {
+            tuple(w[i:i + n]) for t in texts if (w := re.findall(r"\w+", t.lower()))
+            for i in range(len(w) - n + 1)}
     held = grams(t for s in HELDOUT.values() for t in s.documents()[:50])
     assert len(held) > 50_000
-    for name in ("c4", "openwebtext", "wikipedia", "news"): assert not held & grams(SOURCES[name].documents()), name
+    for name in ("c4", "openwebtext", "wikipedia", "news"):
+        assert not held & grams(SOURCES[name].documents()), name
 
 
 def test_replace_keeps_a_source_whole():

@@ -9,22 +9,46 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, false_discovery_control, permutation_test, rankdata, spearmanr
 
-from calib_prune.statistics.examples import example_study
-from calib_prune.statistics.ranks import (correlate, leave_one_out, pairings,
-                                                partial_spearman, permutation_p, resampled, resampling,
-                                                row_ranks, spearman, unit_correlation)
-from calib_prune.statistics.replicates import (OUTCOMES, best_of, bootstrap_retention, deviations, draw_spread, draw_variances,
-                                           noise_variance, paired_difference, retention_summary, shortfall, simultaneous,
-                                           source_dimension, spread, strategy_retention, without_noise)
+from calib_prune.calibration.sources import SUITE
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention_draws
-from calib_prune.resampling import interval
-from calib_prune.calibration.sources import SUITE
 from calib_prune.evaluation.tasks import TASKS
+from calib_prune.resampling import interval
+from calib_prune.statistics.examples import example_study
+from calib_prune.statistics.ranks import (
+    correlate,
+    leave_one_out,
+    pairings,
+    partial_spearman,
+    permutation_p,
+    resampled,
+    resampling,
+    row_ranks,
+    spearman,
+    unit_correlation,
+)
+from calib_prune.statistics.replicates import (
+    OUTCOMES,
+    best_of,
+    bootstrap_retention,
+    deviations,
+    draw_spread,
+    draw_variances,
+    noise_variance,
+    paired_difference,
+    retention_summary,
+    shortfall,
+    simultaneous,
+    source_dimension,
+    spread,
+    strategy_retention,
+    without_noise,
+)
 
 NUMBERS = st.lists(st.integers(-3, 3), min_size=4, max_size=12)  # few values, so many ties
 ACCURACY = OUTCOMES.index("Accuracy")
-SOME = {"c4": (0.8, 0.6, 0.5, 0.3), "stdlib": (0.4, 0.6, 0.8, 0.2), "uniform": (0.7, 0.65, 0.7, 0.4)}
+SOME = {
+    "c4": (0.8, 0.6, 0.5, 0.3), "stdlib": (0.4, 0.6, 0.8, 0.2), "uniform": (0.7, 0.65, 0.7, 0.4)}
 
 
 def fifteen(seed=0, low=0.2, high=0.9):
@@ -40,49 +64,69 @@ def test_replicates_are_those_of_evaluation_for_every_cell():
     assert found.values.shape == (51, 24, len(OUTCOMES)) and len(found.settings()) == 4
     for i, result in enumerate(list(study.values())[1:]):
         alone = retention_draws(study["dense"].items, result.items, 50, 3)
-        for j, name in enumerate(DIMENSIONS): np.testing.assert_allclose(found.values[:, i, j], alone["dimension", name], rtol=1e-12)
+        for j, name in enumerate(DIMENSIONS):
+            np.testing.assert_allclose(found.values[:, i, j], alone["dimension", name], rtol=1e-12)
         np.testing.assert_allclose(found.values[:, i, 4], alone["total", "total"], rtol=1e-12)
-        assert math.isclose(found.values[0, i, ACCURACY], commonsense_accuracy(result.items), rel_tol=1e-12)
+        assert math.isclose(
+            found.values[0, i, ACCURACY], commonsense_accuracy(result.items), rel_tol=1e-12
+        )
 
 
 def test_replicates_do_not_depend_on_the_order_of_items():
     study = example_study(SOME, seed=1)
-    shuffled = {k: type(r)(r.record, r.rows, r.items.sample(frac=1, random_state=5), {}) for k, r in study.items()}
-    np.testing.assert_array_equal(bootstrap_retention(study, 20).values, bootstrap_retention(shuffled, 20).values)
+    shuffled = {
+        k: type(r)(r.record, r.rows, r.items.sample(frac=1, random_state=5), {})
+        for k, r in study.items()
+    }
+    np.testing.assert_array_equal(
+        bootstrap_retention(study, 20).values, bootstrap_retention(shuffled, 20).values
+    )
 
 
 def test_a_missing_dimension_leaves_the_total_out():
     study = example_study(SOME)
     for r in study.values(): r.items = r.items[r.items.dimension != "Math"]
     found = strategy_retention(bootstrap_retention(study, 20))
-    assert np.isnan(found.values[..., [3, 4, 5]]).all() and not np.isnan(found.values[..., [0, 1, 2, 6]]).any()
+    assert (
+        np.isnan(found.values[..., [3, 4, 5]]).all()
+        and not np.isnan(found.values[..., [0, 1, 2, 6]]).any()
+    )
     assert set(spread(found)["dimension"]) == {"General", "Commonsense", "Code", "Accuracy"}
 
 
 def test_bad_studies_are_named():
     study = example_study(SOME)
-    with pytest.raises(CalibPruneError, match="'dense'"): bootstrap_retention({k: r for k, r in study.items() if k != "dense"}, 5)
-    with pytest.raises(CalibPruneError, match="no pruned model"): bootstrap_retention({"dense": study["dense"]}, 5)
+    with pytest.raises(CalibPruneError, match="'dense'"):
+        bootstrap_retention({k: r for k, r in study.items() if k != "dense"}, 5)
+    with pytest.raises(CalibPruneError, match="no pruned model"):
+        bootstrap_retention({"dense": study["dense"]}, 5)
     cell = study["c4-sparsegpt-0.6-n32-s0"]
     cell.items = cell.items.iloc[:-1]
-    with pytest.raises(CalibPruneError, match="basic_skills_arithmetic"): bootstrap_retention(study, 5)
+    with pytest.raises(CalibPruneError, match="basic_skills_arithmetic"):
+        bootstrap_retention(study, 5)
     zero = example_study(SOME)
     zero["dense"].items.loc[lambda o: o.task == "piqa", "value"] = 0.0
     with pytest.raises(CalibPruneError, match="piqa"): bootstrap_retention(zero, 5)
 
 
-@pytest.mark.parametrize("mix,dimension", [("c4", "General"), ("stdlib", "Code"), ("paper:metamath", "Math"), ("uniform", ""),
+@pytest.mark.parametrize("mix,dimension", [("c4", "General"), ("stdlib", "Code"),
+                                           ("paper:metamath", "Math"), ("uniform", ""),
                                            ("c4=0.5,math=0.5", ""), ("my/text.txt", "")])
 def test_which_mix_is_one_source(mix, dimension):
     assert source_dimension(mix) == dimension
 
 
 def test_windows_are_a_coordinate():
-    study = example_study(SOME) | {k + "w": r for k, r in example_study({"c4": (0.5,) * 4}).items() if k != "dense"}
+    study = example_study(SOME) | {
+        k + "w": r for k, r in example_study({"c4": (0.5,) * 4}).items() if k != "dense"
+    }
     for k, r in study.items(): r.record["windows"] = 64 if k.endswith("w") else None
     found = strategy_retention(bootstrap_retention(study, 10))
     assert [o["windows"] for o in found.settings()] == [None, 64]
-    assert math.isclose(found.of("c4", windows=64)[0, 4], 0.5) and len(found.where(windows=None).cells) == 3
+    assert (
+        math.isclose(found.of("c4", windows=64)[0, 4], 0.5)
+        and len(found.where(windows=None).cells) == 3
+    )
     with pytest.raises(CalibPruneError, match="2 rows"): found.of("c4")
 
 
@@ -90,8 +134,11 @@ def test_windows_are_a_coordinate():
 
 
 def test_means_over_draws():
-    study = example_study({"c4": (0.5, 0.5, 0.5, 0.5)}, seeds=(0,)) | \
-            {k + "b": r for k, r in example_study({"c4": (0.7, 0.6, 0.5, 0.4)}, seeds=(1,)).items() if k != "dense"}
+    study = example_study({"c4": (0.5, 0.5, 0.5, 0.5)}, seeds=(0,)) | {
+        k + "b": r
+        for k, r in example_study({"c4": (0.7, 0.6, 0.5, 0.4)}, seeds=(1,)).items()
+        if k != "dense"
+    }
     found = strategy_retention(bootstrap_retention(study, 30))
     np.testing.assert_allclose(found.values[0, 0, :4], [0.6, 0.55, 0.5, 0.45])
     assert found.cells["draws"].tolist() == [2] and found.noise == "items and draws"
@@ -104,15 +151,23 @@ def test_deviations_have_the_pooled_variance(sizes, seed):
     groups = [list(range(a, b)) for a, b in itertools.pairwise(ends)]
     found, many = deviations(values, groups), [g for g in groups if len(g) > 1]
     assert len(found) == sum(map(len, many))
-    if many: assert np.isclose((found**2).mean(), np.average([values[g].var(ddof=1) for g in many], weights=list(map(len, many))))
+    if many:
+        assert np.isclose(
+            (found**2).mean(),
+            np.average([values[g].var(ddof=1) for g in many], weights=list(map(len, many))),
+        )
 
 
 def test_the_spread_between_draws_is_unbiased():
     kept = dict.fromkeys(SUITE, (0.5, 0.5, 0.6, 0.5))
-    found = [draw_spread(bootstrap_retention(example_study(kept, seeds=(0, 1, 2), n=100, draw_sd=0.04, seed=s), 60)) for s in range(6)]
+    found = [
+        draw_spread(
+            bootstrap_retention(example_study(kept, seeds=(0, 1, 2), n=100, draw_sd=0.04, seed=s),
+                                60)) for s in range(6)]
     sd = pd.concat(found).query("dimension in ('General', 'Code', 'Math')")
     assert 0.85 * 0.04 < math.sqrt((sd["sd"] ** 2).mean()) < 1.15 * 0.04
-    assert np.isclose(sd.query("dimension == 'Math'")["items_sd"].mean(), 0.05, atol=0.004)  # √(0.5·0.5/100)
+    # √(0.5·0.5/100)
+    assert np.isclose(sd.query("dimension == 'Math'")["items_sd"].mean(), 0.05, atol=0.004)
     assert (sd["freedom"] == 30).all()
 
 
@@ -120,21 +175,31 @@ def test_intervals_cover_the_truth_with_two_draws_and_would_not_without_their_no
     covered, without = [], []
     for s in range(6):
         kept = fifteen(s, 0.3, 0.8)
-        cells = bootstrap_retention(example_study(kept, seeds=(0, 1), n=300, draw_sd=0.06, seed=s), 300)
+        cells = bootstrap_retention(
+            example_study(kept, seeds=(0, 1), n=300, draw_sd=0.06, seed=s), 300
+        )
         truth = np.array(list(kept.values())).ravel()
-        inside = lambda table: table[table["dimension"].isin(DIMENSIONS)].assign(t=truth).eval("ci_low <= t <= ci_high").mean()
+        inside = lambda table: table[table["dimension"].isin(DIMENSIONS)].assign(t=truth).eval(
+            "ci_low <= t <= ci_high").mean()
         covered.append(inside(retention_summary(strategy_retention(cells))))
-        items_only = np.stack([cells.values[:, cells.cells["strategy"] == o].mean(1) for o in kept], 1)
+        items_only = np.stack(
+            [cells.values[:, cells.cells["strategy"] == o].mean(1) for o in kept], 1
+        )
         low, high = np.quantile(items_only[1:, :, :4], [0.025, 0.975], axis=0)
         without.append(((low.ravel() <= truth) & (truth <= high.ravel())).mean())
     assert 0.90 < np.mean(covered) < 0.985 and np.mean(without) < 0.8
 
 
 def test_intervals_cover_the_truth_where_few_draws_tell_of_their_spread(monkeypatch):
-    kept = {"c4": (0.5, 0.5, 0.5, 0.5), "math": (0.4, 0.6, 0.7, 0.5), "uniform": (0.6, 0.5, 0.4, 0.6)}
+    kept = {
+        "c4": (0.5, 0.5, 0.5, 0.5), "math": (0.4, 0.6, 0.7, 0.5), "uniform": (0.6, 0.5, 0.4, 0.6)}
     truth = np.array(list(kept.values())).ravel()
-    made = [bootstrap_retention(example_study(kept, seeds=(0, 1), n=200, draw_sd=0.08, seed=s), 300) for s in range(25)]
-    inside = lambda table: table[table["dimension"].isin(DIMENSIONS)].assign(t=truth).eval("ci_low <= t <= ci_high").mean()
+    made = [
+        bootstrap_retention(example_study(kept, seeds=(0, 1), n=200, draw_sd=0.08, seed=s), 300)
+        for s in range(25)
+    ]
+    inside = lambda table: table[table["dimension"].isin(DIMENSIONS)].assign(t=truth).eval(
+        "ci_low <= t <= ci_high").mean()
     covered = np.mean([inside(retention_summary(strategy_retention(o))) for o in made])
     def known(spread, n_boot, rng):
         variance = (spread.set_index("dimension")["sd"] ** 2).reindex(OUTCOMES).fillna(0)
@@ -145,22 +210,37 @@ def test_intervals_cover_the_truth_where_few_draws_tell_of_their_spread(monkeypa
 
 
 def test_a_variance_between_draws_is_never_cut_to_zero():
-    "The items' part is larger than all that is seen, as chance has it in a third of the studies: the interval still includes draws."
-    known = pd.DataFrame([dict(dimension="Code", seen=1.0, items=2.0, freedom=29), dict(dimension="Math", seen=4.0, items=1.0, freedom=29),
-                          dict(dimension="Total", seen=0.0, items=0.0, freedom=29), dict(dimension="General", seen=4.0, items=1.0, freedom=1)])
+    """The items' part is larger than all that is seen, as chance has it in a third of the studies:
+    the interval still includes draws."""
+    known = pd.DataFrame([
+        dict(dimension="Code", seen=1.0, items=2.0, freedom=29),
+        dict(dimension="Math", seen=4.0, items=1.0, freedom=29),
+        dict(dimension="Total", seen=0.0, items=0.0, freedom=29),
+        dict(dimension="General", seen=4.0, items=1.0, freedom=1)])
     taken = pd.DataFrame(draw_variances(known, 20_000, np.random.default_rng(0)), columns=OUTCOMES)
     assert (taken["Code"] > 0).all() and 0.02 < taken["Code"].median() < 1
-    assert np.isclose(taken["Math"].median(), 3, atol=0.2) and (taken["Math"] > 0).all() and (taken["Total"] == 0).all()
-    assert taken["General"].quantile(0.975) > 100 > taken["Math"].quantile(0.975), "one degree of freedom says little"
+    assert np.isclose(taken["Math"].median(), 3,
+                      atol=0.2) and (taken["Math"] > 0).all() and (taken["Total"] == 0).all()
+    assert (
+        taken["General"].quantile(0.975) > 100 > taken["Math"].quantile(0.975)
+    ), "one degree of freedom says little"
 
 
 def test_a_number_is_the_same_in_every_part_of_a_study():
-    "Windows that vary elsewhere, other methods and ablations change nothing: one stream of resamples for the whole study."
+    """Windows that vary elsewhere, other methods and ablations change nothing: one stream of
+    resamples for the whole study."""
     study = example_study(SOME, ("sparsegpt", "wanda"), (0.5, 0.6), (0, 1), draw_sd=0.05, seed=0)
-    small = {k + "w": replace(r, record=r.record | dict(windows=8)) for k, r in study.items() if k != "dense"}
-    all_of_it, without = (strategy_retention(bootstrap_retention(o, 50)) for o in (study | small, study))
+    small = {
+        k + "w": replace(r, record=r.record | dict(windows=8))
+        for k, r in study.items()
+        if k != "dense"
+    }
+    all_of_it, without = (
+        strategy_retention(bootstrap_retention(o, 50)) for o in (study | small, study)
+    )
     at = dict(method="sparsegpt", sparsity=0.6, windows=32)
-    for name in SOME: np.testing.assert_array_equal(all_of_it.of(name, **at), without.of(name, **at))
+    for name in SOME:
+        np.testing.assert_array_equal(all_of_it.of(name, **at), without.of(name, **at))
 
 
 def test_same_seed_same_numbers():
@@ -176,25 +256,43 @@ def test_same_seed_same_numbers():
 def test_a_difference_is_that_of_evaluation():
     study = example_study(SOME, seed=2)
     mine = paired_difference(bootstrap_retention(study, 80), "uniform", "c4").set_index("dimension")
-    theirs = difference(study["dense"].items, study["uniform-sparsegpt-0.6-n32-s0"].items, study["c4-sparsegpt-0.6-n32-s0"].items, 80).set_index("name")
+    theirs = difference(study["dense"].items, study["uniform-sparsegpt-0.6-n32-s0"].items,
+                        study["c4-sparsegpt-0.6-n32-s0"].items, 80).set_index("name")
     for name, other in (("Total", "total"), *((d, d) for d in DIMENSIONS)):
-        expected = theirs[theirs["level"] != "task"].loc[other, ["difference", "ci_low", "ci_high"]].astype(float)
-        np.testing.assert_allclose(mine.loc[name, ["difference", "ci_low", "ci_high"]].astype(float), expected, rtol=1e-9)
+        expected = theirs[theirs["level"] != "task"].loc[
+            other, ["difference", "ci_low", "ci_high"]].astype(float)
+        np.testing.assert_allclose(
+            mine.loc[name, ["difference", "ci_low", "ci_high"]].astype(float), expected, rtol=1e-9
+        )
 
 
 def test_unknown_strategies_and_lone_ones():
     found = bootstrap_retention(example_study(SOME), 5)
-    with pytest.raises(CalibPruneError, match="'unifrom'.*'uniform'"): paired_difference(found, "unifrom", "c4")
+    with pytest.raises(CalibPruneError, match="'unifrom'.*'uniform'"):
+        paired_difference(found, "unifrom", "c4")
     with pytest.raises(CalibPruneError, match="two strategies"): spread(found.where(strategy="c4"))
 
 
 def test_a_spread_without_noise():
-    found = [spread(strategy_retention(bootstrap_retention(example_study(kept, n=100, seed=s), 150))).set_index("dimension")
-             for s, kept in enumerate([dict.fromkeys(SUITE, (0.5,) * 4)] * 5)]
+    found = [
+        spread(
+            strategy_retention(bootstrap_retention(example_study(kept, n=100, seed=s), 150))
+        ).set_index("dimension")
+        for s, kept in enumerate([dict.fromkeys(SUITE, (0.5,) * 4)] * 5)
+    ]
     assert all(o.loc["Math", "spread"] > 0.1 for o in found)
-    assert np.isclose(np.mean([o.loc["Math", "by_chance"] / o.loc["Math", "spread"] for o in found]), 1, atol=0.2)
-    assert np.mean([o.loc["Math", "true_spread"] for o in found]) < 0.09 and np.mean([o.loc["Math", "ci_low"] < 0.03 for o in found]) > 0.7
-    exact = spread(bootstrap_retention(example_study({"c4": (0.9, 0.5, 0.5, 0.5), "math": (0.4, 0.5, 0.5, 0.5)}, n=4000), 50))
+    assert np.isclose(
+        np.mean([o.loc["Math", "by_chance"] / o.loc["Math", "spread"] for o in found]), 1, atol=0.2
+    )
+    assert (
+        np.mean([o.loc["Math", "true_spread"] for o in found]) < 0.09
+        and np.mean([o.loc["Math", "ci_low"] < 0.03 for o in found]) > 0.7
+    )
+    exact = spread(
+        bootstrap_retention(
+            example_study({"c4": (0.9, 0.5, 0.5, 0.5), "math": (0.4, 0.5, 0.5, 0.5)}, n=4000), 50
+        )
+    )
     assert np.isclose(exact["true_spread"][0], 0.5, atol=0.01) and exact["true_spread"][1] == 0
     assert exact["lowest"][0] == "math" and exact["highest"][0] == "c4"
 
@@ -221,7 +319,9 @@ def test_a_replicate_without_a_value_leaves_no_interval_of_zero():
     delta = np.random.default_rng(0).normal(size=(1001, 6)) + 3
     one, many = delta.copy(), delta.copy()
     one[7, 2], many[1:30, 2] = np.nan, np.nan
-    assert best_of(one) == pytest.approx(best_of(delta), abs=0.1) and np.isnan(best_of(many)[1:]).all()
+    assert (
+        best_of(one) == pytest.approx(best_of(delta), abs=0.1) and np.isnan(best_of(many)[1:]).all()
+    )
     low, high = simultaneous(one)
     assert np.isfinite([low, high]).all() and np.isnan(simultaneous(many)).all()
     values = np.random.default_rng(1).normal(size=(1001, 3, 4)) * 0.01 + np.eye(4)[:3]
@@ -235,7 +335,10 @@ def test_noise_that_is_not_known_is_no_signal():
     few, many = values.copy(), values.copy()
     few[1:4, 0, 0], many[1:30, 0, 0] = np.nan, np.nan
     assert noise_variance(few) == pytest.approx(noise_variance(values), rel=0.05)
-    assert np.isnan(noise_variance(many)).tolist() == [True, False] and np.isnan(without_noise(many)[:, 0]).all()
+    assert (
+        np.isnan(noise_variance(many)).tolist() == [True, False]
+        and np.isnan(without_noise(many)[:, 0]).all()
+    )
 
 
 # --- rank correlation
@@ -252,7 +355,8 @@ def test_spearman_is_scipys(x, random):
 def test_ranks_of_many_rows_are_scipys(rows, n, random):
     values = np.array(random.choices(range(-3, 4), k=rows * n)).reshape(rows, n)
     unknown = np.where(values == 3, np.nan, values)  # a row with a NaN has no ranks
-    for some in (values, values + 0.5, values.astype(np.int16), unknown): np.testing.assert_array_equal(row_ranks(some), rankdata(some, axis=1))
+    for some in (values, values + 0.5, values.astype(np.int16), unknown):
+        np.testing.assert_array_equal(row_ranks(some), rankdata(some, axis=1))
 
 
 @given(st.integers(2, 15), st.randoms())
@@ -262,7 +366,8 @@ def test_ranks_in_resamples_correlate_as_the_resamples_do(n, random):
     plan = resampling(np.zeros(n, int), 30, 9, 0)
     for other, drawn in ((y, y[plan.taken]), (many, np.take_along_axis(many[1:], plan.taken, 1))):
         mine = unit_correlation(plan.ranks(x), plan.ranks(other))
-        np.testing.assert_allclose(mine, spearman(x[plan.taken], drawn), atol=1e-12)  # NaN where one does not vary
+        # NaN where one does not vary
+        np.testing.assert_allclose(mine, spearman(x[plan.taken], drawn), atol=1e-12)
 
 
 @given(st.permutations(range(7)))
@@ -275,7 +380,10 @@ def test_spearman_in_closed_form(order):
 def test_partial_is_the_correlation_of_residuals(x, random):
     y, own = (np.array(random.choices(o, k=len(x))) for o in (range(-3, 4), (0, 1)))
     assume(0 < own.sum() < len(own))
-    rest = [r - np.where(own == 1, r[own == 1].mean(), r[own == 0].mean()) for r in (rankdata(x), rankdata(y))]
+    rest = [
+        r - np.where(own == 1, r[own == 1].mean(), r[own == 0].mean())
+        for r in (rankdata(x), rankdata(y))
+    ]
     assume(all(np.abs(o).max() > 1e-9 for o in rest))
     assert np.isclose(partial_spearman(np.array(x), y, own), np.corrcoef(*rest)[0, 1], atol=1e-7)
 
@@ -285,13 +393,24 @@ def test_partial_is_the_correlation_of_residuals(x, random):
 def test_permutation_p_is_scipys(x, random):
     y = random.choices(range(-3, 4), k=len(x))
     assume(len(set(x)) > 1 and len(set(y)) > 1)
-    theirs = permutation_test((x,), lambda o: spearmanr(o, y).statistic, permutation_type="pairings", n_resamples=math.factorial(len(x)))
-    assert np.isclose(permutation_p(np.array(x), np.array(y)[:, None], *pairings(np.zeros(len(x)), 720, 0))[0], theirs.pvalue)
+    theirs = permutation_test(
+        (x,),
+        lambda o: spearmanr(o, y).statistic,
+        permutation_type="pairings",
+        n_resamples=math.factorial(len(x)),
+    )
+    assert np.isclose(
+        permutation_p(np.array(x), np.array(y)[:, None], *pairings(np.zeros(len(x)), 720, 0))[0],
+        theirs.pvalue,
+    )
 
 
 def test_drawn_permutations_come_near_all_of_them():
     x, y = np.random.default_rng(4).normal(size=(2, 8))
-    exact, drawn = (permutation_p(x, y[:, None], *pairings(np.zeros(8), n, 0))[0] for n in (math.factorial(8), 20000))
+    exact, drawn = (
+        permutation_p(x, y[:, None], *pairings(np.zeros(8), n, 0))[0]
+        for n in (math.factorial(8), 20000)
+    )
     assert abs(exact - drawn) < 0.015 and pairings(np.zeros(8), 20000, 0)[1] is False
 
 
@@ -300,20 +419,29 @@ def test_sources_change_places_inside_their_group_only(groups, seed):
     groups = np.array(groups)
     for n_perm in (5, 1000):
         taken, whole = pairings(groups, n_perm, seed)
-        assert (groups[taken] == groups).all() and (np.sort(taken, 1) == np.arange(len(groups))).all()
-        if whole: assert len(np.unique(taken, axis=0)) == len(taken) == math.prod(math.factorial(o) for o in np.bincount(groups))
+        assert (groups[taken] == groups).all() and (
+            np.sort(taken, 1) == np.arange(len(groups))
+        ).all()
+        if whole:
+            assert len(np.unique(taken, axis=0)) == len(taken) == math.prod(
+                math.factorial(o) for o in np.bincount(groups))
     assert (groups[resampled(groups, 7, seed)] == groups).all()
 
 
 def test_p_values_are_uniform_without_a_relation():
     rng, plan = np.random.default_rng(0), pairings(np.r_[np.zeros(11), np.ones(4)], 999, 0)
-    p = np.array([permutation_p(*rng.normal(size=(2, 15))[[0]], rng.normal(size=(15, 1)), *plan)[0] for _ in range(600)])
+    p = np.array([
+        permutation_p(*rng.normal(size=(2, 15))[[0]], rng.normal(size=(15, 1)), *plan)[0]
+        for _ in range(600)])
     assert abs((p < 0.05).mean() - 0.05) < 0.025 and abs((p < 0.5).mean() - 0.5) < 0.06
 
 
 def test_leave_one_out_is_a_loop():
     x, y = np.random.default_rng(1).normal(size=(2, 9))
-    np.testing.assert_allclose(leave_one_out(x, y), [spearmanr(np.delete(x, i), np.delete(y, i)).statistic for i in range(9)])
+    np.testing.assert_allclose(
+        leave_one_out(x, y),
+        [spearmanr(np.delete(x, i), np.delete(y, i)).statistic for i in range(9)],
+    )
 
 
 def test_rho_intervals_cover_the_truth():
@@ -330,8 +458,15 @@ def test_rho_intervals_cover_the_truth():
 def test_the_interval_is_the_percentile_bootstrap():
     x, y = np.random.default_rng(2).normal(size=(2, 15))
     taken = resampled(np.zeros(15), 4000, 0)
-    theirs = bootstrap((x, y), lambda a, b: spearmanr(a, b).statistic, paired=True, vectorized=False, method="percentile",
-                       n_resamples=1500, rng=np.random.default_rng(0)).confidence_interval
+    theirs = bootstrap(
+        (x, y),
+        lambda a, b: spearmanr(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        n_resamples=1500,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
     np.testing.assert_allclose(interval(spearman(x[taken], y[taken])), theirs, atol=0.05)
 
 
@@ -339,22 +474,35 @@ def test_the_interval_is_the_percentile_bootstrap():
 
 
 def metrics(kept, **more):
-    rows = [dict(strategy=o, seed=s, metric=m, value=v, applicable=m != "delay", note="static" if m == "delay" else "") for s in (0, 1)
-            for o, k in kept.items() for m, v in dict(distortion=math.exp(k[0]), code=k[2] + 0.1 * s, same=3.0, delay=math.nan, **more).items()]
+    rows = [
+        dict(strategy=o,
+             seed=s,
+             metric=m,
+             value=v,
+             applicable=m != "delay",
+             note="static" if m == "delay" else "") for s in (0, 1) for o, k in kept.items() for m,
+        v in dict(distortion=math.exp(k[0]), code=k[2] +
+                  0.1 * s, same=3.0, delay=math.nan, **more).items()]
     return pd.DataFrame(rows)
 
 
 @pytest.fixture(scope="module")
 def table():
     kept, other = fifteen(0), fifteen(1)
-    study = example_study(kept, ("sparsegpt",), seeds=(0, 1), n=200) | example_study(other, ("wanda",), n=200)
+    study = example_study(kept, ("sparsegpt",), seeds=(0, 1), n=200) | example_study(
+        other, ("wanda",), n=200
+    )
     return correlate(metrics(kept), strategy_retention(bootstrap_retention(study, 200)), 999)
 
 
 def test_methods_are_never_pooled(table):
-    general = table.query("metric == 'distortion' and dimension == 'General'").set_index("method")["rho"]
+    general = table.query("metric == 'distortion' and dimension == 'General'").set_index("method")[
+        "rho"
+    ]
     assert general["sparsegpt"] > 0.97
-    expected = spearmanr([o[0] for o in fifteen(0).values()], [round(o[0] * 200) for o in fifteen(1).values()]).statistic
+    expected = spearmanr(
+        [o[0] for o in fifteen(0).values()], [round(o[0] * 200) for o in fifteen(1).values()]
+    ).statistic
     assert np.isclose(general["wanda"], expected)
 
 
@@ -367,14 +515,22 @@ def test_the_family_is_the_whole_table(table):
 
 def test_what_cannot_be_correlated_has_a_reason_and_no_number(table):
     reasons = table[table["p"].isna()].groupby("metric")["reason"].unique()
-    assert reasons["same"].tolist() == ["the same for every source"] and reasons["delay"].tolist() == ["static"]
+    assert reasons["same"].tolist() == ["the same for every source"] and reasons[
+        "delay"
+    ].tolist() == ["static"]
     assert table.loc[table["p"].isna(), ["rho", "ci_low", "q", "partial"]].isna().all(axis=None)
-    assert table.query("dimension == 'Total'")["partial"].isna().all() and table.loc[table["p"].notna() & (table["dimension"] == "Code"), "partial"].notna().all()
+    assert (
+        table.query("dimension == 'Total'")["partial"].isna().all()
+        and table.loc[table["p"].notna() & (table["dimension"] == "Code"), "partial"].notna().all()
+    )
 
 
 def test_only_the_metrics_asked_for_get_intervals(table):
     kept = fifteen(0)
-    found = strategy_retention(bootstrap_retention(example_study(kept, ("sparsegpt",), seeds=(0, 1), n=200) | example_study(fifteen(1), ("wanda",), n=200), 200))
+    found = strategy_retention(
+        bootstrap_retention(
+            example_study(kept, ("sparsegpt", ), seeds=(0, 1), n=200)
+            | example_study(fifteen(1), ("wanda", ), n=200), 200))
     some = correlate(metrics(kept), found, 999, in_full=["distortion"])
     same = ["n", "rho", "p", "q", "reason"]
     pd.testing.assert_frame_equal(some[same], table[same])
@@ -384,35 +540,57 @@ def test_only_the_metrics_asked_for_get_intervals(table):
 
 
 def test_which_noise_the_interval_has_is_said(table):
-    assert table.groupby("method")["noise"].unique().map(list).to_dict() == {"sparsegpt": ["items and draws"], "wanda": ["items only"]}
-    assert ((table["ci_low"] <= table["rho"]) & (table["loo_low"] <= table["rho"]) & (table["rho"] <= table["loo_high"]))[table["p"].notna()].all()
+    assert table.groupby("method")["noise"].unique().map(list).to_dict() == {
+        "sparsegpt": ["items and draws"],
+        "wanda": ["items only"],
+    }
+    assert ((table["ci_low"] <= table["rho"]) & (table["loo_low"] <= table["rho"]) &
+            (table["rho"] <= table["loo_high"]))[table["p"].notna()].all()
 
 
 def test_code_text_that_keeps_code_is_seen_through():
     rng = np.random.default_rng(0)
-    kept = {o: (0.5, 0.5, (0.8 if s.dimension == "Code" else 0.4) + 0.05 * rng.random(), 0.5) for o, s in SUITE.items()}
+    kept = {
+        o: (0.5, 0.5, (0.8 if s.dimension == "Code" else 0.4) + 0.05 * rng.random(), 0.5)
+        for o, s in SUITE.items()
+    }
     found = strategy_retention(bootstrap_retention(example_study(kept, n=50), 200))
-    low = {o: (0, 0, 0 if s.dimension == "Code" else 1) for o, s in SUITE.items()}  # a low metric for code, luck otherwise
-    measured = pd.DataFrame([dict(strategy=o, metric="distortion", value=10 * v[2] + rng.random()) for o, v in low.items()])
+    # a low metric for code, luck otherwise
+    low = {o: (0, 0, 0 if s.dimension == "Code" else 1) for o, s in SUITE.items()}
+    measured = pd.DataFrame([
+        dict(strategy=o, metric="distortion", value=10 * v[2] + rng.random())
+        for o, v in low.items()])
     row = correlate(measured, found, 999).query("dimension == 'Code'").iloc[0]
-    assert row["rho"] < -0.5 and row["p"] < 0.1 and abs(row["partial"]) < 0.3 and row["partial_p"] > 0.2 and row["partial_low"] < 0 < row["partial_high"]
-    assert correlate(measured, found, 999).query("dimension == 'General'")["reason"].tolist() == ["every source kept the same"]
+    assert row["rho"] < -0.5 and row["p"] < 0.1 and abs(
+        row["partial"]
+    ) < 0.3 and row["partial_p"] > 0.2 and row["partial_low"] < 0 < row["partial_high"]
+    assert correlate(measured, found, 999).query("dimension == 'General'")["reason"].tolist() == [
+        "every source kept the same"
+    ]
 
 
 def test_metrics_that_do_not_fit():
     found = strategy_retention(bootstrap_retention(example_study(fifteen()), 20))
     good = metrics(fifteen())
-    with pytest.raises(CalibPruneError, match="'value'"): correlate(good.drop(columns="value"), found)
-    with pytest.raises(CalibPruneError, match="math"): correlate(good[good["strategy"] != "math"], found)
-    with pytest.raises(CalibPruneError, match="5 single sources"): correlate(good, found.where(source_dimension="Code"))
+    with pytest.raises(CalibPruneError, match="'value'"):
+        correlate(good.drop(columns="value"), found)
+    with pytest.raises(CalibPruneError, match="math"):
+        correlate(good[good["strategy"] != "math"], found)
+    with pytest.raises(CalibPruneError, match="5 single sources"):
+        correlate(good, found.where(source_dimension="Code"))
     holes = good.assign(value=good["value"].where(good["strategy"] != "c4"))
-    assert "not measured" in correlate(holes, found, 99).query("metric == 'distortion'")["reason"].iloc[0]
+    assert (
+        "not measured"
+        in correlate(holes, found, 99).query("metric == 'distortion'")["reason"].iloc[0]
+    )
 
 
 def test_a_task_that_the_dense_model_cannot_do_is_left_out_where_others_measure_the_dimension():
     study = example_study(SOME)
     for r in study.values():
-        more = r.items[r.items.task == "piqa"].assign(task="hellaswag", metric=TASKS["hellaswag"].metric, value=0.0)
+        more = r.items[r.items.task == "piqa"].assign(
+            task="hellaswag", metric=TASKS["hellaswag"].metric, value=0.0
+        )
         r.items = pd.concat([r.items, more], ignore_index=True)
     found, plain = bootstrap_retention(study, 20), bootstrap_retention(example_study(SOME), 20)
     assert found.left_out == ("hellaswag",) and plain.left_out == ()

@@ -1,4 +1,5 @@
-"The GPU kernels against their plain forms: on a GPU where there is one, else in Triton's interpreter."
+"""The GPU kernels against their plain forms: on a GPU where there is one, else in Triton's
+interpreter."""
 import importlib.util
 import json
 import os
@@ -21,7 +22,9 @@ from calib_prune.pruning.masks import smallest, smallest_of_groups
 from calib_prune.pruning.sparsegpt import sparsegpt
 from calib_prune.pruning.sweep import sweep_compiled, sweep_torch
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no release for this platform")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton has no release for this platform"
+)
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,14 +32,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(scope="module")
 def kernels():
     from calib_prune.pruning import triton_kernels
-    assert triton_kernels.runs_on(DEVICE), "set TRITON_INTERPRET=1 before the first test imports Triton"
+    assert triton_kernels.runs_on(
+        DEVICE
+    ), "set TRITON_INTERPRET=1 before the first test imports Triton"
     return triton_kernels
 
 
 def problem(d_out, d_in, seed=0, dead=()):
     "A weight and the second moment of correlated inputs."
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(4 * d_in + 16, d_in, generator=rng) @ (torch.eye(d_in) + torch.randn(d_in, d_in, generator=rng) / d_in ** .5)
+    x = torch.randn(4 * d_in + 16, d_in, generator=rng) @ (
+        torch.eye(d_in) + torch.randn(d_in, d_in, generator=rng) / d_in**0.5
+    )
     x[:, list(dead)] = 0
     stats = SecondMoment(d_in)
     stats.update(x)
@@ -44,7 +51,8 @@ def problem(d_out, d_in, seed=0, dead=()):
 
 
 def both(kernels, weight, mask, inverse, pattern=None):
-    "Sweep copies with the plain form and with the kernel and compare everything that they leave behind."
+    """Sweep copies with the plain form and with the kernel and compare everything that they leave
+    behind."""
     plain, chosen = weight.clone(), mask.clone()
     squares = sweep_torch(plain, chosen, inverse, pattern)
     ours, mine = weight.to(DEVICE), mask.to(DEVICE)
@@ -58,14 +66,18 @@ def both(kernels, weight, mask, inverse, pattern=None):
 
 # --- the sweep
 
-@pytest.mark.parametrize("d_out,columns,share", [
-    (24, 64, 0.6), (40, 32, 0.6), (17, 7, 0.5), (1, 1, 1.0), (33, 20, 0.0), (20, 20, 1.0), (16, 128, 0.5), (3, 200, 0.6)])
+@pytest.mark.parametrize("d_out,columns,share", [(24, 64, 0.6), (40, 32, 0.6), (17, 7, 0.5),
+                                                 (1, 1, 1.0), (33, 20, 0.0), (20, 20, 1.0),
+                                                 (16, 128, 0.5), (3, 200, 0.6)])
 def test_sweep_equals_plain_form(kernels, d_out, columns, share):
-    "Tiles that are full, cut short in outputs and in columns, and wider than 128; nothing pruned, and everything."
+    """Tiles that are full, cut short in outputs and in columns, and wider than 128; nothing pruned,
+    and everything."""
     W, H = problem(d_out, columns, seed=d_out)
     inverse = factorise(H, block=columns).inverses[0]
     block = W.T.contiguous()
-    mask = smallest((block.abs() / inverse.diagonal()[:, None]).view(1, -1), int(share * W.numel())).view(block.shape)
+    mask = smallest(
+        (block.abs() / inverse.diagonal()[:, None]).view(1, -1), int(share * W.numel())
+    ).view(block.shape)
     result = both(kernels, block, mask, inverse)
     if share == 0: assert torch.equal(result, block)
     if share == 1: assert not result.any()
@@ -85,7 +97,9 @@ def test_sweep_pattern_ties_go_to_the_lowest_index(kernels):
     block[1::2] *= -1
     mask = torch.zeros(8, 5, dtype=torch.bool)
     result = both(kernels, block, mask, torch.eye(8), (2, 4))
-    assert torch.equal(result == 0, torch.tensor([[True], [True], [False], [False]] * 2).expand(8, 5))
+    assert torch.equal(
+        result == 0, torch.tensor([[True], [True], [False], [False]] * 2).expand(8, 5)
+    )
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
@@ -96,7 +110,9 @@ def test_sweep_of_views(kernels, pattern):
     mask = torch.rand(12, 16, generator=torch.Generator().manual_seed(0)).lt(0.5)
     ours, mine = W.clone().to(DEVICE).T, mask.clone().to(DEVICE).T
     plain, chosen = W.T.contiguous(), mask.T.contiguous()
-    squares = sweep_torch(plain, chosen, inverse, pattern), kernels.sweep_triton(ours, mine, inverse.to(DEVICE), pattern)
+    squares = sweep_torch(plain, chosen, inverse, pattern), kernels.sweep_triton(
+        ours, mine, inverse.to(DEVICE), pattern
+    )
     assert squares[1] == pytest.approx(squares[0], rel=1e-5) and torch.equal(mine.cpu(), chosen)
     torch.testing.assert_close(ours.cpu(), plain, rtol=1e-4, atol=1e-5)
 
@@ -111,9 +127,12 @@ def test_sweep_touches_nothing_else(kernels):
     assert (around[[0, 13]] == 7).all() and not (around[1:13] == 7).any()
 
 
-@pytest.mark.parametrize("d_out,d_in,block,how", [
-    (24, 64, 32, {"sparsity": 0.6}), (20, 200, 128, {"sparsity": 0.6}), (10, 72, 32, {"pattern": "2:4"}),
-    (6, 30, 12, {"pattern": (2, 3)}), (9, 40, 32, {"sparsity": 0.97}), (9, 40, 32, {"sparsity": 0})])
+@pytest.mark.parametrize("d_out,d_in,block,how", [(24, 64, 32, {"sparsity": 0.6}),
+                                                  (20, 200, 128, {"sparsity": 0.6}),
+                                                  (10, 72, 32, {"pattern": "2:4"}),
+                                                  (6, 30, 12, {"pattern": (2, 3)}),
+                                                  (9, 40, 32, {"sparsity": 0.97}),
+                                                  (9, 40, 32, {"sparsity": 0})])
 def test_whole_matrix(kernels, monkeypatch, d_out, d_in, block, how):
     "SparseGPT through the kernel is SparseGPT, dead inputs and a narrow last block included."
     W, H = problem(d_out, d_in, seed=d_in, dead=(1, d_in - 1))
@@ -124,7 +143,10 @@ def test_whole_matrix(kernels, monkeypatch, d_out, d_in, block, how):
     monkeypatch.setattr(sparsegpt_module, "_blocks_for", lambda device: blocks)
     result = sparsegpt(W, H, block=block, **how)
     assert len(calls) == (-(-d_in // block) if how != {"sparsity": 0} else 0)
-    assert torch.equal(result.weight == 0, expected.weight == 0) and result.sparsity == expected.sparsity
+    assert (
+        torch.equal(result.weight == 0, expected.weight == 0)
+        and result.sparsity == expected.sparsity
+    )
     torch.testing.assert_close(result.weight, expected.weight, rtol=1e-4, atol=1e-5)
     assert result.error == pytest.approx(expected.error, rel=1e-4) and result.dead == 2
 
@@ -134,46 +156,61 @@ def test_kernel_and_compiled_sweep_agree(kernels):
     inverse, compiled = factorise(H, block=24).inverses[0], W.T.contiguous()
     mask = smallest(compiled.abs().view(1, -1), 400).view(compiled.shape)
     ours = compiled.clone().to(DEVICE)
-    squares = sweep_compiled(compiled, mask, inverse), kernels.sweep_triton(ours, mask.to(DEVICE), inverse.to(DEVICE))
+    squares = sweep_compiled(compiled, mask, inverse), kernels.sweep_triton(
+        ours, mask.to(DEVICE), inverse.to(DEVICE)
+    )
     torch.testing.assert_close(ours.cpu(), compiled, rtol=1e-4, atol=1e-5)
     assert squares[1] == pytest.approx(squares[0], rel=1e-5)
 
 
 # --- Wanda's choice
 
-few_values = st.lists(st.sampled_from([0., -0., 1e-42, 1e-3, 1., 1.0000001, 2., 65504.]), min_size=1, max_size=37)
+few_values = st.lists(
+    st.sampled_from([0.0, -0.0, 1e-42, 1e-3, 1.0, 1.0000001, 2.0, 65504.0]), min_size=1, max_size=37
+)
 
 
 @settings(max_examples=60)
 @given(few_values, st.data())
 def test_choice_with_ties(kernels, row, data):
-    "Exactly k, the smallest, and of equal scores those with the lowest index: against Python's stable sort."
+    """Exactly k, the smallest, and of equal scores those with the lowest index: against Python's
+    stable sort."""
     k = data.draw(st.integers(0, len(row)))
     weight = torch.tensor([row, row[::-1]]) * torch.tensor(data.draw(st.sampled_from([1., -1.])))
-    mask = kernels.wanda_mask_triton(weight.to(DEVICE), torch.ones(len(row), device=DEVICE), k).cpu()
+    mask = kernels.wanda_mask_triton(
+        weight.to(DEVICE), torch.ones(len(row), device=DEVICE), k
+    ).cpu()
     for values, marked in zip(weight.abs().tolist(), mask.tolist(), strict=True):
-        assert np.flatnonzero(marked).tolist() == sorted(sorted(range(len(values)), key=values.__getitem__)[:k])
+        assert np.flatnonzero(marked).tolist() == sorted(
+            sorted(range(len(values)), key=values.__getitem__)[:k]
+        )
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 4), st.integers(1, 90), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-       st.booleans())
+@given(st.integers(1, 4), st.integers(1, 90), st.integers(0, 99),
+       st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
 def test_choice_equals_plain_form(kernels, d_out, d_in, seed, dtype, transposed):
     "Any width and type; norms that span many orders, and dead inputs."
     rng = torch.Generator().manual_seed(seed)
     weight = torch.randn(d_out, d_in, generator=rng).to(dtype)
-    norms = torch.exp(4 * torch.randn(d_in, generator=rng)) * (torch.rand(d_in, generator=rng) > 0.1)
+    norms = torch.exp(4 * torch.randn(d_in, generator=rng)) * (
+        torch.rand(d_in, generator=rng) > 0.1
+    )
     k = seed * d_in // 99
     given_weight = (weight.T.contiguous().T if transposed else weight).to(DEVICE)
     mask = kernels.wanda_mask_triton(given_weight, norms.to(DEVICE), k)
-    assert mask.dtype == torch.bool and torch.equal(mask.cpu(), smallest(weight.abs().float() * norms, k))
+    assert mask.dtype == torch.bool and torch.equal(
+        mask.cpu(), smallest(weight.abs().float() * norms, k)
+    )
 
 
 @settings(max_examples=25)
-@given(st.integers(1, 5), st.integers(1, 9), st.sampled_from([(2, 4), (1, 2), (4, 8), (3, 5), (1, 3)]), st.integers(0, 99))
+@given(st.integers(1, 5), st.integers(1, 9),
+       st.sampled_from([(2, 4), (1, 2), (4, 8), (3, 5), (1, 3)]), st.integers(0, 99))
 def test_choice_in_groups(kernels, d_out, groups, pattern, seed):
     rng = torch.Generator().manual_seed(seed)
-    weight = torch.randn(d_out, groups * pattern[1], generator=rng).round(decimals=1)  # ties are common
+    # ties are common
+    weight = torch.randn(d_out, groups * pattern[1], generator=rng).round(decimals=1)
     norms = torch.rand(weight.shape[1], generator=rng).round(decimals=1)
     mask = kernels.wanda_mask_triton(weight.to(DEVICE), norms.to(DEVICE), 0, pattern)
     assert torch.equal(mask.cpu(), smallest_of_groups(weight.abs() * norms, pattern))
@@ -184,21 +221,32 @@ def test_choice_in_groups(kernels, d_out, groups, pattern, seed):
 def run(code, **env):
     "Python in a fresh process, its environment changed; None removes a variable."
     env = {k: v for k, v in (os.environ | env).items() if v is not None}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT
+    )
 
 
 def test_clear_error_where_they_cannot_run(kernels):
     with pytest.raises(CalibPruneError, match="cannot run on meta here"):
         kernels.sweep_triton(torch.empty(4, 4, device="meta"), None, None)
-    code = ("import torch; from calib_prune.pruning.triton_kernels import runs_on, wanda_mask_triton as f; from calib_prune.core import *\n"
-            "print(runs_on('cpu'), runs_on('cuda'))\ntry: f(torch.ones(2, 2), torch.ones(2), 1)\nexcept CalibPruneError as e: print(e)")
+    code = (
+        "import torch; from calib_prune.pruning.triton_kernels import runs_on, wanda_mask_triton as"
+        " f; from calib_prune.core import *\nprint(runs_on('cpu'), runs_on('cuda'))\ntry:"
+        " f(torch.ones(2, 2), torch.ones(2), 1)\nexcept CalibPruneError as e: print(e)"
+    )
     out = run(code, TRITON_INTERPRET=None)
-    assert out.stdout.splitlines()[0] == "False True" and "cannot run on cpu here" in out.stdout and "TRITON_INTERPRET=1" in out.stdout
+    assert (
+        out.stdout.splitlines()[0] == "False True"
+        and "cannot run on cpu here" in out.stdout
+        and "TRITON_INTERPRET=1" in out.stdout
+    )
 
 
 def test_module_imports_without_triton():
-    out = run("import sys; sys.modules['triton'] = None; import calib_prune.pruning.triton_kernels as t; "
-              "print(t.runs_on('cuda'), t.runs_on('cpu'))")
+    out = run(
+        "import sys; sys.modules['triton'] = None; import calib_prune.pruning.triton_kernels as t; "
+        "print(t.runs_on('cuda'), t.runs_on('cpu'))"
+    )
     assert out.stdout.strip() == "False False", out.stderr
 
 
@@ -218,14 +266,16 @@ build("_sweep", "*fp32", 1, 90, N=0, M=0, STEP=1, GROUP=1, COLUMNS=128, ROWS=16)
 build("_sweep", "*fp32", 1, 80, N=2, M=4, STEP=4, GROUP=4, COLUMNS=128, ROWS=16)
 build("_smallest_of_row", "*bf16", 4, 90, COLUMNS=4096)
 build("_smallest_of_groups", "*bf16", 4, 80, N=2, M=4, GROUP=4, TILE=256)
-"""
+"""  # noqa: E501
 
 
 def test_kernels_compile_for_gpus(tmp_path):
-    "Down to machine code of two generations, without a GPU: no reduced-precision products, no local memory."
+    """Down to machine code of two generations, without a GPU: no reduced-precision products, no
+    local memory."""
     out = run(COMPILE, TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path))
-    assert out.stdout.splitlines() == ["_sweep 90 True", "_sweep 80 True", "_smallest_of_row 90 False",
-                                       "_smallest_of_groups 80 False"], out.stderr
+    assert out.stdout.splitlines() == [
+        "_sweep 90 True", "_sweep 80 True", "_smallest_of_row 90 False",
+        "_smallest_of_groups 80 False"], out.stderr
 
 
 # --- the measurement script
@@ -239,7 +289,9 @@ def bench():
 
 def test_measurement_script(kernels, tmp_path):
     out = tmp_path / "gpu-tiny.json"
-    assert bench().main(["--shapes", "16x40", "--device", DEVICE, "--repeats", "1", "--block", "16", "--out", str(out)]) == 0
+    assert bench().main([
+        "--shapes", "16x40", "--device", DEVICE, "--repeats", "1", "--block", "16", "--out",
+        str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["passed"] and [row["shape"] for row in result["shapes"]] == ["16x40"]
     assert result["shapes"][0]["checks"]["sweep"]["largest_difference"] < 1e-4

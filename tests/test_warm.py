@@ -1,4 +1,5 @@
-"Programs in forks of a warm process are what they would be in a fresh one: exit, signals, environment, threads, kernels."
+"""Programs in forks of a warm process are what they would be in a fresh one: exit, signals,
+environment, threads, kernels."""
 import json
 import os
 import signal
@@ -43,12 +44,13 @@ if do == "wait":  # with a child of its own
     signal.signal(signal.SIGINT, lambda *_: (print("interrupted", flush=True), sys.exit(7)))
     Path(more[0]).write_text(f"{os.getpid()} {child.pid} {os.getppid()}")
     time.sleep(60)
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interrupts_are_heeded():
-    "A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that."
+    """A shell without job control starts what runs in the background with SIGINT ignored, and
+    children inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -68,8 +70,16 @@ ENV = {k: v for k, v in os.environ.items() if k not in THREADS}
 def server(folder, name="socket", prepare="pass"):
     "A warm process that imports nothing."
     with listen(str(folder / name)) as listener, open(folder / f"{name}.log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-c", SERVER.format(prepare=prepare), str(listener.fileno())], cwd=folder, env=ENV,
-                                   stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[listener.fileno()])
+        process = subprocess.Popen(
+            [sys.executable, "-c",
+             SERVER.format(prepare=prepare),
+             str(listener.fileno())],
+            cwd=folder,
+            env=ENV,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[listener.fileno()])
     process.place = str(folder / name)
     try: yield process
     finally:
@@ -85,8 +95,15 @@ def warm(folder):
 
 def client(place, *argv, cwd, module="program", **env):
     more = {PLACE: place} if place else {}
-    return subprocess.Popen([sys.executable, "-m", "calib_prune.warm", "-m", module, *argv], cwd=cwd, env=ENV | more | env,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "calib_prune.warm", "-m", module, *argv],
+        cwd=cwd,
+        env=ENV | more | env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def ended(process, typed=""):
@@ -109,12 +126,16 @@ def parts(place, folder, note, **env):
     "A client whose program waits, and the numbers of the program, its child, and its parent."
     process = client(place, "wait", str(note), cwd=folder, **env)
     until = time.monotonic() + 20
-    while not (note.is_file() and note.read_text()): assert time.monotonic() < until and process.poll() is None; time.sleep(.02)
+    while not (note.is_file() and note.read_text()):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
     return process, *map(int, note.read_text().split())
 
 
-@pytest.mark.parametrize("do", [("exit", "0"), ("exit", "3"), ("exit", "None"), ("exit", "'a message'"), ("exit", "300"), ("raise",),
-                                ("atexit",), ("die", "9"), ("die", "15"), ("say",)], ids=" ".join)
+@pytest.mark.parametrize("do", [("exit", "0"), ("exit", "3"), ("exit", "None"),
+                                ("exit", "'a message'"), ("exit", "300"), ("raise", ), ("atexit", ),
+                                ("die", "9"), ("die", "15"), ("say", )],
+                         ids=" ".join)
 def test_a_program_ends_warm_as_it_does_cold(warm, folder, do):
     cold, hot = (ended(client(place, *do, cwd=folder)) for place in ("", warm.place))
     assert hot[0] == cold[0]
@@ -125,7 +146,9 @@ def test_a_program_ends_warm_as_it_does_cold(warm, folder, do):
 
 def test_a_program_sees_what_a_fresh_one_sees(warm, folder):
     env = {"CALIB_PRUNE_PROGRESS": "some file"} | dict.fromkeys(THREADS, "3")
-    (parent, *hot), (other, *cold) = (json.loads(ended(client(o, "say", "ä", "", cwd=folder, **env))[1]) for o in (warm.place, ""))
+    (parent, *hot), (other, *cold) = (
+        json.loads(ended(client(o, "say", "ä", "", cwd=folder, **env))[1]) for o in (warm.place, "")
+    )
     assert parent != other
     assert hot[2].pop("MADE_BY_IMPORT") == "yes", "what the imports set is kept"
     assert hot[2].pop(PLACE) == warm.place
@@ -139,8 +162,15 @@ def test_a_program_has_the_clients_files(warm, folder):
 def is_warm(process): return "MADE_BY_IMPORT" in json.loads(ended(process)[1])[3]
 
 
-@pytest.mark.parametrize("env", [dict(HF_HUB_OFFLINE="another"), dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="2"), dict(OMP_NUM_THREADS="0"),
-                                 dict(OMP_NUM_THREADS="2,1"), dict(MKL_NUM_THREADS="1"), dict(TMPDIR="/var/tmp"), dict(NEW="1")], ids=str)
+@pytest.mark.parametrize("env", [
+    dict(HF_HUB_OFFLINE="another"),
+    dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="2"),
+    dict(OMP_NUM_THREADS="0"),
+    dict(OMP_NUM_THREADS="2,1"),
+    dict(MKL_NUM_THREADS="1"),
+    dict(TMPDIR="/var/tmp"),
+    dict(NEW="1")],
+                         ids=str)
 def test_what_a_fork_cannot_take_over_starts_cold(warm, folder, env):
     assert is_warm(client(warm.place, "say", cwd=folder))
     assert not is_warm(client(warm.place, "say", cwd=folder, **env))
@@ -163,21 +193,30 @@ def test_no_warm_process_starts_cold(folder, tmp_path):
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(tmp_path / "left"))
     left.close()
-    assert not is_warm(client(str(tmp_path / "left"), "say", cwd=folder)), "a socket that nobody listens to"
+    assert not is_warm(
+        client(str(tmp_path / "left"), "say", cwd=folder)
+    ), "a socket that nobody listens to"
 
 
-@pytest.mark.parametrize("prepare", ["sys.exit('no')", "raise ImportError", "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize(
+    "prepare", ["sys.exit('no')", "raise ImportError", "os.kill(os.getpid(), 9)"]
+)
 def test_a_warm_process_that_fails_costs_nothing(folder, tmp_path, prepare):
     with server(tmp_path, prepare=f"import time; time.sleep(.5); {prepare}") as process:
         (tmp_path / "program.py").write_text(PROGRAM)
-        assert not is_warm(client(process.place, "say", cwd=tmp_path)), "the client came during the imports"
+        assert not is_warm(
+            client(process.place, "say", cwd=tmp_path)
+        ), "the client came during the imports"
 
 
 def test_a_client_that_comes_early_waits(folder):
-    with server(folder, "s2", prepare="import time; time.sleep(1)") as process: assert is_warm(client(process.place, "say", cwd=folder))
+    with server(folder, "s2", prepare="import time; time.sleep(1)") as process:
+        assert is_warm(client(process.place, "say", cwd=folder))
 
 
-@pytest.mark.parametrize("number, code, out", [(signal.SIGINT, 7, "interrupted\n"), (signal.SIGTERM, -15, "")])
+@pytest.mark.parametrize(
+    "number, code, out", [(signal.SIGINT, 7, "interrupted\n"), (signal.SIGTERM, -15, "")]
+)
 def test_signals_reach_the_program(warm, folder, tmp_path, number, code, out):
     process, program, child, _ = parts(warm.place, folder, tmp_path / "note")
     process.send_signal(number)
@@ -198,7 +237,8 @@ def test_a_program_ends_with_its_client_and_its_supervisor(warm, folder, tmp_pat
 
 
 def test_a_running_program_outlives_the_warm_process(folder, tmp_path):
-    with server(folder, "s3") as process: started, program, *_ = parts(process.place, folder, tmp_path / "note")
+    with server(folder, "s3") as process:
+        started, program, *_ = parts(process.place, folder, tmp_path / "note")
     assert not gone(program, .3)
     started.send_signal(signal.SIGINT)
     assert ended(started)[0] == 7
@@ -245,35 +285,52 @@ facts = dict(
     threads=[torch.get_num_threads(), torch.get_num_interop_threads(), threads()],
     pools=sorted((o["internal_api"], o["num_threads"]) for o in threadpoolctl.threadpool_info()))
 print(json.dumps(facts))
-"""
-CHANCE = "import random; print(json.dumps([random.random(), float(numpy.random.rand()), torch.rand(1).item()]))"
+"""  # noqa: E501
+CHANCE = (
+    "import random; print(json.dumps([random.random(), float(numpy.random.rand()),"
+    " torch.rand(1).item()]))"
+)
 DRAWN = "plt.plot([1, 3, 2]); plt.show()"
 HAD = "import sys; print(json.dumps('transformers.modeling_utils' in sys.modules))"
 
 
 def papermill(folder, name, place, threads=""):
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in (f"import json\n{HAD}", FACTS, CHANCE, DRAWN)])
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(o) for o in (f"import json\n{HAD}", FACTS, CHANCE, DRAWN)]
+    )
     book.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
     nbformat.write(book, folder / "book.ipynb")
     env = dict(OMP_NUM_THREADS=threads) if threads else {}
-    return client(place, "--no-progress-bar", str(folder / "book.ipynb"), str(folder / f"{name}.ipynb"), cwd=ROOT, module="papermill", **env)
+    return client(
+        place,
+        "--no-progress-bar",
+        str(folder / "book.ipynb"),
+        str(folder / f"{name}.ipynb"),
+        cwd=ROOT,
+        module="papermill",
+        **env,
+    )
 
 
 def shown(folder, name, process):
     code, _, err = ended(process)
     assert not code, err
-    had, facts, chance, drawn = (o.outputs for o in nbformat.read(folder / f"{name}.ipynb", 4).cells)
+    had, facts, chance, drawn = (
+        o.outputs for o in nbformat.read(folder / f"{name}.ipynb", 4).cells
+    )
     return *(json.loads(o[0].text) for o in (had, facts, chance)), drawn[0].data["image/png"]
 
 
 def test_notebooks_run_warm_as_they_do_cold(tmp_path, monkeypatch):
-    for name in os.environ.keys() - ENV.keys(): monkeypatch.delenv(name)  # other tests may have imported what sets variables
+    # other tests may have imported what sets variables
+    for name in os.environ.keys() - ENV.keys(): monkeypatch.delenv(name)
     for name in (*THREADS, "PYTEST_CURRENT_TEST"): monkeypatch.delenv(name, raising=False)
     cold = papermill(tmp_path, "cold", "", "1")
     with warm_process(ROOT, tmp_path / "warm.log") as env:
         place = env[PLACE]
         assert stat.S_IMODE(os.stat(Path(place).parent).st_mode) == 0o700
-        runs = {n: papermill(tmp_path, f"warm{n}", place, n) for n in ("1", "2", "")}  # two and more at once
+        # two and more at once
+        runs = {n: papermill(tmp_path, f"warm{n}", place, n) for n in ("1", "2", "")}
         found = {n: shown(tmp_path, f"warm{n}", o) for n, o in runs.items()}
     assert not Path(place).parent.exists()
     said = (tmp_path / "warm.log").read_text()
@@ -281,12 +338,25 @@ def test_notebooks_run_warm_as_they_do_cold(tmp_path, monkeypatch):
     had, facts, chance, drawn = shown(tmp_path, "cold", cold)
     assert not had and all(o[0] for o in found.values())
     assert found["1"][1] == facts and found["1"][3] == drawn
-    assert len({str(o[2]) for o in found.values()} | {str(chance)}) == 4, "no two draw the same random numbers"
+    assert (
+        len({str(o[2]) for o in found.values()} | {str(chance)}) == 4
+    ), "no two draw the same random numbers"
     assert len({n for o in found.values() for n in o[2]}) == 9
     for n in ("2", ""):
-        code = "import torch; from calib_prune.kernels.compiled import threads; print(torch.get_num_threads(), threads())"
-        done = subprocess.run([sys.executable, "-c", code], env=ENV | (dict(OMP_NUM_THREADS=n) if n else {}), capture_output=True, text=True)
-        assert [*map(int, done.stdout.split())] == [found[n][1]["threads"][0], found[n][1]["threads"][2]]
+        code = (
+            "import torch; from calib_prune.kernels.compiled import threads;"
+            " print(torch.get_num_threads(), threads())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=ENV | (dict(OMP_NUM_THREADS=n) if n else {}),
+            capture_output=True,
+            text=True,
+        )
+        assert [*map(int, done.stdout.split())] == [
+            found[n][1]["threads"][0],
+            found[n][1]["threads"][2],
+        ]
 
 
 def test_a_study_goes_on_without_its_warm_process(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"The study from preset to figure, through Snakemake and papermill, on a tiny model: reuse, failure, interruption."
+"""The study from preset to figure, through Snakemake and papermill, on a tiny model: reuse,
+failure, interruption."""
 import json
 import os
 import random
@@ -15,9 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from calib_prune.study.presets import load_preset
 from calib_prune.model.loading import save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.study.presets import load_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.real  # scores on the fetched benchmarks
@@ -27,26 +28,48 @@ pytestmark = pytest.mark.real  # scores on the fetched benchmarks
 def checkout(tmp_path_factory):
     "A copy of what the workflow uses, with a tiny model and a preset for it."
     root = tmp_path_factory.mktemp("checkout")
-    for name in ("nbs/paper", "calib_prune"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("nbs/paper", "calib_prune"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
     save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
-    (root / "a.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(500)))
+    (root / "a.txt").write_text(
+        "".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(500))
+    )
     smoke = load_preset(ROOT / "presets/smoke.yaml")
-    preset = smoke | dict(
-        name="tiny", resamples=300, model=str(root / "tiny"), calibration=dict(windows=4, length=64),
-        strategies=dict(own=str(root / "a.txt"), c4="c4"),
-        grid=[dict(strategies="all", methods=["wanda"], sparsities=["2:4"], seeds=[0], windows=["default"])],
-        scoring=dict(tasks="jeopardy,piqa,mbpp,gsm8k", limit=8, batch_tokens=1024),
-        heldout=dict(source="coqa", documents=1, window=64), hardware=smoke["hardware"] | dict(cell_gib=1))
+    preset = smoke | dict(name="tiny",
+                          resamples=300,
+                          model=str(root / "tiny"),
+                          calibration=dict(windows=4, length=64),
+                          strategies=dict(own=str(root / "a.txt"), c4="c4"),
+                          grid=[
+                              dict(strategies="all",
+                                   methods=["wanda"],
+                                   sparsities=["2:4"],
+                                   seeds=[0],
+                                   windows=["default"])],
+                          scoring=dict(tasks="jeopardy,piqa,mbpp,gsm8k", limit=8,
+                                       batch_tokens=1024),
+                          heldout=dict(source="coqa", documents=1, window=64),
+                          hardware=smoke["hardware"] | dict(cell_gib=1))
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     return root
 
 
 def start(root, *more, **env):
-    # One core: what gets the whole machine, such as a text to write, would have its threads wait for each other beside another test.
-    command = [sys.executable, "-c", "from calib_prune.cli.app import main; main()", "reproduce", "--preset", "tiny.yaml", "--jobs", "1", *more]
-    return subprocess.Popen(command, cwd=root, env=os.environ | dict(PYTHONPATH=str(root)) | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True)
+    # One core: what gets the whole machine, such as a text to write, would have its threads wait
+    # for each other beside another test.
+    command = [
+        sys.executable, "-c", "from calib_prune.cli.app import main; main()", "reproduce",
+        "--preset", "tiny.yaml", "--jobs", "1", *more]
+    return subprocess.Popen(
+        command,
+        cwd=root,
+        env=os.environ | dict(PYTHONPATH=str(root)) | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def reproduce(root, *more, code=0):
@@ -66,8 +89,12 @@ def kill(process):
 
 
 def comparable(found):
-    "What a cell says that must not change from run to run: everything but what was measured of the run itself."
-    return {k: ({f: o for f, o in v["record"].items() if f != "peak_gib"}, v["rows"]) for k, v in found.items()}
+    """What a cell says that must not change from run to run: everything but what was measured of
+    the run itself."""
+    return {
+        k: ({f: o for f, o in v["record"].items() if f != "peak_gib"}, v["rows"])
+        for k, v in found.items()
+    }
 
 
 def test_finished_then_reused_then_tables_alone(checkout):
@@ -77,7 +104,9 @@ def test_finished_then_reused_then_tables_alone(checkout):
     if hasattr(os, "pidfd_open"):
         said = (checkout / "results/tiny/warm.log").read_text()
         assert "modules are ready" in said and "cold" not in said, "every run is a fork"
-    assert "Retention, % of the dense model's score" in out and "figures/tiny" in out and "3/3" in err
+    assert (
+        "Retention, % of the dense model's score" in out and "figures/tiny" in out and "3/3" in err
+    )
     assert (checkout / "figures/tiny/F1-retention.png").stat().st_size > 10_000
     table = pd.read_csv(checkout / "figures/tiny/T2-retention.csv")
     assert set(table["strategy"]) == {"dense", "own", "c4"} and len(table) == 3 * 7
@@ -87,22 +116,30 @@ def test_finished_then_reused_then_tables_alone(checkout):
     reproduce(checkout)
     assert times == {p: p.stat().st_mtime_ns for p in times}, "a second run reuses what is done"
 
-    # A fresh clone: rows with new file times, no workflow memory, no figures. Nothing is run again, and tables come out the same.
+    # A fresh clone: rows with new file times, no workflow memory, no figures. Nothing is run again,
+    # and tables come out the same.
     before = {p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")}
-    for waste in (".snakemake", "figures/tiny", "results/tiny/.keys", "results/tiny/notebooks"): shutil.rmtree(checkout / waste)
+    for waste in (".snakemake", "figures/tiny", "results/tiny/.keys", "results/tiny/notebooks"):
+        shutil.rmtree(checkout / waste)
     for p in (checkout / "results/tiny").glob("*.json"): os.utime(p)
     times = {p: p.stat().st_mtime_ns for p in times}
     _, err = reproduce(checkout, "--tables-only")
-    assert {p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")} == before and "3/3" in err
+    assert {
+        p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")
+    } == before and "3/3" in err
     listed, _ = reproduce(checkout, "--dry-run")
     assert "cell_" not in listed
     reproduce(checkout)
     assert times == {p: p.stat().st_mtime_ns for p in times}, "keys, not file times, decide"
 
     preset = yaml.safe_load((checkout / "tiny.yaml").read_text())
-    (checkout / "other.yaml").write_text(yaml.safe_dump(preset | dict(pruning=preset["pruning"] | dict(batch_tokens=2048))))
+    (checkout / "other.yaml").write_text(
+        yaml.safe_dump(preset | dict(pruning=preset["pruning"] | dict(batch_tokens=2048)))
+    )
     listed, _ = reproduce(checkout, "--dry-run", "--preset", "other.yaml")
-    assert "rule cell_c4" in listed and "rule cell_own" in listed and "rule cell_dense" not in listed, "other settings, other results"
+    assert (
+        "rule cell_c4" in listed and "rule cell_own" in listed and "rule cell_dense" not in listed
+    ), "other settings, other results"
     assert "pruning.batch_tokens: 4096 → 2048" in " ".join(listed.split()), "and why"
 
     (checkout / "results/tiny/c4-wanda-2of4-n4-s0.json").unlink()
@@ -116,20 +153,31 @@ def test_finished_then_reused_then_tables_alone(checkout):
 
 
 def test_no_finished_run_keeps_waking_the_scheduler(checkout):
-    "Snakemake's limit on jobs per second starts a timer per finished job that never ends: see the Snakefile."
+    """Snakemake's limit on jobs per second starts a timer per finished job that never ends: see the
+    Snakefile."""
     from calib_prune.cli.reproduce import snakemake_command
     reproduce(checkout)
-    spy = ("from snakemake.scheduling.job_scheduler import JobScheduler as J; J._schedule_reevalutation\n"
-           "J._schedule_reevalutation = lambda *_: open('woken', 'a').write('x')\nfrom snakemake.cli import main; main()")
+    spy = (
+        "from snakemake.scheduling.job_scheduler import JobScheduler as J;"
+        " J._schedule_reevalutation\nJ._schedule_reevalutation = lambda *_: open('woken',"
+        " 'a').write('x')\nfrom snakemake.cli import main; main()"
+    )
     def wakes(snakefile):
         (checkout / "woken").unlink(missing_ok=True)
         command = snakemake_command(checkout / "tiny.yaml", 1, True, False)[3:]
         command[command.index("Snakefile")] = snakefile
-        done = subprocess.run([sys.executable, "-c", spy, *command], cwd=checkout, env=os.environ | dict(PYTHONPATH=str(checkout)), capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", spy, *command],
+            cwd=checkout,
+            env=os.environ | dict(PYTHONPATH=str(checkout)),
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return (checkout / "woken").is_file()
     assert not wakes("Snakefile")
-    (checkout / "Limited").write_text((checkout / "Snakefile").read_text().replace("workflow.scheduler.job_rate_limiter = None", "pass"))
+    (checkout / "Limited").write_text((checkout / "Snakefile").read_text().replace(
+        "workflow.scheduler.job_rate_limiter = None", "pass"))
     assert wakes("Limited")
 
 
@@ -138,14 +186,17 @@ def test_ten_power_cuts_change_nothing(checkout):
     reproduce(checkout, "--jobs", "2", "--", "rows")
     undisturbed = comparable(cells(checkout))
     assert len(undisturbed) == 3
-    assert {o["threads"] for o, _ in undisturbed.values()} == {1}, "two cells side by side, a core each"
+    assert {o["threads"] for o, _ in undisturbed.values()} == {
+        1
+    }, "two cells side by side, a core each"
     shutil.rmtree(checkout / "results/tiny")
     rng = random.Random(0)
     for _ in range(10):
         process = start(checkout, "--", "rows")
-        try: process.communicate(timeout=rng.uniform(3, 12))
-        except subprocess.TimeoutExpired: kill(process)
-        else: shutil.rmtree(checkout / "results/tiny")  # it had finished: begin again, to be cut off again
+        try:process.communicate(timeout=rng.uniform(3, 12))
+        except subprocess.TimeoutExpired:kill(process)
+        # it had finished: begin again, to be cut off again
+        else: shutil.rmtree(checkout / "results/tiny")
         now = comparable(cells(checkout))
         assert now == {k: undisturbed[k] for k in now}
     reproduce(checkout, "--", "rows")
@@ -175,7 +226,8 @@ def test_a_failing_model_does_not_stop_the_others(checkout):
         assert "own-wanda-2of4-n4-s0" in err and "4 windows of 64 tokens need 256" in err
         assert set(cells(checkout)) == {"dense", "c4-wanda-2of4-n4-s0"}
         failed = nbformat.read(checkout / "results/tiny/notebooks/own-wanda-2of4-n4-s0.ipynb", 4)
-        assert any(o.output_type == "error" for c in failed.cells if c.cell_type == "code" for o in c.outputs)
+        assert any(o.output_type == "error" for c in failed.cells if c.cell_type == "code"
+                   for o in c.outputs)
     finally: hidden.write_text(content)
 
 
@@ -188,7 +240,9 @@ def test_dry_run_only_lists(checkout):
 def alive(mark):
     "The processes that inherited a variable: whatever sessions and groups they are in."
     def has(process):
-        try: return process.environ().get("STARTED_BY_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE
+        try:
+            return process.environ().get(
+                "STARTED_BY_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error: return False
     return [o for o in psutil.process_iter() if has(o)]
 
@@ -221,12 +275,19 @@ def test_nothing_outlives_a_stopped_study(checkout, numbers, when, env):
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.6)
-    wait_for(lambda: {o.pid for o in alive(mark)} <= {process.pid}, 20)  # seconds: five to clean up, and the machine may be busy
+    # seconds: five to clean up, and the machine may be busy
+    wait_for(lambda: {o.pid for o in alive(mark)} <= {process.pid}, 20)
     out, err = process.communicate()
     assert "Traceback" not in out + err
-    assert process.returncode == (-9 if numbers[0] == signal.SIGKILL else 128 + numbers[0]), out + err
+    assert process.returncode == (-9 if numbers[0] == signal.SIGKILL else 128 + numbers[0]), (
+        out + err
+    )
     if numbers[0] != signal.SIGKILL:
-        assert "0 of 3 models are finished and kept. To go on: calib-prune reproduce --preset tiny.yaml --jobs 1 -- rows" in " ".join(err.split())
+        assert (
+            "0 of 3 models are finished and kept. To go on: calib-prune reproduce --preset"
+            " tiny.yaml --jobs 1 -- rows"
+            in " ".join(err.split())
+        )
 
 
 def changed(checkout, file, **changes):
@@ -242,19 +303,36 @@ def changed(checkout, file, **changes):
 def test_a_missing_device_is_said_before_the_first_job(checkout):
     path = changed(checkout, "cuda.yaml", name="cuda", device="cuda")
     _, err = reproduce(checkout, "--preset", path, code=1)
-    assert "cuda.yaml says `device: cuda`, but torch" in err and "finds no GPU here" in err and "--profile" in err
+    assert (
+        "cuda.yaml says `device: cuda`, but torch" in err
+        and "finds no GPU here" in err
+        and "--profile" in err
+    )
     assert not (checkout / "results/cuda").exists(), "no job began"
     out, err = reproduce(checkout, "--preset", path, "--dry-run")
-    assert "rule cell_dense" in out and "This machine cannot run it" in err and "says `device: cuda`" in err
+    assert (
+        "rule cell_dense" in out
+        and "This machine cannot run it" in err
+        and "says `device: cuda`" in err
+    )
 
 
 def test_a_study_whose_first_jobs_fail_alike_ends_with_their_error(checkout):
     broken = shutil.copytree(checkout / "tiny", checkout / "broken", dirs_exist_ok=True)
     (broken / "model.safetensors").write_bytes(b"no weights")
     block = yaml.safe_load((checkout / "tiny.yaml").read_text())["grid"][0]
-    path = changed(checkout, "broken.yaml", name="broken", model=str(broken), grid=[block | dict(seeds=list(range(6)))])
+    path = changed(
+        checkout,
+        "broken.yaml",
+        name="broken",
+        model=str(broken),
+        grid=[block | dict(seeds=list(range(6)))],
+    )
     _, err = reproduce(checkout, "--preset", path, "--", "rows", code=1)
-    assert "The first 3 runs failed with the same error, so the study was stopped" in err and err.count("Cannot load") == 1
+    assert (
+        "The first 3 runs failed with the same error, so the study was stopped" in err
+        and err.count("Cannot load") == 1
+    )
     assert "broken/notebooks/dense.ipynb" in err and "broken/snakemake.log" in err
     tried = list((checkout / "results/broken/notebooks").glob("*.ipynb"))
     assert 3 <= len(tried) < 13, "of 13 models"

@@ -41,7 +41,9 @@ def with_parameters(app, what, name, obj, options, lines):
 def plain_text(app, what, name, obj, options, lines):
     "Docstrings are Markdown-like plain text: their stars and backquotes are no reStructuredText."
     for i, line in enumerate(lines):
-        lines[i] = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line).replace("*", r"\*").replace("|", r"\|")
+        lines[i] = (
+            re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line).replace("*", r"\*").replace("|", r"\|")
+        )
 
 
 def formula(display):

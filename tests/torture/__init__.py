@@ -1,6 +1,7 @@
 """The torture: what happens when inputs are wrong, when runs are killed, when two run at once.
 
-`python -m tests.torture` runs all parts and prints their counts; `--short` a sample, which tests/test_torture.py runs. A part is a function
+`python -m tests.torture` runs all parts and prints their counts; `--short` a sample, which
+tests/test_torture.py runs. A part is a function
 in one of `MODULES` that is marked with `part`: it makes tries, and yields what came of each.
 """
 import importlib
@@ -11,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLACE = ROOT / "build/torture"
-SKIP = "skipped: "  # begins the failure of a try that cannot be made here: it is neither passed nor failed
+# begins the failure of a try that cannot be made here: it is neither passed nor failed
+SKIP = "skipped: "
 MODULES = ("inputs", "kills", "writers", "disk", "poison", "users")
 
 

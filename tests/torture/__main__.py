@@ -29,7 +29,8 @@ def alone(run: Part, budget: Budget) -> Iterator[Result]:
     os.close(write)
     with open(read) as results:
         for line in results: yield Result(*json.loads(line))
-    if status := os.waitpid(pid, 0)[1]: yield Result("the part itself", f"it broke off: status {status}")
+    if status := os.waitpid(pid, 0)[1]:
+        yield Result("the part itself", f"it broke off: status {status}")
 
 
 def report(name: str, run: Part, budget: Budget) -> int:  # failures
@@ -38,10 +39,14 @@ def report(name: str, run: Part, budget: Budget) -> int:  # failures
     for o in alone(run, budget):
         found["skipped" if o.wrong.startswith(SKIP) else "failures" if o.wrong else "passed"] += 1
         if o.kind: kinds[o.kind] += 1
-        if o.wrong: print(f"{name}: {o.name}:\n  " + o.wrong.strip().replace("\n", "\n  "), flush=True)
+        if o.wrong:
+            print(f"{name}: {o.name}:\n  " + o.wrong.strip().replace("\n", "\n  "), flush=True)
     said = f" ({', '.join(f'{n} {k}' for k, n in sorted(kinds.items()))})" if kinds else ""
-    print(f"{name}: {found.total()} tries, {found['failures']} failures, {found['skipped']} skipped, "
-          f"{time.monotonic() - began:.0f} s{said}", flush=True)
+    print(
+        f"{name}: {found.total()} tries, {found['failures']} failures, {found['skipped']} skipped, "
+        f"{time.monotonic() - began:.0f} s{said}",
+        flush=True,
+    )
     return found["failures"] + (not found.total())  # a part without a try has found nothing out
 
 
@@ -51,7 +56,9 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="a sample of each part")
     parser.add_argument("--only", nargs="+", choices=[*parts], help="only these parts")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and samples")
-    parser.add_argument("--match", default="", help="only inputs and commands with this in their name")
+    parser.add_argument(
+        "--match", default="", help="only inputs and commands with this in their name"
+    )
     asked = parser.parse_args()
     budget = Budget(asked.short, asked.seed, asked.match)
     warm()

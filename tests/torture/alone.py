@@ -1,6 +1,8 @@
-"""What the second half of the torture shares: tries in forks with limits of their own, private mounts, other users, and counts.
+"""What the second half of the torture shares: tries in forks with limits of their own, private
+mounts, other users, and counts.
 
-A try that cannot be made for lack of rights yields a failure that begins with `SKIP`: it is counted as skipped, never as passed.
+A try that cannot be made for lack of rights yields a failure that begins with `SKIP`: it is counted
+as skipped, never as passed.
 """
 import contextlib
 import ctypes
@@ -31,7 +33,8 @@ Results = Iterator[tuple[str, str, str]]  # part, name, failure or ""
 def settle() -> None:
     "Import everything, once and for all forks; and prune once, so that kernels are compiled."
     warm()
-    import calib_prune.statistics.tables, calib_prune.style  # noqa: E401, F401
+    import calib_prune.statistics.tables  # noqa: F401
+    import calib_prune.style  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -72,7 +75,8 @@ def in_fork(act: Callable[[], Any],  # what it returns must be JSON
     if not (pid := os.fork()):
         os.close(read)
         gc.freeze()  # what its parent left to collect would be taken off the peak if it went here
-        os.write(write, b"%d\n" % resident_mb())  # less than its parent's: pages of files are mapped when they are read
+        # less than its parent's: pages of files are mapped when they are read
+        os.write(write, b"%d\n" % resident_mb())
         with contextlib.suppress(BaseException): _act(act, write, memory)
         os._exit(1)
     os.close(write)
@@ -89,7 +93,8 @@ def in_fork(act: Callable[[], Any],  # what it returns must be JSON
     took, peak = time.monotonic() - began, max(0, (usage.ru_maxrss >> 10) - int(before or 0))
     if late: return Ended(None, f"it did not end in {seconds:.0f} s", peak, took)
     try: told = json.loads(said)
-    except ValueError: return Ended(None, f"it died: status {os.waitstatus_to_exitcode(status)}", peak, took)
+    except ValueError:
+        return Ended(None, f"it died: status {os.waitstatus_to_exitcode(status)}", peak, took)
     return Ended(told.get("value"), told.get("fault", ""), peak, took)
 
 
@@ -121,16 +126,22 @@ def say(*argv: Any) -> list[str]:  # kind, text
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 1, 32, 4096, 8192, 16384, 1 << 18
 
 
-def mount(source: str | Path, target: str | Path, kind: str = "", flags: int = 0, data: str = "") -> None:
+def mount(
+    source: str | Path, target: str | Path, kind: str = "", flags: int = 0, data: str = ""
+) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(str(source).encode(), str(target).encode(), kind.encode(), ctypes.c_ulong(flags), data.encode()):
+    if libc.mount(
+            str(source).encode(),
+            str(target).encode(), kind.encode(), ctypes.c_ulong(flags), data.encode()):
         raise OSError(ctypes.get_errno(), f"mount: {os.strerror(ctypes.get_errno())}", str(target))
 
 
 def private_mounts() -> None:
-    "What is mounted from now on ends with this process: nothing has to be unmounted, however a try ends."
+    """What is mounted from now on ends with this process: nothing has to be unmounted, however a
+    try ends."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(0x20000): raise OSError(ctypes.get_errno(), f"unshare: {os.strerror(ctypes.get_errno())}")
+    if libc.unshare(0x20000):
+        raise OSError(ctypes.get_errno(), f"unshare: {os.strerror(ctypes.get_errno())}")
     mount("none", "/", flags=MS_REC | MS_PRIVATE)
 
 
@@ -156,14 +167,16 @@ def read_only(folder: Path | str, keep: Sequence[Path] = ()) -> None:
 
 def needed_folders() -> list[Path]:
     "What a process needs to read in order to run this package."
-    data = [o for o in (PLACE / "cache").iterdir() if o.is_symlink()] if (PLACE / "cache").is_dir() else []
+    data = [o for o in (PLACE / "cache").iterdir()
+            if o.is_symlink()] if (PLACE / "cache").is_dir() else []
     return [*dict.fromkeys(Path(o).resolve() for o in (sys.base_prefix, sys.prefix, ROOT, *data))]
 
 
 def let_others_read(*more: Path) -> None:
     """Let other users reach the interpreter and the package, in this process's view of the disk.
 
-    They may lie below a home folder that is closed to others: an open folder is mounted over that one, with what is needed in it.
+    They may lie below a home folder that is closed to others: an open folder is mounted over that
+    one, with what is needed in it.
     """
     closed = {}
     for path in (*needed_folders(), *more):
@@ -197,9 +210,14 @@ def become(uid: int, home: Path | None = None) -> None:
 def why_not() -> str:
     "Why mounts and other users cannot be tried here; empty if they can."
     if sys.platform != "linux": return f"{SKIP}mounts need Linux"
-    if os.geteuid() != 0: return f"{SKIP}not root, so nothing can be mounted and no other user be tried"
+    if os.geteuid() != 0:
+        return f"{SKIP}not root, so nothing can be mounted and no other user be tried"
     found = in_fork(lambda: private_mounts(), memory=None)
-    return f"{SKIP}nothing can be mounted here: {found.fault.strip().splitlines()[-1]}" if found.fault else ""
+    return (
+        f"{SKIP}nothing can be mounted here: {found.fault.strip().splitlines()[-1]}"
+        if found.fault
+        else ""
+    )
 
 
 # --- running alone
@@ -208,7 +226,8 @@ def main(results: Callable[[bool, int], Results]) -> int:
     "Print tries and failures; 1 if there are any."
     short = "--short" in sys.argv
     seed = next((int(o) for o in sys.argv[1:] if o.isdecimal()), 0)
-    only = [o for o in sys.argv[1:] if not o.startswith("-") and not o.isdecimal()]  # a part of a name, to look at some only
+    # a part of a name, to look at some only
+    only = [o for o in sys.argv[1:] if not o.startswith("-") and not o.isdecimal()]
     os.environ["TORTURE_ONLY"] = ",".join(only)
     settle()
     counts: dict[str, Counter] = {}
@@ -217,12 +236,19 @@ def main(results: Callable[[bool, int], Results]) -> int:
         now = time.monotonic()
         kind = "skipped" if failure.startswith(SKIP) else "failed" if failure else "passed"
         counts.setdefault(part, Counter())[kind] += 1
-        if kind != "passed" or "-v" in sys.argv: print(f"{part}: {name}: {now - last:.1f} s: {failure or 'well'}", flush=True)
+        if kind != "passed" or "-v" in sys.argv:
+            print(f"{part}: {name}: {now - last:.1f} s: {failure or 'well'}", flush=True)
         last = now
     for part, found in counts.items():
-        print(f"{part:10} {found.total():5} tries {found['failed']:4} failures {found['skipped']:4} skipped")
-    print(f"{sum(o.total() for o in counts.values())} tries, {sum(o['failed'] for o in counts.values())} failures, "
-          f"{sum(o['skipped'] for o in counts.values())} skipped, {time.monotonic() - began:.0f} s")
+        print(
+            f"{part:10} {found.total():5} tries {found['failed']:4} failures {found['skipped']:4}"
+            " skipped"
+        )
+    print(
+        f"{sum(o.total() for o in counts.values())} tries,"
+        f" {sum(o['failed'] for o in counts.values())} failures,"
+        f" {sum(o['skipped'] for o in counts.values())} skipped, {time.monotonic() - began:.0f} s"
+    )
     return int(any(o["failed"] for o in counts.values()))
 
 

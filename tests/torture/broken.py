@@ -1,6 +1,8 @@
-"""Commands that are broken on purpose: each checker of the torture must count them as failures, and good ones not.
+"""Commands that are broken on purpose: each checker of the torture must count them as failures, and
+good ones not.
 
-`python -m tests.torture.broken` prints for each how many tries there were, how many failed, and how the first one did.
+`python -m tests.torture.broken` prints for each how many tries there were, how many failed, and how
+the first one did.
 """
 import json
 import os
@@ -108,17 +110,32 @@ def swallows(folder: Path) -> None:
 def nan(folder: Path) -> attack.Outcome: return attack.Outcome("done", '{"a": NaN}', json_ok=False)
 
 
-def works(kind: str, good: dict[str, Callable], bad: dict[str, Callable], how: Callable) -> Iterator[tuple[str, list[Result]]]:
+def works(
+    kind: str, good: dict[str, Callable], bad: dict[str, Callable], how: Callable
+) -> Iterator[tuple[str, list[Result]]]:
     prepare = lambda folder: (folder / "b.json").write_text("{}")
     for sign, runs in (("good", good), ("bad", bad)):
-        for name, run in runs.items(): yield f"{sign} {kind}: {name}", [*how(Work(name, run, stays=r"^\.lock$" if sign == "good" else "$^", prepare=prepare))]
+        for name, run in runs.items():
+            yield f"{sign} {kind}: {name}", [
+                *how(
+                    Work(name, run, stays=r"^\.lock$" if sign == "good" else "$^", prepare=prepare)
+                )
+            ]
 
 
 def found() -> Iterator[tuple[str, list[Result]]]:
-    yield from works("kills", dict(whole=whole), dict(half=half, never_again=never_again, grows=grows, litters=litters, crashes_again=crashes_again),
-                     lambda w: killed(w, 6, random.Random(1)))
-    yield from works("steps", dict(whole=whole), dict(half_in_between=half_in_between, moves_late=moves_late), lambda w: stepped(w, None, random.Random(0)))
-    yield from works("writers", dict(refuses_second=refuses_second), dict(mine=mine, grows=grows, crashes=crashes_again, badly=refuses_badly),
+    yield from works(
+        "kills", dict(whole=whole),
+        dict(half=half,
+             never_again=never_again,
+             grows=grows,
+             litters=litters,
+             crashes_again=crashes_again), lambda w: killed(w, 6, random.Random(1)))
+    yield from works("steps", dict(whole=whole),
+                     dict(half_in_between=half_in_between, moves_late=moves_late),
+                     lambda w: stepped(w, None, random.Random(0)))
+    yield from works("writers", dict(refuses_second=refuses_second),
+                     dict(mine=mine, grows=grows, crashes=crashes_again, badly=refuses_badly),
                      lambda w: paired(w, 3, random.Random(0)))
     attack.limits()
     attack.WAIT = 1

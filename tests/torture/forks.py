@@ -1,8 +1,9 @@
-"A parent that has imported everything, whose forks run the commands: a try costs no start-up. And how forks are killed and watched."
+"""A parent that has imported everything, whose forks run the commands: a try costs no start-up. And
+how forks are killed and watched."""
 import ctypes
 import os
-import signal
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -20,25 +21,47 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 def own_cache() -> Path:
     "A cache of the torture: fetched data are links to the user's, all else is written here."
     from platformdirs import user_cache_dir
-    real, mine = Path(os.environ.get("CALIB_PRUNE_CACHE") or user_cache_dir("calib-prune")), PLACE / "cache"
+    real, mine = (
+        Path(os.environ.get("CALIB_PRUNE_CACHE") or user_cache_dir("calib-prune")),
+        PLACE / "cache",
+    )
     if real == mine: return mine
     mine.mkdir(parents=True, exist_ok=True)
     for name in ("benchmarks", "models", "sources"):
-        if (real / name).is_dir() and not (mine / name).exists(): (mine / name).symlink_to(real / name)
-    if (real / "manifest.json").is_file(): shutil.copyfile(real / "manifest.json", mine / "manifest.json")
-    if (real / "kernels").is_dir() and not (mine / "kernels").exists(): shutil.copytree(real / "kernels", mine / "kernels")
+        if (real / name).is_dir() and not (mine / name).exists():
+            (mine / name).symlink_to(real / name)
+    if (real / "manifest.json").is_file():
+        shutil.copyfile(real / "manifest.json", mine / "manifest.json")
+    if (real / "kernels").is_dir() and not (mine / "kernels").exists():
+        shutil.copytree(real / "kernels", mine / "kernels")
     return mine
 
 
 def warm() -> None:
-    "Import everything, and prune and score once, so that forks find libraries and compiled kernels ready."
-    if "torch" not in sys.modules: os.environ["CALIB_PRUNE_CACHE"] = str(own_cache())  # where kernels lie is read by an import
-    os.environ.update(HF_HUB_OFFLINE="1", PIP_NO_INDEX="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", COLUMNS="200",
-                      HF_HUB_DISABLE_PROGRESS_BARS="1", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONPATH=str(CHECKOUT))
-    import torch
+    """Import everything, and prune and score once, so that forks find libraries and compiled
+    kernels ready."""
+    # where kernels lie is read by an import
+    if "torch" not in sys.modules: os.environ["CALIB_PRUNE_CACHE"] = str(own_cache())
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        PIP_NO_INDEX="1",
+        TOKENIZERS_PARALLELISM="false",
+        TQDM_DISABLE="1",
+        COLUMNS="200",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        PIP_DISABLE_PIP_VERSION_CHECK="1",
+        PYTHONPATH=str(CHECKOUT),
+    )
     import lm_eval.models.huggingface  # noqa: F401
-    import calib_prune.calibration.oit, calib_prune.evaluation.scoring, calib_prune.generation.igsp  # noqa: E401, F401
-    import calib_prune.cli.app, calib_prune.study.cost, calib_prune.study.keys, calib_prune.study.results  # noqa: E401, F401
+    import torch
+
+    import calib_prune.calibration.oit  # noqa: E401, F401
+    import calib_prune.cli.app  # noqa: E401, F401
+    import calib_prune.evaluation.scoring
+    import calib_prune.generation.igsp
+    import calib_prune.study.cost
+    import calib_prune.study.keys
+    import calib_prune.study.results
     from calib_prune.model.tiny import tiny_llama
     from calib_prune.pruning.walk import prune
     assert Path(calib_prune.__file__).parent.parent == CHECKOUT, calib_prune.__file__
@@ -53,7 +76,8 @@ def adopt() -> None:
 
 
 def start(act: Callable[[], object], log: Path) -> int:
-    "Do something in a fork with a session of its own, which is the leader of it; what it prints goes to a file."
+    """Do something in a fork with a session of its own, which is the leader of it; what it prints
+    goes to a file."""
     sys.stdout.flush()
     from calib_prune.core import CalibPruneError
     if pid := os.fork(): return pid
@@ -64,7 +88,10 @@ def start(act: Callable[[], object], log: Path) -> int:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for fd in (1, 2): os.dup2(out, fd)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2,
+                                                                   "w",
+                                                                   closefd=False,
+                                                                   buffering=1)
         act()
         code = 0
     except SystemExit as e:
@@ -93,7 +120,8 @@ def children(pid: int) -> list[int]:
     found = []
     with suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
-            with suppress(OSError): found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+            with suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     return found
 
 
@@ -137,7 +165,9 @@ class Ended:
     def wrong(self) -> str:
         "What must not happen, however it ends."
         if "Traceback (most recent call last)" in self.said: return self.said[-1500:]
-        return "" if self.code in (0, 1, -signal.SIGKILL) else f"exit {self.code}: {self.said[-600:]}"
+        return (
+            "" if self.code in (0, 1, -signal.SIGKILL) else f"exit {self.code}: {self.said[-600:]}"
+        )
 
 
 def watch(pid: int, log: Path,
@@ -158,4 +188,6 @@ def watch(pid: int, log: Path,
     used = cpu(pid)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     said = log.read_text(errors="replace") if log.is_file() else ""
-    return Ended(71 if late else code, said + late * f"\nit did not end in {patience:.0f} s", wall, used)
+    return Ended(
+        71 if late else code, said + late * f"\nit did not end in {patience:.0f} s", wall, used
+    )
