@@ -1,7 +1,7 @@
 # make reproduce    everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
 # make figures      tables and figures from committed rows alone (PRESET=claims/smollm2-135m): no model is run
 # make setup        the virtual environment .venv with the package and its development tools (PYTHON=python3.12); every target needs it
-# make check        the fast part of the tests, in about a minute
+# make check        style, types and the tests of tests/unit, in about two minutes
 # make test         everything that must hold: style, types, notebooks, export, pages, tests
 # make test-slurm   a study on a Slurm of one node, as root on Debian (it writes /etc/slurm/slurm.conf)
 # make torture      kills at any moment, bad inputs, two runs at once: thousands of tries, about an hour
@@ -13,8 +13,8 @@
 PYTHON ?= python3
 PRESET ?= smoke
 BIN    := .venv/bin
-# Tests that need no fetched model or text, and start few processes.
-QUICK  := $(addprefix tests/test_,$(addsuffix .py,project statistics correlations claims matmul minimax oit progress scripts tasks))
+# Two processes; a file stays in one of them, for its fixtures. Tests take one core each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: reproduce figures setup check test test-slurm torture bench export readme docs lab
 
@@ -30,19 +30,19 @@ setup: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not real" $(QUICK)
+	$(PYTEST) -m "not real" tests/unit
 
 test: .venv/installed
 	$(BIN)/calib-prune fetch
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	bash scripts/browser.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 
 test-slurm: .venv/installed
 	$(BIN)/calib-prune fetch
-	$(BIN)/python -m pytest -rP tests/cluster
+	$(BIN)/python -m pytest -rP tests/system/cluster
 
 torture: .venv/installed
 	$(BIN)/calib-prune fetch

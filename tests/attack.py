@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 
 @dataclass(frozen=True)

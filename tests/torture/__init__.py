@@ -1,16 +1,16 @@
 """The torture: what happens when inputs are wrong, when runs are killed, when two run at once.
 
 `python -m tests.torture` runs all parts and prints their counts; `--short` a sample, which
-tests/test_torture.py runs. A part is a function
-in one of `MODULES` that is marked with `part`: it makes tries, and yields what came of each.
+test_torture.py runs. A part is a function in one of `MODULES` that is marked with `part`: it makes
+tries, and yields what came of each.
 """
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests import ROOT
+
 PLACE = ROOT / "build/torture"
 # begins the failure of a try that cannot be made here: it is neither passed nor failed
 SKIP = "skipped: "

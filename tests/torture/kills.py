@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.torture import PLACE, ROOT, Budget, Result, part
+from tests.tiny_study import tiny_study
+from tests.torture import PLACE, Budget, Result, part
 from tests.torture.forks import Ended, command, start, sweep, watch
 
 # of a run, not of its result
@@ -217,29 +218,8 @@ def saving(folder: Path) -> None:
 
 
 def a_study(folder: Path) -> None:
-    "The workflow with a preset for a tiny model, as in tests/test_workflow.py."
-    import yaml
-    for name in ("nbs/paper", "presets"): shutil.copytree(ROOT / name, folder / name)
-    shutil.copy(ROOT / "Snakefile", folder)
-    from calib_prune.study.presets import (
-        load_preset,  # here: the torture sets its cache before torch is imported
-    )
-    smoke = load_preset(ROOT / "presets/smoke.yaml")
-    tiny = smoke | dict(name="tiny",
-                        resamples=300,
-                        model=str(PLACE / "inputs/model"),
-                        calibration=dict(windows=4, length=64),
-                        strategies=dict(own=str(PLACE / "inputs/text.txt")),
-                        scoring=dict(tasks="sciq", limit=4, batch_tokens=1024),
-                        grid=[
-                            dict(strategies="all",
-                                 methods=["wanda"],
-                                 sparsities=["2:4"],
-                                 seeds=[0],
-                                 windows=["default"])],
-                        heldout=dict(source="coqa", documents=1, window=64),
-                        hardware=smoke["hardware"] | dict(cell_gib=1))
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    texts, copied = dict(own=str(PLACE / "inputs/text.txt")), ("nbs/paper", "presets")
+    tiny_study(folder, PLACE / "inputs/model", texts, 4, 64, copied, tasks="sciq", limit=4)
 
 
 def in_folder(act: Callable[[], Any], folder: Path) -> None:

@@ -1,0 +1,264 @@
+"Which verdicts depend on the measure or the model."
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.questions.agreement import (
+    DEPENDS,
+    NONE,
+    ONE,
+    OPEN,
+    PARTLY,
+    ROBUST,
+    TOGETHER,
+    UNTESTED,
+    agreement,
+    agreement_note,
+    dimensions_of,
+    ledgers,
+    methods_of,
+    model_agreement,
+    read_ledgers,
+)
+from calib_prune.questions.claims import study_ledger
+from calib_prune.questions.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
+from calib_prune.statistics.examples import example_preset
+from calib_prune.statistics.selection import measured
+from calib_prune.study.presets import load_preset
+from tests import ROOT
+
+
+def interval_of(verdict):
+    low, high = {SIZE: (1, 2), SIGN: (1, 2), NOT: (-2, -1), UNCLEAR: (-1, 1)}.get(
+        verdict, (math.nan, math.nan)
+    )
+    return dict(ci_low=low, ci_high=high)
+
+
+def judged(*verdicts):
+    "A ledger of one check under three measures: (verdict, whether the measure can tell)."
+    rows = [
+        dict(measure=m,
+             name="C6",
+             claim="C6",
+             check="mix − best",
+             verdict=v,
+             tells=t,
+             **interval_of(v))
+        for m, (v, t) in zip(("answer-bits", "above-chance", "plain"), verdicts)]
+    return agreement(pd.DataFrame(rows)).iloc[0]
+
+
+@pytest.mark.parametrize("verdicts, said", [
+    (((SIZE, True), (SIGN, True), (NOT, False)), ROBUST),    # both on the paper's side
+    (((SIZE, True), (SIGN, False), (NOT, True)), DEPENDS),
+    (((UNCLEAR, True), (SIGN, True), (SIGN, True)), PARTLY),
+    (((UNCLEAR, True), (NOT, True), (NOT, False)), PARTLY),
+    (((NOT, True), (SIGN, False), (SIGN, False)), ONE),
+    (((NOT, True), (NOT, True), (NOT, True)), ROBUST),
+    (((NOT, False), (SIGN, False), (SIGN, False)), NONE),
+    (((UNCLEAR, True), (UNCLEAR, True), (SIGN, False)), OPEN),
+    (((PRESET, True), (PRESET, True), (MODEL, True)), UNTESTED),
+    (((PRESET, True), (SIGN, True), (SIZE, True)), ROBUST)])
+def test_agreement(verdicts, said):
+    found = judged(*verdicts)
+    assert found["agreement"] == said
+    assert [found[o] for o in ("Answer bits", "Above chance", "Plain ratio")] == [
+        v if t else "cannot tell" for v, t in verdicts
+    ]
+
+
+@pytest.mark.parametrize("low, high, said", [(-2, 5, OPEN), (2, 5, PARTLY), (-5, -2, PARTLY)])
+def test_sizes_do_not_count_where_measures_are_compared(low, high, said):
+    "One interval excludes the paper's number, which another measure cannot be compared with."
+    rows = pd.DataFrame([
+        dict(measure=m,
+             name="C6",
+             claim="C6",
+             check="mix − best",
+             verdict=v,
+             tells=True,
+             ci_low=a,
+             ci_high=b)
+        for m, v, a, b in (("above-chance", NOT, low, high), ("answer-bits", UNCLEAR, -1, 1))])
+    assert agreement(rows).iloc[0]["agreement"] == said
+
+
+def test_a_check_of_wanda_asks_whether_wanda_can_tell():
+    from tests.study.test_claims import like_paper
+    study, metrics = like_paper()
+    for o in study.values():
+        o.items = o.items.assign(chance=np.where(o.items["metric"] == "bits", np.nan, 0.05))
+    preset = example_preset(study) | dict(calibration=dict(windows=32, length=512))
+    both = ledgers(preset, study, metrics, 60,
+                   99).query("measure == 'plain'").set_index("name")["tells"]
+    fewer = {
+        k: v for k, v in study.items() if v.record.get("method") != "wanda" or v.record["seed"] == 0
+    }
+    one = ledgers(
+        example_preset(fewer) | dict(calibration=dict(windows=32, length=512)), fewer, metrics, 60,
+        99)
+    one = one.query("measure == 'plain'").set_index("name")["tells"]
+    mine = [o for o in CHECKS if "wanda" in methods_of(o)]
+    assert set(mine) == {"C1 wanda", "C2", "C4", "C4 corrected", "O1 math", "O2 math"}
+    assert both[["C1 wanda", "C2"]].all() and not one[mine].any(), "one draw per source"
+    assert one["C6 c4"] == both["C6 c4"] and one["C3"] == both["C3"] == True  # noqa: E712
+
+
+def test_what_each_check_needs():
+    assert dimensions_of("C1 wanda") == ("General",) and dimensions_of("O2 math") == (
+        "General",
+        "Math",
+    )
+    assert set(dimensions_of("C4")) == {"General", "Code", "Math"} and "Code" not in dimensions_of(
+        "O3 best"
+    )
+    for name in ("C5", "C6", "C6 share", "C7 sgs", "C9"): assert dimensions_of(name) == DIMENSIONS
+    assert (
+        agreement_note(pd.DataFrame(dict(agreement=[ROBUST, ONE, ROBUST])))
+        == f"2 of 3 checks: {ROBUST}; 1 of 3 checks: {ONE}."
+    )
+
+
+def test_rows_without_a_measure_leave_it_out():
+    from calib_prune.statistics.examples import example_preset
+    from tests.study.test_claims import like_paper
+    study, metrics = like_paper()
+    for o in study.values():
+        right = o.items[o.items.metric != "bits"]
+        o.items = pd.concat(
+            [o.items, right.assign(metric="bits", value=3 - right.value, bytes=1)],
+            ignore_index=True,
+        )
+    preset = example_preset(study) | dict(calibration=dict(windows=32, length=512))
+    table = ledgers(preset, study, metrics, 60, 99)
+    assert set(table["measure"]) == {"answer-bits", "plain"} and len(table) == 2 * len(CHECKS)
+    at = table.set_index(["measure", "name"])
+    assert (
+        np.isclose(at.loc[("plain", "C6 c4"), "ours"], 22.5)
+        and at.loc[("answer-bits", "C6 c4"), "ours"] < 22.5
+    )
+    again = ledgers(
+        preset,
+        study,
+        metrics,
+        60,
+        99,
+        known={"plain": study_ledger(measured(preset, study, 60), metrics, n_perm=99)},
+    )
+    pd.testing.assert_frame_equal(again, table)
+
+
+# --- models
+
+def ledger_of(*verdicts):
+    "One check under two measures: (verdict, whether the measure can tell)."
+    return pd.DataFrame([
+        dict(measure=m,
+             name="C6",
+             claim="C6",
+             check="mix − best",
+             verdict=v,
+             tells=t,
+             **interval_of(v)) for m, (v, t) in zip(("answer-bits", "plain"), verdicts)])
+
+
+@pytest.mark.parametrize("one, other, said, together", [
+    (((SIZE, True), (SIGN, True)), ((SIGN, True),
+                                    (NOT, False)), ["reproduced", "reproduced"], ROBUST),
+    (((SIZE, True), (SIGN, True)), ((NOT, True),
+                                    (NOT, True)), ["reproduced", NOT], TOGETHER[DEPENDS]),
+    (((SIZE, True), (NOT, True)), ((SIGN, True),
+                                   (NOT, False)), [DEPENDS, "reproduced"], TOGETHER[DEPENDS]),
+    (((UNCLEAR, True), (NOT, False)), ((UNCLEAR, True), (NOT, False)), [UNCLEAR, UNCLEAR], OPEN),
+    (((UNCLEAR, True), (SIGN, True)), ((SIGN, True), (SIGN, True)), [PARTLY, "reproduced"], PARTLY),
+    (((NOT, True), (SIGN, False)), ((PRESET, True),
+                                    (PRESET, True)), [NOT, UNTESTED], TOGETHER[ONE]),
+    (((NOT, False), (SIGN, False)), ((SIGN, False), (SIGN, False)), [NONE, NONE], TOGETHER[NONE]),
+    (((MODEL, False), (MODEL, False)), ((PRESET, True),
+                                        (PRESET, True)), [UNTESTED, UNTESTED], UNTESTED)])
+def test_a_check_is_robust_if_all_models_and_measures_that_can_tell_agree(
+    one, other, said, together
+):
+    row = model_agreement({"small": ledger_of(*one), "large": ledger_of(*other)}).iloc[0]
+    assert [row["small"], row["large"], row["agreement"]] == [*said, together]
+
+
+def test_a_ledger_that_is_not_there_or_is_none_is_named(tmp_path):
+    with pytest.raises(CalibPruneError, match="reproduce --preset claims/qwen-0.5b"):
+        read_ledgers(tmp_path / "claims" / "qwen-0.5b" / "T7-measures.csv")
+    (tmp_path / "T7-measures.csv").write_text("claim,check\nC1,x\n")
+    with pytest.raises(CalibPruneError, match="no column 'measure'"):
+        read_ledgers(tmp_path / "T7-measures.csv")
+
+
+@pytest.mark.parametrize("old, new, said", [("\nbeside: [qwen-0.5b]", "\n#", "needs `beside`"),
+                                            ("measures, claims,", "measures,", "name `claims`")])
+def test_models_are_set_beside_what_a_preset_names(old, new, said, tmp_path):
+    text = (ROOT / "presets/claims/smollm2-135m.yaml").read_text()
+    text = text.replace("../base", str(ROOT / "presets/base"))
+    assert text.count(old) == 1
+    (tmp_path / "default.yaml").write_text(text.replace(old, new))
+    with pytest.raises(CalibPruneError, match=said): load_preset(tmp_path / "default.yaml")
+
+
+def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
+    from papermill import execute_notebook
+
+    from tests.study.test_claims import like_paper
+    study, metrics = like_paper()
+    table = ledgers(
+        example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60,
+        99)
+    (tmp_path / "smollm2-135m").mkdir()
+    run = lambda: execute_notebook(ROOT / "nbs/paper/models.ipynb",
+                                   tmp_path / "out.ipynb",
+                                   progress_bar=False,
+                                   cwd=ROOT,
+                                   parameters=dict(preset=str(ROOT /
+                                                              "presets/claims/smollm2-135m.yaml"),
+                                                   results="none",
+                                                   figures=str(tmp_path / "smollm2-135m")))
+    begun = tmp_path / "smollm2-135m/T7-measures.csv"
+    begun.write_text("status\n\n")
+    run()
+    assert "No study has a ledger yet" in (tmp_path / "smollm2-135m/T7-models.md").read_text()
+    table.to_csv(begun, index=False)
+    run()
+    alone = (tmp_path / "smollm2-135m/T7-models.md").read_text()
+    assert "Not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone
+    (tmp_path / "qwen-0.5b").mkdir()
+    table.to_csv(tmp_path / "qwen-0.5b/T7-measures.csv", index=False)
+    with pytest.raises(
+        Exception,
+        match="judges 'ρ.perplexity, General., Wanda 60%', but its preset asks for .* Wanda 50%",
+    ):
+        run()
+    study, metrics = like_paper(at=0.5, low=0.5, high=0.6)
+    half = ledgers(
+        example_preset(study) | dict(calibration=dict(windows=32, length=512)),
+        study,
+        metrics,
+        60,
+        99,
+        complete=False,
+    )
+    half.to_csv(tmp_path / "qwen-0.5b/T7-measures.csv", index=False)
+    run()
+    said = (tmp_path / "smollm2-135m/T7-models.md").read_text()
+    assert (
+        "Not run yet" not in said and
+        "smollm2-135m: 60%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%"
+        in said)
+    assert "Not run to the end, so its verdicts may change: qwen2.5-coder-0.5b." in said
+    lines = said.split("\n\n")[0]
+    assert (
+        "| mix − C4, total, SparseGPT  " in lines and "%" not in lines
+    ), "a check that models judge at different sparsities names none"
+    assert set(pd.read_csv(tmp_path / "smollm2-135m/T7-models.csv")["model"]) == {
+        "smollm2-135m",
+        "qwen2.5-coder-0.5b",
+    }

@@ -1,0 +1,170 @@
+"Recipes: leads that hold at once, verdicts, and what the presets of the question `recipe` promise."
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from calib_prune.calibration.sets import allocate, parse_mix
+from calib_prune.core import DIMENSIONS
+from calib_prune.questions.mixing import shares_of
+from calib_prune.questions.recipe import (
+    all_leads,
+    families,
+    holds,
+    known_recipes,
+    lead_rows,
+    lead_text,
+    recipe_figure,
+    recipe_message,
+    recipe_rows,
+    recipe_text,
+    verdict,
+    without_shared,
+)
+from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.statistics.selection import measured
+from calib_prune.study.presets import load_preset
+from calib_prune.study.results import Result
+from calib_prune.study.tuning import mix_of_shares
+from tests import ROOT
+
+RECIPE, REFERENCES = ("law", "admm"), ("uniform", "igsp")
+
+
+def made_up(more, gain=0.05, sd=0.003, seed=1):
+    study = {}
+    for method, plus in (("sparsegpt", 0.0), ("admm", gain)):
+        kept = {k: tuple(0.55 + 0.05 * d + v + plus for d in range(4)) for k, v in more.items()}
+        study |= example_study(kept, (method,), seeds=(0, 1, 2), n=1000, draw_sd=sd, seed=seed)
+    return measured(example_preset(study), study, 500).found
+
+
+def said_of(found, recipe=RECIPE):
+    return verdict(recipe, leads_of(found, recipe), families(recipe, REFERENCES))
+
+
+def leads_of(found, recipe=RECIPE):
+    return {k: lead_rows(found, o) for k, o in families(recipe, REFERENCES).items()}
+
+
+TEXTS = dict(strategies={"uniform": "uniform", "igsp": "generated:igsp", "law": "c4=1,codeio=3"})
+GOOD = made_up({"uniform": 0.04, "igsp": 0.0, "law": 0.12})
+
+
+def test_a_lead_is_a_paired_difference():
+    rows = leads_of(GOOD)["what the text adds"].set_index(["over", "goal"])
+    ours, theirs = GOOD.of("law", method="admm"), GOOD.of("igsp", method="admm")
+    assert rows.value["igsp, L-ADMM", "Total"] == pytest.approx(ours[0, 4] - theirs[0, 4])
+    np.testing.assert_allclose(
+        rows.loc[("igsp, L-ADMM", "Total"), ["ci_low", "ci_high"]].astype(float),
+        np.quantile((ours - theirs)[1:, 4], [0.025, 0.975]),
+    )
+    assert len(rows) == 4 and (rows.all_low <= rows.ci_low).all() and (rows.all_high
+                                                                       >= rows.ci_high).all()
+
+
+def test_better_is_said_of_what_is_better_alone():
+    assert all(map(holds, leads_of(GOOD).values())) and said_of(GOOD).endswith(
+        "better than all that it is compared with."
+    )
+    alike = made_up({"uniform": 0.12, "igsp": 0.0, "law": 0.12})
+    same, said = leads_of(alike), said_of(alike)
+    assert holds(same["beside today's use"]) and not holds(same["what the text adds"])
+    assert "what the text adds" in said and "over uniform, L-ADMM" in said and "igsp" not in said
+
+
+def test_a_lead_within_noise_is_none():
+    noisy = made_up({"uniform": 0.04, "igsp": 0.0, "law": 0.05}, gain=0.0, sd=0.05)
+    assert "not shown to be better" in said_of(noisy)
+
+
+def test_what_has_not_been_run_decides_nothing():
+    missing = ("law", "alps")
+    found = leads_of(GOOD, missing)
+    assert not any(map(len, found.values())) and not holds(found["what the text adds"])
+    one_less = GOOD.rows(~((GOOD.cells.strategy == "igsp") & (GOOD.cells.method == "admm")))
+    for study, recipe in ((GOOD, missing), (one_less, RECIPE),
+                          (one_less.rows(one_less.cells.strategy != "igsp"), RECIPE)):
+        assert "nothing is decided" in said_of(study, recipe)
+    assert recipe_rows(TEXTS, GOOD, ("c4", "sparsegpt")).empty and lead_text(all_leads(found)).empty
+
+
+def test_tables_hold_every_recipe_and_the_figure_names_the_best_if_its_lead_is_significant():
+    rows = recipe_rows(TEXTS, GOOD, ("uniform", "sparsegpt"))
+    text = recipe_text(rows)
+    assert len(text) == len(known_recipes(GOOD)) == 6 and set(DIMENSIONS) < set(text)
+    assert rows.drop_duplicates("recipe").method.tolist() == ["SparseGPT"] * 3 + ["L-ADMM"] * 3
+    assert set(rows.kind[rows.recipe.str.startswith("igsp")]) == {"self-generated"} and set(
+        rows.kind
+    ) == {"mix", "self-generated"}
+    pooled = lead_text(all_leads(leads_of(GOOD)))
+    assert pooled.question.value_counts().to_dict() == {
+        "beside today's use": 2,
+        "what the text adds": 2,
+    }
+    base = ("uniform", "sparsegpt")
+    title = recipe_figure(rows, recipe_message(GOOD, base)).get_suptitle()
+    assert (
+        title == recipe_message(GOOD, RECIPE) == "Highest total retention of 6 recipes: law, L-ADMM"
+    )
+    close = made_up({"uniform": 0.0, "igsp": 0.05, "law": 0.05}, gain=0.05, sd=0.004)
+    assert (
+        recipe_message(close, base)
+        == "Total retention: 5 of 5 recipes above uniform, SparseGPT, 0 below"
+    )
+    assert recipe_message(GOOD, ("c4", "sparsegpt")) == "Retention of 6 recipes: no comparison"
+
+
+def test_a_question_that_nothing_answers_leaves_numbers_numbers():
+    leads = leads_of(GOOD) | {"ALPS against L-ADMM": lead_rows(GOOD, [(("law", "alps"), RECIPE)])}
+    pd.testing.assert_frame_equal(all_leads(leads), all_leads(leads_of(GOOD)))
+
+
+def test_shared_problems_are_left_out_where_a_source_shares_them():
+    def scored(sources):
+        items = pd.DataFrame(dict(task=["mbpp", "gsm8k", "sciq"]))
+        return {
+            k: Result(dict(calibration=c), pd.DataFrame(), items, {})
+            for k, c in (("dense", None), ("x", dict(counts=sources)))
+        }
+    left = lambda sources: [
+        *map(list, (r.items.task for r in without_shared(scored(sources)).values()))
+    ]
+    assert (
+        left({"polyglot": 3}) == [["gsm8k", "sciq"]] * 2
+        and left({"c4": 3}) == [["mbpp", "gsm8k", "sciq"]] * 2
+    )
+
+
+# --- the presets
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen-0.5b"])
+def test_the_recipe_is_the_mix_that_the_law_names_and_is_judged_by_other_items(name):
+    preset, learnt = (
+        load_preset(ROOT / f"presets/{o}.yaml") for o in (f"recipe/{name}", "mixing/smollm2-135m")
+    )
+    best = pd.read_csv(ROOT / "figures/mixing/smollm2-135m/T12-best.csv").query(
+        "need == 'all alike, and the worst'").set_index("dimension").share
+    n = preset["calibration"]["windows"]
+    assert preset["strategies"]["law"] == "half-code"
+    assert allocate(parse_mix("half-code"), n) == allocate(
+        parse_mix(mix_of_shares(best.to_dict())), n
+    )
+    taken = shares_of(preset["strategies"]["law"], n)
+    assert all(abs(taken[d] - best[d]) <= 1 / n + 1e-9 for d in DIMENSIONS), taken
+    assert preset["scoring"]["skip"] >= max(learnt["scoring"]["limit"].values())
+    assert preset["calibration"] == learnt["calibration"]
+
+
+def test_no_item_of_a_recipe_taught_the_law():
+    items = lambda o: set(
+        pd.read_parquet(ROOT / f"results/{o}/dense.items.parquet")[["task", "item"]].itertuples(
+            index=False
+        )
+    )
+    judged = [
+        o
+        for o in ("recipe/smollm2-135m", "recipe/qwen-0.5b")
+        if (ROOT / f"results/{o}/dense.items.parquet").is_file()
+    ]
+    assert len(judged) == 2 and not any(items("mixing/smollm2-135m") & items(o) for o in judged)
