@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.evaluation.measures import ANSWER_BITS
 from calib_prune.questions.comparison_figures import (
     averaging_figure,
     averaging_message,
@@ -420,7 +421,7 @@ def test_captions_name_tasks_in_which_the_dense_model_has_few_right():
     )
     assert weak_note(
         dataclasses.replace(weak, found=dataclasses.replace(weak.found,
-                                                            measure="answer-bits"))) == ""
+                                                            measure=ANSWER_BITS))) == ""
     assert weak_note(
         dataclasses.replace(weak,
                             found=dataclasses.replace(weak.found,

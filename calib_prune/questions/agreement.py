@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from ..evaluation.measures import MEASURES
+from ..evaluation.measures import MEASURES, Measure
 from .claims import LEDGER, study_ledger
 from calib_prune.questions.estimates import (
     CHECKS,
@@ -80,16 +80,16 @@ def ledgers(
             # as in `claims.study_ledger`
             preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame,
             n_boot: int | None = None, n_perm: int = 19999, complete: bool = True,
-            known: Mapping[str, pd.DataFrame] = {},  # measure → its ledger, if it has been made
+            known: Mapping[Measure, pd.DataFrame] = {},  # measure → its ledger, if it has been made
             resolved: pd.DataFrame | None = None     # from `resolution_rows`, if known
            ) -> pd.DataFrame:  # columns `LEDGERS`
     """The ledger under every measure that the rows hold; `tells`: whether it is to be believed in
     the check's dimensions."""
     told, tables = _can_tell(preset, study, n_boot, resolved), []
-    for name in MEASURES:
-        table = known.get(name)
+    for name, measure in MEASURES.items():
+        table = known.get(measure)
         if table is None:
-            try: whole = measured(preset, study, n_boot, measure=name)
+            try: whole = measured(preset, study, n_boot, measure=measure)
             except CalibPruneError: continue
             table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete)
         tells = [

@@ -15,7 +15,6 @@ import pandas as pd
 
 from ..calibration.oit import METRICS
 from ..core import DIMENSIONS
-from ..evaluation.measures import MEASURES
 from ..statistics.plots import setting_label
 from ..statistics.ranks import COLUMNS, KEPT, MIN_SOURCES, correlate
 from ..statistics.replicates import Replicates
@@ -91,8 +90,8 @@ def study_note(preset: dict[str, Any], found: Replicates | None) -> str:
     items = ", ".join(f"{k} {v}" for k, v in found.items.items() if k in DIMENSIONS and v)
     return (
         f"{said}, {span(found.cells['draws'])} draws per strategy; items: {items}. Retention is in"
-        f" percent of the dense model's score ({MEASURES[found.measure].label.lower()}:"
-        f" {MEASURES[found.measure].about})."
+        f" percent of the dense model's score ({found.measure.label.lower()}:"
+        f" {found.measure.about})."
     )
 
 # %% ../../nbs/questions/02_correlations.ipynb #9b669740

@@ -22,15 +22,7 @@ from scipy.stats import chi2, norm
 
 from ..calibration.sources import FURTHER, PAPER_SOURCES, SOURCES
 from ..core import DIMENSIONS, CalibPruneError, unknown_name
-from calib_prune.evaluation.measures import (
-                                             MEASURES,
-                                             measured_rows,
-                                             measured_values,
-                                             metric_of,
-                                             nothing_right,
-                                             task_retention,
-                                             values_at,
-)
+from ..evaluation.measures import PLAIN, Measure
 from ..evaluation.retention import paired_values
 from ..evaluation.tasks import TASKS
 from ..pruning.methods import METHODS
@@ -55,7 +47,7 @@ class Replicates:
     scored: dict[str, str]   # dimension → how its tasks are scored
     # tasks of which the dense model gets nothing right, which are in no outcome
     left_out: tuple[str, ...] = ()
-    measure: str = "plain"  # see `evaluation.measures`
+    measure: Measure = PLAIN
 
     @property
     def noise(self) -> str:
@@ -138,19 +130,19 @@ def same_rows(items: pd.DataFrame, others: pd.DataFrame) -> bool:
 
 # %% ../../nbs/statistics/02_replicates.ipynb #cb4de3c2
 def item_values(study: dict[str, Result],
-                measure: str = "plain"
+                measure: Measure = PLAIN
                ) -> dict[str, np.ndarray]:  # task → [items, 1 + cells], the dense model first
     "The values of all models of a study, item by item."
     dense = study["dense"].items
-    rows = measured_rows(dense, measure)
-    of_dense, columns = measured_values(dense, measure, rows), []
+    rows = measure.rows(dense)
+    of_dense, columns = measure.table(dense, rows), []
     for result in study.values():
         items = result.items
         if result.record["strategy"] == "dense": continue
         if same_rows(items, dense):
-            columns.append(values_at(items, measure, rows))
+            columns.append(measure.values(items, rows))
             continue
-        other = measured_values(items, measure)
+        other = measure.table(items)
         if not of_dense[["task", "item"]].equals(other[["task", "item"]]):
             paired_values(dense, items, measure)  # says what differs
         columns.append(other["value"])
@@ -161,13 +153,13 @@ def item_values(study: dict[str, Result],
 def task_replicates(task: str,
                     values: np.ndarray,   # [items, 1 + cells], the dense model first
                     weights: np.ndarray,  # [1 + B, items], from `resampling.draws`
-                    measure: str = "plain"
+                    measure: Measure = PLAIN
                    ) -> np.ndarray:       # [1 + B, cells]
     """Retention of one task in every replicate of every cell; NaN where the dense model got nothing
     right."""
     sums = weights @ values
-    return task_retention(
-        task, np.broadcast_to(sums[:, :1], sums[:, 1:].shape), sums[:, 1:], measure
+    return measure.retention(
+        task, np.broadcast_to(sums[:, :1], sums[:, 1:].shape), sums[:, 1:]
     )
 
 # %% ../../nbs/statistics/02_replicates.ipynb #d1f5d472
@@ -186,7 +178,7 @@ def _mean(tables: list[np.ndarray], missing: np.ndarray) -> np.ndarray:
 def outcome_replicates(tasks: dict[str, np.ndarray],   # from `item_values`
                        # the same of rights and wrongs, for the averaged accuracy
                        rights: dict[str, np.ndarray],
-                       n_boot: int, seed: int, measure: str = "plain"
+                       n_boot: int, seed: int, measure: Measure = PLAIN
                       ) -> np.ndarray:                 # [1 + B, cells, outcomes]
     "Every outcome of every cell, with replicates; NaN where no task measures it."
     counted = [t for t in rights if in_accuracy(t)]
@@ -229,29 +221,29 @@ def items_behind(tasks: dict[str, np.ndarray], rights: dict[str, np.ndarray]
     )
 
 # %% ../../nbs/statistics/02_replicates.ipynb #fcec9824
-def scored_by(tasks: Collection[str], dimension: str, measure: str = "plain") -> str:
+def scored_by(tasks: Collection[str], dimension: str, measure: Measure = PLAIN) -> str:
     "How the tasks of a dimension are scored; empty if there are none."
     kinds = {
-        "bits per byte" if metric_of(TASKS[t], measure) == "bits" else
-        "accuracy above chance" if MEASURES[measure].beyond_chance else "accuracy" for t in tasks
+        "bits per byte" if measure.metric(TASKS[t]) == "bits" else
+        "accuracy above chance" if measure.beyond_chance else "accuracy" for t in tasks
         if TASKS[t].dimension == dimension}
     return " and ".join(sorted(kinds))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #540d73fa
 def bootstrap_retention(study: dict[str, Result],
                         n_boot: int = N_BOOT, seed: int = 0,
-                        measure: str = "plain"  # see `evaluation.measures`
+                        measure: Measure = PLAIN
                        ) -> Replicates:  # one row per cell
     "Retention of every pruned cell, with replicates from one paired bootstrap over items."
     cells, tasks = pruned_cells(study), item_values(study, measure)
-    rights = dict(tasks) if measure == "plain" else item_values(study)
+    rights = dict(tasks) if measure == PLAIN else item_values(study)
     of_dense = lambda values: {task: mine[:, 0] for task, mine in values.items()}
-    left_out = nothing_right(of_dense(tasks), measure)
+    left_out = measure.nothing_to_lose(of_dense(tasks))
     tasks = {name: values for name, values in tasks.items() if name not in left_out}
-    for name in nothing_right(of_dense(rights)): rights.pop(name)
+    for name in PLAIN.nothing_to_lose(of_dense(rights)): rights.pop(name)
     if not tasks:
         raise CalibPruneError(
-            f"No task of this study can be scored by measure {measure}: {MEASURES[measure].about}. "
+            f"No task of this study can be scored by measure {measure.name}: {measure.about}. "
             f"The dense model is not clearly above chance in {', '.join(left_out)}."
         )
     scored = {d: scored_by(tasks, d, measure) for d in DIMENSIONS}
