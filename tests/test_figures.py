@@ -32,8 +32,6 @@ from calib_prune.questions.correlation_figures import in_settings, metric_messag
 from calib_prune.questions.self_generated import (
     ablation_rows,
     about_ours,
-    all_at_once,
-    corrected,
     our_mixes,
     steps_that_show,
 )
@@ -51,16 +49,17 @@ from calib_prune.statistics.comparison import (
     single_strategies,
     spread_rows,
     swept_part,
-    with_simultaneous,
+)
+from calib_prune.statistics.effects import (
+    effects,
+    lead_of_best,
+    significant_sign,
+    simultaneous_ends,
+    strategy_contrasts,
 )
 from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.statistics.plots import figure_of
-from calib_prune.statistics.replicates import (
-    OUTCOMES,
-    lead_of_best,
-    paired_difference,
-    significant_sign,
-)
+from calib_prune.statistics.replicates import OUTCOMES, Replicates
 from calib_prune.statistics.selection import (
     caption,
     endings_note,
@@ -220,11 +219,10 @@ def test_self_generated_text_is_not_a_mix():
 
 
 def test_numbers_are_those_of_the_analysis():
-    mine, found = differences(part(), "uniform", "c4"), part().found
-    theirs = paired_difference(found, "uniform", "c4")
-    np.testing.assert_array_equal(
-        mine[["value", "ci_low", "ci_high"]], theirs[["difference", "ci_low", "ci_high"]]
-    )
+    mine, found = differences(part(), [("uniform", "c4")]), part().found
+    theirs = effects(strategy_contrasts(found, [("uniform", "c4")]))
+    ends = ["value", "ci_low", "ci_high"]
+    np.testing.assert_array_equal(mine[ends], theirs[ends])
 
 
 def test_the_best_source_is_the_best():
@@ -233,7 +231,7 @@ def test_the_best_source_is_the_best():
         each = [
             o.set_index(["method", "dimension"]).loc[(method, dimension), "value"]
             for s in ("c4", "stdlib", "math")
-            for o in [differences(found, "uniform", s)]
+            for o in [differences(found, [("uniform", s)])]
         ]
         assert row["value"] == min(each) and row["ci_low"] <= row["value"] <= row["ci_high"]
 
@@ -457,11 +455,11 @@ def test_intervals_that_hold_at_once_take_the_place_of_single_ones():
     rows = pd.DataFrame([
         dict(value=0.03, ci_low=0.01, ci_high=0.05, all_low=-0.01, all_high=0.07),
         dict(value=0.03, ci_low=0.01, ci_high=0.05, all_low=np.nan, all_high=np.nan)])
-    assert corrected(rows)[["ci_low", "ci_high"]].to_numpy().tolist() == [
+    assert simultaneous_ends(rows)[["ci_low", "ci_high"]].to_numpy().tolist() == [
         [-0.01, 0.07],
         [0.01, 0.05],
     ]
-    assert corrected(rows[["value", "ci_low"]]).equals(
+    assert simultaneous_ends(rows[["value", "ci_low"]]).equals(
         rows[["value", "ci_low"]]
     ) and rows.ci_low.tolist() == [0.01, 0.01]
 
@@ -500,10 +498,12 @@ def test_a_title_names_the_sparsities_where_the_margin_is_significant():
 
 def test_variants_are_judged_together():
     rng = np.random.default_rng(0)
-    delta = lambda value: value + np.concatenate([[0], 0.01 * rng.normal(size=2000)])
-    ends = all_at_once(
-        {(f"igsp-{i}", "Total"): delta(0.022 if i == 0 else 0.0) for i in range(16)}
-    ).set_index("strategy")
+    noise = np.concatenate([np.zeros((1, 16)), 0.01 * rng.normal(size=(2000, 16))])
+    values = np.repeat((noise + 0.022 * (np.arange(16) == 0))[..., None], len(OUTCOMES), 2)
+    cells = pd.DataFrame(dict(strategy=[f"igsp-{i}" for i in range(16)]))
+    items = dict.fromkeys(OUTCOMES, 100)
+    ends = effects(Replicates(cells, values, items, {}), ["Total"], together=[])
+    ends = ends.set_index("strategy")
     assert ends.all_low["igsp-0"] < 0 < 0.022 - 1.96 * 0.01, "beyond noise alone, not among sixteen"
     table = ends.reset_index().assign(difference=0.022)
     assert "none differs" in steps_that_show(table, "igsp")
@@ -511,10 +511,7 @@ def test_variants_are_judged_together():
         table.assign(all_low=table.all_low.where(table.strategy != "igsp-0", 0.001)), "igsp"
     )
     assert "cannot be told" in steps_that_show(table.assign(all_low=np.nan), "igsp")
-    assert (
-        all_at_once({}).empty
-        and ablation_rows(whole(), part(keep=lambda o: o == "dense"), pd.DataFrame()).empty
-    )
+    assert ablation_rows(whole(), part(keep=lambda o: o == "dense"), pd.DataFrame()).empty
 
 
 @pytest.mark.parametrize("first", ["keyless", "keyed"])
@@ -538,7 +535,7 @@ def test_results_that_do_not_say_how_they_were_scored_are_refused_among_others(f
 # --- figures
 
 
-def held(some): return with_simultaneous(some, base_differences(some))
+def held(some): return base_differences(some, simultaneous=True)
 
 
 def panels_of(rows, note=""):
@@ -783,11 +780,10 @@ def test_intervals_of_many_strategies_hold_together():
         counted(held(alone(KEPT, n=400)).query("dimension == 'Total'"))
         == "1 of 3 strategies above c4, 0 below"
     )
-    lost = single.assign(
-        ci_low=single["ci_low"].where(single["dimension"] != "Code"),
-        ci_high=single["ci_high"].where(single["dimension"] != "Code"),
-    )
-    assert with_simultaneous(some, lost).query("dimension == 'Code'")["ci_low"].isna().all()
+    values = some.found.values.copy()
+    values[1:, :, OUTCOMES.index("Code")] = np.nan
+    lost = dataclasses.replace(some, found=dataclasses.replace(some.found, values=values))
+    assert held(lost).query("dimension == 'Code'")["ci_low"].isna().all()
 
 
 def test_the_best_of_noise_has_no_significant_lead():
@@ -824,7 +820,7 @@ def every_title():
         yield protocol_figure(retention_rows(some), held(some)).get_suptitle()
     swept = part(sweep_cells)
     yield margin_figure(
-        with_simultaneous(swept, margin_rows(swept, "uniform", "c4", "sparsity"), ["method"])
+        margin_rows(swept, "uniform", "c4", "sparsity", simultaneous=True)
     ).get_suptitle()
 
 

@@ -4,7 +4,6 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
-from calib_prune.report import statistics
 
 from calib_prune.calibration.sources import SUITE
 from calib_prune.core import DIMENSIONS
@@ -24,6 +23,7 @@ from calib_prune.questions.resolution import (
     untotalled_text,
 )
 from calib_prune.resampling import draws
+from calib_prune.statistics import replicates
 from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.statistics.replicates import bootstrap_retention
 from calib_prune.statistics.selection import measured, take
@@ -88,7 +88,7 @@ def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(measure, monkey
     few = (items.task == "sciq") & (items.metric != "bits") & (items.item > "0004")
     study["dense"].items = items.assign(value=items.value.where(~few, 0.0))
     at_once = bootstrap_retention(study, 60, measure=measure).values
-    monkeypatch.setattr(statistics, "BLOCK", 7)
+    monkeypatch.setattr(replicates, "BLOCK", 7)
     np.testing.assert_allclose(
         bootstrap_retention(study, 60, measure=measure).values, at_once, rtol=1e-12
     )

@@ -43,9 +43,9 @@ def score_table(scored: dict[str, Any],  # column title → table from `scoring.
     first, rows = next(iter(tables.values())), []
     for task, row in first.iterrows():
         texts = {title: _score_text(table.loc[task], bits) for title, table in tables.items()}
-        bits = {"bits/byte": row.bits_per_byte} if len(tables) == 1 else {}
+        more = {"bits/byte": row.bits_per_byte} if len(tables) == 1 else {}
         rows.append({"dimension": row.dimension, "task": task, **texts,
-                     "chance": _chance_text(row, bits), **bits, "n": row.n})
+                     "chance": _chance_text(row, bits), **more, "n": row.n})
     return rows
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b05

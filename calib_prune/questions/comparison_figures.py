@@ -18,6 +18,12 @@ from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
 from ..statistics.comparison import in_order, single_strategies
+from calib_prune.statistics.effects import (
+    has_interval,
+    lead_of_best,
+    shortfall,
+    significant_sign,
+)
 from calib_prune.statistics.plots import (
                                           WIDTH,
                                           annotate,
@@ -27,14 +33,7 @@ from calib_prune.statistics.plots import (
                                           panels,
                                           sparsity_label,
 )
-from calib_prune.statistics.replicates import (
-                                          OUTCOMES,
-                                          Replicates,
-                                          has_interval,
-                                          lead_of_best,
-                                          shortfall,
-                                          significant_sign,
-)
+from ..statistics.replicates import OUTCOMES, Replicates
 from ..statistics.selection import Part, span
 from ..statistics.tables import listed
 from calib_prune.style import (
@@ -89,7 +88,7 @@ def heat_panel(
     plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #5262d84e
-def over_baseline(delta: pd.DataFrame,  # of one method, from `with_simultaneous`
+def over_baseline(delta: pd.DataFrame,  # of one method, simultaneous
                   # [strategies, columns], points
                   strategies: list[str], columns: list[str]) -> np.ndarray:
     """How far each retention is above the baseline's; 0 for the baseline itself, and where the
@@ -180,7 +179,7 @@ def grey_note(delta: pd.DataFrame) -> str:
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #5818dc9e
 def retention_panels(table: pd.DataFrame,  # from `retention_rows`, one sparsity and size
-                     delta: pd.DataFrame,  # from `base_differences`, `with_simultaneous`
+                     delta: pd.DataFrame,  # from `base_differences`, simultaneous
                      message: str,         # from `source_message`
                      note: str = "") -> Figure:
     """Heat map of retention, strategy × dimension, coloured by the difference from the baseline,
@@ -268,7 +267,7 @@ SIMULTANEOUS = (
 )
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #6ea24599
-def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
+def counted(delta: pd.DataFrame  # of one outcome, simultaneous
            ) -> str:
     "How many differences from the baseline are significant, above and below."
     signs, base = significant_sign(delta["ci_low"], delta["ci_high"]), delta["over"].iloc[0]
@@ -279,7 +278,7 @@ def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #d0116aba
 def strategy_figure(
-                    # from `retention_rows` and `with_simultaneous`
+                    # from `retention_rows` and `base_differences`, simultaneous
                     table: pd.DataFrame, delta: pd.DataFrame,
                     note: str = "") -> Figure:
     """Total retention of every strategy as a paired difference from the baseline; its own value is
@@ -417,7 +416,7 @@ def margin_message(line: pd.DataFrame  # totals over the baseline under one meth
     return f"Total retention, {name}: {mix} {', '.join(said)}"
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #a66c0639
-def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity, `with_simultaneous`
+def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
                   note: str = "") -> Figure:
     """Margin of the mix against sparsity: in total on the left, over the baseline in each dimension
     on the right."""

@@ -27,9 +27,9 @@ from calib_prune.questions.correlations import (
     is_main,
     main_settings,
 )
+from ..statistics.effects import effects, significant_sign
 from ..statistics.plots import headline, place_labels, sentence_figure, setting_label
 from ..statistics.ranks import KEPT
-from ..statistics.replicates import retention_summary, significant_sign
 from ..study.metric_rows import metric_label, metrics_summary
 from ..style import DIMENSION_COLOURS, MARKERS, difference_colours, make_readable
 
@@ -92,7 +92,8 @@ def source_points(
     "The single sources of one setting: what they kept of each dimension, beside their metric."
     assert related.found is not None  # there is something to correlate
     here = related.found.where(**at)
-    kept = retention_summary(here.rows(here.cells["source_dimension"] != ""))
+    kept = effects(here.rows(here.cells["source_dimension"] != ""))
+    kept = kept.rename(columns={"value": "retention"})
     measured = metrics_summary(metrics).query("metric == @metric")[
         ["strategy", "value", "low", "high"]
     ]

@@ -21,16 +21,14 @@ from ..calibration.oit import METRICS
 from ..calibration.sources import FURTHER, SUITE
 from ..core import DIMENSIONS
 from .correlations import probability
-from ..resampling import interval
+from ..statistics.effects import effects
 from ..statistics.plots import WIDTH, annotate, check_rows, headline
 from calib_prune.statistics.ranks import (
     KEPT,
     MIN_SOURCES,
-    pairings,
-    permutation_p,
-    resampled,
+    rank_prediction,
+    resampling,
     source_metrics,
-    spearman,
 )
 from ..statistics.replicates import OUTCOMES, Replicates
 from ..statistics.tables import interval_text, listed
@@ -73,43 +71,41 @@ RULES = [
 
 @dataclass(frozen=True)
 class Split:
-    "What two sets of sources kept, and their metrics."
-    first: list[str]             # strategies that rules are fitted to
+    "Two sets of sources: their metrics and their retention."
+    first: list[str]       # strategies that rules are fitted to
     further: list[str]
-    metrics: pd.DataFrame        # sources × metrics that vary, as predictors
-    kinds: dict[str, str]        # source → dimension
-    kept: dict[str, np.ndarray]  # strategy → [1 + B, outcomes]
+    metrics: pd.DataFrame  # sources × metrics that vary, as predictors
+    kinds: dict[str, str]  # source → dimension
+    found: Replicates      # one row per strategy
+
+    def retention(self, sources: list[str], outcome: str) -> np.ndarray:  # [1 + B, sources]
+        "Replicates of some sources."
+        at = [list(self.found.cells["strategy"]).index(name) for name in sources]
+        return self.found.values[:, at, OUTCOMES.index(outcome)]
 
 # %% ../../nbs/questions/16_new_sources.ipynb #c964977e
 def split_sources(found: Replicates,      # of one setting
                   metrics: pd.DataFrame   # from `metric_rows.load_metrics`
                  ) -> Split | None:       # None while there are too few
     "The sources of the study and the further ones, as far as they are pruned and measured."
-    at = {
-        name: i
-        for i, name in enumerate(found.cells["strategy"])
-        if name in set(metrics["strategy"])
-    }
-    first, further = [o for o in SUITE if o in at], [o for o in FURTHER if o in at]
+    known = set(found.cells["strategy"]) & set(metrics["strategy"])
+    first, further = [o for o in SUITE if o in known], [o for o in FURTHER if o in known]
     if min(len(first), len(further)) < MIN_SOURCES: return None
     wide, why = source_metrics(metrics, [*first, *further])
     wide = wide.drop(columns=list(why))
     wide = wide.loc[:, wide.loc[first].nunique() > 1]
     wide = pd.DataFrame({k: as_predictor(k, wide[k].to_numpy()) for k in wide}, index=wide.index)
     kinds = {k: o.dimension for k, o in {**SUITE, **FURTHER}.items()}
-    return Split(
-        first, further, wide, kinds, {o: found.values[:, at[o]] for o in (*first, *further)}
-    )
+    return Split(first, further, wide, kinds, found)
 
 # %% ../../nbs/questions/16_new_sources.ipynb #08092a68
 def predictions(split: Split, metric: str, dimension: str
                ) -> pd.DataFrame:  # source, predicted, value; of further sources
     "What a rule frozen on the first sources says of the further ones."
-    y = np.array([split.kept[o][0, OUTCOMES.index(dimension)] for o in split.first])
+    y, measured = (split.retention(o, dimension)[0] for o in (split.first, split.further))
     rule, x = _rule_of(split, metric)
-    said = rule(x[split.first].to_numpy(), y, x[split.further].to_numpy())
-    seen = [split.kept[o][0, OUTCOMES.index(dimension)] for o in split.further]
-    return pd.DataFrame(dict(source=split.further, predicted=said, value=seen))
+    predicted = rule(x[split.first].to_numpy(), y, x[split.further].to_numpy())
+    return pd.DataFrame(dict(source=split.further, predicted=predicted, value=measured))
 
 # %% ../../nbs/questions/16_new_sources.ipynb #d9f1c4a8
 def _rule_of(split: Split, metric: str) -> tuple[Any, pd.Series]:
@@ -120,27 +116,22 @@ def _rule_of(split: Split, metric: str) -> tuple[Any, pd.Series]:
 # %% ../../nbs/questions/16_new_sources.ipynb #767d09c3
 def rule_rows(split: Split, n_perm: int = 19999, seed: int = 0) -> pd.DataFrame:  # columns `RULES`
     "How well every rule predicts, in every dimension."
-    m, rows = len(split.further), []
-    taken = resampled(np.zeros(m, int), len(next(iter(split.kept.values()))) - 1, seed)
-    pairs = pairings(np.zeros(m, int), n_perm, seed)
+    n_boot, rows = len(split.found.values) - 1, []
+    plan = resampling(np.zeros(len(split.further), int), n_boot, n_perm, seed)
+    rms = lambda error: float(np.sqrt(np.mean(error**2)))
     for metric in (KIND, *split.metrics):
         rule, x = _rule_of(split, metric)
-        for d in KEPT:
-            j = OUTCOMES.index(d)
-            y = np.array([split.kept[o][0, j] for o in split.first])
-            table = predictions(split, metric, d)
-            said, real = table["predicted"].to_numpy(), np.stack(
-                [split.kept[o][:, j] for o in split.further], 1
-            )
-            off = [float(np.sqrt(np.mean((o - real[0]) ** 2))) for o in (said, y.mean())]
-            found = spearman(said[taken], np.take_along_axis(real[1:], taken, 1))
-            # a resample of sources that all kept the same has no ρ
-            found = found[np.isfinite(found)]
-            ends = interval(found) if len(found) else (math.nan, math.nan)
-            rows.append((metric, d, left_out_error(
-                rule, x[split.first].to_numpy(), y), *off, float(spearman(
-                    said, real[0])), *ends, permutation_p(said, real[0][:, None],
-                                                          *pairs)[0], np.nan, m))
+        for dimension in KEPT:
+            y = split.retention(split.first, dimension)[0]
+            measured = split.retention(split.further, dimension)
+            predicted = predictions(split, metric, dimension)["predicted"].to_numpy()
+            rows.append(
+                dict(metric=metric,
+                     dimension=dimension,
+                     left_out=left_out_error(rule, x[split.first].to_numpy(), y),
+                     error=rms(predicted - measured[0]),
+                     constant=rms(y.mean() - measured[0]))
+                | rank_prediction(predicted, measured, plan))
     table = pd.DataFrame(rows, columns=RULES)
     return table.assign(q=false_discovery_control(table["p"]))
 
@@ -200,12 +191,13 @@ def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
     choose."""
     check_rows(rows, "rules")
     best = chosen_rules(rows).set_index("dimension")
+    ends = effects(split.found, DIMENSIONS).set_index(["strategy", "dimension"])
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.5), layout="constrained")
     for ax, d in zip(axes, DIMENSIONS):
         table = predictions(split, best.loc[d, "metric"], d)
         for o in table.itertuples():
             kind = split.kinds[o.source]
-            low, high = interval(split.kept[o.source][1:, OUTCOMES.index(d)])
+            low, high = ends.loc[(o.source, d), ["ci_low", "ci_high"]]
             ax.hlines(
                 100 * o.predicted, 100 * low, 100 * high, color=colour_of(kind), linewidth=0.8
             )

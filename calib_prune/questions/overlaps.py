@@ -12,9 +12,10 @@ import pandas as pd
 
 from ..calibration.sets import parse_mix
 from ..evaluation.contamination import Audit, drop_overlapping
+from ..statistics.effects import effects
 from ..statistics.plots import setting_label
 from ..statistics.ranks import KEPT
-from ..statistics.replicates import COORDINATES, retention_summary, same_rows
+from ..statistics.replicates import COORDINATES, same_rows
 from ..statistics.selection import Measured, lacking, measured, take
 from ..statistics.tables import interval_text, status
 from ..study.presets import Cell
@@ -53,7 +54,10 @@ def overlap_retention(whole: Measured, audit: Audit, wanted: list[Cell],
         whole.preset, without_overlaps(whole.study, audit), n_boot, seed, whole.found.measure
     )
     at = ["strategy", *COORDINATES, "dimension"]
-    every, without = (retention_summary(take(o, wanted).found) for o in (whole, clean))
+    every, without = (
+        effects(take(o, wanted).found).rename(columns={"value": "retention"})
+        for o in (whole, clean)
+    )
     without = without[[*at, *NUMBERS]].rename(columns={o: f"clean_{o}" for o in NUMBERS})
     both = every[[*at, "mix", "draws", "noise", *NUMBERS]].merge(without, on=at)
     hit = set(given_away(whole.study, audit)["source"])

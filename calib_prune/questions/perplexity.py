@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'BALANCE', 'MEAN', 'EFFECTS', 'NEAR', 'THIRD_ROWS', 'FAR_ROWS', 'thirds_of', 'bytes_note', 'text_facts',
-           'third_differences', 'third_effects', 'simultaneous_effects', 'effect_verdict', 'effect_text',
-           'balance_text', 'third_rows', 'third_figure', 'third_message', 'far_effects', 'far_text']
+           'third_contrasts', 'third_effects', 'effect_verdict', 'effect_text', 'balance_text', 'third_rows',
+           'third_figure', 'third_message', 'far_effects', 'far_text']
 
 # %% ../../nbs/questions/15_perplexity.ipynb #8b3c6c7c
 from dataclasses import replace
@@ -21,9 +21,14 @@ from ..calibration.sources import SOURCES
 from ..core import DIMENSIONS, load_json
 from ..data.files import read_jsonl
 from ..generation.passages import THIRDS
-from ..resampling import interval
+from ..statistics.effects import contrasts, effects, simultaneous_ends, with_means
 from ..statistics.plots import WIDTH, annotate, check_rows, headline
-from ..statistics.replicates import OUTCOMES, Replicates, simultaneous, strategy_retention
+from calib_prune.statistics.replicates import (
+    ADDITIVE,
+    COORDINATES,
+    Replicates,
+    strategy_retention,
+)
 from ..statistics.tables import interval_text, listed
 from ..study.presets import mix_of, protocol_of, seeds_of
 from ..style import MARKERS, colour_of
@@ -84,63 +89,31 @@ def text_facts(preset: dict[str, Any], folder: str | Path  # of the study's resu
             pd.DataFrame(balances, columns=["source", "seed", *BALANCE]))
 
 # %% ../../nbs/questions/15_perplexity.ipynb #e35e33fd
-def third_differences(preset: dict[str, Any], cells: Replicates  # one row per cell, of one setting
-                     ) -> Replicates:  # one row per source and draw, `strategy` is the source
-    "The high third less the low one of the same draw."
-    about, thirds = cells.cells, thirds_of(preset).set_index("strategy")
-    at = {(*thirds.loc[o.strategy, ["source", "third"]], o.seed): i for i, o in about.iterrows()
-          if o.strategy in thirds.index}
-    pairs = [(at[source, THIRDS[0], seed], i) for (source, third, seed), i in at.items()
-             if third == THIRDS[-1] and (source, THIRDS[0], seed) in at]
-    low, high = [a for a, _ in pairs], [b for _, b in pairs]
-    named = about.iloc[high].assign(
-        strategy=[thirds.loc[about["strategy"][i], "source"] for i in high]
-    )
-    return replace(
-        cells,
-        cells=named.reset_index(drop=True),
-        values=cells.values[:, high] - cells.values[:, low],
-    )
-
-# %% ../../nbs/questions/15_perplexity.ipynb #5e8e7d6a
 MEAN = "mean of the sources"
-EFFECTS = ["source", "dimension", "value", "ci_low", "ci_high", "draws"]
 
-def _effect_replicates(preset: dict[str, Any], cells: Replicates
-                      # source → [1 + B, outcomes]; → draws
-                      ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    "The high third less the low one, mean over draws; of several sources, the mean as well."
-    every = third_differences(preset, cells)
-    if not len(every.cells): return {}, {}
-    found = strategy_retention(every)
-    each = {o: found.values[:, i] for i, o in enumerate(found.cells["strategy"])}
-    draws = dict(zip(each, found.cells["draws"]))
-    if len(each) > 1:
-        each[MEAN], draws[MEAN] = np.mean([*each.values()], axis=0), min(draws.values())
-    return each, draws
+def third_contrasts(preset: dict[str, Any], cells: Replicates  # one row per cell, of one setting
+                   ) -> Replicates:  # one row per source, their mean below; the strategy names it
+    "The high third less the low third of the same draw, mean over draws."
+    thirds = thirds_of(preset).set_index("strategy")
+    mine = cells.rows(cells.cells["strategy"].isin(thirds.index))
+    about = thirds.reindex(mine.cells["strategy"]).reset_index(drop=True)
+    named = replace(mine, cells=mine.cells.assign(strategy=about["source"], third=about["third"]))
+    low, high = (about["third"] == THIRDS[i] for i in (0, -1))
+    paired = contrasts(named, high, low, ["strategy", "seed"])
+    if paired.cells.empty: return paired
+    return with_means(strategy_retention(paired), COORDINATES, MEAN)
 
 # %% ../../nbs/questions/15_perplexity.ipynb #207c9ee2
-def third_effects(preset: dict[str, Any], cells: Replicates  # one row per cell, of one setting
-                 ) -> pd.DataFrame:                          # columns `EFFECTS`; fractions
-    "The high third less the low one, mean over draws."
-    (each, draws), rows = _effect_replicates(preset, cells), []
-    for source, values in each.items():
-        for d in (*DIMENSIONS, "Total"):
-            v = values[:, OUTCOMES.index(d)]
-            rows.append((source, d, v[0], *interval(v[1:]), draws[source]))
-    return pd.DataFrame(rows, columns=EFFECTS)
+EFFECTS = ["source", "dimension", "value", "ci_low", "ci_high", "draws"]
 
-# %% ../../nbs/questions/15_perplexity.ipynb #f682b97c
-def simultaneous_effects(preset: dict[str, Any], cells: Replicates
-                        ) -> pd.DataFrame:  # columns `EFFECTS`
-    """The same; intervals of the mean of the sources are simultaneous over the dimensions, for the
-    title of a figure."""
-    effects, (each, _) = third_effects(preset, cells), _effect_replicates(preset, cells)
-    mine = effects.index[(effects["source"] == MEAN) & effects["dimension"].isin(DIMENSIONS)]
-    if len(mine):
-        low, high = simultaneous(each[MEAN][:, :len(DIMENSIONS)])
-        effects.loc[mine, "ci_low"], effects.loc[mine, "ci_high"] = low, high
-    return effects
+def third_effects(found: Replicates,  # from `third_contrasts`
+                  # over the dimensions of a row, without the total? else each interval by itself
+                  simultaneous: bool = False
+                 ) -> pd.DataFrame:   # columns `EFFECTS`; fractions
+    "The high third less the low third."
+    outcomes, together = (DIMENSIONS, ["strategy"]) if simultaneous else (ADDITIVE, None)
+    table = simultaneous_ends(effects(found, outcomes, together))
+    return table.rename(columns={"strategy": "source"})[EFFECTS]
 
 # %% ../../nbs/questions/15_perplexity.ipynb #b6573b73
 NEAR = 0.02  # of retention
@@ -191,17 +164,12 @@ def third_rows(preset: dict[str, Any], found: Replicates, texts: pd.DataFrame
               ) -> pd.DataFrame:  # columns `THIRD_ROWS`
     "What each third kept, beside its perplexity."
     mean = texts.groupby(["source", "third"])["perplexity"].agg(lambda o: np.exp(np.log(o).mean()))
-    at, rows = {name: i for i, name in enumerate(found.cells["strategy"])}, []
-    for o in thirds_of(preset).itertuples():
-        if o.strategy not in at or (o.source, o.third) not in mean.index: continue
-        for d in (*DIMENSIONS, "Total"):
-            v = found.values[:, at[o.strategy], OUTCOMES.index(d)]
-            rows.append((o.source, o.third, mean[o.source, o.third], d, v[0], *interval(v[1:])))
-    return pd.DataFrame(rows, columns=THIRD_ROWS)
+    about = thirds_of(preset).merge(mean.reset_index(), on=["source", "third"])
+    return about.merge(effects(found, ADDITIVE), on="strategy")[THIRD_ROWS]
 
 # %% ../../nbs/questions/15_perplexity.ipynb #15c33c8a
 def third_figure(rows: pd.DataFrame,  # from `third_rows`
-                 effects: pd.DataFrame,  # from `simultaneous_effects`
+                 effects: pd.DataFrame,  # simultaneous
                  note: str = "") -> Figure:
     "Retention against perplexity within each source."
     check_rows(rows, "thirds of sources")
@@ -251,7 +219,7 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
     return annotate(figure, f"{said} {note}")
 
 # %% ../../nbs/questions/15_perplexity.ipynb #b5cb7b10
-def third_message(effects: pd.DataFrame  # from `simultaneous_effects`
+def third_message(effects: pd.DataFrame  # simultaneous
                  ) -> str:
     "What the experiment shows, in one sentence."
     mean = effects[effects["source"] == MEAN].set_index("dimension")

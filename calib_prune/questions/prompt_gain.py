@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from ..core import DIMENSIONS
 from ..evaluation.tasks import TASKS
 from ..pruning.masks import parse_sparsity
-from ..resampling import N_BOOT, draws, interval
+from ..resampling import N_BOOT, draws
+from ..statistics.effects import estimate
 from calib_prune.statistics.plots import (
     WIDTH,
     annotate,
@@ -98,17 +99,8 @@ def gain_rows(study: dict[str, Result], n_boot: int = N_BOOT, seed: int = 0
     sizes = pd.Series([TASKS[o].dimension for o in bits[0]]).value_counts()
     for where, members in groups.items():
         for d, replicates in gains.items():
-            v = replicates[:, members].mean(1)
-            low, high = interval(v[1:])
-            about = dict(
-                dimension=d,
-                value=v[0],
-                ci_low=low,
-                ci_high=high,
-                draws=len(members),
-                n_items=sizes[d],
-            )
-            rows.append(dict(zip(GAIN_ROWS, where)) | about)
+            ends = estimate(replicates[:, members].mean(1))
+            rows.append((*where, d, *ends, len(members), sizes[d]))
     return pd.DataFrame(rows, columns=GAIN_ROWS)
 
 # %% ../../nbs/questions/11_prompt_gain.ipynb #d1454581

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BEST', 'REFERENCES', 'GOALS', 'FACTS', 'RETENTIONS', 'SHOWN_FACTS', 'SHOWN_MEASURES', 'in_grid', 'compared_cells',
-           'single_sources', 'our_mixes', 'about_ours', 'compared_pairs', 'at_once', 'difference_rows', 'corrected',
-           'beyond_noise', 'text_facts', 'variant_rows', 'with_draws', 'by_shared_draws', 'all_at_once',
-           'ablation_rows', 'ablation_text', 'steps_that_show']
+           'single_sources', 'our_mixes', 'about_ours', 'compared_pairs', 'difference_rows', 'beyond_noise',
+           'text_facts', 'with_draws', 'by_shared_draws', 'ablation_rows', 'ablation_text', 'steps_that_show']
 
 # %% ../../nbs/questions/05_self_generated.ipynb #849d4aa8
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Collection, Iterable, Sequence
 
@@ -17,15 +17,9 @@ import numpy as np
 import pandas as pd
 
 from ..calibration.sets import parse_mix
-from ..resampling import interval
 from ..statistics.comparison import DIFFERENCES, differences, over_best, stacked
-from calib_prune.statistics.replicates import (
-    OUTCOMES,
-    Replicates,
-    as_strategy,
-    simultaneous,
-    strategy_retention,
-)
+from ..statistics.effects import effects
+from ..statistics.replicates import OUTCOMES, Replicates, as_strategy, strategy_retention
 from ..statistics.selection import Measured, Part, main_sparsity
 from ..statistics.tables import interval_text, listed
 from ..study.presets import Cell, cells, protocol_of
@@ -99,43 +93,18 @@ def compared_pairs(part: Part) -> list[tuple[str, str]]:
 
 GOALS = {"Total": "in total", "Worst": "in the worst dimension"}
 
-# %% ../../nbs/questions/05_self_generated.ipynb #91c06bcf
-def _gain(found: Replicates, mix: str, over: str, goal: str) -> np.ndarray:  # [1 + B]
-    at = OUTCOMES.index(goal)
-    return found.of(mix)[:, at] - found.of(over)[:, at]
-
-# %% ../../nbs/questions/05_self_generated.ipynb #00bb30a6
-def at_once(part: Part, pairs: Sequence[tuple[str, str]]
-           ) -> pd.DataFrame:  # mix, over, dimension, all_low, all_high
-    """Intervals of all pairs and both goals that hold together; not of the best single source,
-    which allows for its own choice."""
-    known = set(part.found.cells["strategy"])
-    family = [(a, b, g) for a, b in pairs for g in GOALS if {a, b} <= known]
-    if not family: return pd.DataFrame(columns=["mix", "over", "dimension", "all_low", "all_high"])
-    delta = [_gain(part.found, a, b, g) for a, b, g in family]
-    low, high = simultaneous(np.stack(delta, 1))
-    return pd.DataFrame(family, columns=["mix", "over", "dimension"]).assign(
-        all_low=low, all_high=high
-    )
-
 # %% ../../nbs/questions/05_self_generated.ipynb #7be52d7c
 def difference_rows(part: Part, pairs: Sequence[tuple[str, str]]
                    ) -> pd.DataFrame:  # columns `DIFFERENCES`, all_low, all_high
-    "How much more the first of each pair kept than the second."
+    """Retention of the first of each pair less the second's; all_low and all_high are simultaneous
+    over all pairs and both goals, but for the best single source, which allows for its choice."""
     table = stacked(
-        [over_best(part, a) if b == BEST else differences(part, a, b) for a, b in pairs],
+        [over_best(part, a) if b == BEST else differences(part, [(a, b)]) for a, b in pairs],
         DIFFERENCES,
     )
-    return table.merge(at_once(part, pairs), how="left", on=["mix", "over", "dimension"])
-
-# %% ../../nbs/questions/05_self_generated.ipynb #7ee15d8b
-def corrected(rows: pd.DataFrame) -> pd.DataFrame:  # from `difference_rows`
-    "The same rows with the intervals that hold at once, where there are any."
-    if "all_low" not in rows: return rows
-    return rows.assign(
-        ci_low=rows["all_low"].fillna(rows["ci_low"]),
-        ci_high=rows["all_high"].fillna(rows["ci_high"]),
-    )
+    known = [(a, b) for a, b in pairs if b != BEST]
+    goals, on = differences(part, known, list(GOALS), together=[]), ["mix", "over", "dimension"]
+    return table.merge(goals[[*on, "all_low", "all_high"]], how="left", on=on)
 
 # %% ../../nbs/questions/05_self_generated.ipynb #7f406898
 def _leads(table: pd.DataFrame, mix: str, over: Sequence[str], sign: int) -> list[str]:
@@ -197,23 +166,6 @@ def text_facts(preset: dict[str, Any], folder: str | Path
                              imbalance=report.get("imbalance", np.nan)))
     return pd.DataFrame(rows, columns=["strategy", "seed", *FACTS])
 
-# %% ../../nbs/questions/05_self_generated.ipynb #cfc76d12
-RETENTIONS = OUTCOMES[:-1]
-
-def variant_rows(found: Replicates, name: str, base: str,  # of strategies; no base, no comparison
-                 **about) -> list[dict[str, Any]]:
-    """What a variant keeps, and its difference from the protocol that it varies: one row per
-    measure."""
-    kept = found.of(name)
-    delta = kept - (found.of(base) if base else np.nan)
-    rows = []
-    for j, measure in enumerate(RETENTIONS):
-        low, high = interval(kept[1:, j])
-        ci_low, ci_high = interval(delta[1:, j])
-        rows.append(about | dict(dimension=measure, retention=kept[0, j], low=low, high=high,
-                                 difference=delta[0, j], ci_low=ci_low, ci_high=ci_high))
-    return rows
-
 # %% ../../nbs/questions/05_self_generated.ipynb #ff34b254
 def with_draws(
     whole: Measured, part: Part, strategies: Iterable[str], draws: Collection[int]
@@ -233,13 +185,19 @@ def by_shared_draws(draws: dict[str, set[int]],  # strategy → its draws
         groups.setdefault(frozenset(draws[name] & draws.get(base, set())), []).append(name)
     return groups
 
-# %% ../../nbs/questions/05_self_generated.ipynb #bf349222
-def all_at_once(goals: dict[tuple[str, str], np.ndarray]
-               ) -> pd.DataFrame:  # strategy, dimension, all_low, all_high
-    "Intervals of several differences that hold together."
-    ends = simultaneous(np.stack(list(goals.values()), 1)) if goals else ([], [])
-    named = pd.DataFrame(list(goals), columns=["strategy", "dimension"])
-    return named.assign(all_low=np.asarray(ends[0], float), all_high=np.asarray(ends[1], float))
+# %% ../../nbs/questions/05_self_generated.ipynb #88ba32d8
+RETENTIONS = OUTCOMES[:-1]
+
+def _variant_table(kept: Replicates, differ: Replicates  # one row per variant; NaN without a base
+                  ) -> pd.DataFrame:
+    "Retention and the difference from the protocol, by outcome; goals also simultaneous."
+    ends = dict(value="retention", ci_low="low", ci_high="high")
+    table = effects(kept, RETENTIONS).rename(columns=ends).drop(columns="n_items")
+    single = effects(differ, RETENTIONS)
+    table = table.assign(
+        difference=single["value"], ci_low=single["ci_low"], ci_high=single["ci_high"])
+    goals, on = effects(differ, list(GOALS), together=[]), ["strategy", "dimension"]
+    return table.merge(goals[[*on, "all_low", "all_high"]], how="left", on=on)
 
 # %% ../../nbs/questions/05_self_generated.ipynb #ba8f558a
 def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text_facts`
@@ -254,24 +212,17 @@ def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text
     settings = {
         name: how for name in draws if (how := protocol_of(part.preset["strategies"][name]))
     }
-    rows: list[dict[str, Any]] = []
-    # strategy, goal → [1 + B], the difference from the protocol
-    goals: dict[tuple[str, str], np.ndarray] = {}
+    lines, kept, differ = [], [], []
     def add(
         found: Replicates, strategy: str, seeds: Collection[int], base: str = "", label: str = ""
     ) -> None:
-        if base: goals.update({(strategy, o): _gain(found, strategy, base, o) for o in GOALS})
         text = facts[(facts["strategy"] == strategy)
                      & facts["seed"].isin(seeds)][list(FACTS)].astype(float).mean()
         varied = ", ".join(f"{k}={v}" for k, v in settings[strategy][1].items())
-        rows.extend(
-            variant_rows(found,
-                         strategy,
-                         base,
-                         strategy=label or strategy,
-                         varied=varied,
-                         draws=len(seeds),
-                         **text))
+        lines.append(
+            dict(strategy=label or strategy, varied=varied, draws=len(seeds), **text))
+        kept.append(found.of(strategy))
+        differ.append(kept[-1] - (found.of(base) if base else np.nan))
 
     for base in dict.fromkeys(family for family, _ in settings.values()):
         if base in draws: add(part.found, base, draws[base])
@@ -288,8 +239,10 @@ def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text
                     ),
                 )
             for name in names: add(found, name, shared or draws[name], base if shared else "")
-    if not rows: return pd.DataFrame()
-    return pd.DataFrame(rows).merge(all_at_once(goals), how="left", on=["strategy", "dimension"])
+    if not lines: return pd.DataFrame()
+    about = pd.DataFrame(lines)
+    return _variant_table(*(
+        replace(part.found, cells=about, values=np.stack(o, 1)) for o in (kept, differ)))
 
 # %% ../../nbs/questions/05_self_generated.ipynb #978ab753
 SHOWN_FACTS = dict(pool=".1f", aggregation=".3f", perplexity=".1f", imbalance=".2f")

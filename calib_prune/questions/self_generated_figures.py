@@ -20,8 +20,8 @@ from ..data.files import read_jsonl
 from .comparison_figures import SIMULTANEOUS, by_total, difference_panel
 from .self_generated import RETENTIONS
 from ..statistics.comparison import SINGLE
+from ..statistics.effects import significant_sign
 from ..statistics.plots import WIDTH, annotate, check_rows, headline
-from ..statistics.replicates import significant_sign
 from ..style import DIMENSION_COLOURS, MARKERS, legend_above
 
 # %% ../../nbs/questions/06_self_generated_figures.ipynb #a3e80ac1
@@ -37,7 +37,7 @@ def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value
     return best["mix"]
 
 # %% ../../nbs/questions/06_self_generated_figures.ipynb #bdef25b8
-def protocol_message(delta: pd.DataFrame  # of mixes and protocols, from `with_simultaneous`
+def protocol_message(delta: pd.DataFrame  # of mixes and protocols, simultaneous
                     ) -> str:
     "How many are above the baseline in total, and in the worst dimension."
     base, said = delta["over"].iloc[0], []
@@ -49,7 +49,7 @@ def protocol_message(delta: pd.DataFrame  # of mixes and protocols, from `with_s
 
 # %% ../../nbs/questions/06_self_generated_figures.ipynb #c1f66bb3
 def protocol_figure(
-                    # from `retention_rows` and `with_simultaneous`
+                    # from `retention_rows` and `base_differences`, simultaneous
                     table: pd.DataFrame, delta: pd.DataFrame,
                     note: str = "") -> Figure:
     """Retention of mixes and protocols minus the baseline's in each dimension, with paired

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEPT', 'MIN_SOURCES', 'COLUMNS', 'CONTRASTS', 'REGISTER', 'row_correlation', 'spearman', 'partial_spearman',
            'pairings', 'permutation_p', 'resampled', 'leave_one_out', 'row_ranks', 'unit_rows', 'unit_correlation',
-           'Resampling', 'resampling', 'Ranked', 'relate', 'source_metrics', 'correlate', 'setting_correlations',
-           'contrast', 'contrasts']
+           'Resampling', 'resampling', 'Ranked', 'relate', 'rank_prediction', 'source_metrics', 'correlate',
+           'setting_correlations', 'contrast', 'contrasts']
 
 # %% ../../nbs/statistics/03_ranks.ipynb #d9f4bf00
 import itertools
@@ -197,6 +197,17 @@ def _rho(x: np.ndarray, y: np.ndarray,  # [n]
 # %% ../../nbs/statistics/03_ranks.ipynb #e05f39ee
 def _ends(name: str, values: np.ndarray) -> dict[str, float]:
     return dict(zip((f"{name}_low", f"{name}_high"), interval(values)))
+
+# %% ../../nbs/statistics/03_ranks.ipynb #3eedaf99
+def rank_prediction(predicted: np.ndarray,  # [n]
+                    measured: np.ndarray,   # [1 + B, n], with replicates
+                    plan: Resampling
+                   ) -> dict[str, float]:   # n, rho, p, ci_low, ci_high
+    "Spearman's ρ of predicted and measured values; resamples without a ρ are left out."
+    rho = unit_correlation(plan.ranks(predicted), plan.ranks(measured))
+    rho = rho[np.isfinite(rho)]
+    ends = _ends("ci", rho) if len(rho) else dict(ci_low=math.nan, ci_high=math.nan)
+    return _rho(predicted, measured[0], plan) | ends
 
 # %% ../../nbs/statistics/03_ranks.ipynb #d47eee39
 def source_metrics(
