@@ -28,7 +28,11 @@ from calib_prune.questions.comparison_figures import (
     strategy_figure,
     two_methods,
 )
-from calib_prune.questions.correlation_figures import in_settings, metric_message, survival_message
+from calib_prune.questions.correlation_figures import (
+    metric_message,
+    rows_in_settings,
+    survival_message,
+)
 from calib_prune.questions.self_generated import (
     ablation_rows,
     about_ours,
@@ -634,7 +638,7 @@ def test_titles_of_correlations_speak_of_the_panels_shown():
         row(0.6, "Total", -0.9, 0.001, 0.01),
         row(0.5, "General", 0.99, 0.0001, 0.001),
         row(0.5, "Code", 0.1, 0.7, 0.8)])
-    shown = in_settings(table, [dict(method="wanda", sparsity=0.6)])
+    shown = rows_in_settings(table, [dict(method="wanda", sparsity=0.6)])
     assert (
         metric_message(shown, "distortion")
         == "Perplexity: 1 of 2 correlations with retention is significant (q < 0.05)"

@@ -25,9 +25,9 @@ from calib_prune.questions.perplexity import (
     bytes_note,
     effect_text,
     effect_verdict,
-    text_facts,
     third_contrasts,
     third_effects,
+    third_facts,
     third_message,
 )
 from calib_prune.statistics.examples import example_preset, example_study
@@ -254,7 +254,7 @@ def test_the_table_says_what_was_found(tmp_path):
             (tmp_path / "generated" / f"{k}-s{seed}.report.json").write_text(json.dumps(report))
     preset["name"] = tmp_path.name
     assert mix_of(preset, "math-low", 1).endswith("math-low-s1.jsonl")
-    texts, balances = text_facts(preset, tmp_path)
+    texts, balances = third_facts(preset, tmp_path)
     assert (
         bytes_note(texts)
         == "Bytes per token, high against low third: wikipedia +0 to +20 %, math +0 to +20 %."

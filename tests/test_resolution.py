@@ -9,7 +9,7 @@ from calib_prune.calibration.sources import SUITE
 from calib_prune.core import DIMENSIONS
 from calib_prune.evaluation.measures import MEASURES
 from calib_prune.evaluation.tasks import TASKS
-from calib_prune.questions.prompt_gain import _of_task, gain_figure, gain_lines, gain_rows
+from calib_prune.questions.prompt_gain import gain_figure, gain_lines, prompt_gain_rows
 from calib_prune.questions.resolution import (
     chance_rows,
     headline_of,
@@ -25,7 +25,7 @@ from calib_prune.questions.resolution import (
 from calib_prune.resampling import draws
 from calib_prune.statistics import replicates
 from calib_prune.statistics.examples import example_preset, example_study
-from calib_prune.statistics.replicates import bootstrap_retention
+from calib_prune.statistics.replicates import _task_prompt_gain, bootstrap_retention
 from calib_prune.statistics.selection import measured, take
 from calib_prune.study.presets import Cell, cells
 from calib_prune.study.results import Result
@@ -239,7 +239,7 @@ def made_up():
 
 
 def test_prompt_gains_are_shares_of_the_same_items():
-    rows = gain_rows(made_up(), 200).set_index(["strategy", "dimension"])
+    rows = prompt_gain_rows(made_up(), 200).set_index(["strategy", "dimension"])
     assert (
         rows.value["dense", "General"] == pytest.approx(0.4)
         and rows.n_items["dense", "General"] == 12
@@ -249,11 +249,11 @@ def test_prompt_gains_are_shares_of_the_same_items():
     )
     assert rows.ci_low["dense", "Code"] == pytest.approx(0.4)  # every item has the same share
     assert set(rows.index.get_level_values(1)) == {"General", "Code"}
-    assert gain_lines(gain_rows(made_up(), 50)).loc[1, "Code"].startswith("20 [")
+    assert gain_lines(prompt_gain_rows(made_up(), 50)).loc[1, "Code"].startswith("20 [")
 
 
 def test_prompt_gain_figure_and_rows_without():
-    figure = gain_figure(gain_rows(made_up(), 50), ["c4", "uniform"])
+    figure = gain_figure(prompt_gain_rows(made_up(), 50), ["c4", "uniform"])
     assert (
         len(figure.axes) == 1
         and "below the dense model's in 2 of 2 dimensions" in figure.get_suptitle()
@@ -262,14 +262,14 @@ def test_prompt_gain_figure_and_rows_without():
         k: Result(o.record, o.rows, o.items[o.items.metric == "bits"], {})
         for k, o in made_up().items()
     }
-    assert gain_rows(bare, 50).empty and gain_lines(gain_rows(bare, 50)).empty
+    assert prompt_gain_rows(bare, 50).empty and gain_lines(prompt_gain_rows(bare, 50)).empty
 
 
 def test_few_items_do_not_make_prompt_gains_surer_than_they_are():
     """With the other prompt's bits all the same, the gain is 1 less a mean, whose variance is
     known: sample variance / n."""
     own = np.random.default_rng(0).uniform(2, 6, (4, 1))
-    replicates = _of_task(draws(4, 40_000, 0, "x"), own, np.full((4, 1), 10.0))
+    replicates = _task_prompt_gain(draws(4, 40_000, 0, "x"), own, np.full((4, 1), 10.0))
     assert replicates[0, 0] == pytest.approx(1 - own.mean() / 10)
     assert replicates[1:, 0].std() == pytest.approx((own / 10).std(ddof=1) / 2, rel=0.02)
-    assert np.isfinite(_of_task(draws(1, 9, 0, "x"), own[:1], own[:1])).all()
+    assert np.isfinite(_task_prompt_gain(draws(1, 9, 0, "x"), own[:1], own[:1])).all()

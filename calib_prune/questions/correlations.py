@@ -16,8 +16,8 @@ import pandas as pd
 from ..calibration.oit import METRICS
 from ..core import DIMENSIONS
 from ..statistics.plots import setting_label
-from ..statistics.ranks import COLUMNS, KEPT, MIN_SOURCES, correlate
-from ..statistics.replicates import Replicates
+from ..statistics.ranks import CORRELATION, MIN_SOURCES, correlate
+from ..statistics.replicates import ADDITIVE, Replicates
 from ..statistics.selection import Measured, grid_part, interval_note, lacking, span
 from ..statistics.tables import interval_text, status
 from ..study.metric_rows import metric_label
@@ -51,7 +51,7 @@ def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows
                    ) -> Correlations:
     """Correlate every metric with every dimension's retention over the single sources that are
     pruned and measured."""
-    empty = pd.DataFrame(columns=["method", "sparsity", "metric", "dimension", *COLUMNS])
+    empty = pd.DataFrame(columns=["method", "sparsity", "metric", "dimension", *CORRELATION])
     if note := lacking(whole.study): return Correlations(None, empty, note)
     found = grid_part(whole).found.where(windows=whole.preset["calibration"]["windows"])
     found = found.rows(~found.cells["strategy"].isin(unmeasured(found, metrics)))
@@ -148,7 +148,8 @@ def correlation_grid(related: Correlations) -> pd.DataFrame:
     text = table.assign(text=[correlation_cell(row) for _, row in table.iterrows()],
                         label=table["metric"].map(metric_label),
                         setting=[setting_label(row) for row in table.to_dict("records")])
-    wide = text.pivot(index=["setting", "label"], columns="dimension", values="text")[list(KEPT)]
+    wide = text.pivot(index=["setting", "label"], columns="dimension", values="text")
+    wide = wide[list(ADDITIVE)]
     order = pd.MultiIndex.from_frame(text[["setting", "label"]].drop_duplicates())
     return (
         wide.loc[order].reset_index().rename(columns={"label": "metric"}).rename_axis(columns=None)
@@ -193,9 +194,9 @@ def survivors(table: pd.DataFrame  # of `correlate`
         ends = dict.fromkeys(f"{o:+.2f}" for o in (rho.min(), rho.max()))
         return f"{len(rho)} ({' to '.join(ends)})".replace("-", "−")
     left = table[table["q"] < 0.05]
-    if left.empty: return pd.DataFrame(columns=["metric", *KEPT])
+    if left.empty: return pd.DataFrame(columns=["metric", *ADDITIVE])
     wide = left.groupby(["metric", "dimension"])["rho"].agg(text).unstack(fill_value="")
-    wide = wide.reindex(columns=list(KEPT), fill_value="")
+    wide = wide.reindex(columns=list(ADDITIVE), fill_value="")
     order = left["metric"].value_counts().index
     return wide.loc[order].rename(index=metric_label).rename_axis(index="metric",
                                                                   columns=None).reset_index()

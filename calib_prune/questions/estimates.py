@@ -9,7 +9,7 @@ __all__ = ['CLAIMS', 'PAPER', 'CORRELATIONS', 'OPPOSITE', 'CHECKS', 'SIZE', 'SIG
            'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant', 'estimate_versatile',
            'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share', 'estimate_without_code',
            'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise', 'estimate_growth',
-           'at_levels', 'with_interval', 'estimates']
+           'at_levels', 'require_interval', 'estimates']
 
 # %% ../../nbs/questions/07_estimates.ipynb #66326b14
 import math
@@ -431,7 +431,7 @@ def estimate_share(found: Replicates, at: float | str = PAPER.at) -> Estimate:
             " one.",
         )
     lead = Estimate(*estimate(mix - default), here.items["Total"], "items")
-    with_interval("C6 c4", lead)
+    require_interval("C6 c4", lead)
     if lead.ci_low <= 0:
         raise Untestable(
             UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share."
@@ -609,7 +609,7 @@ def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:
     return replace(estimate, detail=said, comparable=False)
 
 # %% ../../nbs/questions/07_estimates.ipynb #7ab489b6
-def with_interval(name: str, estimate: Estimate) -> Estimate:
+def require_interval(name: str, estimate: Estimate) -> Estimate:
     "The estimate, unless it lacks the interval that its check needs."
     if CHECKS[name].unit != "count" and math.isnan(estimate.ci_low + estimate.ci_high):
         raise Untestable(
@@ -638,7 +638,7 @@ def estimates(found: Replicates,              # from `statistics.strategy_retent
         try:
             estimate = at_levels(
                 name,
-                with_interval(name, estimator(found, levels, correlations, perplexity)),
+                require_interval(name, estimator(found, levels, correlations, perplexity)),
                 levels,
             )
             rows.append(dict(check=name, **vars(estimate), status="", reason=""))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE', 'GAINS', 'COSTS', 'AFFORDABLE', 'LEAD', 'TIMES', 'FAMILIES', 'gains', 'method_effects', 'gain_rows',
-           'kept_rows', 'cost_rows', 'pruner_text', 'gain_text', 'total_gains', 'totals', 'chosen', 'gain_message',
+           'method_rows', 'cost_rows', 'pruner_text', 'gain_text', 'total_gains', 'totals', 'chosen', 'gain_message',
            'pruner_figure']
 
 # %% ../../nbs/questions/09_pruners.ipynb #ba6ded23
@@ -66,7 +66,7 @@ def gain_rows(whole: Measured, base: str = BASE) -> pd.DataFrame:  # columns `GA
     return method_effects(strategy_retention(found))
 
 # %% ../../nbs/questions/09_pruners.ipynb #e760d70a
-def kept_rows(whole: Measured) -> pd.DataFrame:  # columns `GAINS`
+def method_rows(whole: Measured) -> pd.DataFrame:  # columns `GAINS`
     "What each method kept."
     return method_effects(whole.found)
 
