@@ -28,7 +28,7 @@ from calib_prune.questions.comparison_figures import (
     strategy_figure,
     two_methods,
 )
-from calib_prune.questions.correlation_figures import (
+from calib_prune.questions.correlations import (
     metric_message,
     rows_in_settings,
     survival_message,
@@ -36,10 +36,11 @@ from calib_prune.questions.correlation_figures import (
 from calib_prune.questions.self_generated import (
     ablation_rows,
     about_ours,
+    best_band,
     our_mixes,
+    protocol_figure,
     steps_that_show,
 )
-from calib_prune.questions.self_generated_figures import best_band, protocol_figure
 from calib_prune.statistics.comparison import (
     base_differences,
     differences,

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['BEST', 'REFERENCES', 'FACTS', 'RETENTIONS', 'SHOWN_FACTS', 'SHOWN_MEASURES', 'in_grid', 'compared_cells',
            'source_strategies', 'our_mixes', 'about_ours', 'compared_pairs', 'difference_rows', 'beyond_noise',
-           'text_facts', 'with_draws', 'by_shared_draws', 'ablation_rows', 'ablation_text', 'steps_that_show']
+           'text_facts', 'with_draws', 'by_shared_draws', 'ablation_rows', 'ablation_text', 'steps_that_show',
+           'best_band', 'protocol_message', 'protocol_figure', 'read_pool', 'read_bins', 'pool_panel', 'frontier_panel',
+           'frontier_figure']
 
 # %% ../../nbs/questions/05_self_generated.ipynb #849d4aa8
 import json
@@ -13,12 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Collection, Iterable, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ..calibration.sets import parse_mix
-from ..statistics.comparison import DIFFERENCES, differences, over_best, stacked
-from ..statistics.effects import effects
+from ..core import DIMENSIONS
+from ..data.files import read_jsonl
+from .comparison_figures import SIMULTANEOUS, by_total, difference_panel
+from ..statistics.comparison import DIFFERENCES, SINGLE, differences, over_best, stacked
+from ..statistics.effects import effects, significant_sign
+from ..statistics.plots import WIDTH, annotate, check_rows, headline
 from calib_prune.statistics.replicates import (
     GOALS,
     OUTCOMES,
@@ -29,6 +38,7 @@ from calib_prune.statistics.replicates import (
 from ..statistics.selection import Measured, Part, main_sparsity
 from ..statistics.tables import interval_text, listed
 from ..study.presets import Cell, cells, protocol_of
+from ..style import DIMENSION_COLOURS, MARKERS, legend_above
 
 # %% ../../nbs/questions/05_self_generated.ipynb #1715e730
 def in_grid(preset: dict[str, Any]) -> set[str]:
@@ -298,3 +308,145 @@ def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
         f" protocols, {verdict}."
     )
     return f"{said} A random part of the same pools: {', '.join(points)}." if points else said
+
+# %% ../../nbs/questions/05_self_generated.ipynb #a3e80ac1
+def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value, ci_low, ci_high
+              singles: list[str]) -> str:
+    """The interval of the single source with the highest estimate, as a band, unless it is the
+    baseline; its name."""
+    mine = delta[delta["mix"].isin(singles)].dropna(subset="value")
+    if mine.empty: return ""
+    best = mine.loc[mine["value"].idxmax()]
+    if best["value"] < 0 and best["over"] in singles: return best["over"]
+    ax.axvspan(100 * best["ci_low"], 100 * best["ci_high"], color="0.9", zorder=0)
+    return best["mix"]
+
+# %% ../../nbs/questions/05_self_generated.ipynb #bdef25b8
+def protocol_message(delta: pd.DataFrame  # of mixes and protocols, simultaneous
+                    ) -> str:
+    "How many are above the baseline in total, and in the worst dimension."
+    base, said = delta["over"].iloc[0], []
+    for goal, words in ("Total", "total"), ("Worst", "worst dimension"):
+        mine = delta[delta["dimension"] == goal]
+        above = (significant_sign(mine["ci_low"], mine["ci_high"]) > 0).sum()
+        said.append(f"{above} of {len(mine)} ({words})")
+    return f"Strategies above {base}: {', '.join(said)}"
+
+# %% ../../nbs/questions/05_self_generated.ipynb #c1f66bb3
+def protocol_figure(
+                    # from `retention_rows` and `base_differences`, simultaneous
+                    table: pd.DataFrame, delta: pd.DataFrame,
+                    note: str = "") -> Figure:
+    """Retention of mixes and protocols minus the baseline's in each dimension, with paired
+    intervals."""
+    check_rows(delta, "differences from the baseline")
+    kinds, base = dict(zip(table["strategy"], table["source"])), delta["over"].iloc[0]
+    singles = [o for o, kind in kinds.items() if kind in SINGLE]
+    shown = [o for o in by_total(table) if o not in singles]
+    figure, axes = plt.subplots(
+        1,
+        len(RETENTIONS),
+        figsize=(WIDTH, 0.22 * len(shown) + 1.7),
+        sharey=True,
+        layout="constrained",
+    )
+    names = []
+    for ax, measure in zip(axes, RETENTIONS):
+        mine = delta[delta["dimension"] == measure]
+        name = best_band(ax, mine, singles)
+        names.append(name)
+        difference_panel(ax, mine[mine["mix"].isin(shown)], shown, kinds)
+        ax.set_title(measure + (f"\nband:\n{name}" if name else ""), fontsize=7.5)
+    itself = f" (none for {base} itself)" if base in names else ""
+    figure.supxlabel(
+        f"retention − {base} (points); band: the single source with the highest estimate{itself}",
+        fontsize=8,
+    )
+    headline(figure, protocol_message(delta[delta["mix"].isin(shown)]))
+    legend_above(figure, [kinds[o] for o in shown])
+    return annotate(figure, f"{SIMULTANEOUS} {note}")
+
+# %% ../../nbs/questions/05_self_generated.ipynb #875f0b7a
+def read_pool(path: str | Path
+             ) -> tuple[pd.DataFrame, pd.DataFrame]:  # candidates, frontier; empty if there is none
+    "A pool as `igsp.pool_record` describes it."
+    path = Path(path)
+    said = json.loads(path.read_text()) if path.is_file() else dict(candidates=[], frontier=[])
+    return pd.DataFrame(said["candidates"]), pd.DataFrame(said["frontier"])
+
+# %% ../../nbs/questions/05_self_generated.ipynb #dbd9f21b
+def read_bins(path: str | Path  # of the chosen texts, .jsonl
+             # perplexities; empty where nothing was balanced by bins
+             ) -> list[tuple[float, float]]:
+    """The bins of perplexity that the choice was balanced by: from the least to the most perplexing
+    text of each."""
+    texts = pd.DataFrame(read_jsonl(path)) if Path(path).is_file() else pd.DataFrame()
+    if "part" not in texts or texts["part"].nunique() < 2: return []
+    ends = texts.groupby("part")["perplexity"].agg(["min", "max"]).sort_values("min")
+    return list(ends.itertuples(index=False, name=None))
+
+# %% ../../nbs/questions/05_self_generated.ipynb #40427a38
+def pool_panel(ax: Axes, candidates: pd.DataFrame, bins: list[tuple[float, float]]) -> None:
+    "All candidates, the chosen ones as dots; bins as alternating bands."
+    for k, (low, high) in enumerate(bins):
+        ax.axvspan(low, high, color="0.9" if k % 2 else "0.95", zorder=0, linewidth=0)
+    looks = {
+        False: dict(marker="x", s=7, alpha=0.35, linewidth=0.6),
+        True: dict(marker="o", s=11, alpha=0.9),
+    }
+    for d in DIMENSIONS:
+        for chosen, some in candidates[candidates["dimension"] == d].groupby("chosen"):
+            ax.scatter(
+                some["perplexity"],
+                100 * some["common"],
+                color=DIMENSION_COLOURS[d],
+                **looks[chosen],
+            )
+    n, chosen = len(candidates), int(candidates["chosen"].sum())
+    ax.set(xlabel="perplexity per token (log scale)", ylabel="4-grams that others have as well (%)")
+    ax.set_title(f"{n} candidates (crosses), {chosen} chosen (dots)", fontsize=9)
+
+# %% ../../nbs/questions/05_self_generated.ipynb #fd76ac3e
+def frontier_panel(ax: Axes, curve: pd.DataFrame) -> None:
+    "The least aggregation at each perplexity."
+    for d in DIMENSIONS:
+        line = curve[curve["dimension"] == d].sort_values("perplexity")
+        ax.plot(
+            line["perplexity"],
+            100 * line["aggregation"],
+            marker=MARKERS[d],
+            markersize=4,
+            linewidth=1.2,
+            color=DIMENSION_COLOURS[d],
+            label=d,
+        )
+    ax.set(
+        xlabel="mean perplexity of the chosen (log scale)",
+        ylabel="4-gram aggregation of the choice (%)",
+    )
+    ax.set_title("least aggregation at each perplexity", fontsize=9)
+
+# %% ../../nbs/questions/05_self_generated.ipynb #dd790cc4
+def frontier_figure(candidates: pd.DataFrame, curve: pd.DataFrame,  # from `read_pool`
+                    bins: list[tuple[float, float]],                # from `read_bins`
+                    note: str = "") -> Figure:
+    "Left: candidates, bins, and what was chosen. Right: the least aggregation at each perplexity."
+    check_rows(candidates, "candidates")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.3), layout="constrained")
+    pool_panel(left, candidates, bins)
+    frontier_panel(right, curve)
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.tick_params(labelsize=7.5)
+        ax.xaxis.label.set_size(8.5)
+        ax.yaxis.label.set_size(8.5)
+    say = f"equally from {len(bins)} bins of perplexity" if bins else "with no bins of perplexity"
+    headline(
+        figure,
+        f"IGSP: {int(candidates['chosen'].sum())} of {len(candidates)} candidates chosen, {say}",
+    )
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside upper center", ncol=4, fontsize=8
+    )
+    return annotate(figure, note)
