@@ -298,6 +298,7 @@ def ability(choice: int, bpb: int, layers: Layers = 30, model: Model = MODEL) ->
     "What every saved result keeps, in answer bits, by dimension and in total."
     from safetensors.torch import load_file
 
+    from calib_prune.evaluation.measures import ANSWER_BITS
     from calib_prune.evaluation.retention import retention
     from calib_prune.evaluation.scoring import evaluate
     loaded, tokenizer = load(model, layers)
@@ -308,7 +309,7 @@ def ability(choice: int, bpb: int, layers: Layers = 30, model: Model = MODEL) ->
             odd = loaded.load_state_dict(load_file(weight_file(method, who)), strict=False)
             lost = [k for k in odd.missing_keys if ".layers." in k and k.endswith("proj.weight")]
             assert not odd.unexpected_keys and not lost, odd
-            kept = retention(dense, scored(), measure="answer-bits")
+            kept = retention(dense, scored(), measure=ANSWER_BITS)
             rows += [
                 dict(who=who,
                      method=method,

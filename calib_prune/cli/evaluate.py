@@ -20,9 +20,9 @@ def _print_lines(lines: list[str]) -> None:
 
 # %% ../../nbs/cli/05_evaluate.ipynb #7b885975
 def _score_text(row: Any,     # of `scoring.scores`
-                measure: str) -> str:
+                bits: bool) -> str:
     "A score with its standard error: an accuracy in percent, or bits per byte."
-    if measure == "answer-bits": return as_text(row.bits_per_byte)
+    if bits: return as_text(row.bits_per_byte)
     share = row.accuracy == row.accuracy
     error = f"{100 * row.standard_error:.1f}" if share else f"{row.standard_error:.3f}"
     spread = f" ± {error}" if row.n > 1 else ""  # a single item does not scatter
@@ -30,22 +30,22 @@ def _score_text(row: Any,     # of `scoring.scores`
 
 # %% ../../nbs/cli/05_evaluate.ipynb #25318bf2
 def _chance_text(row: Any,     # of `scoring.scores`
-                 measure: str) -> str:
-    if measure == "answer-bits" or row.chance != row.chance: return "–"
+                 bits: bool) -> str:
+    if bits or row.chance != row.chance: return "–"
     return f"{100 * row.chance:.0f} %"
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b02
 def score_table(scored: dict[str, Any],  # column title → table from `scoring.scores`
-                measure: str = "plain"
+                bits: bool = False  # of the right answers in place of accuracies
                ) -> list[dict[str, Any]]:
     "The scores of one model, or of two side by side, for people."
     tables = {title: table.set_index("task") for title, table in scored.items()}
     first, rows = next(iter(tables.values())), []
     for task, row in first.iterrows():
-        texts = {title: _score_text(table.loc[task], measure) for title, table in tables.items()}
-        bits = {"bits/byte": row.bits_per_byte} if len(tables) == 1 else {}
+        texts = {title: _score_text(table.loc[task], bits) for title, table in tables.items()}
+        more = {"bits/byte": row.bits_per_byte} if len(tables) == 1 else {}
         rows.append({"dimension": row.dimension, "task": task, **texts,
-                     "chance": _chance_text(row, measure), **bits, "n": row.n})
+                     "chance": _chance_text(row, bits), **more, "n": row.n})
     return rows
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b05
@@ -78,9 +78,9 @@ def _show_scores(found: Any) -> None:  # from `evaluate_model`
     "The scores for people."
     tables = {"score": found.scores}
     if found.dense_items is not None: tables = {"dense": found.dense_scores, "pruned": found.scores}
-    unit = "bits per byte of the right answers" if found.measure == "answer-bits" else \
+    unit = "bits per byte of the right answers" if found.measure.bits else \
         "accuracies in %, other tasks in bits per byte (lower is better), ± standard error"
-    show_table(score_table(tables, found.measure), f"scores: {unit}")
+    show_table(score_table(tables, found.measure.bits), f"scores: {unit}")
     long = "items left out because their answers are longer than the model's context"
     _print_lines(
         [f"{task}: {n} {long}." for task, n in found.items.attrs.get("left_out", {}).items()]
@@ -90,9 +90,8 @@ def _show_scores(found: Any) -> None:  # from `evaluate_model`
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b09
 def _show_retention(found: Any) -> None:  # from `evaluate_model`
     "The retention for people."
-    from calib_prune.evaluation.measures import get_measure
     if (kept := found.retention) is None: return
-    show_table(retention_rows(kept), f"retention: {get_measure(found.measure).about}")
+    show_table(retention_rows(kept), f"retention: {found.measure.about}")
     _print_lines(retention_notes(kept))
 
 # %% ../../nbs/cli/05_evaluate.ipynb #60ca36fe
@@ -101,7 +100,7 @@ def _print_record(found: Any) -> None:  # from `evaluate_model`
     answer."""
     try: record = found.record()
     except CalibPruneError as e:
-        print_json(found.scores_record() | {"measure": found.measure, "error": str(e)})
+        print_json(found.scores_record() | {"measure": found.measure.name, "error": str(e)})
         raise SystemExit(1) from e
     print_json(record)
 

@@ -13,13 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from calib_prune.evaluation.measures import (
-    at_chance,
-    measured_values,
-    not_scored,
-    nothing_right,
-    task_retention,
-)
+from .measures import PLAIN, Measure, at_chance, get_measure
 from .scoring import scores
 from .tasks import TASKS
 from ..resampling import N_BOOT, draws, interval
@@ -33,11 +27,11 @@ def _does_not_fit(*models: pd.DataFrame) -> str:
 
 # %% ../../nbs/evaluation/07_retention.ipynb #04cb788c
 def paired_values(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
-                  measure: str = "plain"                      # see `measures.MEASURES`
+                  measure: Measure = PLAIN
                  # task → values of the dense and of the pruned model
                  ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     "The two models' values, item by item; an error if they did not answer the same items."
-    a, b = measured_values(dense, measure), measured_values(pruned, measure)
+    a, b = measure.table(dense), measure.table(pruned)
     for task in dict.fromkeys([*a.task, *b.task]):
         x, y = (set(o.item[o.task == task]) for o in (a, b))
         if x != y:
@@ -54,19 +48,19 @@ def paired_values(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
     }
 
 # %% ../../nbs/evaluation/07_retention.ipynb #5c1e9a02
-def left_aside(dense: pd.DataFrame, measure: str = "plain",
+def left_aside(dense: pd.DataFrame, measure: Measure = PLAIN,
                count_at_chance: bool = False  # count tasks in which the dense model only guesses?
               ) -> dict[str, list[str] | None]:
     """The tasks that a measure cannot score (`not_scored`), the tasks in which the dense model is
     not clearly above chance (`at_chance`; None where the scores do not say what guessing gets), and
     the scored tasks that do not count (`left_aside`): tasks at chance, and tasks with nothing right
     if their dimension has other tasks."""
-    known = "chance" in dense or measure == "answer-bits"
-    near = at_chance(dense) if measure != "answer-bits" else []
-    groups = measured_values(dense, measure).groupby("task", sort=False)["value"]
+    known = "chance" in dense or measure.bits
+    near = at_chance(dense) if not measure.bits else []
+    groups = measure.table(dense).groupby("task", sort=False)["value"]
     values = {task: mine.to_numpy() for task, mine in groups}
-    lost = {*nothing_right(values, measure), *([] if count_at_chance else near)}
-    return {"not_scored": not_scored(dense, measure), "at_chance": near if known else None,
+    lost = {*measure.nothing_to_lose(values), *([] if count_at_chance else near)}
+    return {"not_scored": measure.not_scored(dense), "at_chance": near if known else None,
             "left_aside": [task for task in values if task in lost]}
 
 # %% ../../nbs/evaluation/07_retention.ipynb #5c1e9a04
@@ -92,11 +86,11 @@ def _dimension_reasons(names: Iterable[str], why: dict[str, str]) -> dict[str, s
     return found
 
 # %% ../../nbs/evaluation/07_retention.ipynb #eb270e42
-def left_out_reasons(dense: pd.DataFrame, measure: str = "plain", count_at_chance: bool = False
+def left_out_reasons(dense: pd.DataFrame, measure: Measure = PLAIN, count_at_chance: bool = False
                     ) -> dict[str, str]:  # name of a task, a dimension or "total" → reason
     "Why tasks do not count, and why dimensions and the total have no retention."
     aside, names = left_aside(dense, measure, count_at_chance), dense["task"].unique()
-    why = {task: f"{measure} cannot score it" for task in aside["not_scored"] or []}
+    why = {task: f"{measure.name} cannot score it" for task in aside["not_scored"] or []}
     why |= {task: _right_answers(dense, task) for task in aside["left_aside"] or []}
     missing = _dimension_reasons(names, why)
     if missing:
@@ -106,10 +100,10 @@ def left_out_reasons(dense: pd.DataFrame, measure: str = "plain", count_at_chanc
 
 # %% ../../nbs/evaluation/07_retention.ipynb #e4e5214f
 def _task_draws(task: str, dense: np.ndarray, pruned: np.ndarray,  # [items]
-                n_boot: int, seed: int, measure: str) -> np.ndarray:  # [1 + n_boot]
+                n_boot: int, seed: int, measure: Measure) -> np.ndarray:  # [1 + n_boot]
     "Retention of a task under each draw."
     weights = draws(len(dense), n_boot, seed, task)
-    found = task_retention(task, weights @ dense, weights @ pruned, measure)
+    found = measure.retention(task, weights @ dense, weights @ pruned)
     if len(dense) == 1: found[1:] = np.nan  # a single item cannot be resampled
     return found
 
@@ -119,7 +113,7 @@ def _mean_draws(parts: list[np.ndarray], n_boot: int) -> np.ndarray:  # [1 + n_b
 
 # %% ../../nbs/evaluation/07_retention.ipynb #aaa4f008
 def retention_draws(dense: pd.DataFrame, pruned: pd.DataFrame, n_boot: int, seed: int,
-                    measure: str = "plain", count_at_chance: bool = False  # see `left_aside`
+                    measure: Measure = PLAIN, count_at_chance: bool = False  # see `left_aside`
                    # ("task" | "dimension" | "total", name) → [1 + n_boot]
                    ) -> dict[tuple[str, str], np.ndarray]:
     """Retention by task, by dimension and in total, under each draw. A dimension is NaN if none of
@@ -237,21 +231,22 @@ def _retention_row(level: str, name: str, values: np.ndarray,  # [1 + n_boot]
 # %% ../../nbs/evaluation/07_retention.ipynb #394f635b
 def retention(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`, same tasks and limit
               n_boot: int = N_BOOT, seed: int = 0,
-              measure: str = "plain",        # see `measures.MEASURES`
+              measure: Measure | str = PLAIN,  # or its name
               count_at_chance: bool = False  # count tasks in which the dense model only guesses?
              # level, name, dimension, retention, ci_low, ci_high, n; fractions, 1 = nothing lost
              ) -> pd.DataFrame:
     """Retention of a pruned model by task, dimension and in total, with paired bootstrap 95 %
     intervals and the number of items that count. `attrs`: those of `left_aside`, the `reasons` of
     what has no number, by name, and the `verdict` in words."""
-    found = retention_draws(dense, pruned, n_boot, seed, measure, count_at_chance)
-    counts = measured_values(dense, measure).groupby("task", sort=False).size()
+    scored_by = get_measure(measure)
+    found = retention_draws(dense, pruned, n_boot, seed, scored_by, count_at_chance)
+    counts = scored_by.table(dense).groupby("task", sort=False).size()
     sizes = {task: int(n) for task, n in counts.items() if ("task", task) in found}
     table = pd.DataFrame([_retention_row(*at, values, sizes) for at, values in found.items()])
-    why = left_out_reasons(dense, measure, count_at_chance)
+    why = left_out_reasons(dense, scored_by, count_at_chance)
     for row in table[table["retention"].notna() & table["ci_low"].isna()].itertuples():
         why[row.name] = _interval_reason(row.level, row.name, sizes)
-    table.attrs = dict(left_aside(dense, measure, count_at_chance), reasons=why,
+    table.attrs = dict(left_aside(dense, scored_by, count_at_chance), reasons=why,
                        verdict=retention_verdict(found, sizes, why))
     return table
 
@@ -262,7 +257,7 @@ def _difference_row(level: str, name: str, values: np.ndarray) -> dict[str, Any]
 
 # %% ../../nbs/evaluation/07_retention.ipynb #32a6a300
 def difference(dense: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame,  # three models' items
-               n_boot: int = N_BOOT, seed: int = 0, measure: str = "plain",
+               n_boot: int = N_BOOT, seed: int = 0, measure: Measure = PLAIN,
                count_at_chance: bool = False  # count tasks in which the dense model only guesses?
               # level, name, difference, ci_low, ci_high; fractions of the dense model's scores
               ) -> pd.DataFrame:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import CalibPruneError, cache_dir, temporary_folder, unknown_name
-from .measures import measured_values
+from .measures import PLAIN
 from .sandbox import run_sandboxed, run_tests
 from .tasks import KINDS, TASKS, Task, get_tasks, write_task
 from ..generation.sampling import Job, Sampling, decode
@@ -379,7 +379,7 @@ def scores(items: pd.DataFrame  # from `evaluate`
             chance=chance,
             bits_per_byte=_per_byte(coded)[0] if len(coded) else np.nan,
         )
-    return pd.DataFrame([one(*o) for o in measured_values(items).groupby("task", sort=False)])
+    return pd.DataFrame([one(*o) for o in PLAIN.table(items).groupby("task", sort=False)])
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #a001e655
 ENDINGS = ("cut", "late")  # metrics that are no scores

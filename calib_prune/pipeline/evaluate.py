@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..evaluation.measures import check_scorable, get_measure
+from ..evaluation.measures import Measure, get_measure
 from ..evaluation.retention import retention
 from ..evaluation.scoring import ending_notes, evaluate, scores
 from ..evaluation.tasks import get_tasks
@@ -27,7 +27,7 @@ class Evaluation:
     "The scores of a model and, given the dense model's, its retention."
     items: pd.DataFrame               # one row per item, see `evaluation.scoring.evaluate`
     dense_items: pd.DataFrame | None  # the dense model's
-    measure: str                      # of retention
+    measure: Measure                  # of retention
 
     @property
     def scores(self) -> pd.DataFrame:
@@ -67,7 +67,7 @@ class Evaluation:
         "Scores and retention for programs."
         if (kept := self.retention) is None: return self.scores_record()
         return self.scores_record() | {
-            "measure": self.measure, "retention": json_rows(kept), **kept.attrs}
+            "measure": self.measure.name, "retention": json_rows(kept), **kept.attrs}
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0020
 def _score_models(models: list[str], tasks: list[str], limit: int | None, dtype: str, device: str,
@@ -99,8 +99,8 @@ def evaluate_model(
                   ) -> Evaluation:
     "Score a model and the dense model: what the command `evaluate` does."
     names = [task.name for task in get_tasks(tasks)]
-    get_measure(measure)
-    if dense is not None: check_scorable(names, measure)  # before hours of scoring
+    scored_by = get_measure(measure)
+    if dense is not None: scored_by.check_scorable(names)  # before hours of scoring
     models = [str(o) for o in (model, dense) if o is not None]
     items = _score_models(models, names, limit or None, dtype, device, batch_tokens, progress)
-    return Evaluation(items[models[0]], None if dense is None else items[models[-1]], measure)
+    return Evaluation(items[models[0]], None if dense is None else items[models[-1]], scored_by)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIMULTANEOUS', 'TITLE_NOTE', 'heat_panel', 'over_baseline', 'first_method', 'best_message', 'source_message',
            'two_methods', 'colour_label', 'grey_note', 'retention_panels', 'difference_panel', 'by_total', 'counted',
-           'strategy_figure', 'front_message', 'front_panel', 'front_figure', 'margin_line', 'margin_panel',
-           'margin_message', 'margin_figure', 'averaging_message', 'averaging_figure']
+           'strategy_figure', 'front_message', 'front_panel', 'front_figure', 'margin_panel', 'margin_message',
+           'margin_figure', 'averaging_message', 'averaging_figure']
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #38f6c9f8
 import matplotlib.pyplot as plt
@@ -18,33 +18,33 @@ from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
 from ..statistics.comparison import in_order, single_strategies
+from calib_prune.statistics.effects import (
+    has_interval,
+    lead_of_best,
+    shortfall,
+    significant_sign,
+)
 from calib_prune.statistics.plots import (
-                                          WIDTH,
-                                          annotate,
-                                          check_rows,
-                                          headline,
-                                          method_label,
-                                          panels,
-                                          sparsity_label,
+    WIDTH,
+    annotate,
+    check_rows,
+    error_bars,
+    headline,
+    method_label,
+    panels,
+    sparsity_label,
 )
-from calib_prune.statistics.replicates import (
-                                          OUTCOMES,
-                                          Replicates,
-                                          has_interval,
-                                          lead_of_best,
-                                          shortfall,
-                                          significant_sign,
-)
+from ..statistics.replicates import OUTCOMES, Replicates
 from ..statistics.selection import Part, span
 from ..statistics.tables import listed
 from calib_prune.style import (
-                                          DIMENSION_COLOURS,
-                                          MARKERS,
-                                          colour_of,
-                                          colour_reach,
-                                          difference_colours,
-                                          legend_above,
-                                          make_readable,
+    DIMENSION_COLOURS,
+    MARKERS,
+    colour_of,
+    colour_reach,
+    difference_colours,
+    legend_above,
+    make_readable,
 )
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #d91ca9b4
@@ -89,7 +89,7 @@ def heat_panel(
     plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #5262d84e
-def over_baseline(delta: pd.DataFrame,  # of one method, from `with_simultaneous`
+def over_baseline(delta: pd.DataFrame,  # of one method, simultaneous
                   # [strategies, columns], points
                   strategies: list[str], columns: list[str]) -> np.ndarray:
     """How far each retention is above the baseline's; 0 for the baseline itself, and where the
@@ -180,7 +180,7 @@ def grey_note(delta: pd.DataFrame) -> str:
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #5818dc9e
 def retention_panels(table: pd.DataFrame,  # from `retention_rows`, one sparsity and size
-                     delta: pd.DataFrame,  # from `base_differences`, `with_simultaneous`
+                     delta: pd.DataFrame,  # from `base_differences`, simultaneous
                      message: str,         # from `source_message`
                      note: str = "") -> Figure:
     """Heat map of retention, strategy × dimension, coloured by the difference from the baseline,
@@ -227,17 +227,9 @@ def difference_panel(
                      ax: Axes, delta: pd.DataFrame,
                      order: list[str], kinds: dict[str, str]) -> None:
     "Differences from the baseline with paired intervals, one line per strategy."
-    for o in delta.itertuples():
-        reach = [[100 * (o.value - o.ci_low)], [100 * (o.ci_high - o.value)]]
-        ax.errorbar(
-            100 * o.value,
-            order.index(o.mix),
-            xerr=reach,
-            color=colour_of(kinds[o.mix]),
-            fmt=MARKERS[kinds[o.mix]],
-            markersize=4.5,
-            linewidth=1.2,
-        )
+    for name, rows in delta.groupby("mix", sort=False):
+        look = dict(color=colour_of(kinds[name]), fmt=MARKERS[kinds[name]])
+        error_bars(ax, order.index(name), rows, True, markersize=4.5, linewidth=1.2, **look)
     base = delta["over"].iloc[0]
     if base in order:
         ax.plot(
@@ -268,7 +260,7 @@ SIMULTANEOUS = (
 )
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #6ea24599
-def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
+def counted(delta: pd.DataFrame  # of one outcome, simultaneous
            ) -> str:
     "How many differences from the baseline are significant, above and below."
     signs, base = significant_sign(delta["ci_low"], delta["ci_high"]), delta["over"].iloc[0]
@@ -279,7 +271,7 @@ def counted(delta: pd.DataFrame  # of one outcome, from `with_simultaneous`
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #d0116aba
 def strategy_figure(
-                    # from `retention_rows` and `with_simultaneous`
+                    # from `retention_rows` and `base_differences`, simultaneous
                     table: pd.DataFrame, delta: pd.DataFrame,
                     note: str = "") -> Figure:
     """Total retention of every strategy as a paired difference from the baseline; its own value is
@@ -324,17 +316,9 @@ def front_message(found: Replicates  # of one setting
 def front_panel(ax: Axes, retained: pd.DataFrame,  # of one dimension, one row per strategy
                 order: list[str]) -> None:
     "Retention of each calibration set in one dimension, with its interval."
-    for row in retained.itertuples():
-        ends = [[100 * (row.value - row.ci_low)], [100 * (row.ci_high - row.value)]]
-        ax.errorbar(
-            100 * row.value,
-            order.index(row.strategy),
-            xerr=ends,
-            color=colour_of(row.source),
-            fmt=MARKERS.get(row.source, "o"),
-            markersize=6,
-            linewidth=1.6,
-        )
+    for (name, kind), rows in retained.groupby(["strategy", "source"], sort=False):
+        look = dict(color=colour_of(kind), fmt=MARKERS.get(kind, "o"))
+        error_bars(ax, order.index(name), rows, True, markersize=6, linewidth=1.6, **look)
     ax.set_yticks(range(len(order)), order, fontsize=9)
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.tick_params(axis="x", labelsize=8)
@@ -369,22 +353,15 @@ def front_figure(table: pd.DataFrame,  # from `retention_rows`, of one setting
     headline(figure, message)
     return annotate(figure, f"{TITLE_NOTE} {note}")
 
-# %% ../../nbs/questions/01_comparison_figures.ipynb #575769f2
-def margin_line(ax, mine: pd.DataFrame, shift: float, **look) -> None:
-    "One margin along the sparsities, with intervals."
-    mine = mine.sort_values("sparsity")
-    x, value = 100 * mine["sparsity"].to_numpy(float) + shift, 100 * mine["value"].to_numpy(float)
-    reach = [
-        value - 100 * mine["ci_low"].to_numpy(float),
-        100 * mine["ci_high"].to_numpy(float) - value,
-    ]
-    ax.errorbar(x, value, yerr=reach, markersize=4.5, linewidth=1.3, elinewidth=1, **look)
-
 # %% ../../nbs/questions/01_comparison_figures.ipynb #9e88cc04
 def margin_panel(ax, title: str, lines: list[tuple[str, pd.DataFrame, dict]]) -> None:
     "Margins with their names above."
     for i, (name, mine, look) in enumerate(lines):
-        if len(mine): margin_line(ax, mine, 0.6 * (i - (len(lines) - 1) / 2), label=name, **look)
+        if mine.empty: continue
+        mine = mine.sort_values("sparsity")
+        shifted = 100 * mine["sparsity"].to_numpy(float) + 0.6 * (i - (len(lines) - 1) / 2)
+        look = look | dict(markersize=4.5, linewidth=1.3, elinewidth=1, label=name)
+        error_bars(ax, shifted, mine, **look)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.legend(
         fontsize=7.5,
@@ -417,7 +394,7 @@ def margin_message(line: pd.DataFrame  # totals over the baseline under one meth
     return f"Total retention, {name}: {mix} {', '.join(said)}"
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #a66c0639
-def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity, `with_simultaneous`
+def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
                   note: str = "") -> Figure:
     """Margin of the mix against sparsity: in total on the left, over the baseline in each dimension
     on the right."""

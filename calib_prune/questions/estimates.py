@@ -9,7 +9,7 @@ __all__ = ['CLAIMS', 'PAPER', 'CORRELATIONS', 'OPPOSITE', 'CHECKS', 'SIZE', 'SIG
            'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant', 'estimate_versatile',
            'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share', 'estimate_without_code',
            'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise', 'estimate_growth',
-           'at_levels', 'with_interval', 'estimates']
+           'at_levels', 'require_interval', 'estimates']
 
 # %% ../../nbs/questions/07_estimates.ipynb #66326b14
 import math
@@ -21,16 +21,9 @@ import pandas as pd
 from scipy.stats import norm
 
 from ..core import DIMENSIONS, CalibPruneError, unknown_name
-from ..resampling import interval
+from ..statistics.effects import best_of, estimate, shortfall
 from ..statistics.plots import sparsity_label
-from calib_prune.statistics.replicates import (
-    OUTCOMES,
-    Replicates,
-    best_of,
-    shortfall,
-    spread,
-    without_noise,
-)
+from ..statistics.replicates import OUTCOMES, Replicates, spread, without_noise
 from ..statistics.tables import interval_text, listed
 
 # %% ../../nbs/questions/07_estimates.ipynb #79c8af61
@@ -268,8 +261,7 @@ def over_items(values: np.ndarray,      # [1 + B], the first is the estimate
     scored = DIMENSIONS if "Total" in counted else counted
     said = f"{detail} {scored_note(found, *scored)} The interval is over {noise or found.noise}."
     return Estimate(
-        float(values[0]),
-        *interval(values[1:]),
+        *estimate(values),
         sum(found.items[name] for name in counted),
         "items",
         said.strip().replace("  ", " "),
@@ -280,7 +272,7 @@ def over_items(values: np.ndarray,      # [1 + B], the first is the estimate
 def correlation(
     name: str, table: pd.DataFrame, metric: str, at: float | str = PAPER.at
 ) -> pd.Series:
-    "The row of `rank_statistics.correlate`, or of `contrasts`, that a check speaks of."
+    "The row of `ranks.correlate`, or of `correlation_contrasts`, that a check speaks of."
     check, method, dimension, *_ = {**CORRELATIONS, **OPPOSITE}[name]
     rows = table[(table["method"] == method) & (table["sparsity"] == at)
                  & (table["metric"] == metric) & (table["dimension"] == dimension)]
@@ -408,8 +400,8 @@ def estimate_best(found: Replicates,
     other = strategy_for(here, role)
     sources = single_sources(here, but=other)
     names, total = sources.cells["strategy"].to_numpy(), outcome(sources.values, "Total")
-    best = best_of(total - outcome(here.of(other), "Total")[:, None])
-    estimate, low, high = best if sign > 0 else (-best[0], -best[2], -best[1])
+    value, low, high = best_of(total - outcome(here.of(other), "Total")[:, None])
+    best = (value, low, high) if sign > 0 else (-value, -high, -low)
     first = names[total[0].argmax()]
     often = 100 * np.mean(names[total[1:].argmax(1)] == first)
     detail = (
@@ -418,9 +410,7 @@ def estimate_best(found: Replicates,
         f" once, and is over {here.noise}. {scored_note(here, *DIMENSIONS)}"
     ).strip()
     comparable = not in_bits(here, *DIMENSIONS)
-    return Estimate(
-        estimate, low, high, here.items["Total"], "items", detail, comparable=comparable
-    )
+    return Estimate(*best, here.items["Total"], "items", detail, comparable=comparable)
 
 # %% ../../nbs/questions/07_estimates.ipynb #1758283c
 def estimate_share(found: Replicates, at: float | str = PAPER.at) -> Estimate:
@@ -440,10 +430,8 @@ def estimate_share(found: Replicates, at: float | str = PAPER.at) -> Estimate:
             f"The default text, {names[best]}, is the best single source itself: both leads are"
             " one.",
         )
-    lead = Estimate(
-        float((mix - default)[0]), *interval((mix - default)[1:]), here.items["Total"], "items"
-    )
-    with_interval("C6 c4", lead)
+    lead = Estimate(*estimate(mix - default), here.items["Total"], "items")
+    require_interval("C6 c4", lead)
     if lead.ci_low <= 0:
         raise Untestable(
             UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share."
@@ -474,8 +462,8 @@ def estimate_without_code(found: Replicates, over: str,  # "default", or "best"
     )
     if over == "default":
         margin = mix - _without_code(here.of(strategy_for(here, "default")))
-        return Estimate(float(margin[0]), *interval(margin[1:]), items, "items",
-                        f"The interval is over {here.noise}.")
+        return Estimate(
+            *estimate(margin), items, "items", f"The interval is over {here.noise}.")
     sources = single_sources(here)
     value, low, high = best_of(_without_code(sources.values) - mix[:, None])
     name = sources.cells["strategy"].to_numpy()[_without_code(sources.values)[0].argmax()]
@@ -486,7 +474,7 @@ def estimate_without_code(found: Replicates, over: str,  # "default", or "best"
     return Estimate(-value, -high, -low, items, "items", detail)
 
 # %% ../../nbs/questions/07_estimates.ipynb #f0ca9d57
-def range_sentence(ranges: pd.DataFrame,  # from `statistics.spread`
+def range_sentence(ranges: pd.DataFrame,  # from `replicates.spread`
                    name: str              # of `OUTCOMES`
                   ) -> str:
     "The range of an outcome over strategies, and how much of it noise explains."
@@ -513,11 +501,10 @@ def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.a
     code, other = outcome(without, "Code"), outcome(without, hidden_by)
     ranges = spread(here)
     said = [range_sentence(ranges, name) for name in ("Code", hidden_by)]
-    if hidden_by == "Accuracy" and interval(other[1:])[0] <= 0: said.append(_BLIND)
+    if hidden_by == "Accuracy" and estimate(other)[1] <= 0: said.append(_BLIND)
     detail = " ".join([*said, scored_note(found, "Code")]).strip()
     return Estimate(
-        float(code[0] - other[0]),
-        *interval((code - other)[1:]),
+        *estimate(code - other),
         len(here.cells),
         "strategies",
         detail,
@@ -622,7 +609,7 @@ def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:
     return replace(estimate, detail=said, comparable=False)
 
 # %% ../../nbs/questions/07_estimates.ipynb #7ab489b6
-def with_interval(name: str, estimate: Estimate) -> Estimate:
+def require_interval(name: str, estimate: Estimate) -> Estimate:
     "The estimate, unless it lacks the interval that its check needs."
     if CHECKS[name].unit != "count" and math.isnan(estimate.ci_low + estimate.ci_high):
         raise Untestable(
@@ -633,8 +620,8 @@ def with_interval(name: str, estimate: Estimate) -> Estimate:
     return estimate
 
 # %% ../../nbs/questions/07_estimates.ipynb #092cfb48
-def estimates(found: Replicates,              # from `statistics.strategy_retention`
-              # from `rank_statistics.correlate`, and `contrasts` below; empty without
+def estimates(found: Replicates,              # from `replicates.strategy_retention`
+              # from `ranks.correlate`, and `correlation_contrasts`; empty without
               correlations: pd.DataFrame,
               perplexity: str = "distortion", # the metric that is the calibration perplexity
               complete: bool = True,          # whether the study has been run to its end
@@ -651,7 +638,7 @@ def estimates(found: Replicates,              # from `statistics.strategy_retent
         try:
             estimate = at_levels(
                 name,
-                with_interval(name, estimator(found, levels, correlations, perplexity)),
+                require_interval(name, estimator(found, levels, correlations, perplexity)),
                 levels,
             )
             rows.append(dict(check=name, **vars(estimate), status="", reason=""))

@@ -7,6 +7,7 @@ __all__ = ['UNSEEN', 'MIXES', 'ALIKE', 'NEEDS', 'shares_of', 'mixes_of', 'law_of
            'mixing_gain', 'gain_note', 'law_message', 'law_figure']
 
 # %% ../../nbs/questions/13_mixing.ipynb #6323fdd9
+from dataclasses import replace
 from typing import Any, Mapping
 
 import matplotlib.pyplot as plt
@@ -17,11 +18,11 @@ from matplotlib.figure import Figure
 from ..calibration.sets import allocate, parse_mix
 from ..calibration.sources import SOURCES
 from ..core import DIMENSIONS, CalibPruneError
-from ..resampling import interval
+from ..statistics.effects import effects
 from ..statistics.mixing_law import Law, best_mix, fit
 from ..statistics.plots import WIDTH, annotate, check_rows, headline
-from ..statistics.replicates import OUTCOMES, Replicates
-from ..statistics.tables import interval_text
+from ..statistics.replicates import ADDITIVE, OUTCOMES, Replicates
+from ..statistics.tables import interval_text, wide_table
 from ..style import DIMENSION_COLOURS, MARKERS
 
 # %% ../../nbs/questions/13_mixing.ipynb #2514888d
@@ -114,9 +115,7 @@ def best_text(rows: pd.DataFrame) -> pd.DataFrame:
     text = [
         f"{100 * o.share:.0f} [{100 * o.low:.0f}, {100 * o.high:.0f}]" for o in rows.itertuples()
     ]
-    wide = rows.assign(text=text).pivot(index="need", columns="dimension", values="text")
-    return wide.reindex(index=list(NEEDS),
-                        columns=list(DIMENSIONS)).rename_axis(columns=None).reset_index()
+    return wide_table(rows.assign(text=text), ["need"], DIMENSIONS)
 
 # %% ../../nbs/questions/13_mixing.ipynb #0a628f7d
 def mixing_gain(preset: dict[str, Any], found: Replicates
@@ -132,9 +131,8 @@ def mixing_gain(preset: dict[str, Any], found: Replicates
     # of each mix in the average; 0 but for the kinds alone
     parts = (pure / pure.sum(0) * shares[even]).sum(1)
     gain = found.values[:, even] - np.einsum("bmo,m->bo", found.values, parts)
-    rows = [(d, gain[0, j], *interval(gain[1:, j])) for d in (*DIMENSIONS, "Total")
-            for j in [OUTCOMES.index(d)]]
-    return pd.DataFrame(rows, columns=["dimension", "value", "ci_low", "ci_high"])
+    row = replace(found, cells=found.cells.iloc[[even]], values=gain[:, None])
+    return effects(row, ADDITIVE)[["dimension", "value", "ci_low", "ci_high"]]
 
 # %% ../../nbs/questions/13_mixing.ipynb #306ba0e1
 def gain_note(gains: pd.DataFrame  # from `mixing_gain`

@@ -15,19 +15,19 @@ import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.measures import (
+    ANSWER_BITS,
     MEASURES,
     RELIABLE,
-    can_tell,
+    Measure,
     get_measure,
-    headline,
-    metric_of,
+    headline_measure,
 )
 from ..evaluation.tasks import TASKS
 from ..statistics.comparison import KEYS, retention_rows, source_spread, stacked
 from ..statistics.plots import method_label, sparsity_label
 from ..statistics.replicates import Replicates, source_dimension
 from ..statistics.selection import Measured, main_cells, measured, take
-from ..statistics.tables import interval_text, listed
+from ..statistics.tables import interval_text, listed, wide_table
 from ..study.presets import Cell
 from ..study.results import Result
 
@@ -71,10 +71,10 @@ def _setting(whole: Measured, method: str | None
                     single.groupby(columns, sort=False).size().idxmax())) if len(single) else {}
 
 # %% ../../nbs/questions/10_resolution.ipynb #3e4a881a
-def _behind(whole: Measured, name: str) -> list[str]:
-    "The tasks that a measure reads."
-    tasks = [TASKS[o] for o in whole.study["dense"].items["task"].unique()]
-    return [o.name for o in tasks if metric_of(o, name) and o.name not in whole.found.left_out]
+def _counted_tasks(whole: Measured) -> list[str]:
+    "The tasks that the measure of a study reads."
+    names, found = whole.study["dense"].items["task"].unique(), whole.found
+    return [o for o in names if found.measure.metric(TASKS[o]) and o not in found.left_out]
 
 # %% ../../nbs/questions/10_resolution.ipynb #d9d56f4e
 def _one_draw(whole: Measured, at: dict[str, Any]) -> bool:
@@ -85,27 +85,28 @@ def _reliability(sd: float, noise_sd: float) -> float:
     return sd**2 / (sd**2 + noise_sd**2)
 
 # %% ../../nbs/questions/10_resolution.ipynb #6233ea68
-def _doubt(whole: Measured, at: dict[str, Any], name: str, dimension: str,
+def _doubt(whole: Measured, at: dict[str, Any], dimension: str,
            share: float, reliability: float) -> str:  # empty if there is none
     "Why a measure cannot be judged in a dimension."
     if _one_draw(whole, at): return "one draw per source: their scatter would count as signal"
-    mine = [o for o in _behind(whole, name) if TASKS[o].dimension == dimension]
-    if not mine and get_measure(name).beyond_chance:
+    mine = [o for o in _counted_tasks(whole) if TASKS[o].dimension == dimension]
+    if not mine and whole.found.measure.beyond_chance:
         return "no task in which the dense model is clearly above chance"
     if not mine: return "no task"
     choices = any(TASKS[o].kind == "choice" for o in mine)
-    if name != "answer-bits" and choices and np.isnan(share):
+    if not whole.found.measure.bits and choices and np.isnan(share):
         return "the rows do not say what guessing gets"
     if np.isnan(reliability): return "in over 1 % of the replicates the dense model is at chance"
     return ""
 
 # %% ../../nbs/questions/10_resolution.ipynb #2ef68634
-def _of_measure(whole: Measured, name: str, method: str | None) -> list[dict[str, Any]]:
+def _of_measure(whole: Measured, measure: Measure, method: str | None) -> list[dict[str, Any]]:
     "The rows of one measure."
     at = _setting(whole, method)
     if not at:
         return [
-            dict(measure=name, dimension=d, can_tell=False, note="no single source was pruned")
+            dict(measure=measure.name, dimension=d, can_tell=False,
+                 note="no single source was pruned")
             for d in DIMENSIONS
         ]
     spread = source_spread(whole.found.where(**at)).set_index("dimension")
@@ -115,14 +116,14 @@ def _of_measure(whole: Measured, name: str, method: str | None) -> list[dict[str
         if c.method == at["method"] and c.name in whole.study
     ]
     chances, rows = chance_rows(whole.study, here), []
-    chances = chances[chances["task"].isin(_behind(whole, name))]
+    chances = chances[chances["task"].isin(_counted_tasks(whole))]
     for d in DIMENSIONS:
         o = spread.loc[d] if d in spread.index else dict(sd=np.nan, noise_sd=np.nan, freedom=0)
         reliability = _reliability(o["sd"], o["noise_sd"])
         share = chances[chances["dimension"] == d]["at_chance"].mean()
-        note = _doubt(whole, at, name, d, share, reliability)
+        note = _doubt(whole, at, d, share, reliability)
         rows.append(
-            dict(measure=name,
+            dict(measure=measure.name,
                  dimension=d,
                  method=at["method"],
                  sparsity=at["sparsity"],
@@ -132,7 +133,7 @@ def _of_measure(whole: Measured, name: str, method: str | None) -> list[dict[str
                  reliability=reliability,
                  at_chance=share,
                  models=len(here),
-                 can_tell=can_tell(name, reliability, share) and not note,
+                 can_tell=measure.reliable(reliability, share) and not note,
                  note=note))
     return rows
 
@@ -142,13 +143,10 @@ def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: in
                    ) -> pd.DataFrame:          # columns `RESOLUTION`
     "What each measure can tell in each dimension; a measure that the rows do not hold says why."
     rows: list[dict[str, Any]] = []
-    for name in MEASURES:
+    for name, measure in MEASURES.items():
         try:
-            rows += _of_measure(
-                measured(preset, study, n_boot, measure=name, wanted=main_cells(preset)),
-                name,
-                method,
-            )
+            whole = measured(preset, study, n_boot, measure=measure, wanted=main_cells(preset))
+            rows += _of_measure(whole, measure, method)
         except CalibPruneError as e:
             rows += [
                 dict(measure=name, dimension=d, can_tell=False, note=str(e)) for d in DIMENSIONS
@@ -157,9 +155,9 @@ def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: in
 
 # %% ../../nbs/questions/10_resolution.ipynb #ed33ac5c
 def headline_of(rows: pd.DataFrame  # from `resolution_rows`
-               ) -> str:
+               ) -> Measure:
     "The headline measure of a study."
-    return headline(rows.groupby("measure")["can_tell"].sum().to_dict())
+    return headline_measure(rows.groupby("measure")["can_tell"].sum().to_dict())
 
 # %% ../../nbs/questions/10_resolution.ipynb #4ef24469
 def resolution_text(rows: pd.DataFrame) -> pd.DataFrame:
@@ -205,16 +203,17 @@ def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int
     "A study by the measure that its preset asks for."
     name = preset.get("measure", "plain")
     if name == "headline":
-        name = headline_of(resolution_rows(preset, study, QUICK) if resolved is None else resolved)
-    return measured(preset, study, n_boot, measure=name, wanted=wanted)
+        resolved = resolution_rows(preset, study, QUICK) if resolved is None else resolved
+    measure = headline_of(resolved) if name == "headline" else get_measure(name)
+    return measured(preset, study, n_boot, measure=measure, wanted=wanted)
 
 # %% ../../nbs/questions/10_resolution.ipynb #d01f71ad
 def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None
                ) -> pd.DataFrame:  # measure, then the columns of `comparison.retention_rows`
     "What each strategy kept in the main setting, by every measure that the rows hold."
     tables, wanted = [], main_cells(preset)
-    for name in MEASURES:
-        try: part = take(measured(preset, study, n_boot, measure=name, wanted=wanted), wanted)
+    for name, measure in MEASURES.items():
+        try: part = take(measured(preset, study, n_boot, measure=measure, wanted=wanted), wanted)
         except CalibPruneError: continue
         tables.append(retention_rows(part).assign(measure=name))
     return stacked(tables, ["measure", *KEYS]).query("quantity == 'retention'")
@@ -235,14 +234,8 @@ def totals_text(rows: pd.DataFrame,     # from `totals_rows`
     text = [interval_text(o.value, o.ci_low, o.ci_high) for o in total.itertuples()]
     labels = [MEASURES[o].label + " †" * bool(blind_to(resolved, o)) for o in total["measure"]]
     lines = total.assign(text=text, method=total["method"].map(method_label), label=labels)
-    wide = lines.pivot_table(
-        index=["method", "strategy", "draws"],
-        columns="label",
-        values="text",
-        aggfunc="first",
-        sort=False,
-    )
-    return wide.rename_axis(columns=None).reset_index()
+    order = list(dict.fromkeys(labels))
+    return wide_table(lines, ["method", "strategy", "draws"], order, names="label")
 
 # %% ../../nbs/questions/10_resolution.ipynb #676b25ec
 def untotalled_text(rows: pd.DataFrame,     # from `totals_rows`
@@ -266,7 +259,7 @@ def untotalled_text(rows: pd.DataFrame,     # from `totals_rows`
     return " ".join(said)
 
 # %% ../../nbs/questions/10_resolution.ipynb #aadc9640
-def _one_task(whole: Measured, task: str, at: dict[str, Any], measure: str) -> Replicates:
+def _one_task(whole: Measured, task: str, at: dict[str, Any]) -> Replicates:
     "The single sources of a setting, scored by one task."
     here = at["method"], at["sparsity"]
     wanted = [
@@ -280,12 +273,12 @@ def _one_task(whole: Measured, task: str, at: dict[str, Any], measure: str) -> R
         o: Result(r.record, r.rows, r.items[r.items["task"] == task], r.seconds)
         for o, r in study.items()
     }
-    return measured(whole.preset, study, QUICK, measure=measure, wanted=wanted).found
+    return measured(whole.preset, study, QUICK, measure=whole.found.measure, wanted=wanted).found
 
 TASK_ROWS = ["dimension", "task", "items", "sd", "noise_sd", "reliability", "resolves"]
 
 # %% ../../nbs/questions/10_resolution.ipynb #9f0ac8c4
-def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: str = "answer-bits"
+def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: Measure = ANSWER_BITS
              # columns `TASK_ROWS`; empty if no single source was pruned, or the rows lack the
              # measure
              ) -> pd.DataFrame:
@@ -297,8 +290,8 @@ def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: str = "
     at, rows = _setting(whole, None), []
     if not at: return pd.DataFrame(columns=TASK_ROWS)
     judged = not _one_draw(whole, at)
-    for task in _behind(whole, measure):
-        found, d = _one_task(whole, task, at, measure), TASKS[task].dimension
+    for task in _counted_tasks(whole):
+        found, d = _one_task(whole, task, at), TASKS[task].dimension
         spread = source_spread(found).query("dimension == @d")
         if spread.empty: continue
         sd, noise = spread["sd"].iloc[0], spread["noise_sd"].iloc[0]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEYS', 'SINGLE', 'HEADINGS', 'DIFFERENCES', 'GROWTH', 'SPREADS', 'RANGES', 'kind_of', 'single_strategies', 'in_order',
            'retention_rows', 'dense_rows', 'wide_text', 'save_rows', 'differences', 'over_best', 'stacked',
-           'mix_differences', 'base_differences', 'with_simultaneous', 'swept_through', 'margin_rows', 'sweep_rows',
-           'swept_part', 'growth_rows', 'sd_interval', 'source_spread', 'spread_rows', 'spread_text', 'range_rows']
+           'mix_differences', 'base_differences', 'swept_through', 'margin_rows', 'sweep_rows', 'swept_part',
+           'growth_rows', 'sd_interval', 'source_spread', 'spread_rows', 'spread_text', 'range_rows']
 
 # %% ../../nbs/statistics/07_comparison.ipynb #5548990c
 from dataclasses import asdict, replace
@@ -19,23 +19,26 @@ from scipy.stats import chi2
 
 from ..calibration.sets import parse_mix
 from ..core import DIMENSIONS
-from ..resampling import interval
+from calib_prune.statistics.effects import (
+    best_of,
+    contrasts,
+    effects,
+    simultaneous_ends,
+    strategy_contrasts,
+    with_means,
+)
 from .plots import method_label, sparsity_label
 from calib_prune.statistics.replicates import (
     COORDINATES,
     OUTCOMES,
     Replicates,
-    best_of,
     draw_spread,
     noise_variance,
-    paired_difference,
-    retention_summary,
-    simultaneous,
     source_dimension,
     spread,
 )
 from .selection import NOTHING, Part, measured, take, varied
-from .tables import interval_text, save_table
+from .tables import interval_text, save_table, wide_table
 from ..study.presets import Cell
 from ..study.results import Result
 from ..style import OWN, SOURCE_KINDS
@@ -82,7 +85,7 @@ def in_order(
 # %% ../../nbs/statistics/07_comparison.ipynb #bd40dfbd
 def retention_rows(part: Part) -> pd.DataFrame:  # columns `KEYS`; fractions
     "What every strategy kept in every setting, and its averaged commonsense accuracy."
-    table = retention_summary(part.found).rename(columns={"retention": "value"})
+    table = effects(part.found)
     if table.empty: return pd.DataFrame(columns=KEYS)
     table["quantity"] = np.where(table["dimension"] == "Accuracy", "accuracy", "retention")
     table["source"] = [
@@ -123,11 +126,7 @@ def wide_text(
         sparsity=table["sparsity"].map(sparsity_label),
     )
     lines[list(rows)] = lines[list(rows)].astype(object).fillna("")
-    wide = lines.pivot_table(
-        index=list(rows), columns="dimension", values="text", aggfunc="first", sort=False
-    )
-    wide = wide[[o for o in OUTCOMES if o in wide]].fillna("–")
-    return wide.rename(columns=HEADINGS).rename_axis(columns=None).reset_index()
+    return wide_table(lines, rows, OUTCOMES).fillna("–").rename(columns=HEADINGS)
 
 # %% ../../nbs/statistics/07_comparison.ipynb #fa14e5b4
 def save_rows(
@@ -146,14 +145,16 @@ DIFFERENCES = [
     "method", "sparsity", "windows", "mix", "over", "dimension", "quantity", "best", "value",
     "ci_low", "ci_high", "n_items", "n_sources", "noise"]
 
-def differences(part: Part, mix: str, over: str
-               ) -> pd.DataFrame:  # columns `DIFFERENCES`; fractions
-    "How much more `mix` kept than `over`, in every setting that has both."
-    if not {mix, over} <= set(part.found.cells["strategy"]):
-        return pd.DataFrame(columns=DIFFERENCES)
-    table = paired_difference(part.found, mix, over).rename(columns={"difference": "value"})
-    table = table.assign(mix=mix, over=over, quantity="difference", best="")
-    return table.reindex(columns=DIFFERENCES).dropna(subset="value")
+def differences(part: Part, pairs: Sequence[tuple[str, str]],  # of strategies
+                outcomes: Sequence[str] = OUTCOMES,
+                together: Sequence[str] | None = None  # as in `effects`
+               ) -> pd.DataFrame:  # columns `DIFFERENCES`; perhaps all_low, all_high; fractions
+    "Retention of the first strategy of each pair less the second's, in every setting with both."
+    table = effects(strategy_contrasts(part.found, pairs), outcomes, together)
+    table = table.drop(columns="mix").rename(columns={"strategy": "mix"})
+    table = table.assign(quantity="difference", best="").dropna(subset="value")
+    more = [] if together is None else ["all_low", "all_high"]
+    return table.reindex(columns=[*DIFFERENCES, *more]).reset_index(drop=True)
 
 # %% ../../nbs/statistics/07_comparison.ipynb #5c4fbf2a
 def over_best(part: Part, mix: str,
@@ -207,44 +208,20 @@ def mix_differences(part: Part) -> pd.DataFrame:  # columns `DIFFERENCES`
     tables = []
     for i, mix in enumerate(mixes):
         others = (sources if kinds[mix] == "mix" else []) + mixes[:i]
-        tables += [over_best(part, mix), *(differences(part, mix, over) for over in others)]
+        tables += [over_best(part, mix), differences(part, [(mix, over) for over in others])]
     table = stacked(tables, DIFFERENCES).astype({"n_sources": "Int64"})
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
 # %% ../../nbs/statistics/07_comparison.ipynb #5dc62944
-def base_differences(part: Part, base: str = "c4") -> pd.DataFrame:  # columns `DIFFERENCES`
-    "How much more each strategy kept than the baseline."
+def base_differences(part: Part, base: str = "c4", outcomes: Sequence[str] = OUTCOMES,
+                     # over all differences of a setting? else each interval by itself
+                     simultaneous: bool = False
+                    ) -> pd.DataFrame:  # columns `DIFFERENCES`
+    "Retention of each strategy less the baseline's."
     others = [o for o in dict.fromkeys(part.found.cells["strategy"]) if o != base]
-    table = stacked([differences(part, o, base) for o in others], DIFFERENCES)
+    pairs, together = [(o, base) for o in others], COORDINATES if simultaneous else None
+    table = simultaneous_ends(differences(part, pairs, outcomes, together))
     return in_order(table, ["method"], [c.method for c in part.wanted])
-
-# %% ../../nbs/statistics/07_comparison.ipynb #c2f36a95
-def _difference_replicates(found: Replicates, rows: pd.DataFrame) -> np.ndarray:  # [1 + B, rows]
-    "The replicates of each difference of a table."
-    place = {
-        key: i
-        for i, key in enumerate(
-            zip(found.cells["strategy"], *(found.cells[o] for o in COORDINATES))
-        )
-    }
-    where = [rows[o] for o in COORDINATES]
-    mine, theirs = ([place[key] for key in zip(rows[name], *where)] for name in ("mix", "over"))
-    outcome = [OUTCOMES.index(o) for o in rows["dimension"]]
-    return found.values[:, mine, outcome] - found.values[:, theirs, outcome]
-
-# %% ../../nbs/statistics/07_comparison.ipynb #49618012
-def with_simultaneous(part: Part, rows: pd.DataFrame,  # from `base_differences` or `margin_rows`
-                      # rows that agree in these are one set of comparisons
-                      by: Sequence[str] = COORDINATES
-                     ) -> pd.DataFrame:
-    """The same differences with simultaneous intervals; the best single source keeps its own, which
-    allows for its choice."""
-    held = rows.copy()
-    plain = rows[(rows["best"] == "") & rows["ci_low"].notna()]
-    for _, together in plain.groupby(list(by), sort=False):
-        low, high = simultaneous(_difference_replicates(part.found, together))
-        held.loc[together.index, "ci_low"], held.loc[together.index, "ci_high"] = low, high
-    return held
 
 # %% ../../nbs/statistics/07_comparison.ipynb #2b44bec7
 def swept_through(part: Part, method: str, along: str) -> set[str]:
@@ -259,14 +236,19 @@ def swept_through(part: Part, method: str, along: str) -> set[str]:
     return {o for o, mine in values.items() if mine == widest}
 
 # %% ../../nbs/statistics/07_comparison.ipynb #1986d94a
-def margin_rows(part: Part, mix: str, baseline: str, along: str  # "sparsity" or "windows"
+def margin_rows(part: Part, mix: str, baseline: str, along: str,  # "sparsity" or "windows"
+                outcomes: Sequence[str] = OUTCOMES,
+                # over the outcomes and points of a method, where the baseline is the reference?
+                simultaneous: bool = False
                ) -> pd.DataFrame:  # columns `DIFFERENCES`
     """The margin of the mix over the baseline and over the best of the sources that are swept all
-    through."""
-    tables = [differences(part, mix, baseline)]
+    through, whose interval allows for the choice."""
+    together = ["method"] if simultaneous else None
+    tables = [simultaneous_ends(differences(part, [(mix, baseline)], outcomes, together))]
     for method in dict.fromkeys(c.method for c in part.wanted):
         mine = replace(part, found=part.found.where(method=method))
-        tables.append(over_best(mine, mix, swept_through(part, method, along)))
+        best = over_best(mine, mix, swept_through(part, method, along))
+        tables.append(best[best["dimension"].isin(outcomes)])
     table = stacked(tables, DIFFERENCES).astype({"n_sources": "Int64"})
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
@@ -305,38 +287,15 @@ GROWTH = [
     "ci_low", "ci_high", "n_items", "noise"]
 
 def growth_rows(part: Part) -> pd.DataFrame:  # columns `GROWTH`; fractions
-    """How much more each strategy keeps with more windows, on the same items; then the mean of the
-    strategies."""
-    found, gains = part.found, {}
-    for (method, sparsity, strategy), cells in found.cells.groupby(
-        ["method", "sparsity", "strategy"], sort=False
-    ):
-        fewest, *more = sorted(cells["windows"])
-        base = found.of(strategy, method=method, sparsity=sparsity, windows=fewest)
-        for size in more:
-            gain = found.of(strategy, method=method, sparsity=sparsity, windows=size) - base
-            gains.setdefault((method, sparsity, fewest, size), {})[strategy] = gain
-    rows = []
-    for (method, sparsity, fewest, size), each in gains.items():
-        at = dict(
-            method=method,
-            sparsity=sparsity,
-            fewest=fewest,
-            windows=size,
-            quantity="difference",
-            noise=found.noise,
-        )
-        mean = {"mean": np.mean(list(each.values()), axis=0)} if len(each) > 1 else {}
-        for strategy, gain in (each | mean).items():
-            for j, outcome in enumerate(OUTCOMES):
-                low, high = interval(gain[1:, j])
-                rows.append(at | dict(strategy=strategy,
-                                      dimension=outcome,
-                                      value=gain[0, j],
-                                      ci_low=low,
-                                      ci_high=high,
-                                      n_items=found.items[outcome]))
-    return pd.DataFrame(rows, columns=GROWTH).dropna(subset="value")
+    """Retention of each strategy with more windows less its retention with the fewest, on the same
+    items; then the mean of the strategies."""
+    found, by = part.found, ["method", "sparsity", "strategy"]
+    fewest = found.cells.groupby(by, sort=False)["windows"].transform("min")
+    first = (found.cells["windows"] == fewest).to_numpy(bool)
+    gains = contrasts(replace(found, cells=found.cells.assign(fewest=fewest)), ~first, first, by)
+    table = effects(with_means(gains, ["method", "sparsity", "fewest", "windows"]))
+    table = table.assign(quantity="difference", noise=found.noise)
+    return table.reindex(columns=GROWTH).dropna(subset="value")
 
 # %% ../../nbs/statistics/07_comparison.ipynb #be0a4e5f
 def sd_interval(sd: float, noise: float,  # without the noise; of the noise
@@ -406,7 +365,7 @@ RANGES = [
 
 def range_rows(part: Part) -> pd.DataFrame:  # columns `RANGES`; fractions
     """How far apart the strategies lie in each outcome, in every setting that has two or more: see
-    `statistics.spread`."""
+    `replicates.spread`."""
     many = [at for at in part.found.settings() if len(part.found.where(**at).cells) > 1]
     return stacked([spread(part.found, **at).assign(**at) for at in many], RANGES).reindex(
         columns=RANGES

@@ -20,7 +20,8 @@ from scipy.stats import t as student
 
 import calib_prune
 from ..core import DIMENSIONS, CalibPruneError, damaged, load_json, unknown_name
-from ..resampling import interval
+from .effects import estimate
+from .replicates import ADDITIVE
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #34d45821
 def as_shares(
@@ -132,15 +133,10 @@ class Law:
         "What each mix keeps: mix, dimension (and Total), value, ci_low, ci_high; fractions."
         values = self._values(as_shares(mixes))
         values = np.concatenate([values, values.mean(-1, keepdims=True)], -1)
-        rows = []
-        for i, (j, name) in (
-            (i, o) for i in range(values.shape[1]) for o in enumerate((*DIMENSIONS, "Total"))
-        ):
-            low, high = interval(values[1:, i, j])
-            rows.append(
-                dict(mix=i, dimension=name, value=values[0, i, j], ci_low=low, ci_high=high)
-            )
-        return pd.DataFrame(rows)
+        rows = [
+            (i, name, *estimate(values[:, i, j]))
+            for i in range(values.shape[1]) for j, name in enumerate(ADDITIVE)]
+        return pd.DataFrame(rows, columns=["mix", "dimension", "value", "ci_low", "ci_high"])
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #ff4417ff
 def fit(mixes: pd.DataFrame,  # shares, one row per mix
@@ -184,9 +180,7 @@ def super_additive(law: Law, mix: Mapping[str, float]
         "i,bij->bj", shares[0], law._values(np.eye(len(DIMENSIONS)))
     )
     gain = np.concatenate([gain, gain.mean(-1, keepdims=True)], -1)
-    rows = [
-        (name, gain[0, j], *interval(gain[1:, j])) for j, name in enumerate((*DIMENSIONS, "Total"))
-    ]
+    rows = [(name, *estimate(gain[:, j])) for j, name in enumerate(ADDITIVE)]
     return pd.DataFrame(rows, columns=["dimension", "value", "ci_low", "ci_high"])
 
 # %% ../../nbs/statistics/08_mixing_law.ipynb #606e032c

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS
-from ..evaluation.measures import MEASURES, at_chance, not_scored
+from ..evaluation.measures import PLAIN, Measure, at_chance
 from ..evaluation.scoring import ENDINGS, ending_notes
 from ..evaluation.tasks import TASKS
 from ..pruning.masks import parse_sparsity
@@ -143,7 +143,7 @@ def in_settings(study: dict[str, Result], wanted: Iterable[Cell]) -> dict[str, R
 def measured(preset: dict[str, Any], study: dict[str, Result],
              n_boot: int | None = None,  # resamples; by default the preset's
              seed: int = 0,
-             measure: str = "plain",     # see `evaluation.measures`
+             measure: Measure = PLAIN,
              # only the settings of these cells: faster; numbers differ by rounding
              wanted: Iterable[Cell] | None = None
             ) -> Measured:
@@ -237,7 +237,7 @@ def missing_note(part: Part) -> str:  # empty if nothing is missing
     )
 
 # %% ../../nbs/statistics/06_selection.ipynb #fc2598f5
-def drawn_settings(cells: pd.DataFrame  # of `statistics.strategy_retention`
+def drawn_settings(cells: pd.DataFrame  # of `replicates.strategy_retention`
                   ) -> str:
     """The settings whose intervals include draws; where only some sizes of the calibration set do,
     those are named."""
@@ -308,12 +308,13 @@ def scoring_note(part: Part) -> str:
         if found.left_out
         else ""
     )
-    passed = not_scored(part.study["dense"].items, found.measure)
+    passed = found.measure.not_scored(part.study["dense"].items)
     if passed:
-        left_out += f" Not scored by {MEASURES[found.measure].label.lower()}: {listed(passed)}."
+        left_out += f" Not scored by {found.measure.label.lower()}: {listed(passed)}."
+    name = found.measure.name
     return (
-        f"{MEASURES[found.measure].label}: retention is in % of the dense model's score,"
-        f" {_FORMULA[found.measure]} ({each}).{_GUESSING.get(found.measure, '')} Total is the mean"
+        f"{found.measure.label}: retention is in % of the dense model's score,"
+        f" {_FORMULA[name]} ({each}).{_GUESSING.get(name, '')} Total is the mean"
         f" of the dimensions.{left_out}"
     )
 
@@ -321,7 +322,7 @@ def scoring_note(part: Part) -> str:
 def weak_note(part: Part) -> str:
     """The tasks that count, though the dense model has few right answers beyond guessing; empty if
     none, or nothing is pruned yet."""
-    if part.found.measure != "plain" or not len(part.found.cells): return ""
+    if part.found.measure != PLAIN or not len(part.found.cells): return ""
     dense = part.study["dense"].items
     right = dense[dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric)].groupby(
         "task")["value"].agg(["sum", "size"])
@@ -361,6 +362,6 @@ def footnote(part: Part) -> str:
     said = (
         f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
     )
-    scored = f"Measure of retention: {MEASURES[part.found.measure].label.lower()}. " if len(
+    scored = f"Measure of retention: {part.found.measure.label.lower()}. " if len(
         part.found.cells) else ""
     return " ".join(filter(None, [scored + setting_note(part), weak_note(part)])) + said

@@ -7,13 +7,13 @@ import pytest
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.questions.agreement import (
+    ACROSS,
     DEPENDS,
     NONE,
     ONE,
     OPEN,
     PARTLY,
     ROBUST,
-    TOGETHER,
     UNTESTED,
     agreement,
     agreement_note,
@@ -170,14 +170,14 @@ def ledger_of(*verdicts):
     (((SIZE, True), (SIGN, True)), ((SIGN, True),
                                     (NOT, False)), ["reproduced", "reproduced"], ROBUST),
     (((SIZE, True), (SIGN, True)), ((NOT, True),
-                                    (NOT, True)), ["reproduced", NOT], TOGETHER[DEPENDS]),
+                                    (NOT, True)), ["reproduced", NOT], ACROSS[DEPENDS]),
     (((SIZE, True), (NOT, True)), ((SIGN, True),
-                                   (NOT, False)), [DEPENDS, "reproduced"], TOGETHER[DEPENDS]),
+                                   (NOT, False)), [DEPENDS, "reproduced"], ACROSS[DEPENDS]),
     (((UNCLEAR, True), (NOT, False)), ((UNCLEAR, True), (NOT, False)), [UNCLEAR, UNCLEAR], OPEN),
     (((UNCLEAR, True), (SIGN, True)), ((SIGN, True), (SIGN, True)), [PARTLY, "reproduced"], PARTLY),
     (((NOT, True), (SIGN, False)), ((PRESET, True),
-                                    (PRESET, True)), [NOT, UNTESTED], TOGETHER[ONE]),
-    (((NOT, False), (SIGN, False)), ((SIGN, False), (SIGN, False)), [NONE, NONE], TOGETHER[NONE]),
+                                    (PRESET, True)), [NOT, UNTESTED], ACROSS[ONE]),
+    (((NOT, False), (SIGN, False)), ((SIGN, False), (SIGN, False)), [NONE, NONE], ACROSS[NONE]),
     (((MODEL, False), (MODEL, False)), ((PRESET, True),
                                         (PRESET, True)), [UNTESTED, UNTESTED], UNTESTED)])
 def test_a_check_is_robust_if_all_models_and_measures_that_can_tell_agree(

@@ -6,7 +6,13 @@ from scipy.stats import spearmanr
 
 from calib_prune.calibration.sources import SUITE
 from calib_prune.core import CalibPruneError
-from calib_prune.questions.axes import axes_figure, axes_note, groups_of, metric_ranks, n_axes
+from calib_prune.questions.correlations import (
+    axes_figure,
+    axes_note,
+    groups_of,
+    metric_ranks,
+    n_axes,
+)
 
 
 def frame(**columns):

@@ -32,7 +32,12 @@ from calib_prune.questions.estimates import (
     verdict,
 )
 from calib_prune.statistics.examples import example_preset, example_study
-from calib_prune.statistics.ranks import contrast, contrasts, correlate, resampling
+from calib_prune.statistics.ranks import (
+    correlate,
+    correlation_contrast,
+    correlation_contrasts,
+    resampling,
+)
 from calib_prune.statistics.replicates import bootstrap_retention, strategy_retention
 from calib_prune.statistics.selection import measured
 from calib_prune.study.presets import load_preset
@@ -480,9 +485,10 @@ def test_the_partial_p_belongs_to_the_partial_difference():
         rng = np.random.default_rng(seed)
         x = rng.normal(size=15)
         a, b = 5 * groups + 0.8 * x + 0.5 * rng.normal(size=15), rng.normal(size=15)
-        found = contrast(x, np.tile(a, (51, 1)), np.tile(b, (51, 1)), free, held)
+        found = correlation_contrast(x, np.tile(a, (51, 1)), np.tile(b, (51, 1)), free, held)
         low += found["partial_p"] < 0.05
-        null = contrast(rng.normal(size=15), np.tile(a, (51, 1)), np.tile(b, (51, 1)), free, held)
+        unrelated, *kept = rng.normal(size=15), np.tile(a, (51, 1)), np.tile(b, (51, 1))
+        null = correlation_contrast(unrelated, *kept, free, held)
         shown += null["partial_p"] < 0.05
     # power where there is an effect inside the registers, and the right size where there is none
     assert low > 25 and shown <= 8
@@ -495,12 +501,11 @@ def test_a_dimension_that_every_source_keeps_alike_has_no_contrast():
     metrics = pd.DataFrame(
         [dict(strategy=o, seed=0, metric="distortion", value=float(i)) for i, o in enumerate(SUITE)]
     )
-    found = contrasts(metrics, strategy_retention(bootstrap_retention(study, 20)), "distortion", 99)
+    kept = strategy_retention(bootstrap_retention(study, 20))
+    found = correlation_contrasts(metrics, kept, "distortion", 99)
     assert set(found["reason"]) == {"every source kept the same"} and found["p"].isna().all()
     assert set(
-        contrasts(metrics, strategy_retention(bootstrap_retention(study, 20)), "coverage", 99)[
-            "reason"
-        ]
+        correlation_contrasts(metrics, kept, "coverage", 99)["reason"]
     ) == {"not measured"}
 
 

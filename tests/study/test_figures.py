@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.evaluation.measures import ANSWER_BITS
 from calib_prune.questions.comparison_figures import (
     averaging_figure,
     averaging_message,
@@ -26,16 +27,19 @@ from calib_prune.questions.comparison_figures import (
     strategy_figure,
     two_methods,
 )
-from calib_prune.questions.correlation_figures import in_settings, metric_message, survival_message
+from calib_prune.questions.correlations import (
+    metric_message,
+    rows_in_settings,
+    survival_message,
+)
 from calib_prune.questions.self_generated import (
     ablation_rows,
     about_ours,
-    all_at_once,
-    corrected,
+    best_band,
     our_mixes,
+    protocol_figure,
     steps_that_show,
 )
-from calib_prune.questions.self_generated_figures import best_band, protocol_figure
 from calib_prune.statistics.comparison import (
     base_differences,
     differences,
@@ -49,16 +53,17 @@ from calib_prune.statistics.comparison import (
     single_strategies,
     spread_rows,
     swept_part,
-    with_simultaneous,
+)
+from calib_prune.statistics.effects import (
+    effects,
+    lead_of_best,
+    significant_sign,
+    simultaneous_ends,
+    strategy_contrasts,
 )
 from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.statistics.plots import figure_of
-from calib_prune.statistics.replicates import (
-    OUTCOMES,
-    lead_of_best,
-    paired_difference,
-    significant_sign,
-)
+from calib_prune.statistics.replicates import OUTCOMES, Replicates
 from calib_prune.statistics.selection import (
     caption,
     endings_note,
@@ -218,11 +223,10 @@ def test_self_generated_text_is_not_a_mix():
 
 
 def test_numbers_are_those_of_the_analysis():
-    mine, found = differences(part(), "uniform", "c4"), part().found
-    theirs = paired_difference(found, "uniform", "c4")
-    np.testing.assert_array_equal(
-        mine[["value", "ci_low", "ci_high"]], theirs[["difference", "ci_low", "ci_high"]]
-    )
+    mine, found = differences(part(), [("uniform", "c4")]), part().found
+    theirs = effects(strategy_contrasts(found, [("uniform", "c4")]))
+    ends = ["value", "ci_low", "ci_high"]
+    np.testing.assert_array_equal(mine[ends], theirs[ends])
 
 
 def test_the_best_source_is_the_best():
@@ -231,7 +235,7 @@ def test_the_best_source_is_the_best():
         each = [
             o.set_index(["method", "dimension"]).loc[(method, dimension), "value"]
             for s in ("c4", "stdlib", "math")
-            for o in [differences(found, "uniform", s)]
+            for o in [differences(found, [("uniform", s)])]
         ]
         assert row["value"] == min(each) and row["ci_low"] <= row["value"] <= row["ci_high"]
 
@@ -419,7 +423,7 @@ def test_captions_name_tasks_in_which_the_dense_model_has_few_right():
     )
     assert weak_note(
         dataclasses.replace(weak, found=dataclasses.replace(weak.found,
-                                                            measure="answer-bits"))) == ""
+                                                            measure=ANSWER_BITS))) == ""
     assert weak_note(
         dataclasses.replace(weak,
                             found=dataclasses.replace(weak.found,
@@ -455,11 +459,11 @@ def test_intervals_that_hold_at_once_take_the_place_of_single_ones():
     rows = pd.DataFrame([
         dict(value=0.03, ci_low=0.01, ci_high=0.05, all_low=-0.01, all_high=0.07),
         dict(value=0.03, ci_low=0.01, ci_high=0.05, all_low=np.nan, all_high=np.nan)])
-    assert corrected(rows)[["ci_low", "ci_high"]].to_numpy().tolist() == [
+    assert simultaneous_ends(rows)[["ci_low", "ci_high"]].to_numpy().tolist() == [
         [-0.01, 0.07],
         [0.01, 0.05],
     ]
-    assert corrected(rows[["value", "ci_low"]]).equals(
+    assert simultaneous_ends(rows[["value", "ci_low"]]).equals(
         rows[["value", "ci_low"]]
     ) and rows.ci_low.tolist() == [0.01, 0.01]
 
@@ -498,10 +502,12 @@ def test_a_title_names_the_sparsities_where_the_margin_is_significant():
 
 def test_variants_are_judged_together():
     rng = np.random.default_rng(0)
-    delta = lambda value: value + np.concatenate([[0], 0.01 * rng.normal(size=2000)])
-    ends = all_at_once(
-        {(f"igsp-{i}", "Total"): delta(0.022 if i == 0 else 0.0) for i in range(16)}
-    ).set_index("strategy")
+    noise = np.concatenate([np.zeros((1, 16)), 0.01 * rng.normal(size=(2000, 16))])
+    values = np.repeat((noise + 0.022 * (np.arange(16) == 0))[..., None], len(OUTCOMES), 2)
+    cells = pd.DataFrame(dict(strategy=[f"igsp-{i}" for i in range(16)]))
+    items = dict.fromkeys(OUTCOMES, 100)
+    ends = effects(Replicates(cells, values, items, {}), ["Total"], together=[])
+    ends = ends.set_index("strategy")
     assert ends.all_low["igsp-0"] < 0 < 0.022 - 1.96 * 0.01, "beyond noise alone, not among sixteen"
     table = ends.reset_index().assign(difference=0.022)
     assert "none differs" in steps_that_show(table, "igsp")
@@ -509,10 +515,7 @@ def test_variants_are_judged_together():
         table.assign(all_low=table.all_low.where(table.strategy != "igsp-0", 0.001)), "igsp"
     )
     assert "cannot be told" in steps_that_show(table.assign(all_low=np.nan), "igsp")
-    assert (
-        all_at_once({}).empty
-        and ablation_rows(whole(), part(keep=lambda o: o == "dense"), pd.DataFrame()).empty
-    )
+    assert ablation_rows(whole(), part(keep=lambda o: o == "dense"), pd.DataFrame()).empty
 
 
 @pytest.mark.parametrize("first", ["keyless", "keyed"])
@@ -536,7 +539,7 @@ def test_results_that_do_not_say_how_they_were_scored_are_refused_among_others(f
 # --- figures
 
 
-def held(some): return with_simultaneous(some, base_differences(some))
+def held(some): return base_differences(some, simultaneous=True)
 
 
 def panels_of(rows, note=""):
@@ -635,7 +638,7 @@ def test_titles_of_correlations_speak_of_the_panels_shown():
         row(0.6, "Total", -0.9, 0.001, 0.01),
         row(0.5, "General", 0.99, 0.0001, 0.001),
         row(0.5, "Code", 0.1, 0.7, 0.8)])
-    shown = in_settings(table, [dict(method="wanda", sparsity=0.6)])
+    shown = rows_in_settings(table, [dict(method="wanda", sparsity=0.6)])
     assert (
         metric_message(shown, "distortion")
         == "Perplexity: 1 of 2 correlations with retention is significant (q < 0.05)"
@@ -781,11 +784,10 @@ def test_intervals_of_many_strategies_hold_together():
         counted(held(alone(KEPT, n=400)).query("dimension == 'Total'"))
         == "1 of 3 strategies above c4, 0 below"
     )
-    lost = single.assign(
-        ci_low=single["ci_low"].where(single["dimension"] != "Code"),
-        ci_high=single["ci_high"].where(single["dimension"] != "Code"),
-    )
-    assert with_simultaneous(some, lost).query("dimension == 'Code'")["ci_low"].isna().all()
+    values = some.found.values.copy()
+    values[1:, :, OUTCOMES.index("Code")] = np.nan
+    lost = dataclasses.replace(some, found=dataclasses.replace(some.found, values=values))
+    assert held(lost).query("dimension == 'Code'")["ci_low"].isna().all()
 
 
 def test_the_best_of_noise_has_no_significant_lead():
@@ -822,7 +824,7 @@ def every_title():
         yield protocol_figure(retention_rows(some), held(some)).get_suptitle()
     swept = part(sweep_cells)
     yield margin_figure(
-        with_simultaneous(swept, margin_rows(swept, "uniform", "c4", "sparsity"), ["method"])
+        margin_rows(swept, "uniform", "c4", "sparsity", simultaneous=True)
     ).get_suptitle()
 
 

@@ -14,7 +14,7 @@ from calib_prune.questions.pruners import (
     gain_rows,
     gain_text,
     gains,
-    kept_rows,
+    method_rows,
     pruner_figure,
     pruner_text,
     total_gains,
@@ -97,7 +97,7 @@ def test_times_of_two_kinds_of_processor_are_not_compared():
     assert other["admm"] == pytest.approx(1.4), "of the first draw alone"
     none, moved = on(lambda name: "slow" if "sparsegpt" in name else "fast")
     assert np.isnan(none["admm"]) and none["sparsegpt"] == 1
-    text = pruner_text(kept_rows(whole), gain_rows(whole), cost_rows(moved)).set_index("method")
+    text = pruner_text(method_rows(whole), gain_rows(whole), cost_rows(moved)).set_index("method")
     assert text["time"].to_dict() == {"SparseGPT": "1.00×", "L-ADMM": "–"}
     with pytest.raises(CalibPruneError, match="times beside SparseGPT's"):
         pruner_figure(total_gains(whole), cost_rows(moved))
@@ -119,7 +119,7 @@ def test_the_rule(methods, names): assert chosen(made_up(methods)) == names
 
 def test_table_and_figure():
     whole = made_up({"admm": (0.05, 28), "sparsegpt+reconstruct": (0.1, 90)})
-    kept, gained, costs = kept_rows(whole), gain_rows(whole), cost_rows(whole.study)
+    kept, gained, costs = method_rows(whole), gain_rows(whole), cost_rows(whole.study)
     text = pruner_text(kept, gained, costs).set_index("method")
     assert (
         text.loc["SparseGPT", "total over SparseGPT"] == "–"
@@ -154,7 +154,7 @@ def test_a_pattern_that_only_the_base_has_so_far():
     rows = pd.DataFrame([dict(metric="perplexity per token", score=30.0)])
     more = {cell.name: Result(about, rows, example_items(np.full(4, 0.5), 1000), {"pruning": 20.0})}
     both = measured(example_preset(whole.study | more), whole.study | more, 60)
-    assert len(pruner_text(kept_rows(both), gain_rows(both), cost_rows(both.study))) == 3
+    assert len(pruner_text(method_rows(both), gain_rows(both), cost_rows(both.study))) == 3
     assert len(pruner_figure(total_gains(both), cost_rows(both.study)).axes) == 1 and chosen(
         both
     ) == ["admm"]
@@ -178,7 +178,7 @@ def test_a_method_on_fewer_calibration_sets_says_so_and_draws_are_shown():
     )
     study = {k: o for k, o in whole.study.items() if not lacks(o)}
     part = measured(whole.preset, study, 400)
-    text = pruner_text(kept_rows(part), gain_rows(part), cost_rows(study)).set_index("method")
+    text = pruner_text(method_rows(part), gain_rows(part), cost_rows(study)).set_index("method")
     assert text["draws"].to_dict() == {"SparseGPT": 3, "L-ADMM": 3, "ALPS (c4, math alone)": 1}
     assert set(gain_text(gain_rows(part)).query("method == 'ALPS'")["draws"]) == {1}
 
@@ -192,7 +192,7 @@ def test_many_calibration_sets_are_counted_not_named():
         if o.record["method"] != "wanda" or o.record["strategy"] != "papers"
     }
     part = measured(whole.preset, study, 60)
-    assert pruner_text(kept_rows(part), gain_rows(part), cost_rows(study))["method"].tolist() == [
+    assert pruner_text(method_rows(part), gain_rows(part), cost_rows(study))["method"].tolist() == [
         "SparseGPT",
         "Wanda (4 of 5 sets)",
     ]
@@ -206,7 +206,7 @@ def test_a_gain_rests_on_pairs():
         if o.record["method"] != "sparsegpt" or not o.record["seed"]
     }
     part = measured(whole.preset, study, 400)
-    assert pruner_text(kept_rows(part), gain_rows(part), cost_rows(study))["draws"].tolist() == [
+    assert pruner_text(method_rows(part), gain_rows(part), cost_rows(study))["draws"].tolist() == [
         1,
         1,
     ]
@@ -215,7 +215,7 @@ def test_a_gain_rests_on_pairs():
 def test_a_study_of_the_dense_model_alone_has_no_lines():
     whole = made_up({})
     alone = measured(whole.preset, {"dense": whole.study["dense"]}, 100)
-    assert pruner_text(kept_rows(alone), gain_rows(alone), cost_rows(alone.study)).empty
+    assert pruner_text(method_rows(alone), gain_rows(alone), cost_rows(alone.study)).empty
 
 
 def test_a_study_without_other_methods_or_draws():
@@ -224,7 +224,8 @@ def test_a_study_without_other_methods_or_draws():
         gain_rows(alone)).empty
     one = made_up({"admm": (0.05, 28)}, strategies=("c4",), seeds=(0,))
     assert set(gain_rows(one)["strategy"]) == {"c4", "mean"} and chosen(one) == ["admm"]
-    assert pruner_text(kept_rows(one), gain_rows(one), cost_rows(one.study))["method"].tolist() == [
+    text = pruner_text(method_rows(one), gain_rows(one), cost_rows(one.study))
+    assert text["method"].tolist() == [
         "SparseGPT",
         "L-ADMM",
     ]

@@ -18,7 +18,7 @@ from calib_prune.questions.recipe import (
     recipe_message,
     recipe_rows,
     recipe_text,
-    verdict,
+    recipe_verdict,
     without_shared,
 )
 from calib_prune.statistics.examples import example_preset, example_study
@@ -40,7 +40,7 @@ def made_up(more, gain=0.05, sd=0.003, seed=1):
 
 
 def said_of(found, recipe=RECIPE):
-    return verdict(recipe, leads_of(found, recipe), families(recipe, REFERENCES))
+    return recipe_verdict(recipe, leads_of(found, recipe), families(recipe, REFERENCES))
 
 
 def leads_of(found, recipe=RECIPE):

@@ -4,13 +4,12 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
-from calib_prune.report import statistics
 
 from calib_prune.calibration.sources import SUITE
 from calib_prune.core import DIMENSIONS
 from calib_prune.evaluation.measures import MEASURES
 from calib_prune.evaluation.tasks import TASKS
-from calib_prune.questions.prompt_gain import _of_task, gain_figure, gain_lines, gain_rows
+from calib_prune.questions.prompt_gain import gain_figure, gain_lines, prompt_gain_rows
 from calib_prune.questions.resolution import (
     chance_rows,
     headline_of,
@@ -24,8 +23,9 @@ from calib_prune.questions.resolution import (
     untotalled_text,
 )
 from calib_prune.resampling import draws
+from calib_prune.statistics import replicates
 from calib_prune.statistics.examples import example_preset, example_study
-from calib_prune.statistics.replicates import bootstrap_retention
+from calib_prune.statistics.replicates import _task_prompt_gain, bootstrap_retention
 from calib_prune.statistics.selection import measured, take
 from calib_prune.study.presets import Cell, cells
 from calib_prune.study.results import Result
@@ -80,7 +80,7 @@ def test_models_at_chance_take_the_voice_of_accuracies_but_not_of_bits():
     assert len(shares) == 30 * 3 and not shares[shares.dimension == "Math"].at_chance.any()
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=lambda o: o.name)
 def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(measure, monkeypatch):
     _, study = fifteen(0.15, n=12)
     items = study["dense"].items
@@ -88,12 +88,12 @@ def test_replicates_do_not_depend_on_how_many_are_made_at_a_time(measure, monkey
     few = (items.task == "sciq") & (items.metric != "bits") & (items.item > "0004")
     study["dense"].items = items.assign(value=items.value.where(~few, 0.0))
     at_once = bootstrap_retention(study, 60, measure=measure).values
-    monkeypatch.setattr(statistics, "BLOCK", 7)
+    monkeypatch.setattr(replicates, "BLOCK", 7)
     np.testing.assert_allclose(
         bootstrap_retention(study, 60, measure=measure).values, at_once, rtol=1e-12
     )
     assert np.isnan(at_once[1:, :, DIMENSIONS.index("General")]).any() == (
-        measure == "above-chance"
+        measure.name == "above-chance"
     )
 
 
@@ -118,13 +118,14 @@ def test_the_headline_follows():
     preset, study = fifteen(0.15)
     rows = resolution_rows(preset, study, 100)
     by = rows.groupby("measure").can_tell.sum()
-    assert headline_of(rows) == max(("above-chance", "answer-bits", "plain"), key=lambda o: by[o])
-    assert measured_study(preset, study, 20).found.measure == "plain"
+    names = ("above-chance", "answer-bits", "plain")
+    assert headline_of(rows).name == max(names, key=lambda o: by[o])
+    assert measured_study(preset, study, 20).found.measure.name == "plain"
     assert measured_study(
         preset | dict(measure="headline"), study, 20
     ).found.measure == headline_of(rows)
     assert (
-        measured_study(preset | dict(measure="answer-bits"), study, 20).found.measure
+        measured_study(preset | dict(measure="answer-bits"), study, 20).found.measure.name
         == "answer-bits"
     )
 
@@ -132,7 +133,7 @@ def test_the_headline_follows():
 def test_one_draw_per_source_cannot_tell():
     rows = resolution_rows(*fifteen(0.15, seeds=(0,)), 100)
     assert not rows.can_tell.any() and rows.note.str.contains("one draw").any() and headline_of(
-        rows) == "answer-bits"
+        rows).name == "answer-bits"
 
 
 def test_rows_that_lack_a_measure_say_so():
@@ -238,7 +239,7 @@ def made_up():
 
 
 def test_prompt_gains_are_shares_of_the_same_items():
-    rows = gain_rows(made_up(), 200).set_index(["strategy", "dimension"])
+    rows = prompt_gain_rows(made_up(), 200).set_index(["strategy", "dimension"])
     assert (
         rows.value["dense", "General"] == pytest.approx(0.4)
         and rows.n_items["dense", "General"] == 12
@@ -248,11 +249,11 @@ def test_prompt_gains_are_shares_of_the_same_items():
     )
     assert rows.ci_low["dense", "Code"] == pytest.approx(0.4)  # every item has the same share
     assert set(rows.index.get_level_values(1)) == {"General", "Code"}
-    assert gain_lines(gain_rows(made_up(), 50)).loc[1, "Code"].startswith("20 [")
+    assert gain_lines(prompt_gain_rows(made_up(), 50)).loc[1, "Code"].startswith("20 [")
 
 
 def test_prompt_gain_figure_and_rows_without():
-    figure = gain_figure(gain_rows(made_up(), 50), ["c4", "uniform"])
+    figure = gain_figure(prompt_gain_rows(made_up(), 50), ["c4", "uniform"])
     assert (
         len(figure.axes) == 1
         and "below the dense model's in 2 of 2 dimensions" in figure.get_suptitle()
@@ -261,14 +262,14 @@ def test_prompt_gain_figure_and_rows_without():
         k: Result(o.record, o.rows, o.items[o.items.metric == "bits"], {})
         for k, o in made_up().items()
     }
-    assert gain_rows(bare, 50).empty and gain_lines(gain_rows(bare, 50)).empty
+    assert prompt_gain_rows(bare, 50).empty and gain_lines(prompt_gain_rows(bare, 50)).empty
 
 
 def test_few_items_do_not_make_prompt_gains_surer_than_they_are():
     """With the other prompt's bits all the same, the gain is 1 less a mean, whose variance is
     known: sample variance / n."""
     own = np.random.default_rng(0).uniform(2, 6, (4, 1))
-    replicates = _of_task(draws(4, 40_000, 0, "x"), own, np.full((4, 1), 10.0))
+    replicates = _task_prompt_gain(draws(4, 40_000, 0, "x"), own, np.full((4, 1), 10.0))
     assert replicates[0, 0] == pytest.approx(1 - own.mean() / 10)
     assert replicates[1:, 0].std() == pytest.approx((own / 10).std(ddof=1) / 2, rel=0.02)
-    assert np.isfinite(_of_task(draws(1, 9, 0, "x"), own[:1], own[:1])).all()
+    assert np.isfinite(_task_prompt_gain(draws(1, 9, 0, "x"), own[:1], own[:1])).all()

@@ -14,11 +14,11 @@ from calib_prune.questions.new_sources import (
     chosen_note,
     chosen_rules,
     kind_means,
-    left_out_error,
     line_through,
     predictions,
     rule_rows,
     rule_text,
+    source_error,
     split_sources,
     unseen_figure,
     unseen_message,
@@ -78,7 +78,7 @@ def test_lines_and_errors_are_scipys():
     assert np.allclose(line_through(x, y, at), line.intercept + line.slope * at)
     errors = [(lambda o: o.intercept + o.slope * x[i] - y[i])(linregress(
         np.delete(x, i), np.delete(y, i))) for i in range(9)]
-    assert left_out_error(line_through, x, y) == pytest.approx(np.sqrt(np.mean(np.square(errors))))
+    assert source_error(line_through, x, y) == pytest.approx(np.sqrt(np.mean(np.square(errors))))
     table = predictions(SPLIT, "distortion", "Code")
     row = ROWS[(ROWS["metric"] == "distortion") & (ROWS["dimension"] == "Code")].iloc[0]
     assert row["rho"] == pytest.approx(spearmanr(table["predicted"], table["value"])[0])

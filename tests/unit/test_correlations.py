@@ -12,13 +12,14 @@ from calib_prune.core import CalibPruneError
 from calib_prune.data.fetch import cached
 from calib_prune.data.files import read_jsonl
 from calib_prune.evaluation.contamination import DEFAULT_RULE, Audit, audit, contamination_table
-from calib_prune.questions.correlation_figures import correlation_heat_map, metric_figure
 from calib_prune.questions.correlations import (
     correlate_study,
     correlation_footnote,
     correlation_grid,
+    correlation_heat_map,
     correlation_note,
     main_settings,
+    metric_figure,
     study_caption,
     whole_metrics,
 )

@@ -14,13 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calib_prune.core import CalibPruneError
 from calib_prune.data.files import write_jsonl
 from calib_prune.evaluation import sandbox, scoring, tasks
-from calib_prune.evaluation.measures import prompt_gains
-from calib_prune.evaluation.retention import (
-    commonsense_accuracy,
-    difference,
-    retention,
-    task_retention,
-)
+from calib_prune.evaluation.measures import PLAIN, prompt_gains
+from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention
 from calib_prune.evaluation.scoring import evaluate, language_model, last_number, limit_of, scores
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.model.likelihood import batches, loglikelihoods, pack, tree_mask, unpackable
@@ -508,7 +503,7 @@ def test_intervals_cover():
         rng = np.random.default_rng(seed)
         dense = (rng.random(150) < 0.7).astype(float)
         pruned = dense * (rng.random(150) > 0.4) + (1 - dense) * (rng.random(150) < 0.1)
-        low, high = interval(task_retention("sciq", weights @ dense, weights @ pruned)[1:])
+        low, high = interval(PLAIN.retention("sciq", weights @ dense, weights @ pruned)[1:])
         inside += low <= truth <= high
     assert 0.93 < inside / 2000 < 0.97
 

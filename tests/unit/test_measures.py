@@ -7,15 +7,13 @@ import pytest
 
 from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.measures import (
+    ABOVE_CHANCE,
+    ANSWER_BITS,
     HEADLINE,
     MEASURES,
-    can_tell,
-    headline,
-    measured_values,
-    metric_of,
-    not_scored,
-    nothing_right,
-    task_retention,
+    PLAIN,
+    get_measure,
+    headline_measure,
 )
 from calib_prune.evaluation.retention import difference, retention
 from calib_prune.evaluation.scoring import scores
@@ -44,23 +42,23 @@ def items(task: str, bits, right=(), chance: float = 0.25) -> pd.DataFrame:
 
 def test_each_measure_reads_its_own_rows():
     both = pd.concat([items("sciq", [8, 4], [1, 0]), items("mbpp", [20, 30])], ignore_index=True)
-    assert [metric_of(TASKS["sciq"], o) for o in MEASURES] == ["bits", "acc", "acc"]
-    assert [metric_of(TASKS["mbpp"], o) for o in MEASURES] == ["bits", None, "bits"]
-    assert [metric_of(TASKS["gsm8k_generate"], o) for o in MEASURES] == [
+    assert [o.metric(TASKS["sciq"]) for o in MEASURES.values()] == ["bits", "acc", "acc"]
+    assert [o.metric(TASKS["mbpp"]) for o in MEASURES.values()] == ["bits", None, "bits"]
+    assert [o.metric(TASKS["gsm8k_generate"]) for o in MEASURES.values()] == [
         None, "exact_match", "exact_match"]
-    assert measured_values(both, "answer-bits").value.tolist() == [8, 4, 20, 30]
-    assert measured_values(both, "above-chance").value.tolist() == [0.75, -0.25]
-    assert measured_values(both).value.tolist() == [1, 0, 20, 30]
-    assert not_scored(both, "above-chance") == ["mbpp"] and not not_scored(both)
+    assert ANSWER_BITS.table(both).value.tolist() == [8, 4, 20, 30]
+    assert ABOVE_CHANCE.table(both).value.tolist() == [0.75, -0.25]
+    assert PLAIN.table(both).value.tolist() == [1, 0, 20, 30]
+    assert ABOVE_CHANCE.not_scored(both) == ["mbpp"] and not PLAIN.not_scored(both)
 
 
 def test_formulas():
     two = lambda *o: np.array([o, o], float)
-    assert task_retention("sciq", two(80.0), two(100.0), "answer-bits")[0] == 0.8
-    assert task_retention("sciq", two(80.0), two(40.0))[0] == 0.5
-    assert task_retention("sciq", two(60.0), two(-6.0), "above-chance")[0] == -0.1
-    kept = task_retention(
-        "sciq", np.array([[2.0], [0.0], [-1.0]]), np.array([[1.0], [1.0], [-3.0]]), "above-chance"
+    assert ANSWER_BITS.retention("sciq", two(80.0), two(100.0))[0] == 0.8
+    assert PLAIN.retention("sciq", two(80.0), two(40.0))[0] == 0.5
+    assert ABOVE_CHANCE.retention("sciq", two(60.0), two(-6.0))[0] == -0.1
+    kept = ABOVE_CHANCE.retention(
+        "sciq", np.array([[2.0], [0.0], [-1.0]]), np.array([[1.0], [1.0], [-3.0]])
     )
     assert (
         kept[0] == 0.5 and np.isnan(kept[1:]).all()
@@ -71,10 +69,15 @@ def test_a_guess_keeps_nothing_above_chance():
     rng = np.random.default_rng(0)
     dense = items("sciq", np.ones(4000), rng.random(4000) < 0.7)
     guessing = items("sciq", np.ones(4000), rng.random(4000) < 0.25)
-    kept = {o: retention(dense, guessing, 20, measure=o).retention[0] for o in MEASURES}
+    kept = {
+        name: retention(dense, guessing, 20, measure=o).retention[0]
+        for name, o in MEASURES.items()
+    }
     assert abs(kept["above-chance"]) < 0.05 and abs(kept["plain"] -
                                                     0.25 / 0.7) < 0.03 and kept["answer-bits"] == 1
-    assert difference(dense, dense, guessing, 20, measure="above-chance").difference[
+    by_name = retention(dense, guessing, 20, measure="above-chance").retention[0]
+    assert by_name == kept["above-chance"]
+    assert difference(dense, dense, guessing, 20, measure=ABOVE_CHANCE).difference[
         0
     ] == pytest.approx(1 - kept["above-chance"])
 
@@ -105,7 +108,7 @@ def test_rows_hold_what_every_measure_needs():
     (lambda o: o, "answer-bit", "answer-bits")])
 def test_what_cannot_be_measured_is_refused(wrong, measure, said):
     with pytest.raises(CalibPruneError, match=said):
-        measured_values(wrong(items("sciq", [8, 4], [1, 0])), measure)
+        get_measure(measure).table(wrong(items("sciq", [8, 4], [1, 0])))
 
 
 def aside(found: pd.DataFrame) -> dict:
@@ -115,9 +118,9 @@ def aside(found: pd.DataFrame) -> dict:
 def test_a_task_without_choices_has_no_accuracy():
     program = items("mbpp", [20, 30])
     with pytest.raises(CalibPruneError, match="above-chance cannot score any of these tasks: mbpp"):
-        retention(program, program, 20, measure="above-chance")
+        retention(program, program, 20, measure=ABOVE_CHANCE)
     both = pd.concat([items("sciq", np.ones(40), np.arange(40) < 30), program], ignore_index=True)
-    found = retention(both, both, 20, measure="above-chance")
+    found = retention(both, both, 20, measure=ABOVE_CHANCE)
     assert aside(found) == {"not_scored": ["mbpp"], "at_chance": [], "left_aside": []
                             } and "mbpp" not in set(found["name"])
     code = found.set_index("name").loc["Code"]
@@ -140,14 +143,14 @@ def test_a_dense_model_at_chance_is_refused_or_left_out():
                 items("sciq", np.ones(100), np.arange(100) < near),
                 right(30)[:200],
                 20,
-                measure="above-chance",
+                measure=ABOVE_CHANCE,
             )
     dense, pruned = right(90, 26), right(40, 30)
-    found = retention(dense, pruned, 20, measure="above-chance")
+    found = retention(dense, pruned, 20, measure=ABOVE_CHANCE)
     assert found.attrs["at_chance"] == found.attrs["left_aside"] == ["hellaswag"] and set(
         found["name"]
     ) == {"sciq", "General", "Commonsense", "total"}
-    both = difference(dense, dense, pruned, 20, measure="above-chance")
+    both = difference(dense, dense, pruned, 20, measure=ABOVE_CHANCE)
     assert set(both["name"]) == {"sciq", "General", "Commonsense", "total"}
     assert (
         both.attrs == aside(found)
@@ -156,7 +159,7 @@ def test_a_dense_model_at_chance_is_refused_or_left_out():
     few = items("sciq", [1] * 2, [1, 1])
     # may be luck
     with pytest.raises(CalibPruneError, match="not clearly above chance"):
-        retention(few, few, 20, measure="above-chance")
+        retention(few, few, 20, measure=ABOVE_CHANCE)
     plain = retention(dense, pruned, 20)
     assert plain.attrs["at_chance"] == plain.attrs["left_aside"] == [
         "hellaswag"
@@ -164,7 +167,7 @@ def test_a_dense_model_at_chance_is_refused_or_left_out():
     studied = retention(dense, pruned, 20, count_at_chance=True)
     assert studied.attrs["at_chance"] == ["hellaswag"] and "hellaswag" in set(
         studied["name"]) and studied.attrs["left_aside"] == []
-    assert retention(dense, pruned, 20, measure="answer-bits").attrs["at_chance"] == []
+    assert retention(dense, pruned, 20, measure=ANSWER_BITS).attrs["at_chance"] == []
 
 
 def test_a_task_with_nothing_right_is_left_out_if_its_dimension_has_others():
@@ -180,7 +183,7 @@ def test_a_task_with_nothing_right_is_left_out_if_its_dimension_has_others():
     with pytest.raises(CalibPruneError, match="scores zero on task 'hellaswag'"):
         retention(right(80, 0, 0), right(40, 5, 45), 20, count_at_chance=True)
     assert (
-        retention(right(80, 0, 90), right(40, 5, 45), 20, measure="answer-bits").attrs["left_aside"]
+        retention(right(80, 0, 90), right(40, 5, 45), 20, measure=ANSWER_BITS).attrs["left_aside"]
         == []
     )
 
@@ -188,11 +191,12 @@ def test_a_task_with_nothing_right_is_left_out_if_its_dimension_has_others():
 def test_a_dimension_at_chance_is_left_out_of_a_study():
     rng = np.random.default_rng(1)
     values = {t: (rng.random(400) < p) - 0.25 for t, p in (("sciq", 0.26), ("piqa", 0.8))}
-    assert nothing_right(values, "above-chance") == ("sciq",)
+    assert ABOVE_CHANCE.nothing_to_lose(values) == ("sciq",)
     assert (
-        nothing_right({k: 0 * v for k, v in values.items()}) == ()
+        PLAIN.nothing_to_lose({k: 0 * v for k, v in values.items()}) == ()
     ), "nothing else measures the dimensions: an error will say so"
-    assert nothing_right(values | {"jeopardy": values["piqa"]}, "above-chance") == ("sciq",)
+    more = values | {"jeopardy": values["piqa"]}
+    assert ABOVE_CHANCE.nothing_to_lose(more) == ("sciq",)
 
 
 def test_a_dimension_without_a_task_above_chance_has_no_number():
@@ -205,7 +209,7 @@ def test_a_dimension_without_a_task_above_chance_has_no_number():
             chance=np.where(result.items["metric"] != "bits", 0.25, np.nan)
         )
         result.items.loc[guessed, "value"] = (rng.random(guessed.sum()) < 0.25).astype(float)
-    found = bootstrap_retention(study, 20, measure="above-chance")
+    found = bootstrap_retention(study, 20, measure=ABOVE_CHANCE)
     at = {d: i for i, d in enumerate(OUTCOMES)}
     kept = found.of("c4")
     assert found.left_out == ("piqa",) and found.items["Commonsense"] == 0
@@ -218,7 +222,7 @@ def test_a_dimension_without_a_task_above_chance_has_no_number():
         for k, v in study.items()
     }
     with pytest.raises(CalibPruneError, match="not clearly above chance in piqa"):
-        bootstrap_retention(guesses, 20, measure="above-chance")
+        bootstrap_retention(guesses, 20, measure=ABOVE_CHANCE)
 
 
 def test_a_study_by_every_measure():
@@ -229,7 +233,7 @@ def test_a_study_by_every_measure():
             result.items.assign(chance=np.where(right, 0.2, np.nan)), result.items[right].assign(
                 metric="bits", value=4 - 2 * result.items.value[right], bytes=2, chance=np.nan)],
                                  ignore_index=True)
-    found = {o: bootstrap_retention(study, 20, measure=o) for o in MEASURES}
+    found = {name: bootstrap_retention(study, 20, measure=o) for name, o in MEASURES.items()}
     at = {d: i for i, d in enumerate(OUTCOMES)}
     assert found["above-chance"].of("c4")[0, at["General"]] == pytest.approx((0.8 - 0.2) / 0.8)
     assert found["answer-bits"].of("c4")[0, at["General"]] == pytest.approx(2 / (4 - 2 * 0.8))
@@ -242,20 +246,20 @@ def test_a_study_by_every_measure():
     )
     assert (
         found["answer-bits"].scored["General"] == "bits per byte"
-        and found["above-chance"].measure == "above-chance"
+        and found["above-chance"].measure == ABOVE_CHANCE
     )
 
 
 def test_the_rule():
-    assert can_tell("answer-bits", 0.5, 1.0) and not can_tell("answer-bits", 0.49, 0.0)
-    assert can_tell("plain", 0.9, 0.5) and not can_tell("plain", 0.9, 0.51) and not can_tell(
-        "above-chance", math.nan, 0)
-    assert can_tell("plain", 0.9, math.nan)  # no choice task, no floor
-    assert {headline({o: 4}) for o in HEADLINE} == set(HEADLINE) == set(MEASURES)
-    assert (
-        headline(dict.fromkeys(HEADLINE, 3)) == HEADLINE[0]
-        and headline(dict.fromkeys(HEADLINE, 0)) == "answer-bits"
-    )
+    assert ANSWER_BITS.reliable(0.5, 1.0) and not ANSWER_BITS.reliable(0.49, 0.0)
+    assert PLAIN.reliable(0.9, 0.5) and not PLAIN.reliable(0.9, 0.51)
+    assert not ABOVE_CHANCE.reliable(math.nan, 0)
+    assert PLAIN.reliable(0.9, math.nan)  # no choice task, no floor
+    names = [o.name for o in HEADLINE]
+    assert [headline_measure({name: 4}) for name in names] == [*HEADLINE]
+    assert set(names) == set(MEASURES)
+    assert headline_measure(dict.fromkeys(names, 3)) == HEADLINE[0]
+    assert headline_measure(dict.fromkeys(names, 0)) == ANSWER_BITS
 
 
 # --- what a user reads: rows, reasons, verdict

@@ -25,9 +25,9 @@ from calib_prune.questions.perplexity import (
     bytes_note,
     effect_text,
     effect_verdict,
-    simultaneous_effects,
-    text_facts,
+    third_contrasts,
     third_effects,
+    third_facts,
     third_message,
 )
 from calib_prune.statistics.examples import example_preset, example_study
@@ -161,6 +161,10 @@ def test_the_prompts_belong_to_the_key():
 
 # --- the report
 
+def effects_of(preset, cells, **how):
+    return third_effects(third_contrasts(preset, cells), **how)
+
+
 def study_of(change, sources=("wikipedia", "math"), **how):
     kept = {
         f"{s}-{t}": tuple(0.7 + i * o for o in change)
@@ -177,7 +181,7 @@ def study_of(change, sources=("wikipedia", "math"), **how):
 
 def test_an_effect_is_the_high_third_less_the_low_one():
     preset, cells = study_of((0.0, 0.05, -0.1, 0.02), seed=None)
-    effects = third_effects(preset, cells).set_index(["source", "dimension"])["value"]
+    effects = effects_of(preset, cells).set_index(["source", "dimension"])["value"]
     for source in ("wikipedia", "math", MEAN):
         assert effects[source].round(6).to_dict() == pytest.approx(
             dict(zip((*DIMENSIONS, "Total"), (0, 0.1, -0.2, 0.05, -0.0125))), abs=0.01
@@ -192,12 +196,12 @@ def test_what_a_draw_does_to_both_thirds_is_no_noise_of_their_difference():
     shaken = np.stack([common[o.strategy.split("-")[0], o.seed] for o in cells.cells.itertuples()])
     moved = replace(cells, values=cells.values + shaken)
     pd.testing.assert_frame_equal(
-        third_effects(preset, moved), third_effects(preset, cells), atol=1e-9
+        effects_of(preset, moved), effects_of(preset, cells), atol=1e-9
     )
     alone = moved.rows(
         [o.seed == (0 if o.strategy.endswith("low") else 1) for o in moved.cells.itertuples()]
     )
-    assert third_effects(preset, alone).empty, "thirds of different draws are no pair"
+    assert effects_of(preset, alone).empty, "thirds of different draws are no pair"
 
 
 def test_draws_that_part_the_thirds_are_noise():
@@ -205,7 +209,7 @@ def test_draws_that_part_the_thirds_are_noise():
     apart = np.array([{0: 0.04, 1: 0.0, 2: -0.04}[o.seed] * o.strategy.endswith("high")
                       for o in cells.cells.itertuples()])
     wide, still = (
-        third_effects(preset, replace(cells, values=cells.values + more)).eval("ci_high - ci_low")
+        effects_of(preset, replace(cells, values=cells.values + more)).eval("ci_high - ci_low")
         for more in (apart[:, None], 0.0)
     )
     assert (wide > still + 0.01).all()
@@ -250,7 +254,7 @@ def test_the_table_says_what_was_found(tmp_path):
             (tmp_path / "generated" / f"{k}-s{seed}.report.json").write_text(json.dumps(report))
     preset["name"] = tmp_path.name
     assert mix_of(preset, "math-low", 1).endswith("math-low-s1.jsonl")
-    texts, balances = text_facts(preset, tmp_path)
+    texts, balances = third_facts(preset, tmp_path)
     assert (
         bytes_note(texts)
         == "Bytes per token, high against low third: wikipedia +0 to +20 %, math +0 to +20 %."
@@ -259,18 +263,18 @@ def test_the_table_says_what_was_found(tmp_path):
     assert len(texts) == 18 and balances.groupby("source")["after"].mean().round(
         6
     ).to_dict() == dict(math=0.1, wikipedia=0.1)
-    table = effect_text(third_effects(preset, cells), texts).set_index("source")
+    table = effect_text(effects_of(preset, cells), texts).set_index("source")
     assert table.loc["math", list(THIRDS)].tolist() == ["8.0", "16.0", "32.0"]
     assert table.loc["perplexity", "Code"] == "moves" and table.loc["math", "Code"].startswith("-")
-    held = simultaneous_effects(preset, cells)
+    held = effects_of(preset, cells, simultaneous=True)
     assert "Code −" in third_message(held) and "[" in third_message(held)
     at = held[held["source"] == MEAN].set_index("dimension")
-    alone = third_effects(preset, cells).query("source == @MEAN").set_index("dimension")
-    assert at.ci_low["Code"] < alone.ci_low["Code"] and at.ci_low["Total"] == alone.ci_low["Total"]
+    alone = effects_of(preset, cells).query("source == @MEAN").set_index("dimension")
+    assert at.ci_low["Code"] < alone.ci_low["Code"] and "Total" not in at.index
 
 
 def test_four_dimensions_of_noise_give_a_title_without_an_effect():
-    title = third_message(simultaneous_effects(*study_of((0.0,) * 4)))
+    title = third_message(effects_of(*study_of((0.0,) * 4), simultaneous=True))
     assert "no significant effect" in title or "effect below 2 points" in title
 
 
@@ -279,8 +283,8 @@ def test_half_a_study_says_nothing_of_the_other_half():
     some = cells.rows(
         cells.cells["strategy"].isin(["wikipedia-low", "wikipedia-high", "math-low"]).tolist()
     )
-    effects = third_effects(preset, some)
+    effects = effects_of(preset, some)
     assert (
         set(effects["source"]) == {"wikipedia"} and effect_verdict(effects, "Code") == "cannot tell"
     )
-    assert len(third_effects(preset, cells.rows([False] * len(cells.cells)))) == 0
+    assert len(effects_of(preset, cells.rows([False] * len(cells.cells)))) == 0

@@ -1,6 +1,8 @@
+import ast
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,11 +11,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, false_discovery_control, permutation_test, rankdata, spearmanr
 
+from calib_prune import questions
 from calib_prune.calibration.sources import SUITE
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention_draws
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.resampling import interval
+from calib_prune.statistics.effects import (
+    best_of,
+    contrasts,
+    effects,
+    shortfall,
+    simultaneous,
+    simultaneous_ends,
+    strategy_contrasts,
+    with_means,
+)
 from calib_prune.statistics.examples import example_study
 from calib_prune.statistics.ranks import (
     correlate,
@@ -29,16 +42,11 @@ from calib_prune.statistics.ranks import (
 )
 from calib_prune.statistics.replicates import (
     OUTCOMES,
-    best_of,
     bootstrap_retention,
     deviations,
     draw_spread,
     draw_variances,
     noise_variance,
-    paired_difference,
-    retention_summary,
-    shortfall,
-    simultaneous,
     source_dimension,
     spread,
     strategy_retention,
@@ -181,7 +189,7 @@ def test_intervals_cover_the_truth_with_two_draws_and_would_not_without_their_no
         truth = np.array(list(kept.values())).ravel()
         inside = lambda table: table[table["dimension"].isin(DIMENSIONS)].assign(t=truth).eval(
             "ci_low <= t <= ci_high").mean()
-        covered.append(inside(retention_summary(strategy_retention(cells))))
+        covered.append(inside(effects(strategy_retention(cells))))
         items_only = np.stack(
             [cells.values[:, cells.cells["strategy"] == o].mean(1) for o in kept], 1
         )
@@ -200,12 +208,12 @@ def test_intervals_cover_the_truth_where_few_draws_tell_of_their_spread(monkeypa
     ]
     inside = lambda table: table[table["dimension"].isin(DIMENSIONS)].assign(t=truth).eval(
         "ci_low <= t <= ci_high").mean()
-    covered = np.mean([inside(retention_summary(strategy_retention(o))) for o in made])
+    covered = np.mean([inside(effects(strategy_retention(o))) for o in made])
     def known(spread, n_boot, rng):
         variance = (spread.set_index("dimension")["sd"] ** 2).reindex(OUTCOMES).fillna(0)
         return np.broadcast_to(variance.to_numpy(float), (n_boot, len(OUTCOMES)))
     monkeypatch.setattr("calib_prune.statistics.replicates.draw_variances", known)
-    plain = np.mean([inside(retention_summary(strategy_retention(o))) for o in made])
+    plain = np.mean([inside(effects(strategy_retention(o))) for o in made])
     assert plain + 0.02 < covered and 0.91 < covered < 0.99, (plain, covered)
 
 
@@ -255,21 +263,24 @@ def test_same_seed_same_numbers():
 
 def test_a_difference_is_that_of_evaluation():
     study = example_study(SOME, seed=2)
-    mine = paired_difference(bootstrap_retention(study, 80), "uniform", "c4").set_index("dimension")
+    margin = strategy_contrasts(bootstrap_retention(study, 80), [("uniform", "c4")])
+    mine = effects(margin).set_index("dimension")
     theirs = difference(study["dense"].items, study["uniform-sparsegpt-0.6-n32-s0"].items,
                         study["c4-sparsegpt-0.6-n32-s0"].items, 80).set_index("name")
     for name, other in (("Total", "total"), *((d, d) for d in DIMENSIONS)):
         expected = theirs[theirs["level"] != "task"].loc[
             other, ["difference", "ci_low", "ci_high"]].astype(float)
         np.testing.assert_allclose(
-            mine.loc[name, ["difference", "ci_low", "ci_high"]].astype(float), expected, rtol=1e-9
+            mine.loc[name, ["value", "ci_low", "ci_high"]].astype(float), expected, rtol=1e-9
         )
 
 
-def test_unknown_strategies_and_lone_ones():
+def test_contrasts_need_both_rows_and_spreads_two_strategies():
     found = bootstrap_retention(example_study(SOME), 5)
-    with pytest.raises(CalibPruneError, match="'unifrom'.*'uniform'"):
-        paired_difference(found, "unifrom", "c4")
+    assert effects(strategy_contrasts(found, [("unifrom", "c4")])).empty
+    none = found.rows([False] * len(found.cells))
+    assert contrasts(none, [], [], ["strategy"]).cells.empty
+    assert with_means(none, ["method"]).cells.empty
     with pytest.raises(CalibPruneError, match="two strategies"): spread(found.where(strategy="c4"))
 
 
@@ -609,3 +620,41 @@ def test_simultaneous_intervals_hold_for_all_at_once():
     assert 1 <= missed <= 22, "5 % of 200, within chance"
     one = simultaneous(np.vstack([[0.0], rng.normal(size=(20_000, 1))]))
     assert one[1][0] == pytest.approx(1.96, abs=0.05), "a single difference needs no allowance"
+
+
+def test_means_follow_their_group_with_the_fewest_draws():
+    found = bootstrap_retention(example_study(SOME, ("sparsegpt", "wanda")), 20)
+    found = replace(found, cells=found.cells.assign(draws=range(2, 2 + len(found.cells))))
+    rows = with_means(found, ["method"])
+    names = [*SOME, "mean"]
+    assert list(rows.cells["strategy"]) == names * 2
+    mean = rows.where(strategy="mean", method="wanda")
+    np.testing.assert_allclose(mean.values[:, 0], found.where(method="wanda").values.mean(1))
+    assert list(mean.cells["draws"]) == [2 + len(SOME)]
+    assert list(with_means(found, ["strategy"], fewest=3).cells["strategy"]).count("mean") == 0
+
+
+def test_simultaneous_intervals_are_those_of_their_set():
+    found = bootstrap_retention(example_study(SOME, ("sparsegpt", "wanda"), seed=1), 400)
+    table = effects(found, DIMENSIONS, together=["method"])
+    for method, rows in table.groupby("method"):
+        values = found.where(method=method).values[..., :len(DIMENSIONS)]
+        low, high = simultaneous(values.reshape(len(values), -1))
+        np.testing.assert_allclose(rows["all_low"], low)
+        np.testing.assert_allclose(rows["all_high"], high)
+    lost = found.values.copy()
+    lost[1:, 0, 0] = np.nan
+    table = effects(replace(found, values=lost), DIMENSIONS, together=[])
+    assert table["all_low"].isna().sum() == 1, "a row without an interval is in no set"
+    ends = simultaneous_ends(table)
+    assert list(ends) == list(effects(found)) and (ends["ci_low"][1:] == table["all_low"][1:]).all()
+
+
+@pytest.mark.parametrize("path", sorted(Path(questions.__file__).parent.glob("*.py")),
+                         ids=lambda path: path.stem)
+def test_questions_leave_intervals_to_statistics(path):
+    "They ask for contrasts and effects; resampling and quantiles are `statistics`."
+    imported = {
+        name.name for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert not imported & {"interval", "simultaneous", "draws", "resampled", "pairings"}
