@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STUDY_PACKAGES', 'ALIKE', 'LEAST_ROOM', 'MOVED', 'check_packages', 'repository', 'job_outcomes', 'common_error',
            'failure_report', 'Stopped', 'lacking_device', 'check_names', 'preset_names', 'preset_file', 'check_layout',
-           'snakemake_command', 'check_profile', 'named_user', 'run_workflow', 'without_finished', 'show_headlines',
-           'reproduce']
+           'check_notebooks', 'table_file', 'snakemake_command', 'check_profile', 'named_user', 'run_workflow',
+           'without_finished', 'show_headlines', 'reproduce']
 
 # %% ../../nbs/cli/08_reproduce.ipynb #86a9bbd4
 import getpass
@@ -278,6 +278,7 @@ def check_names(study: dict[str, Any]) -> None:
     for task in get_tasks(study["scoring"]["tasks"]): limit_of(task, study["scoring"]["limit"])
 
 # %% ../../nbs/cli/08_reproduce.ipynb #60f8caf1
+# names until 0.1 → names now
 MOVED = {
     "default": "claims/smollm2-135m",
     "qwen": "claims/qwen-0.5b",
@@ -288,7 +289,6 @@ MOVED = {
     "thirds": "perplexity/smollm2-135m",
     "unseen": "new-sources/smollm2-135m",
     "better": "recipe/smollm2-135m",
-    # names until 0.1 → names now
     "better-qwen": "recipe/qwen-0.5b",
     "answers-qwen": "answers/qwen-0.5b",
 }
@@ -303,10 +303,11 @@ def preset_names(root: Path) -> list[str]:  # the folder of the workflow
 def preset_file(preset: str,  # a name in `presets/`, or a file
                 root: Path) -> Path:
     "The file of a preset."
-    if preset.endswith((".yaml", ".yml")): return as_path(preset, "a preset")
-    path = as_path(root / "presets" / f"{preset}.yaml", "a preset")
+    is_file = preset.endswith((".yaml", ".yml"))
+    path = as_path(preset if is_file else root / "presets" / f"{preset}.yaml", "a preset")
     if path.is_file(): return path
-    if preset in MOVED: raise CalibPruneError(f"Preset {preset!r} is now called {MOVED[preset]!r}.")
+    old = re.sub(r"^(.*/)?presets/|\.ya?ml$", "", preset)
+    if old in MOVED: raise CalibPruneError(f"Preset {preset!r} is now called {MOVED[old]!r}.")
     raise unknown_name(
         "preset", preset, preset_names(root), "A preset may also be a YAML file of yours."
     )
@@ -317,10 +318,24 @@ def check_layout(root: Path, name: str) -> None:
     for old in (o for o, new in MOVED.items() if new == name):
         before, now = root / "results" / old, root / "results" / name
         if now.exists() or not any(before.glob("*.json")): continue
+        # the old folder may be the parent of the new one
+        aside = before.with_name(f"{old}.old")
+        moves = [f"mv {before} {aside}", f"mkdir -p {now.parent}", f"mv {aside} {now}"]
         raise CalibPruneError(
             f"{before} holds rows of this study, whose folder is now {now}. Nothing was changed. "
-            f"Move them: mkdir -p {now.parent}; mv {before} {now}"
+            f"Move them: {' && '.join(moves)}"
         )
+
+# %% ../../nbs/cli/08_reproduce.ipynb #1243609a
+def check_notebooks(root: Path, study: dict[str, Any]) -> None:
+    "Refuse a study whose folder lacks a notebook that it runs."
+    from calib_prune.study.plan import notebooks_of
+    names = [f"nbs/paper/{o}.ipynb" for o in notebooks_of(study)]
+    if not (missing := [o for o in names if not (root / o).is_file()]): return
+    raise CalibPruneError(
+        f"The study in {root} lacks {', '.join(missing)}. `calib-prune init FOLDER` lays out all"
+        " notebooks in a new folder: copy these from there."
+    )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #2a42fa50
 def _study_of(preset: str) -> tuple[Path, dict[str, Any], Path]:
@@ -329,7 +344,18 @@ def _study_of(preset: str) -> tuple[Path, dict[str, Any], Path]:
     path = preset_file(preset, root := repository())
     study = load_preset(path)
     check_layout(root, study["name"])
+    check_notebooks(root, study)
     return path.resolve(), study, root / "results" / study["name"]
+
+# %% ../../nbs/cli/08_reproduce.ipynb #56955b39
+def table_file(study: dict[str, Any], name: str  # such as T3, or T3-correlations
+              ) -> str:
+    "The file of a study that stands for a table or figure, to have it made alone."
+    from calib_prune.study.artefacts import made_by
+    known = made_by(study["tables"])
+    for o in known:
+        if name in (o.stem, o.number): return f"figures/{study['name']}/{o.files[0]}"
+    raise unknown_name("table or figure", name, [o.stem for o in known])
 
 # %% ../../nbs/cli/08_reproduce.ipynb #526a4f39
 def snakemake_command(path: Path,  # of the preset
@@ -517,6 +543,13 @@ def reproduce(
         typer.Option("--tables-only",
                      help="Only make tables and figures, from existing results; runs no model."
                      )] = False,
+    table: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Only make this table or figure, such as `T3` or `T3-correlations`, and the "
+            "others of its notebook, from existing results."
+        ),
+    ] = None,
     again: Annotated[
         bool,
         typer.Option("--again", help="Make results again if their keys are of an older scheme."
@@ -530,19 +563,19 @@ def reproduce(
         )] = None,
 ) -> None:
     """Run a whole study and make its tables and figures. Arguments after `--` are passed to
-    Snakemake; a file there is made
-    alone, for example `--tables-only -- figures/claims/smollm2-135m/T3-correlations.csv`."""
+    Snakemake; a file there is made alone."""
     from calib_prune.study.presets import cells
     check_number("--jobs", jobs, 0, 2**20, whole=True)
     check_packages()
     path, study, results = _study_of(preset)
+    if table: tables_only = True
     root, names = repository(), [c.name for c in cells(study, ablations=True)]
     os.chdir(root)  # paths in a preset start there
     if not tables_only: check_names(study)
     cluster = check_profile(profile, root) if profile else None
     command = snakemake_command(path, jobs, tables_only, again, cluster, _gpus(study))
     left: dict[str, dict[str, str]] = {}
-    asked = context.args
+    asked = [*context.args, *([table_file(study, table)] if table else [])]
     if not tables_only:
         from calib_prune.study.keys import left_table, left_to_do
         left = left_to_do(study, results, again)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'command', 'Study', 'study_of', 'result_file', 'stamp_file', 'write_stamps', 'priorities', 'texts_of',
            'model_jobs', 'text_priorities', 'text_jobs', 'metric_jobs', 'audit_jobs', 'results_of', 'table_jobs',
-           'plan', 'targets']
+           'plan', 'targets', 'notebooks_of']
 
 # %% ../../nbs/study/10_plan.ipynb #c8341710
 import os
@@ -20,7 +20,14 @@ from typing import Any
 import calib_prune
 from ..core import write_atomic
 from .artefacts import LEDGER, made_by, needed_by
-from .presets import Cell, cells, measured_strategies, mix_of, seeds_of
+from calib_prune.study.presets import (
+    Cell,
+    cells,
+    measured_strategies,
+    mix_of,
+    protocol_of,
+    seeds_of,
+)
 
 # %% ../../nbs/study/10_plan.ipynb #ea4e47d2
 @dataclass(frozen=True)
@@ -278,3 +285,13 @@ def targets(study: Study) -> list[str]:
         *(o for job in table_jobs(study) for o in job.outputs),
         *(o for files in results.values() for o in files),
     ]
+
+# %% ../../nbs/study/10_plan.ipynb #61f48dd4
+def notebooks_of(preset: dict[str, Any]) -> list[str]:
+    "The notebooks of nbs/paper that a study runs, without .ipynb."
+    kinds = needed_by(preset["tables"])
+    found = ["prune_and_score", *preset["tables"]]
+    if any(protocol_of(mix) for mix in preset["strategies"].values()): found.append("generate")
+    if "metrics" in kinds: found += ["measure", "own_text"]
+    if "audits" in kinds: found.append("audit")
+    return found

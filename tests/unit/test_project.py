@@ -70,6 +70,13 @@ def test_notebooks_are_in_reading_order_and_titled():
         assert first.cell_type == "markdown" and re.match(r"# .+\n+> .+", first.source), path.name
 
 
+def test_notebooks_are_numbered_without_gaps():
+    "In every folder from 01 on, each number once; those of nbs/paper run in an order of their own."
+    for folder in sorted({p.parent for p in ROOT.glob("nbs/*/*.ipynb")} - {ROOT / "nbs/paper"}):
+        numbers = sorted(p.name[:2] for p in folder.glob("*.ipynb"))
+        assert numbers == [f"{i:02}" for i in range(1, len(numbers) + 1)], folder.name
+
+
 @pytest.mark.parametrize(
     "path", [p for p in NOTEBOOKS if p.parent.name != "paper"], ids=lambda p: p.name
 )
