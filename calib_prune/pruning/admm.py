@@ -12,13 +12,13 @@ from torch import Tensor
 from ..core import CalibPruneError, check_number, share
 from .hessian import energy, exact_float32
 from calib_prune.pruning.masks import (
-                                       PrunedWeight,
-                                       as_pattern,
-                                       check_sparsity,
-                                       check_weight,
-                                       counted,
-                                       smallest,
-                                       smallest_of_groups,
+    PrunedWeight,
+    as_pattern,
+    check_sparsity,
+    check_weight,
+    counted,
+    smallest,
+    smallest_of_groups,
 )
 from .refine import Scaled, scaled, times
 
@@ -40,13 +40,14 @@ def inverse(matrix: Tensor,  # [d, d], symmetric, with no eigenvalue below 0
 # %% ../../nbs/pruning/09_admm.ipynb #41f86533
 ROUNDS, CHOOSING = 20, 15  # rounds, and those of them that choose a mask (arXiv 2401.02938)
 
+# %% ../../nbs/pruning/09_admm.ipynb #58a2cc79
 def choose(v: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
     "What to prune, bool [d_out, d_in]: the smallest."
     if pattern: return smallest_of_groups(v.abs(), pattern)
     return smallest(v.abs().view(1, -1), share(sparsity, v.numel())).view(v.shape)
 
 # %% ../../nbs/pruning/09_admm.ipynb #90b89c8c
-def _share_in(round: int, sparsity: float, choosing: int) -> float:
+def _sparsity_of(round: int, sparsity: float, choosing: int) -> float:
     "The sparsity of a round, from 1 on; in the last that chooses, exactly what was asked."
     return sparsity if round >= choosing else sparsity * (1 - (1 - round / choosing) ** 3)
 
@@ -60,15 +61,15 @@ def rounds_of_admm(dense: Tensor,    # [d_out, d_in], for inputs of one size
                   ) -> Tensor:       # [d_out, d_in], sparse
     "Choose a mask and the weights that it keeps."
     constant = dense - penalty * times(dense, unfit)
-    unfit = penalty * unfit
+    penalised_inverse = penalty * unfit
     # 1 where a weight is pruned: products are several times faster than `where`
     v, pruned = dense, torch.zeros_like(dense)
     for t in range(1, rounds + 1):
-        if t <= choosing: pruned = choose(v, _share_in(t, sparsity, choosing), pattern).float()
+        if t <= choosing: pruned = choose(v, _sparsity_of(t, sparsity, choosing), pattern).float()
         if t < rounds:
             v = times(
                 torch.addcmul(v, v, pruned, value=-2),
-                unfit,
+                penalised_inverse,
                 plus=torch.addcmul(constant, v, pruned),
             )
     return v.masked_fill(pruned.bool(), 0)
@@ -79,10 +80,11 @@ def measured(weight: Tensor,   # [d_out, d_in], dense
              problem: Scaled, hessian: Tensor  # [d_in, d_in]
             ) -> PrunedWeight: # in the type of `weight`
     "Pruned weights for inputs of the size that they have."
-    new = (found / problem.sizes).to(weight.dtype)
-    whole, lost = energy(weight.float(), hessian), energy(weight.float() - new.float(), hessian)
-    error = max(lost, 0.0) / whole if whole > 0 else 0.0
-    return counted(new, error=error, damping=problem.damping, dead=int(problem.dead.sum()))
+    pruned = (found / problem.sizes).to(weight.dtype)
+    dense = energy(weight.float(), hessian)
+    lost = energy(weight.float() - pruned.float(), hessian)
+    error = max(lost, 0.0) / dense if dense > 0 else 0.0
+    return counted(pruned, error=error, damping=problem.damping, dead=int(problem.dead.sum()))
 
 # %% ../../nbs/pruning/09_admm.ipynb #8b0a4206
 @torch.no_grad()
@@ -105,11 +107,11 @@ def admm(weight: Tensor,          # [d_out, d_in], any float type; left as it is
     check_number("choosing", choosing, 1, rounds, whole=True)
     hessian = hessian.to(weight.device, torch.float32)
     with exact_float32():
-        problem, unfit = shared or admm_factor(hessian, damping, penalty)
-        found = rounds_of_admm(
-            problem.of(weight), unfit, penalty, sparsity, pattern, rounds, choosing
+        problem, hessian_inverse = shared or admm_factor(hessian, damping, penalty)
+        sparse = rounds_of_admm(
+            problem.of(weight), hessian_inverse, penalty, sparsity, pattern, rounds, choosing
         )
-        return measured(weight, found, problem, hessian)
+        return measured(weight, sparse, problem, hessian)
 
 # %% ../../nbs/pruning/09_admm.ipynb #4ed40f33
 def admm_factor(hessian: Tensor,       # [d_in, d_in]

@@ -31,12 +31,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 # %% ../../nbs/pruning/14_layers.ipynb #4f1b97fd
 def prunable(layer: nn.Module) -> dict[str, nn.Module]:
-    "The linear maps of one decoder layer but for its routers, by name, in module order."
-    left = routers(layer)
+    "The linear maps of one decoder layer except its routers, by name, in module order."
+    dense = routers(layer)
     return {
-        name: m
-        for name, m in layer.named_modules()
-        if isinstance(m, (nn.Linear, Conv1D)) and name not in left
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name not in dense
     }
 
 # %% ../../nbs/pruning/14_layers.ipynb #987b520d
@@ -44,41 +44,42 @@ def get_weight(linear: nn.Module) -> torch.Tensor:
     "A linear map's weight as [d_out, d_in]; a view, not a copy."
     return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
 
+# %% ../../nbs/pruning/14_layers.ipynb #89dc2730
+def _unreached(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    "The shapes of a layer's matrices that belong to no linear map and no router, by name."
+    with one_by_one(layer):
+        modules = *prunable(layer).values(), *routers(layer).values()
+        reached = {id(p) for module in modules for p in module.parameters()}
+        return {
+            name: tuple(p.shape)
+            for name, p in layer.named_parameters()
+            if p.ndim > 1 and id(p) not in reached
+        }
+
 # %% ../../nbs/pruning/14_layers.ipynb #fc3f863c
 def check_layers(model: PreTrainedModel) -> None:
     "Refuse a model whose layers hold matrices that would silently stay dense."
-    left = {}
-    for layer in decoder_layers(model):
-        with one_by_one(layer):
-            reached = {
-                id(p)
-                for m in (*prunable(layer).values(), *routers(layer).values())
-                for p in m.parameters()
-            }
-            left |= {
-                n: tuple(p.shape)
-                for n, p in layer.named_parameters()
-                if p.ndim > 1 and id(p) not in reached
-            }
-    if left:
-        names = ", ".join(f"{n} {shape}" for n, shape in left.items())
-        raise CalibPruneError(
-            f"{type(model).__name__} has matrices in its layers that are not linear maps and would"
-            f" stay dense: {names}. Only models whose layers are made of linear maps and experts"
-            " can be pruned."
-        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in decoder_layers(model): shapes |= _unreached(layer)
+    if not shapes: return
+    names = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    raise CalibPruneError(
+        f"{type(model).__name__} has matrices in its layers that are not linear maps and would"
+        f" stay dense: {names}. Only models whose layers are made of linear maps and experts"
+        " can be pruned."
+    )
 
 # %% ../../nbs/pruning/14_layers.ipynb #2024a39f
-def _mapped(
-    value: Any, change: Callable[[torch.Tensor], torch.Tensor], done: dict[int, torch.Tensor]
-) -> Any:
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor],
+            done: dict[int, torch.Tensor]  # by the id of the original
+           ) -> Any:
     "A change of the tensors inside tuples and dictionaries."
     if isinstance(value, torch.Tensor):
         if id(value) not in done: done[id(value)] = change(value)
         return done[id(value)]
-    if isinstance(value, tuple): return tuple(_mapped(o, change, done) for o in value)
-    return {k: _mapped(o, change, done)
-            for k, o in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, tuple): return tuple(_mapped(part, change, done) for part in value)
+    if not isinstance(value, dict): return value
+    return {name: _mapped(part, change, done) for name, part in value.items()}
 
 # %% ../../nbs/pruning/14_layers.ipynb #651011cb
 @dataclass
@@ -99,8 +100,8 @@ def changed_calls(calls: list[Call], change: Callable[[torch.Tensor], torch.Tens
     "Calls with other tensors; a tensor that several calls share is changed once."
     done: dict[int, torch.Tensor] = {}  # by the id of the original
     return [
-        Call(_mapped(o.args, change, done), _mapped(o.kwargs, change, done), o.by_name)
-        for o in calls
+        Call(_mapped(call.args, change, done), _mapped(call.kwargs, change, done), call.by_name)
+        for call in calls
     ]
 
 # %% ../../nbs/pruning/14_layers.ipynb #8b01cae1
@@ -128,7 +129,7 @@ def _recording(layers: nn.ModuleList) -> Iterator[list]:
     "While active, layers pass hidden states on unchanged and record what they were called with."
     calls: list = []
     originals = [layer.forward for layer in layers]
-    extras: list = []  # what a layer returns beside hidden states: found out by running one once
+    extras: list = []  # what a layer returns besides hidden states: observed by running one once
 
     def recorder(i):
         def forward(*args, **kwargs):
@@ -161,8 +162,8 @@ def capture(model: PreTrainedModel,
             for mine, (_, call) in zip(calls, seen, strict=True):
                 if mine:
                     first = mine[0]
-                    call = Call(_shared(call.args, first.args), _shared(call.kwargs, first.kwargs),
-                                call.by_name)
+                    args = _shared(call.args, first.args)
+                    call = Call(args, _shared(call.kwargs, first.kwargs), call.by_name)
                 mine.append(call)
     return hidden, calls
 
@@ -172,28 +173,39 @@ class _Enough(Exception):
 
 # %% ../../nbs/pruning/14_layers.ipynb #70fefff3
 @contextmanager
-def watching(linears: dict[str, nn.Module], see: Callable[[str, torch.Tensor],
-                                                          None]) -> Iterator[None]:
+def watching(linears: dict[str, nn.Module],
+             see: Callable[[str, torch.Tensor], None]
+            ) -> Iterator[None]:
     "While active, `see` gets the name and input of each linear that runs."
     def hook(name): return lambda module, args: see(name, args[0])
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     try: yield
     finally:
-        for h in handles: h.remove()
+        for handle in handles: handle.remove()
+
+# %% ../../nbs/pruning/14_layers.ipynb #3c5bc9da
+def _expert_groups(layer: nn.Module) -> dict[str, tuple[str, bool]]:
+    "The linears of a layer's experts by name; those with the same value share an input."
+    experts = {path: m for path, m in layer.named_modules() if isinstance(m, Expert)}
+    return {
+        f"{path}.{name}": (path, name == "down_proj")
+        for path, expert in experts.items()
+        for name, _ in expert.named_children()
+    }
 
 # %% ../../nbs/pruning/14_layers.ipynb #22501be9
 def share_groups(layer: nn.Module, call: Call, hidden: torch.Tensor) -> list[list[str]]:
     "The layer's linears in groups that read the same tensors, by running it once."
-    linears, inputs = prunable(layer), {}
-    known = {
-        f"{at}.{name}": (at, name == "down_proj") for at, m in layer.named_modules()
-        if isinstance(m, Expert) for name, _ in m.named_children()}
-    seen = {name: m for name, m in linears.items() if name not in known}
-    with watching(seen, lambda name, x: inputs.setdefault(name, []).append(x)): call(layer, hidden)
+    linears, known = prunable(layer), _expert_groups(layer)
+    watched = {name: linear for name, linear in linears.items() if name not in known}
+    inputs: dict[str, list[torch.Tensor]] = {}
+    def see(name, x): inputs.setdefault(name, []).append(x)
+    with watching(watched, see): call(layer, hidden)
+
     groups: dict[tuple, list[str]] = {}
     for name in linears:  # a linear that did not run has no inputs and a group of its own
-        key = known.get(name) or (tuple(id(x) for x in inputs[name]) if name in inputs else (name,))
-        groups.setdefault(key, []).append(name)
+        tensors = tuple(id(x) for x in inputs.get(name, []))
+        groups.setdefault(known.get(name) or tensors or (name,), []).append(name)
     return list(groups.values())
 
 # %% ../../nbs/pruning/14_layers.ipynb #105c5fdf
@@ -202,8 +214,11 @@ def layer_statistics(
 ) -> dict[str, SecondMoment]:  # by the group's first linear
     "Second moments of the inputs of each group of linears over all batches."
     linears, device = prunable(layer), next(layer.parameters()).device
-    leaders = {g[0]: linears[g[0]] for g in groups}  # the first of each
-    moments = {k: SecondMoment(get_weight(m).shape[1], device=device) for k, m in leaders.items()}
+    leaders = {first: linears[first] for first, *_ in groups}
+    moments = {
+        name: SecondMoment(get_weight(linear).shape[1], device=device)
+        for name, linear in leaders.items()
+    }
     for call, x in zip(calls, hidden, strict=True):
         waiting = set(leaders)
         def see(name, inputs, waiting=waiting):
@@ -216,20 +231,22 @@ def layer_statistics(
 # %% ../../nbs/pruning/14_layers.ipynb #bfb39027
 FEW = 1 / 16  # of an expert's inputs (ours)
 
+# %% ../../nbs/pruning/14_layers.ipynb #420626ba
 def neglected(layer: nn.Module,
               # of each group of windows, from `layer_statistics`
               moments: list[dict[str, SecondMoment]]
              # block, number of the expert, names of its linear maps
              ) -> list[tuple[OneByOne, int, list[str]]]:
     "Experts that too few tokens were routed to, in any group of windows."
-    found = []
-    for at, block in layer.named_modules():
+    experts = []
+    for path, block in layer.named_modules():
         if not isinstance(block, OneByOne): continue
         for e, expert in enumerate(block):
-            names = [f"{at}.{e}.{name}" for name, _ in expert.named_children()]
-            tokens = min(o[k].n_tokens for o in moments for k in names if k in o)
-            if tokens < max(1, FEW * expert.up_proj.in_features): found.append((block, e, names))
-    return found
+            names = [f"{path}.{e}.{name}" for name, _ in expert.named_children()]
+            tokens = min(by_name[name].n_tokens for by_name in moments
+                         for name in names if name in by_name)
+            if tokens < max(1, FEW * expert.up_proj.in_features): experts.append((block, e, names))
+    return experts
 
 # %% ../../nbs/pruning/14_layers.ipynb #95655975
 def measure_layer(layer: nn.Module,
@@ -240,15 +257,16 @@ def measure_layer(layer: nn.Module,
                  ) -> tuple[list[dict[str, SecondMoment]], set[str]]:
     """Second moments of a layer's inputs; those of neglected experts are of all tokens of their
     block."""
-    moments = [layer_statistics(layer, *o, groups) for o in batches]
+    moments = [layer_statistics(layer, *batch, groups) for batch in batches]
     few = neglected(layer, moments)
-    anew = {name for *_, names in few for name in names}
-    if not anew: return moments, anew
+    remeasured = {name for *_, names in few for name in names}
+    if not remeasured: return moments, remeasured
+
     for block, e, _ in few: block.all_tokens.add(e)
-    theirs = [g for g in groups if g[0] in anew]
+    expert_groups = [group for group in groups if group[0] in remeasured]
     moments = [
-        known | layer_statistics(layer, *o, theirs)
-        for known, o in zip(moments, batches, strict=True)
+        routed | layer_statistics(layer, *batch, expert_groups)
+        for routed, batch in zip(moments, batches, strict=True)
     ]
     for block, *_ in few: block.all_tokens.clear()
-    return moments, anew
+    return moments, remeasured

@@ -22,7 +22,7 @@ from ..kernels.compiled import compiled
 # %% ../../nbs/pruning/02_masks.ipynb #f964771a
 def finite(values: Tensor) -> bool:
     "Whether a non-empty tensor holds neither NaN nor infinity."
-    return all(o.isfinite() for o in values.aminmax())
+    return all(extreme.isfinite() for extreme in values.aminmax())
 
 # %% ../../nbs/pruning/02_masks.ipynb #d9f05b81
 @dataclass(frozen=True)
@@ -44,16 +44,15 @@ def counted(weight: Tensor, **rest) -> PrunedWeight:
             f"The pruned weights overflow {weight.dtype}: keep this model in float32 or bfloat16."
         )
     # NumPy counts tens of times faster than torch on a CPU; it knows no bfloat16.
-    kept = weight if weight.device.type != "cpu" else (weight != 0).numpy()
-    zeros = weight.numel() - int(
-        np.count_nonzero(kept) if isinstance(kept, np.ndarray) else kept.count_nonzero()
-    )
-    return PrunedWeight(weight, zeros / weight.numel(), **rest)
+    on_cpu = weight.device.type == "cpu"
+    nonzeros = np.count_nonzero((weight != 0).numpy()) if on_cpu else weight.count_nonzero()
+    return PrunedWeight(weight, (weight.numel() - int(nonzeros)) / weight.numel(), **rest)
 
 # %% ../../nbs/pruning/02_masks.ipynb #7f154949
 # bits that scores of a bin may differ in: a bin is a sixteenth of a power of two wide (ours)
 BIN = 19
 
+# %% ../../nbs/pruning/02_masks.ipynb #382a4ce2
 @compiled()
 def _order(bits):  # of a float32
     "A whole number for each score, in the order of the scores; -0 counts as 0."
@@ -63,19 +62,19 @@ def _order(bits):  # of a float32
 
 # %% ../../nbs/pruning/02_masks.ipynb #90b9882b
 @compiled()
-def _candidates(bits, k, found):  # uint32 [n] twice
+def _candidates(bits, k, candidates):  # uint32 [n] twice
     """Count scores by bins; copy those of the bin that holds the k-th smallest: how many there are,
     and how many are below it."""
     counts = np.zeros(1 << (32 - BIN), np.int64)
-    for o in bits: counts[_order(o) >> BIN] += 1
+    for score in bits: counts[_order(score) >> BIN] += 1
     below, chosen = 0, 0
     while below + counts[chosen] < k:
         below += counts[chosen]
         chosen += 1
     n = 0
-    for o in bits:
-        if _order(o) >> BIN == chosen:
-            found[n] = o
+    for score in bits:
+        if _order(score) >> BIN == chosen:
+            candidates[n] = score
             n += 1
     return n, below
 
@@ -85,11 +84,11 @@ def _kth(scores: Tensor, k: int) -> Tensor:  # [rows, n] on the CPU → [rows, 1
     if len(scores) > 1 or scores.dtype != torch.float32 or not scores.is_contiguous():
         # NumPy's vectorised selection is tens of times faster than torch's on a CPU.
         return torch.from_numpy(np.partition(scores.numpy(), k - 1, axis=1)[:, k - 1:k])
-    found = np.empty(scores.numel(), np.uint32)
-    n, below = _candidates(scores.numpy().ravel().view(np.uint32), k, found)
-    return torch.from_numpy(
-        np.partition(found[:n].view(np.float32), k - 1 - below)[k - 1 - below : k - below]
-    ).view(1, 1)
+    candidates = np.empty(scores.numel(), np.uint32)
+    n, below = _candidates(scores.numpy().ravel().view(np.uint32), k, candidates)
+    rank = k - 1 - below  # of the k-th smallest score among the candidates
+    kth = np.partition(candidates[:n].view(np.float32), rank)[rank:rank + 1]
+    return torch.from_numpy(kth).view(1, 1)
 
 # %% ../../nbs/pruning/02_masks.ipynb #a44f6ed1
 def smallest(scores: Tensor,   # [rows, n], no NaN
@@ -97,15 +96,16 @@ def smallest(scores: Tensor,   # [rows, n], no NaN
             ) -> Tensor:       # bool [rows, n], exactly `k` True in each row
     "Mark the `k` smallest scores of each row; of equal ones, those with the lowest index."
     if k == 0: return torch.zeros_like(scores, dtype=torch.bool)
-    # On a GPU topk spreads a long row over the device, where kthvalue gives it to one block of
-    # threads.
     on_cpu = scores.device.type == "cpu"
-    kth = _kth(scores, k) if on_cpu else scores.topk(k, dim=1, largest=False,
-                                                     sorted=False).values.amax(1, keepdim=True)
+    if on_cpu: kth = _kth(scores, k)
+    # topk spreads a long row over the GPU; kthvalue gives the row to one block of threads.
+    else: kth = scores.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+
     mask = scores <= kth
     # NumPy counts much faster than torch
     marked = np.count_nonzero(mask.numpy()) if on_cpu else mask.count_nonzero()
     if marked == k * len(scores): return mask
+
     below, ties = scores < kth, scores == kth
     return below | (ties & (ties.cumsum(1) <= k - below.sum(1, keepdim=True)))
 
@@ -136,13 +136,10 @@ def as_pattern(
               ) -> tuple[int, int] | None:
     "An n:m pattern as two numbers, checked to fit."
     if pattern is None: return None
-    parts = (
-        tuple(map(int, str(pattern).split(":")))
-        if re.fullmatch(r"\d+:\d+", str(pattern))
-        else pattern
-    )
+    text = str(pattern)
+    parts = tuple(map(int, text.split(":"))) if re.fullmatch(r"\d+:\d+", text) else pattern
     if not (isinstance(parts, (tuple, list)) and len(parts) == 2
-            and all(type(o) is int for o in parts) and 0 < parts[0] < parts[1]):
+            and all(type(part) is int for part in parts) and 0 < parts[0] < parts[1]):
         raise CalibPruneError(f"Pattern {pattern!r} is not n:m with 0 < n < m. "
                               "Write 2:4 to keep 2 of every 4 weights.")
     if d_in and d_in % parts[1]:
@@ -180,8 +177,8 @@ def check_hessian(hessian: Tensor,  # [d_in, d_in], see the notebook on the Hess
                               "it is not a second moment.")
     if not diagonal.any():
         raise CalibPruneError(
-            "The Hessian is zero: the calibration text never activates this layer, so nothing says "
-            "which weights matter. Use more or other calibration text."
+            "The Hessian is zero: the calibration set never activates this layer, so its weights "
+            "cannot be ranked. Use more windows or other calibration sources."
         )
     return diagonal == 0
 
@@ -199,7 +196,7 @@ def parse_sparsity(value: float | str  # a number in [0, 1), or n:m with n of ev
     if ":" in text and (pattern := as_pattern(text)):
         n, m = pattern
         return 1 - n / m, pattern
-    try:return check_sparsity(float(text)), None
+    try: return check_sparsity(float(text)), None
     except ValueError: pass
     raise CalibPruneError(
         f"Sparsity {text!r} is neither a number in [0, 1), such as 0.6, nor a pattern n:m, such as"
@@ -213,5 +210,6 @@ def block_counts(sparsity: float,  # in [0, 1)
                  block: int        # columns per block
                 ) -> list[int]:    # weights to prune in each block
     "How many weights to prune in each block of columns so that the total is exact."
-    done = [share(sparsity, d_out * min(i, d_in)) for i in range(0, d_in + block, block)]
-    return [b - a for a, b in pairwise(done)]
+    ends = range(0, d_in + block, block)
+    cumulative = [share(sparsity, d_out * min(end, d_in)) for end in ends]
+    return [b - a for a, b in pairwise(cumulative)]

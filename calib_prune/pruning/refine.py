@@ -61,6 +61,7 @@ def times(x: Tensor,          # [rows, d]
 # of an output's first residual: below that float32 adds more noise than a step removes (ours)
 SOLVED = 1e-5
 
+# %% ../../nbs/pruning/08_refine.ipynb #8ba9668d
 @torch.no_grad()
 def conjugate_gradients(target: Tensor,  # [rows, d]
                         start: Tensor,   # [rows, d], zero where a weight is pruned
@@ -73,47 +74,54 @@ def conjugate_gradients(target: Tensor,  # [rows, d]
     x, mask = start.clone(), kept.to(start.dtype)
     residual = times(target - x, matrix).mul_(mask)
     direction, squares = residual, residual.square().sum(1, keepdim=True)
-    least = SOLVED**2 * squares
+    tolerance = SOLVED**2 * squares
     for _ in range(steps):
-        moved = times(direction, matrix).mul_(mask)
-        step = torch.where(squares > least, squares / (direction * moved).sum(1, keepdim=True), 0)
+        product = times(direction, matrix).mul_(mask)
+        curvature = (direction * product).sum(1, keepdim=True)
+        step = torch.where(squares > tolerance, squares / curvature, 0)
         x += step * direction
-        residual = residual - step * moved
-        before, squares = squares, residual.square().sum(1, keepdim=True)
-        direction = residual + torch.where(squares > least, squares / before, 0) * direction
+        residual = residual - step * product
+        previous, squares = squares, residual.square().sum(1, keepdim=True)
+        direction = residual + torch.where(squares > tolerance, squares / previous, 0) * direction
     return x
+
+# %% ../../nbs/pruning/08_refine.ipynb #6a707e92
+def _check_same_shape(weight: Tensor, pruned: Tensor) -> None:
+    if pruned.shape == weight.shape: return
+    raise CalibPruneError(
+        f"A pruned weight of shape {list(pruned.shape)} does not belong to a dense one"
+        f" of shape {list(weight.shape)}."
+    )
 
 # %% ../../nbs/pruning/08_refine.ipynb #fc422413
 @torch.no_grad()
 def refine(weight: Tensor,         # [d_out, d_in], dense
-           pruned: PrunedWeight,   # by any method; what it keeps is what is refined
+           pruned: PrunedWeight,   # by any method; its nonzero weights are refined
            hessian: Tensor,        # [d_in, d_in] second moment of the inputs
            steps: int = 10,        # conjugate-gradient steps (ALPS: at most 10)
            damping: float = 0.01,  # see `scaled`
            shared: Scaled | None = None  # of this very Hessian, if it is known already
           # the same zeros and those of dead inputs, a smaller `error`, in the type of `weight`
           ) -> PrunedWeight:
-    "Move the kept weights so that the layer's output on the calibration text changes least."
+    "Move the kept weights so that the layer's output on the calibration set changes least."
     check_weight(weight)
     check_number("steps", steps, 0, 10_000, whole=True)
-    if pruned.weight.shape != weight.shape:
-        raise CalibPruneError(
-            f"A pruned weight of shape {list(pruned.weight.shape)} does not belong to a dense one"
-            f" of shape {list(weight.shape)}."
-        )
+    _check_same_shape(weight, pruned.weight)
     hessian = hessian.to(weight.device, torch.float32)
-    shared, kept, dense = shared or scaled(hessian, damping), pruned.weight != 0, weight.float()
+    shared, dense = shared or scaled(hessian, damping), weight.float()
+    target, start = shared.of(dense), shared.of(pruned.weight)
+    mask = (pruned.weight != 0) & ~shared.dead
+
     with exact_float32():
-        found = conjugate_gradients(
-            shared.of(dense), shared.of(pruned.weight), kept & ~shared.dead, shared.matrix, steps
-        )
-        new = (found / shared.sizes).to(weight.dtype)
-        lost = energy(dense - new.float(), hessian)
-        before, whole = energy(dense - pruned.weight.float(), hessian), energy(dense, hessian)
-    if not lost < before: return pruned
+        solution = conjugate_gradients(target, start, mask, shared.matrix, steps)
+        refined = (solution / shared.sizes).to(weight.dtype)
+        after = energy(dense - refined.float(), hessian)
+        before = energy(dense - pruned.weight.float(), hessian)
+        total = energy(dense, hessian)
+    if not after < before: return pruned
     return replace(
-        counted(new),
-        error=max(lost, 0.0) / whole,
+        counted(refined),
+        error=max(after, 0.0) / total,
         damping=pruned.damping,
         dead=int(shared.dead.sum()),
     )

@@ -16,6 +16,11 @@ from ..core import CalibPruneError
 from .hessian import energy
 from .masks import PrunedWeight
 
+# %% ../../nbs/pruning/11_robust.ipynb #6eca6a56
+def _total_energy(weights: list[Tensor], moment: Tensor) -> float:
+    "The energy of linear maps that share an input, all together."
+    return sum(energy(w, moment) for w in weights)
+
 # %% ../../nbs/pruning/11_robust.ipynb #1658e0c7
 def relative_moments(
                      # [d_out, d_in] float32, of linear maps that share an input
@@ -25,23 +30,22 @@ def relative_moments(
                     # each so scaled that the dense outputs have mean square 1
                     ) -> list[Tensor]:
     "Second moments in which every group counts alike."
-    dense = [sum(energy(w, h) for w in weights) for h in moments]
-    if not all(o > 0 for o in dense):
+    dense = [_total_energy(weights, h) for h in moments]
+    if not all(total > 0 for total in dense):
         raise CalibPruneError(
             f"The dense layer's output is zero on group {dense.index(min(dense))} of the "
-            "calibration text: there is nothing to measure an error against."
+            "calibration set: a relative error is undefined there."
         )
-    return [h / o for h, o in zip(moments, dense, strict=True)]
+    return [h / total for h, total in zip(moments, dense, strict=True)]
 
 # %% ../../nbs/pruning/11_robust.ipynb #bfd7be35
 def group_errors(weights: list[Tensor], pruned: list[PrunedWeight],
                 moments: list[Tensor]  # from `relative_moments`
                ) -> Tensor:            # float64 [groups]
     "The relative error on each group, over all the linear maps together."
-    lost = [w - o.weight.float() for w, o in zip(weights, pruned, strict=True)]
-    return torch.tensor(
-        [max(sum(energy(w, h) for w in lost), 0.0) for h in moments], dtype=torch.float64
-    )
+    changes = [w - result.weight.float() for w, result in zip(weights, pruned, strict=True)]
+    errors = [max(_total_energy(changes, h), 0.0) for h in moments]
+    return torch.tensor(errors, dtype=torch.float64)
 
 # %% ../../nbs/pruning/11_robust.ipynb #efb6581a
 def minimax(weights: list[Tensor],   # [d_out, d_in], of linear maps that share an input
@@ -58,10 +62,10 @@ def minimax(weights: list[Tensor],   # [d_out, d_in], of linear maps that share 
     shares = torch.full((len(moments),), 1 / len(moments), dtype=torch.float64)
     best, least = [], float("inf")
     for _ in range(rounds):
-        pruned = kernel(sum(s * h for s, h in zip(shares.tolist(), moments)))
+        pruned = kernel(sum(share * h for share, h in zip(shares.tolist(), moments)))
         errors = group_errors(weights, pruned, moments)
         if errors.max() < least: best, least = pruned, errors.max().item()
         if not errors.mean() > 0: break  # nothing is lost anywhere
         shares = torch.softmax(shares.log() + rate * (errors / errors.mean() - 1), 0)
     assert best, "no round has a finite error"
-    return [replace(o, error=least) for o in best]
+    return [replace(result, error=least) for result in best]

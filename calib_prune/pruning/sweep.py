@@ -38,19 +38,20 @@ def sweep_torch(
 # %% ../../nbs/pruning/04_sweep.ipynb #e59ad54c
 STRIP = 8  # columns (ours): what follows a strip is a product, so strips are short
 
+# %% ../../nbs/pruning/04_sweep.ipynb #2742672f
 @compiled("kernels/tiles.py")
 def _mark_groups(w, top, m, n, inverse, scores, gone):
     """For the group of m columns from `top` on, mark the m - n smallest scores of each output; of
     equal ones, the first."""
     for a in range(m):
-        for o in range(COLS): scores[a, o] = abs(w[top + a, o]) / inverse[top + a, top + a]
+        for out in range(COLS): scores[a, out] = abs(w[top + a, out]) / inverse[top + a, top + a]
     for a in range(m):
-        for o in range(COLS):
+        for out in range(COLS):
             rank = 0
             for b in range(m):
-                other, own = scores[b, o], scores[a, o]
+                other, own = scores[b, out], scores[a, out]
                 rank += other < own or (other == own and b < a)
-            gone[top + a, o] = rank < m - n
+            gone[top + a, out] = rank < m - n
 
 # %% ../../nbs/pruning/04_sweep.ipynb #7792850b
 @compiled("kernels/tiles.py")
@@ -59,12 +60,12 @@ def _sweep_strip(w, gone, e, total, inverse, i, j, n, m, scores):
     for k in range(i, j):
         if m > 0 and k % m == 0: _mark_groups(w, k, m, n, inverse, scores, gone)
         scale = inverse[k, k]
-        for o in range(COLS):
-            e[k - i, o] = w[k, o] * gone[k, o] / scale
-            total[o] += e[k - i, o] * e[k - i, o]
+        for out in range(COLS):
+            e[k - i, out] = w[k, out] * gone[k, out] / scale
+            total[out] += e[k - i, out] * e[k - i, out]
         for later in range(k + 1, j):
             u = inverse[k, later]
-            for o in range(COLS): w[later, o] -= e[k - i, o] * u
+            for out in range(COLS): w[later, out] -= e[k - i, out] * u
 
 # %% ../../nbs/pruning/04_sweep.ipynb #b99cf0e5
 @compiled("kernels/tiles.py")
@@ -77,7 +78,7 @@ def _compensate(w, e, inverse, i, j):
                       w.reshape(-1), later * COLS, COLS, j - i)
     for later in range(whole, block):
         for k in range(i, j):
-            for o in range(COLS): w[later, o] -= e[k - i, o] * inverse[k, later]
+            for out in range(COLS): w[later, out] -= e[k - i, out] * inverse[k, later]
 
 # %% ../../nbs/pruning/04_sweep.ipynb #bbe1eb83
 @compiled("kernels/tiles.py", "pruning/sweep.py")
@@ -92,7 +93,7 @@ def sweep_stripe(w, gone, inverse, strip, n, m, e, total, scores):
         _sweep_strip(w, gone, e, total, inverse, i, j, n, m, scores)
         if j < block: _compensate(w, e, inverse, i, j)
     for k in range(block):
-        for o in range(COLS): w[k, o] *= 1 - gone[k, o]
+        for out in range(COLS): w[k, out] *= 1 - gone[k, out]
 
 # %% ../../nbs/pruning/04_sweep.ipynb #96d89eef
 @compiled("kernels/tiles.py", "pruning/sweep.py")
@@ -103,7 +104,7 @@ def _sweep(weight, mask, inverse, strip, n, m, squares):
     e, total = np.zeros((strip, COLS), np.float32), np.zeros(COLS, np.float32)
     scores = np.zeros((max(m, 1), COLS), np.float32)
     for start in range(0, d_out, COLS):
-        # what lies beyond the last output is left over from the stripe before
+        # columns beyond the last output still hold the stripe before
         size = min(COLS, d_out - start)
         w[:, :size] = weight[:, start:start + size]
         gone[:, :size] = mask[:, start:start + size]

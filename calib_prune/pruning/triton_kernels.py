@@ -49,10 +49,11 @@ def _drops(scores,  # [GROUP, T]: T groups side by side, one in each column
         rank += ((s < scores) | ((s == scores) & (other < place))).to(tl.int32)
     return rank < M - N
 
-# %% ../../nbs/pruning/05_triton_kernels.ipynb #1fb900e2
+# %% ../../nbs/pruning/05_triton_kernels.ipynb #a0e0fbaa
 # as the CPU sweep; explicit, because Triton's default is about to change
 FUSE = {"enable_fp_fusion": True}
 
+# %% ../../nbs/pruning/05_triton_kernels.ipynb #1fb900e2
 @_jit
 def _sweep(weight, mask, inverse, squares, columns, d_out,
            # the pattern; M is 0 where `mask` is given
@@ -61,9 +62,9 @@ def _sweep(weight, mask, inverse, squares, columns, d_out,
            STEP: tl.constexpr, GROUP: tl.constexpr,
            # the tile: a power of two that holds `columns`, and outputs
            COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c, place, inside = tl.arange(0, COLUMNS), tl.arange(0, GROUP), o < d_out
-    w = tl.load(weight + c[:, None] * d_out + o[None, :],
+    out = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c, place, inside = tl.arange(0, COLUMNS), tl.arange(0, GROUP), out < d_out
+    w = tl.load(weight + c[:, None] * d_out + out[None, :],
                 mask=(c < columns)[:, None] & inside[None, :],
                 other=0.0)
     total = tl.zeros([ROWS], tl.float32)
@@ -79,15 +80,15 @@ def _sweep(weight, mask, inverse, squares, columns, d_out,
             j = start + a
             if M > 0:
                 pruned = tl.sum(tl.where(place[:, None] == a, drops, 0), axis=0) > 0
-                tl.store(mask + j * d_out + o, pruned.to(tl.uint8), mask=inside)
-            else: pruned = tl.load(mask + j * d_out + o, mask=inside, other=0) != 0
+                tl.store(mask + j * d_out + out, pruned.to(tl.uint8), mask=inside)
+            else: pruned = tl.load(mask + j * d_out + out, mask=inside, other=0) != 0
             u = tl.load(inverse + j * columns + c, mask=(c > j) & (c < columns), other=0.0)
             own = tl.sum(tl.where(c[:, None] == j, w, 0.0), axis=0)
             e = tl.where(pruned, tl.div_rn(own, tl.load(inverse + j * (columns + 1))), 0.0)
-            tl.store(weight + j * d_out + o, tl.where(pruned, 0.0, own), mask=inside)
+            tl.store(weight + j * d_out + out, tl.where(pruned, 0.0, own), mask=inside)
             w -= u[:, None] * e[None, :]
             total += e * e
-    tl.store(squares + o, total, mask=inside)
+    tl.store(squares + out, total, mask=inside)
 
 # %% ../../nbs/pruning/05_triton_kernels.ipynb #df6b82d0
 def sweep_triton(
@@ -128,8 +129,8 @@ def _smallest_of_row(weight, norms, mask, k, d_in, COLUMNS: tl.constexpr):
         higher = kth | (1 << (30 - n))
         kth = tl.where(tl.sum((bits < higher).to(tl.int32), axis=0) < k, higher, kth)
     below, ties = bits < kth, (bits == kth) & inside
-    left = k - tl.sum(below.to(tl.int32), axis=0)
-    pruned = below | (ties & (tl.cumsum(ties.to(tl.int32), axis=0) <= left))
+    remaining = k - tl.sum(below.to(tl.int32), axis=0)
+    pruned = below | (ties & (tl.cumsum(ties.to(tl.int32), axis=0) <= remaining))
     tl.store(mask + row + c, pruned.to(tl.uint8), mask=inside)
 
 # %% ../../nbs/pruning/05_triton_kernels.ipynb #0097d152
@@ -138,12 +139,12 @@ def _smallest_of_groups(weight, norms, mask, groups, per_row,
                         N: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
     g, place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), tl.arange(0, GROUP)
     inside = (place < M)[:, None] & (g < groups)[None, :]
-    at = g[None, :] * M + place[:, None]
-    size = tl.abs(tl.load(weight + at, mask=inside, other=0.0).to(tl.float32))
+    offset = g[None, :] * M + place[:, None]
+    size = tl.abs(tl.load(weight + offset, mask=inside, other=0.0).to(tl.float32))
     scores = size * tl.load(
         norms + (g % per_row)[None, :] * M + place[:, None], mask=inside, other=0.0
     )
-    tl.store(mask + at, _drops(scores, N, M, GROUP).to(tl.uint8), mask=inside)
+    tl.store(mask + offset, _drops(scores, N, M, GROUP).to(tl.uint8), mask=inside)
 
 # %% ../../nbs/pruning/05_triton_kernels.ipynb #cfb6f3e8
 def wanda_mask_triton(weight: Tensor,  # [d_out, d_in], any float type

@@ -28,28 +28,36 @@ from .checkpoint import Checkpoint, LinearReport
 from .experts import one_by_one
 from .hessian import SecondMoment
 from calib_prune.pruning.layers import (
-                                        Call,
-                                        capture,
-                                        changed_calls,
-                                        check_layers,
-                                        decoder_layers,
-                                        get_weight,
-                                        measure_layer,
-                                        prunable,
-                                        share_groups,
+    Call,
+    capture,
+    changed_calls,
+    check_layers,
+    decoder_layers,
+    get_weight,
+    measure_layer,
+    prunable,
+    share_groups,
 )
+from .masks import PrunedWeight
 from calib_prune.pruning.methods import (
-                                        METHODS,
-                                        STEP_VERSIONS,
-                                        Recipe,
-                                        check_allocation,
-                                        check_method,
-                                        check_reconstruct,
-                                        check_refine,
-                                        solve_all,
+    METHODS,
+    STEP_VERSIONS,
+    Recipe,
+    check_allocation,
+    check_method,
+    check_reconstruct,
+    check_refine,
+    solve_all,
 )
 from .reconstruction import check_memory, targets
 from .reconstruction import reconstruct as train
+
+# %% ../../nbs/pruning/18_walk.ipynb #214c8b77
+def _report(linear: tuple[int, str], result: PrunedWeight, tokens: int, all_tokens: bool
+           ) -> LinearReport:  # of a linear by layer and name
+    (index, name), (d_out, d_in) = linear, result.weight.shape
+    return LinearReport(index, name, d_out, d_in, tokens, result.sparsity, result.error,
+                        result.damping, result.dead, all_tokens=all_tokens)
 
 # %% ../../nbs/pruning/18_walk.ipynb #653364bc
 def prune_layer(
@@ -67,22 +75,20 @@ def prune_layer(
     refine: int,
 ) -> list[LinearReport]:
     "Prune the linears of one layer in place."
-    linears, reports = prunable(layer), []
-    weights = {group[0]: [get_weight(linears[name]) for name in group] for group in shared}
-    title = {group[0]: f"Layer {index}, {' / '.join(group)}" for group in shared}
-    def hessians(first: str) -> list[torch.Tensor]: return [o[first].matrix() for o in moments]
-    problems = {title[k]: (o, partial(hessians, k)) for k, o in weights.items()}
-    found = solve_all(method, problems, sparsity, pattern, block, damping, refine=refine)
-    for first, *others in shared:
-        n_tokens = sum(o[first].n_tokens for o in moments)
-        for name, weight, new in zip(
-            (first, *others), weights[first], found[title[first]], strict=True
-        ):
-            weight.copy_(new.weight)
-            d_out, d_in = weight.shape
-            reports.append(LinearReport(index, name, d_out, d_in, n_tokens,
-                                        new.sparsity, new.error, new.damping, new.dead,
-                                        all_tokens=name in all_tokens))
+    linears, reports, problems = prunable(layer), [], {}
+    def hessians(first: str) -> list[torch.Tensor]:
+        return [by_name[first].matrix() for by_name in moments]
+
+    titles = [f"Layer {index}, {' / '.join(names)}" for names in shared]
+    for title, names in zip(titles, shared, strict=True):
+        weights = [get_weight(linears[name]) for name in names]
+        problems[title] = weights, partial(hessians, names[0])
+    results = solve_all(method, problems, sparsity, pattern, block, damping, refine=refine)
+    for title, names in zip(titles, shared, strict=True):
+        tokens = sum(by_name[names[0]].n_tokens for by_name in moments)
+        for name, weight, result in zip(names, problems[title][0], results[title], strict=True):
+            weight.copy_(result.weight)
+            reports.append(_report((index, name), result, tokens, name in all_tokens))
     return reports
 
 # %% ../../nbs/pruning/18_walk.ipynb #97f03717
@@ -94,7 +100,7 @@ def check_sizes(batch_tokens: int, block: int, damping: float) -> None:
 
 # %% ../../nbs/pruning/18_walk.ipynb #573781a8
 def check_groups(method: str, groups: Sequence[str] | None, windows: int) -> None:
-    "Refuse windows that do not say which group they belong to, where the method has to know."
+    "Refuse windows without a group if the method needs groups."
     if not METHODS[method].by_group: return
     if groups is None or len(groups) != windows or not all(groups) or len(set(groups)) < 2:
         raise CalibPruneError(
@@ -110,50 +116,51 @@ def split(tokens: torch.Tensor,  # int64 [N, L]
           groups: Sequence[str]  # of each window
          ) -> tuple[list[torch.Tensor], dict[str, list[int]]]:  # batches; group → its batches
     "Windows in batches; all windows of a batch are of one group."
-    batches, where = [], {}
+    batches, positions = [], {}
     for group in dict.fromkeys(groups):
-        mine = tokens[torch.tensor([o == group for o in groups])].split(size)
-        where[group] = [*range(len(batches), len(batches) + len(mine))]
-        batches += mine
-    return batches, where
+        members = torch.tensor([name == group for name in groups])
+        added = tokens[members].split(size)
+        positions[group] = [*range(len(batches), len(batches) + len(added))]
+        batches += added
+    return batches, positions
 
 # %% ../../nbs/pruning/18_walk.ipynb #babe574a
 def _reconstructed(index: int, layer: nn.Module, calls: list[Call], hidden: list[torch.Tensor],
                    wanted: list[torch.Tensor], passes: int,
                    reports: list[LinearReport]) -> list[LinearReport]:
-    "Train what a layer has kept, and note how well it answers then."
+    "Train the kept weights of a layer, and report the error of its output."
     check_memory(layer, calls, hidden)
-    done = train(layer, calls, hidden, wanted, passes, name=f"Layer {index}")
-    return [replace(o, trained=done.after) for o in reports]
+    trained = train(layer, calls, hidden, wanted, passes, name=f"Layer {index}")
+    return [replace(report, trained=trained.after) for report in reports]
 
 # %% ../../nbs/pruning/18_walk.ipynb #6edbc69e
 @dataclass
 class _Windows:
     "The calibration windows on their way through the layers."
-    hidden: list[torch.Tensor]   # inputs of the next layer, of each batch
-    calls: list[list[Call]]      # other arguments, by layer and batch
-    where: dict[str, list[int]]  # group of windows → its batches
-    work: torch.device           # where layers work
+    hidden: list[torch.Tensor]       # inputs of the next layer, of each batch
+    calls: list[list[Call]]          # other arguments, by layer and batch
+    positions: dict[str, list[int]]  # group of windows → its batches
+    work: torch.device               # where layers work
 
     def ready(self, index: int, layer: nn.Module) -> list[Call]:
         "Move a layer to where it works; its calls, moved as well."
         layer.to(self.work)
-        return changed_calls(self.calls[index], lambda o: o.to(self.work))
+        return changed_calls(self.calls[index], lambda tensor: tensor.to(self.work))
 
-    def measure(self, layer: nn.Module, here: list[Call], shared: list[list[str]]
+    def measure(self, layer: nn.Module, calls: list[Call], shared: list[list[str]]
                ) -> tuple[list[dict[str, SecondMoment]], set[str]]:
         "`measure_layer` for each group of windows."
-        inputs = [
-            ([here[k] for k in mine], [self.hidden[k] for k in mine])
-            for mine in self.where.values()
-        ]
-        with fast_products(same_weights=True): return measure_layer(layer, inputs, shared)
+        batches = []
+        for positions in self.positions.values():
+            hidden = [self.hidden[k] for k in positions]
+            batches.append(([calls[k] for k in positions], hidden))
+        with fast_products(same_weights=True): return measure_layer(layer, batches, shared)
 
-    def go_on(self, layer: nn.Module, here: list[Call]) -> None:
-        """Pass through a layer. Hidden states stay where they lie in memory: new places would leave
+    def go_on(self, layer: nn.Module, calls: list[Call]) -> None:
+        """Pass through a layer. Hidden states keep their place in memory: new places would leave
         holes."""
         with fast_products(same_weights=True):
-            for x, call in zip(self.hidden, here, strict=True):
+            for x, call in zip(self.hidden, calls, strict=True):
                 x.copy_(call(layer, x.to(self.work)))
 
 # %% ../../nbs/pruning/18_walk.ipynb #f6deabed
@@ -164,45 +171,50 @@ def _own(layer: nn.Module) -> None:
 # %% ../../nbs/pruning/18_walk.ipynb #76f5af1e
 def _put_away(index: int, layer: nn.Module, done: list[LinearReport], home: torch.device,
               saved: Checkpoint | None) -> None:
-    "Keep a finished layer; it goes to where the model lies, or to disk where that is the CPU."
+    "Move a finished layer to the model's device, or with a checkpoint from the CPU to disk."
     if saved and not saved.has(index): saved.save(index, layer, done)
     if saved and home.type == "cpu": saved.lay_down(index, layer)
     else: layer.to(home)
 
+# %% ../../nbs/pruning/18_walk.ipynb #4cd9db77
+def _prune_windows(index: int, layer: nn.Module, calls: list[Call], windows: _Windows,
+                   # by the make-up of a layer: its linears with a common input
+                   shared: dict[tuple, list[list[str]]],
+                   passes: int, **how) -> list[LinearReport]:
+    "Measure a layer's inputs and prune the layer."
+    make = (type(layer), *prunable(layer))
+    if make not in shared:
+        shared[make] = share_groups(layer, calls[0], windows.hidden[0].to(windows.work))
+    moments, all_tokens = windows.measure(layer, calls, shared[make])
+    dense = targets(layer, calls, windows.hidden) if passes else []
+    reports = prune_layer(index, layer, shared[make], moments, all_tokens, **how)
+    if not passes: return reports
+    return _reconstructed(index, layer, calls, windows.hidden, dense, passes, reports)
+
 # %% ../../nbs/pruning/18_walk.ipynb #8cdad53a
 def _walk(model: PreTrainedModel, windows: _Windows,
           sparsities: list[float],         # of each layer
-          how: dict[str, Any],             # what else `prune_layer` is told
+          how: dict[str, Any],             # other arguments of `prune_layer`
           passes: int,                     # of reconstruction
           saved: Checkpoint | None,
           progress: ProgressFn | None
          ) -> list[LinearReport]:
     "Prune layer after layer, each with the inputs that come out of the layers before it."
     layers, home = decoder_layers(model), model.device
-    # by the make-up of a layer: its linears with a common input
     shared: dict[tuple, list[list[str]]] = {}
     reports: list[LinearReport] = []
     for i, layer in enumerate(layers):
         if progress: progress("pruning", i, len(layers))
-        here = windows.ready(i, layer)
+        calls = windows.ready(i, layer)
         if saved and windows.work.type == home.type == "cpu": _own(layer)
-        done = saved.load(i, layer) if saved else None
+        finished = saved.load(i, layer) if saved else None
         with one_by_one(layer):
-            if not done:
-                make = (type(layer), *prunable(layer))
-                if make not in shared:
-                    shared[make] = share_groups(layer, here[0], windows.hidden[0].to(windows.work))
-                moments, all_tokens = windows.measure(layer, here, shared[make])
-                wanted = targets(layer, here, windows.hidden) if passes else []
-                done = prune_layer(
-                    i, layer, shared[make], moments, all_tokens, sparsity=sparsities[i], **how
-                )
-                if passes:
-                    done = _reconstructed(i, layer, here, windows.hidden, wanted, passes, done)
-                del wanted
-            if i + 1 < len(layers): windows.go_on(layer, here)
-        reports += done
-        _put_away(i, layer, done, home, saved)
+            if not finished:
+                finished = _prune_windows(i, layer, calls, windows, shared, passes,
+                                          sparsity=sparsities[i], **how)
+            if i + 1 < len(layers): windows.go_on(layer, calls)
+        reports += finished
+        _put_away(i, layer, finished, home, saved)
     if progress: progress("pruning", len(layers), len(layers))
     return reports
 
@@ -211,15 +223,31 @@ def _sparsities(
     model: PreTrainedModel, windows: _Windows, sparsity: float, allocation: str
 ) -> list[float]:
     "The sparsity of each layer."
-    layers = decoder_layers(model)
+    layers, sizes = decoder_layers(model), []
     if allocation == "uniform": return [sparsity] * len(layers)
-    sizes = []
     for layer in layers:
         with one_by_one(layer):
-            sizes.append(sum(m.weight.numel() for m in prunable(layer).values()))
-    return spread_out(
-        sparsity, outlier_shares(model, windows.hidden, windows.calls, windows.ready), sizes
-    )
+            sizes.append(sum(linear.weight.numel() for linear in prunable(layer).values()))
+    shares = outlier_shares(model, windows.hidden, windows.calls, windows.ready)
+    return spread_out(sparsity, shares, sizes)
+
+# %% ../../nbs/pruning/18_walk.ipynb #22f46683
+def _first_windows(model: PreTrainedModel, tokens: torch.Tensor,  # int64 [N, L]
+                   size: int,                                     # windows per batch
+                   groups: list[str], work: torch.device, offload: bool) -> _Windows:
+    "The windows in batches, as the first layer gets them."
+    batches, positions = split(tokens, size, groups)
+    hidden, calls = capture(model, batches)
+    states = [x.to("cpu" if offload else work) for x in hidden]
+    return _Windows(states, calls, positions, work)
+
+# %% ../../nbs/pruning/18_walk.ipynb #bdbafe7f
+def _table(reports: list[LinearReport], saved: Checkpoint | None) -> pd.DataFrame:
+    "One row per linear map; `attrs`: the run of the checkpoint, and the layers restored from it."
+    table = pd.DataFrame([asdict(report) for report in reports])
+    table.attrs["restored_layers"] = saved.restored if saved else 0
+    table.attrs["checkpoint"] = saved.id if saved else None
+    return table
 
 # %% ../../nbs/pruning/18_walk.ipynb #1d4c0731
 @torch.no_grad()
@@ -260,36 +288,22 @@ def prune(model: PreTrainedModel,              # pruned in place
     check_allocation(allocation, pattern)
     check_reconstruct(reconstruct)
     check_sizes(batch_tokens, block, damping)
-    groups = [*groups] if groups is not None and METHODS[method].by_group else [""] * len(tokens)
+
+    by_group = groups is not None and METHODS[method].by_group
+    names = [*groups] if groups is not None and by_group else [""] * len(tokens)
     work = as_device(str(device)) if device else model.device
-    how = dict(
-        method=method,
-        pattern=pattern and list(pattern),
-        block=block,
-        damping=damping,
-        refine=refine,
-    )
-    steps = {k: STEP_VERSIONS[k] for k in Recipe(method, refine, reconstruct, allocation).extras}
-    about = dict(
-        version=METHODS[method].version,
-        steps=steps,
-        sparsity=sparsity,
-        allocation=allocation,
-        reconstruct=reconstruct,
-        batch_tokens=batch_tokens,
-        device=work.type,
-        groups=groups,
-    )
-    with Checkpoint.of(checkpoint, model, tokens, how | about) as saved, fused_layers(model):
+    how = dict(method=method, pattern=pattern and list(pattern), block=block, damping=damping,
+               refine=refine)
+    recipe = Recipe(method, refine, reconstruct, allocation)
+    run = how | dict(version=METHODS[method].version,
+                     steps={step: STEP_VERSIONS[step] for step in recipe.extras},
+                     sparsity=sparsity, allocation=allocation, reconstruct=reconstruct,
+                     batch_tokens=batch_tokens, device=work.type, groups=names)
+
+    with Checkpoint.of(checkpoint, model, tokens, run) as saved, fused_layers(model):
         # training takes one step per window
         size = 1 if reconstruct else max(1, batch_tokens // tokens.shape[1])
-        batches, where = split(tokens, size, groups)
-        hidden, calls = capture(model, batches)
-        windows = _Windows([x.to("cpu" if offload else work) for x in hidden], calls, where, work)
-        del hidden
+        windows = _first_windows(model, tokens, size, names, work, offload)
         sparsities = _sparsities(model, windows, sparsity, allocation)
         reports = _walk(model, windows, sparsities, how, reconstruct, saved, progress)
-    found = pd.DataFrame([asdict(r) for r in reports])
-    found.attrs["restored_layers"] = saved.restored if saved else 0
-    found.attrs["checkpoint"] = saved.id if saved else None  # which run its layers belong to
-    return found
+    return _table(reports, saved)

@@ -12,14 +12,14 @@ from torch import Tensor
 from ..core import share
 from .hessian import energy
 from calib_prune.pruning.masks import (
-                                       PrunedWeight,
-                                       as_pattern,
-                                       check_hessian,
-                                       check_sparsity,
-                                       check_weight,
-                                       counted,
-                                       smallest,
-                                       smallest_of_groups,
+    PrunedWeight,
+    as_pattern,
+    check_hessian,
+    check_sparsity,
+    check_weight,
+    counted,
+    smallest,
+    smallest_of_groups,
 )
 
 # %% ../../nbs/pruning/07_wanda.ipynb #f051e59c
@@ -28,7 +28,7 @@ def _masked(weight: Tensor,          # [d_out, d_in]
             hessian: Tensor | None,  # [d_in, d_in], for the error
             dead: int | None = None  # inputs that are zero on every token
            ) -> PrunedWeight:
-    "Zero the masked weights and measure what that costs."
+    "Zero the masked weights, and measure the relative output error."
     error = None
     if hessian is not None:
         lost, dense = energy(weight.float() * mask, hessian), energy(weight.float(), hessian)
@@ -82,6 +82,7 @@ def magnitude(weight: Tensor,                 # [d_out, d_in], any float type; l
         hessian = hessian.to(weight.device, torch.float32)
         dead = int(check_hessian(hessian, d_in).sum())
     scores = weight.abs().float()
+    count = share(sparsity, weight.numel())
     if pattern: mask = smallest_of_groups(scores, pattern)
-    else: mask = smallest(scores.reshape(1, -1), share(sparsity, weight.numel())).view(weight.shape)
+    else: mask = smallest(scores.reshape(1, -1), count).view(weight.shape)
     return _masked(weight, mask, hessian, dead)
