@@ -19,12 +19,13 @@ settings.register_profile(
 )
 settings.load_profile("calib-prune")
 
-LONG = ("test_workflow.py", "test_paper_preset.py", "test_lost.py", "test_torture.py",
-        "test_calibration.py", "test_evaluation.py")
+# By their seconds, the longest first: a worker that meets one of them last lets the other wait.
+LONG = [f"test_{name}.py" for name in (
+    "workflow", "torture", "site", "paper_preset", "wheel", "lost", "golden", "golden_sets", "keys",
+    "cli", "triton", "compiled", "fetch", "sandbox", "limits", "evaluation", "reconstruction")]
 
 
 def pytest_collection_modifyitems(items):
-    "The longest files first: a worker that meets one of them last lets the other wait."
     items.sort(key=lambda o: LONG.index(o.path.name) if o.path.name in LONG else len(LONG))
 
 

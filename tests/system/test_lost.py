@@ -75,11 +75,6 @@ def usual(inputs, command, *more):
     return [command, *map(str, [*options[command], *more])]
 
 
-def run(inputs, command, *more):
-    done = processes.run(*usual(inputs, command, *more), code=None)
-    return done.returncode, done.stdout, done.stderr
-
-
 def call(inputs, command, *more):
     done = processes.call(*usual(inputs, command, *more), code=None)
     return done.returncode, done.stdout, done.stderr
@@ -112,7 +107,7 @@ def test_a_folder_of_the_users_is_no_checkpoint(inputs, tmp_path):
     (mine / "a.txt").write_text("mine")
     (mine / "chapters" / "layer-0000.safetensors").write_text("mine too")
     before = contents(mine)
-    code, _, err = run(inputs, "prune", "--output", tmp_path / "out", "--checkpoint", mine)
+    code, _, err = call(inputs, "prune", "--output", tmp_path / "out", "--checkpoint", mine)
     assert code == 1 and "is not empty, and is no checkpoint: it holds a.txt" in err and contents(
         mine) == before
     with pytest.raises(CalibPruneError):
@@ -121,16 +116,11 @@ def test_a_folder_of_the_users_is_no_checkpoint(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--checkpoint", "--output"])
-def test_an_empty_name_is_no_folder(inputs, tmp_path, option):
+def test_an_empty_name_is_no_folder(inputs, tmp_path, option, monkeypatch):
     (tmp_path / "a.txt").write_text("mine")
-    code, _, err = run(
-        inputs,
-        "prune",
-        *(["--output", tmp_path / "out"] if option == "--checkpoint" else []),
-        option,
-        "",
-        cwd=tmp_path
-    )
+    monkeypatch.chdir(tmp_path)
+    more = ["--output", tmp_path / "out"] if option == "--checkpoint" else []
+    code, _, err = call(inputs, "prune", *more, option, "")
     assert code == 1 and "the name is empty" in err and [o.name
                                                          for o in tmp_path.iterdir()] == ["a.txt"]
 
@@ -694,14 +684,14 @@ def test_what_is_no_journal_of_ours_is_left_alone(inputs, tmp_path):
         with pytest.raises(CalibPruneError, match=path.name):
             Journal(path, {})
         assert path.read_text() == text
-    code, _, err = run(inputs, "generate", "--output", tmp_path / "own.jsonl")
+    code, _, err = call(inputs, "generate", "--output", tmp_path / "own.jsonl")
     assert code == 1 and "no journal of this program" in err and path.read_text() == text and [
         o.name for o in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_report_that_is_there_is_left_alone(inputs, tmp_path):
     (tmp_path / "own.report.json").write_text("mine")
-    code, _, err = run(inputs, "generate", "--output", tmp_path / "own.jsonl")
+    code, _, err = call(inputs, "generate", "--output", tmp_path / "own.jsonl")
     assert code == 1 and "own.report.json exists" in err and [o.name for o in tmp_path.iterdir()
                                                               ] == ["own.report.json"]
     with pytest.raises(CalibPruneError, match="exists"): check_target(tmp_path / "own.jsonl")
