@@ -64,6 +64,7 @@ def test_an_old_preset_name_is_answered_with_the_new_one(tmp_path, old):
 @pytest.mark.parametrize("old", ["default", "pruners"])
 def test_the_command_that_moves_old_rows_moves_them(tmp_path, old):
     "The old folder of `pruners` is the parent of its new one."
+    tmp_path = tmp_path / "my studies"
     (rows := tmp_path / "results" / old).mkdir(parents=True)
     (rows / "dense.json").write_text("{}")
     with pytest.raises(CalibPruneError, match="Nothing was changed") as e:

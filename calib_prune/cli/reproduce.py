@@ -320,10 +320,11 @@ def check_layout(root: Path, name: str) -> None:
         if now.exists() or not any(before.glob("*.json")): continue
         # the old folder may be the parent of the new one
         aside = before.with_name(f"{old}.old")
-        moves = [f"mv {before} {aside}", f"mkdir -p {now.parent}", f"mv {aside} {now}"]
+        moves = [["mv", before, aside], ["mkdir", "-p", now.parent], ["mv", aside, now]]
+        command = " && ".join(shlex.join(map(str, words)) for words in moves)
         raise CalibPruneError(
             f"{before} holds rows of this study, whose folder is now {now}. Nothing was changed. "
-            f"Move them: {' && '.join(moves)}"
+            f"Move them: {command}"
         )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #1243609a

@@ -258,12 +258,16 @@ def _base_file(path: Path, base: Any  # as the preset at `path` writes it
     "The file that a preset extends."
     if not isinstance(base, str) or not base.strip():
         raise CalibPruneError(
-            f"Preset {path}: extends is {shown_value(base)}, but must be the path of a file."
+            f"Preset {path}: extends is {shown_value(base)}, but must be the path of a file, such"
+            " as base/smollm2-135m."
         )
     name = base if base.endswith((".yaml", ".yml")) else f"{base}.yaml"
     file = as_path(path.parent / name, "a preset")
     if file.is_file(): return file
-    raise CalibPruneError(f"Preset {path} extends {base!r}, but there is no file {file}.")
+    raise CalibPruneError(
+        f"Preset {path} extends {base!r}, but there is no file {file}. The path starts at the"
+        " folder of the preset."
+    )
 
 # %% ../../nbs/study/03_presets.ipynb #85788d7d
 def merged(base: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +284,8 @@ def _extended(path: Path, before: tuple[Path, ...] = ()) -> Any:
     chain = (*before, path.resolve())
     if path.resolve() in before:
         raise CalibPruneError(
-            f"Preset {before[0]} extends itself: {' → '.join(o.name for o in chain)}."
+            f"Preset {before[0]} extends itself: {' → '.join(o.name for o in chain)}. Leave"
+            " `extends` out of the one that is the base."
         )
     preset = _preset_text(path)
     if not isinstance(preset, dict) or "extends" not in preset: return preset

@@ -63,6 +63,12 @@ def test_versions_agree():
     )
 
 
+def test_a_version_has_at_most_60_lines_in_the_changelog():
+    first, *versions = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert len(versions) > 1 and f"{calib_prune.__version__} " in versions[0] + versions[1]
+    for text in versions: assert len(text.splitlines()) <= 60, text.splitlines()[0]
+
+
 def test_notebooks_are_in_reading_order_and_titled():
     assert NOTEBOOKS
     for path in NOTEBOOKS:
