@@ -35,13 +35,13 @@ from ..progress import ProgressFn
 SCORING_VERSION = 4  # see `keys`
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #e5923f27
-def _check_finite(found: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
+def _check_finite(likelihoods: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
     "Refuse likelihoods that are no numbers: NaN means below that an answer does not fit."
-    broken = sum(not math.isfinite(likelihood) for likelihood, _ in found)
-    if not broken: return found
+    broken = sum(not math.isfinite(likelihood) for likelihood, _ in likelihoods)
+    if not broken: return likelihoods
     raise CalibPruneError(
-        f"The model cannot be scored: {broken:,} of {len(found):,} likelihoods are not finite. "
-        "Its weights are damaged, or its activations overflow in this dtype. "
+        f"The model cannot be scored: {broken:,} of {len(likelihoods):,} likelihoods are not "
+        "finite. Its weights are damaged, or its activations overflow in this dtype. "
         "Score it in float32 or bfloat16, or make the model again."
     )
 
@@ -49,19 +49,21 @@ def _check_finite(found: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
 def _where_it_fits(requests, longest, score):
     "Score the requests whose answer fits into the model's context; the others get NaN."
     fits = [len(continuation) <= longest for _, _, continuation in requests]
-    found = iter(_check_finite(list(score([o for o, ok in zip(requests, fits) if ok]))))
-    return [next(found) if ok else (math.nan, False) for ok in fits]
+    fitting = [request for request, fit in zip(requests, fits) if fit]
+    likelihoods = iter(_check_finite(list(score(fitting))))
+    return [next(likelihoods) if fit else (math.nan, False) for fit in fits]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #f2413257
 def ends_with(lm,               # of lm-eval
               until: list[str]  # what ends an answer
              ) -> Callable[[Sequence[int]], bool]:
     "A check of the tokens written so far: does their end hold one of the strings?"
-    strings = [o for o in until if o]  # an end token may decode to nothing
-    reach = 1 + max((len(o.encode()) for o in strings), default=0)  # a token has at least one byte
+    strings = [string for string in until if string]  # an end token may decode to nothing
+    # a token has at least one byte
+    reach = 1 + max((len(string.encode()) for string in strings), default=0)
     def ended(tokens: Sequence[int]) -> bool:
-        said = lm.tok_decode(list(tokens[-reach:]))
-        return any(o in said for o in strings)
+        text = lm.tok_decode(list(tokens[-reach:]))
+        return any(string in text for string in strings)
     return ended
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #185428d9
@@ -84,21 +86,63 @@ def answer_job(lm, name: str, context: str,
 # %% ../../nbs/evaluation/06_scoring.ipynb #af05d21d
 GREEDY = Sampling(top_k=1)
 
+# %% ../../nbs/evaluation/06_scoring.ipynb #ebe74508
 def written_answers(lm, requests: list,  # of lm-eval
                     batch_size: int, progress: ProgressFn | None = None) -> list[str]:
-    """What a model answers: always the likeliest token. `lm.cut` gets the prompts of answers that
+    """The answers of a model: always the likeliest token. `lm.cut` gets the prompts of answers that
     reached their greatest length."""
     from lm_eval.models.utils import postprocess_generated_text
-    asked = {str(i): answer_job(lm, str(i), *o.args) for i, o in enumerate(requests)}
-    jobs, ends, found = [job for job, _ in asked.values()], end_tokens(lm.model, lm.tokenizer), {}
-    for sample in decode(
-        lm.model, jobs, GREEDY, lm.max_length, seed=0, ends=ends, batch=batch_size
-    ):
-        said = lm.tok_decode(list(sample.tokens[sample.opening:]))
+    asked = {str(i): answer_job(lm, str(i), *request.args) for i, request in enumerate(requests)}
+    jobs, ends = [job for job, _ in asked.values()], end_tokens(lm.model, lm.tokenizer)
+    samples = decode(lm.model, jobs, GREEDY, lm.max_length, seed=0, ends=ends, batch=batch_size)
+    answers: dict[str, str] = {}
+    for sample in samples:
+        text = lm.tok_decode(list(sample.tokens[sample.opening:]))
         if not sample.ended: lm.cut.add(requests[int(sample.key)].args[0])
-        found[sample.key] = postprocess_generated_text(said, asked[sample.key][1], None)
-        if progress: progress("generate", len(found), len(requests))
-    return [found[o] for o in asked]
+        answers[sample.key] = postprocess_generated_text(text, asked[sample.key][1], None)
+        if progress: progress("generate", len(answers), len(requests))
+    return [answers[key] for key in asked]
+
+# %% ../../nbs/evaluation/06_scoring.ipynb #cb8f344c
+def _quiet_class(batch_size: int, progress: ProgressFn | None) -> Any:
+    "lm-eval's class of models, without its progress bars."
+    # a slow import, left out of the command line's start
+    from lm_eval.models.huggingface import HFLM
+
+    class QuietLM(HFLM):
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests, **how):
+            score = super()._loglikelihood_tokens
+            fitting = lambda some: score(some, **how) if some else []
+            return _where_it_fits(requests, self.max_length, fitting)
+
+        def generate_until(self, requests, disable_tqdm=False):
+            answers = []
+            for i in range(0, len(requests), 4 * batch_size):
+                part = requests[i:i + 4 * batch_size]
+                answers += super().generate_until(part, disable_tqdm=True)
+                if progress: progress("generate", len(answers), len(requests))
+            return answers
+
+    return QuietLM
+
+# %% ../../nbs/evaluation/06_scoring.ipynb #de00e049
+def _packed_class(quiet: Any, batch_tokens: int, batch_size: int, progress: ProgressFn | None
+                 ) -> Any:
+    "The same class with packed scoring, and answers side by side."
+    class PackedLM(quiet):
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            def score(some):
+                pairs = [(context, continuation) for _, context, continuation in some]
+                return loglikelihoods(self.model, pairs, batch_tokens, self.max_length, progress)
+            return _where_it_fits(requests, self.max_length, score)
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return written_answers(self, requests, batch_size, progress)
+
+    return PackedLM
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #83e64b3f
 def language_model(model, tokenizer,
@@ -109,70 +153,49 @@ def language_model(model, tokenizer,
                    stock: bool = False        # lm-eval's own path
                   ):                          # an lm-eval model
     "A model as lm-eval wants it, with packed scoring and answers side by side unless `stock`."
-    # a slow import, left out of the command line's start
-    from lm_eval.models.huggingface import HFLM
-
-    class QuietLM(HFLM):
-        def loglikelihood(self, requests, disable_tqdm=False):
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(self, requests, **how):
-            score = super()._loglikelihood_tokens
-            return _where_it_fits(
-                requests, self.max_length, lambda some: score(some, **how) if some else []
-            )
-
-        def generate_until(self, requests, disable_tqdm=False):
-            found = []
-            for i in range(0, len(requests), 4 * batch_size):
-                found += super().generate_until(requests[i:i + 4 * batch_size], disable_tqdm=True)
-                if progress: progress("generate", len(found), len(requests))
-            return found
-
-    class PackedLM(QuietLM):
-        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            def score(some):
-                pairs = [(context, continuation) for _, context, continuation in some]
-                return loglikelihoods(self.model, pairs, batch_tokens, self.max_length, progress)
-            return _where_it_fits(requests, self.max_length, score)
-
-        def generate_until(self, requests, disable_tqdm=False):
-            return written_answers(self, requests, batch_size, progress)
-
-    kind = QuietLM if stock else PackedLM
+    kind = _quiet_class(batch_size, progress)
+    if not stock: kind = _packed_class(kind, batch_tokens, batch_size, progress)
     lm = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
     lm.cut = None if stock else set()  # lm-eval's own path does not say which answers were cut
     return lm
+
+# %% ../../nbs/evaluation/06_scoring.ipynb #c38e88e9
+def _row(task: Task, sample: dict, metric: str, value: float, size: int, by_chance: float) -> dict:
+    "One metric of one item; `size` in bytes."
+    return dict(task=task.name, dimension=task.dimension, item=sample["doc"]["id"], metric=metric,
+                value=value, bytes=size, chance=by_chance)
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #3cb969a3
 def likelihood_rows(task: Task,
                     sample: dict    # as lm-eval logs it
                    ) -> list[dict]:  # none if one of its answers is longer than the model's context
     "The rows of an item of a choice or bpb task."
-    if any(math.isnan(lp) for lp, _ in sample["filtered_resps"]): return []
+    if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]): return []
     gold = sample["doc"]["gold"]
     bits = -sample["filtered_resps"][gold][0] / math.log(2)
-    found = [("bits", bits, len(sample["arguments"][gold][1].encode()), math.nan)]
-    if task.kind == "choice":
-        found += [
-            (o, float(sample[o]), 0, 1 / len(sample["doc"]["choices"])) for o in ("acc", "acc_norm")
-        ]
-    return [
-        dict(task=task.name,
-             dimension=task.dimension,
-             item=sample["doc"]["id"],
-             metric=m,
-             value=v,
-             bytes=b,
-             chance=c) for m, v, b, c in found]
+    size = len(sample["arguments"][gold][1].encode())
+    rows = [_row(task, sample, "bits", bits, size, math.nan)]
+    if task.kind != "choice": return rows
+    by_chance = 1 / len(sample["doc"]["choices"])
+    return rows + [_row(task, sample, metric, float(sample[metric]), 0, by_chance)
+                   for metric in ("acc", "acc_norm")]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #dc1fe16a
 def last_number(text: str) -> float | None:
     """The number after `####`, else the last one; None if there is none. Thousands may be separated
     by commas."""
     number = r"-?\d[\d,]*(?:\.\d+)?"
-    found = re.findall(rf"####\s*\$?({number})", text)[:1] or re.findall(number, text)[-1:]
-    return float(found[0].replace(",", "")) if found else None
+    numbers = re.findall(rf"####\s*\$?({number})", text)[:1] or re.findall(number, text)[-1:]
+    return float(numbers[0].replace(",", "")) if numbers else None
+
+# %% ../../nbs/evaluation/06_scoring.ipynb #9bed7dd2
+def _check_answer(task: Task, sample: dict, timeout: float) -> tuple[bool, bool]:
+    "Whether an answer is right, and whether its program ran into the time limit."
+    answer, doc = sample["filtered_resps"][0], sample["doc"]
+    if not task.program:
+        return last_number(answer) == float(doc["target"].replace(",", "")), False
+    run = run_tests(doc["program"].replace("\0", answer), doc["tests"], timeout)
+    return run.ok, run.reason == "timeout"
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #0c5cb299
 def generated_rows(task: Task,
@@ -183,19 +206,15 @@ def generated_rows(task: Task,
                   ) -> list[dict]:
     """The rows of a generate task: exact match of a number, or pass@1 in the sandbox; then how
     answers and programs ended."""
-    def right(sample):  # is it, and did its program take too long?
-        answer, doc = sample["filtered_resps"][0], sample["doc"]
-        if not task.program:
-            return last_number(answer) == float(doc["target"].replace(",", "")), False
-        ran = run_tests(doc["program"].replace("\0", answer), doc["tests"], timeout)
-        return ran.ok, ran.reason == "timeout"
-    with ThreadPoolExecutor(2) as pool: found = list(pool.map(right, samples))
-    about = dict(task=task.name, dimension=task.dimension, bytes=0)
-    columns = {task.metric: ([v for v, _ in found], 0.0)}
-    if cut is not None: columns["cut"] = [o["arguments"][0][0] in cut for o in samples], math.nan
-    if task.program: columns["late"] = [late for _, late in found], math.nan
-    return [dict(about, item=o["doc"]["id"], metric=m, value=float(v), chance=c)
-            for m, (values, c) in columns.items() for o, v in zip(samples, values)]
+    with ThreadPoolExecutor(2) as pool:
+        checks = list(pool.map(lambda sample: _check_answer(task, sample, timeout), samples))
+    columns = {task.metric: ([right for right, _ in checks], 0.0)}
+    if cut is not None:
+        columns["cut"] = [sample["arguments"][0][0] in cut for sample in samples], math.nan
+    if task.program: columns["late"] = [late for _, late in checks], math.nan
+    return [_row(task, sample, metric, float(value), 0, by_chance)
+            for metric, (values, by_chance) in columns.items()
+            for sample, value in zip(samples, values)]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #de07cc19
 @contextmanager
@@ -203,9 +222,8 @@ def quiet():
     "Inside, lm-eval and datasets draw no progress bars and give no advice."
     import datasets
     import lm_eval.api.task as building
-    logger, bars, tqdm = logging.getLogger(
-        "lm_eval"), datasets.is_progress_bar_enabled(), building.tqdm
-    level = logger.level
+    logger, tqdm = logging.getLogger("lm_eval"), building.tqdm
+    bars, level = datasets.is_progress_bar_enabled(), logger.level
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
     building.tqdm = lambda items, **_: items
@@ -218,6 +236,7 @@ def quiet():
 # %% ../../nbs/evaluation/06_scoring.ipynb #457e6835
 Limit = int | None | dict[str, int | None]
 
+# %% ../../nbs/evaluation/06_scoring.ipynb #06e049e0
 def limit_of(task: Task,
              # items per task; or by kind or task name, e.g. {"choice": 200, "bpb": 50}; None for
              # all
@@ -225,8 +244,9 @@ def limit_of(task: Task,
             ) -> int | None:
     "How many items of a task are scored."
     if not isinstance(limit, dict): return limit
-    for o in limit:
-        if o not in TASKS and o not in KINDS: raise unknown_name("limit", o, [*KINDS, *TASKS])
+    for name in limit:
+        if name not in TASKS and name not in KINDS:
+            raise unknown_name("limit", name, [*KINDS, *TASKS])
     return limit.get(task.name, limit.get(task.kind))
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #4bc885a4
@@ -236,19 +256,17 @@ def swapped_rows(lm, task: Task, samples: list[dict],  # as lm-eval logs them
     """The bits of the right answers after the prompt of the next item; none for generated answers,
     or for a single item."""
     from lm_eval.api.instance import Instance
-    mine = samples[:n] if task.kind != "generate" and len(samples) > 1 else []
-    right = [o["arguments"][o["doc"]["gold"]] for o in samples[:n + 1]] if mine else []
-    pairs = [(right[(i + 1) % len(right)][0], right[i][1]) for i in range(len(mine))]
-    found = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)
-                              for pair in pairs]) if pairs else []
+    if task.kind == "generate" or len(samples) < 2 or not samples[:n]: return []
+    right = [sample["arguments"][sample["doc"]["gold"]] for sample in samples[:n + 1]]
+    swapped = [prompt for prompt, *_ in (*right[1:], right[0])]
+    answers = [answer for _, answer, *_ in right]
+    pairs = [*zip(swapped, answers)][:n]
+    likelihoods = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
     return [
-        dict(task=task.name,
-             dimension=task.dimension,
-             item=o["doc"]["id"],
-             metric="swapped_bits",
-             value=-lp / math.log(2),
-             bytes=len(answer.encode()),
-             chance=math.nan) for o, (lp, _), (_, answer) in zip(mine, found, pairs)]
+        _row(task, sample, "swapped_bits", -likelihood / math.log(2), len(answer.encode()),
+             math.nan)
+        for sample, (likelihood, _), (_, answer) in zip(samples, likelihoods, pairs)
+    ]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #9358692e
 def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval logs them
@@ -256,50 +274,59 @@ def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval lo
                    longest: int                                  # tokens of the model's context
                   ) -> dict[str, int]:                           # task → items that do not fit
     "How many items of each task have an answer that the model's context cannot hold."
-    found = {}
-    for task, mine in zip(tasks, rows, strict=True):
-        there, n = len({o["item"] for o in mine}), len(samples[task.name])
-        if not there:
+    left_out = {}
+    for task, task_rows in zip(tasks, rows, strict=True):
+        scored, n = len({row["item"] for row in task_rows}), len(samples[task.name])
+        if not scored:
             raise CalibPruneError(
                 f"Task {task.name!r} cannot be scored: none of its {n} items fits into the model's "
                 f"context of {longest:,} tokens. Leave it out, or take more items."
             )
-        if there < n: found[task.name] = n - there
-    return found
+        if scored < n: left_out[task.name] = n - scored
+    return left_out
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #e3915b2f
 @contextmanager
 def written_tasks(tasks: list[Task], limit: Limit, skip: int = 0) -> Iterator[list[str]]:
     "The folders of tasks for lm-eval."
     root = cache_dir() / "tasks"
-    above = next(o for o in (root, *root.parents) if o.exists())
+    above = next(folder for folder in (root, *root.parents) if folder.exists())
     with nullcontext() if os.access(above, os.W_OK) else temporary_folder() as folder:
-        yield [str(write_task(o, limit_of(o, limit), folder, after=skip)) for o in tasks]
+        yield [str(write_task(task, limit_of(task, limit), folder, after=skip)) for task in tasks]
+
+# %% ../../nbs/evaluation/06_scoring.ipynb #3532da8e
+def _cause(error: BaseException) -> BaseException:
+    "The system's error behind an error of `datasets`, else the deepest cause."
+    errors = [error]
+    for known in errors:  # grows as it goes
+        errors += [e for e in (known.__cause__, known.__context__) if e and e not in errors]
+    # A file may be missing because another one could not be written.
+    written = [e for e in errors if isinstance(e, OSError) and e.errno not in (None, ENOENT)]
+    return (written or errors)[-1]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #979ba5b2
 def load_tasks(folders: list[str], names: list[str]) -> dict[str, Any]:
     "Tasks of lm-eval, by name. It would run what other files in their folders name."
     from datasets.exceptions import DatasetGenerationError
     from lm_eval.tasks import TaskManager
-    own = {Path(at, f"{name}.yaml") for at, name in zip(folders, names, strict=True)}
-    foreign = sorted({o for at in folders for o in Path(at).rglob("*.y*ml")} - own)
-    if foreign:
+    own = {Path(folder, f"{name}.yaml") for folder, name in zip(folders, names, strict=True)}
+    files = {file for folder in folders for file in Path(folder).rglob("*.y*ml")}
+    if foreign := sorted(files - own):
         raise CalibPruneError(
             f"{foreign[0]} was not written by this program: remove it, or the folder it is in.")
     try: return TaskManager(include_path=folders, include_defaults=False).load(names)["tasks"]
     except (OSError, ValueError, DatasetGenerationError) as e:
-        found: list[BaseException] = [e]
-        for o in found: found += [c for c in (o.__cause__, o.__context__) if c and c not in found]
-        # A file may be missing because another one could not be written.
-        why = next(
-            (o
-             for o in reversed(found) if isinstance(o, OSError) and o.errno not in (None, ENOENT)),
-            found[-1])
-        said = str(getattr(why, "strerror", None) or why).rstrip(".")
+        cause = _cause(e)
+        message = str(getattr(cause, "strerror", None) or cause).rstrip(".")
         raise CalibPruneError(
-            f"Cannot keep the tasks in {Path(folders[0]).parent}: {said}. Make room there, "
-            "remove that folder, "
-            "or set CALIB_PRUNE_CACHE to a folder on another disk.") from e
+            f"Cannot keep the tasks in {Path(folders[0]).parent}: {message}. Make room there, "
+            "remove that folder, or set CALIB_PRUNE_CACHE to a folder on another disk.") from e
+
+# %% ../../nbs/evaluation/06_scoring.ipynb #003dfe3c
+def _rows_of(task: Task, samples: list[dict], cut: Container[str] | None) -> list[dict]:
+    "The rows of a task's items."
+    if task.kind == "generate": return generated_rows(task, samples, cut=cut)
+    return [row for sample in samples for row in likelihood_rows(task, sample)]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #9105a13b
 @reused_memory()
@@ -318,43 +345,60 @@ def evaluate(model, tokenizer,
              skip: int = 0
             # task, dimension, item, metric, value, bytes, chance
             ) -> pd.DataFrame:
-    """Score a model on tasks, item by item. `attrs` of the result say how (`scoring`) and what did
-    not fit (`left_out`)."""
+    """Score a model on tasks, item by item. `attrs` of the result: how it was scored (`scoring`)
+    and how many items did not fit (`left_out`)."""
     from lm_eval.evaluator import evaluate as run
     chosen = get_tasks(tasks)
     # fails now, not after hours of generating
-    if any(o.program for o in chosen): run_sandboxed("pass")
+    if any(task.program for task in chosen): run_sandboxed("pass")
     reason = "asked for" if stock else unpackable(model)
     with quiet(), written_tasks(chosen, limit, skip) as folders:
         lm = language_model(
             model, tokenizer, batch_tokens, batch_size, progress, stock=bool(reason)
         )
-        loaded = load_tasks(folders, [o.name for o in chosen])
+        loaded = load_tasks(folders, [task.name for task in chosen])
         samples = run(lm=lm, task_dict=loaded, bootstrap_iters=0)["samples"]
-        others = [row for o in chosen for row in swapped_rows(lm, o, samples[o.name], swapped)]
-    rows = []
-    for task in chosen:
-        mine = samples[task.name]
-        if task.kind == "generate":rows.append(generated_rows(task, mine, cut=lm.cut))
-        else: rows.append([row for sample in mine for row in likelihood_rows(task, sample)])
-    items = pd.DataFrame([row for part in rows for row in part] + others)
+        parts = [swapped_rows(lm, task, samples[task.name], swapped) for task in chosen]
+
+    rows = [_rows_of(task, samples[task.name], lm.cut) for task in chosen]
+    items = pd.DataFrame([row for part in rows + parts for row in part])
     items.attrs["scoring"] = f"lm-eval ({reason})" if reason else "packed"
     if left_out := left_out_items(chosen, samples, rows, lm.max_length):
         items.attrs["left_out"] = left_out
     return items
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #6326abe6
-def _per_byte(mine: pd.DataFrame) -> tuple[float, float]:
+def _per_byte(items: pd.DataFrame) -> tuple[float, float]:
     "Bits per byte over the items of a task, and its standard error."
-    value, size, n = mine.value.to_numpy(), mine.bytes.to_numpy(), len(mine)
-    score = value.sum() / size.sum()
-    return score, np.sqrt(((value - score * size) ** 2).sum() * n / max(n - 1, 1)) / size.sum()
+    bits, size, n = items.value.to_numpy(), items.bytes.to_numpy(), len(items)
+    score = bits.sum() / size.sum()
+    residual = bits - score * size
+    return score, np.sqrt((residual ** 2).sum() * n / max(n - 1, 1)) / size.sum()
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #228f7d5b
-def _share_right(mine: pd.DataFrame) -> tuple[float, float]:
+def _share_right(items: pd.DataFrame) -> tuple[float, float]:
     "The share of right answers, and its standard error."
-    value, n = mine.value.to_numpy(), len(mine)
-    return value.mean(), np.sqrt(((value - value.mean()) ** 2).mean() / max(n - 1, 1))
+    right, n = items.value.to_numpy(), len(items)
+    return right.mean(), np.sqrt(((right - right.mean()) ** 2).mean() / max(n - 1, 1))
+
+# %% ../../nbs/evaluation/06_scoring.ipynb #11f3ffd2
+def _task_scores(name: str, items: pd.DataFrame, bits: pd.DataFrame) -> dict:
+    "A task's row of `scores`; `bits`: the items with the bits of the right answers."
+    task, coded = TASKS[name], bits[bits.task == name]
+    in_bits = task.metric == "bits"
+    score, error = _per_byte(items) if in_bits else _share_right(items)
+    by_chance = items.chance.mean() if "chance" in items and not in_bits else np.nan
+    return dict(
+        dimension=task.dimension,
+        task=name,
+        metric=task.scored_by,
+        score=score,
+        standard_error=error,
+        n=len(items),
+        accuracy=np.nan if in_bits else score,
+        chance=by_chance,
+        bits_per_byte=_per_byte(coded)[0] if len(coded) else np.nan,
+    )
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #3731936a
 def scores(items: pd.DataFrame  # from `evaluate`
@@ -364,39 +408,21 @@ def scores(items: pd.DataFrame  # from `evaluate`
     """The scores of each task in the order of the dimensions: its own, and what the measures need
     (NaN if a task has none)."""
     bits = items[items.metric == "bits"]
-    def one(name: str, mine: pd.DataFrame) -> dict:
-        task, coded = TASKS[name], bits[bits.task == name]
-        score, error = _per_byte(mine) if task.metric == "bits" else _share_right(mine)
-        chance = mine.chance.mean() if "chance" in mine and task.metric != "bits" else np.nan
-        return dict(
-            dimension=task.dimension,
-            task=name,
-            metric=task.scored_by,
-            score=score,
-            standard_error=error,
-            n=len(mine),
-            accuracy=np.nan if task.metric == "bits" else score,
-            chance=chance,
-            bits_per_byte=_per_byte(coded)[0] if len(coded) else np.nan,
-        )
-    return pd.DataFrame([one(*o) for o in PLAIN.table(items).groupby("task", sort=False)])
+    groups = PLAIN.table(items).groupby("task", sort=False)
+    return pd.DataFrame([_task_scores(name, values, bits) for name, values in groups])
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #a001e655
 ENDINGS = ("cut", "late")  # metrics that are no scores
 
+# %% ../../nbs/evaluation/06_scoring.ipynb #23a7c8f2
 def ending_notes(items: pd.DataFrame  # from `evaluate`, of one model or more
                 ) -> list[str]:       # empty if every answer came to its own end
     """How many written answers were cut at their greatest length, and how many programs ran into
     the time limit."""
-    notes = []
-    for (task, metric), mine in items[items.metric.isin(ENDINGS)].groupby(
-        ["task", "metric"], sort=False
-    ):
-        if not (n := int(mine.value.sum())): continue
-        how = (
-            f"answers were cut at {TASKS[task].max_tokens} tokens"
-            if metric == "cut"
-            else "programs ran into the time limit"
-        )
-        notes.append(f"{task}: {n} of {len(mine)} {how}.")
+    notes, endings = [], items[items.metric.isin(ENDINGS)]
+    for (task, metric), values in endings.groupby(["task", "metric"], sort=False).value:
+        if not (n := int(values.sum())): continue
+        if metric == "cut": how = f"answers were cut at {TASKS[task].max_tokens} tokens"
+        else: how = "programs ran into the time limit"
+        notes.append(f"{task}: {n} of {len(values)} {how}.")
     return notes

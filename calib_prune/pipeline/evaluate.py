@@ -60,28 +60,28 @@ class Evaluation:
     def scores_record(self) -> dict[str, Any]:
         "The scores for programs."
         record = {"scores": json_rows(self.scores), "endings": self.endings} | self.items.attrs
-        return record if self.dense_items is None else record | {
-            "dense_scores": json_rows(scores(self.dense_items))}
+        if self.dense_items is None: return record
+        return record | {"dense_scores": json_rows(scores(self.dense_items))}
 
     def record(self) -> dict[str, Any]:
         "Scores and retention for programs."
-        if (kept := self.retention) is None: return self.scores_record()
-        return self.scores_record() | {
-            "measure": self.measure.name, "retention": json_rows(kept), **kept.attrs}
+        if (table := self.retention) is None: return self.scores_record()
+        rows = {"measure": self.measure.name, "retention": json_rows(table)}
+        return self.scores_record() | rows | table.attrs
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0020
 def _score_models(models: list[str], tasks: list[str], limit: int | None, dtype: str, device: str,
                   # model → items
                   batch_tokens: int, progress: ProgressFn | None) -> dict[str, pd.DataFrame]:
     "Every model's answers, item by item."
-    found = {}
+    items = {}
     for name in dict.fromkeys(models):
         net, tokenizer = load_model(name, dtype, device)
-        found[name] = evaluate(
+        items[name] = evaluate(
             net, tokenizer, tasks, limit=limit, batch_tokens=batch_tokens, progress=progress
         )
         del net  # one model in memory at a time
-    return found
+    return items
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0021
 def evaluate_model(
@@ -101,6 +101,6 @@ def evaluate_model(
     names = [task.name for task in get_tasks(tasks)]
     scored_by = get_measure(measure)
     if dense is not None: scored_by.check_scorable(names)  # before hours of scoring
-    models = [str(o) for o in (model, dense) if o is not None]
+    models = [str(path) for path in (model, dense) if path is not None]
     items = _score_models(models, names, limit or None, dtype, device, batch_tokens, progress)
     return Evaluation(items[models[0]], None if dense is None else items[models[-1]], scored_by)

@@ -117,7 +117,7 @@ def prune_loaded(model,                        # pruned in place
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0011
 def _summary(report,  # a data frame from `pruning.walk.prune`: one row per linear map
-             method: str, steps: Iterable[str] = ()  # what was done beside it
+             method: str, steps: Iterable[str] = ()  # the steps that followed the method
             ) -> dict[str, Any]:
     "What a record says about the pruning: sparsity and error, the layers, versions, environment."
     weights, trained = report["d_out"] * report["d_in"], report["trained"].dropna()
@@ -140,7 +140,8 @@ def _held(model, report):  # a data frame from `pruning.walk.prune`
             for name, linear in prunable(layer).items():
                 weight = get_weight(linear)
                 shares[i, name] = int((weight == 0).sum()) / weight.numel()
-    return report.assign(sparsity=[shares[o] for o in zip(report["layer"], report["name"])])
+    linears = zip(report["layer"], report["name"])
+    return report.assign(sparsity=[shares[linear] for linear in linears])
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b0238286
 def _changing(model) -> set[str]:
@@ -174,9 +175,9 @@ def _finished_record(output: str, checkpoint: str | None, run: str) -> dict[str,
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0015
 def check_apart(output: str, checkpoint: str) -> None:
     "Refuse a checkpoint folder inside the output folder or its part folder, and the reverse."
-    out, kept = (Path(o).expanduser().resolve() for o in (output, checkpoint))
-    for mine in (out, *(out.with_name(f".{out.name}.{end}") for end in ("part", "lock"))):
-        if mine.is_relative_to(kept) or kept.is_relative_to(mine):
+    out, layers = (Path(folder).expanduser().resolve() for folder in (output, checkpoint))
+    for own in (out, *(out.with_name(f".{out.name}.{end}") for end in ("part", "lock"))):
+        if own.is_relative_to(layers) or layers.is_relative_to(own):
             raise CalibPruneError(
                 f"Output {output} and checkpoint {checkpoint} overlap: neither folder may be the"
                 " other one, or inside it. Choose two separate folders."
@@ -187,10 +188,10 @@ def _may_be_finished(output: str | None, checkpoint: str | None) -> bool:
     "Whether the output holds a whole model, made with this checkpoint, which was not removed."
     if output is None or checkpoint is None or not Path(checkpoint).expanduser().is_dir():
         return False
-    record, said = own_record(output), check_checkpoint(checkpoint)
+    record, marker = own_record(output), check_checkpoint(checkpoint)
     if record is None or record.get("checkpoint") is None: return False
     # None: the marker is gone already
-    return said is None or content_hash(said["checkpoint"]) == record["checkpoint"]
+    return marker is None or content_hash(marker["checkpoint"]) == record["checkpoint"]
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0018
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _prune_and_record(net, calibration: CalibrationSet, about: dict[str, Any], t
 # %% ../../nbs/pipeline/02_prune.ipynb #a52b9f4d
 def _read_settings(given: dict[str, Any]) -> PruneSettings:
     "Settings by name; an unknown name is an error."
-    known = [o.name for o in fields(PruneSettings)]
+    known = [field.name for field in fields(PruneSettings)]
     for name in given:
         if name not in known: raise unknown_name("setting", name, known)
     return PruneSettings(**given)
@@ -257,20 +258,20 @@ def prune_model(
                ) -> PrunedModel:
     "Load a model, draw its calibration set, prune, record and save: what the command `prune` does."
     how = _read_settings(settings)
-    name, out_name, kept = str(model), _as_text(output), _as_text(checkpoint)
-    _check_start(how, out_name, kept)
-    finished = _may_be_finished(out_name, kept)
+    name, out_name, layers = str(model), _as_text(output), _as_text(checkpoint)
+    _check_start(how, out_name, layers)
+    finished = _may_be_finished(out_name, layers)
     with _place(out_name, finished) as out:
-        net, tokenizer = load_model(
-            name, how.dtype, "cpu" if how.offload else how.device, how.revision
-        )
+        device = "cpu" if how.offload else how.device
+        net, tokenizer = load_model(name, how.dtype, device, how.revision)
         if out: out.rehearse(net, tokenizer)
         types = saved_type(how.save_dtype, name, how.revision)
         check_saved_type(net, *types, changing=_changing(net))
         calibration = draw_calibration(tokenizer, how)
         about = _describe(name, calibration, how)
-        if finished and out_name:net, record = None, _finished_record(out_name, kept, about["run"])
-        else: record = _prune_and_record(net, calibration, about, types, how, kept, progress)
+        if finished and out_name:
+            net, record = None, _finished_record(out_name, layers, about["run"])
+        else: record = _prune_and_record(net, calibration, about, types, how, layers, progress)
         if out: out.save(net, tokenizer, record)
-        if kept is not None: remove_checkpoint(kept)
+        if layers is not None: remove_checkpoint(layers)
     return PrunedModel(record, net, tokenizer, finished)
