@@ -40,7 +40,7 @@ def unknown_name(kind: str,             # what was being looked up, e.g. "source
     "The error for a name that is not in a registry, with the nearest names that are."
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    guess = f" Did you mean {' or '.join(repr(o) for o in near)}?" if near else ""
+    guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     more = f" {hint}" if hint else ""
     return CalibPruneError(f"Unknown {kind} {name!r}.{guess} Known: {', '.join(known)}.{more}")
 
@@ -53,10 +53,10 @@ def check_number(name: str,                   # as the user knows it
                  low: float, high: float,     # the range, both ends allowed
                  whole: bool = False          # must it be a whole number?
                 ) -> None:
-    "Refuse a number outside its range; NaN lies outside every range."
+    "Refuse a number outside its range; NaN is outside every range."
     kind = "a whole number" if whole else "a number"
-    right = isinstance(value, int) if whole else isinstance(value, (int, float))
-    if isinstance(value, bool) or not right or not low <= value <= high:
+    is_number = isinstance(value, int) if whole else isinstance(value, (int, float))
+    if isinstance(value, bool) or not is_number or not low <= value <= high:
         ends = f"from {low:,} to {high:,}" if high < math.inf else f"of at least {low:,}"
         raise CalibPruneError(f"{name} is {value!r}, but must be {kind} {ends}.")
 
@@ -75,7 +75,7 @@ def as_path(name: str | Path,     # as the user wrote it
     short = f"{ascii(text)[1:-1][:60]}…" if len(text) > 60 else ascii(text)[1:-1]
     try:
         path = Path(text).expanduser()
-        size = max((len(os.fsencode(o)) for o in path.parts), default=0)  # "." has no parts
+        size = max((len(os.fsencode(part)) for part in path.parts), default=0)  # "." has no parts
         if "\0" in text or size > NAME_BYTES or len(os.fsencode(path)) > PATH_BYTES:
             raise ValueError("it is too long, or holds a zero byte")
         path.stat()
@@ -91,12 +91,12 @@ def as_path(name: str | Path,     # as the user wrote it
 # %% ../nbs/core/01_core.ipynb #960ae3ef
 def cache_dir() -> Path:
     "The cache folder: `$CALIB_PRUNE_CACHE`, or the platform's convention. It may not exist yet."
-    try: wanted = os.environ.get("CALIB_PRUNE_CACHE") or user_cache_dir("calib-prune")
+    try: name = os.environ.get("CALIB_PRUNE_CACHE") or user_cache_dir("calib-prune")
     except RuntimeError as e:  # a user without a home directory
         raise CalibPruneError(
             f"There is no cache folder: {e}. Set CALIB_PRUNE_CACHE to a folder that can be written."
         ) from e
-    path = as_path(wanted, "the cache folder, CALIB_PRUNE_CACHE")
+    path = as_path(name, "the cache folder, CALIB_PRUNE_CACHE")
     if path.exists() and not path.is_dir():
         raise CalibPruneError(
             f"The cache folder {path} is not a folder. Set CALIB_PRUNE_CACHE to a folder "
@@ -105,7 +105,7 @@ def cache_dir() -> Path:
 
 # %% ../nbs/core/01_core.ipynb #100520da
 def is_study(folder: Path) -> bool:
-    "Whether a study lies in a folder."
+    "Whether a folder is that of a study."
     return (folder / "nbs/paper/prune_and_score.ipynb").is_file()
 
 # %% ../nbs/core/01_core.ipynb #14b40396
@@ -138,7 +138,7 @@ def _hold(path: Path) -> int | None:  # file descriptor; None if another process
 def only_run(path: Path,     # the lock file; its folder must exist
              place: Any      # what is locked, for the error
             ) -> Iterator[int]:  # its file descriptor, which a child process may inherit
-    "Hold a lock while something runs; an error at once if another process holds it."
+    "Hold a lock while something runs; an immediate error if another process holds it."
     try: fd = _hold(path)
     except OSError as e: raise CalibPruneError(f"Cannot write {path}: {e.strerror}.") from e
     if fd is None:
@@ -155,10 +155,9 @@ PATIENCE = 3600  # seconds that a part of another machine is left alone
 
 def parts_of(path: Path) -> list[Path]:
     "The parts of a file: of runs that are writing it, and of runs that were killed."
+    if not path.parent.is_dir(): return []
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.part")
-    return (
-        [o for o in path.parent.iterdir() if name.fullmatch(o.name)] if path.parent.is_dir() else []
-    )
+    return [part for part in path.parent.iterdir() if name.fullmatch(part.name)]
 
 # %% ../nbs/core/01_core.ipynb #9bd7f38b
 def _new_part(path: Path) -> tuple[int, Path]:  # file descriptor, locked; its name
@@ -172,17 +171,18 @@ def _new_part(path: Path) -> tuple[int, Path]:  # file descriptor, locked; its n
         if fd is not None: return fd, part  # else a sweep took it before it was locked
 
 # %% ../nbs/core/01_core.ipynb #70cc7628
+def _is_recent(part: Path) -> bool:
+    "Whether a part is from another machine, whose lock may not show here, and young."
+    elsewhere = not part.suffixes[-2].startswith(f".{HOST}")
+    return elsewhere and time.time() - part.stat().st_mtime < PATIENCE
+
+# %% ../nbs/core/01_core.ipynb #32fe43df
 def sweep_parts(path: Path) -> None:
     "Remove the parts of a file that nobody is writing."
     for part in parts_of(path):
         with suppress(OSError):  # another user's, or on a disk without locks: it stays
-            if (
-                not part.suffixes[-2].startswith(f".{HOST}")
-                and time.time() - part.stat().st_mtime < PATIENCE
-            ):
-                continue
-            if (fd := _hold(part)) is None: continue
-            try:part.unlink()
+            if _is_recent(part) or (fd := _hold(part)) is None: continue
+            try: part.unlink()
             finally: os.close(fd)
 
 # %% ../nbs/core/01_core.ipynb #40d82995
@@ -221,13 +221,12 @@ def write_atomic(path: str | Path,   # the file to make or replace
 @contextmanager
 def temporary_folder(prefix: str = "calib-prune-") -> Iterator[str]:
     "A folder of this user's alone, removed at the end."
-    try: held = TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    try: temporary = TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
     except OSError as e:
         raise CalibPruneError(
-            f"No folder for temporary files can be made: {e.strerror or e}. Set TMPDIR to a "
-            "folder that can be "
-            "written, on a disk with room.") from e
-    with held as folder: yield folder
+            f"No folder for temporary files can be made: {e.strerror or e}. Set TMPDIR to a folder"
+            " that can be written, on a disk with room.") from e
+    with temporary as folder: yield folder
 
 # %% ../nbs/core/01_core.ipynb #efd85b1b
 def damaged(path: str | Path, wrong: str) -> CalibPruneError:  # to be raised by the caller
@@ -238,13 +237,13 @@ def damaged(path: str | Path, wrong: str) -> CalibPruneError:  # to be raised by
     )
 
 # %% ../nbs/core/01_core.ipynb #3078ef25
-def _misfit(found: Any,             # parsed JSON
+def _misfit(data: Any,              # parsed JSON
             keys: dict[str, type]   # what it must hold, and of which type
            ) -> str:                # empty if it fits
     "Why parsed JSON is not the object that was expected."
-    if not isinstance(found, dict): return "it is not an object"
+    if not isinstance(data, dict): return "it is not an object"
     for key, kind in keys.items():
-        if not isinstance(found.get(key), kind): return f"its {key!r} is not a {kind.__name__}"
+        if not isinstance(data.get(key), kind): return f"its {key!r} is not a {kind.__name__}"
     return ""
 
 # %% ../nbs/core/01_core.ipynb #01879c05
@@ -254,11 +253,11 @@ def load_json(path: str | Path,  # a JSON file that this package wrote
     "Read a JSON object back; an error that names the file if it is damaged."
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may never end
         raise CalibPruneError(f"Cannot read {path}: it is not a file.")
-    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
+    try: data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e: raise CalibPruneError(f"Cannot read {path}: {e.strerror or e}.") from e
     except (ValueError, RecursionError) as e: wrong = f"it is not JSON ({e})"
-    else: wrong = _misfit(found, keys)
-    if not wrong: return found
+    else: wrong = _misfit(data, keys)
+    if not wrong: return data
     raise damaged(path, wrong)
 
 # %% ../nbs/core/01_core.ipynb #94babb67

@@ -31,10 +31,10 @@ class _OnceLoader(yaml.SafeLoader):
     "YAML without repeated keys."
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]
-        repeated = {o for o in names if names.count(o) > 1 and o != "<<"}
+        repeated = {name for name in names if names.count(name) > 1 and name != "<<"}
         if repeated:
-            said = f"the key {sorted(map(str, repeated))[0]!r} occurs twice"
-            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+            message = f"the key {sorted(map(str, repeated))[0]!r} occurs twice"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node):
@@ -51,18 +51,17 @@ def read_yaml(text: str,
     "Read YAML; an error if it is none."
     try: return yaml.load(text, _OnceLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
-        said = getattr(e, "problem", None) or str(e)
-        place = f", line {mark.line + 1}" if (mark := getattr(e, "problem_mark",
-                                                              None)) and "\n" in text else ""
-        raise CalibPruneError(f"{what} is not YAML: {said}{place}.") from e
+        problem = getattr(e, "problem", None) or str(e)
+        mark = getattr(e, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark and "\n" in text else ""
+        raise CalibPruneError(f"{what} is not YAML: {problem}{place}.") from e
 
 # %% ../nbs/core/06_forms.ipynb #bcfec7a1
 def shown_value(value: Any) -> str:
     """A value for a message. YAML may name one part many times: written out, a few lines would fill
     the memory."""
-    try:
-        return ascii(value) if isinstance(value, str) else reprlib.repr(value).encode(
-            "ascii", "backslashreplace").decode()
+    if isinstance(value, str): return ascii(value)
+    try: return reprlib.repr(value).encode("ascii", "backslashreplace").decode()
     except ValueError: return "a number of thousands of digits"
 
 # %% ../nbs/core/06_forms.ipynb #002b68c8
@@ -70,7 +69,7 @@ def misfit(error: Mapping[str, Any],  # one that pydantic found
            value: Any                 # that it is about
           ) -> str:
     "Why a value does not fit, to be put behind its name."
-    said = error["msg"].removeprefix("Input ").removeprefix("Value ")
-    note = " (YAML reads 3e11 as text: write 3.0e+11)" if error[
-        "type"] == "float_type" and isinstance(value, str) else ""
-    return f"is {shown_value(value)[:80]}, but {said[:1].lower()}{said[1:]}{note}"
+    message = error["msg"].removeprefix("Input ").removeprefix("Value ")
+    number_as_text = error["type"] == "float_type" and isinstance(value, str)
+    note = " (YAML reads 3e11 as text: write 3.0e+11)" if number_as_text else ""
+    return f"is {shown_value(value)[:80]}, but {message[:1].lower()}{message[1:]}{note}"

@@ -70,6 +70,7 @@ class LeftColumn(TimeRemainingColumn):
 # %% ../nbs/core/02_progress.ipynb #d06120f1
 EVERY = 30.0  # seconds between two lines of a stage (ours)
 
+# %% ../nbs/core/02_progress.ipynb #24f76a5a
 class PlainLines(Progress):
     "Progress as lines of text, in place of bars."
     def __init__(self, console: Console):
@@ -93,9 +94,10 @@ class PlainLines(Progress):
     def _tell(self, task_id: TaskID, last: bool = False) -> None:
         task, now = self._tasks[task_id], time.perf_counter()
         state = task.description, task.completed, task.total
-        before, told = self.told.get(task_id, (-math.inf, ()))
-        due = last or now - before >= EVERY or task.completed == task.total
-        if not due or state == told: return
+        written_at, written = self.told.get(task_id, (-math.inf, ()))
+        due = last or now - written_at >= EVERY or task.completed == task.total
+        if not due or state == written: return
+
         self.told[task_id] = now, state
         count, elapsed, left, rate = (column.render(task).plain for column in (
             MofNCompleteColumn(), TimeElapsedColumn(), LeftColumn(), RateColumn()))

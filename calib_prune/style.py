@@ -39,11 +39,11 @@ def save_figure(figure: Figure, path: str | Path  # without suffix
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # lay out and measure once: doing so per file takes seconds
     box = figure.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
-    for kind, dated in ((".pdf", "CreationDate"), (".png", "Software")):
+    for suffix, date_key in ((".pdf", "CreationDate"), (".png", "Software")):
         figure.savefig(
-            drawn := io.BytesIO(), format=kind[1:], metadata={dated: None}, bbox_inches=box
+            buffer := io.BytesIO(), format=suffix[1:], metadata={date_key: None}, bbox_inches=box
         )
-        write_atomic(path.with_suffix(kind), drawn.getvalue())  # whole, or as it was
+        write_atomic(path.with_suffix(suffix), buffer.getvalue())  # whole, or as it was
     return [path.with_suffix(".pdf"), path.with_suffix(".png")]
 
 # %% ../nbs/core/04_style.ipynb #9e3e12c1
@@ -61,35 +61,40 @@ def colour_of(group: str) -> Any:  # group: one of `SOURCE_KINDS`
 MARKERS = dict(zip(SOURCE_KINDS, "osD^vXP", strict=True))
 
 # %% ../nbs/core/04_style.ipynb #642c2eb6
+def _handle(kind: str) -> plt.Line2D:
+    "A kind's marker for a legend."
+    label = f"{kind} source" if kind in DIMENSIONS else kind
+    return plt.Line2D([], [], color=colour_of(kind), marker=MARKERS[kind], linestyle="",
+                      markersize=5, label=label)
+
+# %% ../nbs/core/04_style.ipynb #db4090e3
 def legend_above(figure: Figure, groups: Iterable[str]) -> None:
     "Put a legend of these kinds above a figure, in the order of `SOURCE_KINDS`."
-    handles = [
-        plt.Line2D([], [],
-                   color=colour_of(o),
-                   marker=MARKERS[o],
-                   linestyle="",
-                   markersize=5,
-                   label=f"{o} source" if o in DIMENSIONS else o) for o in SOURCE_KINDS
-        if o in set(groups)]
+    shown = set(groups)
+    handles = [_handle(kind) for kind in SOURCE_KINDS if kind in shown]
     figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=8,
                   handletextpad=0.1, columnspacing=0.9)
 
 # %% ../nbs/core/04_style.ipynb #a104afae
+def _luminance(colour: Any) -> float:  # a colour as matplotlib takes it
+    "The relative luminance of a colour, from 0 to 1 (WCAG 2)."
+    linear = [
+        channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+        for channel in to_rgb(colour)
+    ]
+    return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear))
+
+# %% ../nbs/core/04_style.ipynb #571f202a
 def contrast(a: Any, b: Any  # colours as matplotlib takes them
             ) -> float:      # from 1 to 21
     "The contrast ratio of two colours."
-    def luminance(colour: Any) -> float:
-        linear = [
-            o / 12.92 if o <= 0.04045 else ((o + 0.055) / 1.055) ** 2.4 for o in to_rgb(colour)
-        ]
-        return sum(weight * o for weight, o in zip((0.2126, 0.7152, 0.0722), linear))
-    low, high = sorted(map(luminance, (a, b)))
+    low, high = sorted(map(_luminance, (a, b)))
     return (high + 0.05) / (low + 0.05)
 
 # %% ../nbs/core/04_style.ipynb #0e8a1ab6
 def readable(background: Any) -> str:
     "Black or white, whichever can be read on this colour."
-    return max(("black", "white"), key=lambda o: contrast(o, background))
+    return max(("black", "white"), key=lambda text: contrast(text, background))
 
 # %% ../nbs/core/04_style.ipynb #05dbb51a
 def make_readable(ax: Axes) -> None:

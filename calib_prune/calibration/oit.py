@@ -51,151 +51,85 @@ _LATE = (
     "A finished text has no clock: neither when it was written nor when it was copied is part of a"
     " set, and nothing happens in between."
 )
-_EXTENT = (Metric("volume_tokens",
-                  "volume",
-                  "σ(g(c, T_m))",
-                  "N · L",
-                  "tokens",
-                  1,
-                  math.inf,
-                  "what the carrier holds, in the pruner's own unit",
-                  constant=_SET),
-           Metric("volume_bytes", "volume", "σ(g(c, T_m))", "UTF-8 bytes of the text", "bytes", 0,
-                  math.inf, "what the carrier holds, whatever the tokenizer"),
-           Metric("volume_compressed",
-                  "volume",
-                  "σ(g(c, T_m))",
-                  "bytes of the text after bz2, level 9",
-                  "bytes",
-                  0,
-                  math.inf,
-                  "what the carrier holds once repetition is squeezed out",
-                  main=True),
-           Metric("delay",
-                  "delay",
-                  "sup T_m − sup T_h",
-                  "none",
-                  "",
-                  math.nan,
-                  math.nan,
-                  "none",
-                  main=True,
-                  inapplicable=_LATE),
-           Metric("scope_vocabulary",
-                  "scope",
-                  "σ(o)",
-                  "distinct tokens",
-                  "tokens",
-                  1,
-                  math.inf,
-                  "how many things the text can name, by the tokens it uses",
-                  main=True),
-           Metric("scope_documents", "scope", "σ(o)", "distinct documents", "documents", 1,
-                  math.inf, "how many separate parts of the world are in it, a document being one"))
+
+# %% ../../nbs/calibration/04_oit.ipynb #97d4843e
+_EXTENT = (
+    Metric("volume_tokens", "volume", "σ(g(c, T_m))",
+           "N · L", "tokens", 1, math.inf,
+           "what the carrier holds, in the pruner's own unit", constant=_SET),
+    Metric("volume_bytes", "volume", "σ(g(c, T_m))",
+           "UTF-8 bytes of the text", "bytes", 0, math.inf,
+           "what the carrier holds, whatever the tokenizer"),
+    Metric("volume_compressed", "volume", "σ(g(c, T_m))",
+           "bytes of the text after bz2, level 9", "bytes", 0, math.inf,
+           "what the carrier holds once repetition is squeezed out", main=True),
+    Metric("delay", "delay", "sup T_m − sup T_h",
+           "none", "", math.nan, math.nan,
+           "none", main=True, inapplicable=_LATE),
+    Metric("scope_vocabulary", "scope", "σ(o)",
+           "distinct tokens", "tokens", 1, math.inf,
+           "how many things the text can name, by the tokens it uses", main=True),
+    Metric("scope_documents", "scope", "σ(o)",
+           "distinct documents", "documents", 1, math.inf,
+           "how many separate parts of the world are in it, a document being one"),
+)
 
 # %% ../../nbs/calibration/04_oit.ipynb #91d4e9ff
-_GRAIN = (Metric("granularity_document",
-                 "granularity",
-                 "mean size of the elementary parts of o",
-                 "mean tokens of a piece",
-                 "tokens",
-                 1,
-                 math.inf,
-                 "the elementary part is what a window shows of one document",
-                 main=True),
-          Metric("granularity_sentence", "granularity", "mean size of the elementary parts of o",
-                 "text tokens / sentences", "tokens", 1, math.inf,
-                 "the elementary part is a sentence, or a line"),
-          Metric("variety_ngrams",
-                 "variety",
-                 "equivalence classes of f(o, T_h)",
-                 "distinct bigrams",
-                 "bigrams",
-                 0,
-                 math.inf,
-                 "two states are the same if their two tokens are",
-                 main=True),
-          Metric("variety_entropy", "variety", "equivalence classes of f(o, T_h)",
-                 "−Σ p(t) log₂ p(t) over tokens t", "bits", 0, math.inf,
-                 "the logarithm of the effective number of classes"))
+_GRAIN = (
+    Metric("granularity_document", "granularity", "mean size of the elementary parts of o",
+           "mean tokens of a piece", "tokens", 1, math.inf,
+           "the elementary part is what a window shows of one document", main=True),
+    Metric("granularity_sentence", "granularity", "mean size of the elementary parts of o",
+           "text tokens / sentences", "tokens", 1, math.inf,
+           "the elementary part is a sentence, or a line"),
+    Metric("variety_ngrams", "variety", "equivalence classes of f(o, T_h)",
+           "distinct bigrams", "bigrams", 0, math.inf,
+           "two states are the same if their two tokens are", main=True),
+    Metric("variety_entropy", "variety", "equivalence classes of f(o, T_h)",
+           "−Σ p(t) log₂ p(t) over tokens t", "bits", 0, math.inf,
+           "the logarithm of the effective number of classes"),
+)
 
 # %% ../../nbs/calibration/04_oit.ipynb #fb368cf9
-_TIME = (Metric("duration_window",
-                "duration",
-                "sup T_h − inf T_h",
-                "L",
-                "tokens",
-                1,
-                math.inf,
-                "the span that the pruner sees at once",
-                constant=_SET),
-         Metric("duration_document",
-                "duration",
-                "sup T_h − inf T_h",
-                "mean over documents of last − first position + 1",
-                "tokens",
-                1,
-                math.inf,
-                "the span of a document between its first and last sampled token",
-                main=True),
-         Metric("sampling_windows",
-                "sampling rate",
-                "samples / span",
-                "pieces / documents",
-                "windows per document",
-                1,
-                math.inf,
-                "how often a document is looked at: about once where the source is much larger",
-                main=True),
-         Metric("sampling_density", "sampling rate", "samples / span", "Σ sampled tokens / Σ spans",
-                "share", 0, 1, "which share of the span was taken"))
+_TIME = (
+    Metric("duration_window", "duration", "sup T_h − inf T_h",
+           "L", "tokens", 1, math.inf,
+           "the span that the pruner sees at once", constant=_SET),
+    Metric("duration_document", "duration", "sup T_h − inf T_h",
+           "mean over documents of last − first position + 1", "tokens", 1, math.inf,
+           "the span of a document between its first and last sampled token", main=True),
+    Metric("sampling_windows", "sampling rate", "samples / span",
+           "pieces / documents", "windows per document", 1, math.inf,
+           "how often a document is looked at: about once where the source is much larger",
+           main=True),
+    Metric("sampling_density", "sampling rate", "samples / span",
+           "Σ sampled tokens / Σ spans", "share", 0, 1,
+           "which share of the span was taken"),
+)
 
 # %% ../../nbs/calibration/04_oit.ipynb #47102509
 _RELATION = (
-    Metric("aggregation",
-           "aggregation",
-           "relations among states / states",
-           "1 − distinct / total 4-grams",
-           "share",
-           0,
-           1,
-           "a 4-gram that comes back relates two places of the text",
-           main=True),
-    Metric("coverage",
-           "coverage",
-           "how widely carriers copy the information",
-           "share of the frequent vocabulary that occurs",
-           "share",
-           0,
-           1,
+    Metric("aggregation", "aggregation", "relations among states / states",
+           "1 − distinct / total 4-grams", "share", 0, 1,
+           "a 4-gram that comes back relates two places of the text", main=True),
+    Metric("coverage", "coverage", "how widely carriers copy the information",
+           "share of the frequent vocabulary that occurs", "share", 0, 1,
            "how much of what all text shares has a copy in the set; it follows scope and variety",
            main=True),
-    Metric("distortion",
-           "distortion",
-           "distance of states and reflection",
-           "exp(mean −ln p(token | those before in its window))",
-           "per token",
-           1,
-           math.inf,
-           "how badly the dense model reflects the text: perplexity",
-           "model",
-           main=True),
-    Metric("mismatch",
-           "mismatch",
-           "distance of information and need",
-           "Jensen–Shannon divergence of token frequencies",
-           "bits",
-           0,
-           1,
-           "how far the set's tokens are from those of the target",
-           "reference",
-           main=True))
-METRICS: dict[str, Metric] = {m.key: m for m in (*_EXTENT, *_GRAIN, *_TIME, *_RELATION)}
+    Metric("distortion", "distortion", "distance of states and reflection",
+           "exp(mean −ln p(token | those before in its window))", "per token", 1, math.inf,
+           "how badly the dense model reflects the text: perplexity", "model", main=True),
+    Metric("mismatch", "mismatch", "distance of information and need",
+           "Jensen–Shannon divergence of token frequencies", "bits", 0, 1,
+           "how far the set's tokens are from those of the target", "reference", main=True),
+)
+_ALL = *_EXTENT, *_GRAIN, *_TIME, *_RELATION
+METRICS: dict[str, Metric] = {metric.key: metric for metric in _ALL}
 
 # %% ../../nbs/calibration/04_oit.ipynb #efc4edd3
 def definitions() -> pd.DataFrame:
     "All definitions as a table."
-    return pd.DataFrame([asdict(o) for o in METRICS.values()])
+    return pd.DataFrame([asdict(metric) for metric in METRICS.values()])
 
 # %% ../../nbs/calibration/04_oit.ipynb #d1cf4048
 def pieces(cal: CalibrationSet,
@@ -213,13 +147,13 @@ def pieces(cal: CalibrationSet,
     at, nth = np.flatnonzero(begin), begin.cumsum(1)[begin] - 1
     stop = np.append(at[1:], tokens.size)
     where = cal.provenance.iloc[at // tokens.shape[1]]
-    found = pd.DataFrame(
+    table = pd.DataFrame(
         dict(source=where["source"].to_numpy(),
              document=where.first_document.to_numpy() + nth,
              start=np.where(nth, 0, where.offset),
              length=stop - at - (tokens.ravel()[stop - 1] == end),
              at=at))
-    return found[found.length > 0].reset_index(drop=True)
+    return table[table.length > 0].reset_index(drop=True)
 
 # %% ../../nbs/calibration/04_oit.ipynb #3ecdf366
 def piece_texts(tokens: np.ndarray,   # int64 [N, L]
@@ -243,8 +177,8 @@ def document_metrics(parts: pd.DataFrame  # from `pieces`
                     ) -> dict[str, float]:
     "The metrics of documents: how many, how long, how widely and how densely sampled."
     stop = parts.start + parts.length
-    by = parts.assign(stop=stop).groupby(["source", "document"])
-    span = (by["stop"].max() - by["start"].min()).to_numpy()
+    by_document = parts.assign(stop=stop).groupby(["source", "document"])
+    span = (by_document["stop"].max() - by_document["start"].min()).to_numpy()
     return dict(scope_documents=len(span), granularity_document=float(parts.length.mean()),
                 duration_document=float(span.mean()), sampling_windows=len(parts) / len(span),
                 sampling_density=float(parts.length.sum() / span.sum()))
@@ -252,15 +186,13 @@ def document_metrics(parts: pd.DataFrame  # from `pieces`
 # %% ../../nbs/calibration/04_oit.ipynb #67542b9b
 # how byte-level and SentencePiece vocabularies write a space and a line break
 _SPACE = {"Ġ": " ", "▁": " ", "Ċ": "\n"}
-_CLOSING = "\"')]"  # what may stand between a full stop and the space after it
+_CLOSING = "\"')]"  # what may come between a full stop and the space after it
 
 def token_strings(tokenizer, ids: np.ndarray) -> list[str]:
     "Tokens as their vocabulary writes them, with plain spaces and line breaks."
-    table = str.maketrans(_SPACE)
-    return [
-        "\n" if o == "<0x0A>" else o.translate(table)
-        for o in tokenizer.convert_ids_to_tokens(ids.tolist())
-    ]
+    translation = str.maketrans(_SPACE)
+    strings = tokenizer.convert_ids_to_tokens(ids.tolist())
+    return ["\n" if text == "<0x0A>" else text.translate(translation) for text in strings]
 
 # %% ../../nbs/calibration/04_oit.ipynb #209cb244
 def sentence_count(tokens: np.ndarray,  # int64 [N, L]
@@ -269,15 +201,17 @@ def sentence_count(tokens: np.ndarray,  # int64 [N, L]
                   ) -> int:
     "The number of sentences, and of lines that are not blank, in the windows."
     ids, inverse = np.unique(tokens, return_inverse=True)
-    words = ["\n" if i == end else w for i, w in zip(ids, token_strings(tokenizer, ids))]
-    is_a = lambda test: np.array([test(o) for o in words])[inverse].reshape(tokens.shape)
-    stop = is_a(lambda o: o.rstrip(_CLOSING).endswith((".", "!", "?")))
-    closing = is_a(lambda o: not o.strip(_CLOSING))
+    strings = token_strings(tokenizer, ids)
+    words = ["\n" if token == end else word for token, word in zip(ids, strings)]
+    is_a = lambda test: np.array([test(word) for word in words])[inverse].reshape(tokens.shape)
+    stop = is_a(lambda word: word.rstrip(_CLOSING).endswith((".", "!", "?")))
+    closing = is_a(lambda word: not word.strip(_CLOSING))
+    space, line = is_a(lambda word: word[:1].isspace()), is_a(lambda word: "\n" in word)
+    text = is_a(lambda word: bool(word.strip()))
+
     # A closing token ends a sentence if the last token before it that closes nothing does.
     before = np.maximum.accumulate(np.where(closing, 0, np.arange(tokens.shape[1])), axis=1)
     stop = np.take_along_axis(stop, before, axis=1)
-    space, line = is_a(lambda o: o[:1].isspace()), is_a(lambda o: "\n" in o)
-    text = is_a(lambda o: bool(o.strip()))
     begin = np.ones(tokens.shape, bool)
     begin[:, 1:] = line[:, :-1] | stop[:, :-1] & space[:, 1:]
     return len(np.unique(begin.cumsum()[text.ravel()]))
@@ -357,7 +291,8 @@ def window_nll(model, tokens: torch.Tensor,  # int64 [N, L]
         )
     show = progress and (lambda _, done, total: progress("perplexity", done, total))
     requests = [(w[:1], w[1:]) for w in tokens.tolist()]
-    return -np.array([o for o, _ in loglikelihoods(model, requests, batch_tokens, progress=show)])
+    scores = loglikelihoods(model, requests, batch_tokens, progress=show)
+    return -np.array([score for score, _ in scores])
 
 # %% ../../nbs/calibration/04_oit.ipynb #4167e35d
 def set_perplexity(model, tokens: torch.Tensor, batch_tokens: int = 1024,  # as `window_nll`
@@ -377,21 +312,26 @@ def js_divergence(a: np.ndarray, b: np.ndarray  # token ids, any shape
     a, b = np.ravel(a), np.ravel(b)
     if not len(a) or not len(b):
         raise CalibPruneError("A divergence needs two texts, but one has no tokens.")
-    p, q = (np.bincount(o, minlength=max(a.max(), b.max()) + 1) / len(o) for o in (a, b))
+    size = max(a.max(), b.max()) + 1
+    p, q = np.bincount(a, minlength=size) / len(a), np.bincount(b, minlength=size) / len(b)
     # beyond by rounding only
     return min(max(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0), 1.0)
 
 # %% ../../nbs/calibration/04_oit.ipynb #d4085b72
+def _check_tokenizer(cal: CalibrationSet, tokenizer) -> None:
+    "Refuse a tokenizer that did not make a set."
+    if cal.tokenizer == tokenizer_identity(tokenizer): return
+    raise CalibPruneError(
+        "The calibration set was made with another tokenizer: give the one that it was built with."
+    )
+
+# %% ../../nbs/calibration/04_oit.ipynb #17f93587
 def text_metrics(cal: CalibrationSet, tokenizer,
                  n: int = 4, reading: str = "repeated",  # see `aggregation`
                  frequent: float = 0.1                   # see `frequent_ids`
                 ) -> dict[str, float]:                   # by key of `METRICS`
     "Every metric that needs only the text."
-    if cal.tokenizer != tokenizer_identity(tokenizer):
-        raise CalibPruneError(
-            "The calibration set was made with another tokenizer: give the one that it was built"
-            " with."
-        )
+    _check_tokenizer(cal, tokenizer)
     tokens, end = cal.tokens.numpy(), end_of_text_id(tokenizer)
     parts = pieces(cal, end)
     if parts.empty:
@@ -401,30 +341,24 @@ def text_metrics(cal: CalibrationSet, tokenizer,
     # A window of nothing but white space is one line.
     sentences = max(sentence_count(tokens, tokenizer, end), int((tokens != end).any(1).sum()))
     return document_metrics(parts) | dict(
-        volume_tokens=tokens.size,
-        volume_bytes=size,
-        volume_compressed=compressed,
+        volume_tokens=tokens.size, volume_bytes=size, volume_compressed=compressed,
         scope_vocabulary=int((counts > 0).sum()),
         granularity_sentence=float(parts.length.sum() / sentences),
-        variety_ngrams=distinct_ngrams(tokens),
-        variety_entropy=entropy(counts),
-        duration_window=tokens.shape[1],
-        aggregation=aggregation(tokens, n, reading),
-        coverage=coverage(tokens, frequent_ids(tokenizer, frequent)),
-    )
+        variety_ngrams=distinct_ngrams(tokens), variety_entropy=entropy(counts),
+        duration_window=tokens.shape[1], aggregation=aggregation(tokens, n, reading),
+        coverage=coverage(tokens, frequent_ids(tokenizer, frequent)))
 
 # %% ../../nbs/calibration/04_oit.ipynb #f31cde3c
 def mismatches(cal: CalibrationSet, tokenizer,
                references: Mapping[str, np.ndarray]  # name → token ids
               ) -> dict[str, float]:                 # "mismatch:NAME" → bits
     "Divergence from each reference; end-of-text tokens do not count (ours: prompts have none)."
-    text = lambda ids: (flat := np.ravel(ids))[flat != end_of_text_id(tokenizer)]
+    end = end_of_text_id(tokenizer)
+    text = lambda ids: (flat := np.ravel(ids))[flat != end]
     for name, ids in references.items():
         if not text(ids).size: raise CalibPruneError(f"The reference {name!r} holds no text.")
-    return {
-        f"mismatch:{k}": js_divergence(text(cal.tokens.numpy()), text(v))
-        for k, v in references.items()
-    }
+    own = text(cal.tokens.numpy())
+    return {f"mismatch:{name}": js_divergence(own, text(ids)) for name, ids in references.items()}
 
 # %% ../../nbs/calibration/04_oit.ipynb #ed5d330e
 def _row(
@@ -437,31 +371,25 @@ def _row(
 
 # %% ../../nbs/calibration/04_oit.ipynb #2eed731f
 def measure(cal: CalibrationSet, tokenizer,
-            # the dense model; without it no distortion
-            model=None,
-            # name → token ids; without them no mismatch
-            references: Mapping[str, np.ndarray] | None = None,
+            model=None,  # the dense model; without it no distortion
+            references: Mapping[str, np.ndarray] | None = None,  # name → token ids; for mismatch
             n: int = 4, reading: str = "repeated",           # see `aggregation`
             frequent: float = 0.1,                           # see `frequent_ids`
             batch_tokens: int = 1024, n_boot: int = 2000, seed: int = 0,  # see `set_perplexity`
             progress: ProgressFn | None = None
            ) -> pd.DataFrame:  # metric, oit, value, unit, ci_low, ci_high, applicable, note
     "All eleven metrics of a set; what cannot be measured is NaN, and its note says why."
-    found = text_metrics(cal, tokenizer, n, reading, frequent)
-    rows = [_row(k, found.get(k, math.nan)) for k, m in METRICS.items() if m.needs == "text"]
+    values = text_metrics(cal, tokenizer, n, reading, frequent)
+    of_text = [key for key, metric in METRICS.items() if metric.needs == "text"]
+    rows = [_row(key, values.get(key, math.nan)) for key in of_text]
     if model is None:
         rows.append(_row("distortion", math.nan, note="not measured: needs the dense model"))
     else:
-        rows.append(
-            _row(
-                "distortion",
-                *set_perplexity(model, cal.tokens, batch_tokens, n_boot, seed, progress)
-            )
-        )
-    if not references:
-        return pd.DataFrame(
-            [*rows, _row("mismatch", math.nan, note="not measured: needs references")]
-        )
-    return pd.DataFrame(
-        rows + [_row(k, v) for k, v in mismatches(cal, tokenizer, references).items()]
-    )
+        ppl = set_perplexity(model, cal.tokens, batch_tokens, n_boot, seed, progress)
+        rows.append(_row("distortion", *ppl))
+    if references:
+        bits = mismatches(cal, tokenizer, references)
+        rows += [_row(key, value) for key, value in bits.items()]
+    else:
+        rows.append(_row("mismatch", math.nan, note="not measured: needs references"))
+    return pd.DataFrame(rows)

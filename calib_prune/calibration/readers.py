@@ -21,23 +21,28 @@ CHUNK = 1 << 20  # bytes read at a time
 
 Seen = Callable[[bytes], object]  # takes the bytes of a file in their order
 
+# %% ../../nbs/calibration/01_readers.ipynb #de593a98
+def _not_text(path: Path, offset: int) -> CalibPruneError:
+    "The error for a file with a zero byte."
+    return CalibPruneError(
+        f"{path} is not text: it has a zero byte at offset {offset:,}. Calibration text is UTF-8:"
+        " .txt, .jsonl, or a .parquet file."
+    )
+
+# %% ../../nbs/calibration/01_readers.ipynb #9c21f7f9
 def text_chunks(path: Path, seen: Seen | None = None) -> Iterator[str]:
     "The text of a file, which must be UTF-8, in pieces."
-    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
     try:
         with open(path, "rb") as file:
             while data := file.read(CHUNK):
                 if seen: seen(data)
-                if b"\0" in data:
-                    raise CalibPruneError(
-                        f"{path} is not text: it has a zero byte at offset {at + data.index(0):,}. "
-                        "Calibration text is UTF-8: .txt, .jsonl, or a .parquet file."
-                    )
-                # begin: of the first kept byte
-                begin, at = at - len(decoder.getstate()[0]), at + len(data)
+                if b"\0" in data: raise _not_text(path, size + data.index(0))
+                # begin: of the first byte that the decoder has kept
+                begin, size = size - len(decoder.getstate()[0]), size + len(data)
                 text = decoder.decode(data)
                 yield text.removeprefix("\ufeff") if begin == 0 else text
-            begin = at - len(decoder.getstate()[0])
+            begin = size - len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as e:
         raise CalibPruneError(
@@ -100,17 +105,19 @@ def _field(path: Path,
            n: int,      # number of the line, from 1
            line: str, field: str) -> str:
     "The text in a field of a line."
-    try: r = json.loads(line)
+    try: record = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise CalibPruneError(f"{path}, line {n}, is not JSON: {e}.") from e
-    if not isinstance(r, dict) or field not in r:
-        has = f"the fields {', '.join(r)[:200]}" if isinstance(r, dict) else f"a {type(r).__name__}"
+    if not isinstance(record, dict) or field not in record:
+        is_record = isinstance(record, dict)
+        has = f"the fields {', '.join(record)[:200]}" if is_record else f"a {type(record).__name__}"
         raise CalibPruneError(f"{path}, line {n}, has no field {field!r}, but {has}. "
                               f"Name the right one: {path.name}:FIELD.")
-    if not isinstance(r[field], str) or re.search("[\ud800-\udfff]", r[field]):
+    text = record[field]
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
         raise CalibPruneError(
-            f"{path}, line {n}: the field {field!r} does not hold text but {ascii(r[field])[:60]}.")
-    return r[field]
+            f"{path}, line {n}: the field {field!r} does not hold text but {ascii(text)[:60]}.")
+    return text
 
 # %% ../../nbs/calibration/01_readers.ipynb #6cc6be18
 def read_jsonl_field(path: Path, field: str, seen: Seen | None = None) -> Iterator[str]:
@@ -179,9 +186,9 @@ def _check_cells(path: Path, field: str, batch: Any) -> None:
 # %% ../../nbs/calibration/01_readers.ipynb #28398f9f
 def _cells(path: Path, table: Any, field: str) -> Iterator[str]:
     "The cells of a text column, a few at a time."
-    at, packed, size = _text_column(path, table, field), 0, 0
+    column, packed, size = _text_column(path, table, field), 0, 0
     for group in range(table.num_row_groups):
-        chunk = table.metadata.row_group(group).column(at)
+        chunk = table.metadata.row_group(group).column(column)
         rows, packed = _rows_at_a_time(path, field, chunk), packed + chunk.total_compressed_size
         for batch in table.iter_batches(rows, row_groups=[group], columns=[field]):
             if (size := size + batch.nbytes) > ENOUGH: _check_packing(path, field, packed, size)
@@ -203,7 +210,7 @@ def read_parquet_column(path: Path, field: str, seen: Seen | None = None) -> Ite
     try: file = open(path, "rb")
     except OSError as e: raise CalibPruneError(f"Cannot read {path}: {e.strerror or e}.") from e
     with file:
-        began, table = os.fstat(file.fileno()).st_mtime_ns, _opened(path, file)
+        modified, table = os.fstat(file.fileno()).st_mtime_ns, _opened(path, file)
         try: yield from _cells(path, table, field)
         except MemoryError: raise  # pyarrow's is an ArrowException as well
         except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
@@ -211,4 +218,4 @@ def read_parquet_column(path: Path, field: str, seen: Seen | None = None) -> Ite
                 f"{path} is damaged: its column {field!r} cannot be read: {e}") from e
         file.seek(0)
         while seen and (data := file.read(CHUNK)): seen(data)
-        if os.fstat(file.fileno()).st_mtime_ns != began: raise changed(path)
+        if os.fstat(file.fileno()).st_mtime_ns != modified: raise changed(path)

@@ -14,7 +14,9 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from tokenize import TokenError
 from typing import IO, Any, Iterable, Iterator, Mapping, Protocol
@@ -92,22 +94,27 @@ def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
         ) from e
 
 # %% ../../nbs/calibration/03_sets.ipynb #d47a9a78
+def _tokens_of(pieces: list[tuple[str, bool]], tokenizer, end: int  # as of `_pieces`; end of text
+              ) -> tuple[np.ndarray, np.ndarray]:  # tokens int64; where in them a document ends
+    "The tokens of a few pieces, with the end-of-text token after the last piece of a document."
+    texts, is_last = zip(*pieces)
+    rows = _encode(tokenizer, list(texts))
+    rows = [[*ids, end] if last else ids for ids, last in zip(rows, is_last)]
+    ends = np.cumsum([len(ids) for ids in rows])[list(is_last)]
+    return np.concatenate([np.asarray(ids, np.int64) for ids in rows]), ends
+
+# %% ../../nbs/calibration/03_sets.ipynb #74f4cfd5
 def _token_batches(documents: Iterable[str], tokenizer
-                  # tokens int64; where in them a document ends
-                  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+                  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # see `_tokens_of`
     "The tokens of a few documents at a time."
     batch, size, end = [], 0, end_of_text_id(tokenizer)
-    def tokens():
-        ids = _encode(tokenizer, [text for text, _ in batch])
-        parts = [[*o, end] if last else o for o, (_, last) in zip(ids, batch)]
-        ends = np.cumsum([len(o) for o in parts])[[last for _, last in batch]]
-        return np.concatenate([np.asarray(o, np.int64) for o in parts]), ends
-    for piece in (o for document in documents for o in _pieces(document)):
+    for piece in chain.from_iterable(map(_pieces, documents)):
         if batch and size + len(piece[0]) > PIECE:
-            yield tokens()
+            yield _tokens_of(batch, tokenizer, end)
             batch, size = [], 0
-        batch, size = [*batch, piece], size + len(piece[0])
-    if batch: yield tokens()
+        batch.append(piece)
+        size += len(piece[0])
+    if batch: yield _tokens_of(batch, tokenizer, end)
 
 # %% ../../nbs/calibration/03_sets.ipynb #118e4df8
 def token_stream(documents: Iterable[str],  # texts, in a fixed order
@@ -116,10 +123,10 @@ def token_stream(documents: Iterable[str],  # texts, in a fixed order
                 ) -> tuple[np.ndarray, np.ndarray]:
     "All documents as one row of tokens, each followed by the end-of-text token."
     tokens, ends, size = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)], 0
-    for found, where in _token_batches(documents, tokenizer):
-        tokens.append(found)
-        ends.append(where + size)
-        size += len(found)
+    for batch, batch_ends in _token_batches(documents, tokenizer):
+        tokens.append(batch)
+        ends.append(batch_ends + size)
+        size += len(batch)
     return np.concatenate(tokens), np.concatenate(ends)[:-1]
 
 # %% ../../nbs/calibration/03_sets.ipynb #bba55283
@@ -144,28 +151,29 @@ def allocate(weights: Mapping[str, float],  # relative, positive; read as the de
              n: int                         # windows to share out
             ) -> dict[str, int]:            # counts that add up to n
     "Share n windows over sources by weight, exactly, by largest remainder."
-    exact = {k: as_fraction(w) for k, w in weights.items()}
-    quota = {k: w * n / sum(exact.values()) for k, w in exact.items()}
-    counts = {k: math.floor(q) for k, q in quota.items()}
-    left = sorted(quota, key=lambda k: counts[k] - quota[k])[:n - sum(counts.values())]
-    return {k: c + (k in left) for k, c in counts.items()}
+    exact = {name: as_fraction(weight) for name, weight in weights.items()}
+    total = sum(exact.values())
+    quota = {name: weight * n / total for name, weight in exact.items()}
+    counts = {name: math.floor(windows) for name, windows in quota.items()}
+    left = n - sum(counts.values())
+    for name in sorted(quota, key=lambda name: counts[name] - quota[name])[:left]: counts[name] += 1
+    return counts
 
 # %% ../../nbs/calibration/03_sets.ipynb #b056a50d
 # Shares of the dimensions that the mixing law of SmolLM2-135M predicts to be best for the total and
-# the worst dimension
-# together (ours): figures/mixing/smollm2-135m/T12-best.csv
+# the worst dimension together (ours): figures/mixing/smollm2-135m/T12-best.csv
 HALF_CODE = dict(General=10, Commonsense=15, Code=45, Math=30)
 
 def named_mixes() -> dict[str, dict[str, float]]:
     "The named mixes over the sources of the study: name → source → relative weight."
-    size = {d: sum(s.dimension == d for s in SUITE.values()) for d in DIMENSIONS}
-    dimensions = {k: float(math.prod(size.values()) // size[s.dimension]) for k, s in SUITE.items()}
-    half_code = {k: HALF_CODE[s.dimension] / size[s.dimension] for k, s in SUITE.items()}
-    return {
-        "uniform": {k: 1.0 for k in SUITE},
-        "uniform-dimensions": dimensions,
-        "half-code": half_code,
-    }
+    size = Counter(source.dimension for source in SUITE.values())
+    product = math.prod(size.values())  # whole weights: every share is exact
+    mixes: dict[str, dict[str, float]] = {"uniform": {}, "uniform-dimensions": {}, "half-code": {}}
+    for name, source in SUITE.items():
+        mixes["uniform"][name] = 1.0
+        mixes["uniform-dimensions"][name] = float(product // size[source.dimension])
+        mixes["half-code"][name] = HALF_CODE[source.dimension] / size[source.dimension]
+    return mixes
 
 # %% ../../nbs/calibration/03_sets.ipynb #7054d0fe
 # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), a name in `named_mixes`, or your own files
@@ -210,11 +218,10 @@ class CalibrationSet:
     def groups(self) -> list[str]:
         """What each window stands for: the dimension of its source, or the source itself if it is
         your own text."""
-        known = {
-            o: dimension if (dimension := get_source(o).dimension) in DIMENSIONS else o
-            for o in self.sources
-        }
-        return self.provenance["source"].map(known).to_list()
+        dimensions = {source: get_source(source).dimension for source in self.sources}
+        own = {source: source for source, dimension in dimensions.items()
+               if dimension not in DIMENSIONS}
+        return self.provenance["source"].map(dimensions | own).to_list()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -223,15 +230,8 @@ class CalibrationSet:
     def record(self) -> dict[str, Any]:
         "What a result row says about its calibration set."
         n, length = self.tokens.shape
-        return dict(
-            windows=n,
-            length=length,
-            seed=self.seed,
-            content=self.content,
-            tokenizer=self.tokenizer,
-            counts=self.counts,
-            sources=self.sources,
-        )
+        return dict(windows=n, length=length, seed=self.seed, content=self.content,
+                    tokenizer=self.tokenizer, counts=self.counts, sources=self.sources)
 
 # %% ../../nbs/calibration/03_sets.ipynb #ceb0fc56
 def tokenizer_identity(tokenizer) -> str:
@@ -260,9 +260,9 @@ def _keep_stream(documents: Iterable[str], tokenizer, files: list[Path]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as starts:
         starts.write(np.zeros(1, "<i8").tobytes())
-        for found, ends in _token_batches(documents, tokenizer):
+        for ids, ends in _token_batches(documents, tokenizer):
             starts.write((ends + tokens.tell() // 4).astype("<i8").tobytes())
-            tokens.write(found.astype("<i4").tobytes())
+            tokens.write(ids.astype("<i4").tobytes())
         starts.truncate(max(0, starts.tell() - 8))  # no document begins where the last one ends
         starts.seek(0, os.SEEK_END)
         for path, raw, kind in zip(files, (tokens, starts), ("<i4", "<i8"), strict=True):
@@ -286,12 +286,12 @@ def source_stream(source: DocumentSource, tokenizer,
                         *([entry] if entry else [])])
     files = [cache_dir() / "tokens" / f"{key}.{part}.npy" for part in ("tokens", "documents")]
     texts = lambda: _settled(source, revision)
-    def kept(): return [np.load(f, mmap_mode="r") for f in files]
-    try: tokens, documents = kept()
+    def load(): return [np.load(f, mmap_mode="r") for f in files]
+    try: tokens, documents = load()
     except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # absent, or damaged
         try:
             _keep_stream(texts(), tokenizer, files)
-            tokens, documents = kept()
+            tokens, documents = load()
         # no cache: only memory is lost
         except (OSError, ValueError): return token_stream(texts(), tokenizer)
     return tokens, np.asarray(documents, np.int64)
@@ -308,30 +308,43 @@ def _windows_of(label: str,               # what the user calls the source
             f"{n * length:,}: ask for at most {len(stream) // length} windows, shorter ones, or a "
             "smaller share of this source. Text is never repeated."
         )
-    at = window_starts(len(stream), length, seed, getattr(source, "draw_key", source.name))[:n]
-    first, last = (np.searchsorted(documents, o, side="right") - 1 for o in (at, at + length - 1))
-    tokens = stream[at[:, None] + np.arange(length)].astype(np.int64)
-    return tokens, pd.DataFrame(
-        dict(source=label, first_document=first, offset=at - documents[first], last_document=last))
+    start = window_starts(len(stream), length, seed, getattr(source, "draw_key", source.name))[:n]
+    first = np.searchsorted(documents, start, side="right") - 1
+    last = np.searchsorted(documents, start + length - 1, side="right") - 1
+    tokens = stream[start[:, None] + np.arange(length)].astype(np.int64)
+    return tokens, pd.DataFrame(dict(source=label, first_document=first,
+                                     offset=start - documents[first], last_document=last))
 
 # %% ../../nbs/calibration/03_sets.ipynb #9571d7af
 def check_distinct(sources: Mapping[str, DocumentSource]) -> None:
-    "Refuse a mix in which the same text stands under two names."
-    seen: dict[str, str] = {}
+    "Refuse a mix in which the same text is under two names."
+    names: dict[str, str] = {}
     for name, source in sources.items():
-        mark = content_hash([
-            getattr(source, "draw_key", source.name), source.revision,
-            getattr(source, "entry", {})])
-        if mark in seen:
+        key, entry = getattr(source, "draw_key", source.name), getattr(source, "entry", {})
+        other = names.setdefault(content_hash([key, source.revision, entry]), name)
+        if other != name:
             raise CalibPruneError(
-                f"{seen[mark]} and {name} hold the same text. Give it once, with a larger weight."
+                f"{other} and {name} hold the same text. Give it once, with a larger weight."
             )
-        seen[mark] = name
 
 # %% ../../nbs/calibration/03_sets.ipynb #4b00c98c
-def build_calibration(
-                      # see `parse_mix`; or any object with documents
-                      mix: str | Mapping[str, float] | DocumentSource,
+def _shares(mix: str | Mapping[str, float] | DocumentSource,  # see `build_calibration`
+            n_windows: int
+           ) -> tuple[dict[str, DocumentSource], dict[str, int]]:  # by name; windows of each
+    "The sources of a mix that windows are drawn from, each looked at anew."
+    if isinstance(mix, str): mix = parse_mix(mix)
+    sources: dict[str, DocumentSource]
+    if isinstance(mix, Mapping):
+        sources, counts = {name: get_source(name) for name in mix}, allocate(mix, n_windows)
+    else:
+        sources, counts = {mix.name: mix}, {mix.name: n_windows}
+    drawn = {name: source for name, source in sources.items() if counts[name]}
+    anew = {name: source.anew() if hasattr(source, "anew") else source
+            for name, source in drawn.items()}
+    return anew, counts
+
+# %% ../../nbs/calibration/03_sets.ipynb #d62a3b44
+def build_calibration(mix: str | Mapping[str, float] | DocumentSource,  # see `parse_mix`
                       tokenizer,
                       n_windows: int = 32,   # N; usual in the field: 128
                       length: int = 512,     # L, in tokens; usual in the field: 2048
@@ -341,22 +354,18 @@ def build_calibration(
     check_number("The number of windows", n_windows, 1, math.inf, whole=True)
     check_number("The length of a window", length, 1, math.inf, whole=True)
     check_number("The seed", seed, 0, 2**63, whole=True)
-    if isinstance(mix, str): mix = parse_mix(mix)
-    sources: dict[str, DocumentSource]
-    if isinstance(mix, Mapping):
-        sources, counts = {k: get_source(k) for k in mix}, allocate(mix, n_windows)
-    else:
-        sources, counts = {mix.name: mix}, {mix.name: n_windows}
-    drawn = {k: s.anew() if hasattr(s, "anew") else s for k, s in sources.items() if counts[k]}
-    check_distinct(drawn)
+    sources, counts = _shares(mix, n_windows)
+    check_distinct(sources)
     identity = tokenizer_identity(tokenizer)
     parts = [
-        _windows_of(k, s, tokenizer, identity, counts[k], length, seed) for k, s in drawn.items()
+        _windows_of(name, source, tokenizer, identity, counts[name], length, seed)
+        for name, source in sources.items()
     ]
-    return CalibrationSet(tokens=torch.from_numpy(np.concatenate([p[0] for p in parts])),
-                          provenance=pd.concat([p[1] for p in parts], ignore_index=True),
+    tokens, provenance = zip(*parts)
+    return CalibrationSet(tokens=torch.from_numpy(np.concatenate(tokens)),
+                          provenance=pd.concat(provenance, ignore_index=True),
                           tokenizer=identity, seed=seed,
-                          sources={k: s.revision for k, s in drawn.items()})
+                          sources={name: source.revision for name, source in sources.items()})
 
 # %% ../../nbs/calibration/03_sets.ipynb #5bfb49c6
 def save_calibration(cal: CalibrationSet, path: str | Path) -> Path:

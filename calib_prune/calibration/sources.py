@@ -19,7 +19,7 @@ import tokenize
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -70,7 +70,7 @@ class Source:
 
     @property
     def draw_key(self) -> str:
-        "What seeds the draw of windows, the same wherever the text lies."
+        "What seeds the draw of windows, the same wherever the text is."
         return self.name
 
     @property
@@ -91,9 +91,9 @@ class PackagedSource(Source):
         return path, read_manifest(path.parents[1])[f"sources/{path.name}"]
 
     def documents(self) -> list[str]:
-        path, said = self._entry()
+        path, record = self._entry()
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != said.get("sha256"):
+        if hashlib.sha256(data).hexdigest() != record.get("sha256"):
             raise CalibPruneError(
                 f"{path} is broken: its content is not what was fetched. Remove it, then run "
                 "`calib-prune fetch` to make it again."
@@ -102,8 +102,8 @@ class PackagedSource(Source):
 
     @property
     def revision(self) -> str:
-        _, said = self._entry()
-        return f"{said.get('wheel')}#{str(said.get('sha256'))[:12]}"
+        _, record = self._entry()
+        return f"{record.get('wheel')}#{str(record.get('sha256'))[:12]}"
 
 # %% ../../nbs/calibration/02_sources.ipynb #0b8e90e9
 def packaged(name: str, dimension: str, licence: str, description: str) -> PackagedSource:
@@ -112,18 +112,19 @@ def packaged(name: str, dimension: str, licence: str, description: str) -> Packa
     return PackagedSource(name, dimension, licence, f"wheel {WHEELS[wheel]}", description)
 
 # %% ../../nbs/calibration/02_sources.ipynb #5d0a8cb0
-NOT_CODE = {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
-    "__pycache__"}
+NOT_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings",
+            "pydoc_data", "__pycache__"}
 
 def library_files(root: str | Path | None = None  # default: the running Python's
                  ) -> list[Path]:
     "The Python source files of the standard library, sorted by their path below it."
     root = Path(root or sysconfig.get_path("stdlib"))
-    files = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py")}
-    return [
-        p for name, p in sorted(files.items()) if not NOT_CODE
-        & set(name.split("/")) and not p.name.startswith("_sysconfigdata") and p.is_file()]
+    by_name = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    files = []
+    for name, path in sorted(by_name.items()):
+        is_data = NOT_CODE & set(name.split("/")) or path.name.startswith("_sysconfigdata")
+        if not is_data and path.is_file(): files.append(path)
+    return files
 
 # %% ../../nbs/calibration/02_sources.ipynb #25387ff9
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ class LibrarySource(Source):
     @cached_property
     def _texts(self) -> list[str]:
         texts = []
-        for p in library_files(self.root):
-            with tokenize.open(p) as f: texts.append(f.read())  # decodes as Python itself would
+        for path in library_files(self.root):
+            with tokenize.open(path) as f: texts.append(f.read())  # decodes as Python itself would
         if not texts:
             raise CalibPruneError(
                 f"There are no Python source files in {self.root or sysconfig.get_path('stdlib')}, "
@@ -239,9 +240,9 @@ def _folder_revision(folder: Path,
     "The revision of a local folder: a hash of its files."
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     hashes = {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}
-    found = f"folder#{content_hash(hashes, 12)}"
-    if at in (None, found): return found
-    raise CalibPruneError(f"{folder} is at revision {found}, not at {at} as asked.")
+    revision = f"folder#{content_hash(hashes, 12)}"
+    if at in (None, revision): return revision
+    raise CalibPruneError(f"{folder} is at revision {revision}, not at {at} as asked.")
 
 # %% ../../nbs/calibration/02_sources.ipynb #a69c27fa
 @dataclass(frozen=True)
@@ -280,8 +281,8 @@ class HubSource(Source):
             rows = load_dataset(
                 self.path, name=self.config, split=self.split, streaming=True, revision=at
             )
-            some = islice(rows, MAX_DOCUMENTS)
-            texts = [d["text"] for d in documents(_rendered(self, r) for r in some)]
+            rendered = map(partial(_rendered, self), islice(rows, MAX_DOCUMENTS))
+            texts = [document["text"] for document in documents(rendered)]
         if at is None and _folder_revision(Path(self.path), None) != self.revision:
             raise changed(self.path)
         if not texts:
@@ -301,12 +302,10 @@ def _reading(source: HubSource) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, EOFError, zlib.error, DatasetsError, HTTPError,
             ArrowException) as e:
         raise CalibPruneError(
-            f"Cannot load the source {source.name!r} ({source.path}, configuration "
-            f"{source.config}, "
-            f"split {source.split}, revision {source.at or 'main'}): {e}\n"
-            "It needs the network and the name of a public data set in a plain format, or a "
-            "local folder laid out "
-            "like one. `calib-prune sources` lists what needs no network.") from e
+            f"Cannot load the source {source.name!r} ({source.path}, configuration"
+            f" {source.config}, split {source.split}, revision {source.at or 'main'}): {e}\n"
+            "It needs the network and the name of a public data set in a plain format, or a local"
+            " folder laid out like one. `calib-prune sources` lists what needs no network.") from e
 
 # %% ../../nbs/calibration/02_sources.ipynb #6e53526c
 def _rendered(source: HubSource, record: dict) -> str:
@@ -345,21 +344,14 @@ def say_gsm8k_hub(r: dict) -> str:
     return f"{r['question']}\n{re.sub(r'<<.*?>>', '', r['answer']).partition('####')[0].strip()}"
 
 # %% ../../nbs/calibration/02_sources.ipynb #a11a6e6a
-def from_hub(
-    name: str, dimension: str, licence: str, path: str, config: str | None = None, text="text"
-) -> HubSource:
+def from_hub(name: str, dimension: str, licence: str, path: str, config: str | None = None,
+             text: str | Callable[[dict], str] = "text"  # see `render`
+            ) -> HubSource:
     "A member of the paper-scale suite."
-    return HubSource(
-        f"paper:{name}",
-        dimension,
-        licence,
-        f"Hugging Face hub, {path}",
-        path=path,
-        config=config,
-        text=text,
-    )
+    return HubSource(f"paper:{name}", dimension, licence, f"Hugging Face hub, {path}", path=path,
+                     config=config, text=text)
 
-
+# %% ../../nbs/calibration/02_sources.ipynb #da389a7e
 PAPER_SOURCES: dict[str, HubSource] = {
     s.name: s for s in
     (from_hub("c4", "General", "ODC-BY 1.0", "allenai/c4", "en"),
@@ -392,18 +384,17 @@ def enough_memory(path: str | Path) -> Iterator[None]:
     try: yield
     except MemoryError as e:
         raise CalibPruneError(
-            f"There is not enough memory to read {path} ({str(e) or 'none is left'}). The file "
-            "may be "
-            "whole. Divide its long records, or use a machine with more memory.") from e
+            f"There is not enough memory to read {path} ({str(e) or 'none is left'}). The file may"
+            " be whole. Divide its long records, or use a machine with more memory.") from e
 
 # %% ../../nbs/calibration/02_sources.ipynb #c4e08e67
 def judged_sha256(path: Path, field: str) -> str:
     "The SHA-256 of a file of text, in hexadecimal; an error at the first byte that cannot be text."
     with enough_memory(path): next(READERS[path.suffix](path, field), None)
     if path.suffix == ".parquet": return file_sha256(path)
-    found = hashlib.sha256()
-    for _ in text_chunks(path, found.update): pass
-    return found.hexdigest()
+    digest = hashlib.sha256()
+    for _ in text_chunks(path, digest.update): pass
+    return digest.hexdigest()
 
 # %% ../../nbs/calibration/02_sources.ipynb #99544981
 @dataclass(frozen=True)
@@ -418,10 +409,10 @@ class FileSource(Source):
     def anew(self) -> "FileSource": return replace(self)
 
     def _read(self) -> Iterator[str]:
-        wanted, seen = self.sha256, hashlib.sha256()
+        sha256, seen = self.sha256, hashlib.sha256()
         with enough_memory(self.path):
             yield from READERS[Path(self.path).suffix](Path(self.path), self.field, seen.update)
-        if seen.hexdigest() != wanted: raise changed(self.path)
+        if seen.hexdigest() != sha256: raise changed(self.path)
 
     def stream(self) -> Iterator[str]:
         texts = documents(self._read())
@@ -446,36 +437,38 @@ def file_source(name: str              # a path, with ":FIELD" after it if need 
     "A user's file as a source; an error if there is no such file or its kind is unknown."
     with_field = re.search(r"\.(jsonl|parquet):\w[^/\\]*$", name)
     path, _, field = name.rpartition(":") if with_field else (name, "", "text")
-    p = as_path(path, "a file to calibrate on")
-    if not p.exists(): raise CalibPruneError(f"There is no file {p} to calibrate on.")
-    if p.is_dir():
+    file = as_path(path, "a file to calibrate on")
+    if not file.exists(): raise CalibPruneError(f"There is no file {file} to calibrate on.")
+    if file.is_dir():
         raise CalibPruneError(
-            f"{p} is a folder. Give one file ({', '.join(READERS)}), or hub:{p} for a folder "
+            f"{file} is a folder. Give one file ({', '.join(READERS)}), or hub:{file} for a folder "
             "laid out like a data set of the hub."
         )
-    if not p.is_file():
+    if not file.is_file():
         raise CalibPruneError(
-            f"{p} is a pipe or a device. Text is read more than once: put it into a file."
+            f"{file} is a pipe or a device. Text is read more than once: put it into a file."
         )
-    if p.suffix not in READERS:
-        raise CalibPruneError(f"{p}: text comes from {', '.join(READERS)} files, not {p.suffix!r}.")
-    return FileSource(name, "Own", "your own", "a file", path=str(p), field=field)
+    if file.suffix not in READERS:
+        known = ", ".join(READERS)
+        raise CalibPruneError(f"{file}: text comes from {known} files, not {file.suffix!r}.")
+    return FileSource(name, "Own", "your own", "a file", path=str(file), field=field)
 
 # %% ../../nbs/calibration/02_sources.ipynb #6aae807f
 HUB = re.compile(
-    r"hub:(?P<path>[^\[#@]+?)(\[(?P<config>[^\]]+)\])?(:(?P<split>[\w.-]+))?(#(?P<text>[^@]+))?(@(?P<at>.+))?"
+    r"hub:(?P<path>[^\[#@]+?)(\[(?P<config>[^\]]+)\])?(:(?P<split>[\w.-]+))?"
+    r"(#(?P<text>[^@]+))?(@(?P<at>.+))?"
 )
 
 def hub_source(name: str  # hub:ORG/NAME[CONFIG]:SPLIT#TEXT@REVISION
               ) -> HubSource:
     "Any data set of the hub, by a short specification."
-    m = HUB.fullmatch(name)
-    if m is None:
+    match = HUB.fullmatch(name)
+    if match is None:
         raise CalibPruneError(
             f"Cannot read {name!r}. A data set is written hub:ORG/NAME[CONFIG]:SPLIT#TEXT@REVISION;"
             " all but the name may be left out."
         )
-    parts = {k: v for k, v in m.groupdict().items() if v}
+    parts = {k: v for k, v in match.groupdict().items() if v}
     return HubSource(
         name, "Own", "see the data set's card", f"Hugging Face hub, {parts['path']}", **parts
     )

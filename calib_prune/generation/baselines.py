@@ -63,22 +63,14 @@ def sgs(model: PreTrainedModel, tokenizer,
     origin, writer = get_source(source), Writer(model, tokenizer, sampling, length, seed, **how)
     texts = origin.documents()
     order = seeded_order(len(texts), seed, origin.draw_key)
-    writer.begin(
-        "sgs",
-        version=SGS_VERSION,
-        source=source,
-        source_revision=origin.revision,
-        prefix=prefix,
-        drop=drop,
-    )
+    writer.begin("sgs", version=SGS_VERSION, source=source, source_revision=origin.revision,
+                 prefix=prefix, drop=drop)
+    document = lambda i: int(order[i % len(order)])
     def job(i):
         # long enough, and quicker to tokenise than the whole
-        beginning = texts[order[i % len(order)]][:64 * prefix]
-        return writer.job(
-            f"sgs/{i}", tokenizer(beginning, add_special_tokens=False)["input_ids"][:prefix]
-        )
+        ids = tokenizer(texts[document(i)][:64 * prefix], add_special_tokens=False)["input_ids"]
+        return writer.job(f"sgs/{i}", ids[:prefix])
     def origin_of(sample):
-        i = int(sample.key.split("/")[1])
-        return dict(source=source, document=int(order[i % len(order)]))
-    kept, made = fill(writer, job, budget, lambda s: without_worst(s, drop), 1 - drop)
+        return dict(source=source, document=document(int(sample.key.split("/")[1])))
+    kept, made = fill(writer, job, budget, lambda samples: without_worst(samples, drop), 1 - drop)
     return gather(writer, kept, made, origin_of)

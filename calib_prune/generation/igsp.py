@@ -67,6 +67,7 @@ IGSP = Sampling(temperature=1.0, top_k=50, top_p=0.95)
 WARMTHS = 0.7, 1.0, 1.3  # factors on the temperature
 IGSP_VERSION = 1  # raise it when the texts change: see `keys`
 
+# %% ../../nbs/generation/06_igsp.ipynb #07684cc2
 def pool_frame(writer: Writer,
                made: Mapping[str, list[Sample]],  # by dimension
                n: int = 4                         # of the n-grams
@@ -75,17 +76,19 @@ def pool_frame(writer: Writer,
     """Candidates as a table: each text once, its tokens counted as a calibration set counts them,
     with an end token."""
     rows = []
-    for d, samples in made.items():
-        rows += documents(dict(text=writer.text(s), dimension=d, sample=s) for s in samples)
-    table = pd.DataFrame(rows, columns=["dimension", "text", "sample"]).drop_duplicates(
-        "text", ignore_index=True
-    )
-    samples = table["sample"]
+    for dimension, samples in made.items():
+        texts = [dict(text=writer.text(s), dimension=dimension, sample=s) for s in samples]
+        rows += documents(texts)
+    table = pd.DataFrame(rows, columns=["dimension", "text", "sample"])
+    table = table.drop_duplicates("text", ignore_index=True)
+
     stream, starts = token_stream(list(table.text), writer.tokenizer)
     ids = np.split(stream, starts[1:]) if len(starts) else []
-    return table.assign(key=[s.key for s in samples], tokens=[len(o) for o in ids],
-                        log_perplexity=[s.log_perplexity for s in samples],
-                        grams=[ngrams(o[:-1].tolist(), n) for o in ids])  # without the end token
+    grams = [ngrams(tokens[:-1].tolist(), n) for tokens in ids]  # without the end token
+    keys = [sample.key for sample in table["sample"]]
+    log_perplexity = [sample.log_perplexity for sample in table["sample"]]
+    return table.assign(key=keys, tokens=[*map(len, ids)], log_perplexity=log_perplexity,
+                        grams=grams)
 
 # %% ../../nbs/generation/06_igsp.ipynb #35d396a3
 def make_pool(writer: Writer,
@@ -94,14 +97,12 @@ def make_pool(writer: Writer,
               warmths: Sequence[float] = WARMTHS,  # factors on the temperature, used in turn
               n: int = 4) -> pd.DataFrame:         # see `pool_frame`
     "Let the model write a pool of candidates for each dimension."
-    ids = {
-        d: writer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        for d, texts in openings.items()
-    }
+    encode = partial(writer.tokenizer, add_special_tokens=False)
+    ids = {d: encode(list(texts))["input_ids"] for d, texts in openings.items()}
     def job(d, i):
-        mine = ids[d]
+        prompts = ids[d]
         return writer.job(
-            f"igsp/{d}/{i}", mine[i % len(mine)], warmths[i // len(mine) % len(warmths)]
+            f"igsp/{d}/{i}", prompts[i % len(prompts)], warmths[i // len(prompts) % len(warmths)]
         )
     # Most texts are written in batches that all dimensions share. Then each dimension gets what it
     # still needs.
@@ -119,7 +120,7 @@ class Greedy:
         heapq.heapify(self.heap)
 
     def pop(self, covered: set) -> int | None:
-        """Take the candidate with the most n-grams per token beside those covered; None if no
+        """Take the candidate with the most n-grams per token that are not covered yet; None if no
         candidate is left."""
         while self.heap:
             _, i = heapq.heappop(self.heap)
@@ -174,9 +175,9 @@ def _least_widths(edges: np.ndarray, last: np.ndarray,  # from `shortest_interva
     best[0] = 0
     for q in range(1, bins + 1):
         for i in reversed(range(len(edges))):
-            here = np.inf
-            if last[i] < len(edges): here = edges[last[i]] - edges[i] + best[q - 1, last[i] + 1]
-            best[q, i] = min(best[q, i + 1], here)
+            width = np.inf
+            if last[i] < len(edges): width = edges[last[i]] - edges[i] + best[q - 1, last[i] + 1]
+            best[q, i] = min(best[q, i + 1], width)
     return best
 
 # %% ../../nbs/generation/06_igsp.ipynb #a0703b2a
@@ -195,13 +196,13 @@ def tightest_bins(
             f"The dimensions' perplexities cannot be balanced: there are no {bins} intervals with "
             f"{need:,.0f} tokens of every dimension in each. Perplexities: {spans}. Use a larger "
             "pool, fewer bins, a smaller choice, temperatures further apart, or another balance.")
-    found, q, i = [], bins, 0
+    intervals, q, i = [], bins, 0
     while q:
         if best[q, i] == best[q, i + 1]: i += 1  # no interval has to begin here
         else:
-            found.append((float(edges[i]), float(edges[last[i]])))
+            intervals.append((float(edges[i]), float(edges[last[i]])))
             q, i = q - 1, last[i] + 1
-    return found
+    return intervals
 
 # %% ../../nbs/generation/06_igsp.ipynb #7549e2b5
 def runs(
@@ -212,7 +213,7 @@ def runs(
         ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "All runs of candidates that are just long enough."
     order = np.argsort(x, kind="stable")
-    total, mass = (np.cumsum(np.r_[0.0, o[order]]) for o in (cost, cost * x))
+    total, mass = (np.cumsum(np.r_[0.0, values[order]]) for values in (cost, cost * x))
     end = np.searchsorted(total, total[:-1] + need)
     first = np.flatnonzero(end < len(total))
     end = end[first]
@@ -278,11 +279,12 @@ def parts(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray],  # see `s
         target = common_mean(x, cost, choice * budget)
         nearest = {d: nearest_run(x[d], cost[d], choice * budget, target) for d in x}
         return {d: [(items, budget, mean)] for d, (items, mean) in nearest.items()}
-    found = tightest_bins(x, cost, choice * budget / bins, bins)
-    inside = lambda v, low, high: np.flatnonzero((low <= v) & (v <= high))
-    return {
-        d: [(inside(x[d], low, high), budget / bins, math.nan) for low, high in found] for d in x
-    }
+    of_bins: dict[str, list[tuple[np.ndarray, float, float]]] = {d: [] for d in x}
+    for low, high in tightest_bins(x, cost, choice * budget / bins, bins):
+        for d, values in x.items():
+            inside = np.flatnonzero((low <= values) & (values <= high))
+            of_bins[d].append((inside, budget / bins, math.nan))
+    return of_bins
 
 # %% ../../nbs/generation/06_igsp.ipynb #bcc06583
 def check_selection(
@@ -306,21 +308,19 @@ def check_selection(
             )
 
 # %% ../../nbs/generation/06_igsp.ipynb #548bd88b
-def _take_parts(mine: list[tuple[np.ndarray, float, float]],  # a dimension's entry in `parts`
+def _take_parts(own_parts: list[tuple[np.ndarray, float, float]],  # a dimension's, of `parts`
                 x: np.ndarray, cost: np.ndarray, grams: list[set],  # of the dimension's candidates
                 queue: Callable[[np.ndarray, str], Any]  # makes a queue of candidates, under a name
                ) -> list[tuple[int, int]]:               # candidate, number of the part
     covered, chosen = set(), []
-    for k, (items, tokens, mean) in enumerate(mine):
-        sides = [items]
-        off: Callable[..., float] = lambda i: 0.0
+    for k, (items, tokens, mean) in enumerate(own_parts):
+        sides, deviation = [items], np.zeros(len(x))
         if not math.isnan(mean):
-            sides, off = [items[x[items] < mean], items[x[items] >= mean]], lambda i, mean=mean: x[
-                i
-            ] - mean
+            sides, deviation = [items[x[items] < mean], items[x[items] >= mean]], x - mean
         queues = [queue(side, f"{k}/{j}") for j, side in enumerate(sides)]
         due = tokens * (k + 1) - sum(cost[i] for i, _ in chosen)
-        chosen += [(i, k) for i in take(queues, due, grams, cost, covered, off)]
+        taken = take(queues, due, grams, cost, covered, deviation.__getitem__)
+        chosen += [(i, k) for i in taken]
     return chosen
 
 # %% ../../nbs/generation/06_igsp.ipynb #d0caf8f8
@@ -344,33 +344,34 @@ def select(pool: pd.DataFrame,               # see `pool_frame`
     check_selection(table, each, balance, bins, choice)
     x = {d: g.log_perplexity.to_numpy(float) for d, g in groups.items()}
     cost = {d: g.tokens.to_numpy(float) for d, g in groups.items()}
-    taken = []
-    for d, mine in parts(x, cost, each, balance, bins, choice).items():
+    rows, numbers = [], []
+    for d, own_parts in parts(x, cost, each, balance, bins, choice).items():
         grams = list(groups[d].grams)
         def queue(items, name, d=d, grams=grams):
             if aggregation: return Greedy(list(items), grams, cost[d])
             return Shuffled(list(items), seed, f"{d}/{name}")
-        chosen = _take_parts(mine, x[d], cost[d], grams, queue)
-        taken += [(groups[d].index[i], k) for i, k in chosen]
-    return pool.loc[[i for i, _ in taken]].assign(part=[k for _, k in taken])
+        chosen = _take_parts(own_parts, x[d], cost[d], grams, queue)
+        for i, k in chosen:
+            rows.append(groups[d].index[i])
+            numbers.append(k)
+    return pool.loc[rows].assign(part=numbers)
 
 # %% ../../nbs/generation/06_igsp.ipynb #c559da7e
+def _summary(texts: pd.DataFrame) -> dict[str, Any]:
+    "Aggregation and perplexity of some texts together."
+    # 4-grams of each text, whose end token is in none
+    total = sum(max(0, n_tokens - 1 - 3) for n_tokens in texts.tokens)
+    distinct = len(set().union(*texts.grams))
+    return dict(texts=len(texts), tokens=int(texts.tokens.sum()),
+                aggregation=1 - distinct / max(1, total),
+                log_perplexity=float(np.average(texts.log_perplexity, weights=texts.tokens)),
+                spread=float(texts.log_perplexity.std()))
+
+# %% ../../nbs/generation/06_igsp.ipynb #06b9e769
 def describe(chosen: pd.DataFrame) -> pd.DataFrame:  # one row per dimension
     "Aggregation and perplexity of a choice, by dimension."
-    def one(g):
-        # 4-grams of each text, whose end token is in none
-        total = sum(max(0, t - 1 - 3) for t in g.tokens)
-        distinct = len(set().union(*g.grams))
-        return dict(
-            texts=len(g),
-            tokens=int(g.tokens.sum()),
-            aggregation=1 - distinct / max(1, total),
-            log_perplexity=float(np.average(g.log_perplexity, weights=g.tokens)),
-            spread=float(g.log_perplexity.std()),
-        )
-    return pd.DataFrame(
-        [dict(dimension=d, **one(g)) for d, g in chosen.groupby("dimension", sort=False)]
-    )
+    groups = chosen.groupby("dimension", sort=False)
+    return pd.DataFrame([dict(dimension=name, **_summary(texts)) for name, texts in groups])
 
 # %% ../../nbs/generation/06_igsp.ipynb #3935a518
 def shared_grams(pool: pd.DataFrame) -> np.ndarray:  # [candidates], in [0, 1]
@@ -432,6 +433,18 @@ def balanced_pool(
     raise failed
 
 # %% ../../nbs/generation/06_igsp.ipynb #2373dcc0
+def _igsp_report(chosen: pd.DataFrame, candidates: pd.DataFrame,
+                 openings: Mapping[str, Sequence[str]], settings: dict[str, Any]
+                ) -> dict[str, Any]:
+    "What the report of `igsp` says of the pool and of the choice from it."
+    table = describe(chosen)
+    return settings | dict(
+        openings=sum(map(len, openings.values())),
+        imbalance=float(np.ptp(table.log_perplexity)),
+        by_dimension=table.to_dict("records"),
+        pool_by_dimension=describe(candidates).to_dict("records"))
+
+# %% ../../nbs/generation/06_igsp.ipynb #4f3524fe
 def igsp(model: PreTrainedModel, tokenizer,
          budget: int = 32 * 512,       # tokens needed: windows × length of the calibration set
          # the longest text, its opening included, tokens; short texts leave more to choose (ours)
@@ -450,49 +463,27 @@ def igsp(model: PreTrainedModel, tokenizer,
         ) -> Generated:
     """Information-guided self-calibration: a pool for each dimension, the least repetitive choice,
     perplexity in balance."""
-    check_options(
-        "igsp",
-        dict(length=length,
-             openings=openings,
-             warmths=warmths,
-             pool=pool,
-             most=most,
-             aggregation=aggregation,
-             balance=balance,
-             dimensions=dimensions,
-             bins=bins,
-             choice=choice))
+    choosing = dict(aggregation=aggregation, balance=balance, dimensions=dimensions, bins=bins,
+                    choice=choice)
+    check_options("igsp", dict(length=length, openings=openings, warmths=warmths, pool=pool,
+                               most=most, **choosing))
     check_budget(pool * budget)
     writer = Writer(model, tokenizer, sampling, length, seed, **how)
-    hashed = content_hash({d: list(o) for d, o in openings.items()})
+    hashed = content_hash({dimension: list(texts) for dimension, texts in openings.items()})
     writer.begin("igsp", version=IGSP_VERSION, openings=hashed, warmths=list(warmths))
     def grow(size):
         return make_pool(writer, math.ceil(size * budget / len(openings)), openings, warmths)
     def choose(candidates):
         return select(candidates, budget, aggregation, balance, dimensions, bins, choice, seed)
     size, candidates, chosen = balanced_pool(grow, choose, pool, most)
-    place = {
-        k: dict(dimension=d, part=p) for k, d, p in zip(chosen.key, chosen.dimension, chosen.part)
-    }
-    made = gather(
-        writer, list(chosen["sample"]), list(candidates["sample"]), lambda s: place[s.key]
-    )
-    table = describe(chosen)
-    more = dict(
-        pool=size,
-        pool_asked=pool,
-        aggregation=aggregation,
-        balance=balance,
-        dimensions=dimensions,
-        bins=bins,
-        choice=choice,
-        openings=sum(map(len, openings.values())),
-        imbalance=float(np.ptp(table.log_perplexity)),
-        by_dimension=table.to_dict("records"),
-        pool_by_dimension=describe(candidates).to_dict("records"),
-    )
-    shown = candidates.assign(chosen=candidates.index.isin(chosen.index))
-    return replace(made, report=made.report | more, pool=shown)
+
+    part_of = {row.key: dict(dimension=row.dimension, part=row.part) for row in chosen.itertuples()}
+    made = gather(writer, list(chosen["sample"]), list(candidates["sample"]),
+                  lambda sample: part_of[sample.key])
+    settings = dict(pool=size, pool_asked=pool, **choosing)
+    report = made.report | _igsp_report(chosen, candidates, openings, settings)
+    with_choice = candidates.assign(chosen=candidates.index.isin(chosen.index))
+    return replace(made, report=report, pool=with_choice)
 
 # %% ../../nbs/generation/06_igsp.ipynb #00f1ffdc
 @dataclass(frozen=True)
@@ -507,7 +498,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "sgs": Protocol(sgs, SGS, SGS_VERSION),
     "igsp": Protocol(igsp, IGSP, IGSP_VERSION),
     "third": Protocol(third, None, THIRD_VERSION)}
-WRITERS = [name for name, o in PROTOCOLS.items() if o.sampling]
+WRITERS = [name for name, protocol in PROTOCOLS.items() if protocol.sampling]
 
 # %% ../../nbs/generation/06_igsp.ipynb #2d1ec806
 def protocol_with(protocol: str,
@@ -516,21 +507,17 @@ def protocol_with(protocol: str,
     "A protocol with some settings changed, all of them checked."
     if protocol not in PROTOCOLS: raise unknown_name("protocol", protocol, PROTOCOLS)
     run, sampling = PROTOCOLS[protocol].run, PROTOCOLS[protocol].sampling
-    usual = {
-        k: o.default
-        for k, o in inspect.signature(run).parameters.items()
-        if k in OPTIONS[protocol].__annotations__
-    }
-    check_options(protocol, usual | dict(settings))
-    own = {k: v for k, v in settings.items() if k in usual}
+    parameters = inspect.signature(run).parameters
+    options = [name for name in parameters if name in OPTIONS[protocol].__annotations__]
+    defaults = {name: parameters[name].default for name in options}
+    check_options(protocol, defaults | dict(settings))
+
+    own = {name: value for name, value in settings.items() if name in defaults}
     n = own.get("openings")
     if isinstance(n, int): own["openings"] = {d: texts[:n] for d, texts in OPENINGS.items()}
     if sampling is None: return partial(run, **own)
-    return partial(
-        run,
-        sampling=replace(sampling, **{k: v for k, v in settings.items() if k not in usual}),
-        **own
-    )
+    changes = {name: value for name, value in settings.items() if name not in defaults}
+    return partial(run, sampling=replace(sampling, **changes), **own)
 
 # %% ../../nbs/generation/06_igsp.ipynb #ec41aa1c
 # Settings of `igsp` and of `third` that choose from what is written or read.

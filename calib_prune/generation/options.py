@@ -99,7 +99,7 @@ OPTIONS: dict[str, Any] = {
 # %% ../../nbs/generation/01_options.ipynb #f6964d91
 def _discord(options: Mapping[str, Any]) -> str:
     "Why options that are right by themselves do not fit each other; empty if they do."
-    has = lambda *names: all(o in options for o in names)
+    has = lambda *names: all(name in options for name in names)
     if has("openings") and not options["openings"]: return "openings needs at least one dimension."
     if has("prefix", "length") and options["prefix"] >= options["length"]:
         return (
@@ -114,15 +114,16 @@ def _discord(options: Mapping[str, Any]) -> str:
     return ""
 
 # %% ../../nbs/generation/01_options.ipynb #bc60fc6c
-def _said(errors: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+def _message(errors: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
     """What is wrong with the first wrong option. Where it may be of two types, the wrong type says
     the least."""
-    mine = [o for o in errors if o["loc"][0] == errors[0]["loc"][0]]
-    error = next((o for o in mine if not o["type"].endswith("_type")), mine[0])
+    name = errors[0]["loc"][0]
+    of_option = [error for error in errors if error["loc"][0] == name]
+    values = [error for error in of_option if not error["type"].endswith("_type")]
+    error = (values or of_option)[0]
     # it names the option itself
     if error["type"] == "value_error": return error["msg"].removeprefix("Value error, ")
-    name = str(error["loc"][0])
-    return f"{name} {misfit(error, options[name])}."
+    return f"{name} {misfit(error, options[str(name)])}."
 
 # %% ../../nbs/generation/01_options.ipynb #40a317d7
 def check_options(protocol: str,  # a key of `OPTIONS`
@@ -135,5 +136,5 @@ def check_options(protocol: str,  # a key of `OPTIONS`
         if name not in known: raise unknown_name(f"setting of {protocol}", name, known)
     try: TypeAdapter(OPTIONS[protocol]).validate_python(dict(options))
     except ValidationError as e:
-        raise CalibPruneError(f"{protocol}: {_said(e.errors(), options)}") from e
+        raise CalibPruneError(f"{protocol}: {_message(e.errors(), options)}") from e
     if wrong := _discord(options): raise CalibPruneError(f"{protocol}: {wrong}")

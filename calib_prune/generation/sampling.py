@@ -68,8 +68,8 @@ def candidates(logits: torch.Tensor,       # float32 [B, V]
     if top_p < 1:
         ranked, order = p.sort(descending=True)
         # A token is kept if those ranked before it do not reach p.
-        kept = ranked.cumsum(-1, dtype=torch.float64) - ranked < top_p
-        p = p * torch.zeros_like(kept).scatter(-1, order, kept)
+        mask = ranked.cumsum(-1, dtype=torch.float64) - ranked < top_p
+        p = p * torch.zeros_like(mask).scatter(-1, order, mask)
     return p, ids
 
 # %% ../../nbs/generation/02_sampling.ipynb #ff470f7e
@@ -92,6 +92,7 @@ def draw(p: torch.Tensor,  # [B, K], need not add up to 1
 # %% ../../nbs/generation/02_sampling.ipynb #a9dcee75
 ROOM = 64  # spare columns of a new buffer: it is copied once per 64 tokens
 
+# %% ../../nbs/generation/02_sampling.ipynb #bf856225
 class RollingLayer(DynamicLayer):
     """The keys and values of one decoder layer, [B, heads, columns, width], in buffers with spare
     columns."""
@@ -111,12 +112,12 @@ class RollingLayer(DynamicLayer):
     def _move(self, more: int) -> int:
         """Copy the kept columns into buffers with spare ones; returns where `more` new columns will
         end."""
-        kept = self.last - self.first
-        old, size = self.buffers, kept + more + ROOM
+        n_columns = self.last - self.first
+        old, size = self.buffers, n_columns + more + ROOM
         self.buffers = [b.new_empty((*b.shape[:-2], size, b.shape[-1])) for b in old]
-        for a, b in zip(old, self.buffers): b[..., :kept, :] = a[..., self.first:self.last, :]
-        self.first, self.last = 0, kept
-        return kept + more
+        for a, b in zip(old, self.buffers): b[..., :n_columns, :] = a[..., self.first:self.last, :]
+        self.first, self.last = 0, n_columns
+        return n_columns + more
 
     def _show(self):
         self.keys, self.values = (b[..., self.first:self.last, :] for b in self.buffers)
@@ -180,8 +181,8 @@ class _Row:
         "The token after those fed so far; −1 if it is still to be drawn."
         return self.tokens[self.fed] if self.fed < len(self.tokens) else -1
 
-    def take(self, token: int, nll: float, ends: frozenset[int]) -> Sample | None:
-        "Take the next token, known or drawn; returns the text if it is finished now."
+    def accept(self, token: int, nll: float, ends: frozenset[int]) -> Sample | None:
+        "Accept the next token, known or drawn; returns the text if it is finished now."
         drawn = self.known < 0
         if drawn and token in ends: return self.sample(ended=True)
         self.nll += nll
@@ -201,7 +202,7 @@ def _forward(model: PreTrainedModel, cache: Cache, rows: list[_Row],
             ) -> torch.Tensor:         # float32 [B, V]
     "Feed each row its next token; returns the logits of the token after it."
     inputs, positions = [r.tokens[r.fed] for r in rows], [r.fed for r in rows]
-    for r in rows: r.fed += 1
+    for row in rows: row.fed += 1
     begin = torch.tensor([[r.begin - dropped] for r in rows])
     sees = torch.arange(cache.get_seq_length() + 1) >= begin
     column = lambda values: torch.tensor(values, device=model.device)[:, None]
@@ -220,12 +221,11 @@ def _choose(logits: torch.Tensor,       # float32 [B, V]
     "The next token of each row: drawn, or known from its opening."
     column = lambda values, dtype: torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
     scores = logits if seen is None else penalised(logits, seen, sampling.repetition_penalty)
-    temperature = column(
-        [sampling.temperature_at(r.written) * r.job.warmth for r in rows], torch.float32
-    )
-    p, ids = candidates(scores, temperature, sampling.top_k, sampling.top_p)
-    drawn = draw(p, column([r.uniforms[r.written] for r in rows], torch.float64))
-    known = column([r.known for r in rows], torch.int64)
+    heat = [sampling.temperature_at(row.written) * row.job.warmth for row in rows]
+    p, ids = candidates(scores, column(heat, torch.float32), sampling.top_k, sampling.top_p)
+    numbers = [row.uniforms[row.written] for row in rows]
+    drawn = draw(p, column(numbers, torch.float64))
+    known = column([row.known for row in rows], torch.int64)
     return torch.where(known >= 0, known, drawn if ids is None else ids.gather(-1, drawn))
 
 # %% ../../nbs/generation/02_sampling.ipynb #0ff05375
@@ -238,23 +238,31 @@ def _mark(seen: torch.Tensor | None, i: int, tokens: Sequence[int], ends: frozen
     seen[i, [t for t in tokens if t not in ends]] = True
 
 # %% ../../nbs/generation/02_sampling.ipynb #c4cd8074
-def _let_go(model: PreTrainedModel, cache: Cache, rows: list[_Row],
-            over: set[int],             # rows to remove; at least one row stays
-            seen: torch.Tensor | None,  # bool [B, V]
-            dropped: int                # columns dropped so far
-           # rows, seen and dropped columns from now on
-           ) -> tuple[list[_Row], torch.Tensor | None, int]:
+def _drop_finished(model: PreTrainedModel, cache: Cache, rows: list[_Row],
+                   finished: set[int],         # rows to remove; at least one row stays
+                   seen: torch.Tensor | None,  # bool [B, V]
+                   dropped: int                # columns dropped so far
+                  # rows, seen and dropped columns from now on
+                  ) -> tuple[list[_Row], torch.Tensor | None, int]:
     "Remove finished rows, and the columns that no other row needs."
     index = None
-    if over:
-        stay = [i for i in range(len(rows)) if i not in over]
+    if finished:
+        stay = [i for i in range(len(rows)) if i not in finished]
         rows, index = [rows[i] for i in stay], torch.tensor(stay, device=model.device)
         if seen is not None: seen = seen[index]
-    oldest = min(r.begin for r in rows)
+    oldest = min(row.begin for row in rows)
     for layer in cache.layers: layer.keep(index, oldest - dropped)
     return rows, seen, oldest
 
 # %% ../../nbs/generation/02_sampling.ipynb #c208bcf5
+def _seen(model: PreTrainedModel, rows: list[_Row], ends: frozenset[int]) -> torch.Tensor:
+    "bool [B, V]: the tokens that each text already has, see `_mark`."
+    size = model.get_output_embeddings().weight.shape[0]
+    seen = torch.zeros(len(rows), size, dtype=torch.bool, device=model.device)
+    for i, row in enumerate(rows): _mark(seen, i, row.tokens[1:], ends)
+    return seen
+
+# %% ../../nbs/generation/02_sampling.ipynb #79a8bb15
 @torch.inference_mode()
 def decode(model: PreTrainedModel,
            jobs: Iterable[Job],
@@ -268,25 +276,22 @@ def decode(model: PreTrainedModel,
     pending, cache = iter(jobs), Cache(layer_class_to_replicate=RollingLayer)
     columns = dropped = 0  # of the cache: made so far, dropped so far
     rows = [_Row(job, length, seed, columns) for job in islice(pending, min(batch, sys.maxsize))]
-    seen = None
-    if sampling.repetition_penalty != 1:
-        size = model.get_output_embeddings().weight.shape[0]
-        seen = torch.zeros(len(rows), size, dtype=torch.bool, device=model.device)
-    for i, r in enumerate(rows): _mark(seen, i, r.tokens[1:], ends)
+    seen = _seen(model, rows, ends) if sampling.repetition_penalty != 1 else None
     while rows:
         logits = _forward(model, cache, rows, dropped)
         columns += 1
         chosen = _choose(logits, rows, sampling, seen)
         nll = logits.logsumexp(-1) - logits.gather(-1, chosen)[:, 0]
-        over = set()  # rows whose text is finished and that no other text takes over
+
+        finished = set()  # rows whose text is finished and that no other text takes over
         for i, (token, loss) in enumerate(zip(chosen[:, 0].tolist(), nll.tolist())):
-            done = rows[i].take(token, loss, ends)
+            text = rows[i].accept(token, loss, ends)
             _mark(seen, i, [token], ends)
-            if done is None: continue
-            yield done
+            if text is None: continue
+            yield text
             if job := next(pending, None):
                 rows[i] = _Row(job, length, seed, columns)
                 _mark(seen, i, job.prompt[1:], ends, fresh=True)
-            else: over.add(i)
-        if len(over) == len(rows): return
-        rows, seen, dropped = _let_go(model, cache, rows, over, seen, dropped)
+            else: finished.add(i)
+        if len(finished) == len(rows): return
+        rows, seen, dropped = _drop_finished(model, cache, rows, finished, seen, dropped)

@@ -37,7 +37,7 @@ from ..progress import ProgressFn
 
 # %% ../../nbs/generation/03_writing.ipynb #92cb9a84
 def start_token(tokenizer) -> int:
-    "The token that stands before a document."
+    "The token that comes before a document."
     before = tokenizer("")["input_ids"]
     return (
         before[0] if before and before[0] == tokenizer.bos_token_id else end_of_text_id(tokenizer)
@@ -48,36 +48,33 @@ def end_tokens(model: PreTrainedModel, tokenizer) -> frozenset[int]:
     """The tokens that end a text: the separator of documents, and what model and tokenizer name as
     an end."""
     named = model.generation_config.eos_token_id if model.generation_config else None
-    ids = [
-        end_of_text_id(tokenizer),
-        tokenizer.eos_token_id,
-        *(named if isinstance(named, list) else [named]),
-    ]
-    return frozenset(i for i in ids if isinstance(i, int))
+    named = named if isinstance(named, list) else [named]
+    ids = end_of_text_id(tokenizer), tokenizer.eos_token_id, *named
+    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
 
 # %% ../../nbs/generation/03_writing.ipynb #5ee5c4cc
 def _sample(line: str) -> Sample:
     """The text in a line of a journal; raises ValueError, KeyError or TypeError if the line is
     damaged."""
-    said = json.loads(line)
-    if not all(type(t) is int for t in said["tokens"]) or not math.isfinite(said["nll"]):
+    record = json.loads(line)
+    if not all(type(t) is int for t in record["tokens"]) or not math.isfinite(record["nll"]):
         raise ValueError("no tokens")
-    return Sample(str(said["key"]), tuple(said["tokens"]), int(said["opening"]), float(said["nll"]),
-                  bool(said["ended"]))
+    return Sample(str(record["key"]), tuple(record["tokens"]), int(record["opening"]),
+                  float(record["nll"]), bool(record["ended"]))
 
 # %% ../../nbs/generation/03_writing.ipynb #a6d5afed
 def _samples(path: Path, lines: list[str]  # without the first
             ) -> dict[str, Sample]:        # by name
     "The texts of a journal."
-    found = {}
+    samples = {}
     for n, line in enumerate(lines, 2):
         try: sample = _sample(line)
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise CalibPruneError(
                 f"The journal {path} is damaged: line {n} is no text ({e}). Remove the line, and "
                 "that text is written again.") from e
-        found[sample.key] = sample
-    return found
+        samples[sample.key] = sample
+    return samples
 
 # %% ../../nbs/generation/03_writing.ipynb #45e74f29
 def _lines(path: Path,
@@ -90,9 +87,8 @@ def _lines(path: Path,
     first, *lines = text.split("\n")
     if not re.fullmatch(r'"[0-9a-f]{16}"', first):
         raise CalibPruneError(
-            f"{path} is in the way: texts would be kept there, but it is no journal of this "
-            "program. "
-            "Move it, or choose another output.")
+            f"{path} is in the way: texts would be kept there, but it is no journal of this"
+            " program. Move it, or choose another output.")
     if first != head:
         raise CalibPruneError(
             f"{path} holds texts of an interrupted run with another model or other settings. "
@@ -103,7 +99,7 @@ def _lines(path: Path,
 class Journal:
     "Finished texts on disk: a first line that says what they are, then one line per text."
     def __init__(self, path: str | Path | None,  # None: nothing is kept
-                 identity: dict[str, Any]        # everything that a text depends on beside its job
+                 identity: dict[str, Any]        # what a text depends on apart from its job
                 ):
         self.path = as_path(path, "a journal") if path else None
         self.samples: dict[str, Sample] = {}
@@ -158,46 +154,42 @@ class Writer:
 
     def begin(self, protocol: str, **settings) -> None:
         "Fix the protocol and its settings, and read the journal if there is one."
-        self.settings = dict(
-            protocol=protocol,
-            seed=self.seed,
-            length=self.length,
-            start=self.start,
-            **asdict(self.sampling),
-            **settings,
-            **self.about,
-        )
-        who = {}  # needed for a journal only
+        self.settings = dict(protocol=protocol, seed=self.seed, length=self.length,
+                             start=self.start, **asdict(self.sampling), **settings, **self.about)
+        identity = {}  # needed for a journal only
         if self.journal:
-            who = dict(dtype=str(self.model.dtype), tokenizer=tokenizer_identity(self.tokenizer))
-        self.past = Journal(self.journal, self.settings | who)
+            tokenizer = tokenizer_identity(self.tokenizer)
+            identity = dict(dtype=str(self.model.dtype), tokenizer=tokenizer)
+        self.past = Journal(self.journal, self.settings | identity)
 
     def job(self, key: str, opening: Sequence[int] = (), warmth: float = 1.0) -> Job:
         "A text to write after an opening."
-        if len(opening) >= self.length:
-            said = self.tokenizer.decode(opening[:12])
-            raise CalibPruneError(
-                f"The opening {said!r}… has {len(opening)} tokens, and a text may have"
-                f" {self.length}: nothing would be left to write. Use a shorter opening or longer"
-                " texts."
-            )
+        if len(opening) >= self.length: raise self._too_long(opening)
         assert self.start is not None  # it is found when the writer is made
         return Job(key, (self.start, *opening), warmth)
 
+    def _too_long(self, opening: Sequence[int]) -> CalibPruneError:
+        beginning = self.tokenizer.decode(opening[:12])
+        return CalibPruneError(
+            f"The opening {beginning!r}… has {len(opening)} tokens, and a text may have"
+            f" {self.length}: nothing would be left to write. Use a shorter opening or longer"
+            " texts."
+        )
+
     def write(self, jobs: list[Job]) -> list[Sample]:
         "Write the texts that the journal lacks; returns all, in the order of the jobs."
-        todo = [o for o in jobs if o.key not in self.past.samples]
+        todo = [job for job in jobs if job.key not in self.past.samples]
         began, written, left = time.perf_counter(), 0, len(todo)
-        for sample in decode(
-            self.model, todo, self.sampling, self.length, self.seed, self.ends, self.batch
-        ):
+        samples = decode(self.model, todo, self.sampling, self.length, self.seed, self.ends,
+                         self.batch)
+        for sample in samples:
             self.past.add(sample)
             written += len(sample.tokens) - sample.opening
             left -= 1
             if self.progress: self.progress("writing tokens", written, written + left * self.length)
         self.tokens += written
         self.seconds += time.perf_counter() - began
-        return [self.past.samples[o.key] for o in jobs]
+        return [self.past.samples[job.key] for job in jobs]
 
     def text(self, sample: Sample) -> str:
         "The text as a string, without special tokens."
@@ -294,26 +286,19 @@ def _report(
     writer: Writer, kept: list[Sample], made: list[Sample], n_documents: int
 ) -> dict[str, Any]:
     "What was written, how it reads, and how fast it was."
-    texts = [writer.text(s).strip() for s in made]
-    log_perplexity = sum(s.nll for s in kept) / max(1, sum(len(s.tokens) for s in kept))
+    texts = [writer.text(sample).strip() for sample in made]
+    nll = sum(sample.nll for sample in kept)
+    n_tokens = sum(len(sample.tokens) for sample in kept)
+    perplexity = float(f"{math.exp(nll / max(1, n_tokens)):.4g}")
     speed = round(writer.tokens / writer.seconds, 1) if writer.tokens else None
+    ended = sum(sample.ended for sample in kept)
     return dict(
-        writer.settings,
-        documents=n_documents,
-        tokens=writer.count(kept),
-        perplexity=float(f"{math.exp(log_perplexity):.4g}"),
-        repeated_4grams=repeated_share(s.tokens for s in kept),
-        ended=sum(s.ended for s in kept),
-        written=len(made),
-        left_out=len(made) - len(kept),
-        empty=texts.count(""),
-        duplicates=repeats(texts),
-        written_tokens=writer.tokens,
-        seconds=round(writer.seconds, 2),
-        tokens_per_second=speed,
-        batch=writer.batch,
-        device=str(writer.model.device),
-    )
+        writer.settings, documents=n_documents, tokens=writer.count(kept), perplexity=perplexity,
+        repeated_4grams=repeated_share(sample.tokens for sample in kept),
+        ended=ended, written=len(made),
+        left_out=len(made) - len(kept), empty=texts.count(""), duplicates=repeats(texts),
+        written_tokens=writer.tokens, seconds=round(writer.seconds, 2), tokens_per_second=speed,
+        batch=writer.batch, device=str(writer.model.device))
 
 # %% ../../nbs/generation/03_writing.ipynb #11d67ca7
 def gather(writer: Writer,
@@ -330,7 +315,7 @@ def gather(writer: Writer,
 
 # %% ../../nbs/generation/03_writing.ipynb #0a9378a7
 def report_of(path: Path) -> Path:
-    "Where the report of a text lies."
+    "The path of a text's report."
     return path.with_suffix(".report.json")
 
 # %% ../../nbs/generation/03_writing.ipynb #2dbc4934
@@ -345,11 +330,9 @@ PART_NAME = len("..01234567.part")
 def _check_names(files: list[Path]  # in one folder
                 ) -> None:
     "Refuse names that are too long, and links that lead nowhere: a file would take a link's place."
-    longest = max(files, key=lambda o: len(os.fsencode(o.name)))
-    size = len(os.fsencode(longest.name)) + PART_NAME
-    over = max(
-        size - NAME_BYTES, len(os.fsencode(longest.parent.absolute())) + 1 + size - PATH_BYTES
-    )
+    size = max(len(os.fsencode(path.name)) for path in files) + PART_NAME
+    folder = len(os.fsencode(files[0].parent.absolute()))
+    over = max(size - NAME_BYTES, folder + 1 + size - PATH_BYTES)
     if over > 0:
         raise CalibPruneError(
             f"{files[0].name[:60]}… cannot be a file for calibration text: the names of the files"
@@ -387,7 +370,7 @@ def check_target(path: str | Path,
 def write(made: Generated, path: str | Path,
           resumed: bool = False, replace: bool = False  # see `check_target`
          ) -> Path:
-    "Write documents as JSON lines, and their report beside them as NAME.report.json."
+    "Write documents as JSON lines, and their report next to them as NAME.report.json."
     path = check_target(path, resumed, replace)
     write_atomic(report_of(path), json.dumps(made.report, indent=2, ensure_ascii=False) + "\n")
     return write_jsonl(path, made.rows)

@@ -6,6 +6,7 @@
 __all__ = ['FLOAT_TYPES', 'SMALLEST', 'SERIES', 'hide', 'exponentials', 'causal', 'attention']
 
 # %% ../../nbs/kernels/04_attention.ipynb #6cfe2f0a
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,13 @@ FLOAT_TYPES = torch.float32, torch.bfloat16
 
 # %% ../../nbs/kernels/04_attention.ipynb #9e3944e8
 def _over_row(code: ir.IRBuilder, n: Any, start: ir.Constant, step) -> Any:
-    "What `step(k, found)` makes of a register for k = 0, LANES, 2·LANES, … below n."
+    "What `step(k, register)` makes of a register for k = 0, LANES, 2·LANES, … below n."
     before, body, after = code.block, code.append_basic_block("row"), code.append_basic_block("end")
     code.branch(body)
     code.position_at_end(body)
-    k, found = code.phi(INDEX), code.phi(FLOATS)
-    new, following = step(k, found), code.add(k, constant(LANES, INDEX))
-    for phi, first, later in ((k, constant(0, INDEX), following), (found, start, new)):
+    k, register = code.phi(INDEX), code.phi(FLOATS)
+    new, following = step(k, register), code.add(k, constant(LANES, INDEX))
+    for phi, first, later in ((k, constant(0, INDEX), following), (register, start, new)):
         phi.add_incoming(first, before)
         phi.add_incoming(later, code.block)
     code.cbranch(code.icmp_signed("<", following, n), body, after)
@@ -59,11 +60,26 @@ def _across(code: ir.IRBuilder, value: Any, combine) -> Any:
     width = LANES
     while width > 1:
         width //= 2
-        turned = constant([(o + width) % LANES for o in range(LANES)], INTS)
-        value = combine(value, code.shuffle_vector(value, value, turned))
+        rotated = constant([(lane + width) % LANES for lane in range(LANES)], INTS)
+        value = combine(value, code.shuffle_vector(value, value, rotated))
     return code.extract_element(value, constant(0, INT))
 
 # %% ../../nbs/kernels/04_attention.ipynb #5505c2d4
+def _hide_step(code: ir.IRBuilder, row: Any, keys: Any, lasts: Any, token: Any, hidden: Any):
+    "A step of `_over_row`: hide what `token` may not see; the largest scores so far."
+    def load(array, k): return code.load(register_at(code, code.gep(array, [k]), INTS), align=4)
+    def step(k, largest):
+        place = register_at(code, code.gep(row, [k]))
+        key, last = load(keys, k), load(lasts, k)
+        visible = code.and_(
+            code.icmp_signed("<=", key, token), code.icmp_signed(">=", last, token)
+        )
+        score = code.select(visible, code.load(place, align=4), hidden)
+        code.store(score, place, align=4)
+        return code.select(code.fcmp_ordered(">", largest, score), largest, score)
+    return step
+
+# %% ../../nbs/kernels/04_attention.ipynb #726d4d2b
 @intrinsic
 def hide(typing, scores, at, n, t, keys, lasts):
     """Set the scores that token `t` may not see to -inf; the largest that is left. `keys`, `lasts`:
@@ -72,20 +88,10 @@ def hide(typing, scores, at, n, t, keys, lasts):
     signature = types.float32(scores, i, i, i, keys, lasts)
     def write(context, code, signature, args):
         row = data(context, code, signature, args, 0, args[1])
-        keys, lasts = (data(context, code, signature, args, o, constant(0, INDEX)) for o in (4, 5))
+        keys, lasts = (data(context, code, signature, args, i, constant(0, INDEX)) for i in (4, 5))
         token = spread(code, code.trunc(args[3], INT), INTS)
         hidden = constant(float("-inf"), FLOATS)
-        def step(k, found):
-            where = register_at(code, code.gep(row, [k]))
-            key, last = (
-                code.load(register_at(code, code.gep(o, [k]), INTS), align=4) for o in (keys, lasts)
-            )
-            seen = code.and_(
-                code.icmp_signed("<=", key, token), code.icmp_signed(">=", last, token)
-            )
-            score = code.select(seen, code.load(where, align=4), hidden)
-            code.store(score, where, align=4)
-            return code.select(code.fcmp_ordered(">", found, score), found, score)
+        step = _hide_step(code, row, keys, lasts, token, hidden)
         larger = lambda a, b: code.select(code.fcmp_ordered(">", a, b), a, b)
         return _across(code, _over_row(code, args[2], hidden, step), larger)
     return signature, write
@@ -103,7 +109,7 @@ SERIES = (
 
 def _exp(code: ir.IRBuilder, x: Any) -> Any:
     "The exponential of a register of numbers that are not above 0."
-    number, fma = lambda value: constant(value, FLOATS), lambda *o: call(code, "fma", *o)
+    number, fma = partial(constant, kind=FLOATS), partial(call, code, "fma")
     tiny = code.fcmp_ordered("<", x, number(SMALLEST))
     x = code.select(tiny, number(SMALLEST), x)
     # adding 1.5·2²³ rounds
@@ -111,7 +117,7 @@ def _exp(code: ir.IRBuilder, x: Any) -> Any:
     # ln 2 in two parts
     r = fma(n, number(2.12194440e-4), fma(n, number(-0.693359375), x))
     series = number(SERIES[0])
-    for o in SERIES[1:]: series = fma(series, r, number(o))
+    for coefficient in SERIES[1:]: series = fma(series, r, number(coefficient))
     value = fma(series, code.fmul(r, r), code.fadd(r, number(1.0)))
     exponent = code.shl(code.add(code.fptosi(n, INTS), constant(127, INTS)), constant(23, INTS))
     return code.select(tiny, number(0.0), code.fmul(value, code.bitcast(exponent, FLOATS)))
@@ -122,34 +128,33 @@ def exponentials(typing, scores, at, n, largest):
     "Replace the scores of a row by e to the power of score - largest; their sum."
     signature = types.float32(scores, types.int64, types.int64, types.float32)
     def write(context, code, signature, args):
-        row, largest = data(context, code, signature, args, 0, args[1]), spread(
-            code, args[3], FLOATS
-        )
-        def step(k, found):
-            where = register_at(code, code.gep(row, [k]))
-            value = _exp(code, code.fsub(code.load(where, align=4), largest))
-            code.store(value, where, align=4)
-            return code.fadd(found, value)
+        row = data(context, code, signature, args, 0, args[1])
+        largest = spread(code, args[3], FLOATS)
+        def step(k, total):
+            place = register_at(code, code.gep(row, [k]))
+            value = _exp(code, code.fsub(code.load(place, align=4), largest))
+            code.store(value, place, align=4)
+            return code.fadd(total, value)
         return _across(code, _over_row(code, args[2], constant(0.0, FLOATS), step), code.fadd)
     return signature, write
 
 # %% ../../nbs/kernels/04_attention.ipynb #728f2cfe
 @compiled("kernels/tiles.py")
-# [T, D] twice, [stripes, D, COLS], [stripes, COLS, D]
 def _lay_out(keys, values, laid_keys, laid_values):
-    "Keys in stripes of COLS tokens, one feature after another; values one token after another."
+    """Keys in stripes of COLS tokens, one feature after another; values one token after another.
+    [T, D] twice, [stripes, D, COLS], [stripes, COLS, D]."""
     tokens, width = keys.shape
     for k in range(tokens):
         stripe, place = k // COLS, k % COLS
         broken = False
-        for o in range(width):
-            value = values[k, o]
+        for d in range(width):
+            value = values[k, d]
             finite = value - value == 0
-            laid_values[stripe, place, o] = value if finite else 0
+            laid_values[stripe, place, d] = value if finite else 0
             broken |= not finite
         # A value that is no number would reach all who read its stripe (0 · NaN is NaN); by its key
         # it reaches those who see it.
-        for o in range(width): laid_keys[stripe, o, place] = np.nan if broken else keys[k, o]
+        for d in range(width): laid_keys[stripe, d, place] = np.nan if broken else keys[k, d]
 
 # %% ../../nbs/kernels/04_attention.ipynb #84a288e9
 @compiled("kernels/tiles.py")
@@ -159,67 +164,70 @@ def _stripes_read(t, until, lasts, stripes, keys, lasts_read):  # lasts: [T or m
     n = 0
     for stripe in range(until // COLS + 1):
         first, read = stripe * COLS, False
-        for o in range(COLS): read |= lasts[first + o] >= t
+        for key in range(first, first + COLS): read |= lasts[key] >= t
         if not read: continue
         stripes[n] = stripe
-        for o in range(COLS):
-            keys[n * COLS + o], lasts_read[n * COLS + o] = first + o, lasts[first + o]
+        for column in range(COLS):
+            keys[n * COLS + column] = first + column
+            lasts_read[n * COLS + column] = lasts[first + column]
         n += 1
     return n
 
 # %% ../../nbs/kernels/04_attention.ipynb #7f7d259d
 @compiled("kernels/tiles.py", "kernels/attention.py")
 def _some_queries(queries, t, scale, laid_keys, laid_values, stripes, n_stripes, keys, lasts,
-                  scores, some, totals, out):
+                  scores, work, totals, out):
     "Attention of a few queries from token t on; queries and out: [n, D]."
     n, width = queries.shape
     for r in range(n):
-        for o in range(width): some[r, o] = queries[r, o] * scale
-    row, flat, few = scores.shape[1], scores.reshape(-1), some.reshape(-1)
+        for d in range(width): work[r, d] = queries[r, d] * scale
+
+    row, flat_scores, flat_work = scores.shape[1], scores.reshape(-1), work.reshape(-1)
+    flat_keys, flat_values = laid_keys.reshape(-1), laid_values.reshape(-1)
     for s in range(n_stripes):
-        set_tile(few, 0, width, 1, laid_keys.reshape(-1), stripes[s] * width * COLS, COLS, flat,
+        set_tile(flat_work, 0, width, 1, flat_keys, stripes[s] * width * COLS, COLS, flat_scores,
                  s * COLS, row, width)
     for r in range(n):
-        largest = hide(flat, r * row, n_stripes * COLS, t + r, keys, lasts)
-        totals[r] = exponentials(flat, r * row, n_stripes * COLS, largest)
-    some[:] = 0
+        largest = hide(flat_scores, r * row, n_stripes * COLS, t + r, keys, lasts)
+        totals[r] = exponentials(flat_scores, r * row, n_stripes * COLS, largest)
+
+    work[:] = 0
     for s in range(n_stripes):
         for j in range(0, width, COLS):
-            add_tile(flat, s * COLS, row, 1, laid_values.reshape(-1), stripes[s] * width * COLS + j,
-                     width, few, j, width, COLS)
+            add_tile(flat_scores, s * COLS, row, 1, flat_values, stripes[s] * width * COLS + j,
+                     width, flat_work, j, width, COLS)
     for r in range(n):
         share = np.float32(1) / totals[r]
-        for o in range(width): out[r, o] = some[r, o] * share
+        for d in range(width): out[r, d] = work[r, d] * share
 
 # %% ../../nbs/kernels/04_attention.ipynb #ee522f5a
 @compiled("kernels/tiles.py", "kernels/attention.py")
-# [B, T, H, D], twice [B, T, H / group, D], [B, T], …
 def _attention(queries, keys, values, lasts, out, scale, share, shares):
+    "A share of attention: [B, T, H, D], twice [B, T, H / group, D], [B, T], [B, T, H, D]."
     sets, tokens, heads, width = queries.shape
-    kv_heads, most = keys.shape[2], (tokens + COLS) // COLS
-    laid_keys, laid_values = np.zeros((most, width, COLS), np.float32), np.zeros(
-        (most, COLS, width), np.float32
-    )
-    last, stripes = np.full(most * COLS, -1, np.int32), np.zeros(most, np.int64)
-    keys_read, lasts_read = np.zeros(most * COLS, np.int32), np.zeros(most * COLS, np.int32)
-    scores, some = np.zeros((ROWS, most * COLS + LANES), np.float32), np.zeros(
-        (ROWS, width), np.float32
-    )
-    totals, group = np.zeros(ROWS, np.float32), heads // kv_heads
+    kv_heads, n_stripes = keys.shape[2], (tokens + COLS) // COLS  # stripes at most
+    laid_keys = np.zeros((n_stripes, width, COLS), np.float32)
+    laid_values = np.zeros((n_stripes, COLS, width), np.float32)
+    last, stripes = np.full(n_stripes * COLS, -1, np.int32), np.zeros(n_stripes, np.int64)
+    keys_read = np.zeros(n_stripes * COLS, np.int32)
+    lasts_read = np.zeros(n_stripes * COLS, np.int32)
+    scores = np.zeros((ROWS, n_stripes * COLS + LANES), np.float32)
+    work, totals = np.zeros((ROWS, width), np.float32), np.zeros(ROWS, np.float32)
+
+    group = heads // kv_heads
     # enough heads to go round; else threads share the queries of each
-    apart = sets * kv_heads >= 4 * shares
-    for unit in range(share if apart else 0, sets * kv_heads, shares if apart else 1):
+    whole_heads = sets * kv_heads >= 4 * shares
+    for unit in range(share if whole_heads else 0, sets * kv_heads, shares if whole_heads else 1):
         b, g = unit // kv_heads, unit % kv_heads
         last[:tokens] = lasts[b]
         _lay_out(keys[b, :, g], values[b, :, g], laid_keys, laid_values)
         for t in range(0, tokens, ROWS):
-            until = min(t + ROWS, tokens) - 1
-            n = _stripes_read(t, until, last, stripes, keys_read, lasts_read)
+            end = min(t + ROWS, tokens)
+            n = _stripes_read(t, end - 1, last, stripes, keys_read, lasts_read)
             for h in range(g * group, (g + 1) * group):
-                if not apart and (t // ROWS + h) % shares != share: continue
-                _some_queries(queries[b, t:until + 1, h], t, scale, laid_keys, laid_values, stripes,
-                              n, keys_read, lasts_read, scores, some, totals, out[b, t:until + 1,
-                                                                                  h])
+                if not whole_heads and (t // ROWS + h) % shares != share: continue
+                _some_queries(queries[b, t:end, h], t, scale, laid_keys, laid_values, stripes, n,
+                              keys_read, lasts_read, scores, work, totals, out[b, t:end, h])
 
 # %% ../../nbs/kernels/04_attention.ipynb #e2223077
 def causal(sets: int, tokens: int) -> Tensor:  # int32 [B, T]
@@ -227,31 +235,31 @@ def causal(sets: int, tokens: int) -> Tensor:  # int32 [B, T]
     return torch.full((sets, tokens), tokens - 1, dtype=torch.int32)
 
 # %% ../../nbs/kernels/04_attention.ipynb #6618ad45
+def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, lasts: Tensor) -> None:
+    "Refuse tensors of which `attention` cannot make a result."
+    sets, heads, tokens, width = queries.shape
+    alike = keys.shape == values.shape == (sets, keys.shape[1], tokens, width)
+    if alike and lasts.shape == (sets, tokens) and not heads % keys.shape[1] and not width % COLS:
+        return
+    raise CalibPruneError(
+        f"Queries {[*queries.shape]}, keys {[*keys.shape]}, values {[*values.shape]} and last"
+        f" descendants {[*lasts.shape]} do not fit each other, or heads are no multiple of"
+        f" {COLS} wide."
+    )
+
+# %% ../../nbs/kernels/04_attention.ipynb #b4bd2f5f
 def attention(queries: Tensor,  # [B, H, T, D], computed with in float32; D a multiple of COLS
               keys: Tensor,     # [B, H / group, T, D]
               values: Tensor,   # [B, H / group, T, D]
-              # int32 [B, T]: the last descendant of each token, in depth-first order
-              lasts: Tensor,
+              lasts: Tensor,    # int32 [B, T]: each token's last descendant, in depth-first order
               scale: float      # of the scores
              ) -> Tensor:       # [B, T, H, D], in the type of the queries
     "Softmax attention in which a token sees itself and its ancestors."
+    _check_shapes(queries, keys, values, lasts)
     sets, heads, tokens, width = queries.shape
-    shapes = (sets, keys.shape[1], tokens, width), (sets, tokens)
-    if (keys.shape, values.shape,
-            lasts.shape) != (shapes[0], *shapes) or heads % keys.shape[1] or width % COLS:
-        raise CalibPruneError(
-            f"Queries {[*queries.shape]}, keys {[*keys.shape]}, values {[*values.shape]} and last"
-            f" descendants {[*lasts.shape]} do not fit each other, or heads are no multiple of"
-            f" {COLS} wide."
-        )
     out = torch.empty(sets, tokens, heads, width)
-    numbers = [o.transpose(1, 2).float().contiguous().numpy() for o in (queries, keys, values)] + [
-        lasts.numpy(),
-        out.numpy(),
-    ]
+    by_token = [tensor.transpose(1, 2).float().contiguous() for tensor in (queries, keys, values)]
+    arrays = [tensor.numpy() for tensor in (*by_token, lasts, out)]
     small = sets * heads * tokens**2 * width < 1 << 22
-    in_threads(
-        lambda share, shares: _attention(*numbers, np.float32(scale), share, shares),
-        1 if small else None,
-    )
+    in_threads(partial(_attention, *arrays, np.float32(scale)), 1 if small else None)
     return out.to(queries.dtype)

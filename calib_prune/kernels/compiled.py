@@ -27,18 +27,18 @@ from ..core import CalibPruneError, cache_dir, content_hash
 # %% ../../nbs/kernels/01_compiled.ipynb #7c580d6f
 def processor() -> list[str]:
     "What machine code has to fit: the kind of processor and its instructions."
-    # NUMBA_CPU_NAME, NUMBA_CPU_FEATURES
-    chosen = [o for o in (numba.config.CPU_NAME, numba.config.CPU_FEATURES) if o]
-    features = sorted(k for k, has in llvm.get_host_cpu_features().items() if has)
-    return [platform.machine(), *(chosen or [llvm.get_host_cpu_name(), *features])]
+    settings = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # NUMBA_CPU_NAME, …_FEATURES
+    if overrides := list(filter(None, settings)): return [platform.machine(), *overrides]
+    features = sorted(name for name, has in llvm.get_host_cpu_features().items() if has)
+    return [platform.machine(), llvm.get_host_cpu_name(), *features]
 
 # %% ../../nbs/kernels/01_compiled.ipynb #a2b360d7
 def kernel_folder(sources: list[Path]  # files that the kernel is made from
                  ) -> Path:            # in the cache; it may not exist yet
     "The folder for machine code that is made from some files on this processor."
     versions = [numba.__version__, llvmlite.__version__, platform.python_version()]
-    text = [hashlib.sha256(o.read_bytes()).hexdigest() for o in sources]
-    return cache_dir() / "kernels" / content_hash([versions, processor(), text])[:16]
+    hashes = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
+    return cache_dir() / "kernels" / content_hash([versions, processor(), hashes])[:16]
 
 # %% ../../nbs/kernels/01_compiled.ipynb #f8548325
 class _SealedFile(IndexDataCacheFile):
@@ -53,16 +53,16 @@ class _SealedFile(IndexDataCacheFile):
         return super()._load_data(name)
 
 # %% ../../nbs/kernels/01_compiled.ipynb #1a90f574
-_said: list[str] = []  # why kernels cannot be kept
+_reported: list[str] = []  # why kernels cannot be kept
 
 def _cannot_keep(why: Exception) -> None:
     "Say once that kernels are compiled in each process."
-    if _said: return
-    _said.append(getattr(why, "strerror", None) or str(why))
+    if _reported: return
+    _reported.append(getattr(why, "strerror", None) or str(why))
     where = os.environ.get("CALIB_PRUNE_CACHE") or "the cache folder"
     warnings.warn(
-        f"Compiled kernels cannot be kept in {where} ({_said[0]}): each process compiles them anew,"
-        " which takes seconds. Set CALIB_PRUNE_CACHE to a folder that can be written.",
+        f"Compiled kernels cannot be kept in {where} ({_reported[0]}): each process compiles them"
+        " anew, which takes seconds. Set CALIB_PRUNE_CACHE to a folder that can be written.",
         stacklevel=2,
     )
 
@@ -71,12 +71,12 @@ def _check_owner(folder: Path) -> None:
     """Refuse a folder of the cache in which another user may have put code: machine code is run,
     and its index is a pickle."""
     if not hasattr(os, "getuid"): return
-    for o in (folder, *folder.parents):
-        found = o.stat()
-        if os.getuid() and found.st_uid not in (0, os.getuid()):
-            raise OSError(f"{o} belongs to another user")
-        if found.st_mode & 0o1002 == 0o002: raise OSError(f"everyone can write {o}")
-        if o == cache_dir(): return
+    for ancestor in (folder, *folder.parents):
+        status = ancestor.stat()
+        if os.getuid() and status.st_uid not in (0, os.getuid()):
+            raise OSError(f"{ancestor} belongs to another user")
+        if status.st_mode & 0o1002 == 0o002: raise OSError(f"everyone can write {ancestor}")
+        if ancestor == cache_dir(): return
 
 # %% ../../nbs/kernels/01_compiled.ipynb #816cc88b
 class _KernelCache(FunctionCache):
@@ -105,8 +105,7 @@ class _KernelCache(FunctionCache):
         except Exception as e: _cannot_keep(e)  # saving reads the index again
 
 # %% ../../nbs/kernels/01_compiled.ipynb #5837bf4f
-# other files of the package that the kernel is made from, such as "kernels/tiles.py"
-def compiled(*parts: str
+def compiled(*parts: str  # other files that the kernel is made from, such as "kernels/tiles.py"
             ) -> Callable[[Callable], Callable]:
     """A decorator for kernels: compile for this processor when first called, and keep the code on
     disk."""
@@ -114,13 +113,11 @@ def compiled(*parts: str
         kernel: Any = numba.njit(nogil=True, fastmath={"contract"})(function)
         file = Path(function.__code__.co_filename)
         if not file.is_file(): return kernel  # typed into a notebook
+
         package = Path(__file__).parent.parent
-        try:
-            kernel._cache = _KernelCache(
-                function, kernel_folder([Path(__file__), file, *(package / o for o in parts)])
-            )
-        except (CalibPruneError, RuntimeError, OSError) as e:
-            _cannot_keep(e)
+        files = [Path(__file__), file, *(package / part for part in parts)]
+        try: kernel._cache = _KernelCache(function, kernel_folder(files))
+        except (CalibPruneError, RuntimeError, OSError) as e: _cannot_keep(e)
         return kernel
     return decorate
 
@@ -137,12 +134,12 @@ def threads() -> int:
 # %% ../../nbs/kernels/01_compiled.ipynb #6e2c2d12
 def limit_threads() -> None:
     "Let torch use no more threads than there are cores, and say so."
-    asked, there = torch.get_num_threads(), cores()
-    if asked <= there: return
-    torch.set_num_threads(there)
+    n_threads, n_cores = torch.get_num_threads(), cores()
+    if n_threads <= n_cores: return
+    torch.set_num_threads(n_cores)
     warnings.warn(
-        f"{asked} threads were asked for (OMP_NUM_THREADS, or torch.set_num_threads), but this"
-        f" process may use {there} core{'s' if there > 1 else ''}: {there} are used.",
+        f"{n_threads} threads were asked for (OMP_NUM_THREADS, or torch.set_num_threads), but this"
+        f" process may use {n_cores} core{'s' if n_cores > 1 else ''}: {n_cores} are used.",
         stacklevel=2,
     )
 
@@ -152,21 +149,19 @@ def _pool(process: int) -> ThreadPoolExecutor:  # by process: threads do not sur
     return ThreadPoolExecutor(cores(), "kernel")
 
 # %% ../../nbs/kernels/01_compiled.ipynb #b13a68a0
-def in_threads(
-               # called with the number of a share, and of how many
-               work: Callable[[int, int], Any],
+def in_threads(work: Callable[[int, int], Any],  # called with a share's number, and of how many
                shares: int | None = None         # default: one per thread
               ) -> None:
     "Do all shares of some work, one of them in this thread, and return when all are done."
     n = threads() if shares is None else shares
-    # a share of other work: its threads are busy
+    # within a share of other work, the other threads are busy
     if threading.current_thread().name.startswith("kernel"):
-        for o in range(n): work(o, n)
+        for share in range(n): work(share, n)
         return
-    others = [_pool(os.getpid()).submit(work, o, n) for o in range(1, n)]
+    futures = [_pool(os.getpid()).submit(work, share, n) for share in range(1, n)]
     try: work(0, n)
-    finally: found = [o.exception() for o in others]
-    for error in found:
+    finally: errors = [future.exception() for future in futures]
+    for error in errors:
         if error: raise error
 
 # %% ../../nbs/kernels/01_compiled.ipynb #56396c44
@@ -177,11 +172,11 @@ def one_each(work: Callable[[Any], Any],
     per thread (ours)."""
     n = threads()
     if n == 1 or len(items) < 2 * n or threading.current_thread().name.startswith("kernel"):
-        return [work(o) for o in items]
-    found, left = [None] * len(items), iter(range(len(items)))
+        return [work(item) for item in items]
+    results, indices = [None] * len(items), iter(range(len(items)))
     def take_turns(*_: int) -> None:
-        for o in left: found[o] = work(items[o])
+        for index in indices: results[index] = work(items[index])
     torch.set_num_threads(1)  # for what the work calls
     try:in_threads(take_turns, n)
     finally: torch.set_num_threads(n)
-    return found
+    return results

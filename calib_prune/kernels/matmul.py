@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 def _processor(entry: str) -> list[str]:
     "The words of an entry of /proc/cpuinfo, for the first core."
     info = Path("/proc/cpuinfo")
-    found = re.search(rf"^{entry}\s*:(.*)$", info.read_text(), re.M) if info.is_file() else None
-    return found[1].split() if found else []
+    match = re.search(rf"^{entry}\s*:(.*)$", info.read_text(), re.M) if info.is_file() else None
+    return match[1].split() if match else []
 
 # %% ../../nbs/kernels/03_matmul.ipynb #9a1b7d40
 @cache
@@ -43,18 +43,17 @@ def prefers_onednn() -> bool:
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16 numbers, and torch the
     library that uses them."""
-    there = {"avx512_bf16", "amx_bf16"} & {*_processor("flags")}
-    return bool(there) and torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise")
+    instructions = {"avx512_bf16", "amx_bf16"} & {*_processor("flags")}
+    library = torch.backends.mkldnn.is_available()
+    return bool(instructions) and library and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 # %% ../../nbs/kernels/03_matmul.ipynb #990cc36d
-def linear(x: Tensor,                   # [..., d_in] on the CPU, float32 or bfloat16
-           weight: Tensor,              # [d_out, d_in]
-           bias: Tensor | None = None,  # [d_out]
-           # what follows: "swish" (SiLU), or "mul" or "add" with `other`
-           then: str = "none",
-           other: Tensor | None = None  # [..., d_out]
-          ) -> Tensor:                  # [..., d_out]
+def linear(x: Tensor,                    # [..., d_in] on the CPU, float32 or bfloat16
+           weight: Tensor,               # [d_out, d_in]
+           bias: Tensor | None = None,   # [d_out]
+           then: str = "none",           # what follows: "swish" (SiLU); "mul" or "add" with `other`
+           other: Tensor | None = None   # [..., d_out]
+          ) -> Tensor:                   # [..., d_out]
     """`torch.nn.functional.linear` by oneDNN, and what follows it. It keeps no gradients: see
     `WithGradients`."""
     if not x.numel() or not weight.numel(): return _finish(F.linear(x, weight, bias), then, other)
@@ -63,11 +62,11 @@ def linear(x: Tensor,                   # [..., d_in] on the CPU, float32 or bfl
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
 
 # %% ../../nbs/kernels/03_matmul.ipynb #2fb277b7
-def _finish(found: Tensor, then: str, other: Tensor | None) -> Tensor:
+def _finish(product: Tensor, then: str, other: Tensor | None) -> Tensor:
     "What follows a product, by torch."
-    if then == "mul": return found * other
-    if then == "add": return found + other
-    return F.silu(found) if then == "swish" else found
+    if then == "mul": return product * other
+    if then == "add": return product + other
+    return F.silu(product) if then == "swish" else product
 
 # %% ../../nbs/kernels/03_matmul.ipynb #eb0c655c
 class WithGradients(torch.autograd.Function):
@@ -97,17 +96,17 @@ class LaidOut:
 
     def of(self, weight: Tensor, tokens: int) -> Tensor:
         "The weight in oneDNN's order, or as it is if there is no room left."
-        found = self.weights.get(weight.data_ptr())
-        if found is not None and found[0].shape == weight.shape and found[0].stride(
-        ) == weight.stride():
-            return found[1]
+        original, reordered = self.weights.get(weight.data_ptr(), (None, None))
+        if original is not None and original.shape == weight.shape:
+            if original.stride() == weight.stride(): return reordered
+
         size = weight.numel() * weight.element_size()
         if size > self.room or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return weight
         self.room -= size
-        laid = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
-        self.weights[weight.data_ptr()] = weight, laid
-        return laid
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
+        self.weights[weight.data_ptr()] = weight, reordered
+        return reordered
 
 # %% ../../nbs/kernels/03_matmul.ipynb #382089cf
 class _Following(threading.local):
@@ -119,31 +118,36 @@ _following = _Following()
 # %% ../../nbs/kernels/03_matmul.ipynb #4b8d4b03
 class _ByOneDNN(TorchFunctionMode):
     "Inside, linear maps of tensors of some types on the CPU are computed by oneDNN."
-    def __init__(
-        self, types: tuple[torch.dtype, ...] = (torch.float32,), laid_out: LaidOut | None = None
-    ):
+    def __init__(self, types: tuple[torch.dtype, ...] = (torch.float32,),
+                 laid_out: LaidOut | None = None):
         super().__init__()
         self.types, self.laid_out = types, laid_out
 
+    def _computes(self, x: Tensor, *others: Tensor | None) -> bool:
+        "Whether oneDNN computes a product of these."
+        alike = (
+            tensor is None or tensor.dtype == x.dtype and tensor.device.type == "cpu"
+            for tensor in (x, *others))
+        return x.dtype in self.types and all(alike)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and not kwargs and args[0].dtype in self.types and all(
-                o is None or (o.dtype == args[0].dtype and o.device.type == "cpu") for o in args):
-            x, weight, bias = (*args, None)[:3]
-            if torch.is_grad_enabled(): return WithGradients.apply(x, weight, bias)
-            after = _following.of.pop(id(weight), ())
-            if self.laid_out and x.numel() and weight.numel():
-                weight = self.laid_out.of(weight, x.numel() // x.shape[-1])
-            return linear(x, weight, bias, *after)
-        return func(*args, **(kwargs or {}))
+        if func is not F.linear or kwargs or not self._computes(*args):
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = (*args, None)[:3]
+        if torch.is_grad_enabled(): return WithGradients.apply(x, weight, bias)
+
+        after = _following.of.pop(id(weight), ())
+        if self.laid_out and x.numel() and weight.numel():
+            weight = self.laid_out.of(weight, x.numel() // x.shape[-1])
+        return linear(x, weight, bias, *after)
 
 # %% ../../nbs/kernels/03_matmul.ipynb #067fd22f
 @contextmanager
-# do no weights change inside? Then they are laid out once
-def fast_products(same_weights: bool = False
+def fast_products(same_weights: bool = False  # no weights change inside: they are laid out once
                  ) -> Iterator[None]:
     "Inside, a model's linear maps are computed by the faster library."
     faster = {torch.float32: prefers_onednn(), torch.bfloat16: multiplies_bfloat16()}
-    types = tuple(o for o, is_so in faster.items() if is_so)
+    types = tuple(dtype for dtype, is_faster in faster.items() if is_faster)
     with _ByOneDNN(types, LaidOut() if same_weights else None) if types else nullcontext(): yield
 
 # %% ../../nbs/kernels/03_matmul.ipynb #f99275da
@@ -155,8 +159,8 @@ def following(weight: Tensor,      # of the linear map
     what is left to do."""
     _following.of[id(weight)] = then, other
     try:
-        yield lambda found: (
-            _finish(found, then, other) if _following.of.pop(id(weight), None) else found
+        yield lambda product: (
+            _finish(product, then, other) if _following.of.pop(id(weight), None) else product
         )
     finally:
         _following.of.pop(id(weight), None)

@@ -45,6 +45,5 @@ def peak_memory(device: str | torch.device = "cpu") -> float:
     """The most memory that this process has held so far, GiB: of the graphics card, or of the
     machine."""
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
-        20 if sys.platform == "linux" else 30
-    )
+    unit = 2**10 if sys.platform == "linux" else 1  # bytes that getrusage counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

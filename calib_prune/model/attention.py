@@ -24,31 +24,31 @@ _current: list[tuple[Tensor, Tensor]] = []
 
 def _fits(queries: Tensor, keys: Tensor, more: dict[str, Any]) -> bool:
     "Whether our attention can compute a call."
-    plain = not torch.is_grad_enabled() and all(
-        o.dtype in FLOAT_TYPES and o.device.type == "cpu" for o in (queries, keys)
-    )
+    computed = (tensor.dtype in FLOAT_TYPES and tensor.device.type == "cpu"
+                for tensor in (queries, keys))
+    changed = more.get("dropout") or more.get("is_causal", True) is False
+    changed = changed or any(more.get(k) is not None for k in ("position_bias", "s_aux", "softcap"))
+    if torch.is_grad_enabled() or changed or not all(computed): return False
     window = more.get("sliding_window")
-    return (plain and queries.shape[2] == keys.shape[2] > 1 and queries.shape[3] % COLS == 0
-            and not more.get("dropout") and more.get("is_causal", True) is not False
-            and (window is None or window >= keys.shape[2])
-            and all(more.get(o) is None for o in ("position_bias", "s_aux", "softcap")))
+    return (queries.shape[2] == keys.shape[2] > 1 and queries.shape[3] % COLS == 0
+            and (window is None or window >= keys.shape[2]))
 
 # %% ../../nbs/model/02_attention.ipynb #f4aea207
-# before: what the registry held
-def _forward(before, module, query, key, value, attention_mask, scaling=None, **more):
+def _forward(before,  # what the registry held
+             module, query, key, value, attention_mask, scaling=None, **more):
     lasts, stand_in = _current[-1] if _current else (None, None)
     if lasts is not None and not (attention_mask is stand_in and _fits(query, key, more)):
         raise CalibPruneError(
             f"{type(module).__name__} does not pass its mask on as it is, or attends in another"
             " way: its texts cannot be scored side by side."
         )
-    if attention_mask is None and key.shape == value.shape and getattr(
-            module, "is_causal", False) and _fits(query, key, more):
+    whole = attention_mask is None and key.shape == value.shape
+    if whole and getattr(module, "is_causal", False) and _fits(query, key, more):
         lasts = causal(query.shape[0], query.shape[2])
-    elif lasts is None:
+    if lasts is None:
         return before(module, query, key, value, attention_mask, scaling=scaling, **more)
-    return attention(query, key, value, lasts,
-                     query.shape[-1]**-.5 if scaling is None else scaling), None
+    scale = query.shape[-1]**-.5 if scaling is None else scaling
+    return attention(query, key, value, lasts, scale), None
 
 # %% ../../nbs/model/02_attention.ipynb #41012390
 @contextmanager

@@ -10,6 +10,7 @@ import inspect
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from itertools import product
 from typing import Any, Callable, Iterator
 
 import numpy as np
@@ -32,13 +33,12 @@ def _rotate(x, cos, sin, out, share, shares):  # [B, T, H, D] float32; [B or 1, 
         c = min(b, len(cos) - 1)
         for t in range(tokens * share // shares, tokens * (share + 1) // shares):
             for h in range(heads):
-                for o in range(half):
-                    out[b, t, h, o] = (
-                        x[b, t, h, o] * cos[c, t, o] - x[b, t, h, half + o] * sin[c, t, o]
-                    )
-                for o in range(half):
-                    out[b, t, h, half + o] = (x[b, t, h, half + o] * cos[c, t, half + o]
-                                              + x[b, t, h, o] * sin[c, t, half + o])
+                for d in range(half):
+                    out[b, t, h, d] = (x[b, t, h, d] * cos[c, t, d]
+                                       - x[b, t, h, half + d] * sin[c, t, d])
+                for d in range(half):
+                    out[b, t, h, half + d] = (x[b, t, h, half + d] * cos[c, t, half + d]
+                                              + x[b, t, h, d] * sin[c, t, half + d])
 
 # %% ../../nbs/model/03_fused.ipynb #442b0475
 _rotate_as_published = modeling_llama.apply_rotary_pos_emb
@@ -46,26 +46,28 @@ _rotate_as_published = modeling_llama.apply_rotary_pos_emb
 def _can_rotate(x: Tensor, cos: Tensor) -> bool:
     """Whether the kernel can rotate: on the CPU, no gradients, [B, H, T, D] with all features
     rotated."""
-    fits = x.ndim == 4 and cos.ndim == 3 and x.shape[-1] == cos.shape[
-        -1] and x.shape[-1] % 2 == 0 and x.shape[2] == cos.shape[1]
-    return fits and not torch.is_grad_enabled(
-    ) and x.dtype in FLOAT_TYPES and x.device.type == cos.device.type == "cpu"
+    if torch.is_grad_enabled() or x.ndim != 4 or cos.ndim != 3: return False
+    fits = x.shape[-1] == cos.shape[-1] and x.shape[-1] % 2 == 0 and x.shape[2] == cos.shape[1]
+    return fits and x.dtype in FLOAT_TYPES and x.device.type == cos.device.type == "cpu"
 
 # %% ../../nbs/model/03_fused.ipynb #8032c115
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x: [B, H, T, D]
+    "A tensor rotated by the kernel."
+    by_token = x.transpose(1, 2).float().contiguous()
+    out = torch.empty_like(by_token)
+    angles = cos.float().contiguous().numpy(), sin.float().contiguous().numpy()
+    small = by_token.numel() < 1 << 18
+    in_threads(partial(_rotate, by_token.numpy(), *angles, out.numpy()), 1 if small else None)
+    return out.to(x.dtype).transpose(1, 2)
+
+# %% ../../nbs/model/03_fused.ipynb #4c20262e
 def rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     "transformers' `apply_rotary_pos_emb`, in one pass where the kernel can do it."
     if unsqueeze_dim != 1 or not (_can_rotate(q, cos) and _can_rotate(k, cos)):
         return _rotate_as_published(q, k, cos, sin, unsqueeze_dim)
-    angles = [o.float().contiguous().numpy() for o in (cos, sin)]
-    def one(x: Tensor) -> Tensor:
-        laid = x.transpose(1, 2).float().contiguous()
-        out = torch.empty_like(laid)
-        in_threads(lambda share, shares: _rotate(laid.numpy(), *angles, out.numpy(), share, shares),
-                   1 if laid.numel() < 1 << 18 else None)
-        return out.to(x.dtype).transpose(1, 2)
-    return one(q), one(k)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 # %% ../../nbs/model/03_fused.ipynb #7a01e51a
 _gated_as_published = modeling_llama.LlamaMLP.forward
@@ -84,7 +86,7 @@ def _rms_norm(x, weight, epsilon, out, share, shares):  # [tokens, d], [d]
     for t in range(tokens * share // shares, tokens * (share + 1) // shares):
         squares[:] = 0
         for k in range(0, whole, COLS):
-            for o in range(COLS): squares[o] += x[t, k + o] * x[t, k + o]
+            for lane in range(COLS): squares[lane] += x[t, k + lane] * x[t, k + lane]
         for k in range(whole, d): squares[k - whole] += x[t, k] * x[t, k]
         scale = np.float32(1) / np.sqrt(squares.sum() / np.float32(d) + epsilon)
         for k in range(d): out[t, k] = weight[k] * (x[t, k] * scale)
@@ -94,50 +96,48 @@ _rms_norm_as_published = modeling_llama.LlamaRMSNorm.forward
 # %% ../../nbs/model/03_fused.ipynb #5149fbf8
 def rms_norm(self: Any, x: Tensor) -> Tensor:
     "transformers' `LlamaRMSNorm`, in one pass where the kernel can do it."
-    plain = all(o.dtype in FLOAT_TYPES and o.device.type == "cpu" for o in (x, self.weight))
-    if torch.is_grad_enabled() or not plain or not x.numel() or x.shape[-1:] != self.weight.shape:
-        return _rms_norm_as_published(self, x)
+    computed = all(tensor.dtype in FLOAT_TYPES and tensor.device.type == "cpu"
+                   for tensor in (x, self.weight))
+    fits = computed and x.numel() and x.shape[-1:] == self.weight.shape
+    if torch.is_grad_enabled() or not fits: return _rms_norm_as_published(self, x)
+
     rows = x.float().contiguous().view(-1, x.shape[-1])
     out = torch.empty_like(rows)
-    numbers = rows.numpy(), self.weight.float().numpy(), np.float32(
-        self.variance_epsilon), out.numpy()
-    in_threads(partial(_rms_norm, *numbers), 1 if rows.numel() < 1 << 18 else None)
+    weight, epsilon = self.weight.float().numpy(), np.float32(self.variance_epsilon)
+    work = partial(_rms_norm, rows.numpy(), weight, epsilon, out.numpy())
+    in_threads(work, 1 if rows.numel() < 1 << 18 else None)
     return out.to(x.dtype).view(x.shape)
 
 # %% ../../nbs/model/03_fused.ipynb #1f50397f
 _layer_as_published = modeling_llama.LlamaDecoderLayer.forward
 _LAST = dict(
     o_proj="attn_output = self.o_proj(attn_output) return attn_output, attn_weights",
-    down_proj=
-    "down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) return down_proj")
+    down_proj="down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) "
+              "return down_proj")
 
 @cache
 def _ends_in(forward: Callable, name: str) -> bool:
     "Whether a module's last step is the linear map of that name."
-    try:
-        return forward is gated or " ".join(inspect.getsource(forward).split()).endswith(
-            _LAST[name]
-        )
-    except (OSError, TypeError):
-        return False
+    if forward is gated: return True
+    try: return " ".join(inspect.getsource(forward).split()).endswith(_LAST[name])
+    except (OSError, TypeError): return False
 
 # %% ../../nbs/model/03_fused.ipynb #c587479b
 def _can_add(module: nn.Module, name: str) -> bool:
     linear = getattr(module, name, None)
-    changed = lambda o: o._forward_hooks or "forward" in vars(o)
+    changed = lambda layer: layer._forward_hooks or "forward" in vars(layer)
     if not isinstance(linear, nn.Linear) or changed(linear) or changed(module): return False
     return type(linear) is nn.Linear and _ends_in(type(module).forward, name)
 
 # %% ../../nbs/model/03_fused.ipynb #2fb16969
 def decoder_layer(self: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
     "transformers' `LlamaDecoderLayer`, with residuals added within the products."
-    if args or "past_key_values" in more or not (_can_add(self.self_attn, "o_proj")
-                                                 and _can_add(self.mlp, "down_proj")):
+    can_add = _can_add(self.self_attn, "o_proj") and _can_add(self.mlp, "down_proj")
+    if args or "past_key_values" in more or not can_add:
         return _layer_as_published(self, hidden_states, *args, **more)
     with following(self.self_attn.o_proj.weight, "add", hidden_states) as finish:
-        hidden_states = finish(
-            self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)[0]
-        )
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = finish(self.self_attn(hidden_states=normed, **more)[0])
     with following(self.mlp.down_proj.weight, "add", hidden_states) as finish:
         return finish(self.mlp(self.post_attention_layernorm(hidden_states)))
 
@@ -154,22 +154,22 @@ def _replaced(owner: Any, name: str, new: Callable) -> Iterator[None]:
     try: yield
     finally: setattr(owner, name, old)
 
-_REPLACED = ((_gated_as_published, gated), (_rms_norm_as_published, rms_norm), (_layer_as_published,
-                                                                                decoder_layer))
+_REPLACED = ((_gated_as_published, gated), (_rms_norm_as_published, rms_norm),
+             (_layer_as_published, decoder_layer))
 
 # %% ../../nbs/model/03_fused.ipynb #a77a64b5
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
     """Inside, a model's rotary positions, norms, gated MLPs and residuals take fewer passes, where
     its code is known."""
-    kinds = {type(o) for o in model.modules()}
+    kinds = {type(layer) for layer in model.modules()}
+    modules = [sys.modules[name] for name in sorted({kind.__module__ for kind in kinds})]
     with ExitStack() as stack:
-        for module in sorted({o.__module__ for o in kinds}):
-            rotation = getattr(sys.modules[module], "apply_rotary_pos_emb", None)
+        for module in modules:
+            rotation = getattr(module, "apply_rotary_pos_emb", None)
             if rotation and _same_code(rotation, _rotate_as_published):
-                stack.enter_context(_replaced(sys.modules[module], "apply_rotary_pos_emb", rotate))
-        for kind in kinds:
-            for published, ours in _REPLACED:
-                if _same_code(kind.forward, published):
-                    stack.enter_context(_replaced(kind, "forward", ours))
+                stack.enter_context(_replaced(module, "apply_rotary_pos_emb", rotate))
+        for kind, (published, ours) in product(kinds, _REPLACED):
+            if _same_code(kind.forward, published):
+                stack.enter_context(_replaced(kind, "forward", ours))
         yield

@@ -55,28 +55,33 @@ def pack(sequences: list[list[int]],  # token ids
     "Merge sequences into rows where they begin alike."
     rows, before = [], []
     for i in sorted(range(len(sequences)), key=sequences.__getitem__):
-        s = sequences[i]
-        k = common_prefix(before, s)
-        if not rows or not (2 * k >= len(s)
-                            or k >= 16) or len(rows[-1].tokens) + len(s) - k > row_tokens:
+        sequence = sequences[i]
+        shared = common_prefix(before, sequence)
+        joins = bool(rows) and (2 * shared >= len(sequence) or shared >= 16)
+        if not joins or len(rows[-1].tokens) + len(sequence) - shared > row_tokens:
             rows.append(Row())
-            k = 0
-        rows[-1].add(i, s, k)
-        before = s
+            shared = 0
+        rows[-1].add(i, sequence, shared)
+        before = sequence
     return rows
 
 # %% ../../nbs/model/05_likelihood.ipynb #d3150940
+def _padded(values: list[int], rest: torch.Tensor) -> torch.Tensor:
+    "Values of a row's nodes, and after them what the rest of a longer row holds."
+    return torch.cat([torch.tensor(values, dtype=torch.int64), rest[len(values):]])
+
 def tree_mask(rows: list[Row],
               length: int,                # of the padded rows
               window: int | None = None,  # how many positions back a token sees, itself included
              ) -> torch.Tensor:           # bool [B, 1, T, T]; True where a query may look at a key
     "Which node sees which in a batch of rows; padding sees itself."
-    at = torch.arange(length)
-    pad = lambda values, rest: torch.tensor([*values, *rest[len(values):]])
-    end = torch.stack([pad(o.end, at.tolist()) for o in rows])
-    depth = torch.stack([pad(o.depth, [0] * length) for o in rows])
-    sees = (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] <= end[:, None, :])
-    if window is not None: sees &= depth[:, :, None] - depth[:, None, :] < window
+    position = torch.arange(length)
+    end = torch.stack([_padded(row.end, position) for row in rows])
+    key, query = position[None, None, :], position[None, :, None]
+    sees = (key <= query) & (query <= end[:, None, :])
+    if window is not None:
+        depth = torch.stack([_padded(row.depth, torch.zeros_like(position)) for row in rows])
+        sees &= depth[:, :, None] - depth[:, None, :] < window
     return sees[:, None]
 
 # %% ../../nbs/model/05_likelihood.ipynb #621f3082
@@ -102,33 +107,33 @@ def model_masks(model, rows: list[Row],
         sees = tree_mask(rows, length, window)
         return hidden.masked_fill_(~sees, torch.finfo(model.dtype).min).to(model.device)
     kind, window = PACKABLE[model.config.model_type], getattr(model.config, "sliding_window", None)
-    if kind == "both":
-        kinds = set(model.config.layer_types)
-        return {o: mask(window if o == "sliding_attention" else None) for o in kinds}
-    return mask(window if kind == "sliding" else None)
+    if kind != "both": return mask(window if kind == "sliding" else None)
+    windows = {layer: window if layer == "sliding_attention" else None
+               for layer in model.config.layer_types}
+    return {layer: mask(layer_window) for layer, layer_window in windows.items()}
 
 # %% ../../nbs/model/05_likelihood.ipynb #33c0845a
 def joins_rows(model, rows: list[Row]) -> bool:
-    """Whether the rows of a batch may stand side by side: our attention serves this model, and no
+    """Whether the rows of a batch can be put side by side: our attention serves this model, and no
     window cuts a row."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = getattr(config, "sliding_window", None) if PACKABLE.get(
-        config.model_type) != "full" else None
-    return (not unpackable(model) and config._attn_implementation == "sdpa"
-            and model.device.type == "cpu" and model.dtype in FLOAT_TYPES and width % COLS == 0
-            and (window is None or window >= max(len(o.tokens) for o in rows)))
+    if unpackable(model) or config._attn_implementation != "sdpa" or width % COLS: return False
+    if model.device.type != "cpu" or model.dtype not in FLOAT_TYPES: return False
+    window = getattr(config, "sliding_window", None)
+    if PACKABLE[config.model_type] == "full" or window is None: return True
+    return window >= max(len(row.tokens) for row in rows)
 
 # %% ../../nbs/model/05_likelihood.ipynb #299655c3
 def side_by_side(rows: list[Row]) -> Row:
     "One row that holds several."
     joined = Row()
     for row in rows:
-        at = len(joined.tokens)
+        first = len(joined.tokens)
         joined.tokens += row.tokens
         joined.depth += row.depth
-        joined.end += [at + o for o in row.end]
-        joined.paths |= {i: [at + o for o in path] for i, path in row.paths.items()}
+        joined.end += [first + node for node in row.end]
+        for i, path in row.paths.items(): joined.paths[i] = [first + node for node in path]
     return joined
 
 # %% ../../nbs/model/05_likelihood.ipynb #bdb96ccd
@@ -148,10 +153,10 @@ def token_scores(logits: torch.Tensor,   # [n, vocabulary]
                 # [m] log probability (nats), [m] was it the likeliest
                 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Log probabilities of tokens, and whether each was the greedy choice; in float32 or better."
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    norm = torch.cat([torch.logsumexp(o.to(wide), -1) for o in logits.split(chunk)])
-    best = torch.cat([o.argmax(-1) for o in logits.split(chunk)])
-    return logits[at, targets].to(wide) - norm[at], best[at] == targets
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    norm = torch.cat([torch.logsumexp(block.to(dtype), -1) for block in logits.split(chunk)])
+    best = torch.cat([block.argmax(-1) for block in logits.split(chunk)])
+    return logits[at, targets].to(dtype) - norm[at], best[at] == targets
 
 # %% ../../nbs/model/05_likelihood.ipynb #76cc1a5c
 Request = tuple[list[int], list[int]]  # tokens of the context and of the continuation
@@ -177,76 +182,98 @@ def _logits(model, rows: list[Row], ids: torch.Tensor, depth: torch.Tensor,
         ).logits[0]
 
 # %% ../../nbs/model/05_likelihood.ipynb #15ff8f7e
+@dataclass
+class _Targets:
+    "What a batch of rows is asked for."
+    ids: list[int] = field(default_factory=list)     # requests
+    nodes: list[int] = field(default_factory=list)   # flat positions that predict a token
+    tokens: list[int] = field(default_factory=list)  # the tokens
+    sizes: list[int] = field(default_factory=list)   # tokens of each request
+
+def _targets(rows: list[Row], requests: list[Request],
+             length: int  # of the padded rows
+            ) -> _Targets:
+    "The continuations of all requests of a few rows, one after the other."
+    targets = _Targets()
+    for b, row in enumerate(rows):
+        for i, path in row.paths.items():
+            _, continuation = requests[i]
+            targets.ids.append(i)
+            targets.nodes += [b * length + node for node in path[-len(continuation):]]
+            targets.tokens += continuation
+            targets.sizes.append(len(continuation))
+    return targets
+
+# %% ../../nbs/model/05_likelihood.ipynb #13606f9b
 @torch.inference_mode()
 @fast_attention()
 def score_batch(model, rows: list[Row],
-                requests: list[Request]            # all of them; the rows say which are theirs
-               # request → log-likelihood, is it the greedy continuation
-               ) -> dict[int, tuple[float, bool]]:
+                requests: list[Request]  # all of them; the rows say which are theirs
+               ) -> dict[int, tuple[float, bool]]:  # request → log-likelihood, is it the greedy one
     "Score the requests of a few rows in one pass."
     if joins_rows(model, rows): rows = [side_by_side(rows)]
-    length = max(len(o.tokens) for o in rows)
-    pad = lambda values: torch.tensor(
-        [[*v, *[0] * (length - len(v))] for v in values], device=model.device
-    )
-    mine = [
-        (b * length, i, o.paths[i], requests[i][1]) for b, o in enumerate(rows) for i in o.paths
-    ]
-    flat = torch.tensor([base + node for base, _, path, cont in mine for node in path[-len(cont):]])
-    where, at = flat.unique(return_inverse=True)  # shared nodes are predicted once
-    targets = torch.tensor([t for *_, cont in mine for t in cont], device=model.device)
-    logits = _logits(model, rows, pad(o.tokens for o in rows), pad(o.depth for o in rows), where)
-    sizes = [len(cont) for *_, cont in mine]
-    lp, greedy = (o.cpu().split(sizes) for o in token_scores(logits, at.to(model.device), targets))
-    return {
-        i: (float(a.sum(dtype=torch.float64)), bool(g.all()))
-        for (_, i, _, _), a, g in zip(mine, lp, greedy)
-    }
+    length = max(len(row.tokens) for row in rows)
+    rest = torch.zeros(length, dtype=torch.int64)
+    ids = torch.stack([_padded(row.tokens, rest) for row in rows]).to(model.device)
+    depth = torch.stack([_padded(row.depth, rest) for row in rows]).to(model.device)
+
+    targets = _targets(rows, requests, length)
+    # shared nodes are predicted once
+    where, at = torch.tensor(targets.nodes).unique(return_inverse=True)
+    logits = _logits(model, rows, ids, depth, where)
+    tokens = torch.tensor(targets.tokens, device=model.device)
+    lp, greedy = (scores.cpu() for scores in token_scores(logits, at.to(model.device), tokens))
+
+    parts = zip(targets.ids, lp.split(targets.sizes), greedy.split(targets.sizes), strict=True)
+    return {i: (float(a.sum(dtype=torch.float64)), bool(g.all())) for i, a, g in parts}
 
 # %% ../../nbs/model/05_likelihood.ipynb #6eb6d2d7
 def batches(rows: list[Row],
             batch_tokens: int,   # rows × longest row
-            joined: bool = False # rows stand side by side: all rows' tokens
+            joined: bool = False # rows are side by side: all rows' tokens
            ) -> Iterator[list[Row]]:
     "Rows from long to short, in batches that fill the budget; a batch has at least one row."
     batch: list[Row] = []
-    for o in sorted(rows, key=lambda o: -len(o.tokens)):
-        sizes = [len(row.tokens) for row in (*batch, o)]
+    for row in sorted(rows, key=lambda row: -len(row.tokens)):
+        sizes = [len(other.tokens) for other in (*batch, row)]
         if batch and (sum(sizes) if joined else len(sizes) * sizes[0]) > batch_tokens:
             yield batch
             batch = []
-        batch.append(o)
+        batch.append(row)
     if batch: yield batch
 
 # %% ../../nbs/model/05_likelihood.ipynb #0242c7d0
+def _sequences(requests: list[Request], longest: int  # tokens of the model's context
+              ) -> list[list[int]]:
+    "What the model reads for each request: its last tokens, without the very last one."
+    size = max((len(cont) for _, cont in requests if len(cont) > longest), default=0)
+    if size:
+        raise CalibPruneError(
+            f"A continuation of {size:,} tokens does not fit into the model's context of"
+            f" {longest:,}."
+        )
+    # the last token predicts nothing
+    return [(context + cont)[-longest - 1:][:-1] for context, cont in requests]
+
+# %% ../../nbs/model/05_likelihood.ipynb #373663c9
 @fast_products(same_weights=True)
 def loglikelihoods(model,
                    requests: list[Request],
-                   batch_tokens: int = 1024,        # tokens in a batch; bounds memory
-                   # the model's context; longer requests lose their beginning
-                   max_length: int | None = None,
-                   # called as progress("scoring", tokens done, tokens)
-                   progress: ProgressFn | None = None
-                  # log-likelihood (nats), is it the greedy continuation
-                  ) -> list[tuple[float, bool]]:
+                   batch_tokens: int = 1024,       # tokens in a batch; bounds memory
+                   max_length: int | None = None,  # the context; longer requests lose their start
+                   progress: ProgressFn | None = None  # progress("scoring", tokens done, tokens)
+                  ) -> list[tuple[float, bool]]:   # log-likelihood (nats), is it the greedy one
     "Log-likelihood of each continuation after its context."
-    keep = max_length or 10**9
-    if longest := max((len(cont) for _, cont in requests if len(cont) > keep), default=0):
-        raise CalibPruneError(
-            f"A continuation of {longest:,} tokens does not fit into the model's context of"
-            f" {keep:,}."
-        )
+    sequences = _sequences(requests, max_length or 10**9)
     check_number("batch_tokens", batch_tokens, 1, math.inf, whole=True)
-    # the last token predicts nothing
-    sequences = [(context + cont)[-keep - 1:][:-1] for context, cont in requests]
-    found: dict[int, tuple[float, bool]] = {}
     # 0: each sequence gets its own row
     rows = pack(sequences, 0 if unpackable(model) else min(1024, batch_tokens))
-    done, total = 0, sum(len(o.tokens) for o in rows)
+    done, total = 0, sum(len(row.tokens) for row in rows)
+    scores: dict[int, tuple[float, bool]] = {}
     with fused_layers(model):
         for batch in batches(rows, batch_tokens, bool(rows) and joins_rows(model, rows)):
             if progress: progress("scoring", done, total)
-            found |= score_batch(model, batch, requests)
-            done += sum(len(o.tokens) for o in batch)
+            scores |= score_batch(model, batch, requests)
+            done += sum(len(row.tokens) for row in batch)
     if progress and rows: progress("scoring", done, total)
-    return [found[i] for i in range(len(requests))]
+    return [scores[i] for i in range(len(requests))]

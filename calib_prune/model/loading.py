@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -57,10 +58,10 @@ def as_device(name: str) -> torch.device:
     try:device = torch.device(name)
     except RuntimeError: raise unknown() from None
     if device.type not in ("cpu", "cuda"): raise unknown()
-    found = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type == "cuda" and (device.index or 0) >= found:
+    n_devices = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= n_devices:
         raise CalibPruneError(
-            f"Device {name!r} was asked for, but torch {torch.__version__} finds {found} CUDA "
+            f"Device {name!r} was asked for, but torch {torch.__version__} finds {n_devices} CUDA "
             "devices here. Use cpu, or a CUDA build of torch on a machine with a GPU."
         )
     return device
@@ -91,7 +92,7 @@ def _pickle_error(where: Path, names: str) -> CalibPruneError:
 
 # %% ../../nbs/model/04_loading.ipynb #46913769
 def _check_index(index: Path) -> None:
-    "Refuse an index of weights that leads to anything but safetensors files beside it."
+    "Refuse an index of weights that leads to anything but safetensors files in its folder."
     parts = load_json(index, weight_map=dict)["weight_map"]
     for weight, name in parts.items():
         if not isinstance(name, str) or Path(name).name != name:
@@ -104,32 +105,35 @@ def _check_index(index: Path) -> None:
 def _check_links(folder: Path) -> None:
     """Refuse links out of a model's folder, at any depth: their content would be copied into an
     output."""
-    own = [folder.resolve()]
-    if own[0].parent.name == "snapshots":  # the hub's cache
-        own.append(own[0].parent.parent / "blobs")
-    for at, folders, files in os.walk(folder):
-        for link in (o for o in (Path(at, name) for name in folders + files) if o.is_symlink()):
-            target = Path(os.path.realpath(link))
-            if link.suffix == ".safetensors" and not target.is_dir(): continue  # weights only
-            if not any(target.is_relative_to(o) for o in own):
-                raise CalibPruneError(
-                    f"{link} is a link to {target}, outside the model's folder: what it holds would"
-                    " be copied into what is saved. Put a copy in its place if that is what you"
-                    " want."
-                )
+    roots = [folder.resolve()]
+    if roots[0].parent.name == "snapshots":  # the hub's cache
+        roots.append(roots[0].parent.parent / "blobs")
+    paths = (Path(parent, name) for parent, folders, files in os.walk(folder)
+             for name in folders + files)
+    for link in filter(Path.is_symlink, paths):
+        target = Path(os.path.realpath(link))
+        if link.suffix == ".safetensors" and not target.is_dir(): continue  # weights only
+        if any(target.is_relative_to(root) for root in roots): continue
+        raise CalibPruneError(
+            f"{link} is a link to {target}, outside the model's folder: what it holds would be"
+            " copied into what is saved. Put a copy in its place if that is what you want."
+        )
 
 # %% ../../nbs/model/04_loading.ipynb #56e2b7c6
-def _check_tokens(path: Path, told: dict[str, Any]) -> None:  # tokenizer.json, and what it holds
+def _check_tokens(path: Path, data: dict[str, Any]) -> None:  # tokenizer.json, and what it holds
     "Refuse token numbers for which a tokenizer would fill the memory."
-    model, added = told.get("model"), told.get("added_tokens")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    ids = [*vocab.values()] if isinstance(vocab, dict) else []
-    ids += [o.get("id") for o in added if isinstance(o, dict)] if isinstance(added, list) else []
-    highest = max((o for o in ids if isinstance(o, int)), default=0)
+    model, added = data.get("model"), data.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+    if isinstance(added, list):
+        ids += [token.get("id") for token in added if isinstance(token, dict)]
+    highest = max((token_id for token_id in ids if isinstance(token_id, int)), default=0)
     if highest > 1_000_000 + 16 * len(ids):  # ours: real vocabularies have few gaps
         raise damaged(path, f"it numbers a token {highest:,}, and has {len(ids):,} tokens")
 
 # %% ../../nbs/model/04_loading.ipynb #9cb38933
+_JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
 def _checked_folder(folder: Path) -> Path:
     """The same folder, checked: it loads without running anything from it, and its JSON files are
     whole."""
@@ -137,18 +141,15 @@ def _checked_folder(folder: Path) -> Path:
         raise CalibPruneError(f"{folder} is not a model folder: it has no config.json.")
     if (index := folder / "model.safetensors.index.json").exists(): _check_index(index)
     if not any(folder.glob("*.safetensors")):
-        pickles = sorted(
-            o.name for end in ("*.bin", "*.pt", "*.pth", "*.ckpt") for o in folder.glob(end)
-        )
+        suffixes = ".bin", ".pt", ".pth", ".ckpt"
+        pickles = sorted(file.name for file in folder.iterdir() if file.name.endswith(suffixes))
         if pickles: raise _pickle_error(folder, ", ".join(pickles))
         raise CalibPruneError(
             f"{folder} has a config.json but no weights: expected *.safetensors in it."
         )
-    for name in ("config.json", "generation_config.json", "tokenizer.json",
-                 "tokenizer_config.json"):
-        if not (folder / name).exists(): continue
-        told = load_json(folder / name)
-        if name == "tokenizer.json": _check_tokens(folder / name, told)
+    for path in filter(Path.exists, (folder / name for name in _JSON_FILES)):
+        data = load_json(path)
+        if path.name == "tokenizer.json": _check_tokens(path, data)
     _check_links(folder)
     return folder
 
@@ -181,17 +182,9 @@ def _reading(what: str | Path  # a file, where it is known
         raise CalibPruneError(f"Cannot load {what}: {why.strip()[:300]}") from e
 
 # %% ../../nbs/model/04_loading.ipynb #653291e1
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    # counts; a configuration may lack some
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim",
+         "max_position_embeddings")  # counts; a configuration may lack some
 
 def _check_config(config: Any, what: str | Path) -> None:
     "Refuse a configuration whose sizes are not positive whole numbers."
@@ -205,15 +198,15 @@ def _check_config(config: Any, what: str | Path) -> None:
 # %% ../../nbs/model/04_loading.ipynb #f6466d5f
 def _check_weights(folder: Path) -> tuple[int, int]:  # the largest dimension of a tensor; tensors
     "Name the file of weights that cannot be read; refuse sizes that they cannot have."
-    most = tensors = 0
+    shapes: list[list[int]] = []
     for file in sorted(folder.glob("*.safetensors")):
         # to open a pipe would wait for ever
         if not file.is_file(): raise damaged(file, "it is not a file")
         with _reading(file), safe_open(file, "pt") as weights:
-            shapes = [weights.get_slice(o).get_shape() for o in weights.keys()]
-            most, tensors = max([most, *(n for o in shapes for n in o)]), tensors + len(shapes)
-    check_bounded(load_json(folder / "config.json"), most, tensors, folder, "config.json")
-    return most, tensors
+            shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]
+    largest = max(chain.from_iterable(shapes), default=0)
+    check_bounded(load_json(folder / "config.json"), largest, len(shapes), folder, "config.json")
+    return largest, len(shapes)
 
 # %% ../../nbs/model/04_loading.ipynb #0b8e90e9
 @torch.inference_mode()
@@ -224,13 +217,13 @@ def _try_out(model: PreTrainedModel) -> None:
         raise ValueError(f"it computes NaN for two tokens in {model.dtype}")
 
 # %% ../../nbs/model/04_loading.ipynb #2ef462d8
-def _check_found(found: dict[str, Any]) -> None:  # what transformers tells about the loading
+def _check_found(info: dict[str, Any]) -> None:  # what transformers tells about the loading
     "Refuse weights that transformers would fill with random numbers."
-    if missing := sorted(found["missing_keys"]):
-        unused = sorted(found["unexpected_keys"])
+    if missing := sorted(info["missing_keys"]):
+        unused = sorted(info["unexpected_keys"])
         hint = f"; no weight of the model has the name {', '.join(unused[:3])}" if unused else ""
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}{hint}")
-    for name, has, needs in sorted(found["mismatched_keys"]):
+    for name, has, needs in sorted(info["mismatched_keys"]):
         raise ValueError(f"{name} is {list(has)} in its files, but config.json asks for "
                          f"{list(needs)}")
 
@@ -244,10 +237,10 @@ def _load_folder(where: str | Path, dtype: torch.dtype,
     _check_config(config, of("config.json"))
     if sizes: check_bounded(config.to_dict(), *sizes, where, "config.json, or by default,")
     with _reading(where):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **safe)
-        _check_found(found)
+        _check_found(info)
     with _reading(of("tokenizer.json")):
         tokenizer = AutoTokenizer.from_pretrained(where, **safe)
     return model, tokenizer
@@ -277,10 +270,12 @@ def is_finite(tensor: torch.Tensor,
 def not_finite(model: PreTrainedModel) -> str | None:
     "The name of a weight that holds NaN or infinity, or of such a buffer; None where all is well."
     weights = dict(model.named_parameters())
-    kept = model.state_dict(keep_vars=True).items()  # with the buffers that files hold
-    buffers = {k: o for k, o in kept if k not in weights and not isinstance(o, torch.nn.Parameter)}
-    bad = (k for k, o in (weights | buffers).items() if not is_finite(o, below=k in buffers))
-    return next(bad, None)
+    tensors = dict(weights)
+    for name, tensor in model.state_dict(keep_vars=True).items():  # with buffers that files hold
+        if not isinstance(tensor, torch.nn.Parameter): tensors.setdefault(name, tensor)
+    for name, tensor in tensors.items():
+        if not is_finite(tensor, below=name not in weights): return name
+    return None
 
 # %% ../../nbs/model/04_loading.ipynb #4d955a99
 def fitting(weight: torch.Tensor) -> list[str]:
@@ -295,9 +290,9 @@ def _check_finite(model: PreTrainedModel, where: str | Path, safe: dict[str, Any
     if dtype != torch.float32: model, _ = _load(where, torch.float32, safe)
     weight = model.state_dict()[name]
     if not (fits := fitting(weight)):
-        bad = int((~weight.isfinite()).sum())
+        n_bad = int((~weight.isfinite()).sum())
         raise CalibPruneError(f"Cannot load {where}: {name} holds NaN or infinity "
-                              f"({bad:,} of {weight.numel():,} numbers).")
+                              f"({n_bad:,} of {weight.numel():,} numbers).")
     raise CalibPruneError(
         f"Cannot load {where} in {str(dtype).removeprefix('torch.')}: {name} reaches "
         f"{float(weight.abs().max()):.3g}, which overflows. {' and '.join(fits)} can hold it.")
@@ -335,14 +330,13 @@ def model_revision(name: str,                    # as given to `load_model`
     if isinstance(where, str):
         file = try_to_load_from_cache(where, "config.json", revision=revision)
         return f"commit:{Path(file).parent.name if isinstance(file, str) else 'unknown'}"
-    if where.is_file():read_head(where)
-    else: _check_weights(where)
-    files = (
-        [where]
-        if where.is_file()
-        else sorted(where.glob("*.safetensors")) + [where / "config.json"]
-    )
-    return "sha256:" + content_hash([[o.name, file_sha256(o)] for o in files])
+    if where.is_file():
+        read_head(where)
+        files = [where]
+    else:
+        _check_weights(where)
+        files = [*sorted(where.glob("*.safetensors")), where / "config.json"]
+    return "sha256:" + content_hash([[path.name, file_sha256(path)] for path in files])
 
 # %% ../../nbs/model/04_loading.ipynb #8dcd8d00
 RECORD = "calib_prune.json"  # the file in a saved model's folder that says how it was made
@@ -350,6 +344,7 @@ RECORD = "calib_prune.json"  # the file in a saved model's folder that says how 
 PART = ".calib_prune.part"
 ROOM = 128                   # bytes of a path that the names of files in a folder need
 
+# %% ../../nbs/model/04_loading.ipynb #46df3d57
 def check_place(folder: Path,
                 what: str,        # as an error calls it: "Output"
                 sibling: str = ""  # the longest name of a file or folder made next to the folder
@@ -361,7 +356,7 @@ def check_place(folder: Path,
             f"{what} {str(folder)[:60]}… cannot be made: with the files that are made for it, its"
             " name is too long. Choose a shorter name."
         )
-    above = next(o for o in (folder, *folder.absolute().parents) if os.path.lexists(o))
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not above.exists():
         raise CalibPruneError(
             f"{what} {folder} cannot be made: {above} is a link to {os.readlink(above)}, which does"
@@ -373,21 +368,24 @@ def check_place(folder: Path,
         )
 
 # %% ../../nbs/model/04_loading.ipynb #c0f1a7f1
+def _is_plain(name: Any) -> bool:
+    "Whether a name is that of a file in a folder, and leads nowhere else."
+    return isinstance(name, str) and Path(name).name == name != ".."
+
 def _moving(folder: Path) -> set[str]:
     "The names of files that a run is moving into a folder, or was when it was killed."
     if (folder / RECORD).exists(): return set()  # it comes last: the model is whole, and stays
     try: names = json.loads((folder / PART).read_text())
     except (OSError, ValueError): return set()  # nothing was moved before the list was whole
-    plain = lambda o: isinstance(o, str) and Path(o).name == o != ".."
-    return {o for o in names if plain(o)} if isinstance(names, list) else set()
+    return set(filter(_is_plain, names)) if isinstance(names, list) else set()
 
 # %% ../../nbs/model/04_loading.ipynb #d6014eb9
 def check_output(folder: str | Path) -> Path:
     """The same folder, checked for output: absent, or empty but for what a killed run of ours left
     there."""
     folder = as_path(folder, "an output folder").absolute()
-    mine = {f".{folder.name}.lock", f".{folder.name}.part", PART} | _moving(folder)
-    if folder.exists() and (not folder.is_dir() or {o.name for o in folder.iterdir()} - mine):
+    own = {f".{folder.name}.lock", f".{folder.name}.part", PART} | _moving(folder)
+    if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - own):
         raise CalibPruneError(
             f"Output {folder} exists and is not empty: choose a new folder, or remove it first."
         )
@@ -405,7 +403,7 @@ def _clear(part: Path) -> None:
     """Remove a part folder, if it is ours. The mark goes last: a kill leaves what the next run
     knows as ours."""
     if (part / PART).is_file():
-        for file in sorted(part.iterdir(), key=lambda o: o.name == PART): _remove(file)
+        for file in sorted(part.iterdir(), key=lambda path: path.name == PART): _remove(file)
     if not part.exists(): return
     try: part.rmdir()  # a run may have been killed before it put the mark there
     except OSError:
@@ -419,21 +417,20 @@ def _take_back(folder: Path) -> None:
     (folder / PART).unlink(missing_ok=True)
 
 # %% ../../nbs/model/04_loading.ipynb #44eb2f79
-def _publish(part: Path, folder: Path, inside: bool
-            ) -> None:  # inside: is the part folder in the output folder?
+def _publish(part: Path, folder: Path,
+             inside: bool  # is the part folder in the output folder?
+            ) -> None:
     """Move what was saved to where it belongs: the record last, before it the configuration,
     without which nothing loads a model."""
     if not inside:
         part.rename(folder)
         (folder / PART).unlink()
         return
-    order = ("config.json", RECORD)
-    files = sorted(
-        (o for o in part.iterdir() if o.name != PART),
-        key=lambda o: order.index(o.name) if o.name in order else -1,
-    )
+    order = {"config.json": 1, RECORD: 2}
+    files = [path for path in part.iterdir() if path.name != PART]
+    files.sort(key=lambda path: order.get(path.name, 0))
     # a kill from here on leaves what the next run removes
-    (folder / PART).write_text(json.dumps([o.name for o in files]))
+    (folder / PART).write_text(json.dumps([path.name for path in files]))
     for file in files: file.rename(folder / file.name)
     (folder / PART).unlink()
 
@@ -493,9 +490,8 @@ class OutputFolder:
             raise CalibPruneError(f"Cannot write {self.part}: {e.strerror or e}.") from e
         except Exception as e:  # whatever a library raises: after the work, it would be too late
             raise CalibPruneError(
-                f"The model could not be saved after the work: {str(e) or type(e).__name__}. "
-                "Change the "
-                "files of its tokenizer or its generation_config.json.") from e
+                f"The model could not be saved after the work: {str(e) or type(e).__name__}. Change"
+                " the files of its tokenizer or its generation_config.json.") from e
         _clear(self.part)
 
     def save(self, model: PreTrainedModel, tokenizer, record: dict[str, Any]) -> Path:
@@ -529,9 +525,9 @@ def finished_output(folder: str | Path) -> Iterator[None]:
     """Hold a folder with a whole model; at the end, remove the remnants of the run that made the
     model."""
     folder = as_path(folder, "an output folder").absolute()
-    places = [o for o in (folder.parent, folder) if os.access(o, os.W_OK)]
-    with ExitStack() as held:
-        for place in places: held.enter_context(only_run(place / f".{folder.name}.lock", folder))
+    places = [path for path in (folder.parent, folder) if os.access(path, os.W_OK)]
+    with ExitStack() as stack:
+        for place in places: stack.enter_context(only_run(place / f".{folder.name}.lock", folder))
         yield
         for place in places: _clear(place / f".{folder.name}.part")
         (folder / PART).unlink(missing_ok=True)

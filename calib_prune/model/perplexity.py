@@ -55,12 +55,13 @@ def perplexity(model, tokenizer,
               ) -> Perplexity:
     "Perplexity of documents under a model, summed in float64."
     check_window(model, window)
-    documents = [tokenizer(o, add_special_tokens=False)["input_ids"] for o in texts]
-    requests = [
-        r for ids in documents for r in text_windows(ids, end_of_text_id(tokenizer), window)
-    ]
+    documents = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    start, requests = end_of_text_id(tokenizer), []
+    for ids in documents: requests += text_windows(ids, start, window)
     if not requests: raise CalibPruneError("Perplexity needs text, but every document is empty.")
-    nll = -math.fsum(o for o, _ in loglikelihoods(model, requests, batch_tokens, progress=progress))
-    words = sum(len(o.split()) for o in texts)
-    size = sum(len(o.encode()) for o in texts)
+
+    scores = loglikelihoods(model, requests, batch_tokens, progress=progress)
+    nll = -math.fsum(score for score, _ in scores)
+    words = sum(len(text.split()) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
     return Perplexity(nll, sum(map(len, documents)), words, size, window)

@@ -29,14 +29,10 @@ def _folder_of(model: str, revision: str | None) -> Path | None:
     "The folder with a model's files; None for a GGUF file."
     where = locate_model(model)
     if isinstance(where, Path): return where if where.is_dir() else None
-    try:
-        return Path(
-            snapshot_download(
-                where, revision=revision, allow_patterns="*.safetensors", local_files_only=True
-            )
-        )
-    except LocalEntryNotFoundError:
-        return None
+    try: folder = snapshot_download(where, revision=revision, allow_patterns="*.safetensors",
+                                    local_files_only=True)
+    except LocalEntryNotFoundError: return None
+    return Path(folder)
 
 # %% ../../nbs/model/07_stored_types.ipynb #6dce9d53
 def stored_types(model: str,                   # see `load_model`, which has been called for it
@@ -44,16 +40,16 @@ def stored_types(model: str,                   # see `load_model`, which has bee
                 # of most weights; of tensors that differ from it
                 ) -> tuple[torch.dtype | None, dict[str, torch.dtype]]:
     "The types of a model's weights in its files; None and {} where they are not ours."
-    types, numbers = {}, Counter()
+    types, n_weights = {}, Counter()
     folder = _folder_of(model, revision)
     for file in sorted(folder.glob("*.safetensors")) if folder else ():
         with safe_open(file, "pt") as weights:
             for name in weights.keys():
-                kept = weights.get_slice(name)
-                types[name] = _FLOATS.get(kept.get_dtype())
-                numbers[types[name]] += torch.Size(kept.get_shape()).numel()
-    most = max(numbers, key=numbers.__getitem__, default=None)
-    return most, {k: o for k, o in types.items() if most and o and o != most}
+                tensor = weights.get_slice(name)
+                types[name] = _FLOATS.get(tensor.get_dtype())
+                n_weights[types[name]] += torch.Size(tensor.get_shape()).numel()
+    most = max(n_weights, key=n_weights.__getitem__, default=None)
+    return most, {k: dtype for k, dtype in types.items() if most and dtype and dtype != most}
 
 # %% ../../nbs/model/07_stored_types.ipynb #080fcec3
 Types = Mapping[str, torch.dtype]  # name of a tensor → its type
@@ -62,9 +58,10 @@ _NONE: Types = MappingProxyType({})
 def _casts(model: PreTrainedModel, most: torch.dtype, others: Types
           ) -> dict[str, tuple[torch.Tensor, torch.dtype]]:  # name → tensor, type that it gets
     "What is cast: all weights, and the buffers whose type in the files is known."
-    buffers = {k: o for k, o in model.named_buffers() if k in others}
+    buffers = {k: buffer for k, buffer in model.named_buffers() if k in others}
     tensors = dict(model.named_parameters()) | buffers
-    return {k: (o, others.get(k, most)) for k, o in tensors.items() if o.is_floating_point()}
+    floats = {k: tensor for k, tensor in tensors.items() if tensor.is_floating_point()}
+    return {k: (tensor, others.get(k, most)) for k, tensor in floats.items()}
 
 # %% ../../nbs/model/07_stored_types.ipynb #7a64bf6e
 def _overflow(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> str:
@@ -94,9 +91,9 @@ class Stored:
 # %% ../../nbs/model/07_stored_types.ipynb #1dabe1ee
 def _main_type(model: PreTrainedModel) -> str:
     "The type of most of a model's numbers."
-    numbers = Counter()
-    for o in model.parameters(): numbers[o.dtype] += o.numel()
-    return str(max(numbers, key=numbers.__getitem__)).removeprefix("torch.")
+    n_weights = Counter()
+    for parameter in model.parameters(): n_weights[parameter.dtype] += parameter.numel()
+    return str(max(n_weights, key=n_weights.__getitem__)).removeprefix("torch.")
 
 # %% ../../nbs/model/07_stored_types.ipynb #21b98226
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> int:  # numbers that became zero
@@ -119,11 +116,11 @@ def as_stored(model: PreTrainedModel,                # changed in place
     casts = _casts(model, most, others) if most else {}
     for name, (tensor, dtype) in casts.items():
         if is_finite(tensor, dtype): continue
-        wrong = _overflow(name, tensor, dtype)
+        overflow = _overflow(name, tensor, dtype)
         if asked:
-            raise CalibPruneError(f"The model cannot be saved: after pruning, {wrong}. "
+            raise CalibPruneError(f"The model cannot be saved: after pruning, {overflow}. "
                                   f"{' and '.join(fitting(tensor))} can hold it (--save-dtype).")
-        warnings.warn(f"After pruning, {wrong}, the type of its files: the model is saved in "
+        warnings.warn(f"After pruning, {overflow}, the type of its files: the model is saved in "
                       f"{_main_type(model)}, in which it was computed.", stacklevel=2)
         casts = {}
         break

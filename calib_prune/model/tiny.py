@@ -19,53 +19,49 @@ from ..core import unknown_name
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer made in code: token 0 is `<|endoftext|>`, tokens 1 to 256 are the
     bytes."""
-    vocab = {"<|endoftext|>": 0} | {
-        c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
-    tok = Tokenizer(tokenizer_models.BPE(vocab=vocab, merges=[]))
+    end = "<|endoftext|>"
+    tokens = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tok = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(["<|endoftext|>"])
-    end = "<|endoftext|>"
+    tok.add_special_tokens([end])
     return PreTrainedTokenizerFast(
         tokenizer_object=tok, bos_token=end, eos_token=end, pad_token=end
     )
 
 # %% ../../nbs/model/01_tiny.ipynb #94b9ce34
-_SIZE = dict(
-    vocab_size=264,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-    initializer_range=0.15,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=0,
-)
+_SIZE = dict(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, max_position_embeddings=512, initializer_range=0.15,
+             bos_token_id=0, eos_token_id=0, pad_token_id=0)
 _GROUPED = dict(num_key_value_heads=2, head_dim=8)  # several query heads share one key head
+
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": _GROUPED, "mistral": _GROUPED | dict(sliding_window=16),
-    "qwen2": dict(num_key_value_heads=2), "qwen3": _GROUPED, "gemma": _GROUPED,
-    "gemma2": _GROUPED | dict(sliding_window=16), "gemma3_text": _GROUPED, "opt": dict(
-        ffn_dim=48, word_embed_proj_dim=32, init_std=0.15), "gpt_neox": {}}
+    "llama": _GROUPED,
+    "mistral": _GROUPED | dict(sliding_window=16),
+    "qwen2": dict(num_key_value_heads=2),
+    "qwen3": _GROUPED,
+    "gemma": _GROUPED,
+    "gemma2": _GROUPED | dict(sliding_window=16),
+    "gemma3_text": _GROUPED,
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.15),
+    "gpt_neox": {},
+}
+
+# %% ../../nbs/model/01_tiny.ipynb #cacc8667
 _SPARSE = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+_LATENT = dict(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+               v_head_dim=8)  # sizes of multi-head latent attention
+
 MIXTURES: dict[str, dict[str, Any]] = {  # families with experts
-    "mixtral": _GROUPED | dict(num_local_experts=4, num_experts_per_tok=2), "qwen2_moe": _SPARSE
-    | dict(num_key_value_heads=2, num_experts=4, shared_expert_intermediate_size=40),
+    "mixtral": _GROUPED | dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": _SPARSE | dict(num_key_value_heads=2, num_experts=4,
+                                shared_expert_intermediate_size=40),
     "qwen3_moe": _GROUPED | _SPARSE | dict(num_experts=8),
-    "deepseek_v3": _SPARSE | dict(n_routed_experts=8,
-                                  n_group=2,
-                                  topk_group=1,
-                                  n_shared_experts=1,
-                                  first_k_dense_replace=1,
-                                  q_lora_rank=24,
-                                  kv_lora_rank=16,
-                                  qk_nope_head_dim=8,
-                                  qk_rope_head_dim=8,
-                                  v_head_dim=8),
-    "gpt_oss": _GROUPED | dict(num_local_experts=4, num_experts_per_tok=2)}
+    "deepseek_v3": _SPARSE | _LATENT | dict(n_routed_experts=8, n_group=2, topk_group=1,
+                                            n_shared_experts=1, first_k_dense_replace=1),
+    "gpt_oss": _GROUPED | dict(num_local_experts=4, num_experts_per_tok=2),
+}
 
 # %% ../../nbs/model/01_tiny.ipynb #9936a54c
 def tiny_model(family: str = "llama",  # a key of `TINY_FAMILIES` or `MIXTURES`
