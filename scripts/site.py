@@ -1,8 +1,10 @@
 """Lay out the pages of the site in build/site/source and build them: python scripts/site.py.
 Nothing is executed or downloaded."""
+import filecmp
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -21,11 +23,25 @@ SOURCE = BUILD / "source"
 settings = ConfigParser()
 settings.read(ROOT / "settings.ini")
 REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
-HOWTOS = [
-    "install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark",
-    "add-a-method", "run-at-paper-scale", "run-on-several-gpus", "run-on-slurm", "read-the-json"]
+HOWTOS = [  # in reading order: use, run a study, extend; pages not named here come last
+    "install", "prune-my-model", "choose-my-data", "read-the-json", "run-at-paper-scale",
+    "run-on-several-gpus", "run-on-slurm", "add-a-source", "add-a-benchmark", "add-a-method"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 MAIN = "claims/smollm2-135m"  # the study of the front page and of the ledger
+QUESTIONS = {  # the navigation: questions by the reader's question, in reading order
+    "Which text?": {
+        "mixing": "Mixes of sources", "new-sources": "New sources", "recipe": "Mix and method",
+        "answers": "Written answers"},
+    "Which pruner?": {"pruners": "Pruning methods"},
+    "What holds of the paper?": {
+        "claims": "Claims of the paper", "perplexity": "Perplexity of the text"}}
+NAMES = {question: name for group in QUESTIONS.values() for question, name in group.items()}
+MODELS = {
+    "smollm2-135m": "SmolLM2-135M", "qwen-0.5b": "Qwen2.5-Coder-0.5B",
+    "llama-3.1-8b": "LLaMA-3.1-8B"}
+VERDICTS = {  # class of a verdict: how its words begin
+    "yes": "reproduced|robust", "no": "not reproduced", "open": "inconclusive|depends",
+    "none": "cannot|not yet|not tested"}
 TITLES = {"core": "Foundations", "cli": "Command line", "paper": "Notebooks that papermill runs"}
 FOLDERS = {
     o: TITLES.get(o, o.capitalize())
@@ -44,6 +60,18 @@ def toctree(pages: list[str], **options: str) -> str:
     "A table of contents."
     lines = [f":{k}: {v}".rstrip() for k, v in options.items()]
     return "\n".join(["```{toctree}", *lines, "", *pages, "```"])
+
+
+def howtos() -> list[str]:
+    "The how-to pages in reading order."
+    names = [o.stem for o in (ROOT / "docs" / "howto").glob("*.md")]
+    place = {name: i for i, name in enumerate(HOWTOS)}
+    return [f"docs/howto/{o}" for o in sorted(names, key=lambda o: (place.get(o, 99), o))]
+
+
+def question_pages() -> list[str]:
+    "The pages of the questions, as far as they are written."
+    return sorted(f"docs/questions/{o.stem}" for o in (ROOT / "docs" / "questions").glob("*.md"))
 
 
 # --- links: pages of the site link to one another, everything else to the repository
@@ -124,6 +152,25 @@ def subtitle(path: Path) -> str:
     return f"{title[1] if title else path.stem}: {quoted[1] if quoted else ''}".rstrip(": ")
 
 
+# --- verdicts: a word in a colour of its own
+
+def badge(text: str) -> str:
+    "A verdict as a coloured word; other text stays."
+    kind = next((k for k, words in VERDICTS.items() if re.match(words, text)), "")
+    return f'<span class="verdict {kind}">{text}</span>' if kind else text
+
+
+def badged(text: str) -> str:
+    "Markdown whose tables with a column of verdicts show the verdicts as coloured words."
+    lines, marked = [], False
+    for line in text.splitlines():
+        heads = re.search(r"\| (verdict|agreement) ", line)
+        marked = line.startswith("|") and (marked or bool(heads))
+        if marked: line = re.sub(r"(?<=\| )[^|]+?(?= +\|)", lambda cell: badge(cell[0]), line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
 # --- tables and figures
 
 @cache
@@ -151,10 +198,10 @@ def sortable(table: pd.DataFrame, caption: str, filters: Sequence[str] = (),
     """A table that can be sorted by a click or a key, and filtered by words and by columns of few
     values."""
     table = table.map(lambda o: html.escape(o) if isinstance(o, str) else o)
+    cells = table.assign(verdict=table["verdict"].map(badge)) if "verdict" in table else table
     if fold:
-        table = table.assign(
-            **{fold: [f"<details><summary>show</summary>{o}</details>" for o in table[fold]]}
-        )
+        folded = [f"<details><summary>show</summary>{o}</details>" for o in table[fold]]
+        cells = cells.assign(**{fold: folded})
     options = lambda o: '<option value="">all</option>' + "".join(
         f"<option>{v}</option>" for v in dict.fromkeys(table[o]) if v
     )
@@ -163,7 +210,7 @@ def sortable(table: pd.DataFrame, caption: str, filters: Sequence[str] = (),
         for o in filters
     )
     words = '<label>find <input type="search" data-find></label>'
-    body = table.to_html(index=False, border=0, classes="sortable", escape=False, na_rep="")
+    body = cells.to_html(index=False, border=0, classes="sortable", escape=False, na_rep="")
     body = body.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1)
     return (
         f'```{{raw}} html\n<div class="filtered"><p class="filters">{choices}{words}'
@@ -185,6 +232,7 @@ def artefact_page(study: str, stem: str) -> str:
         shutil.copy(csv, SOURCE / "figures" / study)
         links.append(f"{{download}}`numbers (CSV) <{stem}.csv>`")
         body = relinked(csv.with_suffix(".md").read_text(), f"figures/{study}/{stem}.md")
+        body = badged(body)
         if stem == "T2-retention":
             body = (
                 f"{sortable(wide_retention(csv), made.title, ['method', 'sparsity', 'kind'])}\n\n{below_table(body)}"  # noqa: E501
@@ -269,8 +317,14 @@ def first_sentence(preset: str) -> str:
     return re.match(r".*?[.?!](?=\s|$)|.*", text)[0]
 
 
+def study_title(study: str) -> str:
+    "What a study is called: its question and its model."
+    question, _, model = study.partition("/")
+    return f"{NAMES[question]}: {MODELS.get(model, model)}" if question in NAMES else study
+
+
 def add_gallery() -> list[str]:
-    "A page per table and figure, and an overview per study; returns the overviews."
+    "A page per table and figure, and an overview per study; returns the studies."
     from calib_prune.study.artefacts import ARTEFACTS
     pages, have = [], shown()
     for study in studies():
@@ -278,24 +332,38 @@ def add_gallery() -> list[str]:
         if not stems: continue
         (SOURCE / "figures" / study).mkdir(parents=True, exist_ok=True)
         for stem in stems: write(f"figures/{study}/{stem}.md", artefact_page(study, stem))
-        cards = "\n".join(card(stem, ARTEFACTS[stem]) for stem in stems)
+        cards = "\n".join(card(study, stem, ARTEFACTS[stem]) for stem in stems)
         about = first_sentence((ROOT / "presets" / f"{study}.yaml").read_text())
-        grid = f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n::::"
+        grid = f"::::{{grid}} 2 2 3 3\n:gutter: 3\n\n{cards}\n::::"
         tree = toctree(stems, hidden="", maxdepth="1")
-        write(f"figures/{study}/index.md", f"# Study `{study}`\n\n{about}\n\n{grid}\n\n{tree}")
-        pages.append(f"figures/{study}/index")
+        title = f"# {study_title(study)}"
+        write(f"figures/{study}/index.md", f"{title}\n\n{about}\n\n{grid}\n\n{tree}")
+        pages.append(study)
     return pages
 
 
-def card(stem: str, made) -> str:
-    "A card of the gallery."
-    picture = (
-        f":img-top: {stem}.png\n:img-alt: {made.title}\n" if made.number.startswith("F") else ""
-    )
-    return (
-        f":::{{grid-item-card}} {made.number}: {made.title}\n:link: {stem}\n:link-type:"
-        f" doc\n{picture}:::"
-    )
+def card(study: str, stem: str, made) -> str:
+    "A card of the gallery: the figure, or the first rows and columns of the table."
+    lines = [f":::{{grid-item-card}} {made.number}: {made.title}", f":link: {stem}"]
+    lines.append(":link-type: doc")
+    table = ROOT / "figures" / study / f"{stem}.md"
+    if table.is_file(): lines += ["", preview(table.read_text())]
+    else: lines += [f":img-top: {stem}.png", f":img-alt: {made.title}"]
+    return "\n".join([*lines, ":::"])
+
+
+def preview(text: str, rows: int = 5, columns: int = 3) -> str:
+    """The corner of a Markdown table as a small picture of it, without columns that say nothing
+    in this corner; readers of screens skip it."""
+    plain = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
+    plain = re.sub(r" \[[^\]]*\]", "", plain)  # intervals
+    lines = [o.strip() for o in plain.splitlines() if re.match(r"\|(?![:-]+\|)", o)][:rows]
+    table = pd.DataFrame([o[1:-1].split("|") for o in lines]).map(str.strip)
+    telling = [o for o in table if table[o][2:].nunique() > 1] or list(table)
+    corner = table[telling[:columns]]
+    body = corner.to_html(header=False, index=False, border=0, classes="preview")
+    body = body.replace("<table", '<table aria-hidden="true"')
+    return f"```{{raw}} html\n{body}\n```"
 
 
 def add_ledger() -> None:
@@ -305,7 +373,9 @@ def add_ledger() -> None:
         return "" if pd.isna(o) else f"{o:+.2f}" if unit == "ρ" else f"{o:.1f}"
 
     ends = [
-        f" [{number(o.ci_low, o.unit)}, {number(o.ci_high, o.unit)}]" if pd.notna(o.ci_low) else ""
+        f" [{number(o.ci_low, o.unit)},\u00a0{number(o.ci_high, o.unit)}]"
+        if pd.notna(o.ci_low)
+        else ""
         for o in rows.itertuples()
     ]
     said = [f"{number(o.ours, o.unit)}{end}" for o, end in zip(rows.itertuples(), ends)]
@@ -343,10 +413,42 @@ def add_reference() -> list[str]:
     return pages
 
 
-def front_page(
-    indexes: list[str], gallery: list[str], reference: list[str], howtos: list[str]
-) -> str:
-    "The question, one figure, its answer, and the ways on."
+def studies_of(question: str, gallery: list[str]) -> tuple[list[str], list[str]]:
+    "The overviews of a question's studies: of the first model, and of others."
+    mine = [o for o in gallery if o.startswith(f"{question}/")]
+    first = [o for o in mine if o.endswith(MAIN.partition("/")[2])] or mine
+    pages = lambda studies: [f"figures/{o}/index" for o in studies]
+    return pages(first), pages(o for o in mine if o not in first)
+
+
+def add_question_page(page: str, gallery: list[str]) -> None:
+    "The page of a question, followed by its tables and figures."
+    name = page.rpartition("/")[2]
+    first, others = studies_of(name, gallery)
+    if not first: return
+    links = [f"[{study_title(o[8:-6])}](../../{o}.md)" for o in [*first, *others]]
+    text = (SOURCE / f"{page}.md").read_text()
+    more = f"**Tables and figures**: {' · '.join(links)}"
+    write(f"{page}.md", f"{text}\n{more}\n\n{toctree(first, hidden='', maxdepth='1')}")
+
+
+def by_question(gallery: list[str]) -> list[str]:
+    "The navigation of the results: a table of contents per question of the reader."
+    written, trees, second = question_pages(), [], []
+    for caption, questions in QUESTIONS.items():
+        pages = ["claims"] if "claims" in questions else []
+        for question, name in questions.items():
+            first, others = studies_of(question, gallery)
+            page = f"docs/questions/{question}"
+            pages += [f"{name} <{page}>"] if page in written else [f"{name} <{o}>" for o in first]
+            second += [f"{name} <{o}>" for o in others]
+        trees.append(toctree(pages, hidden="", caption=caption, maxdepth="1"))
+    if second: trees.append(toctree(second, hidden="", caption="A second model", maxdepth="1"))
+    return trees
+
+
+def front_page(indexes: list[str], gallery: list[str], reference: list[str]) -> str:
+    "The question, one figure, its answer, the first commands, and the ways on."
     readme = (ROOT / "README.md").read_text()
     question = re.search(r"^> (.+)", readme, re.MULTILINE)[1]
     answer = re.search(r"^\*\*Answer\*\*: (.+)", readme, re.MULTILINE)[1]
@@ -357,18 +459,17 @@ def front_page(
         QUESTION=question, ANSWER=answer[0].upper() + answer[1:], ABOUT=relinked(about, "README.md")
     )
     for word, text in said.items(): body = body.replace(word, text)
+    others = [o for o in question_pages() if o.rpartition("/")[2] not in NAMES]
+    unasked = [f"figures/{o}/index" for o in gallery if o.partition("/")[0] not in NAMES]
+    more = [*unasked, "docs/glossary", "LOG", "CHANGELOG", "CONTRIBUTING"]
+    tree = lambda caption, pages: toctree(pages, hidden="", caption=caption, maxdepth="1")
     trees = [
-        toctree(["claims", *gallery, "docs/results", "speed"],
-                hidden="",
-                caption="Results",
-                maxdepth="1"),
-        toctree(howtos, hidden="", caption="How to", maxdepth="1"),
-        toctree(indexes, hidden="", caption="Notebooks", maxdepth="1"),
-        toctree([f"api/{o}" for o in reference], hidden="", caption="Reference", maxdepth="1"),
-        toctree(["docs/glossary", "LOG", "CHANGELOG", "CONTRIBUTING"],
-                hidden="",
-                caption="More",
-                maxdepth="1")]
+        tree("How to", howtos()),
+        tree("Results", ["All results <docs/results>", *others, "speed"]),
+        *by_question(gallery),
+        tree("Notebooks", indexes),
+        tree("Reference", [f"api/{o}" for o in reference]),
+        tree("More", more)]
     return "\n\n".join([body, *trees])
 
 
@@ -394,6 +495,15 @@ def missing() -> list[str]:
     return [f"figures/{MAIN}/{o}" for o in wanted if not (ROOT / "figures" / MAIN / o).is_file()]
 
 
+def keep_times(before: Path) -> None:
+    "Give pages that are as before their old time, so that Sphinx does not read them again."
+    for old in before.rglob("*"):
+        new = SOURCE / old.relative_to(before)
+        if new.is_file() and filecmp.cmp(old, new, shallow=False):
+            os.utime(new, ns=(old.stat().st_atime_ns, old.stat().st_mtime_ns))
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def lay_out() -> None:
     "Write all pages."
     if lacking := missing():
@@ -401,25 +511,26 @@ def lay_out() -> None:
             f"The site shows {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not"
             f" there: run `make figures PRESET={MAIN}` first."
         )
-    shutil.rmtree(SOURCE, ignore_errors=True)
+    before = BUILD / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    if SOURCE.is_dir(): SOURCE.rename(before)
     shutil.copytree(ROOT / "docs" / "site", SOURCE, ignore=shutil.ignore_patterns("index.md"))
-    pages = [*PAGES, *(f"docs/howto/{o}.md" for o in HOWTOS)]
+    pages = [*PAGES, *(f"{o}.md" for o in [*howtos(), *question_pages()])]
     for page in pages: write(page, "")  # links look whether a page is there
     indexes = add_notebooks()
     for page in pages:
-        text = relinked((ROOT / page).read_text(), page)
+        text = badged(relinked((ROOT / page).read_text(), page))
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
             file = (ROOT / page).parent.joinpath(picture).resolve()
             (SOURCE / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, SOURCE / file.relative_to(ROOT))
         write(page, text)
     gallery = add_gallery()
+    for page in question_pages(): add_question_page(page, gallery)
     add_ledger()
     add_speed()
-    write(
-        "index.md",
-        front_page(indexes, gallery, add_reference(), [f"docs/howto/{o}" for o in HOWTOS]),
-    )
+    write("index.md", front_page(indexes, gallery, add_reference()))
+    keep_times(before)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 "How Sphinx builds the site. scripts/site.py lays out its pages."
 import re
 from importlib.metadata import version as version_of
+from pathlib import Path
 
 from docutils import nodes
 from fastcore.docments import docments
@@ -17,7 +18,9 @@ myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header"]
 autodoc_member_order = "bysource"
 html_theme, html_title = "sphinx_book_theme", "calib-prune"
-html_static_path, html_css_files, html_js_files = ["_static"], ["site.css"], ["tables.js"]
+html_static_path, html_css_files = ["_static"], ["site.css"]
+html_js_files = ["tables.js", "pages.js"]
+html_search_scorer = str(Path(__file__).with_name("scorer.js"))
 html_copy_source = html_show_sourcelink = False
 html_favicon = "_static/icon.svg"
 html_context = dict(default_mode="auto")

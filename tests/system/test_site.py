@@ -65,11 +65,8 @@ def test_every_link_leads_somewhere(built):
 
 
 def test_nothing_is_left_out(built):
-    books = [
-        o
-        for o in (ROOT / "nbs").rglob("*.ipynb")
-        if o.name not in ("index.ipynb", "results.ipynb") and "checkpoint" not in str(o)
-    ]
+    folders = [ROOT / "nbs" / o for o in site.FOLDERS]
+    books = [book for folder in folders for book in folder.glob("*.ipynb")]
     assert len(books) > 90 and all(
         (built / o.relative_to(ROOT).with_suffix(".html")).is_file() for o in books
     )
@@ -96,6 +93,40 @@ def test_the_ledger_holds_every_check(built):
         o in page for o in rows["verdict"].unique()
     )
     assert page.count('<option value="">all</option>') == 2
+
+
+def test_the_way_leads_by_question_with_the_how_tos_first(built):
+    page = (built / "index.html").read_text()
+    sidebar = page[page.index("bd-links"):page.index("bd-main")]
+    captions = re.findall(r'class="caption-text">([^<]+)<', sidebar)
+    asked = [*site.QUESTIONS, "A second model"]
+    assert captions == ["How to", "Results", *asked, "Notebooks", "Reference", "More"]
+    assert "Study " not in sidebar and "qwen-0.5b" not in re.sub(r"<[^>]+>", "", sidebar)
+    body = re.sub(r"<[^>]+>", "", page[page.index('class="bd-article"'):])
+    assert body.index("pip install") < body.index("calib-prune prune") < body.index("Read the note")
+
+
+def test_every_how_to_is_listed_once():
+    found = {o.stem for o in (ROOT / "docs" / "howto").glob("*.md")}
+    assert [o.rpartition("/")[2] for o in site.howtos()][:2] == site.HOWTOS[:2]
+    assert {o.rpartition("/")[2] for o in site.howtos()} == found
+
+
+def test_verdicts_have_a_word_and_a_colour(built):
+    import pandas as pd
+    rows = pd.read_csv(ROOT / "figures" / site.MAIN / "T7-claims.csv")
+    for page in ("claims.html", f"figures/{site.MAIN}/T7-claims.html"):
+        marked = re.findall(r'<span class="verdict (\w+)">([^<]+)<', (built / page).read_text())
+        assert sorted(text for _, text in marked) == sorted(rows["verdict"]), page
+    kinds = {site.badge(o) for o in ("reproduced in sign", "not reproduced", "inconclusive")}
+    assert len({re.search(r'"verdict (\w+)"', o)[1] for o in kinds}) == 3
+    assert site.badge("range of Code") == "range of Code"
+
+
+def test_cards_show_a_table_or_a_figure(built):
+    for study in site.studies():
+        cards = (built / "figures" / study / "index.html").read_text().split('class="sd-col')[1:]
+        assert cards and all("<img" in o or 'preview"' in o for o in cards), study
 
 
 def test_without_tables_it_says_what_to_do(monkeypatch):
@@ -217,6 +248,29 @@ def test_pages_fit_a_phone_and_show_their_pictures(browser, page):
         ), "pictures have a text"
 
 
+@needs_browser
+def test_verdicts_are_inside_a_phone(browser):
+    for page in ("claims.html", f"figures/{site.MAIN}/T7-claims.html", "docs/results.html"):
+        edges = browser(page, 390).evaluate(
+            "[...document.querySelectorAll('.verdict')].map(o => o.getBoundingClientRect().right)"
+        )
+        assert edges and max(edges) <= 390, page
+
+
+@needs_browser
+def test_a_hundred_columns_of_code_fit_and_commands_wrap(browser):
+    window = browser("nbs/pruning/06_sparsegpt.html")
+    window.evaluate("document.querySelector('.bd-article pre').textContent = 'x'.repeat(100)")
+    beyond = (
+        "[...document.querySelectorAll('.bd-article pre')]"
+        ".filter(o => o.scrollWidth > o.clientWidth)"
+    )
+    assert window.evaluate(f"!{beyond}.includes(document.querySelector('.bd-article pre'))")
+    for page in ("index.html", "docs/howto/prune-my-model.html", "docs/howto/install.html"):
+        lost = browser(page, 390).evaluate(f"{beyond}.map(o => o.textContent)")
+        assert not lost, (page, lost)
+
+
 def rgb(text): return tuple(int(o) / 255 for o in re.findall(r"\d+", text)[:3])
 
 
@@ -233,6 +287,13 @@ def test_text_can_be_read(browser, dark):
         for query in ("article p", "article h1", "article p a", ".bd-links a"):
             if window.query_selector(query):
                 assert contrast(rgb(style(query, "color")), ground) >= 4.5, (page, query)
+    for kind in ("yes", "no", "open", "none"):
+        window.evaluate(
+            "kind => document.querySelector('article p').innerHTML = `<b class='verdict ${kind}'>`",
+            kind,
+        )
+        colour, ground = (rgb(style("article .verdict", o)) for o in ("color", "backgroundColor"))
+        assert contrast(colour, ground) >= 4.5, kind
 
 
 @needs_browser
@@ -282,3 +343,12 @@ def test_search_finds(browser):
         window.wait_for_selector("#search-results li a", timeout=60_000)
         assert any(page in o for o in window.evaluate(
             "[...document.querySelectorAll('#search-results li a')].map(o => o.href)"))
+        window.wait_for_load_state("networkidle")
+        first = window.evaluate(
+            "[...document.querySelectorAll('#search-results li')].slice(0, 10)"
+            ".map(o => o.querySelector('p')?.textContent ?? '')"
+        )
+        assert all(len(o) > 20 for o in first), (word, first)
+        assert window.evaluate("document.querySelectorAll('#search-results li')[0].className") != (
+            "kind-object"
+        ), "pages come before names of the library"

@@ -40,6 +40,11 @@ document.addEventListener("DOMContentLoaded", () => {
       heading.scope = "col";
     });
   }
+  // On a phone a row with a verdict becomes a block: each cell then names its column.
+  for (const table of document.querySelectorAll("table:has(.verdict)")) {
+    const heads = [...table.tHead.rows[0].cells].map(o => o.textContent.trim());
+    for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, k) => { cell.dataset.label = heads[k]; });
+  }
   for (const box of document.querySelectorAll(".filtered")) {
     box.addEventListener("input", () => filter(box));
     filter(box);
