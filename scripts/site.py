@@ -24,7 +24,10 @@ REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branc
 HOWTOS = [
     "install", "prune-my-model", "choose-my-data", "add-a-source", "add-a-benchmark",
     "add-a-method", "run-at-paper-scale", "run-on-several-gpus", "run-on-slurm", "read-the-json"]
-PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+QUESTIONS = [f"docs/questions/{o.stem}" for o in sorted((ROOT / "docs/questions").glob("*.md"))]
+PAGES = [
+    "docs/results.md", *(f"{o}.md" for o in QUESTIONS), "docs/glossary.md", "LOG.md",
+    "CHANGELOG.md", "CONTRIBUTING.md"]
 MAIN = "claims/smollm2-135m"  # the study of the front page and of the ledger
 TITLES = {"core": "Foundations", "cli": "Command line", "paper": "Notebooks that papermill runs"}
 FOLDERS = {
@@ -358,7 +361,7 @@ def front_page(
     )
     for word, text in said.items(): body = body.replace(word, text)
     trees = [
-        toctree(["claims", *gallery, "docs/results", "speed"],
+        toctree(["claims", *gallery, "docs/results", *QUESTIONS, "speed"],
                 hidden="",
                 caption="Results",
                 maxdepth="1"),
