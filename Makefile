@@ -7,7 +7,7 @@
 # make torture      kills at any moment, bad inputs, two runs at once: thousands of tries, about an hour
 # make bench        side by side with peers and with the limit (FRESH=--fresh to start anew)
 # make export       calib_prune/ from the notebooks, which are the source
-# make readme       README.md and docs/results.md from their notebooks
+# make readme       README.md, docs/results.md and docs/questions from their notebooks
 # make docs         the site, in build/site/html
 # make lab          the notebooks in JupyterLab
 PYTHON ?= python3

@@ -1,5 +1,5 @@
-"""Write README.md and docs/results.md from their notebooks: text and outputs, without code; --check
-only compares."""
+"""Write README.md, docs/results.md and docs/questions from their notebooks: text and outputs,
+without code; --check only compares."""
 import re
 import sys
 from pathlib import Path
@@ -7,7 +7,9 @@ from pathlib import Path
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"README.md": "nbs/index.ipynb", "docs/results.md": "nbs/results.ipynb"}
+PAGES = {"README.md": "nbs/index.ipynb", "docs/results.md": "nbs/results.ipynb"} | {
+    f"docs/questions/{o.stem}.md": f"nbs/pages/{o.name}"
+    for o in sorted((ROOT / "nbs" / "pages").glob("*.ipynb"))}
 
 
 def render(page: str) -> str:
@@ -20,6 +22,8 @@ def render(page: str) -> str:
 
 if __name__ == "__main__":
     for page in PAGES:
-        if "--check" not in sys.argv: (ROOT / page).write_text(render(page))
-        elif (ROOT / page).read_text() != render(page):
+        if "--check" not in sys.argv:
+            (ROOT / page).parent.mkdir(exist_ok=True)
+            (ROOT / page).write_text(render(page))
+        elif not (ROOT / page).is_file() or (ROOT / page).read_text() != render(page):
             sys.exit(f"{page} does not match {PAGES[page]}: run `make readme`.")

@@ -6,7 +6,7 @@
 __all__ = ['AUDIT_VERSION', 'NUMBER', 'WORD', 'NOTATION', 'NUMBERS', 'DEFAULT_RULE', 'words', 'item_parts', 'OverlapRule',
            'rolling', 'batches', 'Grams', 'templates', 'ItemIndex', 'read_items', 'spans', 'evidence', 'covered_words',
            'index_items', 'same_words', 'first_holders', 'longest_run', 'find_overlaps', 'Audit', 'audit_sources',
-           'audit', 'contamination_table', 'contamination_grid', 'contamination_note', 'drop_overlapping']
+           'audit', 'contamination_table', 'contamination_grid', 'contamination_notes', 'drop_overlapping']
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #9135dc68
 import re
@@ -366,8 +366,8 @@ def contamination_grid(table: pd.DataFrame) -> pd.DataFrame:
     return wide[table.task[table.overlapping > 0].unique()].rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #c9d6e1f3
-def contamination_note(audit: Audit) -> str:
-    "What must be known to read the table."
+def contamination_notes(audit: Audit) -> list[str]:
+    "What the table shows, then what must be known to read it."
     table, rule = contamination_table(audit), audit.rule
     tasks = table.groupby("task", sort=False).agg({"checked": "first", "overlapping": "sum"})
     clean, blind = (
@@ -378,12 +378,13 @@ def contamination_note(audit: Audit) -> str:
     short = f" (a part with fewer, but {rule.least}: all of it)" if rule.least < rule.n else ""
     said = [
         f"Benchmark items that share {rule.n} words in a row with a source{short}, of those that"
-        f" can be checked. Case, punctuation{alike} and what {rule.template} or more items of a"
-        " benchmark have in common are ignored."
+        " can be checked.",
+        f"Case, punctuation{alike} and word sequences common to {rule.template} or more items of a"
+        " benchmark are ignored.",
     ]
-    if len(clean): said.append(f"Nothing was found of {', '.join(clean)}.")
-    if len(blind): said.append(f"Cannot be checked, for want of words: {', '.join(blind)}.")
-    return " ".join(said)
+    if len(clean): said.append(f"Without overlap: {', '.join(clean)}.")
+    if len(blind): said.append(f"Too short to be checked: {', '.join(blind)}.")
+    return said
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #e0cae2f0
 def drop_overlapping(items: pd.DataFrame,         # from `evaluate`

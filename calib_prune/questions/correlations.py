@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ONE_AXIS', 'Correlations', 'unmeasured', 'whole_metrics', 'correlate_study', 'main_settings', 'study_note',
            'study_caption', 'unmeasured_note', 'missing_note', 'probability', 'is_main', 'correlation_cell',
-           'correlation_grid', 'correlation_note', 'correlation_footnote', 'survivors', 'metric_panel',
-           'rows_in_settings', 'metric_message', 'same_height', 'source_points', 'panel_head', 'metric_figure',
-           'finish_panels', 'mark_cells', 'shown_metrics', 'survival_message', 'correlation_heat_map', 'heat_map_panel',
-           'heat_map_key', 'metric_ranks', 'n_axes', 'groups_of', 'axes_note', 'axes_figure']
+           'correlation_grid', 'correlation_notes', 'correlation_title', 'correlation_footnote', 'survivors',
+           'metric_panel', 'rows_in_settings', 'metric_message', 'same_height', 'source_points', 'panel_head',
+           'metric_figure', 'finish_panels', 'mark_cells', 'shown_metrics', 'survival_message', 'correlation_heat_map',
+           'heat_map_panel', 'heat_map_key', 'metric_ranks', 'n_axes', 'groups_of', 'axes_note', 'axes_figure']
 
 # %% ../../nbs/questions/02_correlations.ipynb #c738d021
 from dataclasses import dataclass
@@ -44,8 +44,16 @@ from calib_prune.statistics.ranks import (
     spearman,
 )
 from ..statistics.replicates import ADDITIVE, Replicates
-from ..statistics.selection import Measured, grid_part, interval_note, lacking, span
-from ..statistics.tables import interval_text, listed, status, wide_table
+from calib_prune.statistics.selection import (
+    Measured,
+    grid_part,
+    interval_note,
+    lacking,
+    scope_text,
+    size_text,
+    span,
+)
+from ..statistics.tables import caption_text, interval_text, listed, status, wide_table
 from ..study.metric_rows import metric_label, metrics_summary
 from ..study.presets import cells, seeds_of
 from ..study.results import Result
@@ -107,24 +115,20 @@ def main_settings(table: pd.DataFrame  # rows with method, sparsity and n
 
 # %% ../../nbs/questions/02_correlations.ipynb #cc3ad520
 def study_note(preset: dict[str, Any], found: Replicates | None) -> str:
-    "Model, size, draws and items."
-    size = preset["calibration"]
-    said = (
-        f"{preset['model']}; calibration sets of {size['windows']} windows × {size['length']}"
-        " tokens"
-    )
-    if found is None: return said + "."
-    items = ", ".join(f"{k} {v}" for k, v in found.items.items() if k in DIMENSIONS and v)
-    return (
-        f"{said}, {span(found.cells['draws'])} draws per strategy; items: {items}. Retention is in"
-        f" percent of the dense model's score ({found.measure.label.lower()}:"
-        f" {found.measure.about})."
-    )
+    "Model, windows × tokens, draws, items, and what the intervals are over."
+    said = f"{preset['model']}; {size_text([preset['calibration']['windows']], preset)}"
+    scope = "" if found is None else scope_text(found)
+    return "; ".join(filter(None, [said, scope])) + "."
 
 # %% ../../nbs/questions/02_correlations.ipynb #9b669740
-def study_caption(preset: dict[str, Any], found: Replicates | None) -> str:
-    "Model, size, draws, items, and which noise the intervals have."
-    return study_note(preset, found) + ("" if found is None else f" {interval_note(found)}")
+def study_caption(preset: dict[str, Any], found: Replicates | None, what: str, caveat: str = "",
+                  missing: str = "",         # of `missing_note`
+                  notes: Iterable[str] = ()  # a list below the caption
+                 ) -> str:
+    "The text below a table of a whole study."
+    setting = f"{study_note(preset, found)} {missing}".strip()
+    intervals = "" if found is None or not len(found.cells) else interval_note(found)
+    return caption_text(what, setting, caveat, [intervals, *notes])
 
 # %% ../../nbs/questions/02_correlations.ipynb #56299196
 def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
@@ -179,33 +183,42 @@ def correlation_grid(related: Correlations) -> pd.DataFrame:
     return wide.rename(columns={"label": "metric"})
 
 # %% ../../nbs/questions/02_correlations.ipynb #e2f583db
-def correlation_note(related: Correlations) -> str:
-    "What must be known to read correlations."
-    if related.note: return related.note
+def correlation_notes(related: Correlations) -> list[str]:
+    "What must be known to read correlations in detail."
+    if related.note: return []
     table = related.table
     reasons = table[table["reason"] != ""].groupby("reason", sort=False)["metric"].unique()
     said = [
-        f"Spearman's ρ over {span(table['n'])} single sources [95% interval: over the choice of"
-        " sources, and over the noise that the intervals of retention include, see below];"
-        f" two-sided permutation p; q after Benjamini and Hochberg over all {table['p'].count()}"
-        " tests of the study, also those not shown. CSV: also the partial correlation that holds"
-        " fixed whether a source belongs to the dimension, and the range of ρ when each source in"
-        " turn is left out."
+        "Intervals of ρ are over the choice of sources and over the noise of retention.",
+        f"p: permutation, two-sided. q: after Benjamini and Hochberg over all {table['p'].count()}"
+        " tests of the study, including tests not shown.",
+        "CSV: also the partial correlation that holds fixed whether a source belongs to the"
+        " dimension, and the range of ρ when each source in turn is left out.",
     ]
     for reason, names in reasons.items():
         said.append(
             f"n/a: {', '.join(metric_label(name) for name in names)} ({reason.rstrip('.')})."
         )
-    return " ".join(said)
+    return said
+
+# %% ../../nbs/questions/02_correlations.ipynb #cc9484e7
+def correlation_title(related: Correlations) -> str:
+    "What the table of correlations shows, or why there is none."
+    if related.note: return related.note
+    return (
+        f"Spearman's ρ of metrics with retention over {span(related.table['n'])} single sources,"
+        " with its interval, p and q"
+    )
 
 # %% ../../nbs/questions/02_correlations.ipynb #ea4ed8bb
 def correlation_footnote(preset: dict[str, Any], related: Correlations, missing: str = "") -> str:
     """The text below a figure of correlations, so that it can be read alone. The figure itself says
     what its intervals are over."""
-    said = "" if related.note else (
-        "ρ: Spearman's, over single sources; p: permutation, two-sided; q: after "
-        f"Benjamini and Hochberg over all {related.table['p'].count()} tests of the study.")
-    return " ".join(filter(None, [study_note(preset, related.found), said, missing]))
+    tests = "" if related.note else (
+        "ρ: Spearman's, over single sources; q: Benjamini–Hochberg over all"
+        f" {related.table['p'].count()} tests of the study.")
+    said = study_note(preset, related.found).split("; 95%")[0].rstrip(".")
+    return " ".join(filter(None, [tests, f"Setting: {said}.", missing]))
 
 # %% ../../nbs/questions/02_correlations.ipynb #0dd386b7
 def survivors(table: pd.DataFrame  # of `correlate`

@@ -183,11 +183,9 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
         f"{found[o].min():.1f} to {found[o].max():.1f}" for o in ("unseen", "constant")
     )
     about = (
-        "Filled: mixes that had no part in the fit. Bars: 95% intervals of the fitted law, its"
-        " misfit included. "
+        "Filled: mixes outside the fit. Bars: 95% intervals of the law, misfit included. "
     )
     about += (
-        f"Root mean square error at unseen mixes: law {off} points, mean of the fitted mixes"
-        f" {constant}; no intervals."
+        f"Root mean square error at unseen mixes: law {off} points, constant {constant}."
     )
     return annotate(figure, f"{about} {note}")

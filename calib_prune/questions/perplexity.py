@@ -62,7 +62,7 @@ def bytes_note(texts: pd.DataFrame  # from `third_facts`
         for o in dict.fromkeys(texts["source"])
         if o in ends.index
     ]
-    return f"Bytes per token, high against low third: {', '.join(said)}." if said else ""
+    return f"Bytes per token, high compared with low tercile: {', '.join(said)}." if said else ""
 
 # %% ../../nbs/questions/15_perplexity.ipynb #ec2880d2
 def third_facts(preset: dict[str, Any], folder: str | Path  # of the study's results
@@ -122,11 +122,11 @@ def effect_verdict(effects: pd.DataFrame, dimension: str  # from `third_effects`
                   ) -> str:
     "Whether perplexity by itself moves a dimension."
     mine = effects[effects["dimension"] == dimension].set_index("source")
-    if MEAN not in mine.index: return "cannot tell"
+    if MEAN not in mine.index: return "inconclusive"
     mean, each = mine.loc[MEAN], mine.drop(index=MEAN)["value"]
     if (mean["ci_low"] > 0 or mean["ci_high"] < 0) and len(set(np.sign(each))) == 1: return "moves"
     return (
-        "does not move" if max(abs(mean["ci_low"]), abs(mean["ci_high"])) < NEAR else "cannot tell"
+        "does not move" if max(abs(mean["ci_low"]), abs(mean["ci_high"])) < NEAR else "inconclusive"
     )
 
 # %% ../../nbs/questions/15_perplexity.ipynb #390749fe
@@ -200,12 +200,10 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
     )
     headline(figure, third_message(effects))
     said = (
-        "Thirds of one source by perplexity, matched in documents and distance to the prompts as"
-        " far as could be (T13). "
+        "Perplexity terciles of one source, matched as far as possible (T13). "
     )
     said += (
-        "Title: mean of the sources, highest third − lowest, 95% intervals simultaneous over the"
-        " dimensions."
+        "Title: mean of the sources, high − low, intervals simultaneous over the dimensions."
     )
     return annotate(figure, f"{said} {note}")
 

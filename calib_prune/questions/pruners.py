@@ -172,8 +172,7 @@ def total_gains(whole: Measured, base: str = BASE
 # %% ../../nbs/questions/09_pruners.ipynb #17879cec
 AFFORDABLE, LEAD = 1.5, 0.02  # times the base method's seconds; of total retention
 TIMES = (
-    "Times are those of the cells as they ran, some side by side: other work on the machine"
-    " lengthens them."
+    "Some cells ran side by side; other work on the machine lengthens times."
 )
 
 def totals(rows: pd.DataFrame, sparsity: Any  # columns `GAINS`
@@ -265,7 +264,7 @@ def pruner_figure(total: pd.DataFrame,  # from `total_gains`
     "Gains in total retention against time."
     check_rows(total, "gains over SparseGPT")
     points = total.merge(costs.dropna(subset="times"), on=["sparsity", "method"])
-    check_rows(points, "times beside SparseGPT's")
+    check_rows(points, "times compared with SparseGPT's")
     # one colour per method, whichever are there
     colours = dict(zip(METHODS, sns.color_palette("colorblind", len(METHODS))))
     levels = sorted(points["sparsity"].unique(), key=str)

@@ -120,9 +120,9 @@ def recipe_verdict(recipe: Recipe, leads: dict[str, pd.DataFrame],  # question â
             " have been run."
         )
     if all(holds(o) for o in leads.values()):
-        return f"{recipe_label(recipe)} is better than all that it is compared with."
+        return f"{recipe_label(recipe)} is better than all references."
     said = [f"{question}: {shortfalls(o)}" for question, o in leads.items() if not holds(o)]
-    return f"{recipe_label(recipe)} is not shown to be better everywhere; {'; '.join(said)}."
+    return f"{recipe_label(recipe)} is not better everywhere; not significant: {'; '.join(said)}."
 
 # %% ../../nbs/questions/17_recipe.ipynb #e9ca89a7
 RECIPE_ROWS = [

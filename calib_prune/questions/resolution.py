@@ -253,8 +253,8 @@ def untotalled_text(rows: pd.DataFrame,     # from `totals_rows`
             )
         elif blind := blind_to(resolved, name):
             said.append(
-                f"† The total by {measure.label.lower()} takes in dimensions in which it cannot"
-                f" tell: {listed(blind)}."
+                f"† The total with {measure.label.lower()} includes dimensions in which it does"
+                f" not discriminate: {listed(blind)}."
             )
     return " ".join(said)
 

@@ -90,7 +90,7 @@ def about_ours(names: list[str],
     shares = "their shares" if weighed else "its shares of the dimensions"
     if "tuned" in names:
         said.append(
-            f"`tuned` has {shares} from held-out text" + (f", as {tuned} keeps it" if tuned else "")
+            f"`tuned` has {shares} from held-out text" + (f", tuned on {tuned}" if tuned else "")
         )
     return f" Ours: {', '.join(said)}." if said else ""
 
@@ -134,10 +134,10 @@ def _leads(table: pd.DataFrame, mix: str, over: Sequence[str], sign: int) -> lis
 def _standing(table: pd.DataFrame, mix: str, over: Sequence[str]) -> str:
     "Where one strategy keeps more or less than the others."
     said = []
-    for word, sign in (("more", 1), ("less", -1)):
+    for word, sign in (("higher", 1), ("lower", -1)):
         leads = _leads(table, mix, over, sign)
-        if leads: said.append(f"keeps {word} {' and '.join(leads)}")
-    return f"`{mix}` {' but '.join(said) or 'does neither better nor worse than those'}"
+        if leads: said.append(f"has {word} retention {' and '.join(leads)}")
+    return f"`{mix}` {' but '.join(said) or 'does not differ significantly'}"
 
 # %% ../../nbs/questions/05_self_generated.ipynb #dfecde42
 def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
@@ -157,11 +157,11 @@ def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
     none = (
         ""
         if missing
-        else f"So nothing of ours beats {others} both in total and in the worst dimension."
+        else f"None of our mixes is better than {others} both in total and in the worst dimension."
     )
     verdict = f"{listed(best)} beats {others} on both." if best else none
     return " ".join(
-        filter(None, (f"By intervals that hold for all pairs at once, against {others}: {said}.",
+        filter(None, (f"With simultaneous intervals, compared with {others}: {said}.",
                       verdict, not_yet)))
 
 # %% ../../nbs/questions/05_self_generated.ipynb #32c2ef8a
@@ -290,22 +290,22 @@ def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
     if variants.empty: return ""
     clear = variants[(variants["all_low"] > 0) | (variants["all_high"] < 0)]
     found = [
-        f"`{row.strategy}` keeps {'more' if row.difference > 0 else 'less'} {GOALS[row.dimension]}"
+        f"`{row.strategy}` is {'higher' if row.difference > 0 else 'lower'} {GOALS[row.dimension]}"
         for row in clear.itertuples()
     ]
-    verdict = (f"these differ from it beyond noise: {'; '.join(found)}" if found else
-               "none differs from it beyond noise, in total or in the worst dimension")
+    verdict = (f"these differ from it significantly: {'; '.join(found)}" if found else
+               "none differs from it significantly, in total or in the worst dimension")
     points = [
         f"{interval_text(row.difference, row.ci_low, row.ci_high, '+')} points"
         f" {GOALS[row.dimension]}"
         for row in variants[variants["strategy"] == f"{base}-random"].itertuples()
     ]
     if variants["all_low"].isna().any():
-        verdict = "some cannot be told from it or not: a replicate has no value"
+        verdict = "some cannot be judged: a replicate has no value"
     count = variants["strategy"].nunique()
     said = (
-        f"Of {count} variants of `{base}`, by intervals that hold at once for those of all"
-        f" protocols, {verdict}."
+        f"Of {count} variants of `{base}`, with intervals simultaneous over the variants of"
+        f" all protocols, {verdict}."
     )
     return f"{said} A random part of the same pools: {', '.join(points)}." if points else said
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EFFECT', 'row_differences', 'contrasts', 'strategy_contrasts', 'with_means', 'simultaneous', 'best_of',
-           'significant_sign', 'has_interval', 'lead_of_best', 'shortfall', 'estimate', 'effects', 'simultaneous_ends']
+           'significant_sign', 'has_interval', 'lead_of_best', 'not_worse', 'shortfall', 'estimate', 'effects',
+           'simultaneous_ends']
 
 # %% ../../nbs/statistics/03_effects.ipynb #2a26b379
 from collections.abc import Sequence
@@ -132,6 +133,18 @@ def lead_of_best(values: np.ndarray
     )
     best = values[0].argmax(0)
     return best, ends[best, :, np.arange(values.shape[2])].min(1)
+
+# %% ../../nbs/statistics/03_effects.ipynb #fd251fa6
+def not_worse(values: np.ndarray,  # [1 + B, sets], total retention
+              best: int            # index of a set
+             ) -> np.ndarray:      # [sets], boolean; false for the best set itself
+    """The sets whose difference from the best set is not significant, simultaneously for all
+    pairs."""
+    first, second = np.triu_indices(values.shape[1], 1)
+    signs = significant_sign(*simultaneous(values[:, first] - values[:, second]))
+    near = np.zeros((values.shape[1],) * 2, bool)
+    near[first, second] = signs == 0
+    return (near | near.T)[best]
 
 # %% ../../nbs/statistics/03_effects.ipynb #2084f9b8
 def shortfall(values: np.ndarray                # [1 + B, sources, dimensions], retention

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FRONT', 'NOTHING', 'example_results', 'main_sparsity', 'main_cells', 'varied', 'default_size_cells', 'sweep_cells',
            'size_cells', 'front_cells', 'Measured', 'in_settings', 'measured', 'lacking', 'Part', 'take', 'grid_part',
-           'span', 'draw_counts', 'draws_so_far', 'missing_note', 'drawn_settings', 'interval_note', 'setting_note',
-           'scoring_note', 'weak_note', 'endings_note', 'caption', 'footnote']
+           'span', 'draw_counts', 'draws_so_far', 'missing_note', 'drawn_settings', 'interval_note', 'short_list',
+           'size_text', 'scope_text', 'setting_note', 'scoring_note', 'weak_note', 'endings_note', 'shared_caveat',
+           'detail_notes', 'caption', 'footnote']
 
 # %% ../../nbs/statistics/06_selection.ipynb #869c9ac4
 from dataclasses import asdict, dataclass
@@ -32,7 +33,13 @@ from calib_prune.statistics.replicates import (
     bootstrap_retention,
     strategy_retention,
 )
-from .tables import listed, mix_note, overlap_note, overlaps
+from calib_prune.statistics.tables import (
+    caption_text,
+    listed,
+    mix_note,
+    overlap_note,
+    overlaps,
+)
 from ..study.presets import Cell, cells
 from ..study.results import Result
 
@@ -232,7 +239,7 @@ def missing_note(part: Part) -> str:  # empty if nothing is missing
     run = sum(c.name in part.study for c in part.wanted)
     if run == len(part.wanted): return ""
     return (
-        f"Not complete: {run} of {len(part.wanted)} cells have been run; draws per setting:"
+        f"Not complete: {run} of {len(part.wanted)} cells have been run; draws:"
         f" {', '.join(draws_so_far(part))}."
     )
 
@@ -258,35 +265,48 @@ def drawn_settings(cells: pd.DataFrame  # of `replicates.strategy_retention`
 def interval_note(found: Replicates) -> str:
     "Which noise the intervals include, and in which settings."
     drawn = found.cells["noise"] == "items and draws"
-    if drawn.all(): return "95% intervals are over items (paired) and calibration draws."
-    if not drawn.any():
-        return "95% intervals are over items (paired) only, as no strategy has a second draw yet."
+    if drawn.all(): return "95% intervals over items (paired) and calibration draws."
+    if not drawn.any(): return "95% intervals over items (paired) only: no second draw yet."
     return (
-        "95% intervals are over items (paired), and over calibration draws where some strategy has"
-        f" two ({drawn_settings(found.cells)}); elsewhere over items only."
+        "95% intervals over items (paired), and over calibration draws where a strategy has two"
+        f" ({drawn_settings(found.cells)}); elsewhere over items only."
+    )
+
+# %% ../../nbs/statistics/06_selection.ipynb #38ccb13b
+def short_list(names: Iterable[Any], kind: str  # plural noun
+       ) -> str:
+    "Up to three names in words; of more, their number."
+    names = list(dict.fromkeys(map(str, names)))
+    return listed(names) if len(names) < 4 else f"{len(names)} {kind}"
+
+# %% ../../nbs/statistics/06_selection.ipynb #1d8038f4
+def size_text(windows: Iterable[int], preset: dict[str, Any]) -> str:
+    "The size of the calibration sets."
+    return f"{span(windows)} windows × {preset['calibration']['length']} tokens"
+
+# %% ../../nbs/statistics/06_selection.ipynb #c2efc68b
+def scope_text(found: Replicates) -> str:  # empty if nothing has been run
+    "Draws, items, measure, and what the intervals are over."
+    if not len(found.cells): return ""
+    draws, drawn = span(found.cells["draws"]), found.cells["noise"] == "items and draws"
+    over = "items and draws" if drawn.all() else "items, and draws where there are two"
+    if not drawn.any(): over = "items only"
+    return (
+        f"{draws} draw{'s' * (draws != '1')}; {found.items['Total']:,} items"
+        f" ({found.measure.label.lower()}); 95% intervals over {over}"
     )
 
 # %% ../../nbs/statistics/06_selection.ipynb #dfe3fd4e
 def setting_note(part: Part) -> str:
-    "Model, calibration sets, settings, draws, items and intervals, and what is missing."
+    "Model, method, sparsity, windows × tokens, draws, items, intervals, and what is missing."
     if not part.wanted: return "The preset plans no cell for this."
-    sizes, model = span(c.windows for c in part.wanted), part.preset["model"]
+    methods = [method_label(as_strategy(c.strategy, c.method)[1]) for c in part.wanted]
     levels = [sparsity_label(o) for o in sorted({c.sparsity for c in part.wanted}, key=str)]
-    said = [
-        f"{model}; {sizes} windows of {part.preset['calibration']['length']} tokens;"
-        f" {listed(method_label(as_strategy(c.strategy, c.method)[1]) for c in part.wanted)};"
-        f" sparsity {listed(levels)}."
-    ]
-    if len(part.found.cells):
-        draws = span(part.found.cells["draws"])
-        said += [
-            (
-                f"{draws} calibration draw{'s' * (draws != '1')} per strategy;"
-                f" {part.found.items['Total']:,} items."
-            ),
-            interval_note(part.found),
-        ]
-    return " ".join([*said, missing_note(part)]).strip()
+    at = short_list(levels, f"sparsities from {levels[0]} to {levels[-1]}")
+    size = size_text((c.windows for c in part.wanted), part.preset)
+    how = f"{short_list(methods, 'methods')} at {at}"
+    said = [part.preset["model"], how, size, scope_text(part.found)]
+    return f"{'; '.join(filter(None, said))}. {missing_note(part)}".strip()
 
 # %% ../../nbs/statistics/06_selection.ipynb #9386a833
 _FORMULA = {"plain": "pruned / dense for accuracies, dense / pruned for bits per byte",
@@ -304,7 +324,7 @@ def scoring_note(part: Part) -> str:
     )
     if not each: return ""
     left_out = (
-        f" Left out, as the dense model has nothing to lose there: {listed(found.left_out)}."
+        f" Left out, because the dense model has nothing to lose there: {listed(found.left_out)}."
         if found.left_out
         else ""
     )
@@ -329,7 +349,7 @@ def weak_note(part: Part) -> str:
     near = [o for o in at_chance(dense) if o not in part.found.left_out]
     weak = [f"{o} ({right.loc[o, 'sum']:.0f} of {right.loc[o, 'size']} right)" for o in near]
     return (
-        "These tell little, as the dense model has few right answers beyond guessing:"
+        "Tasks in which the dense model has few right answers beyond guessing:"
         f" {', '.join(weak)}."
         if weak
         else ""
@@ -348,20 +368,30 @@ def endings_note(part: Part) -> str:
     return " ".join(filter(None, [of_dense, of_pruned]))
 
 # %% ../../nbs/statistics/06_selection.ipynb #ab716b05
-def caption(part: Part, what: str,  # the title
-            *more: str) -> str:
+def shared_caveat(part: Part) -> str:  # empty if nothing is shared
+    "Which calibration sets share problems with a scored benchmark."
+    shared = overlaps(part.study)
+    if not shared: return ""
+    verb = "shares" if len(shared) == 1 else "share"
+    return f"{short_list(shared, 'calibration sets')} {verb} problems or wording with benchmarks"
+
+# %% ../../nbs/statistics/06_selection.ipynb #deda7830
+def detail_notes(part: Part) -> list[str]:
+    "Facts that one table of a study lists: intervals, scoring, weak tasks, mixes, overlaps."
+    if not len(part.found.cells): return []
+    return [interval_note(part.found), scoring_note(part), weak_note(part), endings_note(part),
+            mix_note(part.study), overlap_note(part.study)]
+
+# %% ../../nbs/statistics/06_selection.ipynb #7953c30c
+def caption(part: Part, what: str,      # one sentence
+            caveat: str = "",           # by default shared problems
+            notes: Iterable[str] = ()   # a list below the caption
+           ) -> str:
     "The text below a table."
-    notes = what, setting_note(part), scoring_note(part), weak_note(part), *more, mix_note(
-        part.study), overlap_note(part.study)
-    return " ".join(o for o in notes if o)
+    return caption_text(what, setting_note(part), caveat or shared_caveat(part), notes)
 
 # %% ../../nbs/statistics/06_selection.ipynb #3e0132f9
-def footnote(part: Part) -> str:
-    "The text below a figure."
-    shared = overlaps(part.study)
-    said = (
-        f" Share problems, or their wording, with a benchmark: {listed(shared)}." if shared else ""
-    )
-    scored = f"Measure of retention: {part.found.measure.label.lower()}. " if len(
-        part.found.cells) else ""
-    return " ".join(filter(None, [scored + setting_note(part), weak_note(part)])) + said
+def footnote(part: Part, caveat: str = ""  # by default shared problems
+            ) -> str:
+    "The text below a figure, whose title is what it shows."
+    return caption(part, "", caveat)

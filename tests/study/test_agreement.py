@@ -67,7 +67,7 @@ def test_agreement(verdicts, said):
     found = judged(*verdicts)
     assert found["agreement"] == said
     assert [found[o] for o in ("Answer bits", "Above chance", "Plain ratio")] == [
-        v if t else "cannot tell" for v, t in verdicts
+        v if t else "does not discriminate" for v, t in verdicts
     ]
 
 
@@ -229,7 +229,7 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     table.to_csv(begun, index=False)
     run()
     alone = (tmp_path / "smollm2-135m/T7-models.md").read_text()
-    assert "Not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone
+    assert "not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone
     (tmp_path / "qwen-0.5b").mkdir()
     table.to_csv(tmp_path / "qwen-0.5b/T7-measures.csv", index=False)
     with pytest.raises(
@@ -250,10 +250,10 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     run()
     said = (tmp_path / "smollm2-135m/T7-models.md").read_text()
     assert (
-        "Not run yet" not in said and
+        "not run yet" not in said and
         "smollm2-135m: 60%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%"
         in said)
-    assert "Not run to the end, so its verdicts may change: qwen2.5-coder-0.5b." in said
+    assert "not run to the end, so verdicts may change: qwen2.5-coder-0.5b." in said
     lines = said.split("\n\n")[0]
     assert (
         "| mix − C4, total, SparseGPT  " in lines and "%" not in lines

@@ -298,9 +298,9 @@ def test_degrees_of_freedom():
 def test_captions_say_what_is_missing_and_which_noise_intervals_have():
     full, one_draw, one_method = part(), part(keep=lambda o: not o.endswith("s1")), part(
         keep=lambda o: not o.endswith("wanda-0.6-n32-s1"))
-    assert "items only" not in caption(
-        full, "x"
-    ) and "smollm2-135m; 32 windows of 512 tokens; SparseGPT and Wanda" in caption(full, "x")
+    said = "smollm2-135m; SparseGPT and Wanda at 60%; 32 windows × 512 tokens; 2 draws"
+    assert caption(full, "x").startswith(f"x. Setting: {said}")
+    assert "intervals over items and draws" in caption(full, "x")
     assert "8 of 16 cells" in footnote(one_draw) and "SparseGPT 1 of 2" in footnote(
         one_draw) and "only" in interval_note(one_draw.found)
     assert interval_note(one_method.found).endswith(
@@ -447,8 +447,8 @@ def test_our_mixes_are_those_of_chosen_shares():
     assert our_mixes(some) == ["tuned", "uniform-dimensions, balanced"]
     assert (
         about_ours(["tuned"], "another model")
-        == " Ours: `tuned` has its shares of the dimensions from held-out text, as another model"
-        " keeps it."
+        == " Ours: `tuned` has its shares of the dimensions from held-out text, tuned on another"
+        " model."
     )
     assert (
         about_ours(our_mixes(some)).startswith(" Ours: `balanced` weigh") and about_ours([]) == ""
@@ -511,7 +511,7 @@ def test_variants_are_judged_together():
     assert ends.all_low["igsp-0"] < 0 < 0.022 - 1.96 * 0.01, "beyond noise alone, not among sixteen"
     table = ends.reset_index().assign(difference=0.022)
     assert "none differs" in steps_that_show(table, "igsp")
-    assert "`igsp-0` keeps more in total" in steps_that_show(
+    assert "`igsp-0` is higher in total" in steps_that_show(
         table.assign(all_low=table.all_low.where(table.strategy != "igsp-0", 0.001)), "igsp"
     )
     assert "cannot be told" in steps_that_show(table.assign(all_low=np.nan), "igsp")
@@ -704,7 +704,7 @@ def test_sources_that_cannot_be_told_apart_have_no_winner_and_no_colour(seeds):
     assert (np.asarray(figure.axes[0].collections[0].get_array()) == 0).all()
     note = " ".join(" ".join(o.get_text() for o in figure.texts).split())
     assert "grey: its interval, paired and simultaneous" in note
-    assert ("over items (paired) only" in note) == (len(seeds) == 1)
+    assert ("over items only" in note) == (len(seeds) == 1)
 
 
 def test_a_source_that_leads_all_others_is_named_with_its_dimension():

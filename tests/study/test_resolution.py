@@ -211,7 +211,7 @@ def test_a_measure_without_a_total_says_why():
     )
     blind = resolved.assign(can_tell=(resolved.measure != "plain") | (resolved.dimension != "Code"))
     assert untotalled_text(totals, blind).endswith(
-        "† The total by plain ratio takes in dimensions in which it cannot tell: Code."
+        "† The total with plain ratio includes dimensions in which it does not discriminate: Code."
     )
     assert untotalled_text(totals[totals.measure == "above-chance"],
                            resolved).count("no number for General") == 2, "the other two measures"

@@ -17,7 +17,7 @@ from calib_prune.evaluation.contamination import (
     audit,
     audit_sources,
     contamination_grid,
-    contamination_note,
+    contamination_notes,
     contamination_table,
     drop_overlapping,
     find_overlaps,
@@ -207,9 +207,7 @@ def test_formulas_are_no_evidence():
     assert found.overlaps.empty and not found.items.checked.any()
     table = contamination_table(found)
     assert table.checked.item() == 0 and np.isnan(table.share.item())
-    assert contamination_note(found).endswith(
-        "Cannot be checked, for want of words: basic_skills_arithmetic."
-    )
+    assert contamination_notes(found)[-1] == "Too short to be checked: basic_skills_arithmetic."
 
 
 def test_wrong_answers_and_prompts_are_not_part_of_an_item():
@@ -240,7 +238,7 @@ def test_a_users_file(tmp_path):
     assert contamination_grid(table)["sciq"].tolist() == [
         "1 of 9 (11.1%)"
     ] and "piqa" not in contamination_grid(table)
-    assert "Nothing was found of piqa." in contamination_note(found)
+    assert "Without overlap: piqa." in contamination_notes(found)
 
 
 def test_drop_overlapping_keeps_models_paired():

@@ -17,7 +17,6 @@ from calib_prune.questions.correlations import (
     correlation_footnote,
     correlation_grid,
     correlation_heat_map,
-    correlation_note,
     main_settings,
     metric_figure,
     study_caption,
@@ -107,10 +106,13 @@ def test_captions_say_which_settings_have_draws(study, metrics):
         if k != "dense"
     }
     related = correlated(study | more, metrics, 20, 99)
-    assert study_caption(PRESET, related.found).endswith(
-        "where some strategy has two (SparseGPT 60%); elsewhere over items only."
+    assert study_caption(PRESET, related.found, "x").endswith(
+        "where a strategy has two (SparseGPT 60%); elsewhere over items only."
     )
-    assert "/ items" not in correlation_note(related) and "interval" not in correlation_footnote(
+    assert "intervals over items, and draws where there are two" in study_caption(
+        PRESET, related.found, "x"
+    )
+    assert "interval" not in correlation_footnote(
         PRESET, related
     )
     figure = metric_figure(related, metrics)

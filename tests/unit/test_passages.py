@@ -228,8 +228,8 @@ def test_verdicts():
             "Code")
     assert verdicts(0.01, 0.05) == "moves" and verdicts(-0.05, -0.001, signs=(-1, -1)) == "moves"
     assert (
-        verdicts(0.01, 0.05, signs=(1, -1)) == "cannot tell"
-        and verdicts(-0.01, 0.03) == "cannot tell"
+        verdicts(0.01, 0.05, signs=(1, -1)) == "inconclusive"
+        and verdicts(-0.01, 0.03) == "inconclusive"
     )
     assert (
         verdicts(-0.019, 0.019) == "does not move"
@@ -255,9 +255,9 @@ def test_the_table_says_what_was_found(tmp_path):
     preset["name"] = tmp_path.name
     assert mix_of(preset, "math-low", 1).endswith("math-low-s1.jsonl")
     texts, balances = third_facts(preset, tmp_path)
-    assert (
-        bytes_note(texts)
-        == "Bytes per token, high against low third: wikipedia +0 to +20 %, math +0 to +20 %."
+    assert bytes_note(texts) == (
+        "Bytes per token, high compared with low tercile:"
+        " wikipedia +0 to +20 %, math +0 to +20 %."
     )
     assert texts.bytes_per_token.min() == 10.0, "twenty bytes, two tokens"
     assert len(texts) == 18 and balances.groupby("source")["after"].mean().round(
@@ -284,7 +284,6 @@ def test_half_a_study_says_nothing_of_the_other_half():
         cells.cells["strategy"].isin(["wikipedia-low", "wikipedia-high", "math-low"]).tolist()
     )
     effects = effects_of(preset, some)
-    assert (
-        set(effects["source"]) == {"wikipedia"} and effect_verdict(effects, "Code") == "cannot tell"
-    )
+    assert set(effects["source"]) == {"wikipedia"}
+    assert effect_verdict(effects, "Code") == "inconclusive"
     assert len(effects_of(preset, cells.rows([False] * len(cells.cells)))) == 0

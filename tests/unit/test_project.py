@@ -178,7 +178,7 @@ def test_the_command_line_starts_without_slow_packages(module):
 
 PAGES = [
     ROOT / o for o in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "SECURITY.md")
-] + sorted(ROOT.glob("docs/*.md"))
+] + sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("docs/questions/*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -189,6 +189,10 @@ def test_links_lead_somewhere(page):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 500
+
+
+def test_the_results_page_is_short():
+    assert len((ROOT / "docs/results.md").read_text().split()) <= 2500
 
 
 def test_paper_notebooks_write_what_is_declared():
