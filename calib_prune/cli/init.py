@@ -247,7 +247,7 @@ def new_study(
         str,
         typer.Option(help="Measure of retention: `answer-bits`, `above-chance`, `plain`, or "
                      "`headline`: the most reliable by a rule."),
-    ] = "plain",
+    ] = "answer-bits",
     as_json: JsonOption = False,
 ) -> None:
     """Start a study of your own: a preset with your model, text and methods, and a notebook that

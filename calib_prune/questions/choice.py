@@ -55,7 +55,10 @@ def _setting_text(found: Replicates,  # of one setting
     where = f"{setting_label(at)}, {at['windows']} windows"
     if len(names) < 2: return f"{where}: one calibration set, so there is no choice."
     if not has_interval(found.values)[OUTCOMES.index("Total")]:
-        return f"{where}: no total retention, because a dimension has no task that counts."
+        return (
+            f"{where}: no total retention, because a dimension has no task that counts. Score more"
+            " items, or write `measure: answer-bits` in the preset."
+        )
     best = int(total[0].argmax())
     low, high = map(_percent, estimate(total[:, best])[1:])
     return (
