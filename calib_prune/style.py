@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIMENSION_COLOURS', 'OWN', 'SOURCE_KINDS', 'MARKERS', 'LEAST_REACH', 'paper_style', 'save_figure', 'colour_of',
-           'legend_above', 'contrast', 'readable', 'make_readable', 'difference_colours', 'colour_reach']
+           'legend_above', 'contrast_ratio', 'readable', 'make_readable', 'difference_colours', 'colour_reach']
 
 # %% ../nbs/core/04_style.ipynb #6a64fb76
 import io
@@ -85,7 +85,7 @@ def _luminance(colour: Any) -> float:  # a colour as matplotlib takes it
     return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear))
 
 # %% ../nbs/core/04_style.ipynb #571f202a
-def contrast(a: Any, b: Any  # colours as matplotlib takes them
+def contrast_ratio(a: Any, b: Any  # colours as matplotlib takes them
             ) -> float:      # from 1 to 21
     "The contrast ratio of two colours."
     low, high = sorted(map(_luminance, (a, b)))
@@ -94,7 +94,7 @@ def contrast(a: Any, b: Any  # colours as matplotlib takes them
 # %% ../nbs/core/04_style.ipynb #0e8a1ab6
 def readable(background: Any) -> str:
     "Black or white, whichever can be read on this colour."
-    return max(("black", "white"), key=lambda text: contrast(text, background))
+    return max(("black", "white"), key=lambda text: contrast_ratio(text, background))
 
 # %% ../nbs/core/04_style.ipynb #05dbb51a
 def make_readable(ax: Axes) -> None:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_CODE', 'SOURCES', 'HELDOUT', 'FURTHER', 'SUITE', 'MAX_DOCUMENTS', 'PAPER_SOURCES', 'READERS', 'HUB', 'Source',
            'PackagedSource', 'packaged', 'library_files', 'LibrarySource', 'render', 'HubSource', 'say_hellaswag_hub',
-           'say_csqa_hub', 'say_siqa_hub', 'say_gsm8k_hub', 'from_hub', 'enough_memory', 'judged_sha256', 'FileSource',
-           'file_source', 'hub_source', 'get_source']
+           'say_csqa_hub', 'say_siqa_hub', 'say_gsm8k_hub', 'paper_hub_source', 'enough_memory', 'judged_sha256',
+           'FileSource', 'file_source', 'hub_source', 'get_source']
 
 # %% ../../nbs/calibration/02_sources.ipynb #3852d6ab
 import hashlib
@@ -344,7 +344,7 @@ def say_gsm8k_hub(r: dict) -> str:
     return f"{r['question']}\n{re.sub(r'<<.*?>>', '', r['answer']).partition('####')[0].strip()}"
 
 # %% ../../nbs/calibration/02_sources.ipynb #a11a6e6a
-def from_hub(name: str, dimension: str, licence: str, path: str, config: str | None = None,
+def paper_hub_source(name: str, dimension: str, licence: str, path: str, config: str | None = None,
              text: str | Callable[[dict], str] = "text"  # see `render`
             ) -> HubSource:
     "A member of the paper-scale suite."
@@ -353,26 +353,32 @@ def from_hub(name: str, dimension: str, licence: str, path: str, config: str | N
 
 # %% ../../nbs/calibration/02_sources.ipynb #da389a7e
 PAPER_SOURCES: dict[str, HubSource] = {
-    s.name: s for s in
-    (from_hub("c4", "General", "ODC-BY 1.0", "allenai/c4", "en"),
-     from_hub("wikipedia", "General", "CC BY-SA 3.0, GFDL", "wikimedia/wikipedia", "20231101.en"),
-     from_hub("fineweb-edu", "General", "ODC-BY 1.0", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
-     from_hub("news", "General", "Apache-2.0 (card)", "abisee/cnn_dailymail", "3.0.0", "article"),
-     from_hub("imdb", "General", "not stated", "stanfordnlp/imdb", "plain_text"),
-     from_hub("hellaswag", "Commonsense", "MIT", "Rowan/hellaswag", None, say_hellaswag_hub),
-     from_hub("csqa", "Commonsense", "MIT", "tau/commonsense_qa", None, say_csqa_hub),
-     from_hub("socialiqa", "Commonsense", "not stated", "lighteval/siqa", None, say_siqa_hub),
-     from_hub("winogrande", "Commonsense", "CC BY", "allenai/winogrande", "winogrande_xl",
-              say_winogrande),
-     from_hub("codeparrot", "Code", "differs by file", "codeparrot/codeparrot-clean", None,
-              "content"),
-     from_hub("oss-instruct", "Code", "MIT", "ise-uiuc/Magicoder-OSS-Instruct-75K", None,
-              "{problem}\n\n{solution}"),
-     from_hub("codealpaca", "Code", "CC BY 4.0", "sahil2801/CodeAlpaca-20k", None,
-              "{instruction}\n{input}\n\n{output}"),
-     from_hub("metamath", "Math", "MIT", "meta-math/MetaMathQA", None, "{query}\n{response}"),
-     from_hub("gsm8k", "Math", "MIT", "openai/gsm8k", "main", say_gsm8k_hub),
-     from_hub("open-web-math", "Math", "ODC-BY 1.0", "open-web-math/open-web-math"))}
+    s.name: s for s in (
+        paper_hub_source("c4", "General", "ODC-BY 1.0", "allenai/c4", "en"),
+        paper_hub_source("wikipedia", "General", "CC BY-SA 3.0, GFDL", "wikimedia/wikipedia",
+                         "20231101.en"),
+        paper_hub_source("fineweb-edu", "General", "ODC-BY 1.0", "HuggingFaceFW/fineweb-edu",
+                         "sample-10BT"),
+        paper_hub_source("news", "General", "Apache-2.0 (card)", "abisee/cnn_dailymail", "3.0.0",
+                         "article"),
+        paper_hub_source("imdb", "General", "not stated", "stanfordnlp/imdb", "plain_text"),
+        paper_hub_source("hellaswag", "Commonsense", "MIT", "Rowan/hellaswag", None,
+                         say_hellaswag_hub),
+        paper_hub_source("csqa", "Commonsense", "MIT", "tau/commonsense_qa", None, say_csqa_hub),
+        paper_hub_source("socialiqa", "Commonsense", "not stated", "lighteval/siqa", None,
+                         say_siqa_hub),
+        paper_hub_source("winogrande", "Commonsense", "CC BY", "allenai/winogrande",
+                         "winogrande_xl", say_winogrande),
+        paper_hub_source("codeparrot", "Code", "differs by file", "codeparrot/codeparrot-clean",
+                         None, "content"),
+        paper_hub_source("oss-instruct", "Code", "MIT", "ise-uiuc/Magicoder-OSS-Instruct-75K", None,
+                         "{problem}\n\n{solution}"),
+        paper_hub_source("codealpaca", "Code", "CC BY 4.0", "sahil2801/CodeAlpaca-20k", None,
+                         "{instruction}\n{input}\n\n{output}"),
+        paper_hub_source("metamath", "Math", "MIT", "meta-math/MetaMathQA", None,
+                         "{query}\n{response}"),
+        paper_hub_source("gsm8k", "Math", "MIT", "openai/gsm8k", "main", say_gsm8k_hub),
+        paper_hub_source("open-web-math", "Math", "ODC-BY 1.0", "open-web-math/open-web-math"))}
 
 # %% ../../nbs/calibration/02_sources.ipynb #0bc12d26
 READERS = {".txt": read_txt, ".jsonl": read_jsonl_field, ".parquet": read_parquet_column}

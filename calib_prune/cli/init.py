@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORKFLOW', 'LOCK', 'PRESET_COMMENTS', 'study_files', 'study_contents', 'lay_out', 'init', 'strategy_name',
-           'whole_paths', 'own_strategies', 'own_grid', 'preset_text', 'own_notebook', 'own_files', 'check_own',
+           'whole_paths', 'own_strategies', 'own_grid', 'preset_text', 'own_notebook', 'own_study_files', 'check_own',
            'new_study']
 
 # %% ../../nbs/cli/09_init.ipynb #75d23be9
@@ -190,7 +190,7 @@ def own_notebook(name: str) -> bytes:
     return f"{json.dumps(book, indent=1, ensure_ascii=False)}\n".encode()
 
 # %% ../../nbs/cli/09_init.ipynb #4ee191ea
-def own_files(preset: Mapping[str, Any], text: str  # of its file
+def own_study_files(preset: Mapping[str, Any], text: str  # of its file
              ) -> dict[str, bytes]:
     "The files of a new study by name: only those that its runs need; the workflow last."
     from calib_prune.study.plan import notebooks_of
@@ -270,7 +270,7 @@ def new_study(
     text = preset_text(preset)
     with temporary_folder() as d:  # refused before anything is written
         check_names(load_preset(write_atomic(Path(d, f"{name}.yaml"), text)))
-    lay_out(path, own_files(preset, text))
+    lay_out(path, own_study_files(preset, text))
     if as_json:
         print_json(dict(folder=str(path), preset=f"presets/{name}.yaml", notebook="study.ipynb"))
     else:

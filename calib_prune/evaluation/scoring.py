@@ -25,7 +25,7 @@ from ..core import CalibPruneError, cache_dir, temporary_folder, unknown_name
 from .measures import PLAIN
 from .sandbox import run_sandboxed, run_tests
 from .tasks import KINDS, TASKS, Task, get_tasks, write_task
-from ..generation.sampling import Job, Sampling, decode
+from ..generation.sampling import Sampling, SamplingJob, decode
 from ..generation.writing import end_tokens
 from ..kernels.memory import reused_memory
 from ..model.likelihood import loglikelihoods, unpackable
@@ -69,7 +69,7 @@ def ends_with(lm,               # of lm-eval
 # %% ../../nbs/evaluation/06_scoring.ipynb #185428d9
 def answer_job(lm, name: str, context: str,
                asked: dict[str, Any]  # lm-eval's `generation_kwargs`
-              ) -> tuple[Job, list[str]]:  # the text to write; what ends it
+              ) -> tuple[SamplingJob, list[str]]:  # the text to write; what ends it
     "An answer that lm-eval asks for."
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
     how = normalize_gen_kwargs(asked, lm.max_gen_toks)
@@ -81,7 +81,7 @@ def answer_job(lm, name: str, context: str,
             " tokens."
         )
     tokens, _ = lm.tok_batch_encode([context], left_truncate_len=lm.max_length - most)
-    return Job(name, tuple(tokens[0].tolist()), most=most, stop=ends_with(lm, until)), until
+    return SamplingJob(name, tuple(tokens[0].tolist()), most=most, stop=ends_with(lm, until)), until
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #af05d21d
 GREEDY = Sampling(top_k=1)

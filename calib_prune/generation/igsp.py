@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPENINGS', 'IGSP', 'WARMTHS', 'IGSP_VERSION', 'PROTOCOLS', 'WRITERS', 'CHOOSING', 'pool_frame', 'make_pool', 'Greedy',
            'Shuffled', 'CannotBalance', 'shortest_intervals', 'tightest_bins', 'runs', 'nearest_run', 'common_mean',
-           'take', 'parts', 'check_selection', 'select', 'describe', 'shared_grams', 'pool_record', 'frontier',
-           'balanced_pool', 'igsp', 'Protocol', 'protocol_with', 'journal_name', 'generate']
+           'take_candidates', 'parts', 'check_selection', 'select', 'describe', 'shared_grams', 'pool_record',
+           'frontier', 'balanced_pool', 'igsp', 'Protocol', 'protocol_with', 'journal_name', 'generate']
 
 # %% ../../nbs/generation/06_igsp.ipynb #a5e26a1f
 import heapq
@@ -242,7 +242,7 @@ def common_mean(x: Mapping[str, np.ndarray], cost: Mapping[str, np.ndarray], nee
     return float(np.clip(middle, low, high))
 
 # %% ../../nbs/generation/06_igsp.ipynb #bb923268
-def take(queues: Sequence[Any],          # see `Greedy`
+def take_candidates(queues: Sequence[Any],          # see `Greedy`
          budget: float,                  # tokens
          grams: Sequence[set], cost: Sequence[int],  # of all candidates
          covered: set,                   # n-grams that the dimension has; grows
@@ -319,7 +319,7 @@ def _take_parts(own_parts: list[tuple[np.ndarray, float, float]],  # a dimension
             sides, deviation = [items[x[items] < mean], items[x[items] >= mean]], x - mean
         queues = [queue(side, f"{k}/{j}") for j, side in enumerate(sides)]
         due = tokens * (k + 1) - sum(cost[i] for i, _ in chosen)
-        taken = take(queues, due, grams, cost, covered, deviation.__getitem__)
+        taken = take_candidates(queues, due, grams, cost, covered, deviation.__getitem__)
         chosen += [(i, k) for i in taken]
     return chosen
 
@@ -410,7 +410,7 @@ def frontier(pool: pd.DataFrame, budget: int,  # tokens to take, over all dimens
         means = runs(x, cost, choice * each)[3]
         for target in np.linspace(means.min(), means.max(), levels):
             items, _ = nearest_run(x, cost, choice * each, target)
-            taken = take([Greedy(list(items), grams, cost)], each, grams, cost, set())
+            taken = take_candidates([Greedy(list(items), grams, cost)], each, grams, cost, set())
             rows.append(describe(g.iloc[taken]))
     return pd.concat(rows, ignore_index=True)
 

@@ -31,7 +31,7 @@ from calib_prune.core import (
     write_atomic,
 )
 from ..data.files import documents, write_jsonl
-from .sampling import Job, Sample, Sampling, decode
+from .sampling import Sample, Sampling, SamplingJob, decode
 from ..model.loading import check_window, end_of_text_id
 from ..progress import ProgressFn
 
@@ -162,11 +162,11 @@ class Writer:
             identity = dict(dtype=str(self.model.dtype), tokenizer=tokenizer)
         self.past = Journal(self.journal, self.settings | identity)
 
-    def job(self, key: str, opening: Sequence[int] = (), warmth: float = 1.0) -> Job:
+    def job(self, key: str, opening: Sequence[int] = (), warmth: float = 1.0) -> SamplingJob:
         "A text to write after an opening."
         if len(opening) >= self.length: raise self._too_long(opening)
         assert self.start is not None  # it is found when the writer is made
-        return Job(key, (self.start, *opening), warmth)
+        return SamplingJob(key, (self.start, *opening), warmth)
 
     def _too_long(self, opening: Sequence[int]) -> CalibPruneError:
         beginning = self.tokenizer.decode(opening[:12])
@@ -176,7 +176,7 @@ class Writer:
             " texts."
         )
 
-    def write(self, jobs: list[Job]) -> list[Sample]:
+    def write(self, jobs: list[SamplingJob]) -> list[Sample]:
         "Write the texts that the journal lacks; returns all, in the order of the jobs."
         todo = [job for job in jobs if job.key not in self.past.samples]
         began, written, left = time.perf_counter(), 0, len(todo)
@@ -233,7 +233,7 @@ def _too_little(
 
 # %% ../../nbs/generation/03_writing.ipynb #dae85d09
 def fill(writer: Writer,
-         job: Callable[[int], Job],        # the i-th text
+         job: Callable[[int], SamplingJob],        # the i-th text
          budget: int,                      # tokens needed
          keep: Callable[[list[Sample]], list[Sample]] = list,  # which of the texts count
          expect: float = 1.0               # share of the texts that `keep` will keep

@@ -19,20 +19,20 @@ from torch import Tensor
 from ..core import CalibPruneError
 from .compiled import compiled, in_threads
 from calib_prune.kernels.tiles import (
-                                       COLS,
-                                       FLOATS,
-                                       INDEX,
-                                       INT,
-                                       INTS,
-                                       LANES,
-                                       ROWS,
-                                       add_tile,
-                                       call,
-                                       constant,
-                                       data,
-                                       register_at,
-                                       set_tile,
-                                       spread,
+    COLS,
+    FLOATS,
+    INDEX,
+    INT,
+    INTS,
+    LANES,
+    ROWS,
+    add_tile,
+    broadcast_scalar,
+    call,
+    constant,
+    data,
+    register_at,
+    set_tile,
 )
 
 # %% ../../nbs/kernels/04_attention.ipynb #ab0c43c3
@@ -89,7 +89,7 @@ def hide(typing, scores, at, n, t, keys, lasts):
     def write(context, code, signature, args):
         row = data(context, code, signature, args, 0, args[1])
         keys, lasts = (data(context, code, signature, args, i, constant(0, INDEX)) for i in (4, 5))
-        token = spread(code, code.trunc(args[3], INT), INTS)
+        token = broadcast_scalar(code, code.trunc(args[3], INT), INTS)
         hidden = constant(float("-inf"), FLOATS)
         step = _hide_step(code, row, keys, lasts, token, hidden)
         larger = lambda a, b: code.select(code.fcmp_ordered(">", a, b), a, b)
@@ -129,7 +129,7 @@ def exponentials(typing, scores, at, n, largest):
     signature = types.float32(scores, types.int64, types.int64, types.float32)
     def write(context, code, signature, args):
         row = data(context, code, signature, args, 0, args[1])
-        largest = spread(code, args[3], FLOATS)
+        largest = broadcast_scalar(code, args[3], FLOATS)
         def step(k, total):
             place = register_at(code, code.gep(row, [k]))
             value = _exp(code, code.fsub(code.load(place, align=4), largest))

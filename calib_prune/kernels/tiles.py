@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LANES', 'ROWS', 'COLS', 'FLOAT', 'INT', 'INDEX', 'FLOATS', 'INTS', 'set_tile', 'add_tile', 'subtract_tile', 'DEPTH',
-           'BLOCK', 'PANEL', 'STRIPES', 'SMALL', 'constant', 'spread', 'register_at', 'call', 'data', 'flat', 'fits',
-           'add_product']
+           'CACHED_ROWS', 'PANEL', 'STRIPES', 'SMALL', 'constant', 'broadcast_scalar', 'register_at', 'call', 'data',
+           'flat', 'fits', 'add_product']
 
 # %% ../../nbs/kernels/02_tiles.ipynb #d2732126
 from functools import partial
@@ -21,10 +21,10 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..core import CalibPruneError
-from .compiled import compiled, in_threads, processor
+from .compiled import compiled, in_threads, machine_code_target
 
 # %% ../../nbs/kernels/02_tiles.ipynb #76b3df78
-LANES = 16 if "avx512f" in processor() else 8  # numbers per register
+LANES = 16 if "avx512f" in machine_code_target() else 8  # numbers per register
 # of a tile; ours: the accumulators fill most registers
 ROWS, COLS = (8, 2 * LANES) if LANES == 16 else (6, 2 * LANES)
 
@@ -38,7 +38,7 @@ def constant(value: float | list, kind: ir.Type) -> ir.Constant:
     return ir.Constant(kind, value)
 
 # %% ../../nbs/kernels/02_tiles.ipynb #755719bf
-def spread(code: ir.IRBuilder, value: Any, kind: ir.VectorType) -> Any:
+def broadcast_scalar(code: ir.IRBuilder, value: Any, kind: ir.VectorType) -> Any:
     "A register filled with one number."
     empty = ir.Constant(kind, ir.Undefined)
     first = code.insert_element(empty, value, constant(0, INT))
@@ -72,7 +72,7 @@ def _step(code: ir.IRBuilder,
     row = [code.load(register_at(code, place), align=4) for place in places]
     new = []
     for pointer, sums in zip(a, tile, strict=True):
-        number = spread(code, code.load(pointer, align=4), FLOATS)
+        number = broadcast_scalar(code, code.load(pointer, align=4), FLOATS)
         products = zip(row, sums, strict=True)
         new.append([call(code, "fma", number, vector, total) for vector, total in products])
     return new
@@ -131,7 +131,7 @@ set_tile, add_tile, subtract_tile = _tile(""), _tile("fadd"), _tile("fsub")
 
 # %% ../../nbs/kernels/02_tiles.ipynb #89dda471
 DEPTH = 256        # steps per piece (ours: fastest of 64 to 512 within noise)
-BLOCK = 12 * ROWS  # rows whose part of A stays in the cache
+CACHED_ROWS = 12 * ROWS  # rows whose part of A stays in the cache
 
 
 @compiled("kernels/tiles.py")
@@ -140,10 +140,10 @@ def _whole_tiles(
 ):
     for k in range(0, depth, DEPTH):
         n = min(DEPTH, depth - k)
-        for i in range(0, rows, BLOCK):
-            for j in range(0, min(cols, i + BLOCK) if lower else cols, COLS):
-                if (i // BLOCK + j // COLS) % shares != share: continue
-                for m in range(i, min(i + BLOCK, rows), ROWS):
+        for i in range(0, rows, CACHED_ROWS):
+            for j in range(0, min(cols, i + CACHED_ROWS) if lower else cols, COLS):
+                if (i // CACHED_ROWS + j // COLS) % shares != share: continue
+                for m in range(i, min(i + CACHED_ROWS, rows), ROWS):
                     if lower and j >= m + ROWS: continue
                     at_a, at_b, at_c = m * a_row + k * a_step, k * b_step + j, m * c_row + j
                     if subtract:

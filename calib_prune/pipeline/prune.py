@@ -33,7 +33,7 @@ from ..pruning.experts import one_by_one
 from ..pruning.layers import decoder_layers, get_weight, prunable
 from ..pruning.masks import parse_sparsity
 from calib_prune.pruning.methods import (
-    Recipe,
+    MethodSteps,
     check_allocation,
     check_method,
     check_reconstruct,
@@ -67,7 +67,7 @@ class PruneSettings:
     @property
     def steps(self) -> dict[str, Any]:
         "What is done besides the method."
-        return Recipe(self.method, self.refine, self.reconstruct, self.allocation).extras
+        return MethodSteps(self.method, self.refine, self.reconstruct, self.allocation).extras
 
     @property
     def walk(self) -> dict[str, Any]:

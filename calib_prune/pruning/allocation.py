@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..core import CalibPruneError
 from .experts import one_by_one
 from .layers import Call, decoder_layers, get_weight, prunable, watching
-from .reconstruction import targets
+from .reconstruction import layer_outputs
 
 # %% ../../nbs/pruning/17_allocation.ipynb #8e659d0b
 # M and λ of OWL, second hand: a score that counts, in means; how far layers may move
@@ -62,7 +62,7 @@ def outlier_shares(model: PreTrainedModel,     # dense
             def see(name: str, x: Tensor, norms: dict[str, _Norms] = norms) -> None:
                 norms[name].add(x)
 
-            with watching(linears, see): hidden = targets(layer, layer_calls, hidden)
+            with watching(linears, see): hidden = layer_outputs(layer, layer_calls, hidden)
             shares.append(outliers(layer, norms))
         if ready: layer.to(model.device)
     return shares

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..core import check_number
-from .admm import choose, inverse, measured
+from .admm import inverse, smallest_mask, with_reconstruction_error
 from .hessian import exact_float32
 from .masks import PrunedWeight, as_pattern, check_sparsity, check_weight
-from .refine import conjugate_gradients, scaled, times
+from .refine import conjugate_gradients, multiply_symmetric, scaled
 
 # %% ../../nbs/pruning/10_alps.ipynb #59b0085e
 # the first penalty; rounds between two looks at the mask; rounds at most
@@ -38,8 +38,10 @@ def _round(dense: Tensor, sparse: Tensor, dual: Tensor,  # W₀, D, U: [d_out, d
            sparsity: float, pattern: tuple[int, int] | None
           ) -> tuple[Tensor, Tensor, Tensor]:            # the new D and U; True where kept
     "One round for one linear map."
-    v = times((sparse - dual - dense).mul_(penalty), hessian_inverse, plus=dense + dual)
-    mask = ~choose(v, sparsity, pattern)
+    v = multiply_symmetric(
+        (sparse - dual - dense).mul_(penalty), hessian_inverse, plus=dense + dual
+    )
+    mask = ~smallest_mask(v, sparsity, pattern)
     sparse = v * mask
     return sparse, v - sparse, mask
 
@@ -97,4 +99,4 @@ def alps(
             for w, start, mask in zip(dense, sparse, masks, strict=True)
         ]
         pairs = zip(weights, solutions, strict=True)
-        return [measured(w, solution, problem, hessian) for w, solution in pairs]
+        return [with_reconstruction_error(w, solution, problem, hessian) for w, solution in pairs]

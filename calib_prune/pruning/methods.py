@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Problem', 'ALLOCATIONS', 'STEPS', 'STEP_VERSIONS', 'Method', 'solve_all', 'check_method',
-           'check_allocation', 'check_reconstruct', 'check_refine', 'Recipe', 'read_recipe']
+           'check_allocation', 'check_reconstruct', 'check_refine', 'MethodSteps', 'read_recipe']
 
 # %% ../../nbs/pruning/12_methods.ipynb #ed9d8569
 from dataclasses import asdict, dataclass, fields
@@ -167,7 +167,7 @@ def _step_label(step: str, value: Any) -> str:
 
 # %% ../../nbs/pruning/12_methods.ipynb #6908c847
 @dataclass(frozen=True)
-class Recipe:
+class MethodSteps:
     "A method and the steps that follow it: arguments of `prune`."
     method: str
     refine: int = 0
@@ -199,7 +199,7 @@ class Recipe:
 # %% ../../nbs/pruning/12_methods.ipynb #a45fdd67
 @cache
 def read_recipe(text: str  # "admm", "sparsegpt+refine", "wanda+refine=20+reconstruct=3+owl"
-               ) -> Recipe:
+               ) -> MethodSteps:
     "A method and its steps as a study names them."
     method, *parts = text.split("+")
     check_method(method)
@@ -216,7 +216,7 @@ def read_recipe(text: str  # "admm", "sparsegpt+refine", "wanda+refine=20+recons
                 f"{part!r} in the recipe {text!r} is not known: after the method come refine, "
                 "reconstruct (or with a number, such as reconstruct=3) and owl, once each, joined "
                 "by +.")
-    recipe = Recipe(method, **steps)
+    recipe = MethodSteps(method, **steps)
     check_refine(method, recipe.refine)
     check_reconstruct(recipe.reconstruct)
     return recipe

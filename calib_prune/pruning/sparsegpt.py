@@ -24,7 +24,7 @@ from calib_prune.pruning.masks import (
     block_counts,
     check_sparsity,
     check_weight,
-    counted,
+    pruned_weight,
     smallest,
 )
 from .sweep import strip_for, sweep_stripe, sweep_torch
@@ -187,7 +187,7 @@ def sparsegpt(weight: Tensor,            # [d_out, d_in], any float type; left a
 
     counts = block_counts(sparsity, d_out, d_in, block)
     about = {"damping": factor.damping, "dead": int(factor.dead.sum())}
-    if not pattern and not any(counts): return counted(weight.clone(), error=0.0, **about)
+    if not pattern and not any(counts): return pruned_weight(weight.clone(), error=0.0, **about)
 
     with exact_float32():
         pruned, errors, changes = _blocks_for(weight.device)(
@@ -195,4 +195,4 @@ def sparsegpt(weight: Tensor,            # [d_out, d_in], any float type; left a
         )
     dense = energy(weight.float(), hessian)
     error = max(errors - factor.ridge * changes, 0.0) / dense if dense > 0 else 0.0
-    return counted(pruned.to(weight.dtype).contiguous(), error=error, **about)
+    return pruned_weight(pruned.to(weight.dtype).contiguous(), error=error, **about)

@@ -42,14 +42,14 @@ from .masks import PrunedWeight
 from calib_prune.pruning.methods import (
     METHODS,
     STEP_VERSIONS,
-    Recipe,
+    MethodSteps,
     check_allocation,
     check_method,
     check_reconstruct,
     check_refine,
     solve_all,
 )
-from .reconstruction import check_memory, targets
+from .reconstruction import check_memory, layer_outputs
 from .reconstruction import reconstruct as train
 
 # %% ../../nbs/pruning/18_walk.ipynb #214c8b77
@@ -186,7 +186,7 @@ def _prune_windows(index: int, layer: nn.Module, calls: list[Call], windows: _Wi
     if make not in shared:
         shared[make] = share_groups(layer, calls[0], windows.hidden[0].to(windows.work))
     moments, all_tokens = windows.measure(layer, calls, shared[make])
-    dense = targets(layer, calls, windows.hidden) if passes else []
+    dense = layer_outputs(layer, calls, windows.hidden) if passes else []
     reports = prune_layer(index, layer, shared[make], moments, all_tokens, **how)
     if not passes: return reports
     return _reconstructed(index, layer, calls, windows.hidden, dense, passes, reports)
@@ -294,7 +294,7 @@ def prune(model: PreTrainedModel,              # pruned in place
     work = as_device(str(device)) if device else model.device
     how = dict(method=method, pattern=pattern and list(pattern), block=block, damping=damping,
                refine=refine)
-    recipe = Recipe(method, refine, reconstruct, allocation)
+    recipe = MethodSteps(method, refine, reconstruct, allocation)
     run = how | dict(version=METHODS[method].version,
                      steps={step: STEP_VERSIONS[step] for step in recipe.extras},
                      sparsity=sparsity, allocation=allocation, reconstruct=reconstruct,

@@ -17,7 +17,7 @@ from calib_prune.pruning.masks import (
     check_hessian,
     check_sparsity,
     check_weight,
-    counted,
+    pruned_weight,
     smallest,
     smallest_of_groups,
 )
@@ -33,7 +33,7 @@ def _masked(weight: Tensor,          # [d_out, d_in]
     if hessian is not None:
         lost, dense = energy(weight.float() * mask, hessian), energy(weight.float(), hessian)
         error = max(lost, 0.0) / dense if dense > 0 else 0.0
-    return counted(weight.masked_fill(mask, 0), error=error, dead=dead)
+    return pruned_weight(weight.masked_fill(mask, 0), error=error, dead=dead)
 
 # %% ../../nbs/pruning/07_wanda.ipynb #38d4360a
 def _wanda_mask(weight: Tensor, norms: Tensor, k: int, pattern: tuple[int, int] | None) -> Tensor:

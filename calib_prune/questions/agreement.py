@@ -33,7 +33,7 @@ from calib_prune.questions.estimates import (
 )
 from .resolution import QUICK, resolution_rows
 from ..statistics.comparison import stacked
-from ..statistics.selection import measured
+from ..statistics.selection import bootstrap_study
 from ..study.results import Result
 
 # %% ../../nbs/questions/12_agreement.ipynb #9b44c74e
@@ -89,7 +89,7 @@ def ledgers(
     for name, measure in MEASURES.items():
         table = known.get(measure)
         if table is None:
-            try: whole = measured(preset, study, n_boot, measure=measure)
+            try: whole = bootstrap_study(preset, study, n_boot, measure=measure)
             except CalibPruneError: continue
             table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete)
         tells = [

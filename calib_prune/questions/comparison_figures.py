@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIMULTANEOUS', 'TITLE_NOTE', 'heat_panel', 'over_baseline', 'first_method', 'best_message', 'source_message',
-           'two_methods', 'colour_label', 'grey_note', 'retention_panels', 'difference_panel', 'by_total', 'counted',
-           'strategy_figure', 'front_message', 'front_panel', 'front_figure', 'margin_panel', 'margin_message',
-           'margin_figure', 'averaging_message', 'averaging_figure']
+           'two_methods', 'colour_label', 'grey_note', 'retention_panels', 'difference_panel', 'by_total',
+           'significant_counts', 'strategy_figure', 'front_message', 'front_panel', 'front_figure', 'margin_panel',
+           'margin_message', 'margin_figure', 'averaging_message', 'averaging_figure']
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #38f6c9f8
 import matplotlib.pyplot as plt
@@ -260,7 +260,7 @@ SIMULTANEOUS = (
 )
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #6ea24599
-def counted(delta: pd.DataFrame  # of one outcome, simultaneous
+def significant_counts(delta: pd.DataFrame  # of one outcome, simultaneous
            ) -> str:
     "How many differences from the baseline are significant, above and below."
     signs, base = significant_sign(delta["ci_low"], delta["ci_high"]), delta["over"].iloc[0]
@@ -292,7 +292,10 @@ def strategy_figure(
         )
         ax.set_xlabel(f"total − {mine['over'].iloc[0]} (points; right: %)", fontsize=8)
     first = delta[delta["method"] == delta["method"].iloc[0]]
-    headline(figure, f"Total retention, {method_label(first['method'].iloc[0])}: {counted(first)}")
+    headline(
+        figure,
+        f"Total retention, {method_label(first['method'].iloc[0])}: {significant_counts(first)}",
+    )
     legend_above(figure, kinds.values())
     return annotate(figure, f"{SIMULTANEOUS} {note}")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_AXIS', 'Correlations', 'unmeasured', 'whole_metrics', 'correlate_study', 'main_settings', 'study_note',
-           'study_caption', 'unmeasured_note', 'missing_note', 'probability', 'is_main', 'correlation_cell',
+           'study_caption', 'unmeasured_note', 'missing_cells_note', 'probability', 'is_main', 'correlation_cell',
            'correlation_grid', 'correlation_notes', 'correlation_title', 'correlation_footnote', 'survivors',
            'metric_panel', 'rows_in_settings', 'metric_message', 'same_height', 'source_points', 'panel_head',
            'metric_figure', 'finish_panels', 'mark_cells', 'shown_metrics', 'survival_message', 'correlation_heat_map',
@@ -139,7 +139,7 @@ def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
     return f"Not measured yet: {', '.join(left)}." if left else ""
 
 # %% ../../nbs/questions/02_correlations.ipynb #67dacac2
-def missing_note(
+def missing_cells_note(
     preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame | None = None
 ) -> str:
     """How many models have not been run, and which strategies not measured; empty for a finished

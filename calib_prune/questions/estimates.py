@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'PAPER', 'CORRELATIONS', 'OPPOSITE', 'CHECKS', 'SIZE', 'SIGN', 'NOT', 'UNCLEAR', 'PRESET', 'MODEL', 'YET',
            'VERDICTS', 'ROLES', 'ESTIMATORS', 'Levels', 'Check', 'verdict', 'Estimate', 'Untestable', 'strategy_for',
-           'setting', 'single_sources', 'outcome', 'in_bits', 'scored_note', 'over_items', 'correlation', 'chance',
-           'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant', 'estimate_versatile',
-           'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share', 'estimate_without_code',
-           'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise', 'estimate_growth',
-           'at_levels', 'require_interval', 'estimates']
+           'setting', 'single_sources', 'outcome', 'in_bits', 'scored_note', 'over_items', 'correlation',
+           'p_value_text', 'estimate_correlation', 'estimate_opposite', 'power', 'estimate_significant',
+           'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'estimate_best', 'estimate_share',
+           'estimate_without_code', 'range_sentence', 'estimate_hidden', 'margins', 'estimate_low', 'growth_noise',
+           'estimate_growth', 'at_levels', 'require_interval', 'estimates']
 
 # %% ../../nbs/questions/07_estimates.ipynb #66326b14
 import math
@@ -287,7 +287,7 @@ def correlation(
     return row
 
 # %% ../../nbs/questions/07_estimates.ipynb #d47a9a78
-def chance(symbol: str, p: float) -> str:
+def p_value_text(symbol: str, p: float) -> str:
     "A p-value or q-value as text."
     return f"{symbol} < 0.001" if p < 0.001 else f"{symbol} = {p:.3f}"
 
@@ -298,8 +298,8 @@ def estimate_correlation(
     "C1 to C3."
     row = correlation(name, table, metric, at)
     detail = (
-        f"Permutation {chance('p', row['p'])}; "
-        f"{chance('q', row['q'])} (Benjamini–Hochberg, {table['q'].count()} tests). "
+        f"Permutation {p_value_text('p', row['p'])}; "
+        f"{p_value_text('q', row['q'])} (Benjamini–Hochberg, {table['q'].count()} tests). "
         f"Leaving out one source, ρ runs from {row['loo_low']:+.2f} to {row['loo_high']:+.2f}."
     )
     if not math.isnan(row["partial"]):
@@ -307,7 +307,7 @@ def estimate_correlation(
             row["partial"], row["partial_low"], row["partial_high"], "+", scale=1, digits=2
         )
         detail += (f" Holding fixed which sources are {row['dimension']} text, ρ = {partial}, "
-                   f"{chance('p', row['partial_p'])}.")
+                   f"{p_value_text('p', row['partial_p'])}.")
     detail += f" The interval is over the choice of sources, and over {row['noise']}."
     return Estimate(row["rho"], row["ci_low"], row["ci_high"], int(row["n"]), "sources", detail)
 
@@ -324,8 +324,8 @@ def estimate_opposite(
         raise Untestable(PRESET, "Only sources of one register were pruned and measured.")
     held = " The registers are prose, and code with formulas." if inside else ""
     detail = (
-        f"Permutation {chance('p', p)}.{held} The interval is over the choice of sources, and over"
-        f" {row['noise']}."
+        f"Permutation {p_value_text('p', p)}.{held} The interval is over the choice of sources, and"
+        f" over {row['noise']}."
     )
     return Estimate(value, low, high, int(row["n"]), "sources", detail)
 
@@ -345,7 +345,9 @@ def estimate_significant(column: str,  # "p" or "q"
     for check, row in rows.items():
         holds += bool(row["rho"] * check.sign > 0 and row[column] < 0.05)
         against |= bool(max(row["ci_low"] * check.sign, row["ci_high"] * check.sign) <= 0)
-        each.append(f"{check.said(levels)} = {row['rho']:+.2f}, {chance(column, row[column])}")
+        each.append(
+            f"{check.said(levels)} = {row['rho']:+.2f}, {p_value_text(column, row[column])}"
+        )
         if check.paper: chances.append(f"{100 * power(check.paper, int(row['n'])):.0f}")
     detail = f"{'; '.join(each)}."
     if column == "p":

@@ -15,7 +15,7 @@ from ..evaluation.contamination import Audit, drop_overlapping
 from ..statistics.effects import effects
 from ..statistics.plots import setting_label
 from ..statistics.replicates import ADDITIVE, COORDINATES, same_rows
-from ..statistics.selection import Measured, lacking, measured, take
+from ..statistics.selection import Measured, bootstrap_study, lacking, select_cells
 from ..statistics.tables import interval_text, status, wide_table
 from ..study.presets import Cell
 from ..study.results import Result
@@ -49,12 +49,12 @@ def overlap_retention(whole: Measured, audit: Audit, wanted: list[Cell],
                       n_boot: int | None = None, seed: int = 0) -> pd.DataFrame:
     "What affected strategies keep on all items, and on those that no source overlaps."
     if lacking(whole.study): return pd.DataFrame(columns=OVERLAP_ROWS)
-    clean = measured(
+    clean = bootstrap_study(
         whole.preset, without_overlaps(whole.study, audit), n_boot, seed, whole.found.measure
     )
     at = ["strategy", *COORDINATES, "dimension"]
     every, without = (
-        effects(take(o, wanted).found).rename(columns={"value": "retention"})
+        effects(select_cells(o, wanted).found).rename(columns={"value": "retention"})
         for o in (whole, clean)
     )
     without = without[[*at, *NUMBERS]].rename(columns={o: f"clean_{o}" for o in NUMBERS})

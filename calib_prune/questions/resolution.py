@@ -26,7 +26,7 @@ from ..evaluation.tasks import TASKS
 from ..statistics.comparison import KEYS, retention_rows, source_spread, stacked
 from ..statistics.plots import method_label, sparsity_label
 from ..statistics.replicates import Replicates, source_dimension
-from ..statistics.selection import Measured, main_cells, measured, take
+from ..statistics.selection import Measured, bootstrap_study, main_cells, select_cells
 from ..statistics.tables import interval_text, listed, wide_table
 from ..study.presets import Cell
 from ..study.results import Result
@@ -62,7 +62,7 @@ RESOLUTION = [
 def _setting(whole: Measured, method: str | None
             ) -> dict[str, Any]:  # empty if no single source was pruned
     "The main setting of a method, or of the one with which most single sources were pruned."
-    cells, columns = take(whole, main_cells(whole.preset)).found.cells, [
+    cells, columns = select_cells(whole, main_cells(whole.preset)).found.cells, [
         "method", "sparsity", "windows"]
     single = cells[
         (cells["source_dimension"] != "") & (cells["method"] == (method or cells["method"]))
@@ -145,7 +145,9 @@ def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: in
     rows: list[dict[str, Any]] = []
     for name, measure in MEASURES.items():
         try:
-            whole = measured(preset, study, n_boot, measure=measure, wanted=main_cells(preset))
+            whole = bootstrap_study(
+                preset, study, n_boot, measure=measure, wanted=main_cells(preset)
+            )
             rows += _of_measure(whole, measure, method)
         except CalibPruneError as e:
             rows += [
@@ -205,7 +207,7 @@ def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int
     if name == "headline":
         resolved = resolution_rows(preset, study, QUICK) if resolved is None else resolved
     measure = headline_of(resolved) if name == "headline" else get_measure(name)
-    return measured(preset, study, n_boot, measure=measure, wanted=wanted)
+    return bootstrap_study(preset, study, n_boot, measure=measure, wanted=wanted)
 
 # %% ../../nbs/questions/10_resolution.ipynb #d01f71ad
 def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None
@@ -213,8 +215,12 @@ def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | 
     "What each strategy kept in the main setting, by every measure that the rows hold."
     tables, wanted = [], main_cells(preset)
     for name, measure in MEASURES.items():
-        try: part = take(measured(preset, study, n_boot, measure=measure, wanted=wanted), wanted)
-        except CalibPruneError: continue
+        try:
+            part = select_cells(
+                bootstrap_study(preset, study, n_boot, measure=measure, wanted=wanted), wanted
+            )
+        except CalibPruneError:
+            continue
         tables.append(retention_rows(part).assign(measure=name))
     return stacked(tables, ["measure", *KEYS]).query("quantity == 'retention'")
 
@@ -273,7 +279,9 @@ def _one_task(whole: Measured, task: str, at: dict[str, Any]) -> Replicates:
         o: Result(r.record, r.rows, r.items[r.items["task"] == task], r.seconds)
         for o, r in study.items()
     }
-    return measured(whole.preset, study, QUICK, measure=whole.found.measure, wanted=wanted).found
+    return bootstrap_study(
+        whole.preset, study, QUICK, measure=whole.found.measure, wanted=wanted
+    ).found
 
 TASK_ROWS = ["dimension", "task", "items", "sd", "noise_sd", "reliability", "resolves"]
 
@@ -285,7 +293,7 @@ def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: Measure
     """How reliably each task tells single sources apart, with the method by which most of them were
     pruned. Whether a task
     `resolves` is not known from one draw per source: their scatter would count as signal."""
-    try: whole = measured(preset, study, QUICK, measure=measure, wanted=main_cells(preset))
+    try: whole = bootstrap_study(preset, study, QUICK, measure=measure, wanted=main_cells(preset))
     except CalibPruneError: return pd.DataFrame(columns=TASK_ROWS)
     at, rows = _setting(whole, None), []
     if not at: return pd.DataFrame(columns=TASK_ROWS)

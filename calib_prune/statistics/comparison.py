@@ -37,7 +37,7 @@ from calib_prune.statistics.replicates import (
     source_dimension,
     spread,
 )
-from .selection import NOTHING, Part, measured, take, varied
+from .selection import NOTHING, Part, bootstrap_study, select_cells, varied
 from .tables import interval_text, save_table, wide_table
 from ..study.presets import Cell
 from ..study.results import Result
@@ -103,8 +103,8 @@ def dense_rows(part: Part, n_boot: int | None = None, seed: int = 0
     dense = part.study["dense"]
     itself = Result(asdict(Cell("itself")), pd.DataFrame(), dense.items, {})
     alone = {"dense": dense, Cell("itself").name: itself}
-    compared = take(
-        measured(part.preset, alone, n_boot, seed, part.found.measure), [Cell("itself")]
+    compared = select_cells(
+        bootstrap_study(part.preset, alone, n_boot, seed, part.found.measure), [Cell("itself")]
     )
     return retention_rows(compared).assign(strategy="dense", source="", method="", draws=0)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FRONT', 'NOTHING', 'example_results', 'main_sparsity', 'main_cells', 'varied', 'default_size_cells', 'sweep_cells',
-           'size_cells', 'front_cells', 'Measured', 'in_settings', 'measured', 'lacking', 'Part', 'take', 'grid_part',
-           'span', 'draw_counts', 'draws_so_far', 'missing_note', 'drawn_settings', 'interval_note', 'short_list',
-           'size_text', 'scope_text', 'setting_note', 'scoring_note', 'weak_note', 'endings_note', 'shared_caveat',
-           'detail_notes', 'caption', 'footnote']
+           'size_cells', 'front_cells', 'Measured', 'in_settings', 'bootstrap_study', 'lacking', 'Part', 'select_cells',
+           'grid_part', 'span', 'draw_counts', 'draws_so_far', 'missing_note', 'drawn_settings', 'interval_note',
+           'short_list', 'size_text', 'scope_text', 'setting_note', 'scoring_note', 'weak_note', 'endings_note',
+           'shared_caveat', 'detail_notes', 'caption', 'footnote']
 
 # %% ../../nbs/statistics/06_selection.ipynb #869c9ac4
 from dataclasses import asdict, dataclass
@@ -147,7 +147,7 @@ def in_settings(study: dict[str, Result], wanted: Iterable[Cell]) -> dict[str, R
     return {name: r for name, r in study.items() if among(r.record)}
 
 # %% ../../nbs/statistics/06_selection.ipynb #2310a24a
-def measured(preset: dict[str, Any], study: dict[str, Result],
+def bootstrap_study(preset: dict[str, Any], study: dict[str, Result],
              n_boot: int | None = None,  # resamples; by default the preset's
              seed: int = 0,
              measure: Measure = PLAIN,
@@ -196,7 +196,7 @@ def _chosen(found: Replicates, wanted: list[Cell], run: dict[str, Result]) -> Re
     return found.rows([key in keys for key in rows])
 
 # %% ../../nbs/statistics/06_selection.ipynb #e278424e
-def take(whole: Measured, wanted: list[Cell]) -> Part:
+def select_cells(whole: Measured, wanted: list[Cell]) -> Part:
     "The part of a study that consists of these cells."
     names = {"dense", *(c.name for c in wanted)}
     run = {name: r for name, r in whole.study.items() if name in names}
@@ -205,7 +205,7 @@ def take(whole: Measured, wanted: list[Cell]) -> Part:
 # %% ../../nbs/statistics/06_selection.ipynb #1216035c
 def grid_part(whole: Measured) -> Part:
     "The cells of the preset's grid, without its ablations."
-    return take(whole, cells(whole.preset)[1:])
+    return select_cells(whole, cells(whole.preset)[1:])
 
 # %% ../../nbs/statistics/06_selection.ipynb #87699f98
 def span(values: Iterable[int], to: str = " to ") -> str:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'StudyName', 'Mix', 'Sparsity', 'Seed', 'protocol_of', 'CalibrationForm', 'PruningForm', 'ScoringForm',
-           'HeldoutForm', 'HardwareForm', 'BlockForm', 'PresetForm', 'Cell', 'mix_of', 'cells', 'merged', 'load_preset',
-           'at_root', 'find_cell', 'seeds_of', 'measured_strategies']
+           'HeldoutForm', 'HardwareForm', 'BlockForm', 'PresetForm', 'Cell', 'mix_of', 'cells', 'merge_presets',
+           'load_preset', 'at_root', 'find_cell', 'seeds_of', 'measured_strategies']
 
 # %% ../../nbs/study/03_presets.ipynb #72bfea6f
 import os
@@ -270,7 +270,7 @@ def _base_file(path: Path, base: Any  # as the preset at `path` writes it
     )
 
 # %% ../../nbs/study/03_presets.ipynb #85788d7d
-def merged(base: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+def merge_presets(base: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
     "A preset over its base: sections key by key, everything else replaced."
     found = {**base, **preset}
     for key, value in preset.items():
@@ -293,7 +293,7 @@ def _extended(path: Path, before: tuple[Path, ...] = ()) -> Any:
     base = _extended(file, chain)
     if not isinstance(base, dict):
         raise CalibPruneError(f"Preset {path} extends {file}, which holds no sections.")
-    return merged(base, preset)
+    return merge_presets(base, preset)
 
 # %% ../../nbs/study/03_presets.ipynb #641d9ace
 def _namesakes(names: list[str]) -> list[str]:

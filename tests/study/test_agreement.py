@@ -26,7 +26,7 @@ from calib_prune.questions.agreement import (
 from calib_prune.questions.claims import study_ledger
 from calib_prune.questions.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
 from calib_prune.statistics.examples import example_preset
-from calib_prune.statistics.selection import measured
+from calib_prune.statistics.selection import bootstrap_study
 from calib_prune.study.presets import load_preset
 from tests import ROOT
 
@@ -147,7 +147,7 @@ def test_rows_without_a_measure_leave_it_out():
         metrics,
         60,
         99,
-        known={"plain": study_ledger(measured(preset, study, 60), metrics, n_perm=99)},
+        known={"plain": study_ledger(bootstrap_study(preset, study, 60), metrics, n_perm=99)},
     )
     pd.testing.assert_frame_equal(again, table)
 

@@ -39,7 +39,7 @@ from calib_prune.statistics.ranks import (
     resampling,
 )
 from calib_prune.statistics.replicates import bootstrap_retention, strategy_retention
-from calib_prune.statistics.selection import measured
+from calib_prune.statistics.selection import bootstrap_study
 from calib_prune.study.presets import load_preset
 from tests import ROOT
 
@@ -69,7 +69,7 @@ def test_no_verdict_without_an_interval(low, high):
 
 def ledger_of(study, metrics, n_boot, n_perm=99):
     return study_ledger(
-        measured(example_preset(study), study, n_boot), metrics, n_perm=n_perm
+        bootstrap_study(example_preset(study), study, n_boot), metrics, n_perm=n_perm
     ).set_index(pd.Index(CHECKS))
 
 

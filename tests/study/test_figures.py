@@ -17,12 +17,12 @@ from calib_prune.evaluation.measures import ANSWER_BITS
 from calib_prune.questions.comparison_figures import (
     averaging_figure,
     averaging_message,
-    counted,
     front_figure,
     front_message,
     margin_figure,
     margin_message,
     retention_panels,
+    significant_counts,
     source_message,
     strategy_figure,
     two_methods,
@@ -65,6 +65,7 @@ from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.statistics.plots import figure_of
 from calib_prune.statistics.replicates import OUTCOMES, Replicates
 from calib_prune.statistics.selection import (
+    bootstrap_study,
     caption,
     endings_note,
     example_results,
@@ -73,17 +74,16 @@ from calib_prune.statistics.selection import (
     interval_note,
     main_cells,
     main_sparsity,
-    measured,
+    select_cells,
     size_cells,
     sweep_cells,
-    take,
     weak_note,
 )
 from calib_prune.statistics.tables import latex_table, latex_text
-from calib_prune.study.artefacts import ENDINGS, made_by
+from calib_prune.study.artefacts import FILE_ENDINGS, made_by
 from calib_prune.study.presets import load_preset
 from calib_prune.study.results import Result, check_one_edition, save_cell
-from calib_prune.style import LEAST_REACH, OWN, contrast, save_figure
+from calib_prune.style import LEAST_REACH, OWN, contrast_ratio, save_figure
 from tests import ROOT
 
 BOOKS = ("main", "sweep", "draws")
@@ -114,14 +114,14 @@ def study(): return example_results(small_preset(), KEPT, n=60)
 
 
 @functools.cache
-def whole(): return measured(small_preset(), study())
+def whole(): return bootstrap_study(small_preset(), study())
 
 
 def part(cells=main_cells, keep=None):
     "The part of the study that a table is about; `keep` tells which models have been run."
-    some = whole() if keep is None else measured(small_preset(),
+    some = whole() if keep is None else bootstrap_study(small_preset(),
                                                  {k: v for k, v in study().items() if keep(k)})
-    return take(some, cells(small_preset()))
+    return select_cells(some, cells(small_preset()))
 
 
 def run_notebook(name, folder, keep, dimensions=DIMENSIONS):
@@ -161,7 +161,7 @@ def stems(name): return {o.stem for o in made_by([name])}
 @pytest.mark.parametrize("name", BOOKS)
 def test_a_notebook_writes_its_files_and_writes_them_again(name, tmp_path):
     files = run_notebook(name, tmp_path, lambda o: True)
-    assert set(files) == {f"{o}.{end}" for o in stems(name) for end in ENDINGS[o[0]]}
+    assert set(files) == {f"{o}.{end}" for o in stems(name) for end in FILE_ENDINGS[o[0]]}
     again = run_notebook(name, tmp_path, lambda o: True)
     for file in files: assert files[file] == again[file], file
     assert "Not complete" not in "".join(v.decode() for k, v in files.items() if k.endswith(".md"))
@@ -213,7 +213,7 @@ def test_self_generated_text_is_not_a_mix():
     preset = small_preset() | {
         "strategies": small_preset()["strategies"] | {"uniform": "generated:igsp"}
     }
-    found = take(measured(preset, study(), 50), main_cells(small_preset()))
+    found = select_cells(bootstrap_study(preset, study(), 50), main_cells(small_preset()))
     assert set(retention_rows(found).query("strategy == 'uniform'")["source"]) == {"self-generated"}
     assert set(mix_differences(found)["over"]) == {"best single source"}
     assert set(mix_differences(part())["over"]) == {"best single source", "c4", "stdlib", "math"}
@@ -246,7 +246,7 @@ def test_a_sweep_chooses_its_best_source_among_the_same_ones_at_every_point():
     made = example_study(kept, ("sparsegpt", "wanda"), sparsities=(0.5, 0.6), n=80)
     made |= example_study({k: v for k, v in kept.items() if k != "stdlib"}, sparsities=(0.4,), n=80)
     preset = example_preset(made)
-    swept = take(measured(preset, made, 50), sweep_cells(preset))
+    swept = select_cells(bootstrap_study(preset, made, 50), sweep_cells(preset))
     rows = margin_rows(swept, "uniform", "c4", "sparsity").query(
         "over == 'best single source' and dimension == 'Total'"
     )
@@ -261,9 +261,8 @@ def test_a_sweep_chooses_its_best_source_among_the_same_ones_at_every_point():
     # the mix goes further than any source
     made |= example_study({"uniform": (0.7,) * 4}, sparsities=(0.7,), n=80)
     preset = example_preset(made)
-    further = margin_rows(
-        take(measured(preset, made, 50), sweep_cells(preset)), "uniform", "c4", "sparsity"
-    )
+    further = margin_rows(select_cells(bootstrap_study(preset, made, 50), sweep_cells(preset)),
+                          "uniform", "c4", "sparsity")
     further = further.query("over == 'best single source' and dimension == 'Total'").reset_index(
         drop=True
     )
@@ -310,7 +309,7 @@ def test_captions_say_what_is_missing_and_which_noise_intervals_have():
 
 def test_sizes_are_named_where_only_some_have_a_second_draw():
     wanted = {c.name: c for c in main_cells(small_preset()) + size_cells(small_preset())}
-    found = take(whole(), list(wanted.values())).found
+    found = select_cells(whole(), list(wanted.values())).found
     assert "(SparseGPT 60% with 32 windows; Wanda 60%)" in interval_note(found)
 
 
@@ -581,10 +580,9 @@ def test_numbers_on_cells_can_be_read():
     for ax in figure.axes[:2]:
         mesh = ax.collections[0]
         assert len(ax.texts) == mesh.get_array().size
-        assert (
-            min(contrast(o.get_color(), c[:3]) for o, c in zip(ax.texts, mesh.get_facecolors()))
-            >= 4.5
-        )
+        assert (min(
+            contrast_ratio(o.get_color(), c[:3]) for o, c in zip(ax.texts, mesh.get_facecolors()))
+                >= 4.5)
 
 
 def test_colours_show_the_difference_from_c4_and_not_the_level_of_a_column():
@@ -681,8 +679,8 @@ def alone(kept, n=60, seeds=(0, 1), **more):
              sparsities=[0.6],
              seeds=list(seeds),
              windows=["default"])]
-    return take(
-        measured(preset, example_results(preset, kept, n=n, **more), 400), main_cells(preset)
+    return select_cells(
+        bootstrap_study(preset, example_results(preset, kept, n=n, **more), 400), main_cells(preset)
     )
 
 
@@ -775,13 +773,13 @@ def test_intervals_of_many_strategies_hold_together():
         and (together["ci_low"] < single["ci_low"]).mean() > 0.95
     )
     total = together[together["dimension"] == "Total"]
-    assert counted(total) == "no significant difference from c4"
+    assert significant_counts(total) == "no significant difference from c4"
     assert (
-        counted(total.assign(ci_low=np.nan, ci_high=np.nan))
+        significant_counts(total.assign(ci_low=np.nan, ci_high=np.nan))
         == "no intervals, no comparison with c4"
     )
     assert (
-        counted(held(alone(KEPT, n=400)).query("dimension == 'Total'"))
+        significant_counts(held(alone(KEPT, n=400)).query("dimension == 'Total'"))
         == "1 of 3 strategies above c4, 0 below"
     )
     values = some.found.values.copy()
@@ -840,8 +838,9 @@ def test_the_front_figure_has_twenty_marks_and_a_title_that_its_intervals_allow(
         "codeio": (0.5, 0.6, 0.9, 0.4), "igsp": (0.7, 0.6, 0.6, 0.5), "c4": (0.8, 0.6, 0.3, 0.3)}
     few = front_cells(preset)
     assert {c.method for c in few} == {"sparsegpt"} and {c.sparsity for c in few} == {0.6}
-    part = take(
-        measured(preset, example_results(preset, kept, n=200, draw_sd=0.002), n_boot=200), few
+    part = select_cells(
+        bootstrap_study(preset, example_results(preset, kept, n=200, draw_sd=0.002), n_boot=200),
+        few,
     )
     assert front_message(part.found) == "Code retention is highest with codeio and lowest with c4"
     figure = front_figure(retention_rows(part), front_message(part.found))
@@ -851,8 +850,8 @@ def test_the_front_figure_has_twenty_marks_and_a_title_that_its_intervals_allow(
     assert len(marks) == 20 and len(figure.axes) == 4
     assert {o.get_text() for o in figure.axes[0].get_yticklabels()} == {
         "c4", "codeio", "math", "uniform", "igsp"}
-    alike = take(
-        measured(
+    alike = select_cells(
+        bootstrap_study(
             preset, example_results(preset, dict.fromkeys(kept, (0.6,) * 4), n=60), n_boot=200
         ),
         few,
@@ -871,6 +870,6 @@ def test_the_front_figure_takes_the_first_strategies_of_a_study_of_ones_own():
         "2:4",
     }
     assert (
-        front_message(take(measured(preset, {}), []).found)
+        front_message(select_cells(bootstrap_study(preset, {}), []).found)
         == "Retention by dimension: no two calibration sets to compare"
     )

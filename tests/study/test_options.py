@@ -6,7 +6,7 @@ import math
 import pytest
 import yaml
 
-from calib_prune.cli.generate import generate as on_the_command_line
+from calib_prune.cli.generate import generate_command as on_the_command_line
 from calib_prune.cli.reproduce import check_names
 from calib_prune.core import CalibPruneError
 from calib_prune.generation.igsp import PROTOCOLS, generate, protocol_with

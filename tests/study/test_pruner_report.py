@@ -22,7 +22,7 @@ from calib_prune.questions.pruners import (
 )
 from calib_prune.statistics.examples import example_items, example_preset
 from calib_prune.statistics.replicates import OUTCOMES
-from calib_prune.statistics.selection import measured
+from calib_prune.statistics.selection import bootstrap_study
 from calib_prune.study.presets import Cell
 from calib_prune.study.results import Result
 
@@ -50,7 +50,7 @@ def made_up(
                 study[cell.name] = Result(
                     about, rows, example_items(kept, n), {"pruning": seconds * (1 + seed)}
                 )
-    return measured(example_preset(study), study, 400)
+    return bootstrap_study(example_preset(study), study, 400)
 
 
 def test_gains_are_paired_by_draw():
@@ -153,7 +153,7 @@ def test_a_pattern_that_only_the_base_has_so_far():
     about = asdict(cell) | dict(peak_gib=1.5, mean_error=0.03)
     rows = pd.DataFrame([dict(metric="perplexity per token", score=30.0)])
     more = {cell.name: Result(about, rows, example_items(np.full(4, 0.5), 1000), {"pruning": 20.0})}
-    both = measured(example_preset(whole.study | more), whole.study | more, 60)
+    both = bootstrap_study(example_preset(whole.study | more), whole.study | more, 60)
     assert len(pruner_text(method_rows(both), gain_rows(both), cost_rows(both.study))) == 3
     assert len(pruner_figure(total_gains(both), cost_rows(both.study)).axes) == 1 and chosen(
         both
@@ -167,7 +167,7 @@ def test_a_method_with_fewer_draws_is_not_looked_at():
         for k, o in whole.study.items()
         if o.record["method"] != "alps" or o.record["seed"] == 0
     }
-    assert chosen(measured(whole.preset, study, 400)) == ["admm"]
+    assert chosen(bootstrap_study(whole.preset, study, 400)) == ["admm"]
     assert cost_rows({"dense": study["dense"]}).empty
 
 
@@ -177,7 +177,7 @@ def test_a_method_on_fewer_calibration_sets_says_so_and_draws_are_shown():
         o.record["strategy"] == "uniform" or o.record["seed"]
     )
     study = {k: o for k, o in whole.study.items() if not lacks(o)}
-    part = measured(whole.preset, study, 400)
+    part = bootstrap_study(whole.preset, study, 400)
     text = pruner_text(method_rows(part), gain_rows(part), cost_rows(study)).set_index("method")
     assert text["draws"].to_dict() == {"SparseGPT": 3, "L-ADMM": 3, "ALPS (c4, math alone)": 1}
     assert set(gain_text(gain_rows(part)).query("method == 'ALPS'")["draws"]) == {1}
@@ -191,7 +191,7 @@ def test_many_calibration_sets_are_counted_not_named():
         for k, o in whole.study.items()
         if o.record["method"] != "wanda" or o.record["strategy"] != "papers"
     }
-    part = measured(whole.preset, study, 60)
+    part = bootstrap_study(whole.preset, study, 60)
     assert pruner_text(method_rows(part), gain_rows(part), cost_rows(study))["method"].tolist() == [
         "SparseGPT",
         "Wanda (4 of 5 sets)",
@@ -205,7 +205,7 @@ def test_a_gain_rests_on_pairs():
         for k, o in whole.study.items()
         if o.record["method"] != "sparsegpt" or not o.record["seed"]
     }
-    part = measured(whole.preset, study, 400)
+    part = bootstrap_study(whole.preset, study, 400)
     assert pruner_text(method_rows(part), gain_rows(part), cost_rows(study))["draws"].tolist() == [
         1,
         1,
@@ -214,7 +214,7 @@ def test_a_gain_rests_on_pairs():
 
 def test_a_study_of_the_dense_model_alone_has_no_lines():
     whole = made_up({})
-    alone = measured(whole.preset, {"dense": whole.study["dense"]}, 100)
+    alone = bootstrap_study(whole.preset, {"dense": whole.study["dense"]}, 100)
     assert pruner_text(method_rows(alone), gain_rows(alone), cost_rows(alone.study)).empty
 
 

@@ -26,7 +26,7 @@ from calib_prune.resampling import draws
 from calib_prune.statistics import replicates
 from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.statistics.replicates import _task_prompt_gain, bootstrap_retention
-from calib_prune.statistics.selection import measured, take
+from calib_prune.statistics.selection import bootstrap_study, select_cells
 from calib_prune.study.presets import Cell, cells
 from calib_prune.study.results import Result
 
@@ -105,9 +105,11 @@ def test_part_of_a_study_has_the_numbers_of_the_whole():
                       draw_sd=0.05))
     preset = example_preset(study)
     for wanted in (cells(preset)[1:2], [c for c in cells(preset)[1:] if c.method == "wanda"]):
-        every, some = measured(preset, study, 50), measured(preset, study, 50, wanted=wanted)
+        every, some = bootstrap_study(preset, study, 50), bootstrap_study(
+            preset, study, 50, wanted=wanted
+        )
         assert 1 < len(some.study) < len(study) and len(some.study) - 1 == len(some.cells.cells)
-        one, two = (take(o, wanted) for o in (every, some))
+        one, two = (select_cells(o, wanted) for o in (every, some))
         assert len(one.found.cells) and one.study.keys() == two.study.keys()
         pd.testing.assert_frame_equal(one.found.cells, two.found.cells)
         # sums in another order

@@ -10,7 +10,7 @@ from calib_prune.cli.output import as_text
 from calib_prune.cli.reproduce import preset_names
 from calib_prune.core import CalibPruneError
 from calib_prune.data.files import read_jsonl
-from calib_prune.model.loading import RECORD, save_model
+from calib_prune.model.loading import RECORD_FILE, save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from tests import ROOT
 from tests.processes import call, run
@@ -62,7 +62,7 @@ def test_prune_makes_a_folder_that_plain_transformers_loads(model, text, tmp_pat
     zeros = [(m.weight == 0).float().mean().item() for n, m in again.named_modules()
              if n.endswith("_proj")]
     assert zeros == [0.5] * 14 and brief["sparsity"] == 0.5
-    record = json.loads((out / RECORD).read_text())
+    record = json.loads((out / RECORD_FILE).read_text())
     assert record["method"] == "sparsegpt" and record["calibration"]["windows"] == 8 and len(
         record["layers"]) == 14
     assert list(record["calibration"]["counts"].values()) == [8]

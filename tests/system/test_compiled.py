@@ -25,7 +25,7 @@ from calib_prune.kernels import compiled as compiled_module
 from calib_prune.kernels import tiles
 from calib_prune.kernels.attention import attention, causal
 from calib_prune.kernels.compiled import cores, in_threads, kernel_folder, one_each, threads
-from calib_prune.kernels.tiles import BLOCK, COLS, ROWS, add_product
+from calib_prune.kernels.tiles import CACHED_ROWS, COLS, ROWS, add_product
 from calib_prune.pruning.hessian import SecondMoment
 from calib_prune.pruning.sparsegpt import sparsegpt
 
@@ -405,8 +405,8 @@ def pruned(**how):
 
 
 WORK = {
-    "whole tiles": lambda: product(3 * BLOCK, 6 * COLS, False),
-    "any tiles": lambda: product(3 * BLOCK + 1, 6 * COLS + 5, False),
+    "whole tiles": lambda: product(3 * CACHED_ROWS, 6 * COLS, False),
+    "any tiles": lambda: product(3 * CACHED_ROWS + 1, 6 * COLS + 5, False),
     "lower tiles": lambda: product(5 * ROWS * COLS, 5 * ROWS * COLS, True),
     "second moment": lambda: second_moment(301),
     "attention, heads apart": lambda: attended(5, 8, 4, 131),

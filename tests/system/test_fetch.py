@@ -399,7 +399,7 @@ def hub(monkeypatch):
             (folder / file.file).write_bytes(b"one" if isinstance(what, Exception) else what)
             if isinstance(what, Exception): raise what
             return folder / file.file
-        monkeypatch.setattr(fetch_module, "from_hub", from_hub)
+        monkeypatch.setattr(fetch_module, "download_hub_file", from_hub)
     return answers
 
 
@@ -612,7 +612,7 @@ def test_a_model_on_request_is_fetched_by_name_only():
                                         ("c4", "Known: qwen2.5-coder-0.5b, smollm2-135m"),
                                         ("../models/x", "Unknown model")])
 def test_a_name_that_is_no_model_is_an_error(name, said):
-    from calib_prune.cli.fetch import fetch as command
+    from calib_prune.cli.fetch import fetch_command as command
     with pytest.raises(CalibPruneError) as e: command(["smollm2-135m", name])
     assert said in str(e.value)
 

@@ -18,7 +18,7 @@ from calib_prune.generation.sampling import Sample
 from calib_prune.generation.writing import Journal, check_target
 from calib_prune.model.loading import (
     PART,
-    RECORD,
+    RECORD_FILE,
     OutputFolder,
     check_output,
     load_model,
@@ -29,9 +29,9 @@ from calib_prune.pruning.checkpoint import (
     MARKER,
     Checkpoint,
     check_checkpoint,
-    differences,
-    fingerprint,
+    differing_names,
     layers_in,
+    model_fingerprint,
     own_files,
     remove_checkpoint,
     tensor_hash,
@@ -265,9 +265,9 @@ def test_a_checkpoint_of_an_older_layout_is_refused(tmp_path):
 
 
 def test_what_only_the_other_run_says_differs_too():
-    assert differences(dict(a=1, b=dict(c=2)), dict(a=1, b=dict(c=2, d=None))) == [
+    assert differing_names(dict(a=1, b=dict(c=2)), dict(a=1, b=dict(c=2, d=None))) == [
         "b.d"
-    ] and differences(dict(a=[1]), {}) == ["a"]
+    ] and differing_names(dict(a=[1]), {}) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,10 @@ def test_a_hash_is_of_bytes_in_their_order(dtype, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_model_is_the_same_on_a_gpu():
-    assert fingerprint(tiny_llama())["tensors"] == fingerprint(tiny_llama().cuda())["tensors"]
+    assert (
+        model_fingerprint(tiny_llama())["tensors"]
+        == model_fingerprint(tiny_llama().cuda())["tensors"]
+    )
 
 
 # --- outputs
@@ -394,13 +397,13 @@ def half_tidied(inputs, tmp_path, monkeypatch, left):
     unlink = Path.unlink
     def act(die):
         def dying(self, **how):
-            saved = (tmp_path / "out" / RECORD).is_file()
+            saved = (tmp_path / "out" / RECORD_FILE).is_file()
             if saved and self.parent == tmp_path / "cp" and len(own_files(self.parent)) <= left:
                 die()
             unlink(self, **how)
         Path.unlink = dying
         call(inputs, "prune", "--output", tmp_path / "out", "--checkpoint", tmp_path / "cp")
-    assert killed(act) and (tmp_path / "out" / RECORD).is_file() and (tmp_path / "cp").is_dir()
+    assert killed(act) and (tmp_path / "out" / RECORD_FILE).is_file() and (tmp_path / "cp").is_dir()
 
 
 @pytest.mark.parametrize("left", [6, 4, 2, 1])  # 4 layers, marker, lock
@@ -432,7 +435,7 @@ def test_an_output_of_another_run_is_refused(inputs, tmp_path, monkeypatch, chan
         (tmp_path / "cp" / MARKER).write_text(
             json.dumps(dict(checkpoint=dict(layout=3), finished=True))
         )
-    if change == "record": (tmp_path / "out" / RECORD).write_text("{}")
+    if change == "record": (tmp_path / "out" / RECORD_FILE).write_text("{}")
     if change == "weights": (tmp_path / "out" / "model.safetensors").unlink()
     more = change if isinstance(change, list) else []
     if change == "text":
@@ -583,7 +586,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     (part / PART).touch()
     (part / "model.safetensors").write_bytes(b"half")
     save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
-    assert [o.name for o in tmp_path.iterdir()] == ["out"] and RECORD in {
+    assert [o.name for o in tmp_path.iterdir()] == ["out"] and RECORD_FILE in {
         o.name for o in (tmp_path / "out").iterdir()
     }
 
@@ -621,7 +624,7 @@ def test_a_kill_while_files_are_moved_into_an_empty_folder(tmp_path, moved):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (
         9 if moved < len([*(tmp_path / "whole").iterdir()]) else 0
     )
-    assert RECORD not in {o.name for o in (tmp_path / "out").iterdir()}
+    assert RECORD_FILE not in {o.name for o in (tmp_path / "out").iterdir()}
     save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -17,7 +17,7 @@ from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.questions.claims import claim_levels, study_ledger
 from calib_prune.questions.estimates import PRESET
 from calib_prune.statistics.examples import example_study
-from calib_prune.statistics.selection import measured
+from calib_prune.statistics.selection import bootstrap_study
 from calib_prune.study.presets import cells, load_preset, protocol_of
 from tests import ROOT, processes
 
@@ -106,7 +106,7 @@ def test_a_study_plans_what_every_claim_needs(name, lacks):
     read = pd.DataFrame([
         dict(strategy=o, seed=0, metric="distortion", value=math.exp(i))
         for i, o in enumerate(preset["strategies"])])
-    found = study_ledger(measured(preset, study, 50), read, n_perm=99)
+    found = study_ledger(bootstrap_study(preset, study, 50), read, n_perm=99)
     assert (
         set(found["claim"]) == {*(f"C{i}" for i in range(1, 10)), "O1", "O2", "O3"}
         and set(found["check"][found["verdict"] == PRESET]) == lacks

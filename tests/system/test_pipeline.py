@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import calib_prune
-from calib_prune.cli.prune import prune as command
+from calib_prune.cli.prune import prune_command as command
 from calib_prune.core import CalibPruneError
-from calib_prune.model.loading import RECORD, load_model, save_model
+from calib_prune.model.loading import RECORD_FILE, load_model, save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from tests.processes import run
 
@@ -34,7 +34,7 @@ def test_a_call_and_the_command_write_the_same_record_and_weights(inputs, tmp_pa
     done = calib_prune.prune_model(
         inputs / "model", tmp_path / "b", checkpoint=tmp_path / "layers", **settings
     )
-    read = lambda name: json.loads((tmp_path / name / RECORD).read_text())
+    read = lambda name: json.loads((tmp_path / name / RECORD_FILE).read_text())
     assert read("b") == done.record and read("a") | dict(checkpoint=None) == read("b") | dict(
         checkpoint=None
     )
@@ -90,7 +90,7 @@ def test_scores_survive_where_retention_has_no_answer(inputs):
 def test_the_pipeline_and_its_commands_import_no_study():
     code = (
         "import sys, calib_prune.cli.prune, calib_prune.cli.evaluate, calib_prune.pipeline.prune,"
-        " calib_prune.pipeline.evaluate\ntry: calib_prune.cli.prune.prune('no such model',"
+        " calib_prune.pipeline.evaluate\ntry: calib_prune.cli.prune.prune_command('no such model',"
         " 'out')\nexcept calib_prune.core.CalibPruneError: pass\nassert not [o for o in sys.modules"
         " if o.startswith(('calib_prune.study', 'calib_prune.questions'))]"
     )

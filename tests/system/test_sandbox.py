@@ -17,8 +17,8 @@ from calib_prune.core import CalibPruneError
 from calib_prune.data.fetch import cached
 from calib_prune.data.files import read_jsonl
 from calib_prune.evaluation import jail, sandbox
-from calib_prune.evaluation.sandbox import missing_layers, run_sandboxed, run_tests, verdict
-from calib_prune.evaluation.tasks import TASKS, render
+from calib_prune.evaluation.sandbox import missing_layers, program_verdict, run_sandboxed, run_tests
+from calib_prune.evaluation.tasks import TASKS, fill_prompt
 
 pytestmark = pytest.mark.skipif(
     bool(missing_layers()), reason="the kernel offers no Landlock or no seccomp"
@@ -424,12 +424,12 @@ def test_the_virtual_environment_cannot_be_read():
 
 
 def test_a_verdict_never_raises():
-    assert verdict(b"ready\n", b"S", -35) == ("crash", "signal 35")
-    assert verdict(b"ready\nS\xff\xfe\n\xff", b"S", 0)[0] == "exit"
+    assert program_verdict(b"ready\n", b"S", -35) == ("crash", "signal 35")
+    assert program_verdict(b"ready\nS\xff\xfe\n\xff", b"S", 0)[0] == "exit"
     for report in (b"", b"ready\n", b"S", b"ready\nS", b"ready\nSpassed", b"\xff",
                    b"ready\nSpassed\n\xff"):
         for code in (0, 1, -1, -9, -24, -35, -64, 255):
-            assert isinstance(verdict(report, b"S", code)[0], str)
+            assert isinstance(program_verdict(report, b"S", code)[0], str)
 
 
 STEAL = """
@@ -560,7 +560,7 @@ def test_how_an_answer_fails_is_told():
 def test_reference_solutions_pass(benchmark, field):
     "Some of each, spread over the benchmark."
     task, records = TASKS[f"{benchmark}_generate"], read_jsonl(cached("benchmarks", benchmark))
-    items = [(render(task, o), o[field]) for o in records[::23]]
+    items = [(fill_prompt(task, o), o[field]) for o in records[::23]]
     with ThreadPoolExecutor(2) as pool:
         found = list(
             pool.map(

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from calib_prune.style import contrast
+from calib_prune.style import contrast_ratio
 from scripts import site
 from tests import ROOT
 
@@ -286,14 +286,14 @@ def test_text_can_be_read(browser, dark):
         assert (sum(ground) < 1) == dark
         for query in ("article p", "article h1", "article p a", ".bd-links a"):
             if window.query_selector(query):
-                assert contrast(rgb(style(query, "color")), ground) >= 4.5, (page, query)
+                assert contrast_ratio(rgb(style(query, "color")), ground) >= 4.5, (page, query)
     for kind in ("yes", "no", "open", "none"):
         window.evaluate(
             "kind => document.querySelector('article p').innerHTML = `<b class='verdict ${kind}'>`",
             kind,
         )
         colour, ground = (rgb(style("article .verdict", o)) for o in ("color", "backgroundColor"))
-        assert contrast(colour, ground) >= 4.5, kind
+        assert contrast_ratio(colour, ground) >= 4.5, kind
 
 
 @needs_browser

@@ -457,11 +457,8 @@ class Index(BaseHTTPRequestHandler):
         file = self.path.endswith(".whl")
         whole = self.server.wheel.read_bytes()
         name = self.path.rstrip("/").rpartition("/")[2]
-        page = (
-            "<!DOCTYPE html><html><body><a"
-            f" href='/files/{self.server.wheel.name.replace('cptest', name.replace('-', '_'))}'>x</a></body></html>"  # noqa: E501
-            .encode()
-        )
+        wheel = self.server.wheel.name.replace("cptest", name.replace("-", "_"))
+        page = f"<!DOCTYPE html><html><body><a href='/files/{wheel}'>x</a></body></html>".encode()
         data, kind = (whole, "application/octet-stream") if file else (page, "text/html")
         if how == "whole" or (where == "file") != file and where != "both":
             return self.answer(data, kind)

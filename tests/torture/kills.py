@@ -84,11 +84,11 @@ def half_written(folder: Path, but: str = r"$^") -> str:
         if o.name in ("model.safetensors", "config.json", "calib_prune.json")
     }
     for model in models:
-        from calib_prune.model.loading import PART, RECORD, load_model
+        from calib_prune.model.loading import PART, RECORD_FILE, load_model
         names = sorted(o.name for o in model.iterdir())
         # it is being moved here: nothing takes it for a model
         if PART in names and "config.json" not in names: continue
-        if RECORD not in names and PART not in names:
+        if RECORD_FILE not in names and PART not in names:
             return f"{model.relative_to(folder)} is a part of a model: {names}"
         try:load_model(str(model))
         except Exception as e: return f"{model.relative_to(folder)} does not load: {e}"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from calib_prune.model.loading import RECORD, save_model
+from calib_prune.model.loading import RECORD_FILE, save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from tests import ROOT
 
@@ -68,7 +68,7 @@ def test_it_says_what_is_wrong(broken, name, said):
 
 
 @pytest.mark.parametrize("damage, said", [
-    (lambda m: None, ""), (lambda m: (m / RECORD).unlink(), "is a part of a model"),
+    (lambda m: None, ""), (lambda m: (m / RECORD_FILE).unlink(), "is a part of a model"),
     (lambda m: (m / "model.safetensors").unlink(), "does not load"),
     (lambda m: (m / "config.json").unlink(), "does not load"),
     (lambda m: (m / "model.safetensors").write_bytes(b"half"), "model.safetensors is half-written"),

@@ -143,8 +143,8 @@ def test_agrees_with_a_plain_search(index):
 def test_batches_do_not_matter(index, monkeypatch):
     documents = [prose(k + 1000, 30) for k in range(20)] + [o["question"] for o in SCIQ[:8]] * 2
     whole = find_overlaps(index, documents)
-    small = contamination.batches
-    monkeypatch.setattr(contamination, "batches", lambda *args: small(*args, size=1))
+    small = contamination.document_batches
+    monkeypatch.setattr(contamination, "document_batches", lambda *args: small(*args, size=1))
     pd.testing.assert_frame_equal(find_overlaps(index, documents), whole)
     assert whole.document.tolist() == list(range(20, 28))  # the first of the two
 

@@ -25,7 +25,7 @@ from calib_prune.questions.correlations import (
 from calib_prune.questions.overlaps import overlap_retention, without_overlaps
 from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.statistics.plots import overlap, place_labels
-from calib_prune.statistics.selection import lacking, measured
+from calib_prune.statistics.selection import bootstrap_study, lacking
 from calib_prune.study.audit_rows import load_audit, make_audits, preset_audit, save_audit
 from calib_prune.study.metric_rows import ROW_COLUMNS, load_metrics, metrics_summary, save_metrics
 from calib_prune.study.presets import cells
@@ -36,7 +36,7 @@ PRESET = dict(
 
 
 def correlated(study, metrics, n_boot, n_perm):
-    return correlate_study(measured(example_preset(study), study, n_boot), metrics, n_perm)
+    return correlate_study(bootstrap_study(example_preset(study), study, n_boot), metrics, n_perm)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_captions_say_which_settings_have_draws(study, metrics):
 
 
 def test_verdicts_do_not_rest_on_part_of_the_metrics(study, metrics):
-    whole = measured(example_preset(study), study, 5)
+    whole = bootstrap_study(example_preset(study), study, 5)
     assert (
         whole_metrics(whole, metrics) is metrics
         and whole_metrics(whole, metrics[metrics["strategy"] != "c4"]).empty
@@ -215,7 +215,7 @@ def test_audits_come_back_and_leave_items_out_for_all_alike(study, tmp_path, mon
     pd.testing.assert_frame_equal(contamination_table(back), contamination_table(made))
     assert back.rule == DEFAULT_RULE and "é a" in (tmp_path / "a.json").read_text()
     preset = example_preset(study)
-    table = overlap_retention(measured(preset, study, 20), back, cells(preset)[1:], 20)
+    table = overlap_retention(bootstrap_study(preset, study, 20), back, cells(preset)[1:], 20)
     assert set(table["strategy"]) == {"c4"} and set(table["dimension"]) == {"General", "Total"}
     assert set(table["n_items"] - table["clean_n_items"]) == {7}
     other = study | {

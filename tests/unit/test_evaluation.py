@@ -316,7 +316,7 @@ def test_generated_answers_are_checked(benchmarks, monkeypatch):
     pd.testing.assert_frame_equal(whole, items[items.metric != "cut"].reset_index(drop=True))
     assert seen[-1] == ("generate", 6, 6)
     right = scoring.generated_rows(TASKS["humaneval_generate"], [
-        dict(doc=tasks.render(TASKS["humaneval_generate"], {"id": str(i)} | o),
+        dict(doc=tasks.fill_prompt(TASKS["humaneval_generate"], {"id": str(i)} | o),
              filtered_resps=[answer]) for i, o in enumerate(benchmarks["humaneval"])
         for answer in (o["canonical_solution"], "    return 0\n", "    exit(0)\n")])
     assert [o["value"] for o in right if o["metric"] == "pass@1"] == [1, 0, 0] * 6
@@ -635,7 +635,7 @@ def test_perplexity_equals_lm_evals_rolling_likelihood():
 def test_reference_solutions_pass(name):
     task = TASKS[name]
     docs = [
-        tasks.render(task, o)
+        tasks.fill_prompt(task, o)
         for o in tasks.choose(tasks.read_jsonl(tasks.cached("benchmarks", task.benchmark)), 60)
     ]
     found = scoring.generated_rows(task, [dict(doc=o, filtered_resps=[o["target"]]) for o in docs])

@@ -21,8 +21,8 @@ from calib_prune.core import CalibPruneError
 from calib_prune.data.files import read_jsonl, write_jsonl
 from calib_prune.generation.baselines import self_cal, sgs, without_worst
 from calib_prune.generation.sampling import (
-    Job,
     Sampling,
+    SamplingJob,
     candidates,
     decode,
     draw,
@@ -138,7 +138,7 @@ def toy(probabilities):
 
 def test_tokens_come_as_often_as_they_should():
     p = {10: 0.5, 11: 0.25, 12: 0.15, 13: 0.1}
-    jobs = [Job(f"t/{i}", (0,)) for i in range(40)]
+    jobs = [SamplingJob(f"t/{i}", (0,)) for i in range(40)]
     samples = list(decode(toy(p), jobs, Sampling(), 50, 0, ENDS, batch=40))
     counts = np.bincount([t for s in samples for t in s.tokens], minlength=14)[10:14]
     assert (
@@ -182,7 +182,7 @@ def slow(model, job, sampling, length, seed, ends):
     return tuple(ids[1:]), nll
 
 
-JOBS = [Job(f"x/{i}", (0, *range(40, 40 + i % 4 * 3)), 0.5 + i % 3) for i in range(11)]
+JOBS = [SamplingJob(f"x/{i}", (0, *range(40, 40 + i % 4 * 3)), 0.5 + i % 3) for i in range(11)]
 WARM = Sampling(
     temperature=1.2, final_temperature=0.6, over=6, top_k=60, top_p=0.95, repetition_penalty=1.2
 )
@@ -211,7 +211,7 @@ def test_the_cache_keeps_no_more_columns_than_a_text_needs(monkeypatch):
         lambda self, *a: (widest.append(self.buffers[0].shape[-2]), keep(self, *a))[1],
     )
     samples = list(
-        decode(tiny_llama(), [Job(f"x/{i}", (0, )) for i in range(40)],
+        decode(tiny_llama(), [SamplingJob(f"x/{i}", (0, )) for i in range(40)],
                Sampling(),
                30,
                0,
@@ -222,7 +222,7 @@ def test_the_cache_keeps_no_more_columns_than_a_text_needs(monkeypatch):
 
 def test_seed_and_name_make_the_text():
     text = lambda seed, key: next(
-        decode(tiny_llama(), [Job(key, (0,))], Sampling(), 20, seed, ENDS)
+        decode(tiny_llama(), [SamplingJob(key, (0,))], Sampling(), 20, seed, ENDS)
     ).tokens
     assert text(0, "a") == text(0, "a") and len({text(0, "a"), text(1, "a"), text(0, "b")}) == 3
 

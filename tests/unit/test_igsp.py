@@ -23,7 +23,7 @@ from calib_prune.generation.igsp import (
     nearest_run,
     select,
     shortest_intervals,
-    take,
+    take_candidates,
     tightest_bins,
 )
 from calib_prune.generation.sampling import Sampling
@@ -65,7 +65,8 @@ def test_greedy_covers_what_it_promises(seed, budget):
     grams, cost = list(pool.grams), list(pool.tokens)
     budget = min(budget, sum(cost))
     got = covered(
-        grams[i] for i in take([Greedy(range(9), grams, cost)], budget, grams, cost, set())
+        grams[i]
+        for i in take_candidates([Greedy(range(9), grams, cost)], budget, grams, cost, set())
     )
     best = max(
         covered(grams[i] for i in c) for r in range(10)
@@ -79,7 +80,8 @@ def test_greedy_is_nearly_the_best():
         pool = random_pool(seed, n=10, dimensions=("A",), low=6, high=7)
         grams, cost = list(pool.grams), list(pool.tokens)
         got = covered(
-            grams[i] for i in take([Greedy(range(10), grams, cost)], 24, grams, cost, set())
+            grams[i]
+            for i in take_candidates([Greedy(range(10), grams, cost)], 24, grams, cost, set())
         )
         shares.append(
             got / max(covered(grams[i] for i in c) for c in itertools.combinations(range(10), 4))

@@ -32,7 +32,7 @@ from calib_prune.questions.perplexity import (
 )
 from calib_prune.statistics.examples import example_preset, example_study
 from calib_prune.statistics.replicates import OUTCOMES
-from calib_prune.statistics.selection import measured
+from calib_prune.statistics.selection import bootstrap_study
 from calib_prune.study.keys import text_key
 from calib_prune.study.presets import load_preset, mix_of
 from tests.golden import shuffled_prose
@@ -176,7 +176,7 @@ def study_of(change, sources=("wikipedia", "math"), **how):
     preset["strategies"] = {
         k: "generated:third source={} third={}".format(*k.split("-")) for k in kept
     }
-    return preset, measured(preset, study, 400).cells
+    return preset, bootstrap_study(preset, study, 400).cells
 
 
 def test_an_effect_is_the_high_third_less_the_low_one():

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib_prune.core import CalibPruneError
 from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model
-from calib_prune.pruning.checkpoint import fingerprint
+from calib_prune.pruning.checkpoint import model_fingerprint
 from calib_prune.pruning.layers import decoder_layers, prunable
 from calib_prune.pruning.methods import METHODS
 from calib_prune.pruning.sparsegpt import sparsegpt
@@ -229,7 +229,7 @@ def test_interrupted_prune_resumes_to_the_same_bits(tmp_path, method, family, at
     resumed = make()
     found = prune(resumed, tokens, method, 0.5, batch_tokens=40, checkpoint=tmp_path)
     pd.testing.assert_frame_equal(found, expected)
-    assert fingerprint(resumed) == fingerprint(whole)
+    assert model_fingerprint(resumed) == model_fingerprint(whole)
     assert all(
         torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
     )

@@ -6,9 +6,9 @@ import torch
 from calib_prune.core import CalibPruneError
 from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model
 from calib_prune.pruning import reconstruction
-from calib_prune.pruning.checkpoint import fingerprint
+from calib_prune.pruning.checkpoint import model_fingerprint
 from calib_prune.pruning.layers import capture, decoder_layers, prunable
-from calib_prune.pruning.reconstruction import reconstruct, targets
+from calib_prune.pruning.reconstruction import layer_outputs, reconstruct
 from calib_prune.pruning.walk import prune
 from calib_prune.pruning.wanda import wanda
 
@@ -46,7 +46,7 @@ def layer_problem(model, sparsity=0.5):
     layer = decoder_layers(model)[0]
     with torch.no_grad():
         hidden, calls = capture(model, [*WINDOWS.split(4)])
-        wanted = targets(layer, calls[0], hidden)
+        wanted = layer_outputs(layer, calls[0], hidden)
         for m in prunable(layer).values():
             m.weight.copy_(wanda(m.weight, torch.eye(m.weight.shape[1]), sparsity).weight)
     return layer, calls[0], hidden, wanted
@@ -55,7 +55,7 @@ def layer_problem(model, sparsity=0.5):
 def test_the_error_is_that_of_the_layers_output_and_falls():
     layer, calls, hidden, wanted = layer_problem(tiny_llama())
     def direct():
-        with torch.no_grad(): found = targets(layer, calls, hidden)
+        with torch.no_grad(): found = layer_outputs(layer, calls, hidden)
         lost = sum((a - b).double().square().sum() for a, b in zip(found, wanted, strict=True))
         return float(
             lost / sum((a - b).double().square().sum() for a, b in zip(wanted, hidden, strict=True))
@@ -91,7 +91,7 @@ def test_the_same_call_gives_the_same_bits_also_after_a_kill(family, tmp_path):
     assert prune(b, WINDOWS, **how, checkpoint=tmp_path / "c").equals(report) and prune(
         c, WINDOWS, **how
     ).equals(report)
-    assert fingerprint(a) == fingerprint(b) == fingerprint(c)
+    assert model_fingerprint(a) == model_fingerprint(b) == model_fingerprint(c)
 
 
 def test_a_checkpoint_without_reconstruction_is_another_run(tmp_path):

@@ -333,7 +333,7 @@ def test_a_group_of_rows_that_is_large_only_when_unpacked_is_refused(tmp_path, m
 
 @pytest.mark.parametrize("end", ["jsonl", "parquet"])
 def test_a_record_that_is_too_long_is_named(tmp_path, end, monkeypatch):
-    monkeypatch.setattr(readers, "RECORD", 1000)
+    monkeypatch.setattr(readers, "LARGEST_RECORD", 1000)
     monkeypatch.setattr(readers.within, "__defaults__", (1000,))
     monkeypatch.setattr(readers, "CHUNK", 100)
     write_texts(tmp_path / f"a.{end}", ["short", "long " * 400])

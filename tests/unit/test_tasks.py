@@ -11,8 +11,8 @@ from calib_prune.evaluation.tasks import (
     TASK_SETS,
     TASKS,
     choose,
+    fill_prompt,
     get_tasks,
-    render,
     task_config,
     write_task,
 )
@@ -65,27 +65,27 @@ def test_lookup():
 
 
 def test_prompts():
-    item = render(TASKS["sciq"], RECORDS["sciq"])
+    item = fill_prompt(TASKS["sciq"], RECORDS["sciq"])
     assert item == {
         "id": "0", "context": "Question: Who {x}?\nAnswer:", "choices": ["a", "b'\"", "c", "d"],
         "gold": 1}
-    item = render(TASKS["mbpp"], RECORDS["mbpp"])
+    item = fill_prompt(TASKS["mbpp"], RECORDS["mbpp"])
     assert item["context"] == '"""\nAdd {a}.\nassert f(1)\n"""\n' and item["choices"] == [
         "def f(a): return {1: a}"
     ]
-    item = render(TASKS["mbpp_generate"], RECORDS["mbpp"])
+    item = fill_prompt(TASKS["mbpp_generate"], RECORDS["mbpp"])
     assert (item["program"], item["tests"]) == (
         "\0\n",
         "f = _answer('f')\nimport math\nassert f(1)\nassert f(2)\n",
     )
-    item = render(TASKS["humaneval_generate"], RECORDS["humaneval"])
+    item = fill_prompt(TASKS["humaneval_generate"], RECORDS["humaneval"])
     assert item["program"].replace("\0", "    return x\n") == "def f(x):\n    return x\n\n"
     assert (
         item["tests"]
         == "def f(x):\n\n    pass\nf = _answer('f')\ndef check(c):\n    assert c(1) =="
         " 1\ncheck(f)\n"
     )
-    item = render(TASKS["gsm8k_generate"], RECORDS["gsm8k"])
+    item = fill_prompt(TASKS["gsm8k_generate"], RECORDS["gsm8k"])
     assert item["target"] == "18" and item["program"] == "" and item["context"].endswith(
         "Question: How many?\nAnswer:")
 
@@ -178,7 +178,9 @@ def test_lm_eval_reads_what_was_written(benchmarks, tmp_path):
 @pytest.mark.parametrize("name", TASKS)
 def test_every_real_item_renders(name):
     task = TASKS[name]
-    items = [render(task, o) for o in tasks.read_jsonl(tasks.cached("benchmarks", task.benchmark))]
+    items = [
+        fill_prompt(task, o) for o in tasks.read_jsonl(tasks.cached("benchmarks", task.benchmark))
+    ]
     assert len(items) >= 164 and len({o["id"] for o in items}) == len(items)
     for o in items:
         assert o["context"].strip()

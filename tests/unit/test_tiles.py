@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 from calib_prune.core import CalibPruneError
 from calib_prune.kernels import tiles
-from calib_prune.kernels.tiles import BLOCK, COLS, DEPTH, ROWS, STRIPES, add_product
+from calib_prune.kernels.tiles import CACHED_ROWS, COLS, DEPTH, ROWS, STRIPES, add_product
 
 CANARY = -12345.0
 sizes = st.one_of(
     st.integers(1, 150),
-    st.sampled_from([ROWS, COLS, 2 * ROWS, 2 * COLS, BLOCK, BLOCK + ROWS, 3 * COLS, ROWS * COLS]),
+    st.sampled_from(
+        [ROWS, COLS, 2 * ROWS, 2 * COLS, CACHED_ROWS, CACHED_ROWS + ROWS, 3 * COLS, ROWS * COLS]
+    ),
 )
 depths = st.one_of(st.integers(1, 40), st.sampled_from([
     DEPTH - 1, DEPTH, DEPTH + 1, 2 * DEPTH, 700]), st.integers(1, 700))
@@ -50,7 +52,7 @@ def check(total, a, b, others=(), lower=False, subtract=False):
 @given(sizes, sizes, depths, steps, st.integers(1, 3), st.integers(0, 5), st.booleans(),
        st.booleans(), st.integers(0, 99))
 @example(2 * ROWS, 2 * COLS, DEPTH + 3, (1, 1, 0, False), 1, 0, False, True, 0)  # whole tiles
-@example(BLOCK + ROWS, 3 * COLS, 2 * DEPTH, (1, 1, 0, True), 1, 0, True, False, 1)
+@example(CACHED_ROWS + ROWS, 3 * COLS, 2 * DEPTH, (1, 1, 0, True), 1, 0, True, False, 1)
 @example(150, 150, 700, (1, 1, 0, True), 1, 0, True, True, 2)
 @example(1, 1, 1, (2, 3, 1, True), 2, 1, True, False, 3)
 def test_it_is_the_product_and_nothing_else_changes(

@@ -12,7 +12,7 @@ from calib_prune.core import DIMENSIONS
 from calib_prune.model.tiny import tiny_tokenizer
 from calib_prune.study.presets import load_preset
 from calib_prune.study.tuning import (
-    best_mix,
+    best_round_mix,
     heldout_windows,
     mix_of_shares,
     objective,
@@ -48,7 +48,7 @@ def test_held_out_windows_are_in_no_calibration_set():
 
 def test_the_best_round_is_the_first_of_the_best():
     flat = tune_shares(lambda mix: dict.fromkeys(DIMENSIONS, 0.5), rounds=3)
-    assert (flat[[f"share {d}" for d in DIMENSIONS]] == 0.25).all(axis=None) and best_mix(
+    assert (flat[[f"share {d}" for d in DIMENSIONS]] == 0.25).all(axis=None) and best_round_mix(
         flat
     ) == flat["mix"].iloc[0]
     assert objective(dict(a=0.2, b=0.6)) == pytest.approx(0.6)
@@ -68,4 +68,4 @@ def test_the_study_uses_the_best_round():
     rounds = pd.read_csv(root / "results/claims/smollm2-135m/tuning.csv")
     assert load_preset(root / "presets/claims/smollm2-135m.yaml")["strategies"][
         "tuned"
-    ] == best_mix(rounds)
+    ] == best_round_mix(rounds)
