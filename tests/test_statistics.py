@@ -1,6 +1,8 @@
+import ast
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, false_discovery_control, permutation_test, rankdata, spearmanr
 
+from calib_prune import questions
 from calib_prune.calibration.sources import SUITE
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention_draws
@@ -645,3 +648,13 @@ def test_simultaneous_intervals_are_those_of_their_set():
     assert table["all_low"].isna().sum() == 1, "a row without an interval is in no set"
     ends = simultaneous_ends(table)
     assert list(ends) == list(effects(found)) and (ends["ci_low"][1:] == table["all_low"][1:]).all()
+
+
+@pytest.mark.parametrize("path", sorted(Path(questions.__file__).parent.glob("*.py")),
+                         ids=lambda path: path.stem)
+def test_questions_leave_intervals_to_statistics(path):
+    "They ask for contrasts and effects; resampling and quantiles are `statistics`."
+    imported = {
+        name.name for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert not imported & {"interval", "simultaneous", "draws", "resampled", "pairings"}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIMULTANEOUS', 'TITLE_NOTE', 'heat_panel', 'over_baseline', 'first_method', 'best_message', 'source_message',
            'two_methods', 'colour_label', 'grey_note', 'retention_panels', 'difference_panel', 'by_total', 'counted',
-           'strategy_figure', 'front_message', 'front_panel', 'front_figure', 'margin_line', 'margin_panel',
-           'margin_message', 'margin_figure', 'averaging_message', 'averaging_figure']
+           'strategy_figure', 'front_message', 'front_panel', 'front_figure', 'margin_panel', 'margin_message',
+           'margin_figure', 'averaging_message', 'averaging_figure']
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #38f6c9f8
 import matplotlib.pyplot as plt
@@ -25,25 +25,26 @@ from calib_prune.statistics.effects import (
     significant_sign,
 )
 from calib_prune.statistics.plots import (
-                                          WIDTH,
-                                          annotate,
-                                          check_rows,
-                                          headline,
-                                          method_label,
-                                          panels,
-                                          sparsity_label,
+    WIDTH,
+    annotate,
+    check_rows,
+    error_bars,
+    headline,
+    method_label,
+    panels,
+    sparsity_label,
 )
 from ..statistics.replicates import OUTCOMES, Replicates
 from ..statistics.selection import Part, span
 from ..statistics.tables import listed
 from calib_prune.style import (
-                                          DIMENSION_COLOURS,
-                                          MARKERS,
-                                          colour_of,
-                                          colour_reach,
-                                          difference_colours,
-                                          legend_above,
-                                          make_readable,
+    DIMENSION_COLOURS,
+    MARKERS,
+    colour_of,
+    colour_reach,
+    difference_colours,
+    legend_above,
+    make_readable,
 )
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #d91ca9b4
@@ -226,17 +227,10 @@ def difference_panel(
                      ax: Axes, delta: pd.DataFrame,
                      order: list[str], kinds: dict[str, str]) -> None:
     "Differences from the baseline with paired intervals, one line per strategy."
-    for o in delta.itertuples():
-        reach = [[100 * (o.value - o.ci_low)], [100 * (o.ci_high - o.value)]]
-        ax.errorbar(
-            100 * o.value,
-            order.index(o.mix),
-            xerr=reach,
-            color=colour_of(kinds[o.mix]),
-            fmt=MARKERS[kinds[o.mix]],
-            markersize=4.5,
-            linewidth=1.2,
-        )
+    for name, rows in delta.groupby("mix", sort=False):
+        look = dict(color=colour_of(kinds[name]), fmt=MARKERS[kinds[name]])
+        at = [order.index(name)] * len(rows)
+        error_bars(ax, at, rows, True, markersize=4.5, linewidth=1.2, **look)
     base = delta["over"].iloc[0]
     if base in order:
         ax.plot(
@@ -323,17 +317,10 @@ def front_message(found: Replicates  # of one setting
 def front_panel(ax: Axes, retained: pd.DataFrame,  # of one dimension, one row per strategy
                 order: list[str]) -> None:
     "Retention of each calibration set in one dimension, with its interval."
-    for row in retained.itertuples():
-        ends = [[100 * (row.value - row.ci_low)], [100 * (row.ci_high - row.value)]]
-        ax.errorbar(
-            100 * row.value,
-            order.index(row.strategy),
-            xerr=ends,
-            color=colour_of(row.source),
-            fmt=MARKERS.get(row.source, "o"),
-            markersize=6,
-            linewidth=1.6,
-        )
+    for (name, kind), rows in retained.groupby(["strategy", "source"], sort=False):
+        look = dict(color=colour_of(kind), fmt=MARKERS.get(kind, "o"))
+        at = [order.index(name)] * len(rows)
+        error_bars(ax, at, rows, True, markersize=6, linewidth=1.6, **look)
     ax.set_yticks(range(len(order)), order, fontsize=9)
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.tick_params(axis="x", labelsize=8)
@@ -368,22 +355,15 @@ def front_figure(table: pd.DataFrame,  # from `retention_rows`, of one setting
     headline(figure, message)
     return annotate(figure, f"{TITLE_NOTE} {note}")
 
-# %% ../../nbs/questions/01_comparison_figures.ipynb #575769f2
-def margin_line(ax, mine: pd.DataFrame, shift: float, **look) -> None:
-    "One margin along the sparsities, with intervals."
-    mine = mine.sort_values("sparsity")
-    x, value = 100 * mine["sparsity"].to_numpy(float) + shift, 100 * mine["value"].to_numpy(float)
-    reach = [
-        value - 100 * mine["ci_low"].to_numpy(float),
-        100 * mine["ci_high"].to_numpy(float) - value,
-    ]
-    ax.errorbar(x, value, yerr=reach, markersize=4.5, linewidth=1.3, elinewidth=1, **look)
-
 # %% ../../nbs/questions/01_comparison_figures.ipynb #9e88cc04
 def margin_panel(ax, title: str, lines: list[tuple[str, pd.DataFrame, dict]]) -> None:
     "Margins with their names above."
     for i, (name, mine, look) in enumerate(lines):
-        if len(mine): margin_line(ax, mine, 0.6 * (i - (len(lines) - 1) / 2), label=name, **look)
+        if mine.empty: continue
+        mine = mine.sort_values("sparsity")
+        shifted = 100 * mine["sparsity"].to_numpy(float) + 0.6 * (i - (len(lines) - 1) / 2)
+        look = look | dict(markersize=4.5, linewidth=1.3, elinewidth=1, label=name)
+        error_bars(ax, shifted, mine, **look)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.legend(
         fontsize=7.5,

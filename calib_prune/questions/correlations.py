@@ -45,7 +45,7 @@ from calib_prune.statistics.ranks import (
 )
 from ..statistics.replicates import ADDITIVE, Replicates
 from ..statistics.selection import Measured, grid_part, interval_note, lacking, span
-from ..statistics.tables import interval_text, listed, status
+from ..statistics.tables import interval_text, listed, status, wide_table
 from ..study.metric_rows import metric_label, metrics_summary
 from ..study.presets import cells, seeds_of
 from ..study.results import Result
@@ -175,12 +175,8 @@ def correlation_grid(related: Correlations) -> pd.DataFrame:
     text = table.assign(text=[correlation_cell(row) for _, row in table.iterrows()],
                         label=table["metric"].map(metric_label),
                         setting=[setting_label(row) for row in table.to_dict("records")])
-    wide = text.pivot(index=["setting", "label"], columns="dimension", values="text")
-    wide = wide[list(ADDITIVE)]
-    order = pd.MultiIndex.from_frame(text[["setting", "label"]].drop_duplicates())
-    return (
-        wide.loc[order].reset_index().rename(columns={"label": "metric"}).rename_axis(columns=None)
-    )
+    wide = wide_table(text, ["setting", "label"], ADDITIVE)
+    return wide.rename(columns={"label": "metric"})
 
 # %% ../../nbs/questions/02_correlations.ipynb #e2f583db
 def correlation_note(related: Correlations) -> str:

@@ -22,7 +22,7 @@ from ..statistics.effects import effects
 from ..statistics.mixing_law import Law, best_mix, fit
 from ..statistics.plots import WIDTH, annotate, check_rows, headline
 from ..statistics.replicates import ADDITIVE, OUTCOMES, Replicates
-from ..statistics.tables import interval_text
+from ..statistics.tables import interval_text, wide_table
 from ..style import DIMENSION_COLOURS, MARKERS
 
 # %% ../../nbs/questions/13_mixing.ipynb #2514888d
@@ -115,9 +115,7 @@ def best_text(rows: pd.DataFrame) -> pd.DataFrame:
     text = [
         f"{100 * o.share:.0f} [{100 * o.low:.0f}, {100 * o.high:.0f}]" for o in rows.itertuples()
     ]
-    wide = rows.assign(text=text).pivot(index="need", columns="dimension", values="text")
-    return wide.reindex(index=list(NEEDS),
-                        columns=list(DIMENSIONS)).rename_axis(columns=None).reset_index()
+    return wide_table(rows.assign(text=text), ["need"], DIMENSIONS)
 
 # %% ../../nbs/questions/13_mixing.ipynb #0a628f7d
 def mixing_gain(preset: dict[str, Any], found: Replicates

@@ -30,7 +30,7 @@ from calib_prune.statistics.ranks import (
     source_metrics,
 )
 from ..statistics.replicates import ADDITIVE, OUTCOMES, Replicates
-from ..statistics.tables import interval_text, listed
+from ..statistics.tables import interval_text, listed, wide_table
 from ..study.metric_rows import metric_label
 from ..style import MARKERS, colour_of, legend_above
 
@@ -151,8 +151,7 @@ def rule_text(rows: pd.DataFrame) -> pd.DataFrame:
         return f"{rho}, q {probability(o.q)}; {100 * o.error:.1f} ({100 * o.constant:.1f})"
     names = [o if o == KIND else metric_label(o) for o in rows["metric"]]
     text = rows.assign(text=[cell(o) for o in rows.itertuples()], metric=names)
-    wide = text.pivot(index="metric", columns="dimension", values="text")[list(ADDITIVE)]
-    return wide.loc[list(dict.fromkeys(text["metric"]))].rename_axis(columns=None).reset_index()
+    return wide_table(text, ["metric"], ADDITIVE)
 
 # %% ../../nbs/questions/16_new_sources.ipynb #0251f2b7
 def chosen_note(rows: pd.DataFrame) -> str:

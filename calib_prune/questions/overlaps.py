@@ -16,7 +16,7 @@ from ..statistics.effects import effects
 from ..statistics.plots import setting_label
 from ..statistics.replicates import ADDITIVE, COORDINATES, same_rows
 from ..statistics.selection import Measured, lacking, measured, take
-from ..statistics.tables import interval_text, status
+from ..statistics.tables import interval_text, status, wide_table
 from ..study.presets import Cell
 from ..study.results import Result
 
@@ -80,9 +80,5 @@ def overlap_grid(table: pd.DataFrame  # from `overlap_retention`
         for o in table.itertuples()
     ]
     setting = [setting_label(o) for o in table.to_dict("records")]
-    wide = table.assign(text=text, setting=setting).pivot(
-        index=["setting", "strategy"], columns="dimension", values="text"
-    )
-    order = pd.DataFrame(dict(setting=setting, strategy=table["strategy"])).drop_duplicates()
-    wide = wide.loc[pd.MultiIndex.from_frame(order), table["dimension"].unique()]
-    return wide.reset_index().rename_axis(columns=None)
+    shown = table.assign(text=text, setting=setting)
+    return wide_table(shown, ["setting", "strategy"], table["dimension"].unique())

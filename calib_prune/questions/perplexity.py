@@ -22,7 +22,7 @@ from ..core import DIMENSIONS, load_json
 from ..data.files import read_jsonl
 from ..generation.passages import THIRDS
 from ..statistics.effects import contrasts, effects, simultaneous_ends, with_means
-from ..statistics.plots import WIDTH, annotate, check_rows, headline
+from ..statistics.plots import WIDTH, annotate, check_rows, error_bars, headline
 from calib_prune.statistics.replicates import (
     ADDITIVE,
     COORDINATES,
@@ -181,17 +181,8 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
             mine = rows[(rows["dimension"] == d) & (rows["source"] == source)].sort_values(
                 "perplexity"
             )
-            value, low, high = (100 * mine[k].to_numpy() for k in ("value", "ci_low", "ci_high"))
-            ax.errorbar(
-                mine["perplexity"],
-                value,
-                yerr=[value - low, high - value],
-                fmt=f"{MARKERS[kind]}-",
-                color=colour_of(kind),
-                markersize=4,
-                linewidth=1,
-                label=source,
-            )
+            look = dict(fmt=f"{MARKERS[kind]}-", color=colour_of(kind), label=source)
+            error_bars(ax, mine["perplexity"], mine, markersize=4, linewidth=1, **look)
         ax.set(title=d, xlabel="perplexity of the text", xscale="log")
         ticks = [
             2**k

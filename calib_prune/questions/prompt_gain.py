@@ -7,12 +7,10 @@ __all__ = ['GAIN_ROWS', 'prompt_gain_rows', 'gain_lines', 'gain_figure', 'gain_c
 
 # %% ../../nbs/questions/11_prompt_gain.ipynb #2c3f1d86
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core import DIMENSIONS
-from ..evaluation.tasks import TASKS
 from ..pruning.masks import parse_sparsity
 from ..resampling import N_BOOT
 from ..statistics.effects import estimate
@@ -20,11 +18,13 @@ from calib_prune.statistics.plots import (
     WIDTH,
     annotate,
     check_rows,
+    error_bars,
     headline,
     method_label,
     sparsity_label,
 )
 from ..statistics.replicates import prompt_gain_replicates
+from ..statistics.tables import wide_table
 from ..study.results import Result
 from ..style import DIMENSION_COLOURS, MARKERS
 
@@ -62,15 +62,7 @@ def gain_lines(rows: pd.DataFrame  # from `prompt_gain_rows`
         method=rows["method"].map(lambda o: method_label(o) if o else ""),
         sparsity=rows["sparsity"].map(sparsity_label),
     )
-    wide = about.pivot_table(
-        index=["strategy", "method", "sparsity", "windows", "draws"],
-        columns="dimension",
-        values="text",
-        aggfunc="first",
-        sort=False,
-    )
-    return wide.reindex(columns=[d for d in DIMENSIONS
-                                 if d in wide]).rename_axis(columns=None).reset_index()
+    return wide_table(about, ["strategy", "method", "sparsity", "windows", "draws"], DIMENSIONS)
 
 # %% ../../nbs/questions/11_prompt_gain.ipynb #03c873d2
 def gain_figure(rows: pd.DataFrame,  # from `prompt_gain_rows`
@@ -93,20 +85,8 @@ def gain_figure(rows: pd.DataFrame,  # from `prompt_gain_rows`
                 dense[dense["dimension"] == d],
                 shares[(shares["strategy"] == name) & (shares["dimension"] == d)]])
             mine = mine.sort_values("sparsity")
-            reach = [
-                100 * (mine["value"] - mine["ci_low"]),
-                100 * (mine["ci_high"] - mine["value"]),
-            ]
-            ax.errorbar(
-                100 * mine["sparsity"],
-                100 * mine["value"],
-                yerr=reach,
-                color=DIMENSION_COLOURS[d],
-                marker=MARKERS[d],
-                markersize=4.5,
-                linewidth=1.2,
-                label=d,
-            )
+            look = dict(color=DIMENSION_COLOURS[d], marker=MARKERS[d], label=d)
+            error_bars(ax, 100 * mine["sparsity"], mine, markersize=4.5, linewidth=1.2, **look)
         ax.axhline(0, color="0.4", linewidth=0.8)
         ax.set(xlabel="sparsity, %", title=name)
     axes[0, 0].set_ylabel("bits saved by the own prompt, %")

@@ -30,13 +30,14 @@ from calib_prune.statistics.plots import (
     WIDTH,
     annotate,
     check_rows,
+    error_bars,
     headline,
     method_label,
     sparsity_label,
 )
 from ..statistics.replicates import ADDITIVE, Replicates, strategy_retention
 from ..statistics.selection import Measured
-from ..statistics.tables import interval_text
+from ..statistics.tables import interval_text, wide_table
 from ..study.results import Result
 
 # %% ../../nbs/questions/09_pruners.ipynb #8aff2767
@@ -155,10 +156,7 @@ def gain_text(gained: pd.DataFrame) -> pd.DataFrame:
         sparsity=gained["sparsity"].map(sparsity_label),
     )
     lines = ["sparsity", "method", "strategy", "draws"]
-    wide = rows.pivot_table(
-        index=lines, columns="dimension", values="text", aggfunc="first", sort=False
-    )
-    return wide.rename_axis(columns=None).reset_index() if len(rows) else rows
+    return wide_table(rows, lines, ADDITIVE) if len(rows) else rows
 
 # %% ../../nbs/questions/09_pruners.ipynb #f21d60c7
 def total_gains(whole: Measured, base: str = BASE
@@ -213,17 +211,9 @@ def _family(method: str) -> str:
 
 # %% ../../nbs/questions/09_pruners.ipynb #86a50420
 def _cost_panel(ax: Axes, points: pd.DataFrame, colours: dict[str, Any]) -> None:
-    for o in points.itertuples():
-        reach = [[100 * (o.value - o.ci_low)], [100 * (o.ci_high - o.value)]]
-        ax.errorbar(
-            o.times,
-            100 * o.value,
-            yerr=reach,
-            fmt=FAMILIES[_family(o.method)],
-            markersize=5,
-            linewidth=1.1,
-            color=colours[read_recipe(o.method).method],
-        )
+    for method, rows in points.groupby("method", sort=False):
+        look = dict(fmt=FAMILIES[_family(method)], color=colours[read_recipe(method).method])
+        error_bars(ax, rows["times"], rows, markersize=5, linewidth=1.1, **look)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.axvline(AFFORDABLE, color="0.6", linewidth=0.8, linestyle=":")
     ax.set(xscale="log", title=sparsity_label(points["sparsity"].iloc[0]))

@@ -27,7 +27,7 @@ from ..statistics.comparison import KEYS, retention_rows, source_spread, stacked
 from ..statistics.plots import method_label, sparsity_label
 from ..statistics.replicates import Replicates, source_dimension
 from ..statistics.selection import Measured, main_cells, measured, take
-from ..statistics.tables import interval_text, listed
+from ..statistics.tables import interval_text, listed, wide_table
 from ..study.presets import Cell
 from ..study.results import Result
 
@@ -234,14 +234,8 @@ def totals_text(rows: pd.DataFrame,     # from `totals_rows`
     text = [interval_text(o.value, o.ci_low, o.ci_high) for o in total.itertuples()]
     labels = [MEASURES[o].label + " †" * bool(blind_to(resolved, o)) for o in total["measure"]]
     lines = total.assign(text=text, method=total["method"].map(method_label), label=labels)
-    wide = lines.pivot_table(
-        index=["method", "strategy", "draws"],
-        columns="label",
-        values="text",
-        aggfunc="first",
-        sort=False,
-    )
-    return wide.rename_axis(columns=None).reset_index()
+    order = list(dict.fromkeys(labels))
+    return wide_table(lines, ["method", "strategy", "draws"], order, names="label")
 
 # %% ../../nbs/questions/10_resolution.ipynb #676b25ec
 def untotalled_text(rows: pd.DataFrame,     # from `totals_rows`

@@ -38,7 +38,7 @@ from calib_prune.statistics.replicates import (
     spread,
 )
 from .selection import NOTHING, Part, measured, take, varied
-from .tables import interval_text, save_table
+from .tables import interval_text, save_table, wide_table
 from ..study.presets import Cell
 from ..study.results import Result
 from ..style import OWN, SOURCE_KINDS
@@ -126,11 +126,7 @@ def wide_text(
         sparsity=table["sparsity"].map(sparsity_label),
     )
     lines[list(rows)] = lines[list(rows)].astype(object).fillna("")
-    wide = lines.pivot_table(
-        index=list(rows), columns="dimension", values="text", aggfunc="first", sort=False
-    )
-    wide = wide[[o for o in OUTCOMES if o in wide]].fillna("–")
-    return wide.rename(columns=HEADINGS).rename_axis(columns=None).reset_index()
+    return wide_table(lines, rows, OUTCOMES).fillna("–").rename(columns=HEADINGS)
 
 # %% ../../nbs/statistics/07_comparison.ipynb #fa14e5b4
 def save_rows(

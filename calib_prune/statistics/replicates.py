@@ -17,7 +17,7 @@ from typing import Any, Collection, Mapping
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chi2, norm
+from scipy.stats import chi2
 
 from ..calibration.sources import FURTHER, PAPER_SOURCES, SOURCES
 from ..core import DIMENSIONS, CalibPruneError
