@@ -75,6 +75,8 @@ def test_a_guess_keeps_nothing_above_chance():
     }
     assert abs(kept["above-chance"]) < 0.05 and abs(kept["plain"] -
                                                     0.25 / 0.7) < 0.03 and kept["answer-bits"] == 1
+    by_name = retention(dense, guessing, 20, measure="above-chance").retention[0]
+    assert by_name == kept["above-chance"]
     assert difference(dense, dense, guessing, 20, measure=ABOVE_CHANCE).difference[
         0
     ] == pytest.approx(1 - kept["above-chance"])

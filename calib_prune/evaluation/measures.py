@@ -165,8 +165,9 @@ PLAIN = Measure("plain", "Plain ratio",
 MEASURES: dict[str, Measure] = {o.name: o for o in (ANSWER_BITS, ABOVE_CHANCE, PLAIN)}
 
 # %% ../../nbs/evaluation/05_measures.ipynb #46d273d3
-def get_measure(name: str) -> Measure:
-    "A measure by its name, at the edge: presets and the command line."
+def get_measure(name: str | Measure) -> Measure:
+    "A measure by its name, for the edge: presets, the command line and the public functions."
+    if isinstance(name, Measure): return name
     if name not in MEASURES: raise unknown_name("measure", name, MEASURES)
     return MEASURES[name]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from .measures import PLAIN, Measure, at_chance
+from .measures import PLAIN, Measure, at_chance, get_measure
 from .scoring import scores
 from .tasks import TASKS
 from ..resampling import N_BOOT, draws, interval
@@ -231,21 +231,22 @@ def _retention_row(level: str, name: str, values: np.ndarray,  # [1 + n_boot]
 # %% ../../nbs/evaluation/07_retention.ipynb #394f635b
 def retention(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`, same tasks and limit
               n_boot: int = N_BOOT, seed: int = 0,
-              measure: Measure = PLAIN,
+              measure: Measure | str = PLAIN,  # or its name
               count_at_chance: bool = False  # count tasks in which the dense model only guesses?
              # level, name, dimension, retention, ci_low, ci_high, n; fractions, 1 = nothing lost
              ) -> pd.DataFrame:
     """Retention of a pruned model by task, dimension and in total, with paired bootstrap 95 %
     intervals and the number of items that count. `attrs`: those of `left_aside`, the `reasons` of
     what has no number, by name, and the `verdict` in words."""
-    found = retention_draws(dense, pruned, n_boot, seed, measure, count_at_chance)
-    counts = measure.table(dense).groupby("task", sort=False).size()
+    scored_by = get_measure(measure)
+    found = retention_draws(dense, pruned, n_boot, seed, scored_by, count_at_chance)
+    counts = scored_by.table(dense).groupby("task", sort=False).size()
     sizes = {task: int(n) for task, n in counts.items() if ("task", task) in found}
     table = pd.DataFrame([_retention_row(*at, values, sizes) for at, values in found.items()])
-    why = left_out_reasons(dense, measure, count_at_chance)
+    why = left_out_reasons(dense, scored_by, count_at_chance)
     for row in table[table["retention"].notna() & table["ci_low"].isna()].itertuples():
         why[row.name] = _interval_reason(row.level, row.name, sizes)
-    table.attrs = dict(left_aside(dense, measure, count_at_chance), reasons=why,
+    table.attrs = dict(left_aside(dense, scored_by, count_at_chance), reasons=why,
                        verdict=retention_verdict(found, sizes, why))
     return table
 

@@ -56,7 +56,7 @@ from ..style import DIMENSION_COLOURS, MARKERS, difference_colours, make_readabl
 class Correlations:
     "What single sources kept, and how it is correlated with their metrics."
     found: Replicates | None  # measured single sources, and whatever else was pruned
-    table: pd.DataFrame       # from `rank_statistics.correlate`; empty if there is a note
+    table: pd.DataFrame       # from `ranks.correlate`; empty if there is a note
     note: str = ""            # why there is nothing to correlate
 
 # %% ../../nbs/questions/02_correlations.ipynb #6914ac9c
@@ -479,7 +479,7 @@ def heat_map_key(figure: Figure, axes: np.ndarray, tests: int) -> None:
 # %% ../../nbs/questions/02_correlations.ipynb #bb90b42d
 ONE_AXIS = 0.9  # metrics with a larger |ρ| count as one (ours)
 
-def metric_ranks(metrics: pd.DataFrame,  # as in `rank_statistics.correlate`
+def metric_ranks(metrics: pd.DataFrame,  # as in `ranks.correlate`
                  # strategies that calibrate on one source; those not measured are left out
                  sources: list[str]
                 # ρ of metric × metric; metric → why it is left out

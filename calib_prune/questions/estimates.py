@@ -272,7 +272,7 @@ def over_items(values: np.ndarray,      # [1 + B], the first is the estimate
 def correlation(
     name: str, table: pd.DataFrame, metric: str, at: float | str = PAPER.at
 ) -> pd.Series:
-    "The row of `rank_statistics.correlate`, or of `contrasts`, that a check speaks of."
+    "The row of `ranks.correlate`, or of `correlation_contrasts`, that a check speaks of."
     check, method, dimension, *_ = {**CORRELATIONS, **OPPOSITE}[name]
     rows = table[(table["method"] == method) & (table["sparsity"] == at)
                  & (table["metric"] == metric) & (table["dimension"] == dimension)]
@@ -474,7 +474,7 @@ def estimate_without_code(found: Replicates, over: str,  # "default", or "best"
     return Estimate(-value, -high, -low, items, "items", detail)
 
 # %% ../../nbs/questions/07_estimates.ipynb #f0ca9d57
-def range_sentence(ranges: pd.DataFrame,  # from `statistics.spread`
+def range_sentence(ranges: pd.DataFrame,  # from `replicates.spread`
                    name: str              # of `OUTCOMES`
                   ) -> str:
     "The range of an outcome over strategies, and how much of it noise explains."
@@ -620,8 +620,8 @@ def require_interval(name: str, estimate: Estimate) -> Estimate:
     return estimate
 
 # %% ../../nbs/questions/07_estimates.ipynb #092cfb48
-def estimates(found: Replicates,              # from `statistics.strategy_retention`
-              # from `rank_statistics.correlate`, and `contrasts` below; empty without
+def estimates(found: Replicates,              # from `replicates.strategy_retention`
+              # from `ranks.correlate`, and `correlation_contrasts`; empty without
               correlations: pd.DataFrame,
               perplexity: str = "distortion", # the metric that is the calibration perplexity
               complete: bool = True,          # whether the study has been run to its end

@@ -365,7 +365,7 @@ RANGES = [
 
 def range_rows(part: Part) -> pd.DataFrame:  # columns `RANGES`; fractions
     """How far apart the strategies lie in each outcome, in every setting that has two or more: see
-    `statistics.spread`."""
+    `replicates.spread`."""
     many = [at for at in part.found.settings() if len(part.found.where(**at).cells) > 1]
     return stacked([spread(part.found, **at).assign(**at) for at in many], RANGES).reindex(
         columns=RANGES

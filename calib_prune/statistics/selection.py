@@ -237,7 +237,7 @@ def missing_note(part: Part) -> str:  # empty if nothing is missing
     )
 
 # %% ../../nbs/statistics/06_selection.ipynb #fc2598f5
-def drawn_settings(cells: pd.DataFrame  # of `statistics.strategy_retention`
+def drawn_settings(cells: pd.DataFrame  # of `replicates.strategy_retention`
                   ) -> str:
     """The settings whose intervals include draws; where only some sizes of the calibration set do,
     those are named."""
