@@ -229,7 +229,8 @@ def difference_panel(
     "Differences from the baseline with paired intervals, one line per strategy."
     for name, rows in delta.groupby("mix", sort=False):
         look = dict(color=colour_of(kinds[name]), fmt=MARKERS[kinds[name]])
-        error_bars(ax, order.index(name), rows, True, markersize=4.5, linewidth=1.2, **look)
+        at = [order.index(name)] * len(rows)
+        error_bars(ax, at, rows, True, markersize=4.5, linewidth=1.2, **look)
     base = delta["over"].iloc[0]
     if base in order:
         ax.plot(
@@ -321,7 +322,8 @@ def front_panel(ax: Axes, retained: pd.DataFrame,  # of one dimension, one row p
     "Retention of each calibration set in one dimension, with its interval."
     for (name, kind), rows in retained.groupby(["strategy", "source"], sort=False):
         look = dict(color=colour_of(kind), fmt=MARKERS.get(kind, "o"))
-        error_bars(ax, order.index(name), rows, True, markersize=6, linewidth=1.6, **look)
+        at = [order.index(name)] * len(rows)
+        error_bars(ax, at, rows, True, markersize=6, linewidth=1.6, **look)
     ax.set_yticks(range(len(order)), order, fontsize=9)
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.tick_params(axis="x", labelsize=8)

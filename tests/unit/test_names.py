@@ -14,8 +14,8 @@ PAGES = ["README.md", "docs/results.md", "docs/glossary.md",
 # Of computing at large; names of models, benchmarks, formats, makers, files and licences.
 KNOWN = set("""API BF16 BSD CLI CPU CPUs CSV CUDA DAG GB GGUF GPU GPUs HTML HTTP HTTPS ID IDs JSON
 JSONL KB LLM MB MIT NVIDIA OS PDF PNG README RAM SHA SQL SSD SVG TB TSV UI URL UTF XML YAML ZIP NaN
-GiB MiB AMD MMLU ARC GSM MBPP PIQA MATH WX CONTRIBUTING AND NOT TMPDIR LICENSE CHANGELOG LOG MIG PCIe
-TF32 FP16 CI""".split())
+GiB MiB AMD MMLU ARC GSM MBPP PIQA MATH WX CONTRIBUTING AND NOT TMPDIR LICENSE CHANGELOG LOG MIG
+PCIe TF32 FP16 CI""".split())
 ABBREVIATION = re.compile(r"(?<![\w./`-])(?:[A-Z]-)?[A-Z]{2,}(?![\w/`.-]*[a-z_/`])")
 
 
