@@ -1,7 +1,7 @@
 # A study as a graph of papermill runs: text → models → rows; rows, metrics, audits → tables and figures.
 #   snakemake --cores 2 --configfile presets/smoke.yaml --rerun-triggers mtime
 # `calib-prune reproduce --preset smoke` wraps this with progress bars and a lock. Which runs there are: nbs/study/10_plan.
-from calib_prune.study.plan import command, plan, results_of, study_of, targets, write_stamps
+from calib_prune.study.plan import job_command, plan, planned_files, results_of, study_of, write_stamps
 from calib_prune.study.presets import load_preset
 
 CORES = 1 if config.get("cluster") else workflow.cores  # a cluster has no number of its own
@@ -19,7 +19,7 @@ onstart:
 
 rule all:
     input:
-        targets(study),
+        planned_files(study),
 
 
 rule rows:
@@ -44,7 +44,7 @@ for job in plan(study):
             notebook=job.log,
             text=job.log.removesuffix("ipynb") + "log",
         params:
-            run=lambda _, job=job: command(job),  # in a plain string, braces would be wildcards
+            run=lambda _, job=job: job_command(job),  # in a plain string, braces would be wildcards
         priority: job.priority
         retries: job.retries
         threads: job.cores or CORES  # Snakemake lets a run's libraries use this many

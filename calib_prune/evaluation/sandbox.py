@@ -125,7 +125,9 @@ class Jail:
         (secret_r, secret_w), (report_r, report_w) = os.pipe(), os.pipe()
         jail = importlib.util.find_spec("calib_prune.evaluation.jail")
         assert jail and jail.origin
-        script = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](*map(int, sys.argv[2:]))"
+        script = (
+            "import runpy, sys; runpy.run_path(sys.argv[1])['jail_main'](*map(int, sys.argv[2:]))"
+        )
         os.write(secret_w, self.secret)
         self.report = open(report_r, "rb")
         try:

@@ -20,7 +20,7 @@ from calib_prune.pruning.masks import (
     check_hessian,
     check_sparsity,
     check_weight,
-    counted,
+    pruned_weight,
     smallest,
     smallest_of_groups,
 )
@@ -54,7 +54,7 @@ def prune_weight(weight: Tensor,   # [d_out, d_in], any float type; left as it i
     mask = smallest_of_groups(scores, pattern) if pattern else smallest(scores, k)
     lost, dense = energy(weight.float() * mask, hessian), energy(weight.float(), hessian)
     error = max(lost, 0.0) / dense if dense > 0 else 0.0
-    return counted(weight.masked_fill(mask, 0), error=error, dead=int(dead.sum()))
+    return pruned_weight(weight.masked_fill(mask, 0), error=error, dead=int(dead.sum()))
 
 
 def solve(weights: list[Tensor],   # linear maps that share their input

@@ -358,7 +358,7 @@ CHEATS = {  # what would pass without being right
     ),
     "all objects": (
         "import gc\ndef add(a, b):\n    for o in gc.get_objects():\n        if getattr(o,"
-        " '__name__', '') in ('finish', 'main'): o(b'passed')\n    return 0"
+        " '__name__', '') in ('finish', 'jail_main'): o(b'passed')\n    return 0"
     ),
     "a traced run": (
         "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)" + ANSWER
