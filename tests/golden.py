@@ -279,7 +279,7 @@ def renew(stages: list[str]) -> None:
                 " version first (nbs/study/05_keys)."
             )
         anew = not then or then["version"] != version
-        if anew:file["stages"][stage] = dict(version=version, numbers=now)
+        if anew: file["stages"][stage] = dict(version=version, numbers=now)
         else: largest[stage] = found[worst]
         print(
             f"{stage}: version {version}, {'written down' if anew else 'held'}"

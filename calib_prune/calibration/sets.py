@@ -185,7 +185,7 @@ def parse_mix(text: str
     for part in text.split(","):
         name, _, weight = (part.rpartition("=") if "=" in part else (part, "", "1"))
         name = name.strip()
-        try:value = float(weight)
+        try: value = float(weight)
         except ValueError: value = math.nan
         if not name or not (0 < value < math.inf):
             raise CalibPruneError(

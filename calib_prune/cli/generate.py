@@ -161,5 +161,5 @@ def generate_command(
     if finished and not as_json:
         print(f"{path} was finished already by a run that was killed at its end.")
     brief = {k: report[k] for k in ("documents", "tokens", "perplexity", "repeated_4grams")}
-    if as_json:print_json(report | dict(output=str(path)))
+    if as_json: print_json(report | dict(output=str(path)))
     else: show_table([dict(output=str(path), **brief) | {"tokens/s": report["tokens_per_second"]}])

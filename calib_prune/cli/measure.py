@@ -77,7 +77,7 @@ def measure_command(
     with bars(as_json) as progress:
         found = run(cal, tok, net, references, batch_tokens=batch_tokens, progress=progress)
     about = dict(mix=calibration, **cal.record())
-    if as_json:print_json(dict(calibration=about, metrics=json_rows(found)))
+    if as_json: print_json(dict(calibration=about, metrics=json_rows(found)))
     else:
         _show_metrics(found,
                       f"{calibration}: {windows} windows of {length} tokens",

@@ -370,7 +370,7 @@ def snakemake_command(path: Path,  # of the preset
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile",
         str(path), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
-    if profile:command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
+    if profile: command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
     else: command += ["--cores", str(jobs or len(os.sched_getaffinity(0)))]
     if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
     said = dict(

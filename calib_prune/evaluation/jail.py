@@ -264,7 +264,7 @@ def asker(calls: int,   # pipe to the answer, to write
     "A function that asks the answer's process for something."
     lines = open(replies, encoding="utf-8")
     def ask(*what):
-        try:os.write(calls, json.dumps(what).encode() + b"\n")
+        try: os.write(calls, json.dumps(what).encode() + b"\n")
         except BrokenPipeError: raise AnswerEnded from None
         if not (line := lines.readline()).endswith("\n"): raise AnswerEnded
         reply = json.loads(line)

@@ -177,6 +177,6 @@ def one_each(work: Callable[[Any], Any],
     def take_turns(*_: int) -> None:
         for index in indices: results[index] = work(items[index])
     torch.set_num_threads(1)  # for what the work calls
-    try:in_threads(take_turns, n)
+    try: in_threads(take_turns, n)
     finally: torch.set_num_threads(n)
     return results

@@ -55,7 +55,7 @@ def as_dtype(name: str) -> torch.dtype:
 def as_device(name: str) -> torch.device:
     "The torch device for `cpu`, `cuda` or `cuda:1`, checked to exist."
     unknown = lambda: unknown_name("device", name, ["cpu", "cuda", "cuda:0"])
-    try:device = torch.device(name)
+    try: device = torch.device(name)
     except RuntimeError: raise unknown() from None
     if device.type not in ("cpu", "cuda"): raise unknown()
     n_devices = torch.cuda.device_count() if device.type == "cuda" else 0

@@ -17,7 +17,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-import calib_prune
 from ..calibration.oit import METRICS_VERSION
 from ..calibration.sets import CALIBRATION_VERSION
 from ..evaluation.contamination import AUDIT_VERSION
@@ -57,7 +56,7 @@ def cluster_job() -> dict[str, str]:
 def environment() -> dict[str, str]:
     "The libraries and the kind of machine that make a result here."
     return dict(
-        calib_prune=calib_prune.__version__,
+        calib_prune=version("calib-prune"),
         torch=version("torch"),
         transformers=version("transformers"),
         python=platform.python_version(),

@@ -9,6 +9,7 @@ __all__ = ['FORMS', 'REPLICATES', 'LAW_FILE', 'as_shares', 'simplex', 'left_out_
 # %% ../../nbs/statistics/09_mixing_law.ipynb #00c47a99
 import json
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Mapping
@@ -18,7 +19,6 @@ import pandas as pd
 from scipy.stats import norm
 from scipy.stats import t as student
 
-import calib_prune
 from ..core import DIMENSIONS, CalibPruneError, damaged, load_json, unknown_name
 from .effects import estimate
 from .replicates import ADDITIVE
@@ -273,7 +273,7 @@ def fitted_law(path: str | Path | None = None  # default: the law of the package
     `predict` says what a mix keeps,
     `best_mix` which one suits a need. The package's own is of SmolLM2-135M, SparseGPT, 50 %, answer
     bits."""
-    package = Path(calib_prune.__file__).resolve().parent
+    package = Path(str(files("calib_prune"))).resolve()
     places = [Path(path)] if path else [package.parent / LAW_FILE, package / "project" / LAW_FILE]
     found = next((o for o in places if o.is_file()), None)
     if not found:
@@ -291,7 +291,7 @@ def fitted_law(path: str | Path | None = None  # default: the law of the package
         errors=dict,
         wider=list,
     )
-    try:first, root, wider = _read_law(read)
+    try: first, root, wider = _read_law(read)
     except (ValueError, TypeError) as e: raise damaged(found, str(e)) from e
     drawn = (
         first.ravel() + np.random.default_rng(0).standard_normal((REPLICATES, first.size)) @ root

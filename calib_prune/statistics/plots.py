@@ -102,7 +102,7 @@ def figure_of(draw: Callable[..., Figure], table: pd.DataFrame, note: str,
 # %% ../../nbs/statistics/06_plots.ipynb #103fc5c2
 def method_label(method: str) -> str:
     "The name of a method in tables and figures."
-    try:return read_recipe(method).label
+    try: return read_recipe(method).label
     except CalibPruneError: return method
 
 # %% ../../nbs/statistics/06_plots.ipynb #7f152bbc

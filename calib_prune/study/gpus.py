@@ -25,7 +25,7 @@ def claim(names: list[str],                 # of the GPUs
     "Claim one of several GPUs that no other run of this user has claimed."
     for i, name in enumerate(names):
         lock = Path(folder or gettempdir()) / f"calib-prune-gpu-{os.getuid()}-{name}.lock"
-        try:_held.enter_context(only_run(lock, f"GPU {name}"))
+        try: _held.enter_context(only_run(lock, f"GPU {name}"))
         except Busy: continue
         return i
     raise CalibPruneError(

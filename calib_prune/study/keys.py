@@ -318,7 +318,7 @@ def unfinished_texts(preset: dict[str, Any],
             continue
         path = Path(folder) / "generated" / Path(cell.mix).name
         report = path.with_suffix(".report.json")
-        if not (path.is_file() and report.is_file()):found[cell.mix] = MISSING
+        if not (path.is_file() and report.is_file()): found[cell.mix] = MISSING
         else:
             found[cell.mix] = _why_left(
                 load_json(report).get("key"), text_key(preset, cell.strategy, cell.seed))
@@ -357,7 +357,7 @@ def unfinished_metrics(preset: dict[str, Any], folder: str | Path
             mix_of(preset, name, seed) for seed in seeds_of(preset, name)
         ]
         before = found["own text"] or next((texts[o] for o in mixes if o in texts), "")
-        if not path.is_file():found[name] = MISSING
+        if not path.is_file(): found[name] = MISSING
         elif before:found[name] = f"of a text to be written: {before}"
         else: found[name] = _why_left(load_json(path).get("key"), metrics_key(preset, name, own))
     return {k: why for k, why in found.items() if why}

@@ -119,7 +119,7 @@ def read_metrics(
     found = []
     for name in preset["strategies"]:
         path = Path(folder) / "metrics" / f"{name}.json"
-        if path.is_file():found.append(load_json(path, rows=list, sources=list))
+        if path.is_file(): found.append(load_json(path, rows=list, sources=list))
         elif not partial:
             raise CalibPruneError(
                 f"No metrics {path}: the calibration sets of {name!r} have not been measured.")

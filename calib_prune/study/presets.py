@@ -316,7 +316,7 @@ def load_preset(path: str | Path) -> dict[str, Any]:
             "A preset is a YAML file.",
         )
     preset = _extended(path)
-    try:PresetForm.model_validate(preset)
+    try: PresetForm.model_validate(preset)
     except ValidationError as e:
         raise CalibPruneError(f"Preset {path} is wrong:\n  {_wrong(e.errors())}") from e
     except RecursionError as e:

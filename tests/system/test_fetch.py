@@ -770,7 +770,7 @@ def test_humaneval_reads_its_own_wheel(tmp_path):
 @pytest.mark.real
 def test_real_qwen_is_the_makers_file():
     "Only where somebody asked for it."
-    try:folder = cached("models", "qwen2.5-coder-0.5b")
+    try: folder = cached("models", "qwen2.5-coder-0.5b")
     except CalibPruneError: pytest.skip("not fetched")
     config = json.loads((folder / "config.json").read_text())
     assert [

@@ -163,7 +163,7 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_nothing_that_is_believed(
         if next(left, None) is None: raise KeyboardInterrupt
         unlink(self, **how)
     monkeypatch.setattr(Path, "unlink", dying)
-    try:remove_checkpoint(tmp_path / "cp")
+    try: remove_checkpoint(tmp_path / "cp")
     except KeyboardInterrupt: pass
     monkeypatch.undo()
     model = tiny_llama(num_hidden_layers=3)

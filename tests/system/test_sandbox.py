@@ -303,7 +303,7 @@ def filter_says(machine, number, *args, arch=None):
         code, yes, no, value = program[at]
         at += 1
         if code == 6: return value
-        if code == 0x20:held = struct.unpack_from("I", data, value)[0]
+        if code == 0x20: held = struct.unpack_from("I", data, value)[0]
         elif code == 0x54:held &= value
         elif code in (0x15, 0x25):
             at += yes if (held == value if code == 0x15 else held > value) else no

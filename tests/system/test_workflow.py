@@ -154,8 +154,8 @@ def test_power_cuts_change_nothing(checkout):
     rng = random.Random(0)
     for _ in range(5):
         process = start(checkout, "--", "rows")
-        try:process.communicate(timeout=rng.uniform(3, 12))
-        except subprocess.TimeoutExpired:kill(process)
+        try: process.communicate(timeout=rng.uniform(3, 12))
+        except subprocess.TimeoutExpired: kill(process)
         # it had finished: begin again, to be cut off again
         else: shutil.rmtree(checkout / "results/tiny")
         now = comparable(cells(checkout))

@@ -76,7 +76,7 @@ def half_written(folder: Path, but: str = r"$^") -> str:
     "What is not whole under a final name; empty if all is. Models must load."
     for path in files(folder):
         if re.search(but, str(path.relative_to(folder))): continue
-        try:read(path)
+        try: read(path)
         except Exception as e: return f"{path.relative_to(folder)} is half-written: {e!r}"
     models = {
         o.parent
@@ -90,7 +90,7 @@ def half_written(folder: Path, but: str = r"$^") -> str:
         if PART in names and "config.json" not in names: continue
         if RECORD_FILE not in names and PART not in names:
             return f"{model.relative_to(folder)} is a part of a model: {names}"
-        try:load_model(str(model))
+        try: load_model(str(model))
         except Exception as e: return f"{model.relative_to(folder)} does not load: {e}"
     return ""
 

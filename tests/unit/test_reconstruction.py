@@ -135,7 +135,7 @@ def test_what_float16_cannot_hold_does_not_come_back(monkeypatch):
     layer.half()
     def far(layer, weights, *rest):
         tried.append(rest[-1])
-        if len(tried) == 1:weights[2].data[weights[2] != 0] = 1e6
+        if len(tried) == 1: weights[2].data[weights[2] != 0] = 1e6
         else: train(layer, weights, *rest)
         return True
     monkeypatch.setattr(reconstruction, "_train", far)
