@@ -513,7 +513,7 @@ def test_variants_are_judged_together():
     assert "`igsp-0` is higher in total" in steps_that_show(
         table.assign(all_low=table.all_low.where(table.strategy != "igsp-0", 0.001)), "igsp"
     )
-    assert "cannot be told" in steps_that_show(table.assign(all_low=np.nan), "igsp")
+    assert "cannot be judged" in steps_that_show(table.assign(all_low=np.nan), "igsp")
     assert ablation_rows(whole(), part(keep=lambda o: o == "dense"), pd.DataFrame()).empty
 
 

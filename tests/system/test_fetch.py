@@ -574,7 +574,7 @@ fetch.HUB_SECONDS = 0.5
 said = {}
 for name in ("toy.gguf", "gone.gguf", "slow.gguf"):
     start = time.time()
-    try: found = fetch.from_hub(fetch.HubFile("x", "makers/toy", "c0ffee", name, "", 0, ()), Path(sys.argv[1])).read_text()
+    try: found = fetch.download_hub_file(fetch.HubFile("x", "makers/toy", "c0ffee", name, "", 0, ()), Path(sys.argv[1])).read_text()
     except Exception as e: found = type(e).__name__
     said[name] = found, time.time() - start
 print(json.dumps(said))
