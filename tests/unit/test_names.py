@@ -3,11 +3,11 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 PAGES = ["README.md", "docs/results.md", "docs/glossary.md",
          *(page.relative_to(ROOT).as_posix() for page in sorted(ROOT.glob("docs/questions/*.md"))),
          *(page.relative_to(ROOT).as_posix() for page in sorted(ROOT.glob("docs/howto/*.md")))]

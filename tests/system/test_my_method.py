@@ -3,17 +3,15 @@ import runpy
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from calib_prune.pruning import methods
 from calib_prune.pruning.wanda import magnitude
+from tests import ROOT
 
-FILE = Path(__file__).resolve().parent
-while not (FILE / "docs").is_dir(): FILE = FILE.parent
-FILE = FILE / "docs/howto/my_method.py"
+FILE = ROOT / "docs/howto/my_method.py"
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 "Captions: three short fields, below every table and figure."
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -10,8 +9,8 @@ from calib_prune.statistics.tables import MOST_WORDS, caption_text, caption_word
 from calib_prune.study.artefacts import ARTEFACTS
 from calib_prune.study.presets import load_preset
 from calib_prune.study.results import save_cell
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TITLE_WORDS = 12  # of a table or figure (style of the project)
 
 
