@@ -333,8 +333,8 @@ def reproduce(
     profile: Annotated[Optional[str], typer.Option(
         help="Run on a cluster: `slurm`, or the folder of a Snakemake profile (see docs/howto/run-on-slurm).")] = None,
 ) -> None:
-    """Run a whole study and make its tables and figures. Arguments after `--` are passed to Snakemake; a file there is made alone, for
-    example `--tables-only -- figures/default/T3-correlations.csv`."""
+    """Run a whole study and make its tables and figures. Arguments after `--` are passed to Snakemake; a file there is made
+    alone, for example `--tables-only -- figures/default/T3-correlations.csv`."""
     from calib_prune.study.presets import cells
     check_number("--jobs", jobs, 0, 2**20, whole=True)
     path, study, results = _study_of(preset)
