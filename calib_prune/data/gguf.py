@@ -207,7 +207,7 @@ def _check_complete(path: Path, head: Head, model: PreTrainedModel, missing: set
 @contextmanager
 def alone(path: Path  # a GGUF file
          ) -> Iterator[dict[str, Any]]:  # arguments of `from_pretrained`
-    "Read a GGUF file without the files beside it."
+    "Read a GGUF file without the other files in its folder."
     with temporary_folder() as folder:
         Path(folder, path.name).symlink_to(path.resolve())
         yield dict(pretrained_model_name_or_path=folder, gguf_file=path.name,

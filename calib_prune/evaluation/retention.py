@@ -231,7 +231,7 @@ def difference(dense: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame,  # three m
                n_boot: int = N_BOOT, seed: int = 0, measure: str = "plain",
                count_at_chance: bool = False  # count tasks in which the dense model only guesses?
               ) -> pd.DataFrame:  # level, name, difference, ci_low, ci_high; fractions of the dense model's scores
-    "How much higher the retention of `a` is than that of `b`, with paired bootstrap 95 % intervals; `attrs`: `left_aside`."
+    "Retention of `a` minus retention of `b`, with paired bootstrap 95 % intervals; `attrs`: `left_aside`."
     x, y = (retention_draws(dense, items, n_boot, seed, measure, count_at_chance) for items in (a, b))
     table = pd.DataFrame([_difference_row(*at, x[at] - y[at]) for at in x])
     table.attrs = left_aside(dense, measure, count_at_chance)

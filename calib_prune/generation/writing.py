@@ -267,7 +267,7 @@ def report_of(path: Path) -> Path:
     return path.with_suffix(".report.json")
 
 def journal_of(path: Path) -> Path:
-    "Where the finished texts of an interrupted run lie."
+    "The file with the finished texts of an interrupted run."
     return path.with_name(f"{path.name}.partial")
 
 # %% ../../nbs/4_generation/02_writing.ipynb #c0f1a7a1

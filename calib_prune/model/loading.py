@@ -286,14 +286,14 @@ def model_revision(name: str,                    # as given to `load_model`
 # %% ../../nbs/2_model/08_loading.ipynb #8dcd8d00
 RECORD = "calib_prune.json"  # the file in a saved model's folder that says how it was made
 PART = ".calib_prune.part"   # the file that marks a part folder as ours; in an output folder, it names what is being moved there
-ROOM = 128                   # bytes of a path that are left for the names of files in a folder
+ROOM = 128                   # bytes of a path that the names of files in a folder need
 
 def check_place(folder: Path,
                 what: str,        # as an error calls it: "Output"
-                beside: str = ""  # the longest name that is made beside the folder
+                sibling: str = ""  # the longest name of a file or folder made next to the folder
                ) -> None:
     "Refuse a folder that cannot be made or filled. Call it before any work."
-    size = len(os.fsencode(beside))
+    size = len(os.fsencode(sibling))
     if size > NAME_BYTES or len(os.fsencode(folder.absolute())) + size + ROOM > PATH_BYTES:
         raise CalibPruneError(f"{what} {str(folder)[:60]}… cannot be made: with the files that are made for it, its name is too "
                               "long. Choose a shorter name.")
@@ -319,7 +319,7 @@ def check_output(folder: str | Path) -> Path:
     mine = {f".{folder.name}.lock", f".{folder.name}.part", PART} | _moving(folder)
     if folder.exists() and (not folder.is_dir() or {o.name for o in folder.iterdir()} - mine):
         raise CalibPruneError(f"Output {folder} exists and is not empty: choose a new folder, or remove it first.")
-    check_place(folder, "Output", beside=f".{folder.name}.part")
+    check_place(folder, "Output", sibling=f".{folder.name}.part")
     return folder
 
 # %% ../../nbs/2_model/08_loading.ipynb #46538bab
@@ -432,7 +432,7 @@ def own_record(folder: str | Path) -> dict[str, Any] | None:
 
 @contextmanager
 def finished_output(folder: str | Path) -> Iterator[None]:
-    "Hold a folder with a whole model; at the end, remove what the run that made it left beside the model."
+    "Hold a folder with a whole model; at the end, remove the remnants of the run that made the model."
     folder = as_path(folder, "an output folder").absolute()
     places = [o for o in (folder.parent, folder) if os.access(o, os.W_OK)]
     with ExitStack() as held:
