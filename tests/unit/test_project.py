@@ -82,7 +82,7 @@ UNNUMBERED = {ROOT / "nbs/paper", ROOT / "nbs/pages"}
 def test_notebooks_are_numbered_without_gaps():
     "In every folder from 01 on, each number once. Papermill and the site order the others."
     for folder in sorted({p.parent for p in ROOT.glob("nbs/*/*.ipynb")} - UNNUMBERED):
-        numbers = sorted(p.name[:2] for p in folder.glob("*.ipynb"))
+        numbers = sorted(p.name[:2] for p in folder.glob("[0-9][0-9]_*.ipynb"))
         assert numbers == [f"{i:02}" for i in range(1, len(numbers) + 1)], folder.name
 
 
