@@ -429,7 +429,8 @@ def add_question_page(page: str, gallery: list[str]) -> None:
     links = [f"[{study_title(o[8:-6])}](../../{o}.md)" for o in [*first, *others]]
     text = (SOURCE / f"{page}.md").read_text()
     more = f"**Tables and figures**: {' · '.join(links)}"
-    write(f"{page}.md", f"{text}\n{more}\n\n{toctree([f'/{o}' for o in first], hidden='', maxdepth='1')}")
+    tree = toctree([f"/{o}" for o in first], hidden="", maxdepth="1")
+    write(f"{page}.md", f"{text}\n{more}\n\n{tree}")
 
 
 def by_question(gallery: list[str]) -> list[str]:
