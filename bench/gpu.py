@@ -227,17 +227,17 @@ def main(argv: list[str] | None = None) -> int:
             f"shape {wrong[0]!r} is not d_out x d_in with d_in a multiple of {PATTERN[1]}, such as"
             " 4096x14336"
         )
-    name = torch.cuda.get_device_name(
-    ) if args.device == "cuda" else f"{platform.machine()} interpreter"
+    on_cpu = f"{platform.machine()} interpreter"
+    name = torch.cuda.get_device_name() if args.device == "cuda" else on_cpu
     rows = [measure(shape, args.device, args.block, args.repeats) for shape in args.shapes]
     result = {
         "device": name, "torch": torch.__version__.split("+")[0],
         "triton": kernels.triton.__version__, "block": args.block, "sparsity": SPARSITY,
-        "pattern": "{}:{}".format(*PATTERN), "repeats": args.repeats, "passed": all(
-            c["passed"] for row in rows for c in row["checks"].values()), "shapes": rows}
-    out = args.out or Path(
-        __file__
-    ).parent / "results" / f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+        "pattern": "{}:{}".format(*PATTERN), "repeats": args.repeats,
+        "passed": all(c["passed"] for row in rows for c in row["checks"].values()),
+        "shapes": rows}
+    file = f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    out = args.out or Path(__file__).parent / "results" / file
     write_atomic(out, json.dumps(result, indent=1) + "\n")
     show(result)
     print(f"\n{'All checks passed.' if result['passed'] else 'A check FAILED.'} Written to {out}")

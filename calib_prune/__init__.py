@@ -1,4 +1,7 @@
-"""Which ability does your calibration data cost you? The names most users need; each is imported when it is first used."""
+"""Which ability does your calibration data cost you?
+
+The names most users need; each is imported when it is first used.
+"""
 import os
 import sys
 from importlib import import_module
@@ -18,18 +21,29 @@ if TYPE_CHECKING:
     from .pruning.walk import prune
     from .statistics.mixing_law import fitted_law
 
-# torch's threads wait for each other by spinning, by default for milliseconds. Beside a busy process, or beside our own threads,
-# they then hold the cores that the others need. 10,000 rounds are some 0.1 ms (ours, by measurement).
+# torch's threads wait for each other by spinning, by default for milliseconds. Next to a busy
+# process, or to our own threads, they hold cores that the others need. 10,000 rounds are about
+# 0.1 ms (ours, by measurement).
 # torch reads this when it is loaded: import this package first, or set the variable yourself.
-if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ: os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # torch and lm-eval take seconds to import, and `calib-prune --help` needs neither.
-_PUBLIC = {"load_model": "model.loading", "build_calibration": "calibration.sets", "measure": "calibration.oit",
-           "generate": "generation.igsp", "prune": "pruning.walk", "evaluate": "evaluation.scoring",
-           "retention": "evaluation.retention", "fitted_law": "statistics.mixing_law",
-           "prune_model": "pipeline.prune", "evaluate_model": "pipeline.evaluate"}
-__all__ = ["build_calibration", "evaluate", "evaluate_model", "fitted_law", "generate", "load_model", "measure", "prune",
-           "prune_model", "retention"]
+_PUBLIC = {
+    "load_model": "model.loading",
+    "build_calibration": "calibration.sets",
+    "measure": "calibration.oit",
+    "generate": "generation.igsp",
+    "prune": "pruning.walk",
+    "evaluate": "evaluation.scoring",
+    "retention": "evaluation.retention",
+    "fitted_law": "statistics.mixing_law",
+    "prune_model": "pipeline.prune",
+    "evaluate_model": "pipeline.evaluate",
+}
+__all__ = [
+    "build_calibration", "evaluate", "evaluate_model", "fitted_law", "generate", "load_model",
+    "measure", "prune", "prune_model", "retention"]
 
 
 def __getattr__(name: str) -> Any:

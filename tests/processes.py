@@ -10,7 +10,7 @@ import pytest
 from calib_prune.cli.app import main
 
 COMMAND = "from calib_prune.cli.app import main; main()"
-LIMIT = 1800  # s; more than a slow or busy machine needs: what takes longer hangs
+LIMIT = 600  # s; more than a slow or busy machine needs: what takes longer hangs
 
 
 def start(*words, program=COMMAND, python=sys.executable, cwd=None, session=False, **env):

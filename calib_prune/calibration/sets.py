@@ -216,8 +216,8 @@ class CalibrationSet:
 
     @property
     def groups(self) -> list[str]:
-        """What each window stands for: the dimension of its source, or the source itself if it is
-        your own text."""
+        """The group of each window: the dimension of its source, or the source itself for your own
+        text."""
         dimensions = {source: get_source(source).dimension for source in self.sources}
         own = {source: source for source, dimension in dimensions.items()
                if dimension not in DIMENSIONS}

@@ -390,7 +390,7 @@ def enough_memory(path: str | Path) -> Iterator[None]:
     try: yield
     except MemoryError as e:
         raise CalibPruneError(
-            f"There is not enough memory to read {path} ({str(e) or 'none is left'}). The file may"
+            f"There is not enough memory to read {path} ({str(e) or 'out of memory'}). The file may"
             " be whole. Divide its long records, or use a machine with more memory.") from e
 
 # %% ../../nbs/calibration/02_sources.ipynb #c4e08e67

@@ -66,8 +66,8 @@ def left_by_generate(output: str) -> str:
     path = check_target(output, replace=True)
     if n := texts_in(journal_of(path)):
         return (
-            f"{n} finished texts are kept in {journal_of(path)}; the same command goes on from"
-            " them."
+            f"{n} finished texts are in {journal_of(path)}; the same command continues with"
+            " the next text."
         )
     if path.exists(): return f"{path} was left as it is."
     return "Nothing was written, as no text was finished; run the same command again."
@@ -80,7 +80,7 @@ def generate_command(
     output: Annotated[
         str,
         typer.Option(
-            help="File to write, NAME.jsonl; a report is written beside it, NAME.report.json."
+            help="File to write, NAME.jsonl; the report is NAME.report.json in the same folder."
         ),
     ],
     protocol: Annotated[str, typer.Option(help="`igsp`, `self-cal` or `sgs`.")] = "igsp",

@@ -20,14 +20,14 @@ def left_by_prune(output: str, checkpoint: str | None) -> str:
     from calib_prune.model.loading import RECORD_FILE
     from calib_prune.pruning.checkpoint import layers_in
     if (Path(output).expanduser() / RECORD_FILE).is_file():
-        return f"{output} holds a whole model, and was left as it is."
+        return f"{output} already holds a complete model and is unchanged."
     if checkpoint is None:
         return "Nothing was written. With --checkpoint FOLDER, an interrupted run can go on."
     n = layers_in(checkpoint)
     if not n: return "Nothing was written, as no layer was finished; run the same command again."
     return (
-        f"No model was written. {n} finished layers are kept in {checkpoint}; the same command goes"
-        f" on from layer {n}."
+        f"No model was written. {checkpoint} holds {n} finished layers; the same command continues"
+        f" at layer {n}."
     )
 
 # %% ../../nbs/cli/04_prune.ipynb #42c02350
@@ -101,7 +101,7 @@ def prune_command(
     allocation: Annotated[
         str,
         typer.Option(
-            help="Of the sparsity over layers: `uniform`, or `owl`: less where outliers " "are."
+            help="Of the sparsity over layers: `uniform`, or `owl`: less where outliers are."
         ),
     ] = "uniform",
     refine: Annotated[

@@ -172,7 +172,7 @@ def failure_report(log: Path  # Snakemake's
             f" log: {log}"
         )
     lines = [
-        f"These did not finish: {', '.join(o.stem for o in found)}. Everything else is kept.{room}"
+        f"These did not finish: {', '.join(o.stem for o in found)}. Finished files are kept.{room}"
         f" Snakemake's log: {log}"
     ]
     for notebook in found:
@@ -351,7 +351,7 @@ def _study_of(preset: str) -> tuple[Path, dict[str, Any], Path]:
 # %% ../../nbs/cli/08_reproduce.ipynb #56955b39
 def table_file(study: dict[str, Any], name: str  # such as T3, or T3-correlations
               ) -> str:
-    "The file of a study that stands for a table or figure, to have it made alone."
+    "The file of a table or figure, for a run that makes this file alone."
     from calib_prune.study.artefacts import made_by
     known = made_by(study["tables"])
     for o in known:

@@ -28,20 +28,28 @@ from ..statistics.tables import interval_text, listed
 
 # %% ../../nbs/questions/05_estimates.ipynb #79c8af61
 CLAIMS = {  # id → (claim, where it stands)
-    "C1": ("General retention rises with the perplexity of calibration text.",
-           "abstract; per method: quotation"),
+    "C1": (
+        "General retention rises with the perplexity of calibration text.",
+        "abstract; per method: quotation",
+    ),
     "C2": ("Math retention falls with the perplexity of calibration text.", "abstract; quotation"),
     "C3": ("Code retention falls with the perplexity of calibration text.", "abstract; quotation"),
-    "C4": ("The correlations of C1 to C3 have p < 0.05 each.",
-           "abstract"), "C5": ("No single source keeps every dimension.", "quotation"),
-    "C6": ("A uniform mix keeps more in total than the best single source, and that more than C4.",
-           "abstract"), "C7": ("IGSP keeps more in total than Self-Cal and than SGS.", "abstract"),
+    "C4": ("The correlations of C1 to C3 have p < 0.05 each.", "abstract"),
+    "C5": ("No single source keeps every dimension.", "quotation"),
+    "C6": (
+        "A uniform mix keeps more in total than the best single source, and that more than C4.",
+        "abstract",
+    ),
+    "C7": ("IGSP keeps more in total than Self-Cal and than SGS.", "abstract"),
     "C8": ("Averaged commonsense accuracy hides how far strategies differ in Code.", "quotation"),
-    "C9": ("The margin of the mix over C4 grows with sparsity.", "quotation"), "O1": (
+    "C9": ("The margin of the mix over C4 grows with sparsity.", "quotation"),
+    "O1": (
         "General rises with perplexity where Code and Math fall: the opposite signs, as one test.",
-        "ours"),
-    "O2": ("They are opposite among prose sources and among code-and-math sources, too.",
-           "ours"), "O3": ("The mix keeps most in total also without Code.", "ours")}
+        "ours",
+    ),
+    "O2": ("They are opposite among prose sources and among code-and-math sources, too.", "ours"),
+    "O3": ("The mix keeps most in total also without Code.", "ours"),
+}
 
 # %% ../../nbs/questions/05_estimates.ipynb #f3090606
 @dataclass(frozen=True)
@@ -98,14 +106,31 @@ CORRELATIONS = {
 _RHO = "ρ(perplexity, General) − ρ(perplexity, {})"
 _CODE, _MATH = _RHO.format("Code"), _RHO.format("Math")
 OPPOSITE = {
-    "O1 code": (Check("O1", f"{_CODE}, SparseGPT {{at}}", 1.14, 1, "ρ",
-                      True), "sparsegpt", "General − Code", False), "O1 math": (Check(
-                          "O1", f"{_MATH}, Wanda {{at}}", 1.24, 1, "ρ",
-                          True), "wanda", "General − Math", False), "O2 code": (Check(
-                              "O2", f"{_CODE} within registers, SparseGPT {{at}}", None, 1,
-                              "ρ"), "sparsegpt", "General − Code", True), "O2 math": (Check(
-                                  "O2", f"{_MATH} within registers, Wanda {{at}}", None, 1,
-                                  "ρ"), "wanda", "General − Math", True)}
+    "O1 code": (
+        Check("O1", f"{_CODE}, SparseGPT {{at}}", 1.14, 1, "ρ", True),
+        "sparsegpt",
+        "General − Code",
+        False,
+    ),
+    "O1 math": (
+        Check("O1", f"{_MATH}, Wanda {{at}}", 1.24, 1, "ρ", True),
+        "wanda",
+        "General − Math",
+        False,
+    ),
+    "O2 code": (
+        Check("O2", f"{_CODE} within registers, SparseGPT {{at}}", None, 1, "ρ"),
+        "sparsegpt",
+        "General − Code",
+        True,
+    ),
+    "O2 math": (
+        Check("O2", f"{_MATH} within registers, Wanda {{at}}", None, 1, "ρ"),
+        "wanda",
+        "General − Math",
+        True,
+    ),
+}
 
 # %% ../../nbs/questions/05_estimates.ipynb #2228e752
 CHECKS: dict[str, Check] = {
@@ -577,13 +602,21 @@ def estimate_growth(found: Replicates, levels: Levels = PAPER) -> Estimate:
 ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     **{
         name: lambda found, levels, table, metric, name=name: estimate_correlation(
-            name, table, metric, levels.at) for name in CORRELATIONS}, "C4": lambda found, levels,
-    table, metric: estimate_significant("p", table, metric, levels),
+            name, table, metric, levels.at
+        )
+        for name in CORRELATIONS
+    },
+    "C4": lambda found, levels, table, metric: estimate_significant("p", table, metric, levels),
     "C4 corrected": lambda found, levels, table, metric: estimate_significant(
-        "q", table, metric, levels),
-    "C5": lambda found, levels, *_: estimate_versatile(found, levels.at), "C5 c4": lambda found,
-    levels, *_: estimate_contrast(found, "default", "General", "Code", levels.at), "C5 math": lambda
-    found, levels, *_: estimate_contrast(found, "math", "Math", "General", levels.at),
+        "q", table, metric, levels
+    ),
+    "C5": lambda found, levels, *_: estimate_versatile(found, levels.at),
+    "C5 c4": lambda found, levels, *_: estimate_contrast(
+        found, "default", "General", "Code", levels.at
+    ),
+    "C5 math": lambda found, levels, *_: estimate_contrast(
+        found, "math", "Math", "General", levels.at
+    ),
     "C6": lambda found, levels, *_: estimate_best(found, "mix", -1, levels.at),
     "C6 c4": lambda found, levels, *_: estimate_margin(found, "mix", "default", levels.at),
     "C6 single": lambda found, levels, *_: estimate_best(found, "default", 1, levels.at),
@@ -593,11 +626,16 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     "C8": lambda found, levels, *_: estimate_hidden(found, "Accuracy", levels.at),
     "C8 same unit": lambda found, levels, *_: estimate_hidden(found, "Commonsense", levels.at),
     "C9 low": lambda found, levels, *_: estimate_low(found, levels),
-    "C9": lambda found, levels, *_: estimate_growth(found, levels), **{
+    "C9": lambda found, levels, *_: estimate_growth(found, levels),
+    **{
         name: lambda found, levels, table, metric, name=name: estimate_opposite(
-            name, table, metric, levels.at) for name in OPPOSITE}, "O3 c4": lambda found, levels, *
-    _: estimate_without_code(found, "default", levels.at),
-    "O3 best": lambda found, levels, *_: estimate_without_code(found, "best", levels.at)}
+            name, table, metric, levels.at
+        )
+        for name in OPPOSITE
+    },
+    "O3 c4": lambda found, levels, *_: estimate_without_code(found, "default", levels.at),
+    "O3 best": lambda found, levels, *_: estimate_without_code(found, "best", levels.at),
+}
 
 # %% ../../nbs/questions/05_estimates.ipynb #d41d1ee4
 def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:

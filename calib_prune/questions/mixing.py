@@ -99,9 +99,12 @@ def errors(rows: pd.DataFrame  # from `mix_rows`
 # %% ../../nbs/questions/11_mixing.ipynb #c6afb908
 ALIKE = dict.fromkeys(DIMENSIONS, 0.25)
 NEEDS: dict[str, Mapping[str, float]] = {
-    "all alike": ALIKE, "the worst dimension": dict(worst=1),
-    "all alike, and the worst": ALIKE | dict(worst=1), "Code and Math": dict(
-        Code=0.5, Math=0.5), "General and Commonsense": dict(General=0.5, Commonsense=0.5)}
+    "all alike": ALIKE,
+    "the worst dimension": dict(worst=1),
+    "all alike, and the worst": ALIKE | dict(worst=1),
+    "Code and Math": dict(Code=0.5, Math=0.5),
+    "General and Commonsense": dict(General=0.5, Commonsense=0.5),
+}
 
 def best_rows(law: Law) -> pd.DataFrame:  # need, then the columns of `mixing_law.best_mix`
     "The best mix for a few needs."

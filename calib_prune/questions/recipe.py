@@ -149,10 +149,9 @@ def recipe_rows(preset: dict[str, Any], found: Replicates, base: Recipe
 def worst_note(rows: pd.DataFrame  # from `recipe_rows`
                ) -> str:
     "Which dimension is the worst one."
-    kept = rows[rows["outcome"].isin(DIMENSIONS)]
-    lowest = kept.loc[kept.groupby("recipe", sort=False)["value"].idxmin()].set_index("recipe")[
-        "outcome"
-    ]
+    retention = rows[rows["outcome"].isin(DIMENSIONS)]
+    lowest_rows = retention.groupby("recipe", sort=False)["value"].idxmin()
+    lowest = retention.loc[lowest_rows].set_index("recipe")["outcome"]
     if not len(lowest): return ""
     usual = lowest.mode()[0]
     others = [f"{name} of {recipe}" for recipe, name in lowest[lowest != usual].items()]

@@ -226,8 +226,11 @@ def definitions_text(summary: pd.DataFrame) -> str:
     for o in summary.drop_duplicates("metric").itertuples():
         m = METRICS[o.metric.partition(":")[0]]
         rows.append({
-            "metric": metric_label(o.metric), "in the theory": m.form, "here": m.formula.replace(
-                "|", r"\|"), "unit": o.unit,
+            "metric": metric_label(o.metric),
+            "in the theory": m.form,
+            "here": m.formula.replace("|", r"\|"),
+            "unit": o.unit,
             "range": "" if math.isnan(m.low) else f"{bound(m.low)} to {bound(m.high)}",
-            "why": m.why, "note": o.note or ""})
+            "why": m.why,
+            "note": o.note or ""})
     return pd.DataFrame(rows).to_markdown(index=False)

@@ -124,8 +124,8 @@ def write_stamps(study: Study) -> None:
         for name, why in left.items():
             stamp = Path(stamp_file(study, kind, name))
             result = Path(result_file(study, kind, name))
-            older = stamp.is_file() and result.is_file() and stamp.stat().st_mtime <= result.stat(
-            ).st_mtime
+            times = [path.stat().st_mtime for path in (stamp, result) if path.is_file()]
+            older = len(times) == 2 and times[0] <= times[1]
             if older or not stamp.is_file() or stamp.read_text() != why: write_atomic(stamp, why)
 
 # %% ../../nbs/study/10_plan.ipynb #06eaa59c

@@ -198,9 +198,8 @@ def test_what_is_measured_is_known_by_what_it_does(tmp_path, monkeypatch):
 
 def test_what_is_measured_is_there():
     for measured, stages in ((run.MEASURED, run.STAGES), (writing.MEASURED, writing.STAGES)):
-        assert all((run.ROOT / o).is_file() for o in measured) and run.state_of(measured, stages)[
-            "versions"
-        ].keys() == set(stages)
+        assert all((run.ROOT / path).is_file() for path in measured)
+        assert run.state_of(measured, stages)["versions"].keys() == set(stages)
     assert {"calib_prune/kernels/tiles.py", "calib_prune/pruning/walk.py", "bench/run.py"} <= set(
         run.MEASURED
     )

@@ -591,9 +591,8 @@ def test_colours_show_the_difference_from_c4_and_not_the_level_of_a_column():
     shown = np.asarray(ax.collections[0].get_array()).reshape(len(KEPT), -1)
     names = [o.get_text() for o in ax.get_yticklabels()]
     assert (shown[names.index("c4")] == 0).all()
-    expected = delta.query("method == 'sparsegpt' and mix == 'math' and dimension == 'Math'")[
-        "value"
-    ].item()
+    math = delta.query("method == 'sparsegpt' and mix == 'math' and dimension == 'Math'")
+    expected = math["value"].item()
     assert np.isclose(shown[names.index("math"), 3], 100 * expected)
 
 

@@ -165,6 +165,6 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     assert "No space" not in cli.failure_report(log)
     monkeypatch.setattr("shutil.disk_usage", lambda o: type("usage", (), dict(free=1000)))
     assert (
-        f"a. Everything else is kept. No space left on the disk of {tmp_path}"
+        f"a. Finished files are kept. No space left on the disk of {tmp_path}"
         in cli.failure_report(log)
     )

@@ -489,11 +489,11 @@ def interrupted(monkeypatch, where, layers=None):
     ("prune", "calib_prune.pruning.walk.prune_layer", ["--output", "out", "--checkpoint", "cp"],
      "no layer was finished; run the same command again"),
     ("prune", 2, ["--output", "out", "--checkpoint", "cp"
-                  ], "2 finished layers are kept in cp; the same command goes on from layer 2."),
+                  ], "cp holds 2 finished layers; the same command continues at layer 2."),
     ("generate", "calib_prune.generation.writing.decode", [
         "--output", "own.jsonl"], "Nothing was written, as no text was finished"),
     ("generate", "calib_prune.generation.writing.write", ["--output", "own.jsonl"],
-     "finished texts are kept in own.jsonl.partial; the same command goes on from them."),
+     "finished texts are in own.jsonl.partial; the same command continues with the next text."),
     ("evaluate", "calib_prune.pipeline.evaluate.load_model", [],
      "No scores were kept; run the same command again."),
     ("reproduce", "calib_prune.cli.reproduce._study_of", [],
