@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def cluster_job() -> dict[str, str]:
 def environment() -> dict[str, str]:
     "The libraries and the kind of machine that make a result here."
     return dict(
-        calib_prune=version("calib-prune"),
+        # of the code that runs; an installed copy may be another
+        calib_prune=import_module("calib_prune").__version__,
         torch=version("torch"),
         transformers=version("transformers"),
         python=platform.python_version(),
