@@ -293,7 +293,7 @@ def same_height(axes: Iterable[Axes]) -> None:
 def source_points(
     related: Correlations, metrics: pd.DataFrame, metric: str, at: dict[str, Any]
 ) -> pd.DataFrame:
-    "The single sources of one setting: what they kept of each dimension, beside their metric."
+    "The single sources of one setting: retention of each dimension, and the metric."
     assert related.found is not None  # there is something to correlate
     here = related.found.where(**at)
     kept = effects(here.rows(here.cells["source_dimension"] != ""))

@@ -162,7 +162,7 @@ THIRD_ROWS = ["source", "third", "perplexity", "dimension", "value", "ci_low", "
 
 def third_rows(preset: dict[str, Any], found: Replicates, texts: pd.DataFrame
               ) -> pd.DataFrame:  # columns `THIRD_ROWS`
-    "What each third kept, beside its perplexity."
+    "Retention and perplexity of each tercile."
     mean = texts.groupby(["source", "third"])["perplexity"].agg(lambda o: np.exp(np.log(o).mean()))
     about = thirds_of(preset).merge(mean.reset_index(), on=["source", "third"])
     return about.merge(effects(found, ADDITIVE), on="strategy")[THIRD_ROWS]

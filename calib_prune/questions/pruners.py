@@ -75,7 +75,7 @@ def method_rows(whole: Measured) -> pd.DataFrame:  # columns `GAINS`
 COSTS = ["sparsity", "method", "seconds", "times", "peak_gib", "error", "perplexity"]
 
 def _of_study(study: dict[str, Result]) -> pd.DataFrame:
-    "What the records of pruned models say beside their scores."
+    "Time, memory, error and perplexity of pruned models, from their records."
     rows = []
     for o in study.values():
         if not o.record["method"]: continue

@@ -141,7 +141,7 @@ def _of_measure(whole: Measured, measure: Measure, method: str | None) -> list[d
 def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None,
                     method: str | None = None  # by default the one with most single sources
                    ) -> pd.DataFrame:          # columns `RESOLUTION`
-    "What each measure can tell in each dimension; a measure that the rows do not hold says why."
+    "Reliability of each measure in each dimension; a measure that the rows lack has a reason."
     rows: list[dict[str, Any]] = []
     for name, measure in MEASURES.items():
         try:
@@ -163,7 +163,7 @@ def headline_of(rows: pd.DataFrame  # from `resolution_rows`
 
 # %% ../../nbs/questions/08_resolution.ipynb #4ef24469
 def resolution_text(rows: pd.DataFrame) -> pd.DataFrame:
-    "One line per measure: reliability by dimension, and whether it can tell."
+    "One line per measure: reliability by dimension, and whether the measure discriminates."
     lines = {o: {"measure": MEASURES[o].label} for o in MEASURES}
     for o in rows.itertuples():
         known = "" if np.isnan(o.reliability) else f"{o.reliability:.2f}"
@@ -226,7 +226,7 @@ def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | 
 
 # %% ../../nbs/questions/08_resolution.ipynb #7587f4a8
 def blind_to(resolved: pd.DataFrame, measure: str) -> list[str]:  # from `resolution_rows`
-    "The dimensions in which a measure was judged, and cannot tell."
+    "The dimensions in which a measure was judged and does not discriminate."
     judged = (resolved["measure"] == measure) & (resolved["note"].fillna("") == "")
     return list(resolved.loc[judged & ~resolved["can_tell"].astype(bool), "dimension"])
 

@@ -27,7 +27,7 @@ def example_items(kept: Sequence[float],                  # retention of the fou
                   # scatter over items; without it the retention is exact
                   rng: np.random.Generator | None = None
                  ) -> pd.DataFrame:                       # as `evaluate` returns it
-    "Items of a made-up model beside a dense model that is always right and takes one bit per byte."
+    "Items of a made-up model, and of a dense model that is always right at one bit per byte."
     rows = []
     for keep, task in zip(kept, EXAMPLE_TASKS.values()):
         wide = TASKS[task].metric == "bits"

@@ -190,7 +190,7 @@ REPLICATES = 2_000
 def _may_be_best(worth: np.ndarray,   # [1 + B, mixes]: as measured, and its replicates
                  rivals: np.ndarray   # indices of the mixes that each is compared with
                 ) -> np.ndarray:      # bool [mixes]
-    "The mixes that no rival leads beyond noise (95 %)."
+    "The mixes that no rival exceeds significantly (95 %)."
     possible = []
     for mine in worth.T[:, :, None]:
         leads = worth[:, rivals] - mine
