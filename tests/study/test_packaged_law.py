@@ -28,6 +28,4 @@ def test_the_packaged_law_is_that_of_the_study():
     assert np.allclose(best.share, own.share) and np.allclose(
         best[["low", "high"]], own[["low", "high"]], atol=0.051
     ), "a step apart at most"
-    assert (
-        law.about.startswith("Answer bits. smollm2-135m") and "SparseGPT; sparsity 50%" in law.about
-    )
+    assert law.about.startswith("Answer bits. smollm2-135m; SparseGPT at 50%;")
