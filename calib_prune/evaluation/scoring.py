@@ -287,12 +287,14 @@ def left_out_items(tasks: list[Task], samples: dict[str, list],  # as lm-eval lo
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #e3915b2f
 @contextmanager
-def written_tasks(tasks: list[Task], limit: Limit, skip: int = 0) -> Iterator[list[str]]:
+def written_tasks(tasks: list[Task], limit: Limit, skip: int = 0, next_prompt: bool = False
+                 ) -> Iterator[list[str]]:
     "The folders of tasks for lm-eval."
     root = cache_dir() / "tasks"
     above = next(folder for folder in (root, *root.parents) if folder.exists())
     with nullcontext() if os.access(above, os.W_OK) else temporary_folder() as folder:
-        yield [str(write_task(task, limit_of(task, limit), folder, after=skip)) for task in tasks]
+        how = dict(folder=folder, after=skip, next_prompt=next_prompt)
+        yield [str(write_task(task, limit_of(task, limit), **how)) for task in tasks]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #3532da8e
 def _cause(error: BaseException) -> BaseException:
@@ -342,7 +344,9 @@ def evaluate(model, tokenizer,
              # items per task that are scored after another's prompt as well
              swapped: int = 0,
              # items per task that are passed over, of those that a limit would keep first
-             skip: int = 0
+             skip: int = 0,
+             # the floor: each item's answers after the prompt of the next item
+             next_prompt: bool = False
             # task, dimension, item, metric, value, bytes, chance
             ) -> pd.DataFrame:
     """Score a model on tasks, item by item. `attrs` of the result: how it was scored (`scoring`)
@@ -352,7 +356,7 @@ def evaluate(model, tokenizer,
     # fails now, not after hours of generating
     if any(task.program for task in chosen): run_sandboxed("pass")
     reason = "asked for" if stock else unpackable(model)
-    with quiet(), written_tasks(chosen, limit, skip) as folders:
+    with quiet(), written_tasks(chosen, limit, skip, next_prompt) as folders:
         lm = language_model(
             model, tokenizer, batch_tokens, batch_size, progress, stock=bool(reason)
         )

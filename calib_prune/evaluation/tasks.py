@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TASKS', 'TASK_SETS', 'Task', 'chance', 'get_tasks', 'own_names', 'fill_prompt', 'choose', 'task_config',
-           'write_task', 'benchmark_tokens']
+           'with_next_prompt', 'write_task', 'benchmark_tokens']
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #a95ef769
 import ast
@@ -308,12 +308,26 @@ def _holds(path: Path, items: list[dict]) -> bool:
     try: return read_jsonl(path) == items
     except (OSError, ValueError, RecursionError): return False
 
+# %% ../../nbs/evaluation/01_tasks.ipynb #5826dea6
+def with_next_prompt(task: Task, items: list[dict]  # from `fill_prompt`
+                    ) -> list[dict]:
+    "Each item with its own answers after the prompt of the next item, the last after the first."
+    if len(items) < 2:
+        raise CalibPruneError(
+            f"Task {task.name!r} has {len(items)} item to score, and its floor needs the prompt of "
+            "another item. Take 2 items or more."
+        )
+    prompts = [item["context"] for item in (*items[1:], items[0])]
+    return [item | {"context": prompt} for item, prompt in zip(items, prompts, strict=True)]
+
 # %% ../../nbs/evaluation/01_tasks.ipynb #652b142a
 def write_task(task: Task,
                limit: int | None = None,          # items kept, see `choose`
                folder: str | Path | None = None,  # default: `tasks` in the cache folder
                seed: int = 0,                     # which fixed subset
-               after: int = 0                     # items passed over, see `choose`
+               after: int = 0,                    # items passed over, see `choose`
+               # each item after the prompt of the next one, see `with_next_prompt`
+               next_prompt: bool = False
               # the folder to give to lm-eval, named by its content
               ) -> Path:
     "Write a task for lm-eval; the same task and limit always lead to the same folder."
@@ -324,6 +338,7 @@ def write_task(task: Task,
             " to score."
         )
     items = [fill_prompt(task, record) for record in choose(records, limit, seed, after)]
+    if next_prompt: items = with_next_prompt(task, items)
     root = Path(folder or cache_dir() / "tasks").absolute()
     out = root / f"{task.name}-{content_hash([task_config(task, Path()), items])}"
     data, config = out / "items.jsonl", out / f"{task.name}.yaml"
