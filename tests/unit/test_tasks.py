@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
-from calib_prune.data.files import write_jsonl
+from calib_prune.data.files import read_jsonl, write_jsonl
 from calib_prune.evaluation import tasks
 from calib_prune.evaluation.tasks import (
     KINDS,
@@ -194,3 +195,23 @@ def test_items_after_those_that_are_scored():
     of = lambda items: {o["id"] for o in items}
     assert of(some) | of(next_ones) == of(more) and not of(some) & of(next_ones)
     assert choose(records, 30, after=1000) == [] and len(choose(records, 30, after=990)) == 10
+
+
+def test_the_eight_examples_are_those_of_lm_eval():
+    import lm_eval
+    config = Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k-cot.yaml"
+    samples = yaml.safe_load(config.read_text())["fewshot_config"]["samples"]
+    shown = [f"Q: {sample['question']}\nA: {sample['target']}\n\n" for sample in samples]
+    record = dict(RECORDS["gsm8k"], question="How many?")
+    prompt = fill_prompt(TASKS["gsm8k_cot"], record)["context"]
+    assert prompt == "".join(shown) + "Q: How many?\nA:"
+
+
+def test_the_floor_has_the_prompt_of_the_next_item(tmp_path):
+    own = read_jsonl(write_task(TASKS["sciq"], 3, tmp_path) / "items.jsonl")
+    floor = read_jsonl(write_task(TASKS["sciq"], 3, tmp_path, next_prompt=True) / "items.jsonl")
+    prompts = [item["context"] for item in own]
+    assert [item["context"] for item in floor] == prompts[1:] + prompts[:1]
+    assert [item["choices"] for item in floor] == [item["choices"] for item in own]
+    with pytest.raises(CalibPruneError, match="'sciq' has 1 item.*Take 2 items"):
+        write_task(TASKS["sciq"], 1, tmp_path, next_prompt=True)
