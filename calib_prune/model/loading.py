@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'END_OF_TEXT', 'SIZES', 'RARE', 'RECORD_FILE', 'PART', 'ROOM', 'as_dtype', 'as_device', 'end_of_text_id',
-           'locate_model', 'is_finite', 'not_finite', 'fitting', 'load_model', 'model_revision', 'check_place',
-           'check_output', 'OutputFolder', 'own_record', 'finished_output', 'save_model', 'load_tokenizer',
-           'check_window', 'check_tokens']
+           'locate_model', 'weight_count', 'check_weights_fit', 'is_finite', 'not_finite', 'fitting', 'load_model',
+           'model_revision', 'check_place', 'check_output', 'OutputFolder', 'own_record', 'finished_output',
+           'save_model', 'load_tokenizer', 'check_window', 'check_tokens']
 
 # %% ../../nbs/model/04_loading.ipynb #0bf41b35
 import json
+import math
 import os
 import re
 import shutil
@@ -40,6 +41,7 @@ from ..data.fetch import cached
 from ..data.gguf import _dequantised, alone, as_the_umask_says, check_bounded, read_head
 from ..data.wheels import NAMED_MODELS
 from ..kernels.compiled import limit_threads
+from ..kernels.memory import total_memory
 
 # %% ../../nbs/model/04_loading.ipynb #be888397
 DTYPES = {
@@ -196,14 +198,20 @@ def _check_config(config: Any, what: str | Path) -> None:
             )
 
 # %% ../../nbs/model/04_loading.ipynb #f6466d5f
-def _check_weights(folder: Path) -> tuple[int, int]:  # the largest dimension of a tensor; tensors
-    "Name the file of weights that cannot be read; refuse sizes that they cannot have."
+def _weight_shapes(folder: Path) -> list[list[int]]:
+    "The shape of every tensor in a folder's files of weights."
     shapes: list[list[int]] = []
     for file in sorted(folder.glob("*.safetensors")):
         # to open a pipe would wait for ever
         if not file.is_file(): raise damaged(file, "it is not a file")
         with _reading(file), safe_open(file, "pt") as weights:
             shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]
+    return shapes
+
+# %% ../../nbs/model/04_loading.ipynb #8c7ac91f
+def _check_weights(folder: Path) -> tuple[int, int]:  # the largest dimension of a tensor; tensors
+    "Name the file of weights that cannot be read; refuse sizes that they cannot have."
+    shapes = _weight_shapes(folder)
     largest = max(chain.from_iterable(shapes), default=0)
     check_bounded(load_json(folder / "config.json"), largest, len(shapes), folder, "config.json")
     return largest, len(shapes)
@@ -253,6 +261,37 @@ def _load(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]
     with _reading(where): model, tokenizer = _dequantised(where, dtype)
     _check_config(model.config, where)
     return model, tokenizer
+
+# %% ../../nbs/model/04_loading.ipynb #7272e1bf
+def weight_count(where: str | Path,       # from `locate_model`
+                 revision: str | None = None  # of a hub id
+                ) -> int:
+    "How many weights a model has, without loading them."
+    if isinstance(where, str):
+        with _reading(f"config.json of {where}"):
+            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+        return sum(parameter.numel() for parameter in model.parameters())
+    if where.is_file(): return sum(math.prod(shape) for shape in read_head(where).tensors.values())
+    return sum(math.prod(shape) for shape in _weight_shapes(where))
+
+# %% ../../nbs/model/04_loading.ipynb #96665082
+def check_weights_fit(count: int,             # of weights
+                 dtype: torch.dtype, device: torch.device,
+                 what: str | Path        # the model, as an error names it
+                ) -> None:
+    "Refuse a model whose weights alone need more memory than there is."
+    needs = lambda kind: count * kind.itemsize / 2**30
+    memory = total_memory(device)
+    if needs(dtype) <= memory: return
+    holder = "this graphics card" if device.type == "cuda" else "this machine"
+    half = needs(torch.bfloat16)
+    fits = half < min(memory, needs(dtype))
+    smaller = f"Use bfloat16 ({half:.1f} GiB), or a" if fits else "Use a"
+    raise CalibPruneError(
+        f"Cannot load {what}: its {count:,} weights need {needs(dtype):.1f} GiB in "
+        f"{str(dtype).removeprefix('torch.')}, and {holder} has {memory:.1f} GiB. {smaller} "
+        "machine with more memory.")
 
 # %% ../../nbs/model/04_loading.ipynb #a1c7e102
 def is_finite(tensor: torch.Tensor,
@@ -312,6 +351,7 @@ def load_model(
     where, kind, to = locate_model(name), as_dtype(dtype), as_device(device)
     limit_threads()
     safe = dict(trust_remote_code=False) | (dict(revision=revision) if revision else {})
+    check_weights_fit(weight_count(where, revision), kind, to, name)
     model, tokenizer = _load(where, kind, safe)
     _check_finite(model, where, safe)
     with _reading(f"the tokenizer of {where}"): tokenizer(RARE)

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import struct
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calib_prune.core import CalibPruneError
 from calib_prune.data.gguf import convert_gguf
+from calib_prune.model import loading
 from calib_prune.model.loading import (
     check_output,
     end_of_text_id,
@@ -24,6 +26,7 @@ from calib_prune.model.loading import (
     model_revision,
     not_finite,
     save_model,
+    weight_count,
 )
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
@@ -44,6 +47,22 @@ def test_number_formats(tmp_path, dtype):
     assert {p.dtype for p in model.parameters()} == {
         dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[dtype]
     }
+
+
+@pytest.mark.parametrize("gib, said", [(1.1, "Use bfloat16 .1.0 GiB., or a machine"),
+                                       (0.9, "GiB. Use a machine with more memory")])
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(
+    tmp_path, monkeypatch, gib, said
+):
+    model = tiny_llama()
+    folder = save_model(model, tiny_tokenizer(), tmp_path / "out", {})
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert weight_count(folder) == count
+    monkeypatch.setattr(loading, "total_memory", lambda device: gib * count * 2 / 2**30)
+    monkeypatch.setattr(loading, "_load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(CalibPruneError, match=f"{count:,} weights need .* float32, and this") as e:
+        load_model(str(folder))
+    assert re.search(said.replace("1.0", f"{count * 2 / 2**30:.1f}"), str(e.value))
 
 
 def test_revision_follows_the_weights(tmp_path):
