@@ -93,6 +93,7 @@ def test_library_notebooks_hold_their_outputs(path):
     "Readers see results without running anything: no error, and something shown."
     outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
     assert outputs and all(o.output_type != "error" for o in outputs)
+    assert "jupyter.widget" not in path.read_text(), "the state of a progress bar"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("nbs/paper/*.ipynb")), ids=lambda p: p.name)
