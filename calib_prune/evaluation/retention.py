@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'paired_values', 'left_aside', 'left_out_reasons', 'retention_draws', 'retention_verdict', 'retention',
-           'difference', 'commonsense_accuracy']
+           'difference', 'floor_comparison', 'floor_notes', 'discrimination', 'discriminating_measure',
+           'commonsense_accuracy']
 
 # %% ../../nbs/evaluation/07_retention.ipynb #d33c6e99
 from typing import Any, Iterable
@@ -13,9 +14,16 @@ import numpy as np
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from .measures import PLAIN, Measure, at_chance, get_measure
+from calib_prune.evaluation.measures import (
+    ANSWER_BITS,
+    MEASURES,
+    PLAIN,
+    Measure,
+    at_chance,
+    get_measure,
+)
 from .scoring import scores
-from .tasks import TASKS
+from .tasks import TASKS, Task
 from ..resampling import N_BOOT, draws, interval
 
 # %% ../../nbs/evaluation/07_retention.ipynb #d338d904
@@ -278,6 +286,67 @@ def difference(dense: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame,  # three m
     table = pd.DataFrame([_difference_row(*at, x[at] - y[at]) for at in x])
     table.attrs = left_aside(dense, measure, count_at_chance)
     return table
+
+# %% ../../nbs/evaluation/07_retention.ipynb #d550db81
+def floor_comparison(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
+                     floor: pd.DataFrame,  # the dense model's, with `next_prompt=True`
+                     n_boot: int = N_BOOT, seed: int = 0, measure: Measure | str = PLAIN
+                    # level, name, floor, floor_low, floor_high, above: fractions; is the pruned
+                    # model's retention significantly above the floor?
+                    ) -> pd.DataFrame:
+    "The retention of the dense model after another item's prompt, next to a pruned model's."
+    scored_by = get_measure(measure)
+    likelihoods = lambda items: items[items["task"].isin(floor["task"].unique())]
+    known, mine = likelihoods(dense), likelihoods(pruned)
+    columns = {"retention": "floor", "ci_low": "floor_low", "ci_high": "floor_high"}
+    table = retention(known, floor, n_boot, seed, scored_by).rename(columns=columns)
+    lead = difference(known, mine, floor, n_boot, seed, scored_by)
+    above = lead.assign(above=lead["ci_low"] > 0)[["level", "name", "above"]]
+    return table[["level", "name", *columns.values()]].merge(above, how="left")
+
+# %% ../../nbs/evaluation/07_retention.ipynb #f5d6ce8d
+def floor_notes(table: pd.DataFrame,  # from `retention`
+                floor: pd.DataFrame   # from `floor_comparison`
+               ) -> list[str]:
+    "A warning for each dimension, and the total, that is not significantly above the floor."
+    rows = table.merge(floor[floor["level"] != "task"])
+    near = rows[rows["retention"].notna() & rows["floor"].notna() & ~rows["above"].astype(bool)]
+    return [f"{row.name}: retention {100 * row.retention:.1f} % is not significantly above the "
+            f"floor of {100 * row.floor:.1f} %, the dense model's after another item's prompt."
+            for row in near.itertuples(index=False)]
+
+# %% ../../nbs/evaluation/07_retention.ipynb #077f54f3
+def discrimination(table: pd.DataFrame,  # from `retention`
+                   floor: pd.DataFrame   # from `floor_comparison`
+                  ) -> float:            # NaN where a dimension has no number
+    "The distance from the floor to 100 %, in half widths of the interval, mean over dimensions."
+    rows = table.merge(floor[floor["level"] == "dimension"])
+    half_width = (rows["ci_high"] - rows["ci_low"]) / 2
+    return float(((1 - rows["floor"]) / half_width).mean(skipna=False))
+
+# %% ../../nbs/evaluation/07_retention.ipynb #5914bae5
+def _covering(tasks: list[Task]) -> list[Measure]:
+    "The measures that can score a task of every dimension."
+    dimensions = {task.dimension for task in tasks}
+    of = lambda measure: {task.dimension for task in tasks if measure.metric(task)}
+    return [measure for measure in MEASURES.values() if of(measure) == dimensions]
+
+# %% ../../nbs/evaluation/07_retention.ipynb #872f720e
+def discriminating_measure(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
+                           floor: pd.DataFrame | None,  # None: not scored
+                           n_boot: int = 2000           # few: an order, not an interval, is needed
+                          ) -> Measure:
+    "The measure with the best `discrimination`; answer bits without a floor, where there are bits."
+    tasks, known = [TASKS[name] for name in dense["task"].unique()], {}
+    for measure in _covering(tasks) if floor is not None else []:
+        try:
+            table = retention(dense, pruned, n_boot, measure=measure)
+            next_to = floor_comparison(dense, pruned, floor, n_boot, measure=measure)
+        except CalibPruneError: continue  # the dense model has nothing to lose
+        value = discrimination(table, next_to)
+        if value == value: known[measure] = value
+    if known: return max(known, key=known.__getitem__)
+    return ANSWER_BITS if all(ANSWER_BITS.metric(task) for task in tasks) else PLAIN
 
 # %% ../../nbs/evaluation/07_retention.ipynb #3478b375
 def commonsense_accuracy(items: pd.DataFrame) -> float:

@@ -293,8 +293,8 @@ def written_tasks(tasks: list[Task], limit: Limit, skip: int = 0, next_prompt: b
     root = cache_dir() / "tasks"
     above = next(folder for folder in (root, *root.parents) if folder.exists())
     with nullcontext() if os.access(above, os.W_OK) else temporary_folder() as folder:
-        how = dict(folder=folder, after=skip, next_prompt=next_prompt)
-        yield [str(write_task(task, limit_of(task, limit), **how)) for task in tasks]
+        yield [str(write_task(task, limit_of(task, limit), folder, 0, skip, next_prompt))
+               for task in tasks]
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #3532da8e
 def _cause(error: BaseException) -> BaseException:

@@ -13,10 +13,16 @@ from typing import Any
 
 import pandas as pd
 
-from ..evaluation.measures import Measure, get_measure
-from ..evaluation.retention import retention
+from ..core import CalibPruneError
+from ..evaluation.measures import MEASURES, PLAIN, Measure, get_measure
+from calib_prune.evaluation.retention import (
+    discriminating_measure,
+    floor_comparison,
+    floor_notes,
+    retention,
+)
 from ..evaluation.scoring import ending_notes, evaluate, scores
-from ..evaluation.tasks import get_tasks
+from ..evaluation.tasks import TASKS, get_tasks
 from ..model.loading import load_model
 from .records import json_rows
 from ..progress import ProgressFn
@@ -27,6 +33,7 @@ class Evaluation:
     "The scores of a model and, given the dense model's, its retention."
     items: pd.DataFrame               # one row per item, see `evaluation.scoring.evaluate`
     dense_items: pd.DataFrame | None  # the dense model's
+    floor_items: pd.DataFrame | None  # the dense model's, after the prompt of the next item
     measure: Measure                  # of retention
 
     @property
@@ -52,10 +59,34 @@ class Evaluation:
         if self.dense_items is None: return None
         return retention(self.dense_items, self.items, measure=self.measure)
 
+    @cached_property
+    def floor(self) -> pd.DataFrame | None:
+        "The floor of each row of `retention`; None if the floor was not scored."
+        if self.floor_items is None or self.dense_items is None: return None
+        return floor_comparison(
+            self.dense_items, self.items, self.floor_items, measure=self.measure)
+
+    @property
+    def floor_notes(self) -> list[str]:
+        "Warnings where the model's retention is not significantly above the floor."
+        if self.floor is None or self.retention is None: return []
+        return floor_notes(self.retention, self.floor)
+
     @property
     def verdict(self) -> str | None:
         "What the retention shows, in one sentence per finding; None without a dense model."
         return None if self.retention is None else self.retention.attrs["verdict"]
+
+    @cached_property
+    def other_retention(self) -> dict[str, pd.DataFrame]:
+        "Retention by the other measures, by name; without measures that cannot judge these tasks."
+        tables: dict[str, pd.DataFrame] = {}
+        if self.dense_items is None: return tables
+        for measure in MEASURES.values():
+            if measure is self.measure: continue
+            try: tables[measure.name] = retention(self.dense_items, self.items, measure=measure)
+            except CalibPruneError: continue
+        return tables
 
     def scores_record(self) -> dict[str, Any]:
         "The scores for programs."
@@ -66,22 +97,25 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         "Scores and retention for programs."
         if (table := self.retention) is None: return self.scores_record()
-        rows = {"measure": self.measure.name, "retention": json_rows(table)}
+        others = {name: json_rows(rows) for name, rows in self.other_retention.items()}
+        rows = {"measure": self.measure.name, "retention": json_rows(table),
+                "other_measures": others}
+        if self.floor is not None:
+            rows |= {"floor": json_rows(self.floor), "floor_notes": self.floor_notes}
         return self.scores_record() | rows | table.attrs
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0020
-def _score_models(models: list[str], tasks: list[str], limit: int | None, dtype: str, device: str,
-                  # model → items
-                  batch_tokens: int, progress: ProgressFn | None) -> dict[str, pd.DataFrame]:
-    "Every model's answers, item by item."
-    items = {}
-    for name in dict.fromkeys(models):
-        net, tokenizer = load_model(name, dtype, device)
-        items[name] = evaluate(
-            net, tokenizer, tasks, limit=limit, batch_tokens=batch_tokens, progress=progress
-        )
-        del net  # one model in memory at a time
-    return items
+def _score_model(model: str, tasks: list[str], dtype: str, device: str,
+                 settings: dict[str, Any],  # of `evaluation.scoring.evaluate`
+                 floor: bool                # its answers after another item's prompt as well?
+                ) -> tuple[pd.DataFrame, pd.DataFrame | None]:  # items; items of the floor
+    "A model's answers, item by item. One model is in memory at a time."
+    net, tokenizer = load_model(model, dtype, device)
+    items = evaluate(net, tokenizer, tasks, **settings)
+    if not floor: return items, None
+    likelihoods = [name for name in tasks if TASKS[name].kind != "generate"]
+    if not likelihoods or settings["limit"] == 1: return items, None
+    return items, evaluate(net, tokenizer, likelihoods, next_prompt=True, **settings)
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0021
 def evaluate_model(
@@ -91,16 +125,22 @@ def evaluate_model(
                    tasks: str = "default",           # a task set, or task names separated by commas
                    # items per task, always the same random ones; None for all
                    limit: int | None = 100,
-                   # of retention: see `evaluation.measures.MEASURES`
-                   measure: str = "plain",
+                   # of retention: see `evaluation.measures.MEASURES`; None: the one that
+                   # discriminates, see `evaluation.retention.discriminating_measure`
+                   measure: str | None = None,
                    dtype: str = "float32", device: str = "cpu",
                    batch_tokens: int = 1024,         # tokens that pass through the model at a time
-                   progress: ProgressFn | None = None
+                   progress: ProgressFn | None = None,
+                   # score the dense model after another item's prompt, too: `Evaluation.floor`
+                   floor: bool = True
                   ) -> Evaluation:
     "Score a model and the dense model: what the command `evaluate` does."
     names = [task.name for task in get_tasks(tasks)]
-    scored_by = get_measure(measure)
-    if dense is not None: scored_by.check_scorable(names)  # before hours of scoring
-    models = [str(path) for path in (model, dense) if path is not None]
-    items = _score_models(models, names, limit or None, dtype, device, batch_tokens, progress)
-    return Evaluation(items[models[0]], None if dense is None else items[models[-1]], scored_by)
+    if measure and dense is not None:  # before hours of scoring
+        get_measure(measure).check_scorable(names)
+    settings = dict(limit=limit or None, batch_tokens=batch_tokens, progress=progress)
+    items = _score_model(str(model), names, dtype, device, settings, floor=False)[0]
+    if dense is None: return Evaluation(items, None, None, get_measure(measure or PLAIN))
+    known, after_next = _score_model(str(dense), names, dtype, device, settings, floor)
+    scored_by = get_measure(measure or discriminating_measure(known, items, after_next))
+    return Evaluation(items, known, after_next, scored_by)

@@ -15,7 +15,14 @@ from calib_prune.core import CalibPruneError
 from calib_prune.data.files import write_jsonl
 from calib_prune.evaluation import sandbox, scoring, tasks
 from calib_prune.evaluation.measures import PLAIN, prompt_gains
-from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention
+from calib_prune.evaluation.retention import (
+    commonsense_accuracy,
+    difference,
+    discriminating_measure,
+    floor_comparison,
+    floor_notes,
+    retention,
+)
 from calib_prune.evaluation.scoring import evaluate, language_model, last_number, limit_of, scores
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.model.likelihood import batches, loglikelihoods, pack, tree_mask, unpackable
@@ -651,3 +658,50 @@ def test_the_real_model_scores_as_lm_eval_does():
     items, stock = (evaluate(model, tokenizer, names, limit, stock=o) for o in (False, True))
     pd.testing.assert_frame_equal(items, stock, rtol=1e-4, check_exact=False)
     assert items.attrs["scoring"] == "packed"
+
+
+def coded(bits, task="mbpp", n=50):
+    value = bits * np.random.default_rng(len(task)).gamma(20, 1 / 20, n)
+    rows = dict(task=task, dimension=TASKS[task].dimension, metric="bits", value=value, bytes=8)
+    return pd.DataFrame(rows | dict(item=[*map(str, range(n))], chance=np.nan))
+
+
+def test_a_model_at_the_floor_is_named_and_one_above_is_not():
+    dense, floor = coded(10), coded(18)
+    for bits, at_floor in ((18, True), (12, False)):
+        table = retention(dense, coded(bits), measure="answer-bits")
+        compared = floor_comparison(dense, coded(bits), floor, measure="answer-bits")
+        notes = floor_notes(table, compared)
+        assert [note.split(":")[0] for note in notes] == ["Code"] * at_floor
+        assert np.allclose(compared.floor[:2], 10 / 18)
+
+
+def test_tasks_without_a_floor_do_not_count_in_it():
+    written = coded(1, "mbpp_generate").assign(metric="pass@1", value=1.0)
+    both = [pd.concat([coded(bits), written]) for bits in (10, 12)]
+    compared = floor_comparison(*both, coded(18))
+    assert set(compared.name) == {"mbpp", "Code", "total"} and compared.above[0]
+
+
+@pytest.mark.parametrize("floor", [18, None])
+def test_bits_alone_are_judged_by_bits(floor):
+    floor = None if floor is None else coded(floor)
+    assert discriminating_measure(coded(10), coded(12), floor).name == "answer-bits"
+
+
+def chosen(right, bits, seed):
+    "Four hundred choices, some right, whose right answers have bits that scatter widely."
+    about = coded(1, "piqa", 400)
+    noisy = about.assign(value=bits * np.random.default_rng(seed).lognormal(0, 2.5, 400))
+    answers = about.assign(metric="acc_norm", value=np.float64(np.arange(400) < right), chance=0.5)
+    return pd.concat([noisy, answers])
+
+
+def test_accuracies_discriminate_where_bits_scatter():
+    found = discriminating_measure(chosen(395, 10, 0), chosen(300, 12, 1), chosen(200, 11, 2))
+    assert found.name in ("above-chance", "plain")  # one is a stretched copy of the other
+
+
+def test_written_answers_alone_are_judged_by_their_own_score():
+    written = coded(1, "mbpp_generate").assign(metric="pass@1", value=1.0)
+    assert discriminating_measure(written, written, None).name == "plain"
