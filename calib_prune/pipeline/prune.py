@@ -25,7 +25,12 @@ from calib_prune.model.loading import (
     model_revision,
     own_record,
 )
-from ..model.stored_types import as_stored, check_saved_type, saved_type
+from calib_prune.model.stored_types import (
+    as_stored,
+    check_saved_type,
+    quantised_type,
+    saved_type,
+)
 from .records import environment, json_rows, versions_of
 from ..progress import ProgressFn
 from ..pruning.checkpoint import check_checkpoint, remove_checkpoint
@@ -163,7 +168,8 @@ def _describe(model: str, calibration: CalibrationSet, settings: PruneSettings) 
         **settings.walk
     )
     stages = [*versions_of("calibration set", settings.method, *settings.steps).values()]
-    return about | dict(run=content_hash([about, settings.save_dtype, settings.offload, stages]))
+    run = content_hash([about, settings.save_dtype, settings.offload, stages])
+    return about | dict(run=run, quantised_type=quantised_type(model))
 
 # %% ../../nbs/pipeline/02_prune.ipynb #cd392a95
 def _finished_record(output: str, checkpoint: str | None, run: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from calib_prune.model.loading import (
     save_model,
     weight_count,
 )
+from calib_prune.model.stored_types import quantised_type
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -468,3 +469,14 @@ def test_the_default_model_speaks():
     )
     assert "Paris" in tokenizer.decode(out[0])
     assert end_of_text_id(tokenizer) == 0 != tokenizer.eos_token_id
+
+
+def test_the_type_of_a_gguf_file_is_known(tmp_path):
+    out = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    out.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q4_K_M))
+    out.add_tensor("token_embd.weight", np.zeros((2, 2), np.float32))
+    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file()
+    out.close()
+    folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
+    asked = (str(tmp_path / "m.gguf"), str(folder), "smollm2-135m", "qwen2.5-coder-1.5b")
+    assert [quantised_type(model) for model in asked] == ["Q4_K_M", None, "Q4_1", "Q4_K_M"]
