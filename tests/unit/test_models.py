@@ -298,10 +298,10 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def write_gguf(path, model, **more):
+def write_gguf(path, model, file_type=gguf.LlamaFileType.ALL_F32, **more):
     "A LLaMA as llama.cpp writes it: rotary rows of q and k interleaved, tensors renamed, a byte-level vocabulary."  # noqa: E501
     config, out = model.config, gguf.GGUFWriter(path, "llama")
-    out.add_context_length(512), out.add_embedding_length(32), out.add_block_count(
+    out.add_file_type(file_type), out.add_context_length(512), out.add_embedding_length(32), out.add_block_count(
         2
     ), out.add_feed_forward_length(48)
     out.add_head_count(4), out.add_head_count_kv(2), out.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -472,11 +472,8 @@ def test_the_default_model_speaks():
 
 
 def test_the_type_of_a_gguf_file_is_known(tmp_path):
-    out = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    out.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q4_K_M))
-    out.add_tensor("token_embd.weight", np.zeros((2, 2), np.float32))
-    out.write_header_to_file(), out.write_kv_data_to_file(), out.write_tensors_to_file()
-    out.close()
+    kind = gguf.LlamaFileType.MOSTLY_Q4_K_M
+    write_gguf(tmp_path / "m.gguf", tiny_llama(), file_type=kind)
     folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
     asked = (str(tmp_path / "m.gguf"), str(folder), "smollm2-135m", "qwen2.5-coder-1.5b")
     assert [quantised_type(model) for model in asked] == ["Q4_K_M", None, "Q4_1", "Q4_K_M"]
