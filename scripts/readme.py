@@ -10,12 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "nbs/index.ipynb", "docs/results.md": "nbs/results.ipynb"} | {
     f"docs/questions/{o.stem}.md": f"nbs/pages/{o.name}"
     for o in sorted((ROOT / "nbs" / "pages").glob("*.ipynb"))}
+MARKDOWN = MarkdownExporter(exclude_input=True)
 
 
 def render(page: str) -> str:
     """A page as Markdown. Links start at the notebook's folder, which for README is one level
     deeper than the page."""
-    text, _ = MarkdownExporter(exclude_input=True).from_filename(str(ROOT / PAGES[page]))
+    text, _ = MARKDOWN.from_filename(str(ROOT / PAGES[page]))
     if page == "README.md": text = text.replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -1,28 +1,32 @@
 import os
 import signal
 
+import pytest
+
 # Tests never reach a hub: what is not local is an error at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-# Before anything imports Triton: without a GPU its kernels run in the interpreter.
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
 
-if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+def pytest_configure(config):
+    "Before anything imports Triton: without a GPU its kernels run in the interpreter."
+    if getattr(config.option, "numprocesses", None): return  # others run the tests
+    import torch
+    from hypothesis import HealthCheck, settings
+    if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The same examples on every machine, however slow it is.
-settings.register_profile(
-    "calib-prune", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("calib-prune")
+    # The same examples on every machine, however slow it is.
+    settings.register_profile(
+        "calib-prune", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("calib-prune")
+
 
 # By their seconds, the longest first: a worker that meets one of them last lets the other wait.
 LONG = [f"test_{name}.py" for name in (
     "workflow", "torture", "site", "paper_preset", "wheel", "lost", "golden", "golden_sets", "keys",
-    "cli", "triton", "compiled", "fetch", "sandbox", "limits", "evaluation", "reconstruction")]
+    "cli", "triton", "compiled", "fetch", "sandbox", "limits", "evaluation", "project")]
 
 
 def pytest_collection_modifyitems(items):

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,11 +66,16 @@ class Prose:
 @cache
 def real_tokenizer(): return load_model("smollm2-135m")[1]
 
-def real_model(layers: int):
-    "The first layers of the default model."
-    model, _ = load_model("smollm2-135m")
+def first_layers(model, layers: int):
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
     return model
+
+@cache
+def four_layers(): return first_layers(load_model("smollm2-135m")[0], 4)
+
+def real_model(layers: int):
+    "The first layers of the default model, at most four: a copy, for stages change it."
+    return first_layers(deepcopy(four_layers()), layers)
 
 
 def shuffled_prose(n: int) -> list[str]:

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from tokenize import TokenError
@@ -234,10 +235,14 @@ class CalibrationSet:
                     tokenizer=self.tokenizer, counts=self.counts, sources=self.sources)
 
 # %% ../../nbs/calibration/03_sets.ipynb #ceb0fc56
+@lru_cache(maxsize=1)  # most sets of a process are of one tokenizer, whose text has megabytes
+def _hash_of_json(text: str) -> str: return content_hash(json.loads(text))
+
+# %% ../../nbs/calibration/03_sets.ipynb #ceb0fc57
 def tokenizer_identity(tokenizer) -> str:
     "A hash of everything that a tokenizer does to text."
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return content_hash(json.loads(backend.to_str()) if backend else tokenizer.get_vocab())
+    return _hash_of_json(backend.to_str()) if backend else content_hash(tokenizer.get_vocab())
 
 # %% ../../nbs/calibration/03_sets.ipynb #6e75df06
 # version of the kept files; raise it to have them made again. No result depends on it

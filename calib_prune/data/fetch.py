@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,14 +68,25 @@ def _is_record(record: Any) -> bool:
     "Whether a manifest says at least the size of an entry."
     return isinstance(record, dict) and isinstance(record.get("bytes"), int)
 
-def read_manifest(root: Path) -> dict[str, dict]:
-    "What the manifest says of each entry; empty if there is no manifest, or it is broken."
-    # to open a pipe would wait for ever
-    if not (path := root / "manifest.json").is_file(): return {}
-    try: manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return {}
+# %% ../../nbs/data/04_fetch.ipynb #5d0c7a11
+@lru_cache(maxsize=2)  # a look at a study asks for it ten thousand times
+def _manifest_as_of(path: Path, stamp: tuple[int, ...]) -> dict[str, dict]:
+    manifest = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(manifest, dict): return {}
     return {entry: record for entry, record in manifest.items() if _is_record(record)}
+
+# %% ../../nbs/data/04_fetch.ipynb #5d0c7a12
+def read_manifest(root: Path) -> dict[str, dict]:
+    "What the manifest says of each entry; empty if there is no manifest, or it is broken."
+    path = root / "manifest.json"
+    try:
+        # to open a pipe would wait for ever
+        if not path.is_file(): return {}
+        # each writing makes another file, by which it is read anew
+        status = path.stat()
+        stamp = status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
+        return _manifest_as_of(path, stamp)
+    except (OSError, ValueError, RecursionError): return {}
 
 # %% ../../nbs/data/04_fetch.ipynb #23f0a76d
 def fault(root: Path, entry: Entry, pin: Wheel | HubFile) -> str | None:

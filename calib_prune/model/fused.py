@@ -142,6 +142,7 @@ def decoder_layer(self: Any, hidden_states: Tensor, *args: Any, **more: Any) -> 
         return finish(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 # %% ../../nbs/model/03_fused.ipynb #8dd0b176
+@cache  # to read a function's source takes milliseconds
 def _same_code(a: Callable, b: Callable) -> bool:
     try: return inspect.getsource(a) == inspect.getsource(b)
     except (OSError, TypeError): return False

@@ -65,17 +65,17 @@ def model_key(preset: dict[str, Any]) -> dict[str, Any]:
                 device=torch.device(preset["device"]).type)
 
 # %% ../../nbs/study/05_keys.ipynb #13cd032f
-def _items(task: Task) -> str | None:
+def _items(task: Task, manifest: dict[str, dict]) -> str | None:
     "The hash of a task's items, None where they were not fetched."
-    return read_manifest(cache_dir()).get(f"benchmarks/{task.benchmark}.jsonl", {}).get("sha256")
+    return manifest.get(f"benchmarks/{task.benchmark}.jsonl", {}).get("sha256")
 
 # %% ../../nbs/study/05_keys.ipynb #04edf289
 def tasks_key(preset: dict[str, Any]) -> dict[str, str]:
     "What identifies each task that a preset scores."
     limit, skip = preset["scoring"]["limit"], preset["scoring"].get("skip")
-    more = [skip] if skip else []
+    more, manifest = [skip] if skip else [], read_manifest(cache_dir())
     return {
-        o.name: content_hash([o.entry, _items(o), limit_of(o, limit), *more])
+        o.name: content_hash([o.entry, _items(o, manifest), limit_of(o, limit), *more])
         for o in get_tasks(preset["scoring"]["tasks"])
     }
 
@@ -187,9 +187,9 @@ def same_items(a: dict[str, Any], b: dict[str, Any]  # records of two cells
 # %% ../../nbs/study/05_keys.ipynb #574b74c8
 def _reference_key(preset: dict[str, Any]) -> dict[str, Any]:
     "What prompts that no score uses depend on."
-    tasks = get_tasks(preset["scoring"]["tasks"])
+    tasks, manifest = get_tasks(preset["scoring"]["tasks"]), read_manifest(cache_dir())
     return dict(
-        references={o.name: content_hash([o.entry, _items(o)]) for o in tasks},
+        references={o.name: content_hash([o.entry, _items(o, manifest)]) for o in tasks},
         scored=scored_items(preset),
     )
 
@@ -270,8 +270,10 @@ def written_in(preset: dict[str, Any], folder: str | Path  # a study's results
 def _audit_key(
     preset: dict[str, Any], searched: dict[str, Any], rule: OverlapRule
 ) -> dict[str, Any]:
+    manifest = read_manifest(cache_dir())
     tasks = {
-        o.name: content_hash([o.entry, _items(o)]) for o in get_tasks(preset["scoring"]["tasks"])
+        o.name: content_hash([o.entry, _items(o, manifest)])
+        for o in get_tasks(preset["scoring"]["tasks"])
     }
     return dict(
         scheme=SCHEME,

@@ -1,5 +1,6 @@
 "Which verdicts depend on the measure or the model."
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from calib_prune.statistics.examples import example_preset
 from calib_prune.statistics.selection import bootstrap_study
 from calib_prune.study.presets import load_preset
 from tests import ROOT
+from tests.notebooks import run_cells
 
 
 def interval_of(verdict):
@@ -206,22 +208,14 @@ def test_models_are_set_beside_what_a_preset_names(old, new, said, tmp_path):
 
 
 def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
-    from papermill import execute_notebook
-
     from tests.study.test_claims import like_paper
     study, metrics = like_paper()
     table = ledgers(
         example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60,
         99)
     (tmp_path / "smollm2-135m").mkdir()
-    run = lambda: execute_notebook(ROOT / "nbs/paper/models.ipynb",
-                                   tmp_path / "out.ipynb",
-                                   progress_bar=False,
-                                   cwd=ROOT,
-                                   parameters=dict(preset=str(ROOT /
-                                                              "presets/claims/smollm2-135m.yaml"),
-                                                   results="none",
-                                                   figures=str(tmp_path / "smollm2-135m")))
+    run = partial(run_cells, "models", preset=ROOT / "presets/claims/smollm2-135m.yaml",
+                  results="none", figures=tmp_path / "smollm2-135m")
     begun = tmp_path / "smollm2-135m/T7-measures.csv"
     begun.write_text("status\n\n")
     run()

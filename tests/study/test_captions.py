@@ -10,6 +10,7 @@ from calib_prune.study.artefacts import ARTEFACTS
 from calib_prune.study.presets import load_preset
 from calib_prune.study.results import save_cell
 from tests import ROOT
+from tests.notebooks import run_cells
 
 TITLE_WORDS = 12  # of a table or figure (style of the project)
 
@@ -41,16 +42,11 @@ def test_words_are_counted_without_table_and_notes():
 
 
 def test_the_smoke_study_writes_short_captions(tmp_path):
-    import nbformat
     preset = ROOT / "presets/smoke.yaml"
     for name, made in example_results(load_preset(preset), {}, n=20).items():
         record = made.record | {"cell": name, "calibration": None}
         save_cell(tmp_path / "results", record, pd.DataFrame(), made.items, pd.DataFrame(), {})
-    here = dict(preset=preset, results=str(tmp_path / "results"), figures=str(tmp_path / "figures"))
-    space = {}
-    for cell in nbformat.read(ROOT / "nbs/paper/main.ipynb", 4).cells:
-        if cell.cell_type == "code": exec(cell.source, space)
-        if "parameters" in cell.metadata.get("tags", []): space |= here
+    run_cells("main", preset=preset, results=tmp_path / "results", figures=tmp_path / "figures")
     assert len(list(tmp_path.rglob("*.md"))) == 3 and not too_long(tmp_path)
 
 

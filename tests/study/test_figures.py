@@ -85,6 +85,7 @@ from calib_prune.study.presets import load_preset
 from calib_prune.study.results import Result, check_one_edition, save_cell
 from calib_prune.style import LEAST_REACH, OWN, contrast_ratio, save_figure
 from tests import ROOT
+from tests.notebooks import run_cells
 
 BOOKS = ("main", "sweep", "draws")
 # a preset without ablations and own text has little to show there
@@ -127,7 +128,6 @@ def part(cells=main_cells, keep=None):
 def run_notebook(name, folder, keep, dimensions=DIMENSIONS):
     """Execute a notebook of nbs/paper in this process, on those cells of the study, with the tasks
     of these dimensions."""
-    import nbformat
     results, figures = folder / "results", folder / "figures"
     (folder / "preset.yaml").write_text(yaml.safe_dump(small_preset(), sort_keys=False))
     for k, r in study().items():
@@ -135,12 +135,7 @@ def run_notebook(name, folder, keep, dimensions=DIMENSIONS):
         if keep(k):
             save_cell(results, r.record | {"cell": k, "calibration": None}, pd.DataFrame(), items,
                       pd.DataFrame(), {})
-    space = {}
-    for cell in nbformat.read(ROOT / f"nbs/paper/{name}.ipynb", 4).cells:
-        if cell.cell_type != "code": continue
-        exec(cell.source, space)
-        if "parameters" in cell.metadata.get("tags", []):
-            space |= dict(preset=folder / "preset.yaml", results=results, figures=str(figures))
+    run_cells(name, preset=folder / "preset.yaml", results=results, figures=figures)
     return {p.name: p.read_bytes() for p in figures.iterdir()}
 
 

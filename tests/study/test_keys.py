@@ -3,15 +3,11 @@ raised versions, and other settings."""
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
 
 import pytest
 
-from calib_prune.calibration import sources
 from calib_prune.calibration.sources import SOURCES, LibrarySource
 from calib_prune.core import CalibPruneError
-from calib_prune.data import fetch
-from calib_prune.data.fetch import read_manifest
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.pipeline import records
 from calib_prune.pipeline.records import versions
@@ -49,8 +45,6 @@ def as_the_committed_results_were_made(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(LibrarySource, "revision", RECORDED)
     monkeypatch.setattr(records, "versions", lambda: dict(THEN))
-    manifest = cache(read_manifest)  # it is asked ten thousand times
-    for module in (fetch, keys, sources): monkeypatch.setattr(module, "read_manifest", manifest)
 
 
 def left(preset=PRESET, folder=RESULTS, **options):

@@ -285,12 +285,3 @@ def test_damaged_file_is_noticed(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CalibPruneError, match="cut.parquet"):
         load_calibration(tmp_path / "cut.parquet")
-
-
-@pytest.mark.real
-def test_packaged_sources_fill_a_smoke_set():
-    from calib_prune.model.loading import load_model
-    _, tokenizer = load_model("smollm2-135m")
-    cal = build_calibration("uniform", tokenizer, 32, 512)
-    assert cal.tokens.shape == (32, 512) and set(cal.counts.values()) == {2, 3}
-    assert cal.content == build_calibration("uniform", tokenizer, 32, 512).content

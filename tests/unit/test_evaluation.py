@@ -118,7 +118,7 @@ def test_every_family_scores_as_lm_eval_does(family, attention):
         assert [o for _, o in packed] == [o for _, o in stock]
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(0, 1000), st.sampled_from([64, 200, 5000]))
 def test_scores_do_not_depend_on_the_batch(seed, batch_tokens):
     model, asked = tiny_llama().double(), requests(seed, 5)
@@ -324,10 +324,10 @@ def test_generated_answers_are_checked(benchmarks, monkeypatch):
     assert seen[-1] == ("generate", 6, 6)
     right = scoring.generated_rows(TASKS["humaneval_generate"], [
         dict(doc=tasks.fill_prompt(TASKS["humaneval_generate"], {"id": str(i)} | o),
-             filtered_resps=[answer]) for i, o in enumerate(benchmarks["humaneval"])
+             filtered_resps=[answer]) for i, o in enumerate(benchmarks["humaneval"][:2])
         for answer in (o["canonical_solution"], "    return 0\n", "    exit(0)\n")])
-    assert [o["value"] for o in right if o["metric"] == "pass@1"] == [1, 0, 0] * 6
-    assert [o["value"] for o in right if o["metric"] == "late"] == [0] * 18
+    assert [o["value"] for o in right if o["metric"] == "pass@1"] == [1, 0, 0] * 2
+    assert [o["value"] for o in right if o["metric"] == "late"] == [0] * 6
 
 
 def test_a_program_without_an_end_is_late():
@@ -347,14 +347,14 @@ def test_a_program_without_an_end_is_late():
 
 
 ASKED = [
-    ("hello", ["q"], 20),
-    ("ab cd", ["e", "l1"], 30),
-    ("A longer context, of many words", ["\n\n"], 12),
-    ("z", ["zz"], 25),
+    ("hello", ["q"], 12),
+    ("ab cd", ["e", "l1"], 16),
+    ("A longer context, of many words", ["\n\n"], 8),
+    ("z", ["zz"], 14),
     # context, what ends the answer, tokens
-    ("hello you", ["i"], 20),
+    ("hello you", ["i"], 10),
     ("one more", [], 7),
-    ("last", ["g"], 40),
+    ("last", ["g"], 20),
 ]
 
 

@@ -14,6 +14,7 @@ from calib_prune.pruning.layers import decoder_layers, prunable
 from calib_prune.pruning.walk import prune
 
 WINDOWS = torch.randint(1, 264, (32, 64), generator=torch.Generator().manual_seed(0))
+FEW = WINDOWS[:8]
 
 
 class PlainExpert(nn.Module):
@@ -102,7 +103,7 @@ def test_fused_experts_are_pruned_like_experts_apart(family, method):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_all_matrices_but_routers_are_pruned(family):
     dense, model = tiny_model(family), tiny_model(family)
-    prune(model, WINDOWS, "sparsegpt", 0.5)
+    prune(model, FEW, "sparsegpt", 0.5)
     left = {
         n for i, o in enumerate(model.model.layers) for at in routers(o)
         for n, _ in model.named_parameters() if n.startswith(f"model.layers.{i}.{at}.")}
@@ -117,7 +118,7 @@ def test_all_matrices_but_routers_are_pruned(family):
 
 def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router():
     model = tiny_model("qwen2_moe", shared_expert_intermediate_size=4)
-    report = prune(model, WINDOWS, "wanda", 0.5)
+    report = prune(model, FEW, "wanda", 0.5)
     assert {f"mlp.shared_expert.{o}_proj" for o in ("gate", "up", "down")} <= set(report.name)
     assert [*routers(model.model.layers[0])] == ["mlp.gate", "mlp.shared_expert_gate"]
 
@@ -125,14 +126,14 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router():
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_pruned_mixture_loads_in_plain_transformers(family, tmp_path):
     model = tiny_model(family)
-    prune(model, WINDOWS, "wanda", 0.5)
+    prune(model, FEW, "wanda", 0.5)
     folder = save_model(model, tiny_tokenizer(), tmp_path / "out", {})
     with torch.no_grad():
-        want = model(WINDOWS[:2]).logits
+        want = model(FEW[:2]).logits
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
-            WINDOWS[:2]
+            FEW[:2]
         ).logits
-        again = load_model(str(folder))[0](WINDOWS[:2]).logits
+        again = load_model(str(folder))[0](FEW[:2]).logits
     assert torch.allclose(plain, want, atol=1e-5) and torch.allclose(again, want, atol=1e-5)
 
 
@@ -148,10 +149,10 @@ def test_an_expert_without_tokens_is_measured_on_all_of_them_and_the_report_says
             logits, weights, index = out
             return logits, weights, torch.where(index == 2, 3, index)
         router.register_forward_hook(shunned)
-        report = prune(model, WINDOWS, method, 0.5).set_index(["layer", "name"])
+        report = prune(model, FEW, method, 0.5).set_index(["layer", "name"])
     few = report[report.all_tokens]
     assert {o for _, o in few.index} == {f"mlp.experts.2.{o}_proj" for o in ("gate", "up", "down")}
-    assert {o for o, _ in few.index} == {1} and (few.tokens == WINDOWS.numel()).all()
+    assert {o for o, _ in few.index} == {1} and (few.tokens == FEW.numel()).all()
     assert (few.sparsity >= 0.49).all() and few.error.between(0, 1).all()
 
 
@@ -162,13 +163,13 @@ def test_a_killed_prune_of_a_mixture_goes_on(tmp_path):
         "qwen3_moe", num_hidden_layers=3
     )
     with pytest.raises(KeyboardInterrupt):
-        prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c", progress=stop)
+        prune(again, FEW, "sparsegpt", 0.5, checkpoint=tmp_path / "c", progress=stop)
     assert not any(
         isinstance(o, nn.ModuleList) and len(o) == 8 for o in again.modules()
     ), "fused again after the interruption"
     again = tiny_model("qwen3_moe", num_hidden_layers=3)
-    assert prune(again, WINDOWS, "sparsegpt", 0.5, checkpoint=tmp_path / "c").equals(
-        prune(model, WINDOWS, "sparsegpt", 0.5)
+    assert prune(again, FEW, "sparsegpt", 0.5, checkpoint=tmp_path / "c").equals(
+        prune(model, FEW, "sparsegpt", 0.5)
     )
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)

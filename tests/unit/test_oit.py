@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import jensenshannon
@@ -83,6 +83,7 @@ def test_ngrams_of_a_large_vocabulary_do_not_collide():
     )
 
 
+@settings(max_examples=40)
 @given(WITH_TEXT)
 def test_bounds(tokens):
     n, length = tokens.shape
@@ -106,6 +107,7 @@ def test_bounds(tokens):
     assert value.volume_bytes >= (tokens != 0).sum()
 
 
+@settings(max_examples=30)
 @given(WITH_TEXT, st.randoms(use_true_random=False))
 def test_the_order_of_windows_does_not_matter(tokens, random):
     cal = as_set(tokens)
@@ -120,6 +122,7 @@ def test_the_order_of_windows_does_not_matter(tokens, random):
     )
 
 
+@settings(max_examples=30)
 @given(WITH_TEXT)
 def test_saying_it_twice_raises_aggregation_and_leaves_variety(tokens):
     once, twice = (

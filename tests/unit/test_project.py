@@ -2,13 +2,14 @@
 versions agree."""
 import ast
 import configparser
+import json
 import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
-import nbformat
 import pytest
 
 import calib_prune
@@ -17,6 +18,18 @@ from calib_prune.study.artefacts import made_by
 from tests import ROOT
 
 NOTEBOOKS = sorted(ROOT.glob("nbs/**/*.ipynb"))
+
+
+class Part(dict):
+    "Of a notebook; nbformat has the same, and takes two seconds to import."
+    __getattr__ = dict.__getitem__
+
+
+@cache
+def cells(path: Path) -> list[Part]:
+    found = json.loads(path.read_text(), object_hook=Part).cells
+    for cell in found: cell["source"] = "".join(cell.source)
+    return found
 
 
 def modules(folder: Path) -> dict[str, Path]:
@@ -72,7 +85,7 @@ def test_a_version_has_at_most_60_lines_in_the_changelog():
 def test_notebooks_are_in_reading_order_and_titled():
     assert NOTEBOOKS
     for path in NOTEBOOKS:
-        first = nbformat.read(path, 4).cells[0]
+        first = cells(path)[0]
         assert first.cell_type == "markdown" and re.match(r"# .+\n+> .+", first.source), path.name
 
 
@@ -91,7 +104,7 @@ def test_notebooks_are_numbered_without_gaps():
 )
 def test_library_notebooks_hold_their_outputs(path):
     "Readers see results without running anything: no error, and something shown."
-    outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
+    outputs = [o for c in cells(path) if c.cell_type == "code" for o in c.outputs]
     assert outputs and all(o.output_type != "error" for o in outputs)
     assert "jupyter.widget" not in path.read_text(), "the state of a progress bar"
 
@@ -99,9 +112,9 @@ def test_library_notebooks_hold_their_outputs(path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("nbs/paper/*.ipynb")), ids=lambda p: p.name)
 def test_parameter_cells_hold_literals_only(path):
     "papermill injects after this cell, so nothing in it may be derived."
-    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
-    assert len(cells) == 1
-    for statement in ast.parse(cells[0].source).body:
+    tagged = [c for c in cells(path) if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for statement in ast.parse(tagged[0].source).body:
         assert isinstance(statement, ast.Assign)
         ast.literal_eval(statement.value)
 
@@ -109,7 +122,7 @@ def test_parameter_cells_hold_literals_only(path):
 def test_paper_notebooks_find_the_root_before_they_read():
     "JupyterLab starts them in their own folder."
     for path in sorted(ROOT.glob("nbs/paper/*.ipynb")):
-        code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+        code = "\n".join(c.source for c in cells(path) if c.cell_type == "code")
         if path.stem != "own_study":
             assert "\nat_root()" in re.split(r"load_preset\(|load_results\(", code)[0], path.name
 
@@ -117,7 +130,7 @@ def test_paper_notebooks_find_the_root_before_they_read():
 def test_paper_notebooks_are_committed_without_outputs():
     "Their results belong to a run, not to the source."
     for path in ROOT.glob("nbs/paper/*.ipynb"):
-        assert not any(c.get("outputs") for c in nbformat.read(path, 4).cells), path.name
+        assert not any(c.get("outputs") for c in cells(path)), path.name
 
 
 def test_nothing_runs_code_that_came_with_a_model():
@@ -136,7 +149,7 @@ def library() -> dict[str, tuple[int, str]]:
     order = [path for folder in folders for path in sorted(ROOT.glob(f"nbs/{folder}/*.ipynb"))]
     found = {}
     for place, path in enumerate(order):
-        code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+        code = "\n".join(c.source for c in cells(path) if c.cell_type == "code")
         found["calib_prune." + re.search(r"^#\| default_exp (\S+)", code, re.M)[1]] = place, code
     return found
 
@@ -202,7 +215,7 @@ def test_the_results_page_is_short():
 def test_paper_notebooks_write_what_is_declared():
     "The names in `save_table`, `save_rows` and `save_figure` are those of the list of artefacts."
     for book in NOTEBOOKS_OF_TABLES:
-        code = "\n".join(c.source for c in nbformat.read(ROOT / f"nbs/paper/{book}.ipynb", 4).cells
+        code = "\n".join(c.source for c in cells(ROOT / f"nbs/paper/{book}.ipynb")
                          if c.cell_type == "code")
         assert set(re.findall(r"\b[TF]\d+-[\w-]+", code)) == {
             Path(f).stem for o in made_by([book]) for f in o.files
