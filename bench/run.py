@@ -38,7 +38,7 @@ MEASURED = (*code_of("kernels",
                      "pruning",
                      "evaluation",
                      bench=("machine", "plain", "limit", "peer", "run", "start")),
-            "calib_prune/warm.py", "calib_prune/study/preload.py")
+            "calib_prune/study/engine.py", "calib_prune/study/runs.py")
 STAGES = ("sparsegpt", "wanda", "scoring")
 MODEL, SECOND = "smollm2-135m", "qwen2.5-coder-0.5b"
 app = typer.Typer(

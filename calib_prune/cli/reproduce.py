@@ -369,7 +369,8 @@ def snakemake_command(path: Path,  # of the preset
     "The command that runs the workflow."
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile",
-        str(path), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock"]
+        str(path), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
+        "--force-use-threads"]
     if profile: command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
     else: command += ["--cores", str(jobs or len(os.sched_getaffinity(0)))]
     if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
@@ -446,7 +447,6 @@ def _sweep(results: Path) -> None:
 def run_workflow(command: list[str], root: Path,  # the checkout
                  results: Path,
                  names: list[str], left: set[str],  # models: all, and those to be made
-                 warm: bool = True,               # is there anything to run?
                  # does a cluster run the jobs? Then there is time to cancel them
                  cluster: bool = False
                 ) -> None:
@@ -459,16 +459,8 @@ def run_workflow(command: list[str], root: Path,  # the checkout
         log, "w"
     ) as out:
         _sweep(results)
-        run = Guarded(
-            command,
-            60 if cluster else 5,
-            cluster,
-            str(results / "warm.log") if warm else "",
-            cwd=root,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock],
-        )
+        run = Guarded(command, 60 if cluster else 5, cluster, cwd=root, stdout=out,
+                      stderr=subprocess.STDOUT, pass_fds=[lock])
         try:
             with new_bars(console) as bars:
                 error = _watch(run, stops, shown := _StudyBars(bars, names, left, results), log)
@@ -599,8 +591,7 @@ def reproduce(
     if lacking: raise CalibPruneError(lacking)
     missing = {o for o in names if not (results / f"{o}.json").is_file()} if tables_only else set(
         left.get("models", ()))
-    warm = cluster is None and (tables_only or any(left.values()))
-    try: run_workflow(command, root, results, names, missing, warm, cluster is not None)
+    try: run_workflow(command, root, results, names, missing, cluster is not None)
     except Stopped as e:
         from calib_prune.study.children import STOPPING
         for number in STOPPING: signal.signal(number, signal.SIG_IGN)  # this process ends now

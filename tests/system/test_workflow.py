@@ -69,9 +69,6 @@ def test_finished_then_reused_then_tables_alone(checkout):
     out, err = reproduce(checkout)
     done = cells(checkout)
     assert set(done) == {"dense", "own-wanda-2of4-n4-s0", "c4-wanda-2of4-n4-s0"}
-    if hasattr(os, "pidfd_open"):
-        said = (checkout / "results/tiny/warm.log").read_text()
-        assert "modules are ready" in said and "cold" not in said, "every run is a fork"
     assert (
         "Retention, % of the dense model's score" in out and "figures/tiny" in out and "3/3" in err
     )
@@ -214,24 +211,19 @@ def wait_for(what, seconds=500):
         time.sleep(0.05)
 
 
-COLD_KERNEL = dict(JUPYTER_DEFAULT_PROVISIONER_NAME="local-provisioner")  # in a session of its own
-
-
-@pytest.mark.parametrize("numbers, when, env", [
-    ([signal.SIGINT], "notebooks/dense.ipynb", {}),
-    ([signal.SIGINT], "notebooks/dense.ipynb", COLD_KERNEL),
-    ([signal.SIGINT] * 3, "notebooks/dense.ipynb", {}),
-    ([signal.SIGTERM], "warm.log", {}),
-    ([signal.SIGKILL], "warm.log", {}),
-    ([signal.SIGKILL], "notebooks/dense.ipynb", COLD_KERNEL)],
-    ids=["interrupted", "cold kernel", "thrice", "terminated", "killed early", "killed"])
-def test_nothing_outlives_a_stopped_study(checkout, numbers, when, env):
+@pytest.mark.parametrize("numbers, when", [
+    ([signal.SIGINT], "notebooks/dense.ipynb"),
+    ([signal.SIGINT] * 3, "notebooks/dense.ipynb"),
+    ([signal.SIGTERM], "snakemake.log"),
+    ([signal.SIGKILL], "snakemake.log"),
+    ([signal.SIGKILL], "notebooks/dense.ipynb")],
+    ids=["interrupted", "thrice", "terminated", "killed early", "killed"])
+def test_nothing_outlives_a_stopped_study(checkout, numbers, when):
     shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
     mark = f"{os.getpid()} {time.monotonic_ns()}"
-    process = start(checkout, "--", "rows", STARTED_BY_TEST=mark, **env)
+    process = start(checkout, "--", "rows", STARTED_BY_TEST=mark)
     wait_for(lambda: (checkout / "results/tiny" / when).is_file() or process.poll() is not None)
-    if env: wait_for(lambda: any("ipykernel_launcher" in o.cmdline() for o in alive(mark)))
-    assert len(alive(mark)) > 2
+    wait_for(lambda: len(alive(mark)) > 2)
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.6)
