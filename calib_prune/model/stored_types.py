@@ -60,7 +60,7 @@ def quantised_type(model: str) -> str | None:  # such as "Q4_K_M"
     if model in NAMED_MODELS: return NAMED_MODELS[model].stored
     where = locate_model(model)
     if not (isinstance(where, Path) and where.is_file()): return None
-    kind = read_head(where).values.get("general.file_type")
+    kind = read_head(where).values.get("general.file_type", -1)
     try: return LlamaFileType(kind).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError: return None
 

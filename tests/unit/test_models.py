@@ -301,9 +301,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
 def write_gguf(path, model, file_type=gguf.LlamaFileType.ALL_F32, **more):
     "A LLaMA as llama.cpp writes it: rotary rows of q and k interleaved, tensors renamed, a byte-level vocabulary."  # noqa: E501
     config, out = model.config, gguf.GGUFWriter(path, "llama")
-    out.add_file_type(file_type), out.add_context_length(512), out.add_embedding_length(32), out.add_block_count(
-        2
-    ), out.add_feed_forward_length(48)
+    out.add_file_type(file_type), out.add_context_length(512), out.add_embedding_length(32)
+    out.add_block_count(2), out.add_feed_forward_length(48)
     out.add_head_count(4), out.add_head_count_kv(2), out.add_layer_norm_rms_eps(config.rms_norm_eps)
     out.add_rope_freq_base(10000.0), out.add_vocab_size(264), out.add_rope_dimension_count(8)
     vocab = sorted(tiny_tokenizer().get_vocab().items(), key=lambda kv: kv[1])
