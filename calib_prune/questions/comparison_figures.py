@@ -133,7 +133,7 @@ def best_message(sources: Replicates  # single sources of one setting
     if won: return _winners_text(won, len(there))
     if shortfall(values)[1] > 0:
         return "No single source has the highest retention in every dimension"
-    return "Highest retention: not significant among sources (95% intervals include 0)"
+    return "No source has significantly higher retention than all others"
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #43610e2e
 def source_message(part: Part) -> str:

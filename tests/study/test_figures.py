@@ -691,7 +691,7 @@ def test_sources_that_cannot_be_told_apart_have_no_winner_and_no_colour(seeds):
     figure = panel(some)
     assert (
         figure.get_suptitle()
-        == "Highest retention: not significant among sources (95% intervals include 0)"
+        == "No source has significantly higher retention than all others"
     )
     assert (np.asarray(figure.axes[0].collections[0].get_array()) == 0).all()
     note = " ".join(" ".join(o.get_text() for o in figure.texts).split())
