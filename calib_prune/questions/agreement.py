@@ -47,13 +47,15 @@ def dimensions_of(check: str  # a key of `CHECKS`
     "The dimensions whose retention a check compares."
     if check in CORRELATIONS: return (CORRELATIONS[check][2],)
     if check in OPPOSITE: return tuple(OPPOSITE[check][2].split(" − "))
-    if check.startswith("C4"): return tuple(dict.fromkeys(o[2] for o in CORRELATIONS.values()))
+    if check.startswith("C4"):
+        return tuple(dict.fromkeys(correlation[2] for correlation in CORRELATIONS.values()))
     return _OWN.get(check, DIMENSIONS)
 
 # %% ../../nbs/questions/10_agreement.ipynb #a99a86d2
 def methods_of(check: str) -> tuple[str, ...]:
     "The pruning methods that a check compares."
-    if check.startswith("C4"): return tuple(dict.fromkeys(o[1] for o in CORRELATIONS.values()))
+    if check.startswith("C4"):
+        return tuple(dict.fromkeys(correlation[1] for correlation in CORRELATIONS.values()))
     if check in CORRELATIONS: return (CORRELATIONS[check][1],)
     return (OPPOSITE[check][1],) if check in OPPOSITE else ("sparsegpt",)
 
@@ -64,16 +66,16 @@ def _can_tell(preset: dict[str, Any], study: dict[str, Result], n_boot: int | No
               resolved: pd.DataFrame | None  # of one method, from `resolution_rows`
              ) -> dict[tuple[str, str, str], bool]:
     "By method, measure and dimension: whether a measure is to be believed."
-    found = [] if resolved is None else [resolved]
+    tables = [] if resolved is None else [resolved]
     known = set() if resolved is None else set(resolved["method"].dropna())
-    for method in dict.fromkeys(o for check in CHECKS for o in methods_of(check)):
+    for method in dict.fromkeys(method for check in CHECKS for method in methods_of(check)):
         if method not in known:
-            found.append(
+            tables.append(
                 resolution_rows(preset, study, min(QUICK, n_boot or QUICK), method).assign(
                     method=method
                 )
             )
-    return pd.concat(found).set_index(["method", "measure", "dimension"])["can_tell"].to_dict()
+    return pd.concat(tables).set_index(["method", "measure", "dimension"])["can_tell"].to_dict()
 
 # %% ../../nbs/questions/10_agreement.ipynb #f54f5029
 def ledgers(
@@ -130,7 +132,7 @@ def _told(mine: pd.DataFrame  # of one check, from `ledgers`
          ) -> tuple[int, list[str]]:
     "Numbers of tested rows, and the directions of the rows whose measure discriminates."
     tested = mine[~mine["verdict"].isin([PRESET, MODEL, YET])]
-    return len(tested), [_direction(o) for _, o in tested[tested["tells"]].iterrows()]
+    return len(tested), [_direction(row) for _, row in tested[tested["tells"]].iterrows()]
 
 # %% ../../nbs/questions/10_agreement.ipynb #a02bff2f
 def _agrees(mine: pd.DataFrame) -> str:
@@ -150,8 +152,8 @@ def agreement(table: pd.DataFrame  # from `ledgers`
     for _, mine in table.groupby("name", sort=False):
         agrees = _agrees(mine)
         verdicts = {
-            MEASURES[o.measure].label: o.verdict if o.tells else "does not discriminate"
-            for o in mine.itertuples()
+            MEASURES[row.measure].label: row.verdict if row.tells else "does not discriminate"
+            for row in mine.itertuples()
         }
         rows.append(
             dict(claim=mine["claim"].iloc[0],
@@ -185,13 +187,13 @@ def model_agreement(tables: Mapping[str, pd.DataFrame]  # model → its `ledgers
                    # one row per check: claim, check, a verdict per model, agreement
                    ) -> pd.DataFrame:
     "Every check with its verdict on each model, and the agreement of discriminating measures."
-    every, rows = pd.concat([o.assign(model=model) for model, o in tables.items()]), []
+    every, rows = pd.concat([table.assign(model=model) for model, table in tables.items()]), []
     for name, mine in every.groupby("name", sort=False):
         agrees = _agrees(mine)
-        verdicts = {model: _said(o) for model, o in mine.groupby("model", sort=False)}
-        said = mine["check"].iloc[0] if mine["check"].nunique() == 1 else CHECKS[name].anywhere()
+        verdicts = {model: _said(rows) for model, rows in mine.groupby("model", sort=False)}
+        text = mine["check"].iloc[0] if mine["check"].nunique() == 1 else CHECKS[name].anywhere()
         rows.append(
-            dict(claim=mine["claim"].iloc[0], check=said)
+            dict(claim=mine["claim"].iloc[0], check=text)
             | verdicts
             | dict(agreement=ACROSS.get(agrees, agrees))
         )
@@ -210,11 +212,11 @@ def read_ledgers(path: str | Path,              # T7-measures.csv of a study
         )
     table = pd.read_csv(path)
     if list(table) == ["status"]: return pd.DataFrame(columns=LEDGERS)
-    if lost := [o for o in LEDGERS if o not in table]:
+    if lost := [column for column in LEDGERS if column not in table]:
         raise CalibPruneError(f"{path} has no column {lost[0]!r}, so it is no ledger by measure. "
                               "Make it anew by the notebook `claims`.")
     if levels:
-        wanted = {name: check.said(levels) for name, check in CHECKS.items()}
+        wanted = {name: check.wording(levels) for name, check in CHECKS.items()}
         other = table[table["check"] != table["name"].map(wanted)]
         if len(other):
             raise CalibPruneError(

@@ -94,16 +94,16 @@ LEDGER = [
     "claim", "text", "source", "check", "paper", "derived", "ours", "ci_low", "ci_high", "unit",
     "n", "n_of", "verdict", "why"]
 
-def ledger(found: pd.DataFrame,           # from `estimates`
+def ledger(records: pd.DataFrame,         # from `estimates`
            levels: Levels = PAPER         # its sparsities
           ) -> pd.DataFrame:              # columns `LEDGER`
     "Every claim with the paper's number, ours, a verdict and the reason for it."
-    if missing := set(CHECKS) - set(found["check"]):
+    if missing := set(CHECKS) - set(records["check"]):
         raise CalibPruneError(
             f"The ledger covers every check, but {', '.join(sorted(missing))} has no estimate."
         )
     rows = []
-    for row in found.to_dict("records"):
+    for row in records.to_dict("records"):
         check = CHECKS[row["check"]]
         text, source = CLAIMS[check.claim]
         judged = judge(check, row)
@@ -113,7 +113,7 @@ def ledger(found: pd.DataFrame,           # from `estimates`
             dict(claim=check.claim,
                  text=text,
                  source=source,
-                 check=check.said(levels),
+                 check=check.wording(levels),
                  paper=check.paper,
                  derived=check.derived,
                  unit=check.unit,
@@ -140,7 +140,7 @@ def claim_levels(preset: dict[str, Any]) -> Levels:
 # %% ../../nbs/questions/06_claims.ipynb #c3c4bab4
 def levels_text(levels: Levels) -> str:
     "The sparsities for people."
-    at, low, high = (sparsity_label(o) for o in (levels.at, levels.low, levels.high))
+    at, low, high = (sparsity_label(level) for level in (levels.at, levels.low, levels.high))
     return f"{at}, growth from {low} to {high}"
 
 # %% ../../nbs/questions/06_claims.ipynb #70099eea
@@ -158,11 +158,13 @@ def study_ledger(
         whole, known := whole_metrics(whole, metrics), n_perm, seed, in_full=[perplexity]
     )
     table = related.table
-    if related.found and len(table):
-        opposite = correlation_contrasts(known, related.found, perplexity, n_perm, seed)
+    if related.replicates and len(table):
+        opposite = correlation_contrasts(known, related.replicates, perplexity, n_perm, seed)
         table = stacked([table, opposite], table.columns)
     levels = claim_levels(whole.preset)
-    return ledger(estimates(grid_part(whole).found, table, perplexity, complete, levels), levels)
+    return ledger(
+        estimates(grid_part(whole).replicates, table, perplexity, complete, levels), levels
+    )
 
 # %% ../../nbs/questions/06_claims.ipynb #0da5c812
 def ledger_line(row: dict[str, Any]) -> dict[str, Any]:

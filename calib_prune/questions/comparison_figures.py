@@ -56,12 +56,14 @@ def _grid(table: pd.DataFrame, value: str, strategies: list[str], columns: list[
 # %% ../../nbs/questions/01_comparison_figures.ipynb #2caf300d
 def heat_panel(
                # [strategies, columns], points over the baseline
-               ax: Axes, kept: pd.DataFrame, colour: np.ndarray,
+               ax: Axes, retention: pd.DataFrame, colour: np.ndarray,
                # ends of the colour scale, points
                strategies: list[str], columns: list[str], reach: float
               ) -> None:
     "One method's heat map; what has not been run is white."
-    value, low, high = (_grid(kept, o, strategies, columns) for o in ("value", "ci_low", "ci_high"))
+    value, low, high = (
+        _grid(retention, column, strategies, columns) for column in ("value", "ci_low", "ci_high")
+    )
     ends = lambda lo, hi: "[–]" if np.isnan(lo + hi) else f"[{lo:.0f}, {hi:.0f}]"
     say = np.vectorize(
         lambda v, lo, hi: "" if np.isnan(v) else f"{v:.1f}\n{ends(lo, hi)}", otypes=[str]
@@ -81,7 +83,7 @@ def heat_panel(
         yticklabels=strategies,
     )
     make_readable(ax)
-    ax.set_title(method_label(kept["method"].iloc[0]), fontsize=9, pad=4)
+    ax.set_title(method_label(retention["method"].iloc[0]), fontsize=9, pad=4)
     ax.tick_params(axis="x", rotation=35, labelsize=8, pad=0)
     ax.tick_params(axis="y", rotation=0, labelsize=8)
     ax.grid(False)
@@ -95,8 +97,8 @@ def over_baseline(delta: pd.DataFrame,  # of one method, simultaneous
     """How far each retention is above the baseline's; 0 for the baseline itself, and where the
     interval includes 0 or is missing."""
     clear = delta[significant_sign(delta["ci_low"], delta["ci_high"]) != 0]
-    found = _grid(clear.rename(columns={"mix": "strategy"}), "value", strategies, columns)
-    return np.where(np.isnan(found), 0.0, found)
+    points = _grid(clear.rename(columns={"mix": "strategy"}), "value", strategies, columns)
+    return np.where(np.isnan(points), 0.0, points)
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #45f61609
 def first_method(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
@@ -139,14 +141,14 @@ def best_message(sources: Replicates  # single sources of one setting
 def source_message(part: Part) -> str:
     """The message on the single sources in the first method's setting; empty where nothing has been
     run."""
-    settings = part.found.settings()
+    settings = part.replicates.settings()
     methods = [
-        o
-        for o in dict.fromkeys(c.method for c in part.wanted)
-        if o in {at["method"] for at in settings}
+        method
+        for method in dict.fromkeys(c.method for c in part.wanted)
+        if method in {at["method"] for at in settings}
     ]
     if not methods: return ""
-    here = part.found.where(**next(at for at in settings if at["method"] == methods[0]))
+    here = part.replicates.where(**next(at for at in settings if at["method"] == methods[0]))
     name = f"{method_label(methods[0])}: " * (len(methods) > 1)
     return name + best_message(here.rows(here.cells["strategy"].isin(single_strategies(part))))
 
@@ -159,7 +161,7 @@ def two_methods(table: pd.DataFrame  # from `retention_rows`
     if len(methods) < 3: return table, ""
     total = table[table["dimension"] == "Total"].groupby("method")["value"].mean()
     best = total[methods[1:]].idxmax()
-    others = [method_label(o) for o in methods[1:] if o != best]
+    others = [method_label(method) for method in methods[1:] if method != best]
     return table[table["method"].isin([methods[0], best])], f"Not shown: {listed(others)} (T2)."
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #6f4ccd0a
@@ -189,7 +191,7 @@ def retention_panels(table: pd.DataFrame,  # from `retention_rows`, one sparsity
     check_rows(table, "retention")
     lines = in_order(table, ["source"]).drop_duplicates("strategy")
     strategies, kinds = list(lines["strategy"]), lines["source"].to_numpy()
-    columns = [o for o in OUTCOMES if o in set(table["dimension"])]
+    columns = [outcome for outcome in OUTCOMES if outcome in set(table["dimension"])]
     figure, axes = panels(table, 0.3 * len(lines) + 1.8, sharey=True)
     colours = {
         m: over_baseline(delta[delta["method"] == m], strategies, columns)
@@ -215,11 +217,11 @@ def retention_panels(table: pd.DataFrame,  # from `retention_rows`, one sparsity
     legend_above(figure, kinds)
     headline(figure, message)
     bare = "[–]: no interval, and so no colour. " if table["ci_low"].isna().any() else ""
-    said = (
+    caption = (
         "Numbers: retention, % of the dense model's score [95% interval]."
         f" {grey_note(delta)}{bare}{more} {note}"
     )
-    return annotate(figure, said.replace("  ", " "))
+    return annotate(figure, caption.replace("  ", " "))
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #333790f1
 def difference_panel(
@@ -254,7 +256,9 @@ def by_total(table: pd.DataFrame  # from `retention_rows`
     "Strategies by total retention under the first method, the lowest first."
     mine = table[(table["dimension"] == "Total") & (table["method"] == table["method"].iloc[0])]
     names = list(mine.sort_values("value", kind="stable")["strategy"])
-    return [o for o in dict.fromkeys(table["strategy"]) if o not in names] + names
+    return [
+        strategy for strategy in dict.fromkeys(table["strategy"]) if strategy not in names
+    ] + names
 
 SIMULTANEOUS = (
     "Intervals of differences: 95%, simultaneous over all that the figure compares under a method."
@@ -301,11 +305,11 @@ def strategy_figure(
     return annotate(figure, f"{SIMULTANEOUS} {note}")
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #f0a1b202
-def front_message(found: Replicates  # of one setting
+def front_message(replicates: Replicates  # of one setting
                  ) -> str:
     "The dimension with the clearest winner, with the lowest set where that is significant, too."
-    there = np.flatnonzero(has_interval(found.values[..., :len(DIMENSIONS)]))
-    names, values = found.cells["strategy"].to_numpy(), found.values[..., there]
+    there = np.flatnonzero(has_interval(replicates.values[..., :len(DIMENSIONS)]))
+    names, values = replicates.cells["strategy"].to_numpy(), replicates.values[..., there]
     if len(names) < 2 or not len(there):
         return "Retention by dimension: no two calibration sets to compare"
     (best, lead), (worst, lag) = lead_of_best(values), lead_of_best(-values)
@@ -341,7 +345,7 @@ def front_figure(table: pd.DataFrame,  # from `retention_rows`, of one setting
     table = table[(table["quantity"] == "retention") & table["dimension"].isin(DIMENSIONS)]
     check_rows(table, "retention by dimension")
     order = list(dict.fromkeys(table["strategy"]))
-    dimensions = [o for o in DIMENSIONS if o in set(table["dimension"])]
+    dimensions = [dimension for dimension in DIMENSIONS if dimension in set(table["dimension"])]
     figure, axes = plt.subplots(
         1,
         len(dimensions),
@@ -387,16 +391,16 @@ def margin_message(line: pd.DataFrame  # totals over the baseline under one meth
         line["method"].iloc[0]), line["mix"].iloc[0], line["over"].iloc[0]
     signs = significant_sign(line["ci_low"], line["ci_high"])
     def at(sign: int) -> str:
-        levels = [sparsity_label(o) for o in line["sparsity"][signs == sign]]
+        levels = [sparsity_label(sparsity) for sparsity in line["sparsity"][signs == sign]]
         return listed(levels) if len(levels) < 3 else f"{len(levels)} of {len(line)} sparsities"
     if not signs.any():
         return f"{name}: {mix} not significantly different from {base} at any sparsity"
-    said = [
+    parts = [
         f"{word} {base} at {at(sign)}"
         for word, sign in (("above", 1), ("below", -1))
         if (signs == sign).any()
     ]
-    return f"Total retention, {name}: {mix} {', '.join(said)}"
+    return f"Total retention, {name}: {mix} {', '.join(parts)}"
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #a66c0639
 def margin_figure(table: pd.DataFrame,  # from `margin_rows` along the sparsity
@@ -436,7 +440,9 @@ def averaging_message(table: pd.DataFrame) -> str:
     low = first.set_index("dimension")["ci_low"]
     names = {"Accuracy": "averaged accuracy", "Code": "Code retention"}
     if not set(names) <= set(low.index): return "How far strategies differ in each outcome"
-    differ, alike = ([names[o] for o in names if (low[o] > 0) == there] for there in (True, False))
+    differ, alike = (
+        [names[name] for name in names if (low[name] > 0) == there] for there in (True, False)
+    )
     if not differ: return f"{name}No significant difference between strategies in {listed(alike)}"
     return (
         f"{name}Strategies differ in {listed(differ)}"
@@ -450,11 +456,13 @@ def averaging_figure(table: pd.DataFrame,  # from `range_rows`, one sparsity and
     interval; one panel per method."""
     check_rows(table, "spreads")
     order = [
-        o
-        for o in ("Accuracy", "Commonsense", "General", "Code", "Math", "Total")
-        if o in set(table["dimension"])
+        outcome
+        for outcome in ("Accuracy", "Commonsense", "General", "Code", "Math", "Total")
+        if outcome in set(table["dimension"])
     ]
-    names = {o: f"{o} retention" for o in order} | {"Accuracy": "averaged commonsense\naccuracy"}
+    names = {outcome: f"{outcome} retention" for outcome in order} | {
+        "Accuracy": "averaged commonsense\naccuracy"
+    }
     figure, axes = panels(table, 0.36 * len(order) + 1.5, sharey=True, sharex=True)
     for ax, (method, mine) in zip(axes[0], table.groupby("method", sort=False)):
         mine = mine.set_index("dimension").reindex(order)
@@ -463,7 +471,7 @@ def averaging_figure(table: pd.DataFrame,  # from `range_rows`, one sparsity and
             y, 100 * mine["by_chance"], color="0.82", height=0.62, label="expected from noise alone"
         )
         ax.plot(seen, y + 0.14, "o", mfc="white", mec="black", markersize=5, label="as measured")
-        colours = [colour_of(o) for o in order]
+        colours = [colour_of(outcome) for outcome in order]
         ax.hlines(
             y - 0.14, 100 * mine["ci_low"], 100 * mine["ci_high"], colors=colours, linewidth=1.6
         )
@@ -477,7 +485,7 @@ def averaging_figure(table: pd.DataFrame,  # from `range_rows`, one sparsity and
             clip_on=False,
             label="without the noise, 95% interval",
         )
-        ax.set_yticks(y, [names[o] for o in order], fontsize=8)
+        ax.set_yticks(y, [names[outcome] for outcome in order], fontsize=8)
         ax.set(ylim=(len(order) - 0.4, -0.6), xlabel="highest − lowest strategy (points)")
         ax.set_title(f"{method_label(method)} (n = {mine['n'].iloc[0]})", fontsize=9)
         ax.grid(axis="y", visible=False)

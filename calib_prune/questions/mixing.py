@@ -32,48 +32,48 @@ def shares_of(mix: str,     # as a preset writes it
     """The share of each dimension in a calibration set: of whole windows, so it is near what the
     mix says."""
     counts = allocate(parse_mix(mix), windows)
-    if odd := [o for o in counts if o not in SOURCES]:
+    if odd := [source for source in counts if source not in SOURCES]:
         raise CalibPruneError(
             f"The mixing law needs sources of a known dimension; {odd[0]!r} is none."
         )
     return {
-        d: sum(n for o, n in counts.items() if SOURCES[o].dimension == d) / windows
+        d: sum(n for source, n in counts.items() if SOURCES[source].dimension == d) / windows
         for d in DIMENSIONS
     }
 
 # %% ../../nbs/questions/11_mixing.ipynb #f7aec4f8
 UNSEEN = "unseen"
 
-def mixes_of(preset: dict[str, Any], found: Replicates  # of one setting
+def mixes_of(preset: dict[str, Any], replicates: Replicates  # of one setting
             ) -> pd.DataFrame:  # strategy, unseen, and the share of each dimension
     "The mixes of a study."
     rows = []
-    for o in found.cells.itertuples():
-        shares = shares_of(preset["strategies"][o.strategy], o.windows)
-        rows.append(dict(strategy=o.strategy, unseen=o.strategy.startswith(UNSEEN), **shares))
+    for row in replicates.cells.itertuples():
+        shares = shares_of(preset["strategies"][row.strategy], row.windows)
+        rows.append(dict(strategy=row.strategy, unseen=row.strategy.startswith(UNSEEN), **shares))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/questions/11_mixing.ipynb #99a11b86
-def law_of(preset: dict[str, Any], found: Replicates) -> Law:
+def law_of(preset: dict[str, Any], replicates: Replicates) -> Law:
     "The law fitted to the mixes of a study that are not marked as unseen."
-    mixes = mixes_of(preset, found)
+    mixes = mixes_of(preset, replicates)
     seen = ~mixes["unseen"].to_numpy()
-    return fit(mixes.loc[seen, list(DIMENSIONS)], found.values[:, seen, :len(DIMENSIONS)])
+    return fit(mixes.loc[seen, list(DIMENSIONS)], replicates.values[:, seen, :len(DIMENSIONS)])
 
 MIXES = [
     "strategy", "unseen", *(f"share_{d}" for d in DIMENSIONS), "dimension", "value", "predicted",
     "ci_low", "ci_high"]
 
 # %% ../../nbs/questions/11_mixing.ipynb #c51b5a9a
-def mix_rows(preset: dict[str, Any], found: Replicates, law: Law
+def mix_rows(preset: dict[str, Any], replicates: Replicates, law: Law
             ) -> pd.DataFrame:  # columns `MIXES`; fractions
     "What each mix kept and what the law says of it, with the law's interval."
-    mixes = mixes_of(preset, found)
-    said = law.predict(mixes[list(DIMENSIONS)]).rename(columns={"value": "predicted"})
-    seen = {d: found.values[0, :, OUTCOMES.index(d)] for d in (*DIMENSIONS, "Total")}
-    said["value"] = [seen[o.dimension][o.mix] for o in said.itertuples()]
+    mixes = mixes_of(preset, replicates)
+    predictions = law.predict(mixes[list(DIMENSIONS)]).rename(columns={"value": "predicted"})
+    seen = {d: replicates.values[0, :, OUTCOMES.index(d)] for d in (*DIMENSIONS, "Total")}
+    predictions["value"] = [seen[row.dimension][row.mix] for row in predictions.itertuples()]
     about = mixes.rename(columns={d: f"share_{d}" for d in DIMENSIONS})
-    return said.join(about, on="mix")[MIXES]
+    return predictions.join(about, on="mix")[MIXES]
 
 # %% ../../nbs/questions/11_mixing.ipynb #b8ffd930
 def errors(rows: pd.DataFrame  # from `mix_rows`
@@ -83,7 +83,7 @@ def errors(rows: pd.DataFrame  # from `mix_rows`
     Beside it what constants err
     at the unseen ones: the mean of the fitted mixes (`constant`), and their own mean, which nobody
     can know before (`spread`)."""
-    rms = lambda measured, said: 100 * np.sqrt(((measured - said) ** 2).mean())
+    rms = lambda measured, predicted: 100 * np.sqrt(((measured - predicted) ** 2).mean())
     def line(d: str, mine: pd.DataFrame) -> dict[str, Any]:
         old, new = mine[~mine["unseen"]], mine[mine["unseen"]]
         return dict(
@@ -94,7 +94,7 @@ def errors(rows: pd.DataFrame  # from `mix_rows`
             spread=rms(new["value"], new["value"].mean()),
             n=len(new),
         )
-    return pd.DataFrame([line(*o) for o in rows.groupby("dimension", sort=False)])
+    return pd.DataFrame([line(*group) for group in rows.groupby("dimension", sort=False)])
 
 # %% ../../nbs/questions/11_mixing.ipynb #c6afb908
 ALIKE = dict.fromkeys(DIMENSIONS, 0.25)
@@ -116,16 +116,17 @@ def best_rows(law: Law) -> pd.DataFrame:  # need, then the columns of `mixing_la
 def best_text(rows: pd.DataFrame) -> pd.DataFrame:
     "One line per need: shares in percent, with the range of those that may be best."
     text = [
-        f"{100 * o.share:.0f} [{100 * o.low:.0f}, {100 * o.high:.0f}]" for o in rows.itertuples()
+        f"{100 * row.share:.0f} [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+        for row in rows.itertuples()
     ]
     return wide_table(rows.assign(text=text), ["need"], DIMENSIONS)
 
 # %% ../../nbs/questions/11_mixing.ipynb #0a628f7d
-def mixing_gain(preset: dict[str, Any], found: Replicates
+def mixing_gain(preset: dict[str, Any], replicates: Replicates
                ) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; empty without these mixes
     """Is mixing super-additive? What the mix nearest to equal parts kept, less the kinds alone, in
     its own shares: as measured."""
-    mixes = mixes_of(preset, found)
+    mixes = mixes_of(preset, replicates)
     shares = mixes[list(DIMENSIONS)].to_numpy(float)
     pure = shares == 1
     if not pure.any(0).all():
@@ -133,19 +134,19 @@ def mixing_gain(preset: dict[str, Any], found: Replicates
     even = np.abs(shares - 1 / len(DIMENSIONS)).sum(1).argmin()
     # of each mix in the average; 0 but for the kinds alone
     parts = (pure / pure.sum(0) * shares[even]).sum(1)
-    gain = found.values[:, even] - np.einsum("bmo,m->bo", found.values, parts)
-    row = replace(found, cells=found.cells.iloc[[even]], values=gain[:, None])
+    gain = replicates.values[:, even] - np.einsum("bmo,m->bo", replicates.values, parts)
+    row = replace(replicates, cells=replicates.cells.iloc[[even]], values=gain[:, None])
     return effects(row, ADDITIVE)[["dimension", "value", "ci_low", "ci_high"]]
 
 # %% ../../nbs/questions/11_mixing.ipynb #306ba0e1
 def gain_note(gains: pd.DataFrame  # from `mixing_gain`
              ) -> str:
     "The gain of mixing in words."
-    said = [
-        f"{o.dimension} {interval_text(o.value, o.ci_low, o.ci_high, '+')}"
-        for o in gains.itertuples()
+    texts = [
+        f"{row.dimension} {interval_text(row.value, row.ci_low, row.ci_high, '+')}"
+        for row in gains.itertuples()
     ]
-    return ", ".join(said) or "not all of these mixes have been run"
+    return ", ".join(texts) or "not all of these mixes have been run"
 
 # %% ../../nbs/questions/11_mixing.ipynb #f71d3320
 def law_message(rows: pd.DataFrame  # from `mix_rows`
@@ -163,12 +164,14 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.4), layout="constrained")
     for ax, d in zip(axes, DIMENSIONS):
         mine = rows[rows["dimension"] == d]
-        for unseen, o in mine.groupby("unseen"):
-            colour, x = DIMENSION_COLOURS[d], 100 * o["value"]
-            ax.vlines(x, 100 * o["ci_low"], 100 * o["ci_high"], color=colour, linewidth=0.8)
+        for unseen, points in mine.groupby("unseen"):
+            colour, x = DIMENSION_COLOURS[d], 100 * points["value"]
+            ax.vlines(
+                x, 100 * points["ci_low"], 100 * points["ci_high"], color=colour, linewidth=0.8
+            )
             ax.plot(
                 x,
-                100 * o["predicted"],
+                100 * points["predicted"],
                 MARKERS[d],
                 color=colour,
                 mfc=colour if unseen else "white",
@@ -181,9 +184,9 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
         ax.set(title=d, xlabel="measured, %")
     axes[0].set_ylabel("predicted, %")
     headline(figure, law_message(rows))
-    found = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
+    rmse = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
     off, constant = (
-        f"{found[o].min():.1f} to {found[o].max():.1f}" for o in ("unseen", "constant")
+        f"{rmse[column].min():.1f} to {rmse[column].max():.1f}" for column in ("unseen", "constant")
     )
     about = (
         "Filled: mixes outside the fit. Bars: 95% intervals of the law, misfit included. "

@@ -60,8 +60,8 @@ def kind_means(kinds: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
 def source_error(rule: Any, x: np.ndarray, y: np.ndarray) -> float:
     "Root mean square error of a rule at each source that it was not fitted to."
     rest = ~np.eye(len(x), dtype=bool)
-    said = [rule(x[o], y[o], x[~o])[0] for o in rest]
-    return float(np.sqrt(np.mean((np.array(said) - y) ** 2)))
+    predicted = [rule(x[others], y[others], x[~others])[0] for others in rest]
+    return float(np.sqrt(np.mean((np.array(predicted) - y) ** 2)))
 
 # %% ../../nbs/questions/13_new_sources.ipynb #23e8ba65
 RULES = [
@@ -75,33 +75,38 @@ class Split:
     further: list[str]
     metrics: pd.DataFrame  # sources × metrics that vary, as predictors
     kinds: dict[str, str]  # source → dimension
-    found: Replicates      # one row per strategy
+    replicates: Replicates  # one row per strategy
 
     def retention(self, sources: list[str], outcome: str) -> np.ndarray:  # [1 + B, sources]
         "Replicates of some sources."
-        at = [list(self.found.cells["strategy"]).index(name) for name in sources]
-        return self.found.values[:, at, OUTCOMES.index(outcome)]
+        at = [list(self.replicates.cells["strategy"]).index(name) for name in sources]
+        return self.replicates.values[:, at, OUTCOMES.index(outcome)]
 
 # %% ../../nbs/questions/13_new_sources.ipynb #c964977e
-def split_sources(found: Replicates,      # of one setting
+def split_sources(replicates: Replicates,  # of one setting
                   metrics: pd.DataFrame   # from `metric_rows.load_metrics`
                  ) -> Split | None:       # None while there are too few
     "The sources of the study and the further ones, as far as they are pruned and measured."
-    known = set(found.cells["strategy"]) & set(metrics["strategy"])
-    first, further = [o for o in SUITE if o in known], [o for o in FURTHER if o in known]
+    known = set(replicates.cells["strategy"]) & set(metrics["strategy"])
+    first, further = (
+        [source for source in SUITE if source in known],
+        [source for source in FURTHER if source in known],
+    )
     if min(len(first), len(further)) < MIN_SOURCES: return None
     wide, why = source_metrics(metrics, [*first, *further])
     wide = wide.drop(columns=list(why))
     wide = wide.loc[:, wide.loc[first].nunique() > 1]
     wide = pd.DataFrame({k: as_predictor(k, wide[k].to_numpy()) for k in wide}, index=wide.index)
-    kinds = {k: o.dimension for k, o in {**SUITE, **FURTHER}.items()}
-    return Split(first, further, wide, kinds, found)
+    kinds = {k: source.dimension for k, source in {**SUITE, **FURTHER}.items()}
+    return Split(first, further, wide, kinds, replicates)
 
 # %% ../../nbs/questions/13_new_sources.ipynb #08092a68
 def predictions(split: Split, metric: str, dimension: str
                ) -> pd.DataFrame:  # source, predicted, value; of further sources
     "What a rule frozen on the first sources says of the further ones."
-    y, measured = (split.retention(o, dimension)[0] for o in (split.first, split.further))
+    y, measured = (
+        split.retention(sources, dimension)[0] for sources in (split.first, split.further)
+    )
     rule, x = _rule_of(split, metric)
     predicted = rule(x[split.first].to_numpy(), y, x[split.further].to_numpy())
     return pd.DataFrame(dict(source=split.further, predicted=predicted, value=measured))
@@ -115,7 +120,7 @@ def _rule_of(split: Split, metric: str) -> tuple[Any, pd.Series]:
 # %% ../../nbs/questions/13_new_sources.ipynb #767d09c3
 def rule_rows(split: Split, n_perm: int = 19999, seed: int = 0) -> pd.DataFrame:  # columns `RULES`
     "How well every rule predicts, in every dimension."
-    n_boot, rows = len(split.found.values) - 1, []
+    n_boot, rows = len(split.replicates.values) - 1, []
     plan = resampling(np.zeros(len(split.further), int), n_boot, n_perm, seed)
     rms = lambda error: float(np.sqrt(np.mean(error**2)))
     for metric in (KIND, *split.metrics):
@@ -145,27 +150,28 @@ def chosen_rules(rows: pd.DataFrame) -> pd.DataFrame:  # one row per dimension
 def rule_text(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per rule: for each dimension ρ with its interval, q, and the error beside that of a
     constant, in points."""
-    def cell(o: Any) -> str:
-        rho = interval_text(o.rho, o.ci_low, o.ci_high, "+", scale=1,
-                            digits=2) if not math.isnan(o.rho) else "–"
-        return f"{rho}, q {probability(o.q)}; {100 * o.error:.1f} ({100 * o.constant:.1f})"
-    names = [o if o == KIND else metric_label(o) for o in rows["metric"]]
-    text = rows.assign(text=[cell(o) for o in rows.itertuples()], metric=names)
+    def cell(row: Any) -> str:
+        rho = interval_text(row.rho, row.ci_low, row.ci_high, "+", scale=1,
+                            digits=2) if not math.isnan(row.rho) else "–"
+        return f"{rho}, q {probability(row.q)}; {100 * row.error:.1f} ({100 * row.constant:.1f})"
+    names = [metric if metric == KIND else metric_label(metric) for metric in rows["metric"]]
+    text = rows.assign(text=[cell(row) for row in rows.itertuples()], metric=names)
     return wide_table(text, ["metric"], ADDITIVE)
 
 # %% ../../nbs/questions/13_new_sources.ipynb #0251f2b7
 def chosen_note(rows: pd.DataFrame) -> str:
     "The rules that the first fifteen choose, and how they did."
     kind = rows[rows["metric"] == KIND].set_index("dimension")
-    about = lambda o: (
-        f"kind {100 * kind.loc[o.dimension, 'error']:.1f}, constant {100 * o.constant:.1f}"
+    about = lambda row: (
+        f"kind {100 * kind.loc[row.dimension, 'error']:.1f}, constant {100 * row.constant:.1f}"
     )
-    said = [
-        f"{o.dimension}: {metric_label(o.metric)}, ρ {o.rho:+.2f}, error {100 * o.error:.1f}"
-        f" ({about(o)})"
-        for o in chosen_rules(rows).itertuples()
+    sentences = [
+        f"{row.dimension}: {metric_label(row.metric)}, ρ {row.rho:+.2f},"
+        f" error {100 * row.error:.1f}"
+        f" ({about(row)})"
+        for row in chosen_rules(rows).itertuples()
     ]
-    return "Chosen on the first fifteen: " + "; ".join(said) + "."
+    return "Chosen on the first fifteen: " + "; ".join(sentences) + "."
 
 # %% ../../nbs/questions/13_new_sources.ipynb #e4c72f8a
 def unseen_message(best: pd.DataFrame  # from `chosen_rules`, by dimension
@@ -189,18 +195,22 @@ def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
     choose."""
     check_rows(rows, "rules")
     best = chosen_rules(rows).set_index("dimension")
-    ends = effects(split.found, DIMENSIONS).set_index(["strategy", "dimension"])
+    ends = effects(split.replicates, DIMENSIONS).set_index(["strategy", "dimension"])
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.5), layout="constrained")
     for ax, d in zip(axes, DIMENSIONS):
         table = predictions(split, best.loc[d, "metric"], d)
-        for o in table.itertuples():
-            kind = split.kinds[o.source]
-            low, high = ends.loc[(o.source, d), ["ci_low", "ci_high"]]
+        for row in table.itertuples():
+            kind = split.kinds[row.source]
+            low, high = ends.loc[(row.source, d), ["ci_low", "ci_high"]]
             ax.hlines(
-                100 * o.predicted, 100 * low, 100 * high, color=colour_of(kind), linewidth=0.8
+                100 * row.predicted, 100 * low, 100 * high, color=colour_of(kind), linewidth=0.8
             )
             ax.plot(
-                100 * o.value, 100 * o.predicted, MARKERS[kind], color=colour_of(kind), markersize=4
+                100 * row.value,
+                100 * row.predicted,
+                MARKERS[kind],
+                color=colour_of(kind),
+                markersize=4,
             )
         both = 100 * table[["predicted", "value"]].to_numpy()
         ax.plot(
@@ -209,7 +219,7 @@ def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
         ax.set_title(f"{d}\n{metric_label(best.loc[d, 'metric'])}", fontsize=8)
         ax.set_xlabel("measured, %")
     axes[0].set_ylabel("predicted, %")
-    legend_above(figure, {split.kinds[o] for o in split.further})
+    legend_above(figure, {split.kinds[source] for source in split.further})
     headline(figure, unseen_message(best))
     about = (
         f"Lines frozen on {len(split.first)} sources, asked for {len(split.further)} others. Bars:"

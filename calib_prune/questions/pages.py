@@ -20,7 +20,7 @@ def table_alone(path: str | Path,     # the Markdown of a table
                ) -> str:
     "The Markdown of a committed table, without caption and notes."
     head, rule, *lines = Path(path).read_text().split("\n\n")[0].splitlines()
-    shown = [o for o in lines if not rows or any(name in o for name in rows)]
+    shown = [line for line in lines if not rows or any(name in line for name in rows)]
     return "\n".join([head, rule, *shown])
 
 # %% ../../nbs/questions/16_pages.ipynb #751878dc
@@ -56,7 +56,7 @@ def bracketed(row: pd.Series, ends: Sequence[str] = ENDS, sign: str = "+", digit
 def with_ci(row: pd.Series, ends: Sequence[str] = ENDS, unit: str = " points",
             sign: str = "", digits: int = 1, scale: float = 100) -> str:
     "An estimate with its interval, in a sentence."
-    value, low, high = (f"{scale * row[o]:{sign}.{digits}f}".replace("-", "−") for o in ends)
+    value, low, high = (f"{scale * row[end]:{sign}.{digits}f}".replace("-", "−") for end in ends)
     return f"{value}{unit} (95 % CI {low} to {high})"
 
 # %% ../../nbs/questions/16_pages.ipynb #b9944c8e

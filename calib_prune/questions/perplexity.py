@@ -36,11 +36,11 @@ from ..style import MARKERS, colour_of
 # %% ../../nbs/questions/12_perplexity.ipynb #56fbc8f7
 def thirds_of(preset: dict[str, Any]) -> pd.DataFrame:  # strategy, source, third
     "The strategies that are thirds of a source."
-    found = {k: protocol_of(mix) for k, mix in preset["strategies"].items()}
+    protocols = {k: protocol_of(mix) for k, mix in preset["strategies"].items()}
     rows = [
-        dict(strategy=k, source=o[1]["source"], third=o[1]["third"])
-        for k, o in found.items()
-        if o and o[0] == "third"
+        dict(strategy=k, source=value[1]["source"], third=value[1]["third"])
+        for k, value in protocols.items()
+        if value and value[0] == "third"
     ]
     return pd.DataFrame(rows, columns=["strategy", "source", "third"])
 
@@ -57,12 +57,14 @@ def bytes_note(texts: pd.DataFrame  # from `third_facts`
     )
     more = 100 * (wide[THIRDS[-1]] / wide[THIRDS[0]] - 1).dropna()
     ends = more.groupby("source").agg(["min", "max"])
-    said = [
-        f"{o} {ends['min'][o]:+.0f} to {ends['max'][o]:+.0f} %"
-        for o in dict.fromkeys(texts["source"])
-        if o in ends.index
+    ranges = [
+        f"{source} {ends['min'][source]:+.0f} to {ends['max'][source]:+.0f} %"
+        for source in dict.fromkeys(texts["source"])
+        if source in ends.index
     ]
-    return f"Bytes per token, high compared with low tercile: {', '.join(said)}." if said else ""
+    return (
+        f"Bytes per token, high compared with low tercile: {', '.join(ranges)}." if ranges else ""
+    )
 
 # %% ../../nbs/questions/12_perplexity.ipynb #ec2880d2
 def third_facts(preset: dict[str, Any], folder: str | Path  # of the study's results
@@ -70,10 +72,10 @@ def third_facts(preset: dict[str, Any], folder: str | Path  # of the study's res
     """Perplexity and bytes per token of each text, and standardised differences between the high
     and the low third."""
     texts, balances = [], []
-    for o in thirds_of(preset).itertuples():
-        for seed in seeds_of(preset, o.strategy):
+    for entry in thirds_of(preset).itertuples():
+        for seed in seeds_of(preset, entry.strategy):
             path = Path(
-                folder, "generated", Path(mix_of(preset, o.strategy, seed)).name
+                folder, "generated", Path(mix_of(preset, entry.strategy, seed)).name
             ).with_suffix(".report.json")
             if not path.is_file(): continue
             report = load_json(path, balance=list, tokens=int, perplexity=float)
@@ -81,10 +83,12 @@ def third_facts(preset: dict[str, Any], folder: str | Path  # of the study's res
                 len(row["text"].encode())
                 for row in read_jsonl(path.with_suffix("").with_suffix(".jsonl"))
             )
-            texts.append((o.source, o.third, seed, report["perplexity"], size / report["tokens"]))
-            if o.third != THIRDS[0]: continue  # all three say the same
+            texts.append(
+                (entry.source, entry.third, seed, report["perplexity"], size / report["tokens"])
+            )
+            if entry.third != THIRDS[0]: continue  # all three say the same
             for b in report["balance"]:
-                balances.append(dict(source=o.source, seed=seed, **{k: b[k] for k in BALANCE}))
+                balances.append(dict(source=entry.source, seed=seed, **{k: b[k] for k in BALANCE}))
     return (pd.DataFrame(texts, columns=THIRD_FACTS),
             pd.DataFrame(balances, columns=["source", "seed", *BALANCE]))
 
@@ -106,13 +110,13 @@ def third_contrasts(preset: dict[str, Any], cells: Replicates  # one row per cel
 # %% ../../nbs/questions/12_perplexity.ipynb #207c9ee2
 EFFECTS = ["source", "dimension", "value", "ci_low", "ci_high", "draws"]
 
-def third_effects(found: Replicates,  # from `third_contrasts`
+def third_effects(replicates: Replicates,  # from `third_contrasts`
                   # over the dimensions of a row, without the total? else each interval by itself
                   simultaneous: bool = False
                  ) -> pd.DataFrame:   # columns `EFFECTS`; fractions
     "The high third less the low third."
     outcomes, together = (DIMENSIONS, ["strategy"]) if simultaneous else (ADDITIVE, None)
-    table = simultaneous_ends(effects(found, outcomes, together))
+    table = simultaneous_ends(effects(replicates, outcomes, together))
     return table.rename(columns={"strategy": "source"})[EFFECTS]
 
 # %% ../../nbs/questions/12_perplexity.ipynb #b6573b73
@@ -133,15 +137,16 @@ def effect_verdict(effects: pd.DataFrame, dimension: str  # from `third_effects`
 def effect_text(effects: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
     "One line per source: perplexities of the thirds, and the high one less the low one."
     mean = texts.groupby(["source", "third"], sort=False)["perplexity"].agg(
-        lambda o: np.exp(np.log(o).mean())
+        lambda values: np.exp(np.log(values).mean())
     )
     lines = []
     for source, mine in effects.groupby("source", sort=False):
         shown = {t: f"{mean[source, t]:.1f}" if (source, t) in mean.index else "" for t in THIRDS}
-        said = {
-            o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()
+        effects_text = {
+            row.dimension: interval_text(row.value, row.ci_low, row.ci_high, "+")
+            for row in mine.itertuples()
         }
-        lines.append(dict(source=source, **shown, **said, draws=mine["draws"].iloc[0]))
+        lines.append(dict(source=source, **shown, **effects_text, draws=mine["draws"].iloc[0]))
     verdicts = {d: effect_verdict(effects, d) for d in (*DIMENSIONS, "Total")}
     return pd.DataFrame(
         [*lines, dict(source="perplexity", **dict.fromkeys(THIRDS, ""), **verdicts, draws="")]
@@ -160,12 +165,14 @@ def balance_text(balances: pd.DataFrame) -> pd.DataFrame:  # source, then one co
 # %% ../../nbs/questions/12_perplexity.ipynb #d28bf29b
 THIRD_ROWS = ["source", "third", "perplexity", "dimension", "value", "ci_low", "ci_high"]
 
-def third_rows(preset: dict[str, Any], found: Replicates, texts: pd.DataFrame
+def third_rows(preset: dict[str, Any], replicates: Replicates, texts: pd.DataFrame
               ) -> pd.DataFrame:  # columns `THIRD_ROWS`
     "Retention and perplexity of each tercile."
-    mean = texts.groupby(["source", "third"])["perplexity"].agg(lambda o: np.exp(np.log(o).mean()))
+    mean = texts.groupby(["source", "third"])["perplexity"].agg(
+        lambda values: np.exp(np.log(values).mean())
+    )
     about = thirds_of(preset).merge(mean.reset_index(), on=["source", "third"])
-    return about.merge(effects(found, ADDITIVE), on="strategy")[THIRD_ROWS]
+    return about.merge(effects(replicates, ADDITIVE), on="strategy")[THIRD_ROWS]
 
 # %% ../../nbs/questions/12_perplexity.ipynb #15c33c8a
 def third_figure(rows: pd.DataFrame,  # from `third_rows`
@@ -175,7 +182,7 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
     check_rows(rows, "thirds of sources")
     sources = list(dict.fromkeys(rows["source"]))
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.5), layout="constrained")
-    kinds = {o: SOURCES[o].dimension for o in sources}
+    kinds = {source: SOURCES[source].dimension for source in sources}
     for ax, d in zip(axes, DIMENSIONS):
         for source, kind in kinds.items():
             mine = rows[(rows["dimension"] == d) & (rows["source"] == source)].sort_values(
@@ -199,13 +206,13 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
         fontsize=8,
     )
     headline(figure, third_message(effects))
-    said = (
+    caption = (
         "Perplexity terciles of one source, matched as far as possible (T13). "
     )
-    said += (
+    caption += (
         "Title: mean of the sources, high − low, intervals simultaneous over the dimensions."
     )
-    return annotate(figure, f"{said} {note}")
+    return annotate(figure, f"{caption} {note}")
 
 # %% ../../nbs/questions/12_perplexity.ipynb #b5cb7b10
 def third_message(effects: pd.DataFrame  # simultaneous
@@ -214,12 +221,12 @@ def third_message(effects: pd.DataFrame  # simultaneous
     mean = effects[effects["source"] == MEAN].set_index("dimension")
     moved = [d for d in DIMENSIONS if effect_verdict(effects, d) == "moves"]
     if len(moved) == 1:
-        o = mean.loc[moved[0]]
-        said = interval_text(o["value"], o["ci_low"], o["ci_high"], "+")
-        return f"Higher perplexity within a source: {moved[0]} {said} points".replace("-", "−")
+        moved_row = mean.loc[moved[0]]
+        text = interval_text(moved_row["value"], moved_row["ci_low"], moved_row["ci_high"], "+")
+        return f"Higher perplexity within a source: {moved[0]} {text} points".replace("-", "−")
     if moved:
-        said = ", ".join(f"{d} {100 * mean.loc[d, 'value']:+.1f}" for d in moved)
-        return f"Higher perplexity within a source: {said} points".replace("-", "−")
+        text = ", ".join(f"{d} {100 * mean.loc[d, 'value']:+.1f}" for d in moved)
+        return f"Higher perplexity within a source: {text} points".replace("-", "−")
     still = [d for d in DIMENSIONS if effect_verdict(effects, d) == "does not move"]
     if still:
         return (
@@ -240,26 +247,33 @@ def far_effects(effects: pd.DataFrame,  # from `third_effects`
     step = np.log(perplexity[THIRDS[-1]] / perplexity[THIRDS[0]])
     step[MEAN] = step.mean()
     apart = np.log(perplexity[THIRDS[1]][end] / perplexity[THIRDS[1]][start])
-    kept = rows[rows["third"] == THIRDS[1]].pivot_table(
+    middle = rows[rows["third"] == THIRDS[1]].pivot_table(
         index="source", columns="dimension", values="value"
     )
-    found = []
-    for o in effects.itertuples():
-        times = apart / step[o.source]
-        found.append(
-            (o.source, o.dimension, times, *(times * np.array([o.value, o.ci_low, o.ci_high])),
-             kept[o.dimension][end] - kept[o.dimension][start]))
-    return pd.DataFrame(found, columns=FAR_ROWS)
+    far = []
+    for row in effects.itertuples():
+        times = apart / step[row.source]
+        far.append(
+            (
+                row.source,
+                row.dimension,
+                times,
+                *(times * np.array([row.value, row.ci_low, row.ci_high])),
+                middle[row.dimension][end] - middle[row.dimension][start],
+            )
+        )
+    return pd.DataFrame(far, columns=FAR_ROWS)
 
 # %% ../../nbs/questions/12_perplexity.ipynb #88143904
 def far_text(far: pd.DataFrame) -> pd.DataFrame:  # from `far_effects`
     "One line per effect, and what the two sources differ by, in points."
     lines = []
     for effect, mine in far.groupby("effect", sort=False):
-        said = {
-            o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()
+        texts = {
+            row.dimension: interval_text(row.value, row.ci_low, row.ci_high, "+")
+            for row in mine.itertuples()
         }
-        lines.append({"effect from": effect, "times": f"{mine['times'].iloc[0]:.1f}", **said})
+        lines.append({"effect from": effect, "times": f"{mine['times'].iloc[0]:.1f}", **texts})
     differ = 100 * far.drop_duplicates("dimension").set_index("dimension")["differ"]
     lines.append(
         {"effect from": "measured between the two", "times": "", **differ.map("{:+.1f}".format)}

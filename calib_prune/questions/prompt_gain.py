@@ -37,12 +37,14 @@ def prompt_gain_rows(study: dict[str, Result], n_boot: int = N_BOOT, seed: int =
                     ) -> pd.DataFrame:  # columns `GAIN_ROWS`
     """The prompt gain of every strategy in every setting, the dense model first; none for rows
     without swapped prompts."""
-    results = [o for o in study.values() if (o.items["metric"] == "swapped_bits").any()]
+    results = [
+        result for result in study.values() if (result.items["metric"] == "swapped_bits").any()
+    ]
     if not results: return pd.DataFrame(columns=GAIN_ROWS)
     groups, rows = {}, []
-    for i, o in enumerate(results):
-        groups.setdefault(tuple(o.record[k] for k in GAIN_ROWS[:4]), []).append(i)
-    gains, sizes = prompt_gain_replicates([o.items for o in results], n_boot, seed)
+    for i, made in enumerate(results):
+        groups.setdefault(tuple(made.record[k] for k in GAIN_ROWS[:4]), []).append(i)
+    gains, sizes = prompt_gain_replicates([result.items for result in results], n_boot, seed)
     for where, members in groups.items():
         for d, replicates in gains.items():
             ends = estimate(replicates[:, members].mean(1))
@@ -54,12 +56,12 @@ def gain_lines(rows: pd.DataFrame  # from `prompt_gain_rows`
               ) -> pd.DataFrame:
     "One line per strategy and setting, in percent."
     text = [
-        f"{100 * o.value:.0f} [{100 * o.ci_low:.0f}, {100 * o.ci_high:.0f}]"
-        for o in rows.itertuples()
+        f"{100 * row.value:.0f} [{100 * row.ci_low:.0f}, {100 * row.ci_high:.0f}]"
+        for row in rows.itertuples()
     ]
     about = rows.assign(
         text=text,
-        method=rows["method"].map(lambda o: method_label(o) if o else ""),
+        method=rows["method"].map(lambda method: method_label(method) if method else ""),
         sparsity=rows["sparsity"].map(sparsity_label),
     )
     return wide_table(about, ["strategy", "method", "sparsity", "windows", "draws"], DIMENSIONS)
@@ -71,10 +73,10 @@ def gain_figure(rows: pd.DataFrame,  # from `prompt_gain_rows`
     shares = rows[(rows["method"] == method) & rows["strategy"].isin(strategies)]
     # one size of the calibration set: that of most rows
     shares = shares[shares["windows"].isin(shares["windows"].mode()[:1])]
-    shares = shares[[parse_sparsity(o)[1] is None for o in shares["sparsity"]]]
+    shares = shares[[parse_sparsity(sparsity)[1] is None for sparsity in shares["sparsity"]]]
     check_rows(shares, "prompt gains")
     check_rows(rows[rows["strategy"] == "dense"], "the dense model's prompt gains")
-    names = [o for o in strategies if o in set(shares["strategy"])]
+    names = [strategy for strategy in strategies if strategy in set(shares["strategy"])]
     dense = rows[rows["strategy"] == "dense"].assign(sparsity=0.0)
     figure, axes = plt.subplots(
         1, len(names), figsize=(WIDTH, 2.9), layout="constrained", squeeze=False, sharey=True
@@ -110,9 +112,9 @@ def gain_change(rows: pd.DataFrame,    # from `prompt_gain_rows`
     ]
     dense = rows[rows["strategy"] == "dense"].set_index("dimension").loc[mine["dimension"]]
     below = int((mine["ci_high"].to_numpy() < dense["ci_low"].to_numpy()).sum())
-    said = (
+    ending = (
         f"below the dense model's in {below} of {len(mine)} dimensions"
         if below
         else "95% intervals overlap the dense model's"
     )
-    return f"Prompt gain, {sparsity_label(mine['sparsity'].iloc[0])} ({strategy}): {said}"
+    return f"Prompt gain, {sparsity_label(mine['sparsity'].iloc[0])} ({strategy}): {ending}"

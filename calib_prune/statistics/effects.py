@@ -20,48 +20,50 @@ from ..resampling import interval
 from .replicates import COORDINATES, OUTCOMES, Replicates
 
 # %% ../../nbs/statistics/03_effects.ipynb #261509bf
-def row_differences(found: Replicates, rows: Sequence[int], others: Sequence[int]  # positions
+def row_differences(replicates: Replicates, rows: Sequence[int], others: Sequence[int]  # positions
                    ) -> Replicates:  # cells of the rows; `over` names the others' strategies
     "Rows less other rows, replicate by replicate."
     rows, others = np.asarray(rows, int), np.asarray(others, int)
-    cells = found.cells.iloc[rows].reset_index(drop=True)
-    cells = cells.assign(over=found.cells["strategy"].to_numpy()[others])
-    return replace(found, cells=cells, values=found.values[:, rows] - found.values[:, others])
+    cells = replicates.cells.iloc[rows].reset_index(drop=True)
+    cells = cells.assign(over=replicates.cells["strategy"].to_numpy()[others])
+    return replace(
+        replicates, cells=cells, values=replicates.values[:, rows] - replicates.values[:, others]
+    )
 
 # %% ../../nbs/statistics/03_effects.ipynb #42242c98
-def contrasts(found: Replicates, first: Any, second: Any,  # a boolean for each row
+def contrasts(replicates: Replicates, first: Any, second: Any,  # a boolean for each row
               by: Sequence[str]  # columns in which a second row is unique
              ) -> Replicates:    # as `row_differences`
     "Each first row less the second row that agrees with it in `by`; rows without one are left out."
-    if found.cells.empty: return row_differences(found, [], [])
-    keys = list(found.cells[list(by)].itertuples(index=False, name=None))
+    if replicates.cells.empty: return row_differences(replicates, [], [])
+    keys = list(replicates.cells[list(by)].itertuples(index=False, name=None))
     base = {keys[i]: i for i in np.flatnonzero(second)}
     rows = [i for i in np.flatnonzero(first) if keys[i] in base]
-    return row_differences(found, rows, [base[keys[i]] for i in rows])
+    return row_differences(replicates, rows, [base[keys[i]] for i in rows])
 
 # %% ../../nbs/statistics/03_effects.ipynb #8882a224
-def strategy_contrasts(found: Replicates, pairs: Sequence[tuple[str, str]]  # of strategies
+def strategy_contrasts(replicates: Replicates, pairs: Sequence[tuple[str, str]]  # of strategies
                       ) -> Replicates:  # as `row_differences`
     "The first strategy of each pair less the second, in every setting that has both."
-    keys = found.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
+    keys = replicates.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
     at = {key: i for i, key in enumerate(keys)}
-    settings = [tuple(setting.values()) for setting in found.settings()]
+    settings = [tuple(setting.values()) for setting in replicates.settings()]
     planned = [((a, *where), (b, *where)) for a, b in pairs for where in settings]
     both = [(at[a], at[b]) for a, b in planned if a in at and b in at]
-    return row_differences(found, [i for i, _ in both], [j for _, j in both])
+    return row_differences(replicates, [i for i, _ in both], [j for _, j in both])
 
 # %% ../../nbs/statistics/03_effects.ipynb #2d57f9b6
-def with_means(found: Replicates, by: Sequence[str],
+def with_means(replicates: Replicates, by: Sequence[str],
                name: str = "mean",    # of the new rows, as a strategy
                fewest: int = 2,       # groups with fewer rows get none
                between: bool = False  # of two strategies also the first less the second?
               ) -> Replicates:
     "The rows group by group, each group followed by its mean; their draws are the fewest of a row."
-    keys = list(found.cells[list(by)].itertuples(index=False, name=None))
+    keys = list(replicates.cells[list(by)].itertuples(index=False, name=None))
     cells, values = [], []
     for key in dict.fromkeys(keys):
         group = [i for i, other in enumerate(keys) if other == key]
-        rows, mine = found.cells.iloc[group].to_dict("records"), found.values[:, group]
+        rows, mine = replicates.cells.iloc[group].to_dict("records"), replicates.values[:, group]
         about = rows[0] | dict(draws=min(row["draws"] for row in rows))
         more = {name: mine.mean(1)} if len(group) >= fewest else {}
         if between and len(group) == 2:
@@ -69,8 +71,8 @@ def with_means(found: Replicates, by: Sequence[str],
             more[f"{a} − {b}"] = mine[:, 0] - mine[:, 1]
         cells += rows + [about | dict(strategy=label) for label in more]
         values += [mine, *(row[:, None] for row in more.values())]
-    if not cells: return found
-    return replace(found, cells=pd.DataFrame(cells, dtype=object), values=np.hstack(values))
+    if not cells: return replicates
+    return replace(replicates, cells=pd.DataFrame(cells, dtype=object), values=np.hstack(values))
 
 # %% ../../nbs/statistics/03_effects.ipynb #725095c4
 def _scaled(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [k], [B, k]
@@ -170,19 +172,19 @@ def estimate(values: np.ndarray  # [1 + B], the first as measured
 # %% ../../nbs/statistics/03_effects.ipynb #86b3816f
 EFFECT = ["dimension", "value", "ci_low", "ci_high", "n_items"]
 
-def effects(found: Replicates, outcomes: Sequence[str] = OUTCOMES,
+def effects(replicates: Replicates, outcomes: Sequence[str] = OUTCOMES,
             together: Sequence[str] | None = None  # columns; none of them: all rows are one set
            ) -> pd.DataFrame:  # cells, `EFFECT`, perhaps all_low, all_high; fractions
     "Every row and outcome with its interval."
     at, rows = [OUTCOMES.index(outcome) for outcome in outcomes], []
-    for i, cell in enumerate(found.cells.to_dict("records")):
+    for i, cell in enumerate(replicates.cells.to_dict("records")):
         for j, outcome in zip(at, outcomes):
-            ends = estimate(found.values[:, i, j])
-            rows.append((*cell.values(), outcome, *ends, found.items[outcome]))
-    table = pd.DataFrame(rows, columns=[*found.cells, *EFFECT]).infer_objects()
+            ends = estimate(replicates.values[:, i, j])
+            rows.append((*cell.values(), outcome, *ends, replicates.items[outcome]))
+    table = pd.DataFrame(rows, columns=[*replicates.cells, *EFFECT]).infer_objects()
     if together is None: return table
-    replicates = found.values[:, :, at].reshape(len(found.values), -1)
-    return _simultaneous_columns(table, replicates, list(together))
+    values = replicates.values[:, :, at].reshape(len(replicates.values), -1)
+    return _simultaneous_columns(table, values, list(together))
 
 # %% ../../nbs/statistics/03_effects.ipynb #7fbf5327
 def _simultaneous_columns(table: pd.DataFrame, replicates: np.ndarray,  # [1 + B, rows]

@@ -66,7 +66,9 @@ def error_bars(ax: Axes, at: Any,      # positions along the other axis
                rows: pd.DataFrame,     # value, ci_low, ci_high; fractions
                horizontal: bool = False, **look) -> None:
     "Values with their intervals, in percent."
-    value, low, high = (100 * rows[o].to_numpy(float) for o in ("value", "ci_low", "ci_high"))
+    value, low, high = (
+        100 * rows[column].to_numpy(float) for column in ("value", "ci_low", "ci_high")
+    )
     ends = [value - low, high - value]
     if horizontal: ax.errorbar(value, at, xerr=ends, **look)
     else: ax.errorbar(at, value, yerr=ends, **look)
@@ -141,8 +143,10 @@ def place_labels(ax: Axes, points: pd.DataFrame,  # x, y, name
     places = [(r, np.array([np.cos(a), np.sin(a)])) for r in (5, 9, 14, 20, 27)
               for a in np.arange(16) * np.pi / 8]
     far, chosen = np.array([r for r, _ in places]), {}
-    texts = [ax.annotate(o, (x, y), fontsize=size, ha="center", va="center", color="0.15", zorder=4)
-             for x, y, o in points[["x", "y", "name"]].itertuples(index=False)]
+    texts = [
+        ax.annotate(name, (x, y), fontsize=size, ha="center", va="center", color="0.15", zorder=4)
+        for x, y, name in points[["x", "y", "name"]].itertuples(index=False)
+    ]
     # the first names do not know of the others, so all get a second and third chance
     for i in [*range(len(texts))] * 3:
         # air: letters are drawn on whole pixels

@@ -60,7 +60,9 @@ class Replicates:
     def settings(self) -> list[dict[str, Any]]:
         "Every combination of coordinates, in the order of the cells."
         return list(
-            {tuple(o.values()): o for o in self.cells[COORDINATES].to_dict("records")}.values()
+            {
+                tuple(row.values()): row for row in self.cells[COORDINATES].to_dict("records")
+            }.values()
         )
 
     def rows(self, keep: Any) -> "Replicates":  # a boolean for each row
@@ -74,7 +76,8 @@ class Replicates:
     def where(self, **at) -> "Replicates":  # column = value
         "The rows with these coordinates."
         keep = np.ones(len(self.cells), bool)
-        for key, value in at.items(): keep &= np.array([o == value for o in self.cells[key]], bool)
+        for key, value in at.items():
+            keep &= np.array([entry == value for entry in self.cells[key]], bool)
         return self.rows(keep)
 
     def of(self, strategy: str, **at) -> np.ndarray:  # [1 + B, outcomes]
@@ -112,10 +115,10 @@ def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per prune
     records = [r.record for r in study.values() if r.record["strategy"] != "dense"]
     if not records:
         raise CalibPruneError("This study has no pruned model, so there is nothing to analyse.")
-    found = []
+    rows = []
     for r in records:
         strategy, method = as_strategy(r["strategy"], r["method"])
-        found.append(
+        rows.append(
             dict(strategy=strategy,
                  mix=r["mix"],
                  source_dimension=source_dimension(r["mix"]),
@@ -123,13 +126,13 @@ def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per prune
                  method=method,
                  sparsity=r["sparsity"],
                  windows=r["windows"]))
-    return pd.DataFrame(found, dtype=object)
+    return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #8e1809e5
 def same_rows(items: pd.DataFrame, others: pd.DataFrame) -> bool:
     """Whether two models' rows lie in the same places, as they nearly always do: then these need be
     found only once."""
-    return all(items[o].equals(others[o]) for o in ("task", "item", "metric"))
+    return all(items[column].equals(others[column]) for column in ("task", "item", "metric"))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #cb4de3c2
 def item_values(study: dict[str, Result],
@@ -189,26 +192,26 @@ def outcome_replicates(tasks: dict[str, np.ndarray],   # from `item_values`
         t: draws(len((tasks | rights)[t]), n_boot, seed, t)
         for t in dict.fromkeys([*tasks, *counted])
     }
-    found = np.empty((n_boot + 1, next(iter(tasks.values())).shape[1] - 1, len(OUTCOMES)))
+    replicates = np.empty((n_boot + 1, next(iter(tasks.values())).shape[1] - 1, len(OUTCOMES)))
     for start in range(0, n_boot + 1, BLOCK):
         rows = np.arange(start, min(start + BLOCK, n_boot + 1))
-        kept: dict[str, list[np.ndarray]] = {d: [] for d in DIMENSIONS}
+        scores: dict[str, list[np.ndarray]] = {d: [] for d in DIMENSIONS}
         # the first row always goes along: as measured, which is what is checked
         for task, values in tasks.items():
-            kept[TASKS[task].dimension].append(
+            scores[TASKS[task].dimension].append(
                 task_replicates(task, values, weights[task][[0, *rows]], measure)[1:]
             )
         accuracies = [weights[t][rows] @ rights[t][:, 1:] / len(rights[t]) for t in counted]
-        missing = np.full((len(rows), found.shape[1]), np.nan)
-        dimensions = [_mean(tables, missing) for tables in kept.values()]
+        missing = np.full((len(rows), replicates.shape[1]), np.nan)
+        dimensions = [_mean(tables, missing) for tables in scores.values()]
         outcomes = [
             *dimensions,
             _mean(dimensions, missing),
             np.min(dimensions, axis=0),
             _mean(accuracies, missing),
         ]
-        np.stack(outcomes, -1, out=found[start:start + BLOCK])
-    return found
+        np.stack(outcomes, -1, out=replicates[start:start + BLOCK])
+    return replicates
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c9296c20
 # as in `outcome_replicates`
@@ -268,10 +271,10 @@ def draw_groups(cells: Replicates) -> dict[tuple, list[int]]:  # strategy and co
 def setting_groups(cells: Replicates
                   ) -> dict[tuple, list[list[int]]]:  # coordinates → the rows of each strategy
     "Which cells are draws of the same strategy, setting by setting."
-    found: dict[tuple, list[list[int]]] = {}
+    groups: dict[tuple, list[list[int]]] = {}
     for (_, *where), rows in draw_groups(cells).items():
-        found.setdefault(tuple(where), []).append(rows)
-    return found
+        groups.setdefault(tuple(where), []).append(rows)
+    return groups
 
 # %% ../../nbs/statistics/02_replicates.ipynb #b57e3636
 def deviations(values: np.ndarray,         # [..., cells, outcomes]
@@ -280,14 +283,14 @@ def deviations(values: np.ndarray,         # [..., cells, outcomes]
               ) -> np.ndarray:
     """How far draws lie from their strategy's mean, scaled so that their mean square is the
     variance between draws."""
-    found = []
+    scaled = []
     for rows in groups:
         if len(rows) < 2: continue
         drawn = values[..., rows, :]
-        found.append(
+        scaled.append(
             (drawn - drawn.mean(-2, keepdims=True)) * math.sqrt(len(rows) / (len(rows) - 1))
         )
-    return np.concatenate(found, -2) if found else values[..., :0, :]
+    return np.concatenate(scaled, -2) if scaled else values[..., :0, :]
 
 # %% ../../nbs/statistics/02_replicates.ipynb #60bb47f2
 SPREAD = [*COORDINATES, "dimension", "seen", "items", "sd", "items_sd", "draws", "freedom"]
@@ -295,7 +298,7 @@ SPREAD = [*COORDINATES, "dimension", "seen", "items", "sd", "items_sd", "draws",
 def draw_spread(cells: Replicates) -> pd.DataFrame:  # columns `SPREAD`
     """Variance between calibration draws in each setting, pooled over strategies: as seen, the
     items' part, and the rest as `sd`."""
-    found = []
+    records = []
     for where, groups in setting_groups(cells).items():
         squares = deviations(cells.values, groups) ** 2
         if not squares.shape[1]: continue
@@ -307,12 +310,12 @@ def draw_spread(cells: Replicates) -> pd.DataFrame:  # columns `SPREAD`
         )
         for outcome, s, i in zip(OUTCOMES, seen, items):
             if outcome == "Worst" or math.isnan(s): continue
-            found.append(about | dict(dimension=outcome,
-                                      seen=s,
-                                      items=i,
-                                      sd=math.sqrt(max(s - i, 0)),
-                                      items_sd=math.sqrt(i)))
-    return pd.DataFrame(found, columns=SPREAD)
+            records.append(about | dict(dimension=outcome,
+                                        seen=s,
+                                        items=i,
+                                        sd=math.sqrt(max(s - i, 0)),
+                                        items_sd=math.sqrt(i)))
+    return pd.DataFrame(records, columns=SPREAD)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #e42889ca
 def draw_variances(spread: pd.DataFrame,       # of one setting, from `draw_spread`
@@ -345,7 +348,7 @@ class DrawNoise:
 def draw_noise(cells: Replicates, seed: int
               ) -> dict[tuple, DrawNoise]:  # by coordinates; none where no strategy has two draws
     "The noise of draws in every setting."
-    found, every = {}, draw_spread(cells)
+    noise, every = {}, draw_spread(cells)
     for where, groups in setting_groups(cells).items():
         pool = deviations(cells.values[0], groups)
         if not len(pool): continue
@@ -355,8 +358,8 @@ def draw_noise(cells: Replicates, seed: int
             [tuple(row[k] for k in COORDINATES) == where for row in every.to_dict("records")]
         ]
         rng = np.random.default_rng([seed, zlib.crc32(f"spread {where}".encode())])
-        found[where] = DrawNoise(shapes, draw_variances(spread, len(cells.values) - 1, rng))
-    return found
+        noise[where] = DrawNoise(shapes, draw_variances(spread, len(cells.values) - 1, rng))
+    return noise
 
 # %% ../../nbs/statistics/02_replicates.ipynb #029bc0f2
 def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_retention`
@@ -365,7 +368,7 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
                        only: Mapping[str, Collection[int]] | None = None
                       ) -> Replicates:     # one row per strategy and setting
     "Mean over calibration draws, with replicates over the items and the draws."
-    noise, found, groups = draw_noise(cells, seed), [], draw_groups(cells)
+    noise, rows, groups = draw_noise(cells, seed), [], draw_groups(cells)
     if only is not None:
         groups = {
             k: [i for i in index if cells.cells["seed"][i] in only.get(k[0], ())]
@@ -382,9 +385,9 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
         about = dict(
             draws=len(index), noise="items and draws" if here is not None else "items only"
         )
-        found.append(cells.cells.iloc[index[0]].drop("seed").to_dict() | about)
+        rows.append(cells.cells.iloc[index[0]].drop("seed").to_dict() | about)
         values[:, k] = mean
-    return replace(cells, cells=pd.DataFrame(found, dtype=object), values=values)
+    return replace(cells, cells=pd.DataFrame(rows, dtype=object), values=values)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #bbfcfd72
 def noise_variance(values: np.ndarray  # [1 + B, strategies, outcomes]
@@ -405,12 +408,12 @@ def without_noise(values: np.ndarray  # [1 + B, strategies, outcomes]
     return np.ptp(values, axis=1) * np.sqrt(np.clip(1 - share, 0, 1))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #b3b6a082
-def spread(found: Replicates, **at  # one setting
+def spread(replicates: Replicates, **at  # one setting
           # dimension, spread, by_chance, true_spread and its ci_low, ci_high, lowest, highest, n
           ) -> pd.DataFrame:
     """How far apart the strategies of a setting lie, in every dimension and in averaged commonsense
     accuracy."""
-    here = found.where(**at)
+    here = replicates.where(**at)
     if len(here.cells) < 2:
         raise CalibPruneError(
             f"A spread needs two strategies or more, but {at} has {len(here.cells)}."
@@ -439,11 +442,11 @@ def _bit_places(items: pd.DataFrame
            ) -> pd.DataFrame:  # by task and item: where its bits and swapped_bits stand
     "The rows of a model's right answers, of items that were also scored after another's prompt."
     about, numbered = ["task", "item"], items.assign(place=range(len(items)))
-    found = {
-        o: numbered[numbered["metric"] == o].set_index(about)["place"]
-        for o in ("bits", "swapped_bits")
+    places = {
+        metric: numbered[numbered["metric"] == metric].set_index(about)["place"]
+        for metric in ("bits", "swapped_bits")
     }
-    return pd.DataFrame(found).dropna().astype(int)
+    return pd.DataFrame(places).dropna().astype(int)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #3ac11b7f
 def _bits(models: list[pd.DataFrame]   # the items of each, all the same
@@ -473,18 +476,18 @@ def prompt_gain_replicates(models: list[pd.DataFrame],  # the items of each, all
     tasks, own, other = _bits(models)
     places = {t: np.flatnonzero(tasks == t) for t in dict.fromkeys(tasks)}
     weights = {t: draws(len(mine), n_boot, seed, f"prompt gain {t}") for t, mine in places.items()}
-    found = {
+    gains = {
         d: np.empty((n_boot + 1, own.shape[1]))
         for d in DIMENSIONS
         if any(TASKS[t].dimension == d for t in places)
     }
-    for d, kept in found.items():
+    for d, gain in gains.items():
         mine = [t for t in places if TASKS[t].dimension == d]
         for start in range(0, n_boot + 1, BLOCK):
             rows = slice(start, start + BLOCK)
             each = [
                 _task_prompt_gain(weights[t][rows], own[places[t]], other[places[t]])
                 for t in mine]
-            np.mean(each, axis=0, out=kept[rows])
+            np.mean(each, axis=0, out=gain[rows])
     sizes = pd.Series([TASKS[task].dimension for task in tasks]).value_counts().to_dict()
-    return found, sizes
+    return gains, sizes

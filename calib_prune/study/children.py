@@ -38,10 +38,10 @@ def _signal_tree(number: int,
                 ) -> list[psutil.Process]:
     "Send a signal to a process and all processes below it; returns them."
     with suppress(psutil.NoSuchProcess):
-        found = [top][:among] + top.children(recursive=True)
-        for process in found:
+        processes = [top][:among] + top.children(recursive=True)
+        for process in processes:
             with suppress(psutil.Error): process.send_signal(number)  # it may have ended
-        return found
+        return processes
     return []
 
 # %% ../../nbs/study/13_children.ipynb #943af063
@@ -51,9 +51,9 @@ def end_children(most: float = 10
     "Kill all processes below this one."
     limit = time.monotonic() + most
     while time.monotonic() < limit and (
-        found := _signal_tree(signal.SIGKILL, psutil.Process(), among=False)
+        processes := _signal_tree(signal.SIGKILL, psutil.Process(), among=False)
     ):
-        psutil.wait_procs(found, timeout=1)
+        psutil.wait_procs(processes, timeout=1)
 
 # %% ../../nbs/study/13_children.ipynb #43c270c4
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -133,9 +133,9 @@ def on_stop(call: Callable[[int], None]  # given the number of the signal
            ) -> Iterator[None]:
     "Let Ctrl-C and the signals that end a process call a function instead."
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = [o for o in STOPPING if not (o == signal.SIGHUP and ignored)]
+    numbers = [number for number in STOPPING if not (number == signal.SIGHUP and ignored)]
     def handle(number: int, _: FrameType | None) -> None: call(number)
-    before = {o: signal.signal(o, handle) for o in numbers}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try: yield
     finally:
         for number, old in before.items(): signal.signal(number, old)

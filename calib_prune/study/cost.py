@@ -32,7 +32,7 @@ def scored_tokens(preset: dict[str, Any]) -> tuple[float, float]:  # read, writt
             limit_of(task, preset["scoring"]["limit"]),
             after=preset["scoring"].get("skip") or 0,
         )
-        read += sum(len(str(v)) for o in chosen for v in fill_prompt(task, o).values()) / 4
+        read += sum(len(str(v)) for item in chosen for v in fill_prompt(task, item).values()) / 4
         written += task.max_tokens * len(chosen) if task.kind == "generate" else 0
     return read, written
 
@@ -53,13 +53,13 @@ def own_tokens(preset: dict[str, Any],
                written: bool = True
               ) -> dict[str, float]:    # journal → tokens
     "Roughly how many tokens the dense model writes, or reads, for calibration."
-    found, budget = {}, preset["calibration"]["windows"] * preset["calibration"]["length"]
+    tokens, budget = {}, preset["calibration"]["windows"] * preset["calibration"]["length"]
     for cell in cells(preset, ablations=True):
         mix = preset["strategies"].get(cell.strategy, "")
         if not (generated := protocol_of(mix)) or (generated[0] in WRITERS) != written: continue
         journal = journal_name(*generated, cell.seed)
-        found[journal] = max(found.get(journal, 0), tokens_of(mix, budget))
-    return found
+        tokens[journal] = max(tokens.get(journal, 0), tokens_of(mix, budget))
+    return tokens
 
 # %% ../../nbs/study/06_cost.ipynb #23921a5b
 def cell_seconds(preset: dict[str, Any]) -> dict[str, float]:  # cell → seconds
@@ -100,12 +100,12 @@ def work(preset: dict[str, Any]
 # one row per kind of cell, one for texts: number, minutes each, hours
 def estimate_cost(preset: dict[str, Any]) -> pd.DataFrame:
     "How long a study takes on the hardware of its preset."
-    found = work(preset).groupby(["what", "windows"], sort=False)["seconds"].agg([
+    estimate = work(preset).groupby(["what", "windows"], sort=False)["seconds"].agg([
         "size", "mean", "sum"]).reset_index()
-    found = found.assign(minutes=found["mean"] / 60, hours=found["sum"] / 3600).rename(
+    estimate = estimate.assign(minutes=estimate["mean"] / 60, hours=estimate["sum"] / 3600).rename(
         columns={"size": "number"}
     )
-    return found[["what", "windows", "number", "minutes", "hours"]]
+    return estimate[["what", "windows", "number", "minutes", "hours"]]
 
 # %% ../../nbs/study/06_cost.ipynb #e1322f55
 def memory_gib() -> float:

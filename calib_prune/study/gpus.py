@@ -39,7 +39,7 @@ def claimed_gpu(device: str  # of a preset
     """The device of this run: of several GPUs one that is free; `cpu`, `cuda:1` and a single GPU as
     they are."""
     if device != "cuda" or torch.cuda.device_count() < 2: return device
-    found = [
+    present = [
         str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
     ]
-    return f"cuda:{claim(found)}"
+    return f"cuda:{claim(present)}"

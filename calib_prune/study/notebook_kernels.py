@@ -23,7 +23,7 @@ def warm_kernel(command: list[str],      # that starts the kernel
                 settings: dict[str, Any]  # as for `subprocess.Popen`
                ) -> Program | None:
     "Start a usual kernel in the warm process; None if it has to be started cold."
-    python, *argv = [o for o in command if o != FOR_DEBUGGERS]
+    python, *argv = [word for word in command if word != FOR_DEBUGGERS]
     unusual = {k for k, v in settings.items() if k != "env" and v is not None}
     if python != sys.executable or argv[:2] != ["-m", "ipykernel_launcher"] or unusual: return None
     # it would be a variable that IPython reads at import

@@ -145,11 +145,14 @@ def priorities(study: Study) -> dict[str, int]:
 # %% ../../nbs/study/10_plan.ipynb #83bdbe98
 def texts_of(study: Study, *mixes: str) -> tuple[list[str], list[str]]:
     "The generated texts in some mixes: those to be written, and those that exist."
-    found = [
-        o for mix in mixes for o in mix.split(",") if o.startswith(f"{study.results}/generated/")
+    texts = [
+        part
+        for mix in mixes
+        for part in mix.split(",")
+        if part.startswith(f"{study.results}/generated/")
     ]
     left = study.left["texts"]
-    return [o for o in found if o in left], [o for o in found if o not in left]
+    return [path for path in texts if path in left], [path for path in texts if path not in left]
 
 # %% ../../nbs/study/10_plan.ipynb #f54b7e5d
 def model_jobs(study: Study, cores: int | None = None,
@@ -172,11 +175,11 @@ def model_jobs(study: Study, cores: int | None = None,
 def text_priorities(study: Study) -> dict[str, int]:
     """For each model that waits for text, the priority of that: just above the first of a row of
     models that all wait."""
-    found, first = {}, None
+    by_text, first = {}, None
     for name, rank in priorities(study).items():
         first = (first or rank) if texts_of(study, study.cells[name].mix)[0] else None
-        if first: found[name] = first + 1
-    return found
+        if first: by_text[name] = first + 1
+    return by_text
 
 # %% ../../nbs/study/10_plan.ipynb #529e78fb
 def text_jobs(study: Study) -> list[Job]:
@@ -221,20 +224,20 @@ def audit_jobs(study: Study) -> list[Job]:
     if not (left := study.left["audits"]): return []
     new, old = texts_of(study, *(c.mix for c in cells(study.preset)))
     return [
-        Job("audit", "audit", _paths(study), [result_file(study, "audits", o) for o in left],
-            [*(stamp_file(study, "audits", o) for o in left), *dict.fromkeys(new)],
+        Job("audit", "audit", _paths(study), [result_file(study, "audits", name) for name in left],
+            [*(stamp_file(study, "audits", name) for name in left), *dict.fromkeys(new)],
             [*dict.fromkeys(old)], 500, None, _log(study, "audit"))]
 
 # %% ../../nbs/study/10_plan.ipynb #88d7f969
 def _usable(study: Study, files: Iterable[str]) -> list[str]:
     "Files that tables may wait for: all, or with `tables_only` those that exist."
-    return [o for o in files if not study.tables_only or Path(o).is_file()]
+    return [file for file in files if not study.tables_only or Path(file).is_file()]
 
 # %% ../../nbs/study/10_plan.ipynb #e48190b9
 def results_of(study: Study) -> dict[str, list[str]]:  # by kind, see `artefacts.READS`
     "The files that tables read."
     grid, every = [c.name for c in cells(study.preset)], list(study.cells)
-    files = lambda kind, names: _usable(study, [result_file(study, kind, o) for o in names])
+    files = lambda kind, names: _usable(study, [result_file(study, kind, name) for name in names])
     return dict(models=files("models", grid),
                 ablations=files("models", every[len(grid):]),
                 metrics=files("metrics", measured_strategies(study.preset)),
@@ -247,13 +250,13 @@ def table_jobs(study: Study) -> list[Job]:
     "One run per notebook that makes tables or figures; it runs again if results or code are newer."
     results, jobs = results_of(study), []
     code = sorted(
-        os.path.relpath(o)
-        for o in Path(calib_prune.__file__).parent.rglob("*.py")
-        if o.name != "_modidx.py"
+        os.path.relpath(path)
+        for path in Path(calib_prune.__file__).parent.rglob("*.py")
+        if path.name != "_modidx.py"
     )
     for book in study.preset["tables"]:
-        files = [f"{study.figures}/{f}" for o in made_by([book]) for f in o.files]
-        read = [o for kind in sorted(needed_by([book])) for o in results[kind]]
+        files = [f"{study.figures}/{f}" for artefact in made_by([book]) for f in artefact.files]
+        read = [file for kind in sorted(needed_by([book])) for file in results[kind]]
         jobs.append(
             Job(book,
                 book,
@@ -273,7 +276,7 @@ def plan(study: Study) -> list[Job]:
     cores = 1 if study.cluster else cores_per_cell(study.preset, study.cores, memory_gib())
     if study.gpus > 1: cores = max(1, study.cores // study.gpus)
     needs = requests_of(study.preset)
-    texts = [replace(o, needs=needs["text"]) for o in (*text_jobs(study), *metric_jobs(study))]
+    texts = [replace(job, needs=needs["text"]) for job in (*text_jobs(study), *metric_jobs(study))]
     return [*texts, *model_jobs(study, cores, needs), *audit_jobs(study), *table_jobs(study)]
 
 # %% ../../nbs/study/10_plan.ipynb #4a9c455d
@@ -282,16 +285,16 @@ def planned_files(study: Study) -> list[str]:
     # as targets too: otherwise Snakemake ignores a missing result behind a finished table
     results = results_of(study)
     return [
-        *(o for job in table_jobs(study) for o in job.outputs),
-        *(o for files in results.values() for o in files),
+        *(file for job in table_jobs(study) for file in job.outputs),
+        *(file for files in results.values() for file in files),
     ]
 
 # %% ../../nbs/study/10_plan.ipynb #61f48dd4
 def notebooks_of(preset: dict[str, Any]) -> list[str]:
     "The notebooks of nbs/paper that a study runs, without .ipynb."
     kinds = needed_by(preset["tables"])
-    found = ["prune_and_score", *preset["tables"]]
-    if any(protocol_of(mix) for mix in preset["strategies"].values()): found.append("generate")
-    if "metrics" in kinds: found += ["measure", "own_text"]
-    if "audits" in kinds: found.append("audit")
-    return found
+    notebooks = ["prune_and_score", *preset["tables"]]
+    if any(protocol_of(mix) for mix in preset["strategies"].values()): notebooks.append("generate")
+    if "metrics" in kinds: notebooks += ["measure", "own_text"]
+    if "audits" in kinds: notebooks.append("audit")
+    return notebooks

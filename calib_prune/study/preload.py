@@ -29,13 +29,18 @@ LATE = ("papermill.cli", "ipykernel.kernelapp", "threadpoolctl", "transformers.m
 def imports_of(folder: Path  # with notebooks
               ) -> list[str]:
     "The modules that the notebooks in a folder import."
-    found: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for notebook in sorted(folder.glob("*.ipynb")):
-        cells = [o for o in json.loads(notebook.read_text())["cells"] if o["cell_type"] == "code"]
-        for node in ast.walk(ast.parse("\n".join("".join(o["source"]) for o in cells))):
-            if isinstance(node, ast.Import): found |= dict.fromkeys(o.name for o in node.names)
-            if isinstance(node, ast.ImportFrom): found[node.module or ""] = None
-    return [*found]
+        cells = [
+            cell
+            for cell in json.loads(notebook.read_text())["cells"]
+            if cell["cell_type"] == "code"
+        ]
+        for node in ast.walk(ast.parse("\n".join("".join(cell["source"]) for cell in cells))):
+            if isinstance(node, ast.Import):
+                modules |= dict.fromkeys(alias.name for alias in node.names)
+            if isinstance(node, ast.ImportFrom): modules[node.module or ""] = None
+    return [*modules]
 
 # %% ../../nbs/study/12_preload.ipynb #85489693
 def _import_as_in_a_kernel() -> None:

@@ -89,8 +89,8 @@ def _scored_as(record: dict[str, Any]) -> dict[str, Any]:  # empty for a record 
 # %% ../../nbs/study/04_results.ipynb #a9f6a676
 def check_one_edition(study: dict[str, Result]) -> None:
     "Refuse results that were scored in different ways, such as those of two editions of a study."
-    known = {name: how for name, o in study.items() if (how := _scored_as(o.record))}
-    keyless = [o for o in study if o not in known] if known else []
+    known = {name: how for name, result in study.items() if (how := _scored_as(result.record))}
+    keyless = [cell for cell in study if cell not in known] if known else []
     some = lambda names: ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     if keyless:
         raise CalibPruneError(
@@ -99,7 +99,7 @@ def check_one_edition(study: dict[str, Result]) -> None:
             " them again."
         )
     name, first = next(iter(known.items()), ("", {}))
-    odd = [o for o, how in known.items() if how != first]
+    odd = [cell for cell, how in known.items() if how != first]
     if not odd: return
     differs = " and ".join(k for k in first if first[k] != known[odd[0]][k])
     raise CalibPruneError(
