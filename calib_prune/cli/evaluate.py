@@ -56,7 +56,7 @@ def _percent_or_dash(*values: float) -> str:
 # %% ../../nbs/cli/05_evaluate.ipynb #0d99ed20
 def retention_lines(table: Any  # from `retention`
                   ) -> list[dict[str, Any]]:
-    "Retention in percent, for people; a dash where there is none."
+    "Retention in percent as rows of text; a dash for a missing value."
     return [{"level": row.level, "name": row.name, "retention %": _percent_or_dash(row.retention),
              "95 % CI": _percent_or_dash(row.ci_low, row.ci_high), "n": row.n or None}
             for row in table.itertuples(index=False)]
@@ -64,7 +64,7 @@ def retention_lines(table: Any  # from `retention`
 # %% ../../nbs/cli/05_evaluate.ipynb #3d3db70b
 def retention_notes(table: Any  # from `retention`
                    ) -> list[str]:
-    "Which tasks do not count, what has no interval or number, and why; then the verdict."
+    "Excluded tasks, and missing intervals or numbers, each with the reason; then the verdict."
     names: dict[str, list[str]] = {}
     for name, why in table.attrs["reasons"].items():
         if name not in DIMENSIONS: names.setdefault(why, []).append(name)

@@ -62,12 +62,13 @@ LOCK = ".init.lock"
 
 # %% ../../nbs/cli/09_init.ipynb #9d97fce6
 def _parts(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    "What a killed run was just writing in a folder."
+    "Temporary files of a killed run in a folder."
     return [part for name in files for part in parts_of(folder / name)]
 
 # %% ../../nbs/cli/09_init.ipynb #9059e86a
 def _free(folder: Path, files: Mapping[str, bytes]) -> bool:
-    "Is a folder absent, empty, or as a run that was killed while it wrote these files leaves it?"
+    """Whether a folder is absent, empty, or in the state that a killed run with the same files
+    leaves."""
     if not folder.exists(): return True
     if not folder.is_dir(): return False
     parts = {*_parts(folder, files), folder / LOCK}
@@ -83,8 +84,8 @@ def _free(folder: Path, files: Mapping[str, bytes]) -> bool:
 def lay_out(folder: Path,
             files: Mapping[str, bytes] | None = None  # by default all of `study_contents`
            ) -> list[str]:  # the names of the files
-    """Write the files of a study into a folder that does not exist yet or is empty. What a killed
-    run began is finished."""
+    """Write the files of a study into a folder that is absent or empty; complete the files of a
+    killed run."""
     files = study_contents() if files is None else files
     def check():
         if _free(folder, files): return
@@ -126,7 +127,8 @@ def strategy_name(mix: str  # as `--calibration` takes it
 
 # %% ../../nbs/cli/09_init.ipynb #9eb22b5a
 def whole_paths(mix: str) -> str:
-    "A mix whose files have whole paths: those in a preset start at the folder of the study."
+    """A mix whose files have absolute paths, because paths in a preset are relative to the study's
+    folder."""
     def whole(part: str) -> str:
         name, mark, weight = part.rpartition("=") if "=" in part else (part, "", "")
         return (str(Path(name).absolute()) if os.path.exists(name) else name) + mark + weight
@@ -177,7 +179,7 @@ PRESET_COMMENTS = {
 }
 
 def preset_text(preset: Mapping[str, Any]) -> str:
-    "A preset as a file, with a comment on its sections."
+    "The text of a preset file, with a comment on each section."
     import yaml  # here, so that `calib-prune --help` is quick
     parts = []
     for key, value in preset.items():
@@ -197,7 +199,7 @@ def own_notebook(name: str) -> bytes:
 # %% ../../nbs/cli/09_init.ipynb #4ee191ea
 def own_study_files(preset: Mapping[str, Any], text: str  # of its file
              ) -> dict[str, bytes]:
-    "The files of a new study by name: only those that its runs need; the workflow last."
+    "The files of a new study by name: only the files that its runs need; the workflow last."
     from calib_prune.study.plan import notebooks_of
     name = str(preset["name"])
     books = [f"nbs/paper/{name}.ipynb" for name in notebooks_of({**preset})]

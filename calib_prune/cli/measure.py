@@ -19,7 +19,7 @@ def _show_metrics(metrics,          # a data frame from `calibration.oit.measure
                   title: str,
                   intervals: bool   # only perplexity has them
                  ) -> None:
-    "Print the metrics as a table, and below it why some are missing or constant."
+    "Print the metrics as a table, followed by the reasons why some are missing or constant."
     columns = ["metric", "value", "unit"] + (["ci_low", "ci_high"] if intervals else [])
     show_table(metrics.loc[metrics.value.notna(), columns].to_dict("records"), title)
     for row in metrics[metrics.note != ""].itertuples():

@@ -83,7 +83,7 @@ class _StudyBars:
         self.total = bars.add_task("models finished", total=len(names))
 
     def over(self, name: str) -> bool:
-        "Is this model finished?"
+        "Whether the model is finished."
         file = self.results / f"{name}.json"
         return name not in self.left or (file.is_file() and file.stat().st_mtime > self.began)
 
@@ -130,7 +130,7 @@ def job_outcomes(text: str  # of Snakemake's log
 
 # %% ../../nbs/cli/08_reproduce.ipynb #167dd69a
 def _last_line(notebook: Path, results: Path) -> str:
-    "What a failed run said last; empty if it said nothing."
+    "The last line of a failed run's log; empty without a log."
     log = results / "notebooks" / f"{notebook.stem}.log"
     return log.read_text(errors="replace").strip().rpartition("\n")[2] if log.is_file() else ""
 
@@ -138,15 +138,15 @@ SAME_FAILURES = 3  # failures with one error, before any run succeeds, that end 
 
 # %% ../../nbs/cli/08_reproduce.ipynb #c9374388
 def common_error(text: str, results: Path) -> str:
-    """The error that the first runs have in common; empty if one succeeded, or if their errors
-    differ."""
+    "The common error of the first runs; empty if a run succeeded or the errors differ."
     first = [*job_outcomes(text).values()][:SAME_FAILURES]
     messages = {_last_line(log, results) if log else "" for log in first}
     return messages.pop() if len(first) == SAME_FAILURES and len(messages) == 1 else ""
 
-# %% ../../nbs/cli/08_reproduce.ipynb #c31dad94
+# %% ../../nbs/cli/08_reproduce.ipynb #7bc75744
 LEAST_ROOM = 1 << 20  # bytes; with less, a disk counts as full
 
+# %% ../../nbs/cli/08_reproduce.ipynb #c31dad94
 def failure_report(log: Path  # Snakemake's
                   ) -> str:
     "Which runs failed, and where to read about them."
@@ -206,7 +206,7 @@ class Stopped(CalibPruneError):
 def _watch(run: "Guarded", stops: list[int],  # signals that came
            bars: _StudyBars, log: Path        # Snakemake's
           ) -> str:                           # the error of the first runs, if it ended the study
-    "Show a study's progress until it ends; end it if a signal comes or its first runs fail alike."
+    "Show a study's progress to its end; end the study at a signal or if its first runs fail alike."
     error, alike, failed = "", "", 0
     while run.poll() is None:
         if len(stops) > run.asked:
@@ -231,7 +231,7 @@ def _watch(run: "Guarded", stops: list[int],  # signals that came
 
 # %% ../../nbs/cli/08_reproduce.ipynb #924aea68
 def _gpus(study: dict[str, Any]) -> int:
-    "How many GPUs of this machine the study's runs may use; 0 if its preset names none."
+    "Number of GPUs available to the study's runs; 0 if the preset names none."
     if study["device"] != "cuda": return 0
     import torch  # a slow import
     return max(1, torch.cuda.device_count())
@@ -239,7 +239,7 @@ def _gpus(study: dict[str, Any]) -> int:
 # %% ../../nbs/cli/08_reproduce.ipynb #fda536a3
 def lacking_device(study: dict[str, Any], path: Path  # of the preset
                   ) -> str:
-    "What a study's runs would miss on this machine; empty if its device is there."
+    "The missing device of a study's runs on this machine; empty if present."
     if study["device"] == "cpu": return ""
     import torch  # a slow import
     devices = [
@@ -317,7 +317,7 @@ def preset_file(preset: str,  # a name in `presets/`, or a file
 
 # %% ../../nbs/cli/08_reproduce.ipynb #4933fd94
 def check_layout(root: Path, name: str) -> None:
-    "Refuse to begin a study anew whose rows are in the folder of its old name."
+    "Refuse to restart a study whose rows are in the folder of its old name."
     for old in (old for old, new in MOVED.items() if new == name):
         before, now = root / "results" / old, root / "results" / name
         if now.exists() or not any(before.glob("*.json")): continue
@@ -332,7 +332,7 @@ def check_layout(root: Path, name: str) -> None:
 
 # %% ../../nbs/cli/08_reproduce.ipynb #1243609a
 def check_notebooks(root: Path, study: dict[str, Any]) -> None:
-    "Refuse a study whose folder lacks a notebook that it runs."
+    "Refuse a study whose folder lacks a notebook of its runs."
     from calib_prune.study.plan import notebooks_of
     names = [f"nbs/paper/{name}.ipynb" for name in notebooks_of(study)]
     if not (missing := [name for name in names if not (root / name).is_file()]): return
@@ -391,7 +391,7 @@ def snakemake_command(path: Path,  # of the preset
 # %% ../../nbs/cli/08_reproduce.ipynb #9d461576
 def check_profile(name: str,  # a folder, or one in profiles/
                   root: Path) -> Path:
-    "The folder of a Snakemake profile that this machine can use."
+    "The folder of a Snakemake profile that works on this machine."
     import yaml  # here, so that `calib-prune --help` is quick
     folders = [Path(name), root / "profiles" / name]
     profile_folder = next(
@@ -422,8 +422,7 @@ def check_profile(name: str,  # a folder, or one in profiles/
 # %% ../../nbs/cli/08_reproduce.ipynb #2c86bf46
 @contextmanager
 def named_user() -> Iterator[None]:
-    """See to it that whatever runs inside finds a name of its user and a home folder that can be
-    written."""
+    "Ensure that programs inside find a user name and a writable home folder."
     before = dict(os.environ)
     with temporary_folder("calib-prune-home-") as folder:
         try: getpass.getuser()
@@ -441,7 +440,7 @@ def named_user() -> Iterator[None]:
 
 # %% ../../nbs/cli/08_reproduce.ipynb #69bb63b0
 def _sweep(results: Path) -> None:
-    "Remove what killed runs have left."
+    "Remove temporary files of killed runs."
     shutil.rmtree(results / ".progress", ignore_errors=True)
     for old in (results / "notebooks").glob("*.log"): old.unlink()
     for old in results.glob(".*.part"):
@@ -506,7 +505,7 @@ def without_finished(arguments: list[str],  # for Snakemake
 
 # %% ../../nbs/cli/08_reproduce.ipynb #33d2ba6c
 def show_headlines(figures: Path) -> None:
-    "Print the main table of a study, and its ledger of claims, if they were made."
+    "Print the main table of a study and its ledger of claims, if present."
     import pandas as pd  # a slow import
     if (path := figures / "T2-retention.csv").is_file() and "value" in (table := pd.read_csv(path)):
         wide = table.pivot_table(
@@ -523,6 +522,28 @@ def show_headlines(figures: Path) -> None:
     if (claims := figures / "T7-claims.md").is_file():
         from rich.markdown import Markdown  # a slow import
         Console().print(Markdown(claims.read_text().partition("\n\n**C1**")[0]))
+
+# %% ../../nbs/cli/08_reproduce.ipynb #4e6d1d68
+def _show_plan(command: list[str], root: Path, path: Path, study: dict[str, Any],
+               left: dict[str, dict[str, str]], results: Path, tables_only: bool) -> int:
+    "Print the runs of a study and their cost without running them; Snakemake's exit code."
+    from calib_prune.study.cost import estimate_cost
+    from calib_prune.study.keys import left_table
+    with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)
+    if not tables_only:
+        show_table(left_table(left), f"What is left to do in {results}")
+        show_table(
+            estimate_cost(study).to_dict("records"),
+            f"What all cells take, on the hardware that {path.name} states")
+    return done.returncode
+
+# %% ../../nbs/cli/08_reproduce.ipynb #f63b08e9
+def _end_after(stopped: Stopped) -> None:
+    "Say that a signal ended the study, and exit."
+    from calib_prune.study.children import STOPPING
+    for number in STOPPING: signal.signal(number, signal.SIG_IGN)  # the process ends now
+    Console(stderr=True).print(f"[bold]{escape(str(stopped))}[/]", highlight=False, soft_wrap=True)
+    raise typer.Exit(stopped.code) from None
 
 # %% ../../nbs/cli/08_reproduce.ipynb #3b526fed
 def reproduce(
@@ -583,26 +604,19 @@ def reproduce(
     left: dict[str, dict[str, str]] = {}
     asked = [*context.args, *([table_file(study, table)] if table else [])]
     if not tables_only:
-        from calib_prune.study.keys import left_table, left_to_do
+        from calib_prune.study.keys import left_to_do
         left = left_to_do(study, results, again)
         asked = without_finished(asked, names, {*left["models"]}, results, root)
     command += asked
-    runs = any(
-        left.get(kind) for kind in ("models", "texts", "metrics")
-    )  # the other jobs need no GPU
+    # the other jobs need no GPU
+    runs = any(left.get(kind) for kind in ("models", "texts", "metrics"))
     lacking = lacking_device(study, path) if runs and not cluster else ""
     if dry_run:
-        from calib_prune.study.cost import estimate_cost
-        with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)
-        if not tables_only:
-            show_table(left_table(left), f"What is left to do in {results}")
-            show_table(
-                estimate_cost(study).to_dict("records"),
-                f"What all cells take, on the hardware that {path.name} states")
+        code = _show_plan(command, root, path, study, left, results, tables_only)
         if lacking:
             Console(stderr=True).print(f"[bold]This machine cannot run it:[/] {escape(lacking)}",
                                        soft_wrap=True)
-        raise typer.Exit(done.returncode)
+        raise typer.Exit(code)
     if lacking: raise CalibPruneError(lacking)
     missing = (
         {name for name in names if not (results / f"{name}.json").is_file()}
@@ -611,11 +625,7 @@ def reproduce(
     )
     warm = cluster is None and (tables_only or any(left.values()))
     try: run_workflow(command, root, results, names, missing, warm, cluster is not None)
-    except Stopped as e:
-        from calib_prune.study.children import STOPPING
-        for number in STOPPING: signal.signal(number, signal.SIG_IGN)  # this process ends now
-        Console(stderr=True).print(f"[bold]{escape(str(e))}[/]", highlight=False, soft_wrap=True)
-        raise typer.Exit(e.code) from None
+    except Stopped as e: _end_after(e)
     figures = root / "figures" / study["name"]
     show_headlines(figures)
     Console().print(f"\nTables and figures: {figures}", soft_wrap=True)

@@ -85,8 +85,8 @@ def ledgers(
             known: Mapping[Measure, pd.DataFrame] = {},  # measure → its ledger, if it has been made
             resolved: pd.DataFrame | None = None     # from `resolution_rows`, if known
            ) -> pd.DataFrame:  # columns `LEDGERS`
-    """The ledger under every measure that the rows hold; `tells`: whether it is to be believed in
-    the check's dimensions."""
+    """The ledger under every measure of the rows; `tells`: whether the measure discriminates in the
+    check's dimensions."""
     told, tables = _can_tell(preset, study, n_boot, resolved), []
     for name, measure in MEASURES.items():
         table = known.get(measure)
@@ -113,7 +113,7 @@ OPEN = "inconclusive by all that discriminate"
 
 def _direction(row: Any  # of `ledgers`
               ) -> str:
-    "The verdict as far as the sign goes, because sizes differ from measure to measure."
+    "The direction of a verdict, because sizes differ between measures."
     check, ends = CHECKS[row["name"]], (row["ci_low"], row["ci_high"])
     judged = row["verdict"] if check.unit == "count" or any(map(math.isnan, ends)) else verdict(
         *ends, None, check.sign)
@@ -122,7 +122,7 @@ def _direction(row: Any  # of `ledgers`
 # %% ../../nbs/questions/10_agreement.ipynb #28b58ab4
 def _kind(judged: list[str]  # from `_direction`, of rows that can tell
          ) -> str:
-    "Whether they agree; the verdict itself if there is one alone."
+    "Agreement of several verdicts; a single verdict as it is."
     kinds = set(judged)
     if len(kinds) < 2: return next(iter(kinds), NONE)
     return DEPENDS if {"reproduced", NOT} <= kinds else PARTLY
@@ -147,7 +147,7 @@ def _agrees(mine: pd.DataFrame) -> str:
 def agreement(table: pd.DataFrame  # from `ledgers`
              # one row per check: claim, check, a verdict per measure, agreement
              ) -> pd.DataFrame:
-    "Every check with its verdict under each measure, and whether they agree."
+    "Every check with its verdict under each measure, and the agreement of the measures."
     rows = []
     for _, mine in table.groupby("name", sort=False):
         agrees = _agrees(mine)
@@ -165,7 +165,7 @@ def agreement(table: pd.DataFrame  # from `ledgers`
 # %% ../../nbs/questions/10_agreement.ipynb #1414f6b5
 def agreement_note(table: pd.DataFrame  # from `agreement`
                   ) -> str:
-    "How many checks are robust."
+    "Number of robust checks."
     counts = table["agreement"].value_counts()
     return "; ".join(f"{n} of {len(table)} checks: {kind}" for kind, n in counts.items()) + "."
 
@@ -178,7 +178,7 @@ ACROSS = {
 
 def _said(mine: pd.DataFrame  # of one check and model, from `ledgers`
          ) -> str:
-    "The verdict of one model, in direction; or why there is none."
+    "The direction of one model's verdict, or the reason why the model has none."
     tested, judged = _told(mine)
     return _kind(judged) if tested else UNTESTED
 
@@ -204,7 +204,7 @@ def read_ledgers(path: str | Path,              # T7-measures.csv of a study
                  # sparsities at which its preset judges the claims today
                  levels: Levels | None = None
                 ) -> pd.DataFrame:  # columns `LEDGERS`; empty if the study has just begun
-    "A ledger by measure, as the notebook `claims` saved it."
+    "A ledger by measure, from the file of the notebook `claims`."
     if not Path(path).is_file():
         raise CalibPruneError(
             f"{path} is not there. The notebook `claims` of that study makes it: "

@@ -53,7 +53,7 @@ def _lead_text(replicates: Replicates, best: int) -> str:
 def _setting_text(replicates: Replicates,  # of one setting
                   at: dict[str, Any]  # its coordinates
                  ) -> str:
-    "Which calibration set to take in one setting."
+    "The recommended calibration set in one setting."
     names, total = (
         replicates.cells["strategy"].to_numpy(),
         replicates.values[..., OUTCOMES.index("Total")],
@@ -78,7 +78,7 @@ CHOICE_NOTE = "Differences have simultaneous 95 % intervals that allow for the c
 ONE_DRAW = "Each set was drawn once, so the intervals lack the noise of the draw: add a seed."
 
 def choice_text(part: Part) -> str:  # Markdown
-    "Which calibration set to take, one sentence or two for each setting of a study."
+    "The recommended calibration set, in one or two sentences for each setting of a study."
     if not len(part.replicates.cells):
         return "No pruned model has been scored yet: run the study first."
     settings = [_setting_text(part.replicates.where(**at), at) for at in part.replicates.settings()]

@@ -62,7 +62,7 @@ from ..style import DIMENSION_COLOURS, MARKERS, difference_colours, make_readabl
 # %% ../../nbs/questions/02_correlations.ipynb #43105c53
 @dataclass(frozen=True)
 class Correlations:
-    "What single sources kept, and how it is correlated with their metrics."
+    "Retention of single sources, and its correlations with their metrics."
     replicates: Replicates | None  # measured single sources, and whatever else was pruned
     table: pd.DataFrame       # from `ranks.correlate`; empty if there is a note
     note: str = ""            # why there is nothing to correlate
@@ -112,7 +112,7 @@ def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows
 # %% ../../nbs/questions/02_correlations.ipynb #facf446d
 def main_settings(table: pd.DataFrame  # rows with method, sparsity and n
                  ) -> list[dict[str, Any]]:
-    "For each method the setting with the most sources; of several such, the sparsest."
+    "For each method the setting with the most sources; among equals, the highest sparsity."
     rows = table.groupby(["method", "sparsity"], sort=False)["n"].max().reset_index()
     rows = rows.assign(text=rows["sparsity"].astype(str)).sort_values(["n", "text"], kind="stable")
     best = rows.groupby("method")["sparsity"].last()
@@ -120,7 +120,7 @@ def main_settings(table: pd.DataFrame  # rows with method, sparsity and n
 
 # %% ../../nbs/questions/02_correlations.ipynb #cc3ad520
 def study_note(preset: dict[str, Any], replicates: Replicates | None) -> str:
-    "Model, windows × tokens, draws, items, and what the intervals are over."
+    "Model, windows × tokens, draws, items, and the sources of noise in the intervals."
     setting = f"{preset['model']}; {size_text([preset['calibration']['windows']], preset)}"
     scope = "" if replicates is None else scope_text(replicates)
     return "; ".join(filter(None, [setting, scope])) + "."
@@ -150,8 +150,7 @@ def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
 def missing_cells_note(
     preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame | None = None
 ) -> str:
-    """How many models have not been run, and which strategies not measured; empty for a finished
-    study."""
+    "Number of models without a run, and strategies without metrics; empty for a finished study."
     sizes = (0, preset["calibration"]["windows"])  # 0: the dense model
     every = [c for c in cells(preset) if metrics is not None or c.windows in sizes]
     left = [c.name for c in every if c.name not in study]
@@ -165,7 +164,7 @@ def probability(value: float) -> str:
 
 # %% ../../nbs/questions/02_correlations.ipynb #2eec9e68
 def is_main(key: str) -> bool:
-    "Whether a metric stands for one of the theory's eleven."
+    "Whether a metric is the main reading of one of the theory's eleven metrics."
     return METRICS[key.partition(":")[0]].main
 
 # %% ../../nbs/questions/02_correlations.ipynb #019144cb
@@ -192,7 +191,7 @@ def correlation_grid(related: Correlations) -> pd.DataFrame:
 
 # %% ../../nbs/questions/02_correlations.ipynb #e2f583db
 def correlation_notes(related: Correlations) -> list[str]:
-    "What must be known to read correlations in detail."
+    "Notes on the computation of correlations."
     if related.note: return []
     table = related.table
     reasons = table[table["reason"] != ""].groupby("reason", sort=False)["metric"].unique()
@@ -211,7 +210,7 @@ def correlation_notes(related: Correlations) -> list[str]:
 
 # %% ../../nbs/questions/02_correlations.ipynb #cc9484e7
 def correlation_title(related: Correlations) -> str:
-    "What the table of correlations shows, or why there is none."
+    "The title of the table of correlations, or the reason why the table is empty."
     if related.note: return related.note
     return (
         f"Spearman's ρ of metrics with retention over {span(related.table['n'])} single sources,"
@@ -220,8 +219,7 @@ def correlation_title(related: Correlations) -> str:
 
 # %% ../../nbs/questions/02_correlations.ipynb #ea4ed8bb
 def correlation_footnote(preset: dict[str, Any], related: Correlations, missing: str = "") -> str:
-    """The text below a figure of correlations, so that it can be read alone. The figure itself says
-    what its intervals are over."""
+    "The text below a figure of correlations."
     tests = "" if related.note else (
         "ρ: Spearman's, over single sources; q: Benjamini–Hochberg over all"
         f" {related.table['p'].count()} tests of the study.")
@@ -232,8 +230,8 @@ def correlation_footnote(preset: dict[str, Any], related: Correlations, missing:
 def survivors(table: pd.DataFrame  # of `correlate`
              # metric, and a column per dimension; the metric that survives most often first
              ) -> pd.DataFrame:
-    """In how many settings a correlation survives the correction, and ρ there, from the lowest to
-    the highest."""
+    """Number of settings in which a correlation is significant after correction, and the range of ρ
+    in these settings."""
     def text(rho: pd.Series) -> str:
         ends = dict.fromkeys(f"{end:+.2f}" for end in (rho.min(), rho.max()))
         return f"{len(rho)} ({' to '.join(ends)})".replace("-", "−")
@@ -273,14 +271,15 @@ def metric_panel(
 
 # %% ../../nbs/questions/02_correlations.ipynb #b199059f
 def rows_in_settings(table: pd.DataFrame, settings: list[dict[str, Any]]) -> pd.DataFrame:
-    "The rows of these settings: a figure speaks of what it shows."
+    "The rows of these settings, so that a figure's title counts only shown rows."
     shown = {(at["method"], at["sparsity"]) for at in settings}
     return table[[key in shown for key in zip(table["method"], table["sparsity"])]]
 
 # %% ../../nbs/questions/02_correlations.ipynb #99d4333b
 def metric_message(table: pd.DataFrame,  # of `correlate`, in the settings shown
                    metric: str) -> str:
-    "In how many panels the correlation of a metric is significant after correction."
+    """A title: the number of panels in which the correlation of a metric is significant after
+    correction."""
     mine = table[(table["metric"] == metric) & (table["dimension"] != "Total")]
     clear = mine[mine["q"] < 0.05]
     if clear.empty:
@@ -295,7 +294,7 @@ def metric_message(table: pd.DataFrame,  # of `correlate`, in the settings shown
 
 # %% ../../nbs/questions/02_correlations.ipynb #29c22111
 def same_height(axes: Iterable[Axes]) -> None:
-    "One range of retention for all panels of a dimension, so that they can be compared."
+    "One range of retention for all panels of a dimension."
     ends = np.array([ax.get_ylim() for ax in axes])
     for ax in axes: ax.set_ylim(ends[:, 0].min(), ends[:, 1].max())
 
@@ -315,11 +314,25 @@ def source_points(
 
 # %% ../../nbs/questions/02_correlations.ipynb #b822b63b
 def panel_head(ax: Axes, title: str, note: str) -> None:
-    "What a column of panels shares, above the title of the first; lengths in points."
+    "The heading of a column of panels, above the title of the first panel; lengths in points."
     at = dict(xy=(0.5, 1), xycoords="axes fraction", textcoords="offset points", ha="center")
     # as wide as the panel: it must not make it narrower
     ax.annotate(note, xytext=(0, 15), fontsize=7, in_layout=False, **at)
     ax.annotate(title, xytext=(0, 26), fontsize=8.5, weight="bold", **at)
+
+# %% ../../nbs/questions/02_correlations.ipynb #f44a725b
+def _metric_column(axes: np.ndarray, points: pd.DataFrame,  # from `source_points`
+                   mine: pd.DataFrame                       # correlations, by dimension
+                  ) -> None:
+    "One setting's panels, one per dimension."
+    for ax, dimension in zip(axes, DIMENSIONS):
+        metric_panel(ax, points[points["dimension"] == dimension], mine.loc[dimension])
+
+# %% ../../nbs/questions/02_correlations.ipynb #1cf4201a
+def _label_points(ax: Axes, mine: pd.DataFrame) -> None:  # from `source_points`, one dimension
+    "Name the sources of a finished panel."
+    at = dict(x=mine["value"], y=100 * mine["retention"], name=mine["strategy"])
+    place_labels(ax, pd.DataFrame(at))
 
 # %% ../../nbs/questions/02_correlations.ipynb #873258cd
 def metric_figure(related: Correlations, metrics: pd.DataFrame,  # from `load_metrics`
@@ -330,42 +343,29 @@ def metric_figure(related: Correlations, metrics: pd.DataFrame,  # from `load_me
     if related.note or related.replicates is None: return sentence_figure(related.note)
     settings = main_settings(related.table)
     points = [source_points(related, metrics, metric, at) for at in settings]
-    figure, axes = plt.subplots(
-        len(DIMENSIONS),
-        len(settings),
-        figsize=(3.55 * len(settings), 7.6),
-        squeeze=False,
-        sharex=True,
-    )
+    figure, axes = plt.subplots(len(DIMENSIONS), len(settings), squeeze=False, sharex=True,
+                                figsize=(3.55 * len(settings), 7.6))
     for j, at in enumerate(settings):
         mine = related.table[
             (related.table["metric"] == metric)
             & (related.table["method"] == at["method"])
             & (related.table["sparsity"] == at["sparsity"])
         ].set_index("dimension", drop=False)
-        for i, dimension in enumerate(DIMENSIONS):
-            metric_panel(
-                axes[i, j], points[j][points[j]["dimension"] == dimension], mine.loc[dimension]
-            )
-            axes[i, j].set_ylabel(f"{dimension} retention (%)" if j == 0 else "", fontsize=7.5)
+        _metric_column(axes[:, j], points[j], mine)
         panel_head(
             axes[0, j],
             f"{setting_label(at)}, n = {mine['n'].iloc[0]} sources",
             f"95% intervals: {related.replicates.where(**at).noise}; ρ: also over the choice of"
             " sources",
         )
+    for ax, dimension in zip(axes[:, 0], DIMENSIONS):
+        ax.set_ylabel(f"{dimension} retention (%)", fontsize=7.5)
     finish_panels(figure, axes, name)
     for line in axes: same_height(line)
     headline(figure, metric_message(rows_in_settings(related.table, settings), metric))
     for j, every in enumerate(points):
         for i, dimension in enumerate(DIMENSIONS):
-            mine = every[every["dimension"] == dimension]
-            place_labels(
-                axes[i, j],
-                pd.DataFrame(
-                    dict(x=mine["value"], y=100 * mine["retention"], name=mine["strategy"])
-                ),
-            )
+            _label_points(axes[i, j], every[every["dimension"] == dimension])
     return figure
 
 # %% ../../nbs/questions/02_correlations.ipynb #28023c5f
@@ -395,7 +395,7 @@ def finish_panels(figure: Figure, axes: np.ndarray, name: str) -> None:
 # %% ../../nbs/questions/02_correlations.ipynb #eab81334
 def mark_cells(ax: Axes, rows: pd.DataFrame,  # of `correlate`, one setting
                metrics: list[str]) -> None:
-    "Significance in the corner of each cell, and hatching where there is none."
+    "Mark significant cells in the corner, and hatch cells without a correlation."
     for row in rows.itertuples():
         x, y = ADDITIVE.index(row.dimension), metrics.index(row.metric)
         if row.reason:
@@ -422,7 +422,7 @@ def shown_metrics(table: pd.DataFrame) -> list[str]:
 def survival_message(table: pd.DataFrame,  # the correlations shown
                      tests: int            # of the whole study
                     ) -> str:
-    "How many correlations are significant after the correction for the number of tests."
+    "A title: the number of correlations that are significant after correction."
     shown, left = int(table["p"].count()), int((table["q"] < 0.05).sum())
     if not left: return f"No correlation is significant after correction for {tests} tests"
     verb = "is" if left == 1 else "are"
@@ -455,7 +455,7 @@ def correlation_heat_map(related: Correlations) -> Figure:
 
 # %% ../../nbs/questions/02_correlations.ipynb #0e6faf76
 def heat_map_panel(ax: Axes, mine: pd.DataFrame, metrics: list[str]) -> None:
-    "One setting."
+    "The heat map of one setting."
     rho = mine.pivot(index="metric", columns="dimension",
                      values="rho").loc[metrics, list(ADDITIVE)].astype(float)
     ends = [
@@ -483,7 +483,7 @@ def heat_map_panel(ax: Axes, mine: pd.DataFrame, metrics: list[str]) -> None:
 
 # %% ../../nbs/questions/02_correlations.ipynb #02344058
 def heat_map_key(figure: Figure, axes: np.ndarray, tests: int) -> None:
-    "The colour bar and what the marks mean."
+    "The colour bar, and the meaning of the marks."
     bar = figure.colorbar(
         axes[0, 0].collections[0], ax=list(axes[0]), fraction=0.025, pad=0.015, aspect=30
     )
@@ -540,7 +540,7 @@ def groups_of(rho: pd.DataFrame) -> list[list[str]]:
 
 # %% ../../nbs/questions/02_correlations.ipynb #99014108
 def axes_note(rho: pd.DataFrame, why: dict[str, str]) -> str:
-    "Which metrics are one, and which say nothing."
+    "Groups of metrics that measure the same property, and metrics without information."
     alike = [listed(map(metric_label, group)) for group in groups_of(rho) if len(group) > 1]
     axes = f"Together (|ρ| > {ONE_AXIS}): {'; '.join(alike) or 'none'}."
     left = [metric_label(metric) for metric in why]
@@ -556,18 +556,9 @@ def axes_figure(rho: pd.DataFrame, note: str = "") -> Figure:
     shown = rho.loc[order, order].rename(index=metric_label, columns=metric_label)
     size = 0.32 * len(order) + 1.6
     figure, ax = plt.subplots(figsize=(min(WIDTH, size + 1.2), size), layout="constrained")
-    sns.heatmap(
-        shown,
-        cmap="vlag",
-        vmin=-1,
-        vmax=1,
-        annot=True,
-        fmt=".1f",
-        annot_kws={"fontsize": 5.5},
-        linewidths=0.4,
-        ax=ax,
-        cbar_kws={"label": "Spearman's ρ over sources", "shrink": 0.6},
-    )
+    bar = {"label": "Spearman's ρ over sources", "shrink": 0.6}
+    sns.heatmap(shown, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".1f", linewidths=0.4, ax=ax,
+                annot_kws={"fontsize": 5.5}, cbar_kws=bar)
     ax.tick_params(labelsize=6.5)
     ax.set(xlabel="", ylabel="")
     ax.grid(False)

@@ -54,7 +54,7 @@ CLAIMS = {  # id → (claim, where it stands)
 # %% ../../nbs/questions/05_estimates.ipynb #f3090606
 @dataclass(frozen=True)
 class Levels:
-    "The sparsities at which claims are judged: by default those of the paper."
+    "The sparsities for judging claims; the default is the paper's."
     at: float | str = 0.6  # of all claims but growth
     low: float = 0.3       # growth is judged from here
     high: float = 0.6      # to here
@@ -75,16 +75,16 @@ class Check:
     derived: bool = False
 
     def wording(self, levels: Levels) -> str:
-        "What is measured, with the sparsities of a study."
+        "The measured quantity, with the sparsities of a study."
         return self.what.format(**{k: sparsity_label(v) for k, v in vars(levels).items()})
 
     def anywhere(self) -> str:
-        "What is measured, without sparsities."
+        "The measured quantity, without sparsities."
         text = self.what.replace(" from {low} to {high}", " with sparsity")
         return text.replace(" {at}", "").replace(" {low}", ", low sparsity")
 
     def at_papers(self, levels: Levels) -> bool:
-        "Whether a study judges it at the paper's sparsity."
+        "Whether a study judges the check at the paper's sparsity."
         return self.wording(levels) == self.wording(PAPER)
 
 # %% ../../nbs/questions/05_estimates.ipynb #c2437ff0
@@ -186,7 +186,7 @@ def verdict(low: float, high: float,   # our interval
             paper: float | None,       # None if only a direction is claimed
             sign: int                  # that direction
            ) -> str:
-    "What an interval says about a claim."
+    "The verdict that follows from an interval and the paper's number."
     if math.isnan(low + high):
         raise CalibPruneError("A verdict needs an interval, but one of its ends is not a number.")
     if low > high: raise CalibPruneError(f"The interval [{low}, {high}] ends before it begins.")
@@ -211,7 +211,7 @@ class Estimate:
 
 # %% ../../nbs/questions/05_estimates.ipynb #a6dea517
 class Untestable(Exception):
-    "A check that this study cannot answer, with the verdict that says so and the reason."
+    "A check that a study cannot answer, with the verdict and the reason."
     def __init__(self, status: str, reason: str): self.status, self.reason = status, reason
 
 # %% ../../nbs/questions/05_estimates.ipynb #1d0ab3b6
@@ -244,7 +244,7 @@ def setting(replicates: Replicates, method: str, sparsity: float | str) -> Repli
 
 # %% ../../nbs/questions/05_estimates.ipynb #b88156af
 def single_sources(replicates: Replicates, but: str = "") -> Replicates:
-    "The strategies of a setting that calibrate on one source, `but` one of them left out."
+    "The strategies of a setting with a single calibration source, without the source `but`."
     keep = (
         (replicates.cells["source_dimension"] != "") & (replicates.cells["strategy"] != but)
     ).to_numpy()
@@ -258,7 +258,7 @@ def single_sources(replicates: Replicates, but: str = "") -> Replicates:
 def outcome(values: np.ndarray,  # [1 + B, …, outcomes]
             name: str            # of `OUTCOMES`
            ) -> np.ndarray:      # in percent
-    "One outcome, in points; an error where the study has no such tasks."
+    "One outcome in points; an error without such tasks."
     percent = 100 * values[..., OUTCOMES.index(name)]
     if np.isnan(percent[0]).any():
         raise Untestable(MODEL, f"There is no {name} score: its tasks are not in this study.")
@@ -271,7 +271,7 @@ def in_bits(replicates: Replicates, *dimensions: str) -> list[str]:
 
 # %% ../../nbs/questions/05_estimates.ipynb #93086a7c
 def scored_note(replicates: Replicates, *dimensions: str) -> str:
-    "How dimensions are scored, where it matters for comparing with the paper."
+    "The scoring of dimensions, where it matters for comparing with the paper."
     bits = in_bits(replicates, *dimensions)
     if not bits: return ""
     return (
@@ -374,7 +374,7 @@ def power(rho: float,  # true correlation
 # %% ../../nbs/questions/05_estimates.ipynb #ea680a3c
 def estimate_significant(column: str,  # "p" or "q"
                          table: pd.DataFrame, metric: str, levels: Levels = PAPER) -> Estimate:
-    "C4: how many of the four correlations have the paper's sign and are significant."
+    "C4: number of the four correlations with the paper's sign and significance."
     rows = {CHECKS[name]: correlation(name, table, metric, levels.at) for name in CORRELATIONS}
     holds, against, each, chances = 0, False, [], []
     for check, row in rows.items():
@@ -410,7 +410,7 @@ def estimate_versatile(replicates: Replicates, at: float | str = PAPER.at) -> Es
 def estimate_contrast(
     replicates: Replicates, role: str, a: str, b: str, at: float | str = PAPER.at
 ) -> Estimate:
-    "C5's examples: how much more one strategy keeps of dimension `a` than of `b`."
+    "C5: retention of one strategy in dimension `a` minus dimension `b`."
     here = setting(replicates, "sparsegpt", at)
     name = strategy_for(here, role)
     retention = here.of(name)
@@ -451,6 +451,21 @@ def estimate_best(replicates: Replicates,
     comparable = not in_bits(here, *DIMENSIONS)
     return Estimate(*best, here.items["Total"], "items", detail, comparable=comparable)
 
+# %% ../../nbs/questions/05_estimates.ipynb #0a292cfe
+def _check_leads(here: Replicates, lead: Estimate,  # of the mix over the default
+                 best: str                          # single source
+                ) -> None:
+    "A share of two leads exists only if the default is not the best source, and the lead is clear."
+    if best == strategy_for(here, "default"):
+        raise Untestable(
+            UNCLEAR, f"The default text, {best}, is the best single source itself: both leads are"
+            " one.")
+    require_interval("C6 c4", lead)
+    if lead.ci_low <= 0:
+        raise Untestable(
+            UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share."
+        )
+
 # %% ../../nbs/questions/05_estimates.ipynb #1758283c
 def estimate_share(replicates: Replicates, at: float | str = PAPER.at) -> Estimate:
     """C6 without a scale: the lead over the best single source as a share of the lead over the
@@ -461,25 +476,15 @@ def estimate_share(replicates: Replicates, at: float | str = PAPER.at) -> Estima
     )
     sources = single_sources(here, but=strategy_for(here, "mix"))
     total = outcome(sources.values, "Total")
-    names, best = sources.cells["strategy"].to_numpy(), total[0].argmax()
+    names = sources.cells["strategy"].to_numpy()
+    best = names[total[0].argmax()]
+    _check_leads(here, Estimate(*estimate(mix - default), here.items["Total"], "items"), best)
     others = names != strategy_for(here, "default")
-    if not others[best]:
-        raise Untestable(
-            UNCLEAR,
-            f"The default text, {names[best]}, is the best single source itself: both leads are"
-            " one.",
-        )
-    lead = Estimate(*estimate(mix - default), here.items["Total"], "items")
-    require_interval("C6 c4", lead)
-    if lead.ci_low <= 0:
-        raise Untestable(
-            UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share."
-        )
     with np.errstate(divide="ignore", invalid="ignore"):
         share = (mix[:, None] - total[:, others]) / (mix - default)[:, None]
     value, low, high = best_of(-share)  # the best source leaves the smallest share
     detail = (
-        f"The best single source is {names[best]}. It is chosen by the numbers compared, which"
+        f"The best single source is {best}. It is chosen by the numbers compared, which"
         f" favours it; the interval holds for all {share.shape[1]} other sources at once, and is"
         f" over {here.noise}."
     )
@@ -516,7 +521,7 @@ def estimate_without_code(replicates: Replicates, over: str,  # "default", or "b
 def range_sentence(ranges: pd.DataFrame,  # from `replicates.spread`
                    name: str              # of `OUTCOMES`
                   ) -> str:
-    "The range of an outcome over strategies, and how much of it noise explains."
+    "The range of an outcome over strategies, and the part explained by noise."
     row = 100 * ranges.set_index("dimension").loc[
         name, ["spread", "by_chance", "true_spread"]
     ].astype(float)
@@ -573,7 +578,7 @@ def estimate_low(replicates: Replicates, levels: Levels = PAPER) -> Estimate:
 
 # %% ../../nbs/questions/05_estimates.ipynb #8faf8652
 def growth_noise(replicates: Replicates, levels: Levels = PAPER) -> tuple[str, str]:
-    "Which noise the interval of the growth has, and a caution about it."
+    "The sources of noise in the interval of the growth, with a caution."
     drawn = [
         level
         for level in (levels.low, levels.high)
@@ -587,7 +592,7 @@ def growth_noise(replicates: Replicates, levels: Levels = PAPER) -> tuple[str, s
 
 # %% ../../nbs/questions/05_estimates.ipynb #efe13b66
 def estimate_growth(replicates: Replicates, levels: Levels = PAPER) -> Estimate:
-    "C9: how much larger the margin is at the higher sparsity."
+    "C9: the margin at the higher sparsity minus the margin at the lower sparsity."
     margin_at = margins(replicates)
     for level in (levels.low, levels.high):
         if level not in margin_at:
@@ -659,7 +664,7 @@ ESTIMATORS: dict[str, Callable[..., Estimate]] = {
 
 # %% ../../nbs/questions/05_estimates.ipynb #d41d1ee4
 def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:
-    "The estimate; at another sparsity than the paper's, its size is not compared."
+    "The estimate; at another sparsity than in the paper, not comparable in size."
     check = CHECKS[name]
     if check.paper is None or check.at_papers(levels): return estimate
     text = (
@@ -670,7 +675,7 @@ def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:
 
 # %% ../../nbs/questions/05_estimates.ipynb #7ab489b6
 def require_interval(name: str, estimate: Estimate) -> Estimate:
-    "The estimate, unless it lacks the interval that its check needs."
+    "The estimate; an error if the check needs an interval and the estimate has none."
     if CHECKS[name].unit != "count" and math.isnan(estimate.ci_low + estimate.ci_high):
         raise Untestable(
             MODEL,
@@ -688,7 +693,7 @@ def estimates(replicates: Replicates,         # from `replicates.strategy_retent
               levels: Levels = PAPER          # sparsities to judge at
              # one row per check: the fields of `Estimate`, status, reason
              ) -> pd.DataFrame:
-    "Our number for every check; where there is none, the status says so and the reason why."
+    "Our number for every check, or the reason why the study has none."
     if correlations.empty:
         correlations = pd.DataFrame(
             columns=["method", "sparsity", "metric", "dimension", "n", "p", "reason"]

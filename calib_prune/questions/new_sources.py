@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import false_discovery_control
 
@@ -46,19 +47,19 @@ def as_predictor(name: str, values: np.ndarray) -> np.ndarray:
 def line_through(x: np.ndarray, y: np.ndarray,  # [n]
                  at: np.ndarray                 # [m]
                 ) -> np.ndarray:                # [m]
-    "What the line fitted to x and y says elsewhere."
+    "Values of the line fitted to x and y, at other points."
     centred = x - x.mean()
     return y.mean() + (centred @ (y - y.mean()) / (centred @ centred)) * (at - x.mean())
 
 # %% ../../nbs/questions/13_new_sources.ipynb #95104c8f
 def kind_means(kinds: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    "The mean of the sources of the same kind; the mean of all where there is none."
+    "The mean of the sources of the same kind; the mean of all sources for a new kind."
     means = {k: y[kinds == k].mean() for k in set(kinds)}
     return np.array([means.get(k, y.mean()) for k in at])
 
 # %% ../../nbs/questions/13_new_sources.ipynb #ac648c19
 def source_error(rule: Any, x: np.ndarray, y: np.ndarray) -> float:
-    "Root mean square error of a rule at each source that it was not fitted to."
+    "Root mean square error of a rule at sources left out of the fit, one at a time."
     rest = ~np.eye(len(x), dtype=bool)
     predicted = [rule(x[others], y[others], x[~others])[0] for others in rest]
     return float(np.sqrt(np.mean((np.array(predicted) - y) ** 2)))
@@ -86,7 +87,7 @@ class Split:
 def split_sources(replicates: Replicates,  # of one setting
                   metrics: pd.DataFrame   # from `metric_rows.load_metrics`
                  ) -> Split | None:       # None while there are too few
-    "The sources of the study and the further ones, as far as they are pruned and measured."
+    "The first and the further sources, as far as they are pruned and measured."
     known = set(replicates.cells["strategy"]) & set(metrics["strategy"])
     first, further = (
         [source for source in SUITE if source in known],
@@ -103,7 +104,8 @@ def split_sources(replicates: Replicates,  # of one setting
 # %% ../../nbs/questions/13_new_sources.ipynb #08092a68
 def predictions(split: Split, metric: str, dimension: str
                ) -> pd.DataFrame:  # source, predicted, value; of further sources
-    "What a rule frozen on the first sources says of the further ones."
+    """Predicted and measured retention of the further sources, from a rule fitted to the first
+    sources."""
     y, measured = (
         split.retention(sources, dimension)[0] for sources in (split.first, split.further)
     )
@@ -113,13 +115,13 @@ def predictions(split: Split, metric: str, dimension: str
 
 # %% ../../nbs/questions/13_new_sources.ipynb #d9f1c4a8
 def _rule_of(split: Split, metric: str) -> tuple[Any, pd.Series]:
-    "The rule of a metric, and what it reads."
+    "The rule of a metric, and its input."
     return (kind_means, pd.Series(split.kinds)) if metric == KIND else (line_through,
                                                                         split.metrics[metric])
 
 # %% ../../nbs/questions/13_new_sources.ipynb #767d09c3
 def rule_rows(split: Split, n_perm: int = 19999, seed: int = 0) -> pd.DataFrame:  # columns `RULES`
-    "How well every rule predicts, in every dimension."
+    "Prediction errors and correlations of every rule, in every dimension."
     n_boot, rows = len(split.replicates.values) - 1, []
     plan = resampling(np.zeros(len(split.further), int), n_boot, n_perm, seed)
     rms = lambda error: float(np.sqrt(np.mean(error**2)))
@@ -148,8 +150,8 @@ def chosen_rules(rows: pd.DataFrame) -> pd.DataFrame:  # one row per dimension
 
 # %% ../../nbs/questions/13_new_sources.ipynb #8543de91
 def rule_text(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per rule: for each dimension ρ with its interval, q, and the error beside that of a
-    constant, in points."""
+    """One line per rule: for each dimension ρ with its interval, q, and the error with a constant's
+    error, in points."""
     def cell(row: Any) -> str:
         rho = interval_text(row.rho, row.ci_low, row.ci_high, "+", scale=1,
                             digits=2) if not math.isnan(row.rho) else "–"
@@ -188,6 +190,22 @@ def unseen_message(best: pd.DataFrame  # from `chosen_rules`, by dimension
     rest = "; otherwise not significant" * (len(better) < len(DIMENSIONS))
     return f"Unseen sources: chosen metrics predict {listed(better)} retention{rest}"
 
+# %% ../../nbs/questions/13_new_sources.ipynb #76f316cf
+def _unseen_panel(ax: Axes, table: pd.DataFrame,  # from `predictions`
+                  kinds: dict[str, str],          # source → dimension
+                  ends: pd.DataFrame              # source → ci_low, ci_high
+                 ) -> None:
+    "Predicted against measured retention of the further sources, in one dimension."
+    for row in table.itertuples():
+        kind, (low, high) = kinds[row.source], 100 * ends.loc[row.source].to_numpy(float)
+        colour = colour_of(kind)
+        ax.hlines(100 * row.predicted, low, high, color=colour, linewidth=0.8)
+        ax.plot(100 * row.value, 100 * row.predicted, MARKERS[kind], color=colour, markersize=4)
+    both = 100 * table[["predicted", "value"]].to_numpy()
+    ends_of_line = both.min(), both.max()
+    ax.plot(ends_of_line, ends_of_line, color="0.5", linewidth=0.8, zorder=0)
+    ax.set_xlabel("measured, %")
+
 # %% ../../nbs/questions/13_new_sources.ipynb #1602690e
 def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
                   note: str = "") -> Figure:
@@ -195,29 +213,13 @@ def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
     choose."""
     check_rows(rows, "rules")
     best = chosen_rules(rows).set_index("dimension")
-    ends = effects(split.replicates, DIMENSIONS).set_index(["strategy", "dimension"])
+    ends = effects(split.replicates, DIMENSIONS).set_index(["dimension", "strategy"])
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.5), layout="constrained")
     for ax, d in zip(axes, DIMENSIONS):
-        table = predictions(split, best.loc[d, "metric"], d)
-        for row in table.itertuples():
-            kind = split.kinds[row.source]
-            low, high = ends.loc[(row.source, d), ["ci_low", "ci_high"]]
-            ax.hlines(
-                100 * row.predicted, 100 * low, 100 * high, color=colour_of(kind), linewidth=0.8
-            )
-            ax.plot(
-                100 * row.value,
-                100 * row.predicted,
-                MARKERS[kind],
-                color=colour_of(kind),
-                markersize=4,
-            )
-        both = 100 * table[["predicted", "value"]].to_numpy()
-        ax.plot(
-            [both.min(), both.max()], [both.min(), both.max()], color="0.5", linewidth=0.8, zorder=0
-        )
-        ax.set_title(f"{d}\n{metric_label(best.loc[d, 'metric'])}", fontsize=8)
-        ax.set_xlabel("measured, %")
+        metric = best.loc[d, "metric"]
+        _unseen_panel(ax, predictions(split, metric, d), split.kinds,
+                      ends.loc[d][["ci_low", "ci_high"]])
+        ax.set_title(f"{d}\n{metric_label(metric)}", fontsize=8)
     axes[0].set_ylabel("predicted, %")
     legend_above(figure, {split.kinds[source] for source in split.further})
     headline(figure, unseen_message(best))

@@ -47,7 +47,7 @@ OVERLAP_ROWS = [
 def overlap_retention(whole: Measured, audit: Audit, wanted: list[Cell],
                       # columns `OVERLAP_ROWS`
                       n_boot: int | None = None, seed: int = 0) -> pd.DataFrame:
-    "What affected strategies keep on all items, and on those that no source overlaps."
+    "Retention of strategies with overlaps on all items, and on the items without an overlap."
     if lacking(whole.study): return pd.DataFrame(columns=OVERLAP_ROWS)
     clean = bootstrap_study(
         whole.preset, without_overlaps(whole.study, audit), n_boot, seed, whole.replicates.measure

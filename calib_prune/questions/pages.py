@@ -36,7 +36,7 @@ def table_texts(path: str | Path,         # the Markdown of a table
 def row_where(path: str | Path,  # a table's CSV
               **columns: Any     # column → value
              ) -> pd.Series:
-    "The one row of a table with these values."
+    "The single row of a table with these values."
     table = pd.read_csv(path)
     for name, value in columns.items(): table = table[table[name].astype(str) == str(value)]
     if len(table) == 1: return table.iloc[0]
@@ -48,7 +48,7 @@ ALL_ENDS = ("value", "all_low", "all_high")  # with a simultaneous interval
 
 def bracketed(row: pd.Series, ends: Sequence[str] = ENDS, sign: str = "+", digits: int = 1,
               scale: float = 100) -> str:
-    "An estimate with its interval, as tables show it."
+    "An estimate with its interval, in a table's format."
     value, low, high = (row[name] for name in ends)
     return interval_text(value, low, high, sign, scale, digits)
 
@@ -63,6 +63,6 @@ def with_ci(row: pd.Series, ends: Sequence[str] = ENDS, unit: str = " points",
 def columns_side_by_side(columns: dict[str, dict[str, str]],  # heading → row → text
                  index: str                           # heading of the rows
                 ) -> str:                             # Markdown
-    "A table of texts; a row that a column lacks is left empty."
+    "A table of texts; a missing cell is empty."
     table = pd.DataFrame(columns).fillna("").rename_axis(index).reset_index()
     return table.to_markdown(index=False)

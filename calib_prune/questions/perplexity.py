@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..calibration.sources import SOURCES
@@ -50,8 +51,8 @@ BALANCE = "fact", "before", "after"
 # %% ../../nbs/questions/12_perplexity.ipynb #79a54790
 def bytes_note(texts: pd.DataFrame  # from `third_facts`
               ) -> str:             # empty before both thirds of a source are there
-    """How many more bytes a token of the high third has than one of the low third, from draw to
-    draw."""
+    """Bytes per token of the high tercile compared with the low tercile, in percent, as a range
+    over draws."""
     wide = texts.pivot(index=["source", "seed"], columns="third", values="bytes_per_token").reindex(
         columns=list(THIRDS)
     )
@@ -97,7 +98,7 @@ MEAN = "mean of the sources"
 
 def third_contrasts(preset: dict[str, Any], cells: Replicates  # one row per cell, of one setting
                    ) -> Replicates:  # one row per source, their mean below; the strategy names it
-    "The high third less the low third of the same draw, mean over draws."
+    "The high tercile minus the low tercile of the same draw, mean over draws."
     thirds = thirds_of(preset).set_index("strategy")
     mine = cells.rows(cells.cells["strategy"].isin(thirds.index))
     about = thirds.reindex(mine.cells["strategy"]).reset_index(drop=True)
@@ -114,7 +115,7 @@ def third_effects(replicates: Replicates,  # from `third_contrasts`
                   # over the dimensions of a row, without the total? else each interval by itself
                   simultaneous: bool = False
                  ) -> pd.DataFrame:   # columns `EFFECTS`; fractions
-    "The high third less the low third."
+    "Effects of the high tercile minus the low tercile."
     outcomes, together = (DIMENSIONS, ["strategy"]) if simultaneous else (ADDITIVE, None)
     table = simultaneous_ends(effects(replicates, outcomes, together))
     return table.rename(columns={"strategy": "source"})[EFFECTS]
@@ -135,7 +136,7 @@ def effect_verdict(effects: pd.DataFrame, dimension: str  # from `third_effects`
 
 # %% ../../nbs/questions/12_perplexity.ipynb #390749fe
 def effect_text(effects: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
-    "One line per source: perplexities of the thirds, and the high one less the low one."
+    "One line per source: perplexities of the terciles, and the difference of high and low."
     mean = texts.groupby(["source", "third"], sort=False)["perplexity"].agg(
         lambda values: np.exp(np.log(values).mean())
     )
@@ -174,50 +175,41 @@ def third_rows(preset: dict[str, Any], replicates: Replicates, texts: pd.DataFra
     about = thirds_of(preset).merge(mean.reset_index(), on=["source", "third"])
     return about.merge(effects(replicates, ADDITIVE), on="strategy")[THIRD_ROWS]
 
+# %% ../../nbs/questions/12_perplexity.ipynb #bf8d39b1
+def _third_panel(ax: Axes, mine: pd.DataFrame, dimension: str) -> None:
+    "Retention of one dimension against perplexity, a line per source."
+    for source, line in mine.groupby("source", sort=False):
+        kind, line = SOURCES[source].dimension, line.sort_values("perplexity")
+        look = dict(fmt=f"{MARKERS[kind]}-", color=colour_of(kind), label=source)
+        error_bars(ax, line["perplexity"], line, markersize=4, linewidth=1, **look)
+    ax.set(title=dimension, xlabel="perplexity of the text", xscale="log")
+    low, high = 0.8 * mine["perplexity"].min(), 1.2 * mine["perplexity"].max()
+    ticks = [2**k for k in range(1, 9) if low < 2**k < high]
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
+
 # %% ../../nbs/questions/12_perplexity.ipynb #15c33c8a
 def third_figure(rows: pd.DataFrame,  # from `third_rows`
                  effects: pd.DataFrame,  # simultaneous
                  note: str = "") -> Figure:
     "Retention against perplexity within each source."
     check_rows(rows, "thirds of sources")
-    sources = list(dict.fromkeys(rows["source"]))
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.5), layout="constrained")
-    kinds = {source: SOURCES[source].dimension for source in sources}
-    for ax, d in zip(axes, DIMENSIONS):
-        for source, kind in kinds.items():
-            mine = rows[(rows["dimension"] == d) & (rows["source"] == source)].sort_values(
-                "perplexity"
-            )
-            look = dict(fmt=f"{MARKERS[kind]}-", color=colour_of(kind), label=source)
-            error_bars(ax, mine["perplexity"], mine, markersize=4, linewidth=1, **look)
-        ax.set(title=d, xlabel="perplexity of the text", xscale="log")
-        ticks = [
-            2**k
-            for k in range(1, 9)
-            if rows["perplexity"].min() * 0.8 < 2**k < rows["perplexity"].max() * 1.2
-        ]
-        ax.set_xticks(ticks, map(str, ticks))
-        ax.minorticks_off()
+    for ax, d in zip(axes, DIMENSIONS): _third_panel(ax, rows[rows["dimension"] == d], d)
     axes[0].set_ylabel("retention, %")
     figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncol=len(sources),
-        fontsize=8,
+        *axes[0].get_legend_handles_labels(), loc="outside upper center",
+        ncol=rows["source"].nunique(), fontsize=8
     )
     headline(figure, third_message(effects))
-    caption = (
-        "Perplexity terciles of one source, matched as far as possible (T13). "
-    )
-    caption += (
-        "Title: mean of the sources, high − low, intervals simultaneous over the dimensions."
-    )
+    caption = "Perplexity terciles of one source, matched as far as possible (T13). "
+    caption += "Title: mean of the sources, high − low, intervals simultaneous over the dimensions."
     return annotate(figure, f"{caption} {note}")
 
 # %% ../../nbs/questions/12_perplexity.ipynb #b5cb7b10
 def third_message(effects: pd.DataFrame  # simultaneous
                  ) -> str:
-    "What the experiment shows, in one sentence."
+    "A title: the result of the experiment."
     mean = effects[effects["source"] == MEAN].set_index("dimension")
     moved = [d for d in DIMENSIONS if effect_verdict(effects, d) == "moves"]
     if len(moved) == 1:
@@ -241,8 +233,8 @@ def far_effects(effects: pd.DataFrame,  # from `third_effects`
                 rows: pd.DataFrame,     # from `third_rows`
                 start: str = "codeio", end: str = "wikipedia"  # sources
                ) -> pd.DataFrame:       # columns `FAR_ROWS`; fractions
-    """What each effect would come to over the distance between two sources, and what the two really
-    differ by."""
+    """Each effect extrapolated to the perplexity distance between two sources, and the measured
+    difference of the sources."""
     perplexity = rows.pivot_table(index="source", columns="third", values="perplexity")
     step = np.log(perplexity[THIRDS[-1]] / perplexity[THIRDS[0]])
     step[MEAN] = step.mean()
@@ -266,7 +258,7 @@ def far_effects(effects: pd.DataFrame,  # from `third_effects`
 
 # %% ../../nbs/questions/12_perplexity.ipynb #88143904
 def far_text(far: pd.DataFrame) -> pd.DataFrame:  # from `far_effects`
-    "One line per effect, and what the two sources differ by, in points."
+    "One line per effect, and the measured difference of the two sources, in points."
     lines = []
     for effect, mine in far.groupby("effect", sort=False):
         texts = {

@@ -66,14 +66,18 @@ def gain_lines(rows: pd.DataFrame  # from `prompt_gain_rows`
     )
     return wide_table(about, ["strategy", "method", "sparsity", "windows", "draws"], DIMENSIONS)
 
+# %% ../../nbs/questions/09_prompt_gain.ipynb #40ba325a
+def _shown_gains(rows: pd.DataFrame, strategies: list[str], method: str) -> pd.DataFrame:
+    "The rows of one method at one size of the calibration set, the most frequent size."
+    shares = rows[(rows["method"] == method) & rows["strategy"].isin(strategies)]
+    shares = shares[shares["windows"].isin(shares["windows"].mode()[:1])]
+    return shares[[parse_sparsity(sparsity)[1] is None for sparsity in shares["sparsity"]]]
+
 # %% ../../nbs/questions/09_prompt_gain.ipynb #03c873d2
 def gain_figure(rows: pd.DataFrame,  # from `prompt_gain_rows`
                 strategies: list[str], method: str = "sparsegpt", note: str = "") -> Figure:
     "Prompt gain against sparsity, one panel per strategy, the dense model at 0."
-    shares = rows[(rows["method"] == method) & rows["strategy"].isin(strategies)]
-    # one size of the calibration set: that of most rows
-    shares = shares[shares["windows"].isin(shares["windows"].mode()[:1])]
-    shares = shares[[parse_sparsity(sparsity)[1] is None for sparsity in shares["sparsity"]]]
+    shares = _shown_gains(rows, strategies, method)
     check_rows(shares, "prompt gains")
     check_rows(rows[rows["strategy"] == "dense"], "the dense model's prompt gains")
     names = [strategy for strategy in strategies if strategy in set(shares["strategy"])]
@@ -83,10 +87,8 @@ def gain_figure(rows: pd.DataFrame,  # from `prompt_gain_rows`
     )
     for ax, name in zip(axes[0], names):
         for d in DIMENSIONS:
-            mine = pd.concat([
-                dense[dense["dimension"] == d],
-                shares[(shares["strategy"] == name) & (shares["dimension"] == d)]])
-            mine = mine.sort_values("sparsity")
+            mine = pd.concat([dense, shares[shares["strategy"] == name]])
+            mine = mine[mine["dimension"] == d].sort_values("sparsity")
             look = dict(color=DIMENSION_COLOURS[d], marker=MARKERS[d], label=d)
             error_bars(ax, 100 * mine["sparsity"], mine, markersize=4.5, linewidth=1.2, **look)
         ax.axhline(0, color="0.4", linewidth=0.8)
@@ -105,7 +107,7 @@ def gain_figure(rows: pd.DataFrame,  # from `prompt_gain_rows`
 def gain_change(rows: pd.DataFrame,    # from `prompt_gain_rows`
                 shares: pd.DataFrame,  # of one method
                 strategy: str) -> str:
-    """In how many dimensions the prompt gain at the highest sparsity is below the dense model's: by
+    """Number of dimensions whose prompt gain at the highest sparsity is below the dense model's, by
     intervals that do not overlap."""
     mine = shares[
         (shares["strategy"] == strategy) & (shares["sparsity"] == shares["sparsity"].max())

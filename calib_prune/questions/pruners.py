@@ -45,7 +45,7 @@ BASE = "sparsegpt"
 
 def gains(whole: Measured, base: str = BASE
          ) -> Replicates:  # one row per cell of another method that has its counterpart
-    "Retention with each method less the base method's with the same calibration windows."
+    "Retention with each method minus the base method, on the same calibration windows."
     cells = whole.cells
     first = (cells.cells["method"] == base).to_numpy(bool)
     return contrasts(cells, ~first, first, ["strategy", "seed", "sparsity", "windows"])
@@ -55,7 +55,8 @@ GAINS = ["sparsity", "method", "strategy", "dimension", "value", "ci_low", "ci_h
 
 def method_effects(replicates: Replicates  # by strategy, from `strategy_retention`
                   ) -> pd.DataFrame:  # columns `GAINS`; fractions
-    "By sparsity and method: each strategy, their mean, and of two the first less the second."
+    """Rows by sparsity and method: each strategy, their mean, and for two strategies their
+    difference."""
     rows = with_means(replicates, ["sparsity", "method"], fewest=1, between=True)
     return effects(rows, ADDITIVE)[GAINS].astype({"sparsity": object})  # numbers and patterns
 
@@ -68,7 +69,7 @@ def gain_rows(whole: Measured, base: str = BASE) -> pd.DataFrame:  # columns `GA
 
 # %% ../../nbs/questions/07_pruners.ipynb #e760d70a
 def method_rows(whole: Measured) -> pd.DataFrame:  # columns `GAINS`
-    "What each method kept."
+    "Retention with each method."
     return method_effects(whole.replicates)
 
 # %% ../../nbs/questions/07_pruners.ipynb #9699d72b
@@ -91,9 +92,8 @@ def _of_study(study: dict[str, Result]) -> pd.DataFrame:
 
 # %% ../../nbs/questions/07_pruners.ipynb #3ba78735
 def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # columns `COSTS`
-    """Medians by sparsity and method; `times` the base method's seconds, pair by pair, on
-    processors of one kind (NaN if none);
-    perplexity as a geometric mean."""
+    """Medians by sparsity and method. `times` is the ratio to the base method's seconds, pair by
+    pair, on processors of one kind (NaN without pairs); perplexity is a geometric mean."""
     costs, on = _of_study(study), ["strategy", "seed", "sparsity", "processor", "threads"]
     if costs.empty: return pd.DataFrame(columns=COSTS)
     bases = costs[costs["method"] == base].set_index(on)["seconds"]
@@ -109,38 +109,38 @@ def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # co
         for (sparsity, method), mine in costs.groupby(["sparsity", "method"], sort=False)]
     return pd.DataFrame(rows, columns=COSTS).astype({"sparsity": object})
 
+# %% ../../nbs/questions/07_pruners.ipynb #d310526b
+def _named_sets(mine: pd.DataFrame, sets: list[str]) -> str:
+    "Calibration sets of a method in brackets, if the method lacks some; otherwise empty."
+    there = [strategy for strategy in sets if strategy in set(mine["strategy"])]
+    if len(there) == len(sets): return ""
+    few = len(there) <= 3
+    return f" ({', '.join(there)} alone)" if few else f" ({len(there)} of {len(sets)} sets)"
+
+# %% ../../nbs/questions/07_pruners.ipynb #4f98a78d
+def _in_blocks(table: pd.DataFrame) -> pd.DataFrame:
+    "The rows sparsity by sparsity, in the order of first appearance."
+    rank = {sparsity: i for i, sparsity in enumerate(dict.fromkeys(table["sparsity"]))}
+    return table.sort_values("sparsity", key=lambda column: column.map(rank), kind="stable")
+
 # %% ../../nbs/questions/07_pruners.ipynb #cf01e7e7
 def pruner_text(retention: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """One line per sparsity and method. With one draw per calibration set an interval is over items
+    """One line per sparsity and method. With one draw per calibration set, intervals are over items
     only."""
     about, lines = costs.set_index(["sparsity", "method"]), []
-    # blocks of a preset may mix them
-    rank = {sparsity: i for i, sparsity in enumerate(dict.fromkeys(retention["sparsity"]))}
-    retention = retention.sort_values(
-        "sparsity", key=lambda column: column.map(rank), kind="stable"
-    )
-    gains_of = {
-        (row.sparsity, row.method, row.strategy): row
-        for row in gained[gained["dimension"] == "Total"].itertuples()
-    }
-    sets = [
-        strategy
-        for strategy in dict.fromkeys(retention["strategy"])
-        if strategy != "mean" and " − " not in strategy
-    ]
+    retention = _in_blocks(retention)
+    means = gained[(gained["dimension"] == "Total") & (gained["strategy"] == "mean")]
+    gains_of = {(row.sparsity, row.method): row for row in means.itertuples()}
+    strategies = dict.fromkeys(retention["strategy"])
+    sets = [name for name in strategies if name != "mean" and " − " not in name]
     for (sparsity, method), mine in retention.groupby(["sparsity", "method"], sort=False):
         cost = about.loc[(sparsity, method)]
         cell = mine[mine["strategy"] == "mean"].set_index("dimension")
-        gain = gains_of.get((sparsity, method, "mean"))
+        gain = gains_of.get((sparsity, method))
         text = interval_text(gain.value, gain.ci_low, gain.ci_high, "+") if gain else "–"
-        there = [strategy for strategy in sets if strategy in set(mine["strategy"])]
-        named = (
-            f"{', '.join(there)} alone" if len(there) <= 3 else f"{len(there)} of {len(sets)} sets"
-        )
-        only = f" ({named})" if len(there) < len(sets) else ""
         lines.append(
             dict(sparsity=sparsity_label(sparsity),
-                 method=method_label(method) + only,
+                 method=method_label(method) + _named_sets(mine, sets),
                  error=f"{100 * cost.error:.2f}",
                  perplexity=f"{cost.perplexity:.1f}",
                  **{d: f"{100 * cell.value[d]:.1f}" for d in ADDITIVE},
@@ -155,7 +155,7 @@ def pruner_text(retention: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFra
 
 # %% ../../nbs/questions/07_pruners.ipynb #e05ad7ac
 def gain_text(gained: pd.DataFrame) -> pd.DataFrame:
-    "One line per sparsity, method and calibration set; then their mean and their difference."
+    "One line per sparsity, method and calibration set, then their mean and their difference."
     rows = gained.assign(
         text=[
             interval_text(row.value, row.ci_low, row.ci_high, "+") for row in gained.itertuples()
@@ -185,7 +185,7 @@ TIMES = (
 
 def totals(rows: pd.DataFrame, sparsity: Any  # columns `GAINS`
           ) -> pd.DataFrame:   # by method
-    "The totals of one sparsity, the mean of the calibration sets."
+    "Total retention at one sparsity, mean of the calibration sets."
     means = rows[(rows["sparsity"] == sparsity) & (rows["strategy"] == "mean") &
                  (rows["dimension"] == "Total")]
     return means.set_index("method")
@@ -193,7 +193,7 @@ def totals(rows: pd.DataFrame, sparsity: Any  # columns `GAINS`
 # %% ../../nbs/questions/07_pruners.ipynb #37da3585
 def chosen(whole: Measured, sparsity: Any = 0.6, base: str = BASE
           ) -> list[str]:  # methods, the affordable one first
-    "The methods that join the study; only those with the most draws are looked at."
+    "The methods that join the study; only methods with the most draws are candidates."
     gained = totals(gain_rows(whole, base), sparsity)
     gained = gained[gained["draws"] == gained["draws"].max()]["value"]
     if gained.empty: return []
@@ -237,7 +237,7 @@ def _cost_panel(ax: Axes, points: pd.DataFrame, colours: dict[str, Any]) -> None
 
 # %% ../../nbs/questions/07_pruners.ipynb #079e792d
 def _legend(figure: Figure, methods: Iterable[str], colours: dict[str, Any]) -> None:
-    "Colours of the methods and shapes of what is added to them."
+    "Colours for methods, shapes for additions to a method."
     used, families = (
         {read_recipe(method).method for method in methods},
         {_family(method) for method in methods},
@@ -264,7 +264,8 @@ def _legend(figure: Figure, methods: Iterable[str], colours: dict[str, Any]) -> 
 # %% ../../nbs/questions/07_pruners.ipynb #d5a911f3
 def gain_message(points: pd.DataFrame  # from `total_gains`, of one sparsity
                 ) -> str:
-    "How many methods have a significant gain over SparseGPT; which, if only one was compared."
+    """A title: the number of methods with a significant gain over SparseGPT, or the only compared
+    method."""
     signs, at = significant_sign(points["ci_low"], points["ci_high"]), sparsity_label(
         points["sparsity"].iloc[0]
     )

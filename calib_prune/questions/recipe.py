@@ -40,7 +40,7 @@ def recipe_label(recipe: Recipe) -> str:
 
 # %% ../../nbs/questions/14_recipe.ipynb #defb2c53
 def known_recipes(replicates: Replicates) -> list[Recipe]:
-    "What a study has run, in its order."
+    "The recipes of a study, in its order."
     return list(dict.fromkeys(zip(replicates.cells["strategy"], replicates.cells["method"])))
 
 # %% ../../nbs/questions/14_recipe.ipynb #6b89480d
@@ -49,8 +49,8 @@ LEADS = ["recipe", "over", "goal", "value", "ci_low", "ci_high", "all_low", "all
 def lead_rows(replicates: Replicates,  # of one sparsity
               pairs: Sequence[tuple[Recipe, Recipe]]  # one family
              ) -> pd.DataFrame:   # columns `LEADS`; fractions
-    """How much more the first of each pair keeps than the second, with intervals for each alone and
-    for all at once."""
+    """Retention of the first recipe of each pair minus the second, with single and simultaneous
+    intervals."""
     at = {recipe: i for i, recipe in enumerate(known_recipes(replicates))}
     known = [(a, b) for a, b in pairs if {a, b} <= set(at)]
     leads = row_differences(replicates, [at[a] for a, _ in known], [at[b] for _, b in known])
@@ -93,7 +93,7 @@ def without_shared(study: dict[str, Result]) -> dict[str, Result]:
 def shared_note(study: dict[str, Result],
                 left: int # items that count without these tasks
                ) -> str:
-    "What the comparisons without shared problems leave out; empty if no problem is shared."
+    "The tasks left out of the comparisons without shared problems; empty without shared problems."
     shared = shared_tasks(study)
     return (
         f"Comparisons without shared problems leave out {listed(shared)}: {left} items are left."
@@ -103,7 +103,7 @@ def shared_note(study: dict[str, Result],
 
 # %% ../../nbs/questions/14_recipe.ipynb #6c86cc12
 def holds(leads: pd.DataFrame) -> bool:
-    "Whether every lead of a family is above 0 at once."
+    "Whether all simultaneous intervals of a set of comparisons are above 0."
     return len(leads) > 0 and bool((leads["all_low"] > 0).all())
 
 # %% ../../nbs/questions/14_recipe.ipynb #9f773c8c
@@ -122,7 +122,7 @@ def shortfalls(leads: pd.DataFrame) -> str:
 def recipe_verdict(recipe: Recipe, leads: dict[str, pd.DataFrame],  # question → rows
             questions: dict[str, list[tuple[Recipe, Recipe]]]  # from `families`
            ) -> str:
-    "What the intervals say of a recipe."
+    "The verdict on a recipe, from the simultaneous intervals."
     if any(len(leads[k]) < len(pairs) * len(GOALS) for k, pairs in questions.items()):
         return (
             f"Of {recipe_label(recipe)} nothing is decided: not all of the models that are compared"
@@ -144,7 +144,8 @@ RECIPE_ROWS = [
 
 def recipe_rows(preset: dict[str, Any], replicates: Replicates, base: Recipe
                ) -> pd.DataFrame:  # columns `RECIPE_ROWS`; fractions
-    "What every recipe keeps, by method, and its lead over one of them; without that one, nothing."
+    """Retention of every recipe by method, and its lead over the recipe `base`; no lead without
+    that recipe."""
     known, outcomes = known_recipes(replicates), OUTCOMES[:-1]
     if base not in known: return pd.DataFrame(columns=RECIPE_ROWS)
     leads = row_differences(replicates, range(len(known)), [known.index(base)] * len(known))
@@ -161,7 +162,7 @@ def recipe_rows(preset: dict[str, Any], replicates: Replicates, base: Recipe
 # %% ../../nbs/questions/14_recipe.ipynb #a132db2e
 def worst_note(rows: pd.DataFrame  # from `recipe_rows`
                ) -> str:
-    "Which dimension is the worst one."
+    "The worst dimension of each recipe, as a sentence."
     retention = rows[rows["outcome"].isin(DIMENSIONS)]
     lowest_rows = retention.groupby("recipe", sort=False)["value"].idxmin()
     lowest = retention.loc[lowest_rows].set_index("recipe")["outcome"]
@@ -193,7 +194,8 @@ def recipe_text(rows: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/questions/14_recipe.ipynb #626f71f4
 def all_leads(leads: dict[str, pd.DataFrame]) -> pd.DataFrame:  # question, then columns `LEADS`
-    "The families of several questions below each other; each keeps its own intervals."
+    """The sets of comparisons of several questions below each other; each set keeps its own
+    intervals."""
     # empty ones have no types
     named = [rows.assign(question=question) for question, rows in leads.items() if len(rows)]
     return pd.concat(named or [pd.DataFrame(columns=["question", *LEADS])], ignore_index=True)[
@@ -202,7 +204,7 @@ def all_leads(leads: dict[str, pd.DataFrame]) -> pd.DataFrame:  # question, then
 
 # %% ../../nbs/questions/14_recipe.ipynb #98594f81
 def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
-    "For people: leads with intervals that hold at once, by question."
+    "Leads with simultaneous intervals as text, by question."
     lines = []
     for (question, recipe, over), mine in rows.groupby(["question", "recipe", "over"], sort=False):
         texts = {
@@ -214,8 +216,8 @@ def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
 
 # %% ../../nbs/questions/14_recipe.ipynb #8008e520
 def recipe_message(replicates: Replicates, base: Recipe) -> str:
-    """The recipe whose total is significantly higher than all others, or how many differ
-    significantly from one of them."""
+    """A title: the recipe with a significantly higher total than all others, or the number of
+    significant differences from one recipe."""
     known = known_recipes(replicates)
     if base not in known or len(known) < 2:
         return f"Retention of {len(known)} recipes: no comparison"

@@ -47,7 +47,7 @@ def _right(items: pd.DataFrame) -> pd.DataFrame:  # model, task, accuracy, error
 # %% ../../nbs/questions/08_resolution.ipynb #01b7b677
 def chance_rows(study: dict[str, Result], names: list[str]  # of pruned models
                ) -> pd.DataFrame:  # model, task, dimension, accuracy, error, chance, at_chance
-    "Each choice task of each model: is its accuracy clearly above chance?"
+    "Accuracy of each choice task and model, and whether the accuracy is clearly above chance."
     items = [
         study[name].items.assign(model=name)
         for name in names
@@ -65,7 +65,7 @@ RESOLUTION = [
 
 def _setting(whole: Measured, method: str | None
             ) -> dict[str, Any]:  # empty if no single source was pruned
-    "The main setting of a method, or of the one with which most single sources were pruned."
+    "The main setting of a method; without a method, of the method with the most single sources."
     cells, columns = select_cells(whole, main_cells(whole.preset)).replicates.cells, [
         "method", "sparsity", "windows"]
     single = cells[
@@ -107,28 +107,25 @@ def _doubt(whole: Measured, at: dict[str, Any], dimension: str,
     if np.isnan(reliability): return "in over 1 % of the replicates the dense model is at chance"
     return ""
 
+# %% ../../nbs/questions/08_resolution.ipynb #4d4b38da
+def _without_sources(measure: Measure) -> list[dict[str, Any]]:
+    "The rows of a measure in a study that pruned no single source."
+    about = dict(measure=measure.name, can_tell=False, note="no single source was pruned")
+    return [about | dict(dimension=d) for d in DIMENSIONS]
+
 # %% ../../nbs/questions/08_resolution.ipynb #2ef68634
 def _of_measure(whole: Measured, measure: Measure, method: str | None) -> list[dict[str, Any]]:
     "The rows of one measure."
     at = _setting(whole, method)
-    if not at:
-        return [
-            dict(measure=measure.name, dimension=d, can_tell=False,
-                 note="no single source was pruned")
-            for d in DIMENSIONS
-        ]
+    if not at: return _without_sources(measure)
     spread = source_spread(whole.replicates.where(**at)).set_index("dimension")
-    here = [
-        c.name
-        for c in main_cells(whole.preset)
-        if c.method == at["method"] and c.name in whole.study
-    ]
+    cells = [c for c in main_cells(whole.preset) if c.method == at["method"]]
+    here = [c.name for c in cells if c.name in whole.study]
     chances, rows = chance_rows(whole.study, here), []
     chances = chances[chances["task"].isin(_counted_tasks(whole))]
+    unknown = dict(sd=np.nan, noise_sd=np.nan, freedom=0)
     for d in DIMENSIONS:
-        spread_row = (
-            spread.loc[d] if d in spread.index else dict(sd=np.nan, noise_sd=np.nan, freedom=0)
-        )
+        spread_row = spread.loc[d] if d in spread.index else unknown
         reliability = _reliability(spread_row["sd"], spread_row["noise_sd"])
         share = chances[chances["dimension"] == d]["at_chance"].mean()
         note = _doubt(whole, at, d, share, reliability)
@@ -151,7 +148,7 @@ def _of_measure(whole: Measured, measure: Measure, method: str | None) -> list[d
 def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None,
                     method: str | None = None  # by default the one with most single sources
                    ) -> pd.DataFrame:          # columns `RESOLUTION`
-    "Reliability of each measure in each dimension; a measure that the rows lack has a reason."
+    "Reliability of each measure in each dimension; a measure without rows has a reason."
     rows: list[dict[str, Any]] = []
     for name, measure in MEASURES.items():
         try:
@@ -182,7 +179,7 @@ def resolution_text(rows: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/questions/08_resolution.ipynb #b4a0b2d9
 def chance_text(rows: pd.DataFrame) -> str:
-    "How many pairs of model and choice task are at chance, by dimension."
+    "Share of pairs of model and choice task at chance, by dimension."
     mine = rows[rows["measure"] == "plain"].dropna(subset="at_chance")
     return ", ".join(f"{row.dimension} {100 * row.at_chance:.0f} %" for row in mine.itertuples())
 
@@ -212,7 +209,7 @@ def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int
                    wanted: Iterable[Cell] | None = None,   # as in `measured`
                    resolved: pd.DataFrame | None = None    # from `resolution_rows`, if known
                   ) -> Measured:
-    "A study by the measure that its preset asks for."
+    "A study under the measure of its preset."
     name = preset.get("measure", "plain")
     if name == "headline":
         resolved = resolution_rows(preset, study, QUICK) if resolved is None else resolved
@@ -222,7 +219,7 @@ def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int
 # %% ../../nbs/questions/08_resolution.ipynb #d01f71ad
 def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None
                ) -> pd.DataFrame:  # measure, then the columns of `comparison.retention_rows`
-    "What each strategy kept in the main setting, by every measure that the rows hold."
+    "Retention of each strategy in the main setting, under every measure of the rows."
     tables, wanted = [], main_cells(preset)
     for name, measure in MEASURES.items():
         try:
@@ -244,8 +241,8 @@ def blind_to(resolved: pd.DataFrame, measure: str) -> list[str]:  # from `resolu
 def totals_text(rows: pd.DataFrame,     # from `totals_rows`
                 resolved: pd.DataFrame  # from `resolution_rows`
                ) -> pd.DataFrame:
-    """One line per method and strategy: the total by each measure, marked (†) where it averages in
-    what the measure cannot tell."""
+    """One line per method and strategy: the total under each measure, marked (†) if the total
+    includes dimensions in which the measure does not discriminate."""
     total = rows[rows["dimension"] == "Total"]
     text = [interval_text(row.value, row.ci_low, row.ci_high) for row in total.itertuples()]
     labels = [
@@ -282,7 +279,7 @@ def untotalled_text(rows: pd.DataFrame,     # from `totals_rows`
 
 # %% ../../nbs/questions/08_resolution.ipynb #aadc9640
 def _one_task(whole: Measured, task: str, at: dict[str, Any]) -> Replicates:
-    "The single sources of a setting, scored by one task."
+    "The single sources of a setting, scored on one task."
     here = at["method"], at["sparsity"]
     wanted = [
         c
@@ -306,9 +303,9 @@ def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: Measure
              # columns `TASK_ROWS`; empty if no single source was pruned, or the rows lack the
              # measure
              ) -> pd.DataFrame:
-    """How reliably each task tells single sources apart, with the method by which most of them were
-    pruned. Whether a task
-    `resolves` is not known from one draw per source: their scatter would count as signal."""
+    """Reliability of each task in discriminating between single sources, with the method of most
+    single sources. With one draw per source, `resolves` is unknown: the noise of draws would count
+    as signal."""
     try: whole = bootstrap_study(preset, study, QUICK, measure=measure, wanted=main_cells(preset))
     except CalibPruneError: return pd.DataFrame(columns=TASK_ROWS)
     at, rows = _setting(whole, None), []

@@ -66,7 +66,7 @@ BEST = "best single source"
 REFERENCES = ("c4", "uniform", "uniform-dimensions")
 
 def source_strategies(replicates: Replicates) -> list[str]:
-    "The strategies that calibrate on one source."
+    "The strategies with a single calibration source."
     return list(replicates.cells["strategy"][replicates.cells["source_dimension"] != ""])
 
 # %% ../../nbs/questions/04_self_generated.ipynb #00f35c93
@@ -84,7 +84,7 @@ def our_mixes(part: Part) -> list[str]:
 def about_ours(names: list[str],
                tuned: str = ""  # on which model, if on another
               ) -> str:
-    "What our own mixes are, for a caption."
+    "Our own mixes, described for a caption."
     weighed = [
         method
         for method in ("balanced", "minimax")
@@ -104,7 +104,7 @@ def about_ours(names: list[str],
 
 # %% ../../nbs/questions/04_self_generated.ipynb #38fb0bd8
 def compared_pairs(part: Part) -> list[tuple[str, str]]:
-    "Our own strategies and the protocols, each with the references and with one another."
+    "Our own strategies and the protocols, each paired with the references and with each other."
     names = list(part.replicates.cells["strategy"])
     ours = our_mixes(part)
     written = [name for name in names if protocol_of(part.preset["strategies"].get(name, ""))][::-1]
@@ -118,8 +118,9 @@ def compared_pairs(part: Part) -> list[tuple[str, str]]:
 # %% ../../nbs/questions/04_self_generated.ipynb #7be52d7c
 def difference_rows(part: Part, pairs: Sequence[tuple[str, str]]
                    ) -> pd.DataFrame:  # columns `DIFFERENCES`, all_low, all_high
-    """Retention of the first of each pair less the second's; all_low and all_high are simultaneous
-    over all pairs and both goals, but for the best single source, which allows for its choice."""
+    """Retention of the first of each pair minus the second. `all_low` and `all_high` are
+    simultaneous over all pairs and both goals; the interval of the best single source allows for
+    its choice."""
     table = stacked(
         [over_best(part, a) if b == BEST else differences(part, [(a, b)]) for a, b in pairs],
         DIFFERENCES,
@@ -140,7 +141,8 @@ def _leads(table: pd.DataFrame, mix: str, over: Sequence[str], sign: int) -> lis
 
 # %% ../../nbs/questions/04_self_generated.ipynb #ee5918ae
 def _standing(table: pd.DataFrame, mix: str, over: Sequence[str]) -> str:
-    "Where one strategy has higher or lower retention than the others."
+    """The comparisons in which one strategy has significantly higher or lower retention, as a
+    sentence."""
     sentences = []
     for word, sign in (("higher", 1), ("lower", -1)):
         leads = _leads(table, mix, over, sign)
@@ -151,8 +153,8 @@ def _standing(table: pd.DataFrame, mix: str, over: Sequence[str]) -> str:
 def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
                  ours: Sequence[str],
                  over: Sequence[str] = ("uniform", "igsp")) -> str:
-    """What the intervals say of our own methods, and whether one of them beats all others on all
-    goals."""
+    """The significant differences of our own methods, and whether one method is better than all
+    others on all goals."""
     compared = table[table["over"].isin(over) & table["dimension"].isin(GOALS)]
     made = [mix for mix in ours if mix in set(compared["mix"])]
     missing = [f"`{mix}`" for mix in ours if mix not in made]
@@ -177,7 +179,7 @@ FACTS = ("pool", "aggregation", "perplexity", "imbalance")
 
 def text_facts(preset: dict[str, Any], folder: str | Path
               ) -> pd.DataFrame:  # strategy, seed, `FACTS`
-    "What the reports of generated texts say."
+    "Facts from the reports of generated texts."
     rows = []
     for name, mix in preset["strategies"].items():
         if not protocol_of(mix): continue
@@ -201,7 +203,7 @@ def by_shared_draws(draws: dict[str, set[int]],  # strategy → its draws
                     base: str, variants: Iterable[str]
                    # shared draws → variants; perhaps no draw is shared
                    ) -> dict[frozenset[int], list[str]]:
-    "The variants of a protocol, by the draws that they share with it."
+    "The variants of a protocol, grouped by the draws shared with the protocol."
     groups: dict[frozenset[int], list[str]] = {}
     for name in variants:
         groups.setdefault(frozenset(draws[name] & draws.get(base, set())), []).append(name)
@@ -226,7 +228,7 @@ def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text
                  # one row per variant and measure: what its text is like, what it keeps, its
                  # difference
                  ) -> pd.DataFrame:
-    "Every variant compared with the same draws of the protocol that it varies."
+    "Every variant compared with its protocol on the same draws."
     if part.cells.cells.empty: return pd.DataFrame()
     draws = {
         name: set(seeds) for name, seeds in part.cells.cells.groupby("strategy", sort=False)["seed"]
@@ -295,11 +297,21 @@ def ablation_text(table: pd.DataFrame) -> pd.DataFrame:
             )
     return pd.DataFrame(lines.values())
 
+# %% ../../nbs/questions/04_self_generated.ipynb #c5469e7c
+def _random_part(variants: pd.DataFrame, base: str) -> str:
+    "The difference of a random part of a protocol's pools, as a sentence; empty without one."
+    points = [
+        f"{interval_text(row.difference, row.ci_low, row.ci_high, '+')} points"
+        f" {GOALS[row.dimension]}"
+        for row in variants[variants["strategy"] == f"{base}-random"].itertuples()
+    ]
+    return f" A random part of the same pools: {', '.join(points)}." if points else ""
+
 # %% ../../nbs/questions/04_self_generated.ipynb #6078164a
 def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
                     base: str) -> str:
     """Variants of a protocol with significantly higher or lower retention (simultaneous intervals);
-    empty if there are none to compare."""
+    empty without variants."""
     variants = table[table["difference"].notna() & table["dimension"].isin(GOALS)
                      & table["strategy"].str.startswith(f"{base}-")]
     if variants.empty: return ""
@@ -310,27 +322,19 @@ def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
     ]
     verdict = (f"these differ from it significantly: {'; '.join(steps)}" if steps else
                "none differs from it significantly, in total or in the worst dimension")
-    points = [
-        f"{interval_text(row.difference, row.ci_low, row.ci_high, '+')} points"
-        f" {GOALS[row.dimension]}"
-        for row in variants[variants["strategy"] == f"{base}-random"].itertuples()
-    ]
     if variants["all_low"].isna().any():
         verdict = "some cannot be judged: a replicate has no value"
     count = variants["strategy"].nunique()
-    sentence = (
-        f"Of {count} variants of `{base}`, with intervals simultaneous over the variants of"
-        f" all protocols, {verdict}."
-    )
     return (
-        f"{sentence} A random part of the same pools: {', '.join(points)}." if points else sentence
+        f"Of {count} variants of `{base}`, with intervals simultaneous over the variants of"
+        f" all protocols, {verdict}.{_random_part(variants, base)}"
     )
 
 # %% ../../nbs/questions/04_self_generated.ipynb #a3e80ac1
 def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value, ci_low, ci_high
               singles: list[str]) -> str:
-    """The interval of the single source with the highest estimate, as a band, unless it is the
-    baseline; its name."""
+    """The interval of the single source with the highest estimate, unless the baseline is the best
+    source; and the source's name."""
     mine = delta[delta["mix"].isin(singles)].dropna(subset="value")
     if mine.empty: return ""
     best = mine.loc[mine["value"].idxmax()]
@@ -341,7 +345,7 @@ def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value
 # %% ../../nbs/questions/04_self_generated.ipynb #bdef25b8
 def protocol_message(delta: pd.DataFrame  # of mixes and protocols, simultaneous
                     ) -> str:
-    "How many are above the baseline in total, and in the worst dimension."
+    "A title: the number of strategies above the baseline in total and in the worst dimension."
     base, parts = delta["over"].iloc[0], []
     for goal, words in ("Total", "total"), ("Worst", "worst dimension"):
         mine = delta[delta["dimension"] == goal]
@@ -360,12 +364,9 @@ def protocol_figure(
     kinds, base = dict(zip(table["strategy"], table["source"])), delta["over"].iloc[0]
     singles = [strategy for strategy, kind in kinds.items() if kind in SINGLE]
     shown = [strategy for strategy in by_total(table) if strategy not in singles]
+    size = WIDTH, 0.22 * len(shown) + 1.7
     figure, axes = plt.subplots(
-        1,
-        len(RETENTIONS),
-        figsize=(WIDTH, 0.22 * len(shown) + 1.7),
-        sharey=True,
-        layout="constrained",
+        1, len(RETENTIONS), figsize=size, sharey=True, layout="constrained"
     )
     names = []
     for ax, measure in zip(axes, RETENTIONS):
@@ -386,7 +387,7 @@ def protocol_figure(
 # %% ../../nbs/questions/04_self_generated.ipynb #875f0b7a
 def read_pool(path: str | Path
              ) -> tuple[pd.DataFrame, pd.DataFrame]:  # candidates, frontier; empty if there is none
-    "A pool as `igsp.pool_record` describes it."
+    "A pool, in the format of `igsp.pool_record`."
     path = Path(path)
     pool = json.loads(path.read_text()) if path.is_file() else dict(candidates=[], frontier=[])
     return pd.DataFrame(pool["candidates"]), pd.DataFrame(pool["frontier"])
@@ -447,7 +448,7 @@ def frontier_panel(ax: Axes, curve: pd.DataFrame) -> None:
 def frontier_figure(candidates: pd.DataFrame, curve: pd.DataFrame,  # from `read_pool`
                     bins: list[tuple[float, float]],                # from `read_bins`
                     note: str = "") -> Figure:
-    "Left: candidates, bins, and what was chosen. Right: the least aggregation at each perplexity."
+    "Left: candidates, bins and choice. Right: the least aggregation at each perplexity."
     check_rows(candidates, "candidates")
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.3), layout="constrained")
     pool_panel(left, candidates, bins)

@@ -51,7 +51,7 @@ KEYS = [
 def kind_of(preset: dict[str, Any], strategy: str,
              dimension: str  # of its source, if it is one
             ) -> str:
-    "What kind of calibration data a strategy has: one of `SOURCE_KINDS`."
+    "The kind of a strategy's calibration data, one of `SOURCE_KINDS`."
     mix = preset["strategies"].get(strategy, "")
     if dimension or not mix: return dimension or "mix"
     if mix.startswith("generated:"): return "self-generated"
@@ -62,7 +62,7 @@ SINGLE = (*DIMENSIONS, OWN)  # kinds of one source
 
 # %% ../../nbs/statistics/08_comparison.ipynb #0707af0f
 def single_strategies(part: Part) -> list[str]:
-    "The strategies that calibrate on one source, own files included."
+    "The strategies with a single calibration source, own files included."
     kinds = {
         row.strategy: kind_of(part.preset, row.strategy, row.source_dimension)
         for row in part.replicates.cells.itertuples()
@@ -84,7 +84,7 @@ def in_order(
 
 # %% ../../nbs/statistics/08_comparison.ipynb #bd40dfbd
 def retention_rows(part: Part) -> pd.DataFrame:  # columns `KEYS`; fractions
-    "What every strategy kept in every setting, and its averaged commonsense accuracy."
+    "Retention of every strategy in every setting, and the averaged commonsense accuracy."
     table = effects(part.replicates)
     if table.empty: return pd.DataFrame(columns=KEYS)
     table["quantity"] = np.where(table["dimension"] == "Accuracy", "accuracy", "retention")
@@ -97,8 +97,7 @@ def retention_rows(part: Part) -> pd.DataFrame:  # columns `KEYS`; fractions
 # %% ../../nbs/statistics/08_comparison.ipynb #223b1cdd
 def dense_rows(part: Part, n_boot: int | None = None, seed: int = 0
               ) -> pd.DataFrame:  # columns `KEYS`
-    """The dense model beside the pruned ones: it keeps everything; its accuracy has an interval
-    over items."""
+    "Rows of the dense model: retention 100 %, and an accuracy with an interval over items."
     if part.replicates is NOTHING: return pd.DataFrame(columns=KEYS)
     dense = part.study["dense"]
     itself = Result(asdict(Cell("itself")), pd.DataFrame(), dense.items, {})
@@ -116,7 +115,7 @@ def wide_text(
               table: pd.DataFrame,
               rows: Sequence[str]   # columns that make a line
              ) -> pd.DataFrame:
-    "A tidy table as people read it."
+    "The tidy table in wide form, as text."
     text = [
         (
             interval_text(
@@ -141,7 +140,7 @@ def save_rows(
               table: pd.DataFrame, shown: pd.DataFrame | Sequence[str],
               path: str | Path, caption: str,
               lacking: str = "No cell that this table needs has been run.") -> str:  # the Markdown
-    "Save a table; one without rows says why."
+    "Save a table; a table without rows states the reason."
     if table.empty: table = shown = pd.DataFrame({"note": [lacking]})
     elif not isinstance(shown, pd.DataFrame): shown = wide_text(table, shown)
     save_table(shown, table, path, caption)
@@ -156,7 +155,7 @@ def differences(part: Part, pairs: Sequence[tuple[str, str]],  # of strategies
                 outcomes: Sequence[str] = OUTCOMES,
                 together: Sequence[str] | None = None  # as in `effects`
                ) -> pd.DataFrame:  # columns `DIFFERENCES`; perhaps all_low, all_high; fractions
-    "Retention of the first strategy of each pair less the second's, in every setting with both."
+    "Retention of the first strategy of each pair minus the second, in every setting with both."
     table = effects(strategy_contrasts(part.replicates, pairs), outcomes, together)
     table = table.drop(columns="mix").rename(columns={"strategy": "mix"})
     table = table.assign(quantity="difference", best="").dropna(subset="value")
@@ -167,8 +166,8 @@ def differences(part: Part, pairs: Sequence[tuple[str, str]],  # of strategies
 def over_best(part: Part, mix: str,
               among: Iterable[str] | None = None  # strategies; all by default
              ) -> pd.DataFrame:                   # columns `DIFFERENCES`; fractions
-    """How much more `mix` kept than the best single source, outcome by outcome, in every setting
-    that has two sources or more."""
+    """Retention of `mix` minus the best single source, by outcome, in every setting with at least
+    two sources."""
     rows, allowed = [], set(single_strategies(part))
     if among is not None: allowed &= set(among)
     for at in part.replicates.settings():
@@ -196,16 +195,15 @@ def over_best(part: Part, mix: str,
 
 # %% ../../nbs/statistics/08_comparison.ipynb #c5f9d701
 def stacked(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """Tables below each other. Those without rows are left out, as they would change the types of
-    columns."""
+    "Tables below each other, without empty tables, which would change the types of columns."
     return pd.concat(
         [part for part in parts if len(part)] or [pd.DataFrame(columns=columns)], ignore_index=True
     )
 
 # %% ../../nbs/statistics/08_comparison.ipynb #8079dfc6
 def mix_differences(part: Part) -> pd.DataFrame:  # columns `DIFFERENCES`
-    """Mixes and self-generated text over the best single source and those listed before; mixes also
-    over each single source."""
+    """Differences of mixes and self-generated text from the best single source and from the
+    strategies listed before; of mixes also from each single source."""
     kinds = {
         row.strategy: kind_of(part.preset, row.strategy, row.source_dimension)
         for row in part.replicates.cells.itertuples()
@@ -224,7 +222,7 @@ def base_differences(part: Part, base: str = "c4", outcomes: Sequence[str] = OUT
                      # over all differences of a setting? else each interval by itself
                      simultaneous: bool = False
                     ) -> pd.DataFrame:  # columns `DIFFERENCES`
-    "Retention of each strategy less the baseline's."
+    "Retention of each strategy minus the baseline."
     others = [
         strategy
         for strategy in dict.fromkeys(part.replicates.cells["strategy"])
@@ -236,8 +234,8 @@ def base_differences(part: Part, base: str = "c4", outcomes: Sequence[str] = OUT
 
 # %% ../../nbs/statistics/08_comparison.ipynb #2b44bec7
 def swept_through(part: Part, method: str, along: str) -> set[str]:
-    """The single sources with the most values along a sweep: the best one is chosen among the same
-    ones at every point."""
+    """The single sources with the most values along a sweep, so that the best source has the same
+    candidates at every point."""
     sources = set(
         part.replicates.cells["strategy"][part.replicates.cells["source_dimension"] != ""]
     )
@@ -268,7 +266,7 @@ def margin_rows(part: Part, mix: str, baseline: str, along: str,  # "sparsity" o
 # %% ../../nbs/statistics/08_comparison.ipynb #ec719595
 def sweep_rows(part: Part, mix: str, baseline: str, along: str
               ) -> pd.DataFrame:  # `KEYS`, then best
-    "Retention of the swept strategies along a sweep, and below it the margins of the mix."
+    "Retention of the swept strategies along a sweep, followed by the margins of the mix."
     swept = {c.strategy for c in varied(part.wanted, along)}
     rows = retention_rows(part)
     rows = rows[rows["strategy"].isin(swept)].sort_values(along, kind="stable")
@@ -286,8 +284,8 @@ def sweep_rows(part: Part, mix: str, baseline: str, along: str
 
 # %% ../../nbs/statistics/08_comparison.ipynb #c3983fb0
 def swept_part(part: Part, along: str) -> Part:
-    """The swept strategies of a part, for captions. The others do not stand in the table, but their
-    draws count in its intervals."""
+    """The part with the swept strategies only, for captions. The draws of other strategies still
+    count in its intervals."""
     names = {c.strategy for c in varied(part.wanted, along)}
     wanted = [c for c in part.wanted if c.strategy in names]
     keep = part.replicates.cells["strategy"].isin(names)
@@ -300,8 +298,8 @@ GROWTH = [
     "ci_low", "ci_high", "n_items", "noise"]
 
 def growth_rows(part: Part) -> pd.DataFrame:  # columns `GROWTH`; fractions
-    """Retention of each strategy with more windows less its retention with the fewest, on the same
-    items; then the mean of the strategies."""
+    """Retention of each strategy with more windows minus its retention with the fewest, on the same
+    items; then the mean over strategies."""
     replicates, by = part.replicates, ["method", "sparsity", "strategy"]
     fewest = replicates.cells.groupby(by, sort=False)["windows"].transform("min")
     first = (replicates.cells["windows"] == fewest).to_numpy(bool)
@@ -358,7 +356,7 @@ def spread_rows(part: Part) -> pd.DataFrame:  # columns `SPREADS`; fractions
 # %% ../../nbs/statistics/08_comparison.ipynb #59ce41dc
 def spread_text(table: pd.DataFrame  # from `spread_rows`
                ) -> pd.DataFrame:
-    "One line per method and outcome: both spreads in points, with their degrees of freedom."
+    "Both standard deviations in points with their degrees of freedom, by method and outcome."
     lines = {}
     for row in table.itertuples():
         name = HEADINGS.get(row.dimension, row.dimension)
@@ -379,7 +377,7 @@ RANGES = [
     "lowest", "highest", "n"]
 
 def range_rows(part: Part) -> pd.DataFrame:  # columns `RANGES`; fractions
-    """How far apart the strategies lie in each outcome, in every setting that has two or more: see
+    """Range over strategies of each outcome, in every setting with at least two strategies: see
     `replicates.spread`."""
     many = [at for at in part.replicates.settings() if len(part.replicates.where(**at).cells) > 1]
     return stacked([spread(part.replicates, **at).assign(**at) for at in many], RANGES).reindex(

@@ -64,7 +64,7 @@ FORMS = {
 def left_out_error(form: str, shares: np.ndarray,  # [n, 4]
                    retention: np.ndarray           # [n, outcomes]
                   ) -> float:
-    "Root mean square error at mixes that are left out of the fit, one at a time."
+    "Root mean square error at mixes left out of the fit, one at a time."
     terms = FORMS[form](shares)
     if len(terms) < terms.shape[1] + 2: return np.inf  # too few mixes for this form
     hat = terms @ np.linalg.pinv(terms)
@@ -88,8 +88,8 @@ def _squares(noise: np.ndarray
 def misfit(terms: np.ndarray,  # [n, terms] of the mixes
            retention: np.ndarray  # [1 + B, n, outcomes]
           ) -> np.ndarray:     # [outcomes, outcomes]: turns noise of a mix into noise and misfit
-    """How much further measured mixes lie from a law than noise alone would put them, in every
-    direction."""
+    """Ratio of the measured mixes' deviations from a law to the deviations expected from noise, as
+    a matrix."""
     over = retention - terms @ (np.linalg.pinv(terms) @ retention)
     expected, observed = _squares(over - over[0]), over[0].T @ over[0] / len(terms)
     root, whiten = _power(expected, 0.5), _power(expected, -0.5)
@@ -105,9 +105,8 @@ def _stretched(retention: np.ndarray,  # [1 + B, n, outcomes]
                misfit: np.ndarray  # [outcomes, outcomes], see there
               # as `retention`; [outcomes]: how many times as far apart
               ) -> tuple[np.ndarray, np.ndarray]:
-    """Replicates with misfit beside the noise. Noise that all mixes share comes from the items and
-    is not stretched; but a mean
-    over mixes also holds some of their own."""
+    """Replicates with misfit in addition to noise. Noise shared by all mixes comes from the items
+    and is not stretched; a mean over mixes also contains the mixes' own noise."""
     noise, n = retention - retention[0], retention.shape[1]
     shared = noise.mean(1, keepdims=True)
     own = noise - shared
@@ -120,7 +119,7 @@ def _stretched(retention: np.ndarray,  # [1 + B, n, outcomes]
 # %% ../../nbs/statistics/09_mixing_law.ipynb #d76dfb03
 @dataclass(frozen=True)
 class Law:
-    "What is kept of each dimension, as a function of a mix."
+    "Retention of each dimension as a function of a mix."
     form: str
     coefficients: np.ndarray  # [1 + B, terms, 4]; the first are as measured
     errors: dict[str, float]  # form → error at mixes left out, fractions
@@ -171,7 +170,7 @@ def fit(mixes: pd.DataFrame,  # shares, one row per mix
 # %% ../../nbs/statistics/09_mixing_law.ipynb #f91f93fe
 def super_additive(law: Law, mix: Mapping[str, float]
                   ) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; fractions
-    """How much more a mix keeps than the average of its parts, by a law whose form allows for a
+    """Retention of a mix minus the average of its parts, by a law whose form allows for a
     difference."""
     if law.form == "linear":
         raise CalibPruneError(
@@ -209,7 +208,7 @@ def best_mix(law: Law,
              step: float = 0.05
             # dimension, share, low, high: the best share, and the range of those that may be best
             ) -> pd.DataFrame:
-    "The mix that suits a need best, and the shares of mixes that may be the best one (95 %)."
+    "The best mix for a need, and the range of shares that may be best (95 %)."
     known = [*DIMENSIONS, "worst"]
     if odd := set(need) - set(known): raise unknown_name("dimension", sorted(odd)[0], known)
     if not any(need.values()):
@@ -249,7 +248,7 @@ def law_text(law: Law, about: str  # which model, method and setting it was meas
 def _read_law(read: dict[str, Any]
              # coefficients, root of the covariance, wider
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The numbers of a law's file; ValueError if they cannot be those of a law."
+    "The numbers of a law's file; ValueError if the file is not a law."
     if read["form"] not in FORMS:
         raise ValueError(f"its form {read['form']!r} is none of {', '.join(FORMS)}")
     if tuple(read["dimensions"]) != tuple(DIMENSIONS):
@@ -271,10 +270,9 @@ def _read_law(read: dict[str, Any]
 # %% ../../nbs/statistics/09_mixing_law.ipynb #7ffb2e79
 def fitted_law(path: str | Path | None = None  # default: the law of the package's own study
               ) -> Law:
-    """A law from its file, with `REPLICATES` replicates; `about` says what it was measured on.
-    `predict` says what a mix keeps,
-    `best_mix` which one suits a need. The package's own is of SmolLM2-135M, SparseGPT, 50 %, answer
-    bits."""
+    """A law from its file, with `REPLICATES` replicates; `about` describes the study behind the
+    law. `predict` returns the retention of a mix, `best_mix` the best mix for a need. The package's
+    own law: SmolLM2-135M, SparseGPT, 50 %, answer bits."""
     package = Path(str(files("calib_prune"))).resolve()
     places = [Path(path)] if path else [package.parent / LAW_FILE, package / "project" / LAW_FILE]
     file = next((place for place in places if place.is_file()), None)

@@ -53,7 +53,7 @@ def check_rows(table: pd.DataFrame, what: str) -> None:
 def panels(
     table: pd.DataFrame, height: float, columns: int = 1, **more
 ) -> tuple[Figure, np.ndarray]:
-    "One panel per method side by side, or one row of `columns` panels per method."
+    "Axes with one panel per method side by side, or one row of `columns` panels per method."
     n = table["method"].nunique()
     shape = (1, n) if columns == 1 else (n, columns)
     width = WIDTH * max(1, shape[1] / 2.4)  # a third panel beside two needs more room
@@ -95,7 +95,7 @@ def annotate(figure: Figure, note: str) -> Figure:
 # %% ../../nbs/statistics/06_plots.ipynb #4be9c104
 def figure_of(draw: Callable[..., Figure], table: pd.DataFrame, note: str,
               lacking: str = "No cell that this figure needs has been run.") -> Figure:
-    "The figure, or one that says why there is none."
+    "The figure, or a figure that states why no data can be shown."
     if len(table): return draw(table, note)
     figure = plt.figure(figsize=(WIDTH, 0.8))
     figure.text(0.5, 0.5, lacking, ha="center", fontsize=9)
@@ -119,7 +119,7 @@ def setting_label(at: dict[str, Any]  # with method and sparsity
 
 # %% ../../nbs/statistics/06_plots.ipynb #ace1d1f1
 def sentence_figure(note: str) -> Figure:
-    "A figure that says why there is no other."
+    "A figure with one sentence, in place of a figure without data."
     figure, ax = plt.subplots(figsize=(5, 1.2))
     ax.text(0.5, 0.5, textwrap.fill(note, 70), ha="center", va="center")
     ax.set_axis_off()

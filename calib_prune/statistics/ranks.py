@@ -81,7 +81,7 @@ def pairings(groups: np.ndarray,  # [n], sources change places inside a group on
 def permutation_p(x: np.ndarray, y: np.ndarray,    # [n], [n, outcomes]
                   taken: np.ndarray, whole: bool   # from `pairings`
                  ) -> np.ndarray:                  # [outcomes]
-    "Two-sided p-values of Spearman's correlation: twice the smaller tail, as scipy counts it."
+    "Two-sided p-values of Spearman's correlation: twice the smaller tail, as in scipy."
     x, y = rankdata(x) - (len(x) + 1) / 2, rankdata(y, axis=0) - (len(x) + 1) / 2
     null, seen = x[taken] @ y, x @ y
     more, extra = 1e-9 * len(x) ** 3, 0 if whole else 1
@@ -114,7 +114,7 @@ def leave_one_out(x: np.ndarray, y: np.ndarray  # [n]
 # %% ../../nbs/statistics/04_ranks.ipynb #8e5ef99e
 def row_ranks(values: np.ndarray  # [B, n], n small
              ) -> np.ndarray:     # [B, n]
-    "Ranks in every row; ties share their mean rank, and a row with a NaN has no ranks but NaN."
+    "Ranks within every row; ties get their mean rank, and a row with a NaN has NaN ranks."
     columns = np.ascontiguousarray(values.T)
     count = lambda flags: flags.view(np.int8).sum(0, dtype=np.int16)
     ranks = np.stack(
@@ -178,7 +178,7 @@ class Ranked:
 def relate(x: Ranked, y: Ranked,  # a metric; retention in one dimension
            free: Resampling, held: Resampling
           ) -> dict[str, float]:
-    "Everything that is said about one metric and one dimension."
+    "All statistics of one metric and one dimension."
     a, b, partial = x.values, y.values, np.nan
     once = leave_one_out(a, b)
     row = _rho(a, b, free) | _ends("ci", unit_correlation(x.free, y.free)) | dict(
@@ -223,7 +223,8 @@ def source_metrics(
                    sources: Sequence[str]  # strategies
                   # sources × metrics; metric → why it cannot be correlated
                   ) -> tuple[pd.DataFrame, dict[str, str]]:
-    "Mean of each metric over the draws of each source, and which metrics say nothing."
+    """Mean of each metric over the draws of each source, and the metrics without information, with
+    the reason."""
     if lacking := {"strategy", "metric", "value"} - set(metrics):
         raise CalibPruneError(
             f"The metrics lack the column {sorted(lacking)[0]!r}; they need strategy, metric and"
@@ -322,7 +323,7 @@ CONTRASTS = (("General", "Code"), ("General", "Math"))
 REGISTER = "Code", "Math"  # dimensions whose sources are code and formulas
 
 def _residual_ranks(x: np.ndarray, groups: np.ndarray) -> np.ndarray:  # [n]
-    "Ranks less the mean of their group: what is left of them with the group held fixed."
+    "Ranks minus the mean rank of their group: the ranks with the group held fixed."
     ranks = rankdata(x)
     return ranks - np.array([ranks[groups == g].mean() for g in groups])
 

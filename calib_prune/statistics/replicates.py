@@ -42,7 +42,7 @@ GOALS = {"Total": "in total", "Worst": "in the worst dimension"}
 # %% ../../nbs/statistics/02_replicates.ipynb #01161f16
 @dataclass(frozen=True)
 class Replicates:
-    "What pruned models kept: as measured, and under every bootstrap replicate."
+    "Retention of pruned models: as measured, and in every bootstrap replicate."
     # one row per model, or per strategy: strategy, mix, source_dimension, coordinates, draws, noise
     cells: pd.DataFrame
     values: np.ndarray       # [1 + B, rows, outcomes], fractions; `values[0]` is what was measured
@@ -99,15 +99,15 @@ def source_dimension(mix: str  # of a cell
 
 # %% ../../nbs/statistics/02_replicates.ipynb #64963d49
 def as_strategy(strategy: str, method: str) -> tuple[str, str]:
-    """A method that weighs the dimensions of a mix, as a strategy of SparseGPT: it is another way
-    to use the same text (ours)."""
+    """Strategy and method of a cell. A method that weighs the dimensions of a mix counts as a
+    strategy of SparseGPT, because the method uses the same text in another way (ours)."""
     base, plus, extras = method.partition("+")
     weighs = base in METHODS and METHODS[base].by_group
     return (f"{strategy}, {base}", f"sparsegpt{plus}{extras}") if weighs else (strategy, method)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #2413c3fc
 def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per pruned cell
-    "What identifies the cells of a study."
+    "The identifying columns of a study's pruned cells."
     if "dense" not in study:
         raise CalibPruneError(
             "A study needs the dense model, under the name 'dense', to compare with."
@@ -130,8 +130,7 @@ def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per prune
 
 # %% ../../nbs/statistics/02_replicates.ipynb #8e1809e5
 def same_rows(items: pd.DataFrame, others: pd.DataFrame) -> bool:
-    """Whether two models' rows lie in the same places, as they nearly always do: then these need be
-    found only once."""
+    "Whether two models' rows are in the same places, as is usual: then one search serves both."
     return all(items[column].equals(others[column]) for column in ("task", "item", "metric"))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #cb4de3c2
@@ -161,8 +160,8 @@ def task_replicates(task: str,
                     weights: np.ndarray,  # [1 + B, items], from `resampling.draws`
                     measure: Measure = PLAIN
                    ) -> np.ndarray:       # [1 + B, cells]
-    """Retention of one task in every replicate of every cell; NaN where the dense model got nothing
-    right."""
+    """Retention of one task in every replicate of every cell; NaN where the dense model has no
+    right answer."""
     sums = weights @ values
     return measure.retention(
         task, np.broadcast_to(sums[:, :1], sums[:, 1:].shape), sums[:, 1:]
@@ -217,7 +216,7 @@ def outcome_replicates(tasks: dict[str, np.ndarray],   # from `item_values`
 # as in `outcome_replicates`
 def items_behind(tasks: dict[str, np.ndarray], rights: dict[str, np.ndarray]
                 ) -> dict[str, int]:
-    "How many items each outcome rests on."
+    "Number of items of each outcome."
     sizes = {
         d: sum(len(v) for t, v in tasks.items() if TASKS[t].dimension == d) for d in DIMENSIONS
     }
@@ -228,7 +227,7 @@ def items_behind(tasks: dict[str, np.ndarray], rights: dict[str, np.ndarray]
 
 # %% ../../nbs/statistics/02_replicates.ipynb #fcec9824
 def scored_by(tasks: Collection[str], dimension: str, measure: Measure = PLAIN) -> str:
-    "How the tasks of a dimension are scored; empty if there are none."
+    "The scoring of the tasks of a dimension; empty without tasks."
     kinds = {
         "bits per byte" if measure.metric(TASKS[t]) == "bits" else
         "accuracy above chance" if measure.beyond_chance else "accuracy" for t in tasks
@@ -281,7 +280,7 @@ def deviations(values: np.ndarray,         # [..., cells, outcomes]
                groups: list[list[int]]     # rows of each strategy
               # [..., draws, outcomes], of strategies with two draws and more
               ) -> np.ndarray:
-    """How far draws lie from their strategy's mean, scaled so that their mean square is the
+    """Deviations of draws from their strategy's mean, scaled so that their mean square is the
     variance between draws."""
     scaled = []
     for rows in groups:
@@ -321,7 +320,7 @@ def draw_spread(cells: Replicates) -> pd.DataFrame:  # columns `SPREAD`
 def draw_variances(spread: pd.DataFrame,       # of one setting, from `draw_spread`
                    n_boot: int, rng: np.random.Generator
                   ) -> np.ndarray:             # [B, outcomes]; 0 where nothing is known
-    "The variance between draws, taken anew for each replicate from what is known of it."
+    "A draw of the variance between draws for each replicate, from its sampling distribution."
     known = spread.set_index("dimension").reindex(OUTCOMES)
     seen, items, freedom = (known[k].to_numpy(float) for k in ("seen", "items", "freedom"))
     u = 1 - rng.random((n_boot, len(OUTCOMES)))
@@ -335,7 +334,7 @@ def draw_variances(spread: pd.DataFrame,       # of one setting, from `draw_spre
 # %% ../../nbs/statistics/02_replicates.ipynb #6065ae7d
 @dataclass(frozen=True)
 class DrawNoise:
-    "How the draws of one setting scatter."
+    "The distribution of calibration draws in one setting."
     shapes: np.ndarray     # [draws, outcomes], deviations with mean square 1
     variances: np.ndarray  # [B, outcomes]
 
@@ -400,7 +399,7 @@ def noise_variance(values: np.ndarray  # [1 + B, strategies, outcomes]
 # %% ../../nbs/statistics/02_replicates.ipynb #0c9aa690
 def without_noise(values: np.ndarray  # [1 + B, strategies, outcomes]
                  ) -> np.ndarray:     # [1 + B, outcomes]
-    "The range over strategies, shrunk to what it would be without the noise of items and draws."
+    "The range over strategies, shrunk to its expected size without the noise of items and draws."
     noise = noise_variance(values)
     times = np.r_[1, np.full(len(values) - 1, 2)][:, None]
     seen = values.var(1, ddof=1)
@@ -411,7 +410,7 @@ def without_noise(values: np.ndarray  # [1 + B, strategies, outcomes]
 def spread(replicates: Replicates, **at  # one setting
           # dimension, spread, by_chance, true_spread and its ci_low, ci_high, lowest, highest, n
           ) -> pd.DataFrame:
-    """How far apart the strategies of a setting lie, in every dimension and in averaged commonsense
+    """Range over the strategies of a setting, in every dimension and in averaged commonsense
     accuracy."""
     here = replicates.where(**at)
     if len(here.cells) < 2:
@@ -452,7 +451,8 @@ def _bit_places(items: pd.DataFrame
 def _bits(models: list[pd.DataFrame]   # the items of each, all the same
          # [items] tasks; [items, models] bits, swapped bits
          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "What the right answers cost each model after their own prompt, and after another's."
+    """Bits of the right answers under each model after the own prompt, and after another item's
+    prompt."""
     first, columns = _bit_places(models[0]), []
     for items in models:
         places = first if same_rows(items, models[0]) else _bit_places(items).loc[first.index]

@@ -51,7 +51,7 @@ def example_results(preset: dict[str, Any],
                     draw_sd: float = 0.02, seed: int = 0,
                     ablations: bool = False            # these as well
                    ) -> dict[str, Result]:
-    "A made-up study for a preset: what is lost grows in proportion to the sparsity."
+    "A made-up study for a preset: losses are proportional to sparsity."
     rng, study = np.random.default_rng(seed), {}
     for cell in cells(preset, ablations):
         mine = 1 - (1 - np.array(retention.get(cell.strategy,
@@ -85,7 +85,7 @@ def main_cells(preset: dict[str, Any]) -> list[Cell]:
 
 # %% ../../nbs/statistics/07_selection.ipynb #5c19a4a7
 def varied(among: Iterable[Cell], what: str) -> list[Cell]:
-    "The cells whose strategy is pruned by the same method at several values of `what`."
+    "The cells whose strategy is pruned with the same method at several values of `what`."
     varying, among = {}, list(among)
     for c in among: varying.setdefault((c.strategy, c.method), set()).add(getattr(c, what))
     return [c for c in among if len(varying[c.strategy, c.method]) > 1]
@@ -132,7 +132,7 @@ NOTHING = Replicates(
 
 @dataclass(frozen=True)
 class Measured:
-    "A study and what all its pruned models kept."
+    "A study, and the retention of all its pruned models."
     preset: dict[str, Any]
     study: dict[str, Result]
     cells: Replicates         # one row per cell
@@ -162,8 +162,8 @@ def bootstrap_study(preset: dict[str, Any], study: dict[str, Result],
              # only the settings of these cells: faster; numbers differ by rounding
              wanted: Iterable[Cell] | None = None
             ) -> Measured:
-    """Bootstrap a whole study, ablations included: how far draws scatter in a setting is pooled
-    over all of it."""
+    """Bootstrap a whole study, ablations included: the variance between draws of a setting is
+    pooled over the study."""
     if wanted is not None: study = in_settings(study, wanted)
     if lacking(study): return Measured(preset, study, NOTHING, NOTHING)
     cells = bootstrap_retention(study, n_boot or preset.get("resamples", N_BOOT), seed, measure)
@@ -171,7 +171,7 @@ def bootstrap_study(preset: dict[str, Any], study: dict[str, Result],
 
 # %% ../../nbs/statistics/07_selection.ipynb #109b0a0f
 def lacking(study: dict[str, Result]) -> str:
-    "Why a study that is not finished says nothing yet; empty if it says something."
+    "The reason why an unfinished study has no results yet; empty if the study has results."
     if "dense" not in study:
         return "The dense model has not been scored yet, so there is nothing to compare with."
     return "No pruned model has been scored yet." if len(study) < 2 else ""
@@ -179,7 +179,7 @@ def lacking(study: dict[str, Result]) -> str:
 # %% ../../nbs/statistics/07_selection.ipynb #0a666ab8
 @dataclass(frozen=True)
 class Part:
-    "The cells that one table is about, and what they kept."
+    "The cells of one table, and their retention."
     whole: Measured           # what they are a part of
     wanted: list[Cell]        # pruned cells
     study: dict[str, Result]  # the dense model and those of the wanted that have been run
@@ -195,7 +195,7 @@ class Part:
 
 # %% ../../nbs/statistics/07_selection.ipynb #12d75d31
 def _chosen(replicates: Replicates, wanted: list[Cell], run: dict[str, Result]) -> Replicates:
-    "The rows of those of the wanted cells that have been run."
+    "The rows of the wanted cells that have been run."
     if lacking(run): return NOTHING
     keys = {
         (*as_strategy(c.strategy, c.method), c.sparsity, c.windows) for c in wanted if c.name in run
@@ -205,7 +205,7 @@ def _chosen(replicates: Replicates, wanted: list[Cell], run: dict[str, Result]) 
 
 # %% ../../nbs/statistics/07_selection.ipynb #e278424e
 def select_cells(whole: Measured, wanted: list[Cell]) -> Part:
-    "The part of a study that consists of these cells."
+    "The part of a study with these cells."
     names = {"dense", *(c.name for c in wanted)}
     run = {name: r for name, r in whole.study.items() if name in names}
     return Part(whole, wanted, run, _chosen(whole.replicates, wanted, run))
@@ -228,7 +228,7 @@ def draw_counts(wanted: list[Cell]) -> pd.Series:
 
 # %% ../../nbs/statistics/07_selection.ipynb #3da86144
 def draws_so_far(part: Part) -> list[str]:
-    "How many draws per strategy and setting have been run, and how many are planned; by method."
+    "Number of finished and planned draws per strategy and setting, by method."
     parts = []
     for method in dict.fromkeys(c.method for c in part.wanted):
         of_method = [c for c in part.wanted if c.method == method]
@@ -254,8 +254,8 @@ def missing_note(part: Part) -> str:  # empty if nothing is missing
 # %% ../../nbs/statistics/07_selection.ipynb #fc2598f5
 def drawn_settings(cells: pd.DataFrame  # of `replicates.strategy_retention`
                   ) -> str:
-    """The settings whose intervals include draws; where only some sizes of the calibration set do,
-    those are named."""
+    """The settings whose intervals include draws; if only some sizes of the calibration set include
+    draws, these sizes."""
     parts = []
     for method, mine in cells.groupby("method", sort=False):
         levels = []
@@ -294,7 +294,7 @@ def size_text(windows: Iterable[int], preset: dict[str, Any]) -> str:
 
 # %% ../../nbs/statistics/07_selection.ipynb #c2efc68b
 def scope_text(replicates: Replicates) -> str:  # empty if nothing has been run
-    "Draws, items, measure, and what the intervals are over."
+    "Draws, items, measure, and the sources of noise in the intervals."
     if not len(replicates.cells): return ""
     draws, drawn = span(replicates.cells["draws"]), replicates.cells["noise"] == "items and draws"
     over = "items and draws" if drawn.all() else "items, and draws where there are two"
@@ -306,7 +306,7 @@ def scope_text(replicates: Replicates) -> str:  # empty if nothing has been run
 
 # %% ../../nbs/statistics/07_selection.ipynb #dfe3fd4e
 def setting_note(part: Part) -> str:
-    "Model, method, sparsity, windows × tokens, draws, items, intervals, and what is missing."
+    "Model, method, sparsity, windows × tokens, draws, items, intervals, and missing cells."
     if not part.wanted: return "The preset plans no cell for this."
     methods = [method_label(as_strategy(c.strategy, c.method)[1]) for c in part.wanted]
     levels = [
@@ -318,7 +318,7 @@ def setting_note(part: Part) -> str:
     fields = [part.preset["model"], how, size, scope_text(part.replicates)]
     return f"{'; '.join(filter(None, fields))}. {missing_note(part)}".strip()
 
-# %% ../../nbs/statistics/07_selection.ipynb #9386a833
+# %% ../../nbs/statistics/07_selection.ipynb #81a30e40
 _FORMULA = {"plain": "pruned / dense for accuracies, dense / pruned for bits per byte",
             "answer-bits": "bits per byte of the right answers, dense / pruned",
             "above-chance": "accuracies above what guessing gets, pruned / dense"}
@@ -326,8 +326,20 @@ _GUESSING = {
     "plain": " Guessing counts: an accuracy's retention falls little below chance / dense."
 }
 
+# %% ../../nbs/statistics/07_selection.ipynb #274fe4f9
+def _left_out_note(part: Part) -> str:
+    "Dimensions and tasks without a part in retention, as sentences; empty without any."
+    replicates, text = part.replicates, ""
+    if replicates.left_out:
+        text += " Left out, because the dense model has nothing to lose there:"
+        text += f" {listed(replicates.left_out)}."
+    if passed := replicates.measure.not_scored(part.study["dense"].items):
+        text += f" Not scored by {replicates.measure.label.lower()}: {listed(passed)}."
+    return text
+
+# %% ../../nbs/statistics/07_selection.ipynb #9386a833
 def scoring_note(part: Part) -> str:
-    "How retention is defined, and on how many items."
+    "The definition of retention, and the number of items."
     replicates = part.replicates
     each = "; ".join(
         f"{d}: {replicates.scored[d]}, {replicates.items[d]} items"
@@ -335,20 +347,11 @@ def scoring_note(part: Part) -> str:
         if replicates.items[d]
     )
     if not each: return ""
-    left_out = (
-        " Left out, because the dense model has nothing to lose there:"
-        f" {listed(replicates.left_out)}."
-        if replicates.left_out
-        else ""
-    )
-    passed = replicates.measure.not_scored(part.study["dense"].items)
-    if passed:
-        left_out += f" Not scored by {replicates.measure.label.lower()}: {listed(passed)}."
     name = replicates.measure.name
     return (
         f"{replicates.measure.label}: retention is in % of the dense model's score,"
         f" {_FORMULA[name]} ({each}).{_GUESSING.get(name, '')} Total is the mean"
-        f" of the dimensions.{left_out}"
+        f" of the dimensions.{_left_out_note(part)}"
     )
 
 # %% ../../nbs/statistics/07_selection.ipynb #b5a02d84
@@ -372,8 +375,8 @@ def weak_note(part: Part) -> str:
 
 # %% ../../nbs/statistics/07_selection.ipynb #b3d24deb
 def endings_note(part: Part) -> str:
-    """How many written answers were cut, and how many programs ran out of time; empty if none, or
-    where rows do not say so."""
+    """Number of written answers that were cut, and of programs that ran out of time; empty without
+    such rows."""
     says = lambda items: items["metric"].isin(ENDINGS).any()
     pruned = [
         result.items for k, result in part.study.items() if k != "dense" and says(result.items)
@@ -394,7 +397,7 @@ def shared_caveat(part: Part) -> str:  # empty if nothing is shared
 
 # %% ../../nbs/statistics/07_selection.ipynb #deda7830
 def detail_notes(part: Part) -> list[str]:
-    "Facts that one table of a study lists: intervals, scoring, weak tasks, mixes, overlaps."
+    "Notes below one table of a study: intervals, scoring, weak tasks, mixes, overlaps."
     if not len(part.replicates.cells): return []
     return [interval_note(part.replicates), scoring_note(part), weak_note(part), endings_note(part),
             mix_note(part.study), overlap_note(part.study)]
@@ -410,5 +413,5 @@ def caption(part: Part, what: str,      # one sentence
 # %% ../../nbs/statistics/07_selection.ipynb #3e0132f9
 def footnote(part: Part, caveat: str = ""  # by default shared problems
             ) -> str:
-    "The text below a figure, whose title is what it shows."
+    "The text below a figure."
     return caption(part, "", caveat)

@@ -67,8 +67,8 @@ def overlaps(study: dict[str, Result]
 
 # %% ../../nbs/statistics/05_tables.ipynb #e8c3a785
 def overlap_note(study: dict[str, Result]) -> str:
-    """One sentence on the strategies that share problems with a benchmark, together where they
-    share the same; empty if none does."""
+    """One sentence on the strategies that share problems with a benchmark; empty if no strategy
+    does."""
     shared = overlaps(study)
     together = {
         what: listed([pair for pair in shared if shared[pair] == what]) for what in shared.values()
@@ -82,8 +82,8 @@ def overlap_note(study: dict[str, Result]) -> str:
 
 # %% ../../nbs/statistics/05_tables.ipynb #c7eda9b4
 def mix_note(study: dict[str, Result]) -> str:
-    """How many windows of each dimension the mixes have. Whole windows of many sources give nearly
-    equal shares, not equal ones."""
+    """Number of windows of each dimension in the mixes. Whole windows of many sources give nearly
+    equal shares only."""
     shares = {}
     for r in study.values():
         counts = {
@@ -210,5 +210,5 @@ def save_table(shown: pd.DataFrame,  # for people
 
 # %% ../../nbs/statistics/05_tables.ipynb #5b8741e6
 def status(note: str) -> pd.DataFrame:
-    "A table that says why there is no other."
+    "A one-cell table that states why no data can be shown."
     return pd.DataFrame({"status": [note]})

@@ -112,7 +112,7 @@ NOTEBOOKS = tuple(dict.fromkeys(artefact.notebook for artefact in ARTEFACTS.valu
 
 # %% ../../nbs/study/01_artefacts.ipynb #143162ef
 def made_by(notebooks: Iterable[str]) -> list[Artefact]:
-    "The tables and figures that these notebooks make."
+    "The tables and figures of these notebooks."
     return [
         artefact
         for name in notebooks
@@ -122,5 +122,5 @@ def made_by(notebooks: Iterable[str]) -> list[Artefact]:
 
 # %% ../../nbs/study/01_artefacts.ipynb #c2ced446
 def needed_by(notebooks: Iterable[str]) -> set[str]:  # names in `READS`
-    "The kinds of results that these notebooks read."
+    "The kinds of results read by these notebooks."
     return {kind for artefact in made_by(notebooks) for kind in artefact.reads}

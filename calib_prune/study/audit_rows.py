@@ -63,7 +63,7 @@ def load_audit(path: str | Path) -> Audit:
 # %% ../../nbs/study/08_audit_rows.ipynb #841e4ca3
 def merge_audits(audits: list[Audit]  # of the same items, by the same rule
           ) -> Audit:
-    "Several audits as one."
+    "Several audits merged into one."
     overlaps = pd.concat([audit.overlaps for audit in audits], ignore_index=True)
     return Audit(
         overlaps,
@@ -97,7 +97,7 @@ def make_audits(preset: dict[str, Any],
                 folder: str | Path,                   # of the study's results
                 progress: ProgressFn | None = None
                ) -> None:
-    "Make the missing audits: of a preset's sources, and of the text written for it so far."
+    "Make the missing audits: of a preset's sources, and of the text generated so far."
     folder, key = Path(folder), audit_key(preset)
     if not _holds(path := folder / f"{SOURCES_AUDIT}.json", key):
         save_audit(audit_sources(sources_in(preset), preset["scoring"]["tasks"], progress=progress),
@@ -110,7 +110,7 @@ def make_audits(preset: dict[str, Any],
 # %% ../../nbs/study/08_audit_rows.ipynb #38234f8f
 def preset_audit(preset: dict[str, Any], folder: str | Path,  # as `make_audits`
                  progress: ProgressFn | None = None) -> Audit:
-    "The audits of a study as one, made first if there are none."
+    "The merged audits of a study; missing audits are made first."
     files = [Path(folder) / f"{stem}.json" for stem in (SOURCES_AUDIT, WRITTEN_AUDIT)]
     if not files[0].is_file(): make_audits(preset, folder, progress)
     return merge_audits([load_audit(file) for file in files if file.is_file()])

@@ -27,7 +27,7 @@ from .preload import warm_process
 
 # %% ../../nbs/study/13_children.ipynb #bb3e4ea3
 def _adopt_orphans() -> None:
-    "Become the parent of all processes below this one whose own parent ends."
+    "Become the parent of all descendants whose own parent ends."
     # 36: PR_SET_CHILD_SUBREAPER
     if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
@@ -36,7 +36,7 @@ def _signal_tree(number: int,
                  top: psutil.Process,
                  among: bool = True  # the top as well?
                 ) -> list[psutil.Process]:
-    "Send a signal to a process and all processes below it; returns them."
+    "Send a signal to a process and all its descendants; returns the processes."
     with suppress(psutil.NoSuchProcess):
         processes = [top][:among] + top.children(recursive=True)
         for process in processes:
@@ -48,7 +48,7 @@ def _signal_tree(number: int,
 # seconds: a process that waits for a broken disk cannot be killed
 def end_children(most: float = 10
                 ) -> None:
-    "Kill all processes below this one."
+    "Kill all descendants of the current process."
     limit = time.monotonic() + most
     while time.monotonic() < limit and (
         processes := _signal_tree(signal.SIGKILL, psutil.Process(), among=False)
@@ -59,7 +59,7 @@ def end_children(most: float = 10
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 def _await(process: subprocess.Popen, grace: float, cancels: bool) -> None:
-    "Wait for a process to end, or for the order to end it on standard input."
+    "Wait for the end of a process, or for the order on standard input to end the process."
     limit, orders = math.inf, [0]
     while process.poll() is None and time.monotonic() < limit:
         if not select.select(orders, [], [], 0.1)[0]: continue
@@ -74,7 +74,7 @@ def _guard(command: list[str],
            cancels: bool,  # also if this process's owner was killed?
            log: str        # of the warm process; empty: there is none
           ) -> int:        # the command's exit status
-    "Run a command until it ends or is to end, and leave nothing of it behind."
+    "Run a command to its end, or to the order to end, and leave no descendant running."
     _adopt_orphans()
     for number in STOPPING: signal.signal(number, lambda n, _: sys.exit(128 + n))
     try:

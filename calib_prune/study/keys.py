@@ -41,7 +41,7 @@ from .results import load_record
 
 # %% ../../nbs/study/05_keys.ipynb #dbad55ba
 def _outline(path: Path) -> list[Any]:
-    "What identifies a large file: its name, size, and a hash of its first and last mebibyte."
+    "Identity of a large file: name, size, and a hash of its first and last mebibyte."
     size, chunk = path.stat().st_size, 1 << 20
     with open(path, "rb") as file:
         head = file.read(chunk)
@@ -50,7 +50,7 @@ def _outline(path: Path) -> list[Any]:
 
 # %% ../../nbs/study/05_keys.ipynb #c048acd8
 def model_key(preset: dict[str, Any]) -> dict[str, Any]:
-    "What identifies the model, its number format and the kind of device that it runs on."
+    "Identity of the model, its number format and the kind of device."
     name, path = preset["model"], Path(preset["model"])
     if path.is_dir():
         weights = [
@@ -71,7 +71,7 @@ def _items(task: Task, manifest: dict[str, dict]) -> str | None:
 
 # %% ../../nbs/study/05_keys.ipynb #04edf289
 def tasks_key(preset: dict[str, Any]) -> dict[str, str]:
-    "What identifies each task that a preset scores."
+    "Identity of each task of a preset."
     limit, skip = preset["scoring"]["limit"], preset["scoring"].get("skip")
     more, manifest = [skip] if skip else [], read_manifest(cache_dir())
     return {
@@ -81,8 +81,7 @@ def tasks_key(preset: dict[str, Any]) -> dict[str, str]:
 
 # %% ../../nbs/study/05_keys.ipynb #a777f6ee
 def scored_items(preset: dict[str, Any]) -> dict[str, int | None]:  # task → items, None: all
-    """How many of a task's items are scored or passed over; what comes after them is free for other
-    uses."""
+    "Number of a task's items that are scored or skipped; later items are free for other uses."
     limit, skip = preset["scoring"]["limit"], preset["scoring"].get("skip") or 0
     counts = {task.name: limit_of(task, limit) for task in get_tasks(preset["scoring"]["tasks"])}
     return {k: None if n is None else n + skip for k, n in counts.items()}
@@ -91,7 +90,7 @@ def scored_items(preset: dict[str, Any]) -> dict[str, int | None]:  # task → i
 def calibration_key(mix: str, windows: int, length: int, seed: int,
                     dimensions: bool = False  # does the method use the sources' dimensions?
                    ) -> dict[str, Any]:
-    "What identifies a calibration set."
+    "Identity of a calibration set."
     drawn = []
     for name, n in allocate(parse_mix(mix), windows).items():
         if not n: continue
@@ -141,7 +140,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 def changes(made: dict[str, Any],   # the key that a result has
             wanted: dict[str, Any]  # the key that it should have
            ) -> str:                # empty if they agree
-    "What differs between two keys, in words."
+    "The differences between two keys, in words."
     old, new = _flat(made), _flat(wanted)
     names = [
         k for k in dict.fromkeys([*old, *new]) if k not in new or k not in old or old[k] != new[k]
@@ -186,7 +185,7 @@ def same_items(a: dict[str, Any], b: dict[str, Any]  # records of two cells
 
 # %% ../../nbs/study/05_keys.ipynb #574b74c8
 def _reference_key(preset: dict[str, Any]) -> dict[str, Any]:
-    "What prompts that no score uses depend on."
+    "Identity of the prompts that no score uses."
     tasks, manifest = get_tasks(preset["scoring"]["tasks"]), read_manifest(cache_dir())
     return dict(
         references={task.name: content_hash([task.entry, _items(task, manifest)]) for task in tasks},
@@ -257,8 +256,7 @@ def sources_in(preset: dict[str, Any]) -> list[str]:
 # %% ../../nbs/study/05_keys.ipynb #0fe1e1d6
 def written_in(preset: dict[str, Any], folder: str | Path  # a study's results
               ) -> dict[str, list[Path]]:
-    """By strategy, the texts written for its draws, as far as they exist; of the grid, not of
-    ablations."""
+    "By strategy, the existing generated texts for the draws of the grid, without ablations."
     names = [k for k, mix in preset["strategies"].items() if protocol_of(mix)]
     files = {
         k: [Path(folder, "generated", f"{k}-s{seed}.jsonl") for seed in seeds_of(preset, k)]
@@ -356,8 +354,7 @@ def unfinished(preset: dict[str, Any],
 # %% ../../nbs/study/05_keys.ipynb #31ee4d12
 def unfinished_metrics(preset: dict[str, Any], folder: str | Path
                       ) -> dict[str, str]:  # strategy, or "own text" → why
-    """What has to be measured: the strategies, and before them the model's own text if it has to be
-    written."""
+    "The missing measurements: the strategies, preceded by the model's own text if not yet written."
     wanted, left = measured_strategies(preset), {}
     own, report = Path(folder, "metrics", "own-text.jsonl"), Path(
         folder, "metrics", "own-text.report.json"
@@ -401,7 +398,7 @@ def left_to_do(preset: dict[str, Any],
                # make results with older keys again; otherwise they are an error
                again: bool = False
               ) -> dict[str, dict[str, str]]:  # models, texts, metrics, audits → name → why
-    "Everything that a study lacks, by kind of result."
+    "The missing results of a study, by kind."
     todo = dict(
         models=unfinished(preset, folder),
         texts=unfinished_texts(preset, folder),
@@ -419,7 +416,7 @@ def left_to_do(preset: dict[str, Any],
 # %% ../../nbs/study/05_keys.ipynb #6596ffcc
 def left_table(left: dict[str, dict[str, str]]  # from `left_to_do`
               ) -> list[dict[str, Any]]:
-    "How much is left and why, one row per kind of result."
+    "Number of missing results and the reason, one row per kind of result."
     rows = []
     for kind, names in left.items():
         reasons = [f"{n} {why}" for why, n in Counter(names.values()).most_common()]

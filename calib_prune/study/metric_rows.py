@@ -140,7 +140,7 @@ def load_metrics(preset: dict[str, Any], folder: str | Path,
 def metrics_summary(rows: pd.DataFrame  # from `load_metrics`
                    # strategy, metric, oit, main, unit, value, low, high, ci_low, ci_high, draws, …
                    ) -> pd.DataFrame:
-    "Every metric of every strategy over its draws."
+    "Mean and range of every metric of every strategy over its draws."
     by = rows.groupby(["strategy", "metric"], sort=False)
     summary = by.agg(
         unit=("unit", "first"),
@@ -161,7 +161,7 @@ def metrics_summary(rows: pd.DataFrame  # from `load_metrics`
 # %% ../../nbs/study/07_metric_rows.ipynb #5a1236bb
 def mix_facts(files: list[dict[str, Any]]  # from `read_metrics`
              ) -> pd.DataFrame:            # strategy, dimension, licence, documents, tokens
-    "The sources of each strategy, summed up in one row."
+    "The sources of each strategy, summarised in one row."
     def one_row(file):
         dimensions = [
             d
@@ -202,7 +202,7 @@ def sources_grid(summary: pd.DataFrame,  # from `metrics_summary`
                  # one variant of each of the theory's metrics, or all other variants
                  main: bool = True
                 ) -> pd.DataFrame:
-    "The table for readers: one row per strategy. Perplexity has its interval in brackets."
+    "The table for readers: one row per strategy, perplexity with its interval in brackets."
     def text(row):  # a row of the summary
         ends = (
             f" [{short_number(row.ci_low)}, {short_number(row.ci_high)}]"
@@ -221,7 +221,8 @@ def sources_grid(summary: pd.DataFrame,  # from `metrics_summary`
 
 # %% ../../nbs/study/07_metric_rows.ipynb #8e13aa44
 def definitions_text(summary: pd.DataFrame) -> str:
-    "Markdown that defines each metric, in the theory and here, and says why some cannot vary."
+    """Markdown with the definition of each metric, in the theory and in this package, and the
+    reason why some metrics cannot vary."""
     rows, bound = [], lambda number: "∞" if number == math.inf else f"{number:g}"
     for row in summary.drop_duplicates("metric").itertuples():
         m = METRICS[row.metric.partition(":")[0]]

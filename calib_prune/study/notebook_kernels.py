@@ -22,7 +22,7 @@ FOR_DEBUGGERS = "-Xfrozen_modules=off"
 def warm_kernel(command: list[str],      # that starts the kernel
                 settings: dict[str, Any]  # as for `subprocess.Popen`
                ) -> Program | None:
-    "Start a usual kernel in the warm process; None if it has to be started cold."
+    "Start a usual kernel in the warm process; None if only a cold start is possible."
     python, *argv = [word for word in command if word != FOR_DEBUGGERS]
     unusual = {k for k, v in settings.items() if k != "env" and v is not None}
     if python != sys.executable or argv[:2] != ["-m", "ipykernel_launcher"] or unusual: return None
@@ -45,7 +45,7 @@ class WarmProvisioner(LocalProvisioner):
 NAME = "calib-prune-warm"
 
 def use_warm_kernels() -> None:
-    "Let this process, and its forks, start kernels warm."
+    "Let the current process and its forks start kernels warm."
     if KernelProvisionerFactory.default_provisioner_name_env in os.environ: return
     known = KernelProvisionerFactory.instance(default_provisioner_name=NAME).provisioners
     known[NAME] = EntryPoint(

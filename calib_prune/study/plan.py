@@ -64,7 +64,7 @@ def job_command(job: Job) -> str:
 # %% ../../nbs/study/10_plan.ipynb #e8b60685
 @dataclass(frozen=True)
 class Study:
-    "A preset, the folders of its files, and what is left to do."
+    "A preset, the folders of its files, and the missing results."
     preset: dict[str, Any]
     path: str                        # of the preset's file
     left: dict[str, dict[str, str]]  # see `keys.left_to_do`
@@ -93,7 +93,7 @@ def study_of(
     cluster: bool = False,
     gpus: int = 1,
 ) -> Study:
-    "A study and what it lacks; `again` as in `keys.left_to_do`."
+    "A study and its missing results; `again` as in `keys.left_to_do`."
     study = Study(preset, path, dict(models={}, texts={}, metrics={}, audits={}), cores,
                   tables_only, cluster, gpus)
     if tables_only: return study
@@ -119,7 +119,7 @@ def stamp_file(study: Study, kind: str, name: str) -> str:
 
 # %% ../../nbs/study/10_plan.ipynb #c70fd31c
 def write_stamps(study: Study) -> None:
-    "Give each result that is left a stamp newer than its file."
+    "Give each missing result a stamp newer than its file."
     for kind, left in study.left.items():
         for name, why in left.items():
             stamp = Path(stamp_file(study, kind, name))
@@ -144,7 +144,7 @@ def priorities(study: Study) -> dict[str, int]:
 
 # %% ../../nbs/study/10_plan.ipynb #83bdbe98
 def texts_of(study: Study, *mixes: str) -> tuple[list[str], list[str]]:
-    "The generated texts in some mixes: those to be written, and those that exist."
+    "The generated texts in some mixes: missing texts, and existing texts."
     texts = [
         part
         for mix in mixes
@@ -158,7 +158,7 @@ def texts_of(study: Study, *mixes: str) -> tuple[list[str], list[str]]:
 def model_jobs(study: Study, cores: int | None = None,
                needs: Mapping[str, dict[str, int]] = {}  # from `cost.requests_of`
               ) -> list[Job]:
-    "One run per model that is left."
+    "One run per missing model."
     jobs, order = [], priorities(study)
     for name in study.left["models"]:
         new, old = texts_of(study, study.cells[name].mix)
@@ -183,7 +183,7 @@ def text_priorities(study: Study) -> dict[str, int]:
 
 # %% ../../nbs/study/10_plan.ipynb #529e78fb
 def text_jobs(study: Study) -> list[Job]:
-    "One run per text that has to be written, before the first model that needs it."
+    "One run per missing text, before the first model that needs the text."
     order, jobs = text_priorities(study), {}
     for name, cell in study.cells.items():
         rank = order.get(name, 1)
@@ -199,7 +199,7 @@ def text_jobs(study: Study) -> list[Job]:
 
 # %% ../../nbs/study/10_plan.ipynb #e4d815ca
 def metric_jobs(study: Study) -> list[Job]:
-    "One run per strategy to be measured, and one that writes the model's own text before them."
+    "One run per strategy without metrics, preceded by a run that writes the model's own text."
     left, own, jobs = study.left["metrics"], result_file(study, "metrics", "own text"), []
     for name in left:
         stamp, output = stamp_file(study, "metrics", name), result_file(study, "metrics", name)
@@ -220,7 +220,7 @@ def metric_jobs(study: Study) -> list[Job]:
 
 # %% ../../nbs/study/10_plan.ipynb #7f613f71
 def audit_jobs(study: Study) -> list[Job]:
-    "One run that makes the audits that are left, if there are any."
+    "One run for all missing audits, if any."
     if not (left := study.left["audits"]): return []
     new, old = texts_of(study, *(c.mix for c in cells(study.preset)))
     return [
@@ -230,7 +230,7 @@ def audit_jobs(study: Study) -> list[Job]:
 
 # %% ../../nbs/study/10_plan.ipynb #88d7f969
 def _usable(study: Study, files: Iterable[str]) -> list[str]:
-    "Files that tables may wait for: all, or with `tables_only` those that exist."
+    "Files that tables may wait for: all, or with `tables_only` the existing files."
     return [file for file in files if not study.tables_only or Path(file).is_file()]
 
 # %% ../../nbs/study/10_plan.ipynb #e48190b9
@@ -247,7 +247,7 @@ def results_of(study: Study) -> dict[str, list[str]]:  # by kind, see `artefacts
 
 # %% ../../nbs/study/10_plan.ipynb #04cdc3eb
 def table_jobs(study: Study) -> list[Job]:
-    "One run per notebook that makes tables or figures; it runs again if results or code are newer."
+    "One run per notebook of tables or figures; repeated if results or code are newer."
     results, jobs = results_of(study), []
     code = sorted(
         os.path.relpath(path)
@@ -269,8 +269,8 @@ def table_jobs(study: Study) -> list[Job]:
 
 # %% ../../nbs/study/10_plan.ipynb #472ca45f
 def plan(study: Study) -> list[Job]:
-    """All runs that a study lacks, and those of all tables: Snakemake skips tables newer than their
-    inputs."""
+    """All missing runs of a study, and the runs of all tables: Snakemake skips tables newer than
+    their inputs."""
     if study.tables_only: return table_jobs(study)
     from calib_prune.study.cost import cores_per_cell, memory_gib, requests_of  # slow imports
     cores = 1 if study.cluster else cores_per_cell(study.preset, study.cores, memory_gib())

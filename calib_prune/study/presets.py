@@ -76,7 +76,7 @@ def _a_sparsity(value: Any) -> Any:
 
 # %% ../../nbs/study/03_presets.ipynb #3971121d
 def _a_mix(value: str) -> str:
-    "A mix, or a protocol with its settings, that can be read."
+    "A readable mix, or a protocol with its settings."
     try: protocol_of(value)
     except CalibPruneError as e: raise ValueError(str(e)) from e
     return value
@@ -223,7 +223,8 @@ class Cell:
 
 # %% ../../nbs/study/03_presets.ipynb #ad12068c
 def mix_of(preset: dict[str, Any], strategy: str, seed: int) -> str:
-    "What a strategy calibrates on in one draw: its mix, or the file of the text generated for it."
+    """The calibration text of a strategy in one draw: the strategy's mix, or the file of its
+    generated text."""
     if not protocol_of(preset["strategies"][strategy]): return preset["strategies"][strategy]
     return f"results/{preset['name']}/generated/{strategy}-s{seed}.jsonl"
 
@@ -249,7 +250,7 @@ def cells(preset: dict[str, Any],
 
 # %% ../../nbs/study/03_presets.ipynb #46c686eb
 def _preset_text(path: Path) -> Any:
-    "What a preset's file holds."
+    "The content of a preset's file."
     try: text = path.read_text(encoding="utf-8")
     except OSError as e: raise CalibPruneError(f"Cannot read {path}: {e.strerror}.") from e
     except ValueError as e: raise CalibPruneError(f"Preset {path} is not YAML: {e}") from e
@@ -283,7 +284,7 @@ def merge_presets(base: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[st
 
 # %% ../../nbs/study/03_presets.ipynb #da09a0ac
 def _extended(path: Path, before: tuple[Path, ...] = ()) -> Any:
-    "What a preset's file holds, over what the files hold that it extends."
+    "The content of a preset's file, over the content of the files that it extends."
     chain = (*before, path.resolve())
     if path.resolve() in before:
         raise CalibPruneError(

@@ -64,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:  # the JSON file
 
 # %% ../../nbs/study/04_results.ipynb #afa446dc
 def load_record(path: str | Path) -> dict[str, Any]:
-    "The record of a finished cell: how its model was made."
+    "The record of a finished cell."
     return _read(Path(path))["record"]
 
 # %% ../../nbs/study/04_results.ipynb #8a08e08f
@@ -80,7 +80,7 @@ def load_cell(path: str | Path  # the JSON file
 
 # %% ../../nbs/study/04_results.ipynb #2080c6f7
 def _scored_as(record: dict[str, Any]) -> dict[str, Any]:  # empty for a record without a key
-    "What results must share to be compared: model, items and way of scoring."
+    "The properties that comparable results share: model, items and way of scoring."
     if not (key := record.get("key")): return {}
     return {k: key.get(k) for k in ("model", "tasks", "batch_tokens")} | dict(
         scoring=key.get("versions", {}).get("scoring")

@@ -23,7 +23,7 @@ from ..progress import ProgressFn
 # %% ../../nbs/study/09_tuning.ipynb #98dab03c
 def mix_of_shares(shares: Mapping[str, float]  # dimension → share, positive
                  ) -> str:                     # as `calibration.sets.parse_mix` reads it
-    "A mix of the packaged sources with these shares of the dimensions."
+    "A mix of the packaged sources with given shares of the dimensions."
     weights = {}
     for name, source in SUITE.items():
         size = sum(other.dimension == source.dimension for other in SUITE.values())
@@ -81,7 +81,7 @@ def tune_shares(
                 rounds: int = 6, rate: float = 3.0,
                 progress: ProgressFn | None = None
                ) -> pd.DataFrame:  # one row per round: shares, retention, objective, mix
-    "Shift the dimensions' shares towards what pruning hurts most."
+    "Shift the dimensions' shares towards the dimensions with the largest loss."
     shares, rows = dict.fromkeys(DIMENSIONS, 1 / len(DIMENSIONS)), []
     for k in range(rounds):
         if progress: progress("tuning", k, rounds)
