@@ -378,7 +378,7 @@ def math_problems(wheel: zipfile.ZipFile) -> Iterator[dict]:
                 yield dict(text=f"{problem.strip()}\n\n{solution.strip()}", subject=subject)
 
 # %% ../../nbs/data/03_wheels.ipynb #d75c920a
-GENERATE = """
+GENERATE = '''
 import json, sys, types
 for name in ("reasoning_gym", "reasoning_gym.arithmetic", "reasoning_gym.algebra"):
     sys.modules[name] = package = types.ModuleType(name)
@@ -394,7 +394,7 @@ made = make(config(seed=0, size=n))
 for i in range(n):
     template = {"template": made.task_indices[i]} if kind == "gsm_symbolic" else {}
     print(json.dumps({**made[i], **template}, default=str))  # a step may hold a fraction
-"""  # noqa: E501
+'''  # noqa: E501
 
 # %% ../../nbs/data/03_wheels.ipynb #0f163ef5
 def generated(wheel: zipfile.ZipFile,
