@@ -188,7 +188,8 @@ def _reference_key(preset: dict[str, Any]) -> dict[str, Any]:
     "Identity of the prompts that no score uses."
     tasks, manifest = get_tasks(preset["scoring"]["tasks"]), read_manifest(cache_dir())
     return dict(
-        references={task.name: content_hash([task.entry, _items(task, manifest)]) for task in tasks},
+        references={
+            task.name: content_hash([task.entry, _items(task, manifest)]) for task in tasks},
         scored=scored_items(preset),
     )
 
