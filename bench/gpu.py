@@ -78,18 +78,18 @@ def through(sweep):
 
 
 def check_block(
-    block: torch.Tensor, inverse: torch.Tensor, device: str, pattern: tuple[int, int] | None
+    block: torch.Tensor, upper: torch.Tensor, device: str, pattern: tuple[int, int] | None
 ) -> dict:
     """One block through the kernel and through the CPU's sweep, from the same weights and, unless
     n:m, the same mask."""
     mask = torch.zeros_like(block, dtype=torch.bool)
     if not pattern:
-        scores = block.abs() / inverse.diagonal()[:, None]
+        scores = block.abs() / upper.diagonal()[:, None]
         mask = smallest(scores.view(1, -1), share(SPARSITY, block.numel())).view(block.shape)
     ours, mine, cpu, chosen = block.to(device, copy=True), mask.to(
         device, copy=True), block.clone(), mask.clone()
-    squares = kernels.sweep_triton(ours, mine, inverse.to(device), pattern), sweep_compiled(
-        cpu, chosen, inverse, pattern
+    squares = kernels.sweep_triton(ours, mine, upper.to(device), pattern), sweep_compiled(
+        cpu, chosen, upper, pattern
     )
     # a pattern that differs in one place moves the rest of that output
     same = (mine.cpu() == chosen).all(0)
@@ -136,8 +136,8 @@ def timings(W: torch.Tensor, H: torch.Tensor, device: str, block: int, repeats: 
     device."""
     W, H = W.to(device), H.to(device)
     factor, norms, k = factorise(H, block=block), H.diagonal().sqrt(), share(SPARSITY, W.shape[1])
-    inverse, first = factor.inverses[0], W.T[:block].contiguous()
-    scores = (first.abs() / inverse.diagonal()[:, None]).view(1, -1)
+    upper, first = factor.upper_blocks[0], W.T[:block].contiguous()
+    scores = (first.abs() / upper.diagonal()[:, None]).view(1, -1)
     count = share(SPARSITY, first.numel())
     mask = smallest(scores, count).view(first.shape)
     clock = lambda run, prepare=lambda: (): milliseconds(run, device, repeats, prepare)
@@ -157,7 +157,7 @@ def timings(W: torch.Tensor, H: torch.Tensor, device: str, block: int, repeats: 
     for name, sweep in (("triton", kernels.sweep_triton), ("torch", sweep_torch)):
         for kind, pattern in (("block", None), ("block_2:4", PATTERN)):
             found[f"sweep_{kind}_{name}"] = clock(
-                lambda w, m, s=sweep, p=pattern: s(w, m, inverse, p),
+                lambda w, m, s=sweep, p=pattern: s(w, m, upper, p),
                 lambda: (first.clone(), mask.clone()),
             )
         with through(sweep):
@@ -171,10 +171,10 @@ def measure(shape: str, device: str, block: int, repeats: int) -> dict:
     "Checks and timings for one shape."
     d_out, d_in = map(int, shape.split("x"))
     W, H = layer(d_out, d_in, device)
-    inverse, first = factorise(H, block=block).inverses[0], W.T[:block].contiguous()
+    upper, first = factorise(H, block=block).upper_blocks[0], W.T[:block].contiguous()
     checks = {
-        "sweep": check_block(first, inverse, device, None),
-        "sweep_2:4": check_block(first, inverse, device, PATTERN),
+        "sweep": check_block(first, upper, device, None),
+        "sweep_2:4": check_block(first, upper, device, PATTERN),
         "sparsegpt": check_matrix(W, H, device, block, None),
         "sparsegpt_2:4": check_matrix(W, H, device, block, PATTERN),
         "wanda": check_wanda(W, H, device),

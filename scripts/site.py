@@ -33,7 +33,7 @@ QUESTIONS = {  # the navigation: questions by the reader's question, in reading 
         "mixing": "Mixes of sources", "new-sources": "New sources", "recipe": "Mix and method",
         "answers": "Written answers"},
     "Which pruner?": {"pruners": "Pruning methods"},
-    "What holds of the paper?": {
+    "Which of the paper's claims hold?": {
         "claims": "Claims of the paper", "perplexity": "Perplexity of the text"}}
 NAMES = {question: name for group in QUESTIONS.values() for question, name in group.items()}
 MODELS = {

@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 # %% ../../nbs/cli/10_app.ipynb #c0f1a7c1
 def _on_interrupt(act: Any) -> None:
-    "Set what Ctrl-C does, where this program may."
+    "Set the effect of Ctrl-C, where the program may."
     here = threading.current_thread() is threading.main_thread()
     # as a shell asks for in the background
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -47,7 +47,8 @@ _on_interrupt(_before)
 
 # %% ../../nbs/cli/10_app.ipynb #c0f1a7c4
 class Interrupted(CalibPruneError):
-    "A command was stopped with Ctrl-C. The message says what it leaves, and how to go on."
+    """A command was stopped with Ctrl-C. The message names the files left behind, and the way to
+    continue."""
 
 AGAIN = "run the same command again"
 # by command; what it was given → what it leaves
@@ -66,7 +67,7 @@ def command_name(command: Callable) -> str:
 
 # %% ../../nbs/cli/10_app.ipynb #05fdf179
 def stoppable(command: Callable) -> Callable:
-    "The command; where it is interrupted, it says what it leaves."
+    "The command; an interruption names the files left behind."
     @wraps(command)
     def run(*args, **given):
         try: return command(*args, **given)

@@ -54,53 +54,56 @@ def _percent_or_dash(*values: float) -> str:
     return " to ".join(f"{100 * value:5.1f}" for value in values)
 
 # %% ../../nbs/cli/05_evaluate.ipynb #0d99ed20
-def retention_lines(kept: Any  # from `retention`
+def retention_lines(table: Any  # from `retention`
                   ) -> list[dict[str, Any]]:
-    "Retention in percent, for people; a dash where there is none."
+    "Retention in percent as rows of text; a dash for a missing value."
     return [{"level": row.level, "name": row.name, "retention %": _percent_or_dash(row.retention),
              "95 % CI": _percent_or_dash(row.ci_low, row.ci_high), "n": row.n or None}
-            for row in kept.itertuples(index=False)]
+            for row in table.itertuples(index=False)]
 
 # %% ../../nbs/cli/05_evaluate.ipynb #3d3db70b
-def retention_notes(kept: Any  # from `retention`
+def retention_notes(table: Any  # from `retention`
                    ) -> list[str]:
-    "Which tasks do not count, what has no interval or number, and why; then the verdict."
+    "Excluded tasks, and missing intervals or numbers, each with the reason; then the verdict."
     names: dict[str, list[str]] = {}
-    for name, why in kept.attrs["reasons"].items():
+    for name, why in table.attrs["reasons"].items():
         if name not in DIMENSIONS: names.setdefault(why, []).append(name)
-    out = {*kept.attrs["not_scored"], *kept.attrs["left_aside"]}
+    out = {*table.attrs["not_scored"], *table.attrs["left_aside"]}
     notes = [f"{'Left out: ' if out & {*mine} else ''}{', '.join(mine)}: {why}."
              for why, mine in names.items()]
-    return [*notes, f"Verdict: {kept.attrs['verdict']}"]
+    return [*notes, f"Verdict: {table.attrs['verdict']}"]
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b08
-def _show_scores(found: Any) -> None:  # from `evaluate_model`
+def _show_scores(evaluation: Any) -> None:  # from `evaluate_model`
     "The scores for people."
-    tables = {"score": found.scores}
-    if found.dense_items is not None: tables = {"dense": found.dense_scores, "pruned": found.scores}
-    unit = "bits per byte of the right answers" if found.measure.bits else \
+    tables = {"score": evaluation.scores}
+    if evaluation.dense_items is not None:
+        tables = {"dense": evaluation.dense_scores, "pruned": evaluation.scores}
+    unit = "bits per byte of the right answers" if evaluation.measure.bits else \
         "accuracies in %, other tasks in bits per byte (lower is better), ± standard error"
-    show_table(score_table(tables, found.measure.bits), f"scores: {unit}")
+    show_table(score_table(tables, evaluation.measure.bits), f"scores: {unit}")
     long = "items left out because their answers are longer than the model's context"
     _print_lines(
-        [f"{task}: {n} {long}." for task, n in found.items.attrs.get("left_out", {}).items()]
+        [f"{task}: {n} {long}." for task, n in evaluation.items.attrs.get("left_out", {}).items()]
     )
-    _print_lines(found.endings)
+    _print_lines(evaluation.endings)
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b09
-def _show_retention(found: Any) -> None:  # from `evaluate_model`
+def _show_retention(evaluation: Any) -> None:  # from `evaluate_model`
     "The retention for people."
-    if (kept := found.retention) is None: return
-    show_table(retention_lines(kept), f"retention: {found.measure.about}")
-    _print_lines(retention_notes(kept))
+    if (table := evaluation.retention) is None: return
+    show_table(retention_lines(table), f"retention: {evaluation.measure.about}")
+    _print_lines(retention_notes(table))
 
 # %% ../../nbs/cli/05_evaluate.ipynb #60ca36fe
-def _print_record(found: Any) -> None:  # from `evaluate_model`
+def _print_record(evaluation: Any) -> None:  # from `evaluate_model`
     """Scores and retention for programs; the scores, which took hours, also where retention has no
     answer."""
-    try: record = found.record()
+    try: record = evaluation.record()
     except CalibPruneError as e:
-        print_json(found.scores_record() | {"measure": found.measure.name, "error": str(e)})
+        print_json(
+            evaluation.scores_record() | {"measure": evaluation.measure.name, "error": str(e)}
+        )
         raise SystemExit(1) from e
     print_json(record)
 
@@ -152,9 +155,9 @@ def evaluate_command(
     "Score a model in four dimensions: General, Commonsense, Code, Math."
     from calib_prune.pipeline.evaluate import evaluate_model
     with bars(as_json) as progress:
-        found = evaluate_model(
+        evaluation = evaluate_model(
             model, dense, tasks, limit or None, measure, dtype, device, batch_tokens, progress
         )
-    if as_json: return _print_record(found)
-    _show_scores(found)  # before retention, which may have no answer
-    _show_retention(found)
+    if as_json: return _print_record(evaluation)
+    _show_scores(evaluation)  # before retention, which may have no answer
+    _show_retention(evaluation)

@@ -20,14 +20,14 @@ from ..data.files import read_jsonl
 
 # %% ../../nbs/cli/07_generate.ipynb #926867ca
 def texts_in(journal: Path) -> int:
-    "How many finished texts a journal holds."
+    "Number of finished texts in a journal."
     if not journal.is_file(): return 0
     # the first line says what they are
     with open(journal, "rb") as lines: return max(0, sum(1 for _ in lines) - 1)
 
 # %% ../../nbs/cli/07_generate.ipynb #87a152f4
 def _may_be_finished(path: Path, journal: Path) -> bool:
-    "Whether a run may have written text and report, and been killed before it removed its journal."
+    "Whether a run may have written text and report, and been killed before removing its journal."
     from calib_prune.generation.writing import report_of
     if not (path.is_file() and report_of(path).is_file()): return False
     try: written = load_json(report_of(path), written=int)["written"]
@@ -45,8 +45,8 @@ def _holds(path: Path, rows: list[dict[str, Any]]) -> bool:
 @contextmanager
 def claimed(output: str
            ) -> Iterator[tuple[Path, Path, bool]]:  # file, journal, whether a run was interrupted
-    """Lock a file, so that only this run writes it. A file that is there may be this run's own:
-    compare it."""
+    """Lock a file, so that a single run writes the file. An existing file may be the run's own:
+    compare the documents."""
     from calib_prune.generation.writing import check_target, journal_of
     journal = journal_of(path := check_target(output, replace=True))
     def check() -> bool:
@@ -61,7 +61,7 @@ def claimed(output: str
 
 # %% ../../nbs/cli/07_generate.ipynb #c0f1a7b2
 def left_by_generate(output: str) -> str:
-    "What an interrupted `generate` leaves, and how to go on."
+    "The files that an interrupted `generate` leaves, and the way to continue."
     from calib_prune.generation.writing import check_target, journal_of
     path = check_target(output, replace=True)
     if n := texts_in(journal_of(path)):

@@ -49,39 +49,43 @@ def study_files() -> Path:
 def study_contents() -> dict[str, bytes]:
     "The files of a study by name, the workflow last."
     source = study_files()
-    found: list[Path] = []
+    files: list[Path] = []
     for kind in ("presets/**/*.yaml", "profiles/*/config.yaml", "nbs/paper/*.ipynb"):
-        found += sorted(source.glob(kind))
-    kept = [o for o in found if o.name != "bench.ipynb"]  # it is of this package
-    return {o.relative_to(source).as_posix(): o.read_bytes() for o in [*kept, source / WORKFLOW]}
+        files += sorted(source.glob(kind))
+    copied = [path for path in files if path.name != "bench.ipynb"]  # it is of this package
+    return {
+        path.relative_to(source).as_posix(): path.read_bytes()
+        for path in [*copied, source / WORKFLOW]
+    }
 
 LOCK = ".init.lock"
 
 # %% ../../nbs/cli/09_init.ipynb #9d97fce6
 def _parts(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    "What a killed run was just writing in a folder."
-    return [o for name in files for o in parts_of(folder / name)]
+    "Temporary files of a killed run in a folder."
+    return [part for name in files for part in parts_of(folder / name)]
 
 # %% ../../nbs/cli/09_init.ipynb #9059e86a
 def _free(folder: Path, files: Mapping[str, bytes]) -> bool:
-    "Is a folder absent, empty, or as a run that was killed while it wrote these files leaves it?"
+    """Whether a folder is absent, empty, or in the state that a killed run with the same files
+    leaves."""
     if not folder.exists(): return True
     if not folder.is_dir(): return False
     parts = {*_parts(folder, files), folder / LOCK}
     tops = {folder / Path(name).parts[0] for name in files}
     if {*folder.iterdir()} - tops - parts: return False  # the usual case, at once
     whole = {folder / name: data for name, data in files.items()}
-    there = [o for o in folder.rglob("*") if o not in parts and not o.is_dir()]
+    there = [path for path in folder.rglob("*") if path not in parts and not path.is_dir()]
     return len(there) < len(whole) and all(
-        o in whole and o.is_file() and o.read_bytes() == whole[o] for o in there
+        path in whole and path.is_file() and path.read_bytes() == whole[path] for path in there
     )
 
 # %% ../../nbs/cli/09_init.ipynb #fdb13c50
 def lay_out(folder: Path,
             files: Mapping[str, bytes] | None = None  # by default all of `study_contents`
            ) -> list[str]:  # the names of the files
-    """Write the files of a study into a folder that does not exist yet or is empty. What a killed
-    run began is finished."""
+    """Write the files of a study into a folder that is absent or empty; complete the files of a
+    killed run."""
     files = study_contents() if files is None else files
     def check():
         if _free(folder, files): return
@@ -123,7 +127,8 @@ def strategy_name(mix: str  # as `--calibration` takes it
 
 # %% ../../nbs/cli/09_init.ipynb #9eb22b5a
 def whole_paths(mix: str) -> str:
-    "A mix whose files have whole paths: those in a preset start at the folder of the study."
+    """A mix whose files have absolute paths, because paths in a preset are relative to the study's
+    folder."""
     def whole(part: str) -> str:
         name, mark, weight = part.rpartition("=") if "=" in part else (part, "", "")
         return (str(Path(name).absolute()) if os.path.exists(name) else name) + mark + weight
@@ -132,8 +137,8 @@ def whole_paths(mix: str) -> str:
 # %% ../../nbs/cli/09_init.ipynb #0ef2d1de
 def own_strategies(mixes: Sequence[str]) -> dict[str, str]:  # name → mix
     "The calibration sets of a new study by name."
-    found = {strategy_name(mix): whole_paths(mix) for mix in mixes}
-    if len(found) == len(mixes): return found
+    strategies = {strategy_name(mix): whole_paths(mix) for mix in mixes}
+    if len(strategies) == len(mixes): return strategies
     raise CalibPruneError(
         f"Two of the calibration sets get the same name: {', '.join(map(strategy_name, mixes))}."
     )
@@ -151,7 +156,9 @@ def own_grid(methods: Sequence[str],
             strategies="all",
             methods=[*methods],
             # in YAML a share is a number, and a pattern such as 2:4 is text
-            sparsities=[o if ":" in o else float(o) for o in sparsities],
+            sparsities=[
+                sparsity if ":" in sparsity else float(sparsity) for sparsity in sparsities
+            ],
             seeds=[*seeds],
             windows=["default"],
         )
@@ -172,7 +179,7 @@ PRESET_COMMENTS = {
 }
 
 def preset_text(preset: Mapping[str, Any]) -> str:
-    "A preset as a file, with a comment on its sections."
+    "The text of a preset file, with a comment on each section."
     import yaml  # here, so that `calib-prune --help` is quick
     parts = []
     for key, value in preset.items():
@@ -185,20 +192,20 @@ def preset_text(preset: Mapping[str, Any]) -> str:
 def own_notebook(name: str) -> bytes:
     "The notebook of a new study, with the study's name in its parameters."
     book = json.loads((study_files() / "nbs/paper/own_study.ipynb").read_text(encoding="utf-8"))
-    cell = next(o for o in book["cells"] if "parameters" in o["metadata"].get("tags", []))
+    cell = next(cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", []))
     cell["source"] = [line.replace("/smoke", f"/{name}") for line in cell["source"]]
     return f"{json.dumps(book, indent=1, ensure_ascii=False)}\n".encode()
 
 # %% ../../nbs/cli/09_init.ipynb #4ee191ea
 def own_study_files(preset: Mapping[str, Any], text: str  # of its file
              ) -> dict[str, bytes]:
-    "The files of a new study by name: only those that its runs need; the workflow last."
+    "The files of a new study by name: only the files that its runs need; the workflow last."
     from calib_prune.study.plan import notebooks_of
     name = str(preset["name"])
-    books = [f"nbs/paper/{o}.ipynb" for o in notebooks_of({**preset})]
+    books = [f"nbs/paper/{name}.ipynb" for name in notebooks_of({**preset})]
     copied = [*books, "profiles/slurm/config.yaml", WORKFLOW]
     own = {f"presets/{name}.yaml": text.encode(), "study.ipynb": own_notebook(name)}
-    return {**own, **{o: (study_files() / o).read_bytes() for o in copied}}
+    return {**own, **{path: (study_files() / path).read_bytes() for path in copied}}
 
 # %% ../../nbs/cli/09_init.ipynb #3a83270f
 def check_own(windows: int, length: int, items: int | None, seeds: Sequence[int], measure: str

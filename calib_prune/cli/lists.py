@@ -54,7 +54,13 @@ def methods(as_json: JsonOption = False) -> None:
     "List the pruning methods."
     from calib_prune.pruning.methods import METHODS
     rows = [
-        dict(method=o.name, label=o.label, needs=o.needs, settings=", ".join(o.settings))
-        for o in METHODS.values()]
+        dict(
+            method=method.name,
+            label=method.label,
+            needs=method.needs,
+            settings=", ".join(method.settings),
+        )
+        for method in METHODS.values()
+    ]
     if as_json: print_json({"methods": rows})
     else: show_table(rows)

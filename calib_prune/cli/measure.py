@@ -15,14 +15,14 @@ from rich.markup import escape
 from .output import JsonOption, bars, print_json, show_table
 
 # %% ../../nbs/cli/06_measure.ipynb #e4a53e8c
-def _show_metrics(found,            # a data frame from `calibration.oit.measure`
+def _show_metrics(metrics,          # a data frame from `calibration.oit.measure`
                   title: str,
                   intervals: bool   # only perplexity has them
                  ) -> None:
-    "Print the metrics as a table, and below it why some are missing or constant."
+    "Print the metrics as a table, followed by the reasons why some are missing or constant."
     columns = ["metric", "value", "unit"] + (["ci_low", "ci_high"] if intervals else [])
-    show_table(found.loc[found.value.notna(), columns].to_dict("records"), title)
-    for row in found[found.note != ""].itertuples():
+    show_table(metrics.loc[metrics.value.notna(), columns].to_dict("records"), title)
+    for row in metrics[metrics.note != ""].itertuples():
         Console().print(escape(f"{row.metric}: {row.note}"), highlight=False, soft_wrap=True)
 
 # %% ../../nbs/cli/06_measure.ipynb #66c357fe
@@ -75,10 +75,10 @@ def measure_command(
     references = benchmark_tokens(tok, prompts) if prompts else {}
     if own is not None: references["model"] = token_stream(own, tok)[0]
     with bars(as_json) as progress:
-        found = run(cal, tok, net, references, batch_tokens=batch_tokens, progress=progress)
+        metrics = run(cal, tok, net, references, batch_tokens=batch_tokens, progress=progress)
     about = dict(mix=calibration, **cal.record())
-    if as_json: print_json(dict(calibration=about, metrics=json_rows(found)))
+    if as_json: print_json(dict(calibration=about, metrics=json_rows(metrics)))
     else:
-        _show_metrics(found,
+        _show_metrics(metrics,
                       f"{calibration}: {windows} windows of {length} tokens",
                       intervals=bool(model))

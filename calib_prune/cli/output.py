@@ -25,7 +25,7 @@ JsonOption = Annotated[
 
 # %% ../../nbs/cli/01_output.ipynb #3cf9ac6a
 def without_nan(value: Any) -> Any:
-    "A value as JSON can hold it, without NaN and infinity."
+    "A value for JSON, without NaN and infinity."
     if isinstance(value, dict): return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -37,7 +37,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 # %% ../../nbs/cli/01_output.ipynb #f1223845
 def as_text(value: Any) -> str:
-    "A value as a table shows it; a dash for a missing one."
+    "A value in a table's format; a dash for a missing value."
     if value is None or value != value: return "–"
     if not isinstance(value, float): return escape(str(value))
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"

@@ -16,7 +16,7 @@ from .output import JsonOption, bars, print_json, show_table
 
 # %% ../../nbs/cli/04_prune.ipynb #c0f1a7d5
 def left_by_prune(output: str, checkpoint: str | None) -> str:
-    "What an interrupted `prune` leaves, and how to go on."
+    "The files that an interrupted `prune` leaves, and the way to continue."
     from calib_prune.model.loading import RECORD_FILE
     from calib_prune.pruning.checkpoint import layers_in
     if (Path(output).expanduser() / RECORD_FILE).is_file():
@@ -34,7 +34,7 @@ def left_by_prune(output: str, checkpoint: str | None) -> str:
 def _show_pruned(
     record: dict[str, Any], brief: dict[str, Any], finished: bool, as_json: bool
 ) -> None:
-    "Print what was done; the layers are in the output's record only."
+    "Print a summary of the pruned model; the output's record lists the layers."
     if as_json:
         return print_json({k: v for k, v in record.items() if k != "layers"} | brief
                           | dict(finished_before=finished))

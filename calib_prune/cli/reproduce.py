@@ -52,7 +52,7 @@ STUDY_PACKAGES = ("snakemake", "papermill", "ipykernel", "ipywidgets", "matplotl
 
 def check_packages() -> None:
     "Refuse to begin a study without the packages of the extra `study`."
-    missing = [o for o in STUDY_PACKAGES if find_spec(o) is None]
+    missing = [package for package in STUDY_PACKAGES if find_spec(package) is None]
     if not missing: return
     raise CalibPruneError(f"`reproduce` needs the packages of studies, and {', '.join(missing)} "
                           "cannot be imported: pip install 'calib-prune[study]'.")
@@ -83,14 +83,14 @@ class _StudyBars:
         self.total = bars.add_task("models finished", total=len(names))
 
     def over(self, name: str) -> bool:
-        "Is this model finished?"
+        "Whether the model is finished."
         file = self.results / f"{name}.json"
         return name not in self.left or (file.is_file() and file.stat().st_mtime > self.began)
 
     def show(self, failed: int) -> None:
         "Draw the state of all models."
-        said = f"models finished, {failed} failed" if failed else "models finished"
-        self.bars.update(self.total, completed=sum(map(self.over, self.names)), description=said)
+        text = f"models finished, {failed} failed" if failed else "models finished"
+        self.bars.update(self.total, completed=sum(map(self.over, self.names)), description=text)
         for name in self.left: self._show_stage(name)
 
     def _show_stage(self, name: str) -> None:
@@ -119,18 +119,18 @@ def job_outcomes(text: str  # of Snakemake's log
                 # job → its notebook if it failed; in the order of their ends
                 ) -> dict[str, Path | None]:
     "How the jobs ended that have ended so far."
-    found: dict[str, Path | None] = {}
+    outcomes: dict[str, Path | None] = {}
     job = ""
     for event in _EVENT.finditer(text):
         job = event["job"] or job
-        if event["failed"]: found[job or event["failed"]] = Path(event["failed"])
-        if event["right"]: found[event["right"]] = None
-        if event["again"]: found.pop(event["again"], None)
-    return found
+        if event["failed"]: outcomes[job or event["failed"]] = Path(event["failed"])
+        if event["right"]: outcomes[event["right"]] = None
+        if event["again"]: outcomes.pop(event["again"], None)
+    return outcomes
 
 # %% ../../nbs/cli/08_reproduce.ipynb #167dd69a
 def _last_line(notebook: Path, results: Path) -> str:
-    "What a failed run said last; empty if it said nothing."
+    "The last line of a failed run's log; empty without a log."
     log = results / "notebooks" / f"{notebook.stem}.log"
     return log.read_text(errors="replace").strip().rpartition("\n")[2] if log.is_file() else ""
 
@@ -138,26 +138,26 @@ SAME_FAILURES = 3  # failures with one error, before any run succeeds, that end 
 
 # %% ../../nbs/cli/08_reproduce.ipynb #c9374388
 def common_error(text: str, results: Path) -> str:
-    """The error that the first runs have in common; empty if one succeeded, or if their errors
-    differ."""
+    "The common error of the first runs; empty if a run succeeded or the errors differ."
     first = [*job_outcomes(text).values()][:SAME_FAILURES]
-    said = {_last_line(o, results) if o else "" for o in first}
-    return said.pop() if len(first) == SAME_FAILURES and len(said) == 1 else ""
+    messages = {_last_line(log, results) if log else "" for log in first}
+    return messages.pop() if len(first) == SAME_FAILURES and len(messages) == 1 else ""
 
-# %% ../../nbs/cli/08_reproduce.ipynb #c31dad94
+# %% ../../nbs/cli/08_reproduce.ipynb #7bc75744
 LEAST_ROOM = 1 << 20  # bytes; with less, a disk counts as full
 
+# %% ../../nbs/cli/08_reproduce.ipynb #c31dad94
 def failure_report(log: Path  # Snakemake's
                   ) -> str:
     "Which runs failed, and where to read about them."
     whole = log.read_text(errors="replace")
     if refused := re.findall(r"sbatch: error: (.+)", whole):
-        said = "; ".join(dict.fromkeys(refused))
+        message = "; ".join(dict.fromkeys(refused))
         return (
-            f"The cluster refused a run: {said}. Change the profile or the preset. Snakemake's log:"
-            f" {log}"
+            f"The cluster refused a run: {message}. Change the profile or the preset. Snakemake's"
+            f" log: {log}"
         )
-    found = [o for o in job_outcomes(whole).values() if o]
+    logs = [outcome for outcome in job_outcomes(whole).values() if outcome]
     # then a run's own log ends in the middle of its words
     full = shutil.disk_usage(log.parent).free < LEAST_ROOM
     room = (
@@ -165,20 +165,20 @@ def failure_report(log: Path  # Snakemake's
         if full
         else ""
     )
-    if not found:
-        said = whole.strip().rpartition("\n")[2]
+    if not logs:
+        message = whole.strip().rpartition("\n")[2]
         return (
-            f"The workflow did not finish: {said or 'Snakemake said nothing.'}{room} Snakemake's"
+            f"The workflow did not finish: {message or 'Snakemake said nothing.'}{room} Snakemake's"
             f" log: {log}"
         )
+    unfinished = ", ".join(notebook.stem for notebook in logs)
     lines = [
-        f"These did not finish: {', '.join(o.stem for o in found)}. Finished files are kept.{room}"
-        f" Snakemake's log: {log}"
+        f"These did not finish: {unfinished}. Finished files are kept.{room} Snakemake's log: {log}"
     ]
-    for notebook in found:
-        if said := _last_line(notebook, log.parent):
+    for notebook in logs:
+        if message := _last_line(notebook, log.parent):
             lines += [
-                f"- {notebook.stem}: {said}",
+                f"- {notebook.stem}: {message}",
                 f"  notebook: {log.parent / 'notebooks' / notebook.name}",
             ]
     return "\n".join(lines)
@@ -186,7 +186,9 @@ def failure_report(log: Path  # Snakemake's
 # %% ../../nbs/cli/08_reproduce.ipynb #e7fb3f46
 def _common_report(error: str, log: Path) -> str:
     "Why a study was ended whose first runs failed alike."
-    notebook = next(o for o in job_outcomes(log.read_text(errors="replace")).values() if o)
+    notebook = next(
+        outcome for outcome in job_outcomes(log.read_text(errors="replace")).values() if outcome
+    )
     return (
         f"The first {SAME_FAILURES} runs failed with the same error, so the study was"
         f" stopped:\n{error}\nOne of the notebooks: {log.parent / 'notebooks' / notebook.name}."
@@ -196,15 +198,15 @@ def _common_report(error: str, log: Path) -> str:
 # %% ../../nbs/cli/08_reproduce.ipynb #7a29b50a
 class Stopped(CalibPruneError):
     "A signal ended the study."
-    def __init__(self, said: str, number: int):
-        super().__init__(said)
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
         self.code = 128 + number  # the exit status, as a shell would say it
 
 # %% ../../nbs/cli/08_reproduce.ipynb #a434d6f9
 def _watch(run: "Guarded", stops: list[int],  # signals that came
            bars: _StudyBars, log: Path        # Snakemake's
           ) -> str:                           # the error of the first runs, if it ended the study
-    "Show a study's progress until it ends; end it if a signal comes or its first runs fail alike."
+    "Show a study's progress to its end; end the study at a signal or if its first runs fail alike."
     error, alike, failed = "", "", 0
     while run.poll() is None:
         if len(stops) > run.asked:
@@ -220,7 +222,8 @@ def _watch(run: "Guarded", stops: list[int],  # signals that came
             error = alike
             run.end()
         # else they did not fail by themselves
-        if not run.asked: failed = sum(o is not None for o in job_outcomes(text).values())
+        if not run.asked:
+            failed = sum(outcome is not None for outcome in job_outcomes(text).values())
         bars.show(failed)
         time.sleep(0.3)
     bars.end(failed)
@@ -228,7 +231,7 @@ def _watch(run: "Guarded", stops: list[int],  # signals that came
 
 # %% ../../nbs/cli/08_reproduce.ipynb #924aea68
 def _gpus(study: dict[str, Any]) -> int:
-    "How many GPUs of this machine the study's runs may use; 0 if its preset names none."
+    "Number of GPUs available to the study's runs; 0 if the preset names none."
     if study["device"] != "cuda": return 0
     import torch  # a slow import
     return max(1, torch.cuda.device_count())
@@ -236,17 +239,17 @@ def _gpus(study: dict[str, Any]) -> int:
 # %% ../../nbs/cli/08_reproduce.ipynb #fda536a3
 def lacking_device(study: dict[str, Any], path: Path  # of the preset
                   ) -> str:
-    "What a study's runs would miss on this machine; empty if its device is there."
+    "The missing device of a study's runs on this machine; empty if present."
     if study["device"] == "cpu": return ""
     import torch  # a slow import
-    found = [
+    devices = [
         f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
     ]
-    if int(study["device"].partition(":")[2] or 0) < len(found): return ""
+    if int(study["device"].partition(":")[2] or 0) < len(devices): return ""
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     return (
         f"{path} says `device: {study['device']}`, but torch {torch.__version__}, {build}, finds"
-        f" {', '.join(found) or 'no GPU'} here. Run the study on a machine with a GPU and a CUDA"
+        f" {', '.join(devices) or 'no GPU'} here. Run the study on a machine with a GPU and a CUDA"
         " build of torch, send it to a cluster with --profile, or write another `device` (`cpu`)"
         " in a copy of the preset."
     )
@@ -296,8 +299,8 @@ MOVED = {
 def preset_names(root: Path) -> list[str]:  # the folder of the workflow
     "The presets in `presets/`, without the bases that they extend."
     folder = root / "presets"
-    found = (o.relative_to(folder).with_suffix("").as_posix() for o in folder.rglob("*.yaml"))
-    return sorted(o for o in found if not o.startswith("base/"))
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(path for path in names if not path.startswith("base/"))
 
 # %% ../../nbs/cli/08_reproduce.ipynb #6cc6be18
 def preset_file(preset: str,  # a name in `presets/`, or a file
@@ -314,8 +317,8 @@ def preset_file(preset: str,  # a name in `presets/`, or a file
 
 # %% ../../nbs/cli/08_reproduce.ipynb #4933fd94
 def check_layout(root: Path, name: str) -> None:
-    "Refuse to begin a study anew whose rows are in the folder of its old name."
-    for old in (o for o, new in MOVED.items() if new == name):
+    "Refuse to restart a study whose rows are in the folder of its old name."
+    for old in (old for old, new in MOVED.items() if new == name):
         before, now = root / "results" / old, root / "results" / name
         if now.exists() or not any(before.glob("*.json")): continue
         # the old folder may be the parent of the new one
@@ -329,10 +332,10 @@ def check_layout(root: Path, name: str) -> None:
 
 # %% ../../nbs/cli/08_reproduce.ipynb #1243609a
 def check_notebooks(root: Path, study: dict[str, Any]) -> None:
-    "Refuse a study whose folder lacks a notebook that it runs."
+    "Refuse a study whose folder lacks a notebook of its runs."
     from calib_prune.study.plan import notebooks_of
-    names = [f"nbs/paper/{o}.ipynb" for o in notebooks_of(study)]
-    if not (missing := [o for o in names if not (root / o).is_file()]): return
+    names = [f"nbs/paper/{name}.ipynb" for name in notebooks_of(study)]
+    if not (missing := [name for name in names if not (root / name).is_file()]): return
     raise CalibPruneError(
         f"The study in {root} lacks {', '.join(missing)}. `calib-prune init FOLDER` lays out all"
         " notebooks in a new folder: copy these from there."
@@ -354,9 +357,9 @@ def table_file(study: dict[str, Any], name: str  # such as T3, or T3-correlation
     "The file of a table or figure, for a run that makes this file alone."
     from calib_prune.study.artefacts import made_by
     known = made_by(study["tables"])
-    for o in known:
-        if name in (o.stem, o.number): return f"figures/{study['name']}/{o.files[0]}"
-    raise unknown_name("table or figure", name, [o.stem for o in known])
+    for other in known:
+        if name in (other.stem, other.number): return f"figures/{study['name']}/{other.files[0]}"
+    raise unknown_name("table or figure", name, [artefact.stem for artefact in known])
 
 # %% ../../nbs/cli/08_reproduce.ipynb #526a4f39
 def snakemake_command(path: Path,  # of the preset
@@ -374,10 +377,10 @@ def snakemake_command(path: Path,  # of the preset
     if profile: command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
     else: command += ["--cores", str(jobs or len(os.sched_getaffinity(0)))]
     if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
-    said = dict(
+    chosen = dict(
         tables_only=tables_only, again=again and not tables_only, cluster=profile is not None
     )
-    config = [f"{k}=1" for k, v in said.items() if v] + (
+    config = [f"{k}=1" for k, v in chosen.items() if v] + (
         [f"gpus={gpus}"] if gpus > 1 and not profile else []
     )
     return [
@@ -389,20 +392,22 @@ def snakemake_command(path: Path,  # of the preset
 # %% ../../nbs/cli/08_reproduce.ipynb #9d461576
 def check_profile(name: str,  # a folder, or one in profiles/
                   root: Path) -> Path:
-    "The folder of a Snakemake profile that this machine can use."
+    "The folder of a Snakemake profile that works on this machine."
     import yaml  # here, so that `calib-prune --help` is quick
     folders = [Path(name), root / "profiles" / name]
-    found = next((o for o in folders if (o / "config.yaml").is_file()), None)
-    if found is None:
-        known = sorted(o.parent.name for o in root.glob("profiles/*/config.yaml"))
+    profile_folder = next(
+        (folder for folder in folders if (folder / "config.yaml").is_file()), None
+    )
+    if profile_folder is None:
+        known = sorted(path.parent.name for path in root.glob("profiles/*/config.yaml"))
         raise unknown_name("profile", name, known, "A profile is a folder with a config.yaml.")
     try:
-        executor = dict(yaml.safe_load((found / "config.yaml").read_text()) or {}).get(
+        executor = dict(yaml.safe_load((profile_folder / "config.yaml").read_text()) or {}).get(
             "executor", ""
         )
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as e:
         raise CalibPruneError(
-            f"Profile {found / 'config.yaml'} is no YAML file of settings: {e}"
+            f"Profile {profile_folder / 'config.yaml'} is no YAML file of settings: {e}"
         ) from e
     if executor == "slurm" and find_spec("snakemake_executor_plugin_slurm") is None:
         raise CalibPruneError(
@@ -413,13 +418,12 @@ def check_profile(name: str,  # a folder, or one in profiles/
             "This machine has no `sbatch`: call `reproduce --profile` where jobs can be sent to the"
             " cluster."
         )
-    return found.resolve()
+    return profile_folder.resolve()
 
 # %% ../../nbs/cli/08_reproduce.ipynb #2c86bf46
 @contextmanager
 def named_user() -> Iterator[None]:
-    """See to it that whatever runs inside finds a name of its user and a home folder that can be
-    written."""
+    "Ensure that programs inside find a user name and a writable home folder."
     before = dict(os.environ)
     with temporary_folder("calib-prune-home-") as folder:
         try: getpass.getuser()
@@ -437,7 +441,7 @@ def named_user() -> Iterator[None]:
 
 # %% ../../nbs/cli/08_reproduce.ipynb #69bb63b0
 def _sweep(results: Path) -> None:
-    "Remove what killed runs have left."
+    "Remove temporary files of killed runs."
     shutil.rmtree(results / ".progress", ignore_errors=True)
     for old in (results / "notebooks").glob("*.log"): old.unlink()
     for old in results.glob(".*.part"):
@@ -482,20 +486,20 @@ def without_finished(arguments: list[str],  # for Snakemake
                      results: Path, root: Path          # of the study; the checkout
                     ) -> list[str]:
     "Arguments without the models that are finished already; an error if no other file is named."
-    finished = {results / f"{o}.json" for o in names if o not in left}
-    kept = [o for o in arguments if root / o not in finished]
-    if kept != arguments and all(o.startswith("-") for o in kept):
+    finished = {results / f"{name}.json" for name in names if name not in left}
+    missing = [argument for argument in arguments if root / argument not in finished]
+    if missing != arguments and all(file.startswith("-") for file in missing):
         raise CalibPruneError(
-            f"Finished already: {', '.join(o for o in arguments if o not in kept)}. "
+            f"Finished already: {', '.join(name for name in arguments if name not in missing)}. "
             "Name a file that is left, or none for the whole study."
         )
-    return kept
+    return missing
 
 # %% ../../nbs/cli/08_reproduce.ipynb #33d2ba6c
 def show_headlines(figures: Path) -> None:
-    "Print the main table of a study, and its ledger of claims, if they were made."
+    "Print the main table of a study and its ledger of claims, if present."
     import pandas as pd  # a slow import
-    if (kept := figures / "T2-retention.csv").is_file() and "value" in (table := pd.read_csv(kept)):
+    if (path := figures / "T2-retention.csv").is_file() and "value" in (table := pd.read_csv(path)):
         wide = table.pivot_table(
             index=["method", "strategy"], columns="dimension", values="value", sort=False
         )
@@ -510,6 +514,28 @@ def show_headlines(figures: Path) -> None:
     if (claims := figures / "T7-claims.md").is_file():
         from rich.markdown import Markdown  # a slow import
         Console().print(Markdown(claims.read_text().partition("\n\n**C1**")[0]))
+
+# %% ../../nbs/cli/08_reproduce.ipynb #4e6d1d68
+def _show_plan(command: list[str], root: Path, path: Path, study: dict[str, Any],
+               left: dict[str, dict[str, str]], results: Path, tables_only: bool) -> int:
+    "Print the runs of a study and their cost without running them; Snakemake's exit code."
+    from calib_prune.study.cost import estimate_cost
+    from calib_prune.study.keys import left_table
+    with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)
+    if not tables_only:
+        show_table(left_table(left), f"What is left to do in {results}")
+        show_table(
+            estimate_cost(study).to_dict("records"),
+            f"What all cells take, on the hardware that {path.name} states")
+    return done.returncode
+
+# %% ../../nbs/cli/08_reproduce.ipynb #f63b08e9
+def _end_after(stopped: Stopped) -> None:
+    "Say that a signal ended the study, and exit."
+    from calib_prune.study.children import STOPPING
+    for number in STOPPING: signal.signal(number, signal.SIG_IGN)  # the process ends now
+    Console(stderr=True).print(f"[bold]{escape(str(stopped))}[/]", highlight=False, soft_wrap=True)
+    raise typer.Exit(stopped.code) from None
 
 # %% ../../nbs/cli/08_reproduce.ipynb #3b526fed
 def reproduce(
@@ -570,33 +596,27 @@ def reproduce(
     left: dict[str, dict[str, str]] = {}
     asked = [*context.args, *([table_file(study, table)] if table else [])]
     if not tables_only:
-        from calib_prune.study.keys import left_table, left_to_do
+        from calib_prune.study.keys import left_to_do
         left = left_to_do(study, results, again)
         asked = without_finished(asked, names, {*left["models"]}, results, root)
     command += asked
-    runs = any(left.get(o) for o in ("models", "texts", "metrics"))  # the other jobs need no GPU
+    # the other jobs need no GPU
+    runs = any(left.get(kind) for kind in ("models", "texts", "metrics"))
     lacking = lacking_device(study, path) if runs and not cluster else ""
     if dry_run:
-        from calib_prune.study.cost import estimate_cost
-        with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)
-        if not tables_only:
-            show_table(left_table(left), f"What is left to do in {results}")
-            show_table(
-                estimate_cost(study).to_dict("records"),
-                f"What all cells take, on the hardware that {path.name} states")
+        code = _show_plan(command, root, path, study, left, results, tables_only)
         if lacking:
             Console(stderr=True).print(f"[bold]This machine cannot run it:[/] {escape(lacking)}",
                                        soft_wrap=True)
-        raise typer.Exit(done.returncode)
+        raise typer.Exit(code)
     if lacking: raise CalibPruneError(lacking)
-    missing = {o for o in names if not (results / f"{o}.json").is_file()} if tables_only else set(
-        left.get("models", ()))
+    missing = (
+        {name for name in names if not (results / f"{name}.json").is_file()}
+        if tables_only
+        else set(left.get("models", ()))
+    )
     try: run_workflow(command, root, results, names, missing, cluster is not None)
-    except Stopped as e:
-        from calib_prune.study.children import STOPPING
-        for number in STOPPING: signal.signal(number, signal.SIG_IGN)  # this process ends now
-        Console(stderr=True).print(f"[bold]{escape(str(e))}[/]", highlight=False, soft_wrap=True)
-        raise typer.Exit(e.code) from None
+    except Stopped as e: _end_after(e)
     figures = root / "figures" / study["name"]
     show_headlines(figures)
     Console().print(f"\nTables and figures: {figures}", soft_wrap=True)

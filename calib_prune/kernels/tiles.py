@@ -168,14 +168,14 @@ def _copied(a, a_row, a_step, rows, n, panels):
 
 # %% ../../nbs/kernels/02_tiles.ipynb #ed1a6663
 @compiled("kernels/tiles.py")
-def _copied_tile(panels, at, strip, right, c, c_at, c_row, rows, cols, n, subtract, out):
+def _copied_tile(panels, at, stripes, right, c, c_at, c_row, rows, cols, n, subtract, out):
     """One tile of the result from copies of its factors; of a tile at the edge, the part that
     exists."""
     if rows == ROWS and cols == COLS:
-        if subtract: subtract_tile(panels, at, 1, ROWS, strip, right, COLS, c, c_at, c_row, n)
-        else: add_tile(panels, at, 1, ROWS, strip, right, COLS, c, c_at, c_row, n)
+        if subtract: subtract_tile(panels, at, 1, ROWS, stripes, right, COLS, c, c_at, c_row, n)
+        else: add_tile(panels, at, 1, ROWS, stripes, right, COLS, c, c_at, c_row, n)
         return
-    set_tile(panels, at, 1, ROWS, strip, right, COLS, out, 0, COLS, n)
+    set_tile(panels, at, 1, ROWS, stripes, right, COLS, out, 0, COLS, n)
     for r in range(rows):
         for q in range(cols):
             value = out[r * COLS + q]
@@ -192,7 +192,7 @@ def _any_tiles(
     panels = np.zeros((rows + ROWS - 1) // ROWS * PANEL, np.float32)
     pieces = (cols + COLS * STRIPES * shares - 1) // (COLS * STRIPES * shares)  # per share
     width = (cols + COLS * shares * pieces - 1) // (COLS * shares * pieces) * COLS
-    strip, out = np.zeros(width * DEPTH, np.float32), np.zeros(ROWS * COLS, np.float32)
+    stripes, out = np.zeros(width * DEPTH, np.float32), np.zeros(ROWS * COLS, np.float32)
     for k in range(0, depth, DEPTH):
         n = min(DEPTH, depth - k)
         _copied(a[k * a_step:], a_row, a_step, rows, n, panels)
@@ -201,10 +201,11 @@ def _any_tiles(
             for j in range(left, right, COLS):
                 for step in range(n):
                     for q in range(min(COLS, right - j)):
-                        strip[(j - left) * DEPTH + step * COLS + q] = b[(k + step) * b_step + j + q]
+                        place = (j - left) * DEPTH + step * COLS + q
+                        stripes[place] = b[(k + step) * b_step + j + q]
             for j in range(left, right, COLS):
                 for m in range(j // ROWS * ROWS if lower else 0, rows, ROWS):
-                    _copied_tile(panels, m // ROWS * PANEL, strip,
+                    _copied_tile(panels, m // ROWS * PANEL, stripes,
                                  (j - left) * DEPTH, c, m * c_row + j, c_row, min(ROWS, rows - m),
                                  min(COLS, right - j), n, subtract, out)
 

@@ -36,19 +36,19 @@ def reverse_cholesky(
                      # [d, d] float32, symmetric; overwritten: left of the diagonal blocks with Rᵀ
                      matrix: Tensor,
                      block: int       # columns per block
-                    # inverses U_bb of R's diagonal blocks; None if not definite
+                    # U_bb, the inverses of R's diagonal blocks; None if not definite
                     ) -> list[Tensor] | None:
     "Factor a matrix as R Rᵀ with R upper triangular, block by block from the last."
-    d, inverses = len(matrix), []
+    d, upper_blocks = len(matrix), []
     for i in reversed(range(0, d, block)):
         j = min(i + block, d)
         rows = matrix[i:j, :j]
         if j < d: add_product(rows, matrix[j:, i:j].T, matrix[j:, :j], subtract=True)
-        inverse = _inverse_of_factor(rows[:, i:])
-        if inverse is None: return None
-        inverses.append(inverse)
-        if i: _replace(rows[:, :i], inverse)
-    return inverses[::-1]
+        upper = _inverse_of_factor(rows[:, i:])
+        if upper is None: return None
+        upper_blocks.append(upper)
+        if i: _replace(rows[:, :i], upper)
+    return upper_blocks[::-1]
 
 # %% ../../nbs/pruning/03_factor.ipynb #ae2d4b44
 def _replace(rows: Tensor, left: Tensor) -> None:
@@ -64,8 +64,8 @@ MAX_DAMPING = 1.0  # as a share of the mean diagonal
 @dataclass(frozen=True)
 class Factor:
     "What SparseGPT needs of a Hessian; layers with the same input share one."
-    # U_bb, [block, block] each: diagonal blocks of the upper factor of the inverse
-    inverses: list[Tensor]
+    # U_bb, [block, block] each: diagonal blocks of U, the upper Cholesky factor of H⁻¹
+    upper_blocks: list[Tensor]
     # [d_in, d_in]: (R_{<b,b} U_bb)ᵀ left of each block: how earlier changes move its weights
     carry: Tensor
     dead: Tensor            # bool [d_in]: inputs that are zero on every token
@@ -116,9 +116,9 @@ def factorise(hessian: Tensor,         # [d_in, d_in] float32, the second moment
 
     with exact_float32():
         while True:
-            carry, inverses = _damped_factor(matrix, damping * mean, block)
-            if inverses: break
+            carry, upper_blocks = _damped_factor(matrix, damping * mean, block)
+            if upper_blocks: break
             damping = _raised(damping)
         for n, i in enumerate(range(block, len(carry), block), 1):
-            _replace(carry[i : i + block, :i], inverses[n].T)
-    return Factor(inverses, carry, dead, damping, damping * mean, block)
+            _replace(carry[i : i + block, :i], upper_blocks[n].T)
+    return Factor(upper_blocks, carry, dead, damping, damping * mean, block)

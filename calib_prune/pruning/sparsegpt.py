@@ -27,7 +27,7 @@ from calib_prune.pruning.masks import (
     pruned_weight,
     smallest,
 )
-from .sweep import strip_for, sweep_stripe, sweep_torch
+from .sweep import sub_block_width, sweep_stripe, sweep_torch
 
 # %% ../../nbs/pruning/06_sparsegpt.ipynb #be5655d8
 def _block_mask(scores: Tensor, count: int,       # [block, d_out]; weights to prune
@@ -51,10 +51,10 @@ def _sweep_blocks(weight: Tensor,     # [d_out, d_in] float32
     weight[factor.dead] = 0
     change, errors = torch.zeros_like(weight), 0.0
     for n, i in enumerate(range(0, len(weight), factor.block)):
-        rows, inverse = slice(i, i + factor.block), factor.inverses[n]
+        rows, upper = slice(i, i + factor.block), factor.upper_blocks[n]
         current = torch.addmm(weight[rows], factor.carry[rows, :i], change[:i])
-        mask = _block_mask(current.abs() / inverse.diagonal()[:, None], counts[n], pattern)
-        errors += sweep(current, mask, inverse, pattern)
+        mask = _block_mask(current.abs() / upper.diagonal()[:, None], counts[n], pattern)
+        errors += sweep(current, mask, upper, pattern)
         change[rows] = weight[rows] - current
         weight[rows] = current
     return weight.T, errors, torch.linalg.vector_norm(change).item()**2
@@ -83,17 +83,17 @@ def _move_and_score(weight, change, carry, row, scale, i, scores, share, shares)
 
 # %% ../../nbs/pruning/06_sparsegpt.ipynb #576922bf
 @compiled("kernels/tiles.py", "pruning/sweep.py")
-def _sweep_stripes(weight, change, mask, inverse, i, strip, n, m, squares, share, shares):
+def _sweep_stripes(weight, change, mask, upper, i, width, n, m, squares, share, shares):
     "Sweep the block of columns from i on, and note what changed."
     stripes, (block, d_out) = len(weight), mask.shape
-    gone, e = np.zeros((block, COLS), np.float32), np.zeros((strip, COLS), np.float32)
+    pruned, e = np.zeros((block, COLS), np.float32), np.zeros((width, COLS), np.float32)
     total, scores = np.zeros(COLS, np.float32), np.zeros((max(m, 1), COLS), np.float32)
     for s in range(share, stripes, shares):
         start = s * COLS
         size = min(COLS, d_out - start)
-        gone[:, :size] = mask[:, start:start + size]
+        pruned[:, :size] = mask[:, start:start + size]
         w, changed = weight[s, i:i + block], change[s, i:i + block]
-        sweep_stripe(w, gone, inverse, strip, n, m, e, total, scores)
+        sweep_stripe(w, pruned, upper, width, n, m, e, total, scores)
         for k in range(block):
             for out in range(COLS): changed[k, out] -= w[k, out]
         squares[s] = total[:size].sum()
@@ -128,13 +128,13 @@ def _sweep_on_cpu(weight: Tensor,     # [d_out, d_in] float32
 
     to_sweep = []
     for b, i in enumerate(range(0, d_in, factor.block)):
-        inverse = factor.inverses[b].numpy()
-        scores, scale = torch.empty(len(inverse), d_out), inverse.diagonal().copy()
+        upper = factor.upper_blocks[b].numpy()
+        scores, scale = torch.empty(len(upper), d_out), upper.diagonal().copy()
         to_move = partial(_move_and_score, *stripes, carry, factor.carry.stride(0), scale, i,
                           scores.numpy())
         in_threads(partial(_in_turn, [*to_sweep, to_move]), shares)
-        mask, strip = _block_mask(scores, counts[b], pattern), strip_for(len(inverse), m)
-        to_sweep = [partial(_sweep_stripes, *stripes, mask.numpy(), inverse, i, strip, n, m,
+        mask, width = _block_mask(scores, counts[b], pattern), sub_block_width(len(upper), m)
+        to_sweep = [partial(_sweep_stripes, *stripes, mask.numpy(), upper, i, width, n, m,
                             squares[b])]
     in_threads(partial(_in_turn, to_sweep), shares)
 

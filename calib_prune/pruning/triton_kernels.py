@@ -55,7 +55,7 @@ FUSE = {"enable_fp_fusion": True}
 
 # %% ../../nbs/pruning/05_triton_kernels.ipynb #1fb900e2
 @_jit
-def _sweep(weight, mask, inverse, squares, columns, d_out,
+def _sweep(weight, mask, upper, squares, columns, d_out,
            # the pattern; M is 0 where `mask` is given
            N: tl.constexpr, M: tl.constexpr,
            # columns whose mask is chosen together; its power of two
@@ -73,7 +73,7 @@ def _sweep(weight, mask, inverse, squares, columns, d_out,
             scores = tl.zeros([GROUP, ROWS], tl.float32)
             for a in range(M):
                 own = tl.sum(tl.where(c[:, None] == start + a, w, 0.0), axis=0)
-                score = tl.div_rn(tl.abs(own), tl.load(inverse + (start + a) * (columns + 1)))
+                score = tl.div_rn(tl.abs(own), tl.load(upper + (start + a) * (columns + 1)))
                 scores = tl.where(place[:, None] == a, score[None, :], scores)
             drops = _drops(scores, N, M, GROUP).to(tl.int32)
         for a in range(STEP):
@@ -82,9 +82,9 @@ def _sweep(weight, mask, inverse, squares, columns, d_out,
                 pruned = tl.sum(tl.where(place[:, None] == a, drops, 0), axis=0) > 0
                 tl.store(mask + j * d_out + out, pruned.to(tl.uint8), mask=inside)
             else: pruned = tl.load(mask + j * d_out + out, mask=inside, other=0) != 0
-            u = tl.load(inverse + j * columns + c, mask=(c > j) & (c < columns), other=0.0)
+            u = tl.load(upper + j * columns + c, mask=(c > j) & (c < columns), other=0.0)
             own = tl.sum(tl.where(c[:, None] == j, w, 0.0), axis=0)
-            e = tl.where(pruned, tl.div_rn(own, tl.load(inverse + j * (columns + 1))), 0.0)
+            e = tl.where(pruned, tl.div_rn(own, tl.load(upper + j * (columns + 1))), 0.0)
             tl.store(weight + j * d_out + out, tl.where(pruned, 0.0, own), mask=inside)
             w -= u[:, None] * e[None, :]
             total += e * e
@@ -95,7 +95,7 @@ def sweep_triton(
                  # [block, d_out] float32: a block of the transposed weight; pruned in place
                  weight: Tensor,
                  mask: Tensor,       # bool [block, d_out]: what to prune; for n:m filled in here
-                 inverse: Tensor,    # [block, block] float32: U_bb
+                 upper: Tensor,      # [block, block] float32: U_bb
                  pattern: tuple[int, int] | None = None
                 ) -> float:          # the sum of the squared errors e
     "`sweep_torch` in one launch."
@@ -109,7 +109,7 @@ def sweep_triton(
     # Triton launches on the current device, whatever its arguments say
     with torch.cuda.device_of(weight):
         _sweep[(triton.cdiv(d_out, rows),)](
-            w, chosen.view(torch.uint8), inverse.contiguous(), squares, columns, d_out,
+            w, chosen.view(torch.uint8), upper.contiguous(), squares, columns, d_out,
             n, m, m or 1, triton.next_power_of_2(m or 1), width, rows, num_warps=1, **FUSE)
     if w is not weight: weight.copy_(w)
     if pattern and chosen is not mask: mask.copy_(chosen)

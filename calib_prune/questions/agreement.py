@@ -47,13 +47,15 @@ def dimensions_of(check: str  # a key of `CHECKS`
     "The dimensions whose retention a check compares."
     if check in CORRELATIONS: return (CORRELATIONS[check][2],)
     if check in OPPOSITE: return tuple(OPPOSITE[check][2].split(" − "))
-    if check.startswith("C4"): return tuple(dict.fromkeys(o[2] for o in CORRELATIONS.values()))
+    if check.startswith("C4"):
+        return tuple(dict.fromkeys(correlation[2] for correlation in CORRELATIONS.values()))
     return _OWN.get(check, DIMENSIONS)
 
 # %% ../../nbs/questions/10_agreement.ipynb #a99a86d2
 def methods_of(check: str) -> tuple[str, ...]:
     "The pruning methods that a check compares."
-    if check.startswith("C4"): return tuple(dict.fromkeys(o[1] for o in CORRELATIONS.values()))
+    if check.startswith("C4"):
+        return tuple(dict.fromkeys(correlation[1] for correlation in CORRELATIONS.values()))
     if check in CORRELATIONS: return (CORRELATIONS[check][1],)
     return (OPPOSITE[check][1],) if check in OPPOSITE else ("sparsegpt",)
 
@@ -64,16 +66,16 @@ def _can_tell(preset: dict[str, Any], study: dict[str, Result], n_boot: int | No
               resolved: pd.DataFrame | None  # of one method, from `resolution_rows`
              ) -> dict[tuple[str, str, str], bool]:
     "By method, measure and dimension: whether a measure is to be believed."
-    found = [] if resolved is None else [resolved]
+    tables = [] if resolved is None else [resolved]
     known = set() if resolved is None else set(resolved["method"].dropna())
-    for method in dict.fromkeys(o for check in CHECKS for o in methods_of(check)):
+    for method in dict.fromkeys(method for check in CHECKS for method in methods_of(check)):
         if method not in known:
-            found.append(
+            tables.append(
                 resolution_rows(preset, study, min(QUICK, n_boot or QUICK), method).assign(
                     method=method
                 )
             )
-    return pd.concat(found).set_index(["method", "measure", "dimension"])["can_tell"].to_dict()
+    return pd.concat(tables).set_index(["method", "measure", "dimension"])["can_tell"].to_dict()
 
 # %% ../../nbs/questions/10_agreement.ipynb #f54f5029
 def ledgers(
@@ -83,8 +85,8 @@ def ledgers(
             known: Mapping[Measure, pd.DataFrame] = {},  # measure → its ledger, if it has been made
             resolved: pd.DataFrame | None = None     # from `resolution_rows`, if known
            ) -> pd.DataFrame:  # columns `LEDGERS`
-    """The ledger under every measure that the rows hold; `tells`: whether it is to be believed in
-    the check's dimensions."""
+    """The ledger under every measure of the rows; `tells`: whether the measure discriminates in the
+    check's dimensions."""
     told, tables = _can_tell(preset, study, n_boot, resolved), []
     for name, measure in MEASURES.items():
         table = known.get(measure)
@@ -111,7 +113,7 @@ OPEN = "inconclusive by all that discriminate"
 
 def _direction(row: Any  # of `ledgers`
               ) -> str:
-    "The verdict as far as the sign goes, because sizes differ from measure to measure."
+    "The direction of a verdict, because sizes differ between measures."
     check, ends = CHECKS[row["name"]], (row["ci_low"], row["ci_high"])
     judged = row["verdict"] if check.unit == "count" or any(map(math.isnan, ends)) else verdict(
         *ends, None, check.sign)
@@ -120,7 +122,7 @@ def _direction(row: Any  # of `ledgers`
 # %% ../../nbs/questions/10_agreement.ipynb #28b58ab4
 def _kind(judged: list[str]  # from `_direction`, of rows that can tell
          ) -> str:
-    "Whether they agree; the verdict itself if there is one alone."
+    "Agreement of several verdicts; a single verdict as it is."
     kinds = set(judged)
     if len(kinds) < 2: return next(iter(kinds), NONE)
     return DEPENDS if {"reproduced", NOT} <= kinds else PARTLY
@@ -130,7 +132,7 @@ def _told(mine: pd.DataFrame  # of one check, from `ledgers`
          ) -> tuple[int, list[str]]:
     "Numbers of tested rows, and the directions of the rows whose measure discriminates."
     tested = mine[~mine["verdict"].isin([PRESET, MODEL, YET])]
-    return len(tested), [_direction(o) for _, o in tested[tested["tells"]].iterrows()]
+    return len(tested), [_direction(row) for _, row in tested[tested["tells"]].iterrows()]
 
 # %% ../../nbs/questions/10_agreement.ipynb #a02bff2f
 def _agrees(mine: pd.DataFrame) -> str:
@@ -145,13 +147,13 @@ def _agrees(mine: pd.DataFrame) -> str:
 def agreement(table: pd.DataFrame  # from `ledgers`
              # one row per check: claim, check, a verdict per measure, agreement
              ) -> pd.DataFrame:
-    "Every check with its verdict under each measure, and whether they agree."
+    "Every check with its verdict under each measure, and the agreement of the measures."
     rows = []
     for _, mine in table.groupby("name", sort=False):
         agrees = _agrees(mine)
         verdicts = {
-            MEASURES[o.measure].label: o.verdict if o.tells else "does not discriminate"
-            for o in mine.itertuples()
+            MEASURES[row.measure].label: row.verdict if row.tells else "does not discriminate"
+            for row in mine.itertuples()
         }
         rows.append(
             dict(claim=mine["claim"].iloc[0],
@@ -163,7 +165,7 @@ def agreement(table: pd.DataFrame  # from `ledgers`
 # %% ../../nbs/questions/10_agreement.ipynb #1414f6b5
 def agreement_note(table: pd.DataFrame  # from `agreement`
                   ) -> str:
-    "How many checks are robust."
+    "Number of robust checks."
     counts = table["agreement"].value_counts()
     return "; ".join(f"{n} of {len(table)} checks: {kind}" for kind, n in counts.items()) + "."
 
@@ -176,7 +178,7 @@ ACROSS = {
 
 def _said(mine: pd.DataFrame  # of one check and model, from `ledgers`
          ) -> str:
-    "The verdict of one model, in direction; or why there is none."
+    "The direction of one model's verdict, or the reason why the model has none."
     tested, judged = _told(mine)
     return _kind(judged) if tested else UNTESTED
 
@@ -185,13 +187,13 @@ def model_agreement(tables: Mapping[str, pd.DataFrame]  # model → its `ledgers
                    # one row per check: claim, check, a verdict per model, agreement
                    ) -> pd.DataFrame:
     "Every check with its verdict on each model, and the agreement of discriminating measures."
-    every, rows = pd.concat([o.assign(model=model) for model, o in tables.items()]), []
+    every, rows = pd.concat([table.assign(model=model) for model, table in tables.items()]), []
     for name, mine in every.groupby("name", sort=False):
         agrees = _agrees(mine)
-        verdicts = {model: _said(o) for model, o in mine.groupby("model", sort=False)}
-        said = mine["check"].iloc[0] if mine["check"].nunique() == 1 else CHECKS[name].anywhere()
+        verdicts = {model: _said(rows) for model, rows in mine.groupby("model", sort=False)}
+        text = mine["check"].iloc[0] if mine["check"].nunique() == 1 else CHECKS[name].anywhere()
         rows.append(
-            dict(claim=mine["claim"].iloc[0], check=said)
+            dict(claim=mine["claim"].iloc[0], check=text)
             | verdicts
             | dict(agreement=ACROSS.get(agrees, agrees))
         )
@@ -202,7 +204,7 @@ def read_ledgers(path: str | Path,              # T7-measures.csv of a study
                  # sparsities at which its preset judges the claims today
                  levels: Levels | None = None
                 ) -> pd.DataFrame:  # columns `LEDGERS`; empty if the study has just begun
-    "A ledger by measure, as the notebook `claims` saved it."
+    "A ledger by measure, from the file of the notebook `claims`."
     if not Path(path).is_file():
         raise CalibPruneError(
             f"{path} is not there. The notebook `claims` of that study makes it: "
@@ -210,11 +212,11 @@ def read_ledgers(path: str | Path,              # T7-measures.csv of a study
         )
     table = pd.read_csv(path)
     if list(table) == ["status"]: return pd.DataFrame(columns=LEDGERS)
-    if lost := [o for o in LEDGERS if o not in table]:
+    if lost := [column for column in LEDGERS if column not in table]:
         raise CalibPruneError(f"{path} has no column {lost[0]!r}, so it is no ledger by measure. "
                               "Make it anew by the notebook `claims`.")
     if levels:
-        wanted = {name: check.said(levels) for name, check in CHECKS.items()}
+        wanted = {name: check.wording(levels) for name, check in CHECKS.items()}
         other = table[table["check"] != table["name"].map(wanted)]
         if len(other):
             raise CalibPruneError(

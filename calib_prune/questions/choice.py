@@ -26,35 +26,41 @@ from ..statistics.tables import listed
 def _percent(value: float) -> str: return f"{100 * value:.1f}"
 
 # %% ../../nbs/questions/15_choice.ipynb #7d9c4634
-def _dimension_text(found: Replicates, best: str) -> str:
+def _dimension_text(replicates: Replicates, best: str) -> str:
     "The dimensions in which another set has significantly higher retention than all others."
-    there = np.flatnonzero(has_interval(found.values[..., :len(DIMENSIONS)]))
+    there = np.flatnonzero(has_interval(replicates.values[..., :len(DIMENSIONS)]))
     if not len(there): return ""
-    names = found.cells["strategy"].to_numpy()
-    first, low = lead_of_best(found.values[..., there])
+    names = replicates.cells["strategy"].to_numpy()
+    first, low = lead_of_best(replicates.values[..., there])
     ahead = {DIMENSIONS[d]: names[i] for d, i, end in zip(there, first, low) if end > 0}
     texts = [f"`{name}` for {d}" for d, name in ahead.items() if name != best]
     if not texts: return ""
     return f" For one dimension alone: {listed(texts)}, significantly above every other set."
 
 # %% ../../nbs/questions/15_choice.ipynb #9bc0c559
-def _lead_text(found: Replicates, best: int) -> str:
+def _lead_text(replicates: Replicates, best: int) -> str:
     "How the best set compares with the others."
-    names, total = found.cells["strategy"].to_numpy(), found.values[..., OUTCOMES.index("Total")]
-    near = [f"`{o}`" for o in names[not_worse(total, best)]]
+    names, total = (
+        replicates.cells["strategy"].to_numpy(),
+        replicates.values[..., OUTCOMES.index("Total")],
+    )
+    near = [f"`{name}`" for name in names[not_worse(total, best)]]
     if near: return f"The difference from {listed(near)} is not significant."
     lead = lead_of_best(total[..., None])[1][0]
     return f"The lead over every other set is significant (at least {_percent(lead)} points)."
 
 # %% ../../nbs/questions/15_choice.ipynb #33de0abb
-def _setting_text(found: Replicates,  # of one setting
+def _setting_text(replicates: Replicates,  # of one setting
                   at: dict[str, Any]  # its coordinates
                  ) -> str:
-    "Which calibration set to take in one setting."
-    names, total = found.cells["strategy"].to_numpy(), found.values[..., OUTCOMES.index("Total")]
+    "The recommended calibration set in one setting."
+    names, total = (
+        replicates.cells["strategy"].to_numpy(),
+        replicates.values[..., OUTCOMES.index("Total")],
+    )
     where = f"{setting_label(at)}, {at['windows']} windows"
     if len(names) < 2: return f"{where}: one calibration set, so there is no choice."
-    if not has_interval(found.values)[OUTCOMES.index("Total")]:
+    if not has_interval(replicates.values)[OUTCOMES.index("Total")]:
         return (
             f"{where}: no total retention, because a dimension has no task that counts. Score more"
             " items, or write `measure: answer-bits` in the preset."
@@ -64,7 +70,7 @@ def _setting_text(found: Replicates,  # of one setting
     return (
         f"**Take `{names[best]}`** ({where}): total retention {_percent(total[0, best])} %"
         f" (95 % CI {low} to {high}), the highest of {len(names)} calibration sets."
-        f" {_lead_text(found, best)}{_dimension_text(found, names[best])}"
+        f" {_lead_text(replicates, best)}{_dimension_text(replicates, names[best])}"
     )
 
 # %% ../../nbs/questions/15_choice.ipynb #ad2d3513
@@ -72,8 +78,9 @@ CHOICE_NOTE = "Differences have simultaneous 95 % intervals that allow for the c
 ONE_DRAW = "Each set was drawn once, so the intervals lack the noise of the draw: add a seed."
 
 def choice_text(part: Part) -> str:  # Markdown
-    "Which calibration set to take, one sentence or two for each setting of a study."
-    if not len(part.found.cells): return "No pruned model has been scored yet: run the study first."
-    settings = [_setting_text(part.found.where(**at), at) for at in part.found.settings()]
-    noise = f" {ONE_DRAW}" if part.found.noise == "items only" else ""
+    "The recommended calibration set, in one or two sentences for each setting of a study."
+    if not len(part.replicates.cells):
+        return "No pruned model has been scored yet: run the study first."
+    settings = [_setting_text(part.replicates.where(**at), at) for at in part.replicates.settings()]
+    noise = f" {ONE_DRAW}" if part.replicates.noise == "items only" else ""
     return "\n\n".join([*settings, CHOICE_NOTE + noise])

@@ -40,20 +40,20 @@ from ..study.presets import cells
 
 # %% ../../nbs/questions/06_claims.ipynb #3787e5d8
 def number(value: float, unit: str) -> str:
-    "A number as the ledger writes it."
+    "A number in the ledger's format."
     if unit == "count": return f"{value:.0f}"
     return f"{value:+.2f}" if unit in ("ρ", "share") else f"{value:+.1f}"
 
 # %% ../../nbs/questions/06_claims.ipynb #5c31ab91
 def estimate_text(row: dict[str, Any], unit: str) -> str:
-    "Our number with its interval; a count has none."
+    "Our number with its interval; a count without."
     if math.isnan(row["ci_low"]): return number(row["ours"], unit)
     digits = 2 if unit in ("ρ", "share") else 1
     return interval_text(row["ours"], row["ci_low"], row["ci_high"], "+", scale=1, digits=digits)
 
 # %% ../../nbs/questions/06_claims.ipynb #21d910ea
 def interval_reason(check: Check, row: dict[str, Any], judged: str) -> str:
-    "What the interval says of 0 and of the paper's number."
+    "Whether the interval includes 0 and the paper's number, as a sentence."
     theirs = check.paper if row["comparable"] else None
     paper = "" if theirs is None else number(theirs, check.unit)
     smaller = "smaller" if theirs is not None and abs(row["ours"]) < abs(theirs) else "larger"
@@ -68,7 +68,7 @@ def interval_reason(check: Check, row: dict[str, Any], judged: str) -> str:
 
 # %% ../../nbs/questions/06_claims.ipynb #39eb3934
 def because(check: Check, row: dict[str, Any], judged: str) -> str:
-    "The sentence that says how the verdict follows from the numbers."
+    "The sentence that derives the verdict from the numbers."
     if row["status"]: return row["reason"]
     if check.unit == "count":
         others = "one or more point" if row["contradicted"] else "none points"
@@ -89,37 +89,33 @@ def judge(check: Check, row: dict[str, Any]  # of `estimates`
     paper = check.paper if row["comparable"] else None
     return verdict(row["ci_low"], row["ci_high"], paper, check.sign)
 
-# %% ../../nbs/questions/06_claims.ipynb #8aeed3e4
+# %% ../../nbs/questions/06_claims.ipynb #dbb98f23
 LEDGER = [
     "claim", "text", "source", "check", "paper", "derived", "ours", "ci_low", "ci_high", "unit",
     "n", "n_of", "verdict", "why"]
 
-def ledger(found: pd.DataFrame,           # from `estimates`
+# %% ../../nbs/questions/06_claims.ipynb #b4a53b24
+def _ledger_row(row: dict[str, Any], levels: Levels) -> dict[str, Any]:  # from `estimates`
+    "One check with its verdict and the reason for the verdict."
+    check = CHECKS[row["check"]]
+    text, source = CLAIMS[check.claim]
+    judged = judge(check, row)
+    why = because(check, row, judged) + ("" if row["status"] else f" {row['detail']}")
+    ours = {k: row[k] for k in ("ours", "ci_low", "ci_high", "n", "n_of")}
+    theirs = dict(paper=check.paper, derived=check.derived, unit=check.unit)
+    return dict(claim=check.claim, text=text, source=source, check=check.wording(levels),
+                verdict=judged, why=why) | theirs | ours
+
+# %% ../../nbs/questions/06_claims.ipynb #8aeed3e4
+def ledger(records: pd.DataFrame,         # from `estimates`
            levels: Levels = PAPER         # its sparsities
           ) -> pd.DataFrame:              # columns `LEDGER`
-    "Every claim with the paper's number, ours, a verdict and the reason for it."
-    if missing := set(CHECKS) - set(found["check"]):
+    "Every claim with the paper's number, our number, a verdict and the reason for the verdict."
+    if missing := set(CHECKS) - set(records["check"]):
         raise CalibPruneError(
             f"The ledger covers every check, but {', '.join(sorted(missing))} has no estimate."
         )
-    rows = []
-    for row in found.to_dict("records"):
-        check = CHECKS[row["check"]]
-        text, source = CLAIMS[check.claim]
-        judged = judge(check, row)
-        why = because(check, row, judged) + ("" if row["status"] else f" {row['detail']}")
-        ours = {k: row[k] for k in ("ours", "ci_low", "ci_high", "n", "n_of")}
-        rows.append(
-            dict(claim=check.claim,
-                 text=text,
-                 source=source,
-                 check=check.said(levels),
-                 paper=check.paper,
-                 derived=check.derived,
-                 unit=check.unit,
-                 verdict=judged,
-                 why=why,
-                 **ours))
+    rows = [_ledger_row(row, levels) for row in records.to_dict("records")]
     table = pd.DataFrame(rows)[LEDGER]
     return table.assign(n=table["n"].astype("Int64"), paper=table["paper"].astype(float))
 
@@ -140,7 +136,7 @@ def claim_levels(preset: dict[str, Any]) -> Levels:
 # %% ../../nbs/questions/06_claims.ipynb #c3c4bab4
 def levels_text(levels: Levels) -> str:
     "The sparsities for people."
-    at, low, high = (sparsity_label(o) for o in (levels.at, levels.low, levels.high))
+    at, low, high = (sparsity_label(level) for level in (levels.at, levels.low, levels.high))
     return f"{at}, growth from {low} to {high}"
 
 # %% ../../nbs/questions/06_claims.ipynb #70099eea
@@ -158,15 +154,17 @@ def study_ledger(
         whole, known := whole_metrics(whole, metrics), n_perm, seed, in_full=[perplexity]
     )
     table = related.table
-    if related.found and len(table):
-        opposite = correlation_contrasts(known, related.found, perplexity, n_perm, seed)
+    if related.replicates and len(table):
+        opposite = correlation_contrasts(known, related.replicates, perplexity, n_perm, seed)
         table = stacked([table, opposite], table.columns)
     levels = claim_levels(whole.preset)
-    return ledger(estimates(grid_part(whole).found, table, perplexity, complete, levels), levels)
+    return ledger(
+        estimates(grid_part(whole).replicates, table, perplexity, complete, levels), levels
+    )
 
 # %% ../../nbs/questions/06_claims.ipynb #0da5c812
 def ledger_line(row: dict[str, Any]) -> dict[str, Any]:
-    "One row of the ledger for people; what is missing stays blank."
+    "One row of the ledger as text; missing numbers are blank."
     ours = "" if math.isnan(row["ours"]) else estimate_text(row, row["unit"])
     paper = "" if math.isnan(
         row["paper"]) else number(row["paper"], row["unit"]) + ("†" if row["derived"] else "")
@@ -184,7 +182,7 @@ def ledger_text(table: pd.DataFrame  # from `ledger`
 # %% ../../nbs/questions/06_claims.ipynb #4d375d76
 def claim_paragraphs(rows: pd.DataFrame  # of one claim
                     ) -> str:            # Markdown
-    "The claim, where it stands in the paper, and a verdict with its reason per check."
+    "The claim, its place in the paper, and a verdict with its reason for each check."
     first = rows.iloc[0]
     checks = [f"- *{row.check}*: {row.verdict}. {row.why}" for row in rows.itertuples()]
     return f"**{first['claim']}** {first['text']} ({first['source']})\n\n" + "\n".join(checks)

@@ -62,22 +62,22 @@ from ..style import DIMENSION_COLOURS, MARKERS, difference_colours, make_readabl
 # %% ../../nbs/questions/02_correlations.ipynb #43105c53
 @dataclass(frozen=True)
 class Correlations:
-    "What single sources kept, and how it is correlated with their metrics."
-    found: Replicates | None  # measured single sources, and whatever else was pruned
+    "Retention of single sources, and its correlations with their metrics."
+    replicates: Replicates | None  # measured single sources, and whatever else was pruned
     table: pd.DataFrame       # from `ranks.correlate`; empty if there is a note
     note: str = ""            # why there is nothing to correlate
 
 # %% ../../nbs/questions/02_correlations.ipynb #6914ac9c
-def unmeasured(found: Replicates, metrics: pd.DataFrame) -> list[str]:
+def unmeasured(replicates: Replicates, metrics: pd.DataFrame) -> list[str]:
     "Single sources that were pruned with, but not measured."
-    sources = found.cells[found.cells["source_dimension"] != ""]["strategy"].unique()
-    return [o for o in sources if o not in set(metrics["strategy"])]
+    sources = replicates.cells[replicates.cells["source_dimension"] != ""]["strategy"].unique()
+    return [source for source in sources if source not in set(metrics["strategy"])]
 
 # %% ../../nbs/questions/02_correlations.ipynb #72935613
 def whole_metrics(whole: Measured, metrics: pd.DataFrame) -> pd.DataFrame:
     """The metrics, if every single source that was pruned is measured, else none: a verdict should
     not rest on part of them."""
-    return metrics.iloc[:0] if unmeasured(whole.found, metrics) else metrics
+    return metrics.iloc[:0] if unmeasured(whole.replicates, metrics) else metrics
 
 # %% ../../nbs/questions/02_correlations.ipynb #1b634ba0
 def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows.load_metrics`
@@ -88,53 +88,61 @@ def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows
     pruned and measured."""
     empty = pd.DataFrame(columns=["method", "sparsity", "metric", "dimension", *CORRELATION])
     if note := lacking(whole.study): return Correlations(None, empty, note)
-    found = grid_part(whole).found.where(windows=whole.preset["calibration"]["windows"])
-    found = found.rows(~found.cells["strategy"].isin(unmeasured(found, metrics)))
-    sources = [(found.where(**at).cells["source_dimension"] != "").sum() for at in found.settings()]
+    replicates = grid_part(whole).replicates.where(windows=whole.preset["calibration"]["windows"])
+    replicates = replicates.rows(
+        ~replicates.cells["strategy"].isin(unmeasured(replicates, metrics))
+    )
+    sources = [
+        (replicates.where(**at).cells["source_dimension"] != "").sum()
+        for at in replicates.settings()
+    ]
     most = max(sources, default=0)
     if most < MIN_SOURCES:
         return Correlations(
-            found,
+            replicates,
             empty,
             f"{most} single sources are pruned in one setting and measured so far. A correlation "
             f"needs {MIN_SOURCES} or more.",
         )
-    table = correlate(metrics, found, n_perm, seed, in_full)
+    table = correlate(metrics, replicates, n_perm, seed, in_full)
     settings = set(table[["method", "sparsity"]].itertuples(index=False, name=None))
-    pruned = found.cells[["method", "sparsity"]].itertuples(index=False, name=None)
-    return Correlations(found.rows([at in settings for at in pruned]), table)
+    pruned = replicates.cells[["method", "sparsity"]].itertuples(index=False, name=None)
+    return Correlations(replicates.rows([at in settings for at in pruned]), table)
 
 # %% ../../nbs/questions/02_correlations.ipynb #facf446d
 def main_settings(table: pd.DataFrame  # rows with method, sparsity and n
                  ) -> list[dict[str, Any]]:
-    "For each method the setting with the most sources; of several such, the sparsest."
+    "For each method the setting with the most sources; among equals, the highest sparsity."
     rows = table.groupby(["method", "sparsity"], sort=False)["n"].max().reset_index()
     rows = rows.assign(text=rows["sparsity"].astype(str)).sort_values(["n", "text"], kind="stable")
     best = rows.groupby("method")["sparsity"].last()
     return [dict(method=name, sparsity=best[name]) for name in table["method"].unique()]
 
 # %% ../../nbs/questions/02_correlations.ipynb #cc3ad520
-def study_note(preset: dict[str, Any], found: Replicates | None) -> str:
-    "Model, windows × tokens, draws, items, and what the intervals are over."
-    said = f"{preset['model']}; {size_text([preset['calibration']['windows']], preset)}"
-    scope = "" if found is None else scope_text(found)
-    return "; ".join(filter(None, [said, scope])) + "."
+def study_note(preset: dict[str, Any], replicates: Replicates | None) -> str:
+    "Model, windows × tokens, draws, items, and the sources of noise in the intervals."
+    setting = f"{preset['model']}; {size_text([preset['calibration']['windows']], preset)}"
+    scope = "" if replicates is None else scope_text(replicates)
+    return "; ".join(filter(None, [setting, scope])) + "."
 
 # %% ../../nbs/questions/02_correlations.ipynb #9b669740
-def study_caption(preset: dict[str, Any], found: Replicates | None, what: str, caveat: str = "",
+def study_caption(preset: dict[str, Any], replicates: Replicates | None, what: str,
+                  caveat: str = "",
                   missing: str = "",         # of `missing_note`
                   notes: Iterable[str] = ()  # a list below the caption
                  ) -> str:
     "The text below a table of a whole study."
-    setting = f"{study_note(preset, found)} {missing}".strip()
-    intervals = "" if found is None or not len(found.cells) else interval_note(found)
+    setting = f"{study_note(preset, replicates)} {missing}".strip()
+    intervals = "" if replicates is None or not len(replicates.cells) else interval_note(replicates)
     return caption_text(what, setting, caveat, [intervals, *notes])
 
 # %% ../../nbs/questions/02_correlations.ipynb #56299196
 def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
     "Which strategies have not been measured yet; empty if none."
     left = [
-        o for o in preset["strategies"] if seeds_of(preset, o) and o not in set(metrics["strategy"])
+        strategy
+        for strategy in preset["strategies"]
+        if seeds_of(preset, strategy) and strategy not in set(metrics["strategy"])
     ]
     return f"Not measured yet: {', '.join(left)}." if left else ""
 
@@ -142,13 +150,12 @@ def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
 def missing_cells_note(
     preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame | None = None
 ) -> str:
-    """How many models have not been run, and which strategies not measured; empty for a finished
-    study."""
+    "Number of models without a run, and strategies without metrics; empty for a finished study."
     sizes = (0, preset["calibration"]["windows"])  # 0: the dense model
     every = [c for c in cells(preset) if metrics is not None or c.windows in sizes]
     left = [c.name for c in every if c.name not in study]
-    said = f"Not run yet: {len(left)} of {len(every)} models." if left else ""
-    return f"{said} {'' if metrics is None else unmeasured_note(preset, metrics)}".strip()
+    missing = f"Not run yet: {len(left)} of {len(every)} models." if left else ""
+    return f"{missing} {'' if metrics is None else unmeasured_note(preset, metrics)}".strip()
 
 # %% ../../nbs/questions/02_correlations.ipynb #5a14ed03
 def probability(value: float) -> str:
@@ -157,7 +164,7 @@ def probability(value: float) -> str:
 
 # %% ../../nbs/questions/02_correlations.ipynb #2eec9e68
 def is_main(key: str) -> bool:
-    "Whether a metric stands for one of the theory's eleven."
+    "Whether a metric is the main reading of one of the theory's eleven metrics."
     return METRICS[key.partition(":")[0]].main
 
 # %% ../../nbs/questions/02_correlations.ipynb #019144cb
@@ -184,11 +191,11 @@ def correlation_grid(related: Correlations) -> pd.DataFrame:
 
 # %% ../../nbs/questions/02_correlations.ipynb #e2f583db
 def correlation_notes(related: Correlations) -> list[str]:
-    "What must be known to read correlations in detail."
+    "Notes on the computation of correlations."
     if related.note: return []
     table = related.table
     reasons = table[table["reason"] != ""].groupby("reason", sort=False)["metric"].unique()
-    said = [
+    notes = [
         "Intervals of ρ are over the choice of sources and over the noise of retention.",
         f"p: permutation, two-sided. q: after Benjamini and Hochberg over all {table['p'].count()}"
         " tests of the study, including tests not shown.",
@@ -196,14 +203,14 @@ def correlation_notes(related: Correlations) -> list[str]:
         " dimension, and the range of ρ when each source in turn is left out.",
     ]
     for reason, names in reasons.items():
-        said.append(
+        notes.append(
             f"n/a: {', '.join(metric_label(name) for name in names)} ({reason.rstrip('.')})."
         )
-    return said
+    return notes
 
 # %% ../../nbs/questions/02_correlations.ipynb #cc9484e7
 def correlation_title(related: Correlations) -> str:
-    "What the table of correlations shows, or why there is none."
+    "The title of the table of correlations, or the reason why the table is empty."
     if related.note: return related.note
     return (
         f"Spearman's ρ of metrics with retention over {span(related.table['n'])} single sources,"
@@ -212,22 +219,21 @@ def correlation_title(related: Correlations) -> str:
 
 # %% ../../nbs/questions/02_correlations.ipynb #ea4ed8bb
 def correlation_footnote(preset: dict[str, Any], related: Correlations, missing: str = "") -> str:
-    """The text below a figure of correlations, so that it can be read alone. The figure itself says
-    what its intervals are over."""
+    "The text below a figure of correlations."
     tests = "" if related.note else (
         "ρ: Spearman's, over single sources; q: Benjamini–Hochberg over all"
         f" {related.table['p'].count()} tests of the study.")
-    said = study_note(preset, related.found).split("; 95%")[0].rstrip(".")
-    return " ".join(filter(None, [tests, f"Setting: {said}.", missing]))
+    setting = study_note(preset, related.replicates).split("; 95%")[0].rstrip(".")
+    return " ".join(filter(None, [tests, f"Setting: {setting}.", missing]))
 
 # %% ../../nbs/questions/02_correlations.ipynb #0dd386b7
 def survivors(table: pd.DataFrame  # of `correlate`
              # metric, and a column per dimension; the metric that survives most often first
              ) -> pd.DataFrame:
-    """In how many settings a correlation survives the correction, and ρ there, from the lowest to
-    the highest."""
+    """Number of settings in which a correlation is significant after correction, and the range of ρ
+    in these settings."""
     def text(rho: pd.Series) -> str:
-        ends = dict.fromkeys(f"{o:+.2f}" for o in (rho.min(), rho.max()))
+        ends = dict.fromkeys(f"{end:+.2f}" for end in (rho.min(), rho.max()))
         return f"{len(rho)} ({' to '.join(ends)})".replace("-", "−")
     left = table[table["q"] < 0.05]
     if left.empty: return pd.DataFrame(columns=["metric", *ADDITIVE])
@@ -244,33 +250,36 @@ def metric_panel(
                  row: pd.Series                   # of `correlate`
                 ) -> None:
     "Retention of each source against a metric, with intervals and the correlation."
-    for o in points.itertuples():
-        look = dict(color=DIMENSION_COLOURS[o.source_dimension], marker=MARKERS[o.source_dimension])
-        ax.plot([o.value] * 2, [100 * o.ci_low, 100 * o.ci_high],
+    for entry in points.itertuples():
+        look = dict(
+            color=DIMENSION_COLOURS[entry.source_dimension], marker=MARKERS[entry.source_dimension]
+        )
+        ax.plot([entry.value] * 2, [100 * entry.ci_low, 100 * entry.ci_high],
                 lw=0.7,
                 alpha=0.45,
                 color=look["color"],
                 zorder=2)
-        ax.plot([o.low, o.high], [100 * o.retention] * 2,
+        ax.plot([entry.low, entry.high], [100 * entry.retention] * 2,
                 lw=0.7,
                 alpha=0.45,
                 color=look["color"],
                 zorder=2)
-        ax.plot(o.value, 100 * o.retention, ms=3.5, mec="white", mew=0.3, zorder=3, **look)
-    said = row["reason"] or f"ρ {correlation_cell(row)}"
-    ax.set_title(f"{row['dimension']}: {said}", fontsize=7, loc="left", pad=3)
+        ax.plot(entry.value, 100 * entry.retention, ms=3.5, mec="white", mew=0.3, zorder=3, **look)
+    label = row["reason"] or f"ρ {correlation_cell(row)}"
+    ax.set_title(f"{row['dimension']}: {label}", fontsize=7, loc="left", pad=3)
     ax.tick_params(labelsize=7, length=2, pad=1)
 
 # %% ../../nbs/questions/02_correlations.ipynb #b199059f
 def rows_in_settings(table: pd.DataFrame, settings: list[dict[str, Any]]) -> pd.DataFrame:
-    "The rows of these settings: a figure speaks of what it shows."
+    "The rows of these settings, so that a figure's title counts only shown rows."
     shown = {(at["method"], at["sparsity"]) for at in settings}
     return table[[key in shown for key in zip(table["method"], table["sparsity"])]]
 
 # %% ../../nbs/questions/02_correlations.ipynb #99d4333b
 def metric_message(table: pd.DataFrame,  # of `correlate`, in the settings shown
                    metric: str) -> str:
-    "In how many panels the correlation of a metric is significant after correction."
+    """A title: the number of panels in which the correlation of a metric is significant after
+    correction."""
     mine = table[(table["metric"] == metric) & (table["dimension"] != "Total")]
     clear = mine[mine["q"] < 0.05]
     if clear.empty:
@@ -285,7 +294,7 @@ def metric_message(table: pd.DataFrame,  # of `correlate`, in the settings shown
 
 # %% ../../nbs/questions/02_correlations.ipynb #29c22111
 def same_height(axes: Iterable[Axes]) -> None:
-    "One range of retention for all panels of a dimension, so that they can be compared."
+    "One range of retention for all panels of a dimension."
     ends = np.array([ax.get_ylim() for ax in axes])
     for ax in axes: ax.set_ylim(ends[:, 0].min(), ends[:, 1].max())
 
@@ -294,22 +303,36 @@ def source_points(
     related: Correlations, metrics: pd.DataFrame, metric: str, at: dict[str, Any]
 ) -> pd.DataFrame:
     "The single sources of one setting: retention of each dimension, and the metric."
-    assert related.found is not None  # there is something to correlate
-    here = related.found.where(**at)
-    kept = effects(here.rows(here.cells["source_dimension"] != ""))
-    kept = kept.rename(columns={"value": "retention"})
+    assert related.replicates is not None  # there is something to correlate
+    here = related.replicates.where(**at)
+    points = effects(here.rows(here.cells["source_dimension"] != ""))
+    points = points.rename(columns={"value": "retention"})
     measured = metrics_summary(metrics).query("metric == @metric")[
         ["strategy", "value", "low", "high"]
     ]
-    return kept.merge(measured, on="strategy")
+    return points.merge(measured, on="strategy")
 
 # %% ../../nbs/questions/02_correlations.ipynb #b822b63b
 def panel_head(ax: Axes, title: str, note: str) -> None:
-    "What a column of panels shares, above the title of the first; lengths in points."
+    "The heading of a column of panels, above the title of the first panel; lengths in points."
     at = dict(xy=(0.5, 1), xycoords="axes fraction", textcoords="offset points", ha="center")
     # as wide as the panel: it must not make it narrower
     ax.annotate(note, xytext=(0, 15), fontsize=7, in_layout=False, **at)
     ax.annotate(title, xytext=(0, 26), fontsize=8.5, weight="bold", **at)
+
+# %% ../../nbs/questions/02_correlations.ipynb #f44a725b
+def _metric_column(axes: np.ndarray, points: pd.DataFrame,  # from `source_points`
+                   mine: pd.DataFrame                       # correlations, by dimension
+                  ) -> None:
+    "One setting's panels, one per dimension."
+    for ax, dimension in zip(axes, DIMENSIONS):
+        metric_panel(ax, points[points["dimension"] == dimension], mine.loc[dimension])
+
+# %% ../../nbs/questions/02_correlations.ipynb #1cf4201a
+def _label_points(ax: Axes, mine: pd.DataFrame) -> None:  # from `source_points`, one dimension
+    "Name the sources of a finished panel."
+    at = dict(x=mine["value"], y=100 * mine["retention"], name=mine["strategy"])
+    place_labels(ax, pd.DataFrame(at))
 
 # %% ../../nbs/questions/02_correlations.ipynb #873258cd
 def metric_figure(related: Correlations, metrics: pd.DataFrame,  # from `load_metrics`
@@ -317,44 +340,32 @@ def metric_figure(related: Correlations, metrics: pd.DataFrame,  # from `load_me
                   name: str = "calibration perplexity (per token)"
                  ) -> Figure:
     "A metric against retention: a row of panels for each dimension, a column for each method."
-    if related.note or related.found is None: return sentence_figure(related.note)
+    if related.note or related.replicates is None: return sentence_figure(related.note)
     settings = main_settings(related.table)
     points = [source_points(related, metrics, metric, at) for at in settings]
-    figure, axes = plt.subplots(
-        len(DIMENSIONS),
-        len(settings),
-        figsize=(3.55 * len(settings), 7.6),
-        squeeze=False,
-        sharex=True,
-    )
+    figure, axes = plt.subplots(len(DIMENSIONS), len(settings), squeeze=False, sharex=True,
+                                figsize=(3.55 * len(settings), 7.6))
     for j, at in enumerate(settings):
         mine = related.table[
             (related.table["metric"] == metric)
             & (related.table["method"] == at["method"])
             & (related.table["sparsity"] == at["sparsity"])
         ].set_index("dimension", drop=False)
-        for i, dimension in enumerate(DIMENSIONS):
-            metric_panel(
-                axes[i, j], points[j][points[j]["dimension"] == dimension], mine.loc[dimension]
-            )
-            axes[i, j].set_ylabel(f"{dimension} retention (%)" if j == 0 else "", fontsize=7.5)
+        _metric_column(axes[:, j], points[j], mine)
         panel_head(
             axes[0, j],
             f"{setting_label(at)}, n = {mine['n'].iloc[0]} sources",
-            f"95% intervals: {related.found.where(**at).noise}; ρ: also over the choice of sources",
+            f"95% intervals: {related.replicates.where(**at).noise}; ρ: also over the choice of"
+            " sources",
         )
+    for ax, dimension in zip(axes[:, 0], DIMENSIONS):
+        ax.set_ylabel(f"{dimension} retention (%)", fontsize=7.5)
     finish_panels(figure, axes, name)
     for line in axes: same_height(line)
     headline(figure, metric_message(rows_in_settings(related.table, settings), metric))
     for j, every in enumerate(points):
         for i, dimension in enumerate(DIMENSIONS):
-            mine = every[every["dimension"] == dimension]
-            place_labels(
-                axes[i, j],
-                pd.DataFrame(
-                    dict(x=mine["value"], y=100 * mine["retention"], name=mine["strategy"])
-                ),
-            )
+            _label_points(axes[i, j], every[every["dimension"] == dimension])
     return figure
 
 # %% ../../nbs/questions/02_correlations.ipynb #28023c5f
@@ -384,31 +395,34 @@ def finish_panels(figure: Figure, axes: np.ndarray, name: str) -> None:
 # %% ../../nbs/questions/02_correlations.ipynb #eab81334
 def mark_cells(ax: Axes, rows: pd.DataFrame,  # of `correlate`, one setting
                metrics: list[str]) -> None:
-    "Significance in the corner of each cell, and hatching where there is none."
-    for o in rows.itertuples():
-        x, y = ADDITIVE.index(o.dimension), metrics.index(o.metric)
-        if o.reason: ax.add_patch(Rectangle((x, y), 1, 1, fc="0.93", ec="0.65", hatch="////", lw=0))
-        elif o.p < 0.05:
-            ax.plot(x + 0.86,
-                    y + 0.24,
-                    "o",
-                    ms=3.2,
-                    mec="black",
-                    mew=0.7,
-                    mfc="black" if o.q < 0.05 else "white")
+    "Mark significant cells in the corner, and hatch cells without a correlation."
+    for row in rows.itertuples():
+        x, y = ADDITIVE.index(row.dimension), metrics.index(row.metric)
+        if row.reason:
+            ax.add_patch(Rectangle((x, y), 1, 1, fc="0.93", ec="0.65", hatch="////", lw=0))
+        elif row.p < 0.05:
+            ax.plot(
+                x + 0.86,
+                y + 0.24,
+                "o",
+                ms=3.2,
+                mec="black",
+                mew=0.7,
+                mfc="black" if row.q < 0.05 else "white",
+            )
 
 # %% ../../nbs/questions/02_correlations.ipynb #ef7490ce
 def shown_metrics(table: pd.DataFrame) -> list[str]:
     """One reading of each of the theory's eleven metrics, and every other reading that has a
     correlation with q < 0.05."""
     survives = set(table.loc[table["q"] < 0.05, "metric"])
-    return [o for o in table["metric"].unique() if is_main(o) or o in survives]
+    return [metric for metric in table["metric"].unique() if is_main(metric) or metric in survives]
 
 # %% ../../nbs/questions/02_correlations.ipynb #c48858b4
 def survival_message(table: pd.DataFrame,  # the correlations shown
                      tests: int            # of the whole study
                     ) -> str:
-    "How many correlations are significant after the correction for the number of tests."
+    "A title: the number of correlations that are significant after correction."
     shown, left = int(table["p"].count()), int((table["q"] < 0.05).sum())
     if not left: return f"No correlation is significant after correction for {tests} tests"
     verb = "is" if left == 1 else "are"
@@ -441,12 +455,12 @@ def correlation_heat_map(related: Correlations) -> Figure:
 
 # %% ../../nbs/questions/02_correlations.ipynb #0e6faf76
 def heat_map_panel(ax: Axes, mine: pd.DataFrame, metrics: list[str]) -> None:
-    "One setting."
+    "The heat map of one setting."
     rho = mine.pivot(index="metric", columns="dimension",
                      values="rho").loc[metrics, list(ADDITIVE)].astype(float)
     ends = [
-        mine.pivot(index="metric", columns="dimension", values=o).loc[metrics, list(ADDITIVE)]
-        for o in ("ci_low", "ci_high")
+        mine.pivot(index="metric", columns="dimension", values=column).loc[metrics, list(ADDITIVE)]
+        for column in ("ci_low", "ci_high")
     ]
     colour = rho.where(significant_sign(*ends) != 0, 0.0).where(rho.notna())
     sns.heatmap(
@@ -469,7 +483,7 @@ def heat_map_panel(ax: Axes, mine: pd.DataFrame, metrics: list[str]) -> None:
 
 # %% ../../nbs/questions/02_correlations.ipynb #02344058
 def heat_map_key(figure: Figure, axes: np.ndarray, tests: int) -> None:
-    "The colour bar and what the marks mean."
+    "The colour bar, and the meaning of the marks."
     bar = figure.colorbar(
         axes[0, 0].collections[0], ax=list(axes[0]), fraction=0.025, pad=0.015, aspect=30
     )
@@ -499,7 +513,7 @@ def metric_ranks(metrics: pd.DataFrame,  # as in `ranks.correlate`
                 ) -> tuple[pd.DataFrame, dict[str, str]]:
     "Rank correlations among the metrics that vary over the single sources."
     known = set(metrics["strategy"])
-    wide, why = source_metrics(metrics, [o for o in sources if o in known])
+    wide, why = source_metrics(metrics, [source for source in sources if source in known])
     wide = wide.drop(columns=list(why))
     values = wide.to_numpy().T
     rho = spearman(values[:, None], values[None]) if len(wide.columns) else np.empty((0, 0))
@@ -515,22 +529,22 @@ def n_axes(rho: pd.DataFrame) -> float:
 def groups_of(rho: pd.DataFrame) -> list[list[str]]:
     """Metrics that rise and fall together: each joins the first group of which it correlates with
     every member."""
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     for name in rho.columns:
-        for group in found:
+        for group in groups:
             if (rho.loc[name, group].abs() > ONE_AXIS).all():
                 group.append(name)
                 break
-        else: found.append([name])
-    return found
+        else: groups.append([name])
+    return groups
 
 # %% ../../nbs/questions/02_correlations.ipynb #99014108
 def axes_note(rho: pd.DataFrame, why: dict[str, str]) -> str:
-    "Which metrics are one, and which say nothing."
-    alike = [listed(map(metric_label, o)) for o in groups_of(rho) if len(o) > 1]
-    said = f"Together (|ρ| > {ONE_AXIS}): {'; '.join(alike) or 'none'}."
-    left = [metric_label(o) for o in why]
-    return said + (
+    "Groups of metrics that measure the same property, and metrics without information."
+    alike = [listed(map(metric_label, group)) for group in groups_of(rho) if len(group) > 1]
+    axes = f"Together (|ρ| > {ONE_AXIS}): {'; '.join(alike) or 'none'}."
+    left = [metric_label(metric) for metric in why]
+    return axes + (
         f" Left out, as they do not vary or do not apply: {listed(left)}." if left else ""
     )
 
@@ -538,22 +552,13 @@ def axes_note(rho: pd.DataFrame, why: dict[str, str]) -> str:
 def axes_figure(rho: pd.DataFrame, note: str = "") -> Figure:
     "A heat map of the correlations among metrics, in the order of their groups."
     check_rows(rho, "metrics")
-    order = [o for group in groups_of(rho) for o in group]
+    order = [metric for group in groups_of(rho) for metric in group]
     shown = rho.loc[order, order].rename(index=metric_label, columns=metric_label)
     size = 0.32 * len(order) + 1.6
     figure, ax = plt.subplots(figsize=(min(WIDTH, size + 1.2), size), layout="constrained")
-    sns.heatmap(
-        shown,
-        cmap="vlag",
-        vmin=-1,
-        vmax=1,
-        annot=True,
-        fmt=".1f",
-        annot_kws={"fontsize": 5.5},
-        linewidths=0.4,
-        ax=ax,
-        cbar_kws={"label": "Spearman's ρ over sources", "shrink": 0.6},
-    )
+    bar = {"label": "Spearman's ρ over sources", "shrink": 0.6}
+    sns.heatmap(shown, cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".1f", linewidths=0.4, ax=ax,
+                annot_kws={"fontsize": 5.5}, cbar_kws=bar)
     ax.tick_params(labelsize=6.5)
     ax.set(xlabel="", ylabel="")
     ax.grid(False)

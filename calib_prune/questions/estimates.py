@@ -54,7 +54,7 @@ CLAIMS = {  # id → (claim, where it stands)
 # %% ../../nbs/questions/05_estimates.ipynb #f3090606
 @dataclass(frozen=True)
 class Levels:
-    "The sparsities at which claims are judged: by default those of the paper."
+    "The sparsities for judging claims; the default is the paper's."
     at: float | str = 0.6  # of all claims but growth
     low: float = 0.3       # growth is judged from here
     high: float = 0.6      # to here
@@ -74,18 +74,18 @@ class Check:
     # whether we took the paper's number as a difference or ratio of two of its numbers
     derived: bool = False
 
-    def said(self, levels: Levels) -> str:
-        "What is measured, with the sparsities of a study."
+    def wording(self, levels: Levels) -> str:
+        "The measured quantity, with the sparsities of a study."
         return self.what.format(**{k: sparsity_label(v) for k, v in vars(levels).items()})
 
     def anywhere(self) -> str:
-        "What is measured, without sparsities."
-        said = self.what.replace(" from {low} to {high}", " with sparsity")
-        return said.replace(" {at}", "").replace(" {low}", ", low sparsity")
+        "The measured quantity, without sparsities."
+        text = self.what.replace(" from {low} to {high}", " with sparsity")
+        return text.replace(" {at}", "").replace(" {low}", ", low sparsity")
 
     def at_papers(self, levels: Levels) -> bool:
-        "Whether a study judges it at the paper's sparsity."
-        return self.said(levels) == self.said(PAPER)
+        "Whether a study judges the check at the paper's sparsity."
+        return self.wording(levels) == self.wording(PAPER)
 
 # %% ../../nbs/questions/05_estimates.ipynb #c2437ff0
 # name → (check, method, dimension); the paper's at 60% (ours: the quotation gives no sparsity,
@@ -186,7 +186,7 @@ def verdict(low: float, high: float,   # our interval
             paper: float | None,       # None if only a direction is claimed
             sign: int                  # that direction
            ) -> str:
-    "What an interval says about a claim."
+    "The verdict that follows from an interval and the paper's number."
     if math.isnan(low + high):
         raise CalibPruneError("A verdict needs an interval, but one of its ends is not a number.")
     if low > high: raise CalibPruneError(f"The interval [{low}, {high}] ends before it begins.")
@@ -211,7 +211,7 @@ class Estimate:
 
 # %% ../../nbs/questions/05_estimates.ipynb #a6dea517
 class Untestable(Exception):
-    "A check that this study cannot answer, with the verdict that says so and the reason."
+    "A check that a study cannot answer, with the verdict and the reason."
     def __init__(self, status: str, reason: str): self.status, self.reason = status, reason
 
 # %% ../../nbs/questions/05_estimates.ipynb #1d0ab3b6
@@ -219,12 +219,12 @@ ROLES = {  # the paper's role → strategies that can play it
     "default": ("c4",), "mix": ("uniform",), "math": ("metamath", "math"),
     "IGSP": ("igsp",), "Self-Cal": ("self-cal",), "SGS": ("sgs",)}
 
-def strategy_for(found: Replicates,  # of one setting
+def strategy_for(replicates: Replicates,  # of one setting
                  role: str           # a key of `ROLES`
                 ) -> str:
     "The strategy that plays a role in the claims."
     if role not in ROLES: raise unknown_name("role", role, ROLES)
-    present = [name for name in ROLES[role] if name in set(found.cells["strategy"])]
+    present = [name for name in ROLES[role] if name in set(replicates.cells["strategy"])]
     if not present:
         raise Untestable(
             PRESET, f"No strategy {' or '.join(ROLES[role])} was pruned in this setting."
@@ -232,43 +232,47 @@ def strategy_for(found: Replicates,  # of one setting
     return present[0]
 
 # %% ../../nbs/questions/05_estimates.ipynb #a184ce7a
-def setting(found: Replicates, method: str, sparsity: float | str) -> Replicates:
+def setting(replicates: Replicates, method: str, sparsity: float | str) -> Replicates:
     """The cells of a method and sparsity; where calibration sizes vary, of the size with the most
     strategies."""
-    wanted = [at for at in found.settings() if (at["method"], at["sparsity"]) == (method, sparsity)]
+    wanted = [
+        at for at in replicates.settings() if (at["method"], at["sparsity"]) == (method, sparsity)
+    ]
     if not wanted:
         raise Untestable(PRESET, f"No cell was pruned by {method} to {sparsity_label(sparsity)}.")
-    return max((found.where(**at) for at in wanted), key=lambda sized: len(sized.cells))
+    return max((replicates.where(**at) for at in wanted), key=lambda sized: len(sized.cells))
 
 # %% ../../nbs/questions/05_estimates.ipynb #b88156af
-def single_sources(found: Replicates, but: str = "") -> Replicates:
-    "The strategies of a setting that calibrate on one source, `but` one of them left out."
-    keep = ((found.cells["source_dimension"] != "") & (found.cells["strategy"] != but)).to_numpy()
+def single_sources(replicates: Replicates, but: str = "") -> Replicates:
+    "The strategies of a setting with a single calibration source, without the source `but`."
+    keep = (
+        (replicates.cells["source_dimension"] != "") & (replicates.cells["strategy"] != but)
+    ).to_numpy()
     if keep.sum() < 2:
         raise Untestable(
             PRESET, f"It takes two single sources to choose from; this setting has {keep.sum()}."
         )
-    return found.rows(keep)
+    return replicates.rows(keep)
 
 # %% ../../nbs/questions/05_estimates.ipynb #6f55614c
 def outcome(values: np.ndarray,  # [1 + B, …, outcomes]
             name: str            # of `OUTCOMES`
            ) -> np.ndarray:      # in percent
-    "One outcome, in points; an error where the study has no such tasks."
-    found = 100 * values[..., OUTCOMES.index(name)]
-    if np.isnan(found[0]).any():
+    "One outcome in points; an error without such tasks."
+    percent = 100 * values[..., OUTCOMES.index(name)]
+    if np.isnan(percent[0]).any():
         raise Untestable(MODEL, f"There is no {name} score: its tasks are not in this study.")
-    return found
+    return percent
 
 # %% ../../nbs/questions/05_estimates.ipynb #4d60e250
-def in_bits(found: Replicates, *dimensions: str) -> list[str]:
+def in_bits(replicates: Replicates, *dimensions: str) -> list[str]:
     "The dimensions that are not scored by right answers alone."
-    return [d for d in dimensions if "bits" in found.scored[d]]
+    return [d for d in dimensions if "bits" in replicates.scored[d]]
 
 # %% ../../nbs/questions/05_estimates.ipynb #93086a7c
-def scored_note(found: Replicates, *dimensions: str) -> str:
-    "How dimensions are scored, where it matters for comparing with the paper."
-    bits = in_bits(found, *dimensions)
+def scored_note(replicates: Replicates, *dimensions: str) -> str:
+    "The scoring of dimensions, where it matters for comparing with the paper."
+    bits = in_bits(replicates, *dimensions)
     if not bits: return ""
     return (
         f"Here {listed(bits)} {'is' if len(bits) == 1 else 'are'} scored in bits per byte, whose"
@@ -277,20 +281,21 @@ def scored_note(found: Replicates, *dimensions: str) -> str:
 
 # %% ../../nbs/questions/05_estimates.ipynb #237fc08a
 def over_items(values: np.ndarray,      # [1 + B], the first is the estimate
-               found: Replicates,
+               replicates: Replicates,
                *counted: str,           # outcomes whose items count
                detail: str = "",
-               noise: str = ""          # in the interval; by default what `found` says
+               noise: str = ""          # in the interval; by default the noise of `replicates`
               ) -> Estimate:
     "An estimate over items."
     scored = DIMENSIONS if "Total" in counted else counted
-    said = f"{detail} {scored_note(found, *scored)} The interval is over {noise or found.noise}."
+    text = f"{detail} {scored_note(replicates, *scored)}"
+    text += f" The interval is over {noise or replicates.noise}."
     return Estimate(
         *estimate(values),
-        sum(found.items[name] for name in counted),
+        sum(replicates.items[name] for name in counted),
         "items",
-        said.strip().replace("  ", " "),
-        comparable=not in_bits(found, *scored),
+        text.strip().replace("  ", " "),
+        comparable=not in_bits(replicates, *scored),
     )
 
 # %% ../../nbs/questions/05_estimates.ipynb #315c52cf
@@ -342,9 +347,14 @@ def estimate_opposite(
 ) -> Estimate:
     "O1 and O2."
     row, inside = correlation(name, table, metric, at), OPPOSITE[name][-1]
-    value, low, high, p = (row[o] for o in (("partial", "partial_low", "partial_high",
-                                             "partial_p") if inside else ("rho", "ci_low",
-                                                                          "ci_high", "p")))
+    value, low, high, p = (
+        row[column]
+        for column in (
+            ("partial", "partial_low", "partial_high", "partial_p")
+            if inside
+            else ("rho", "ci_low", "ci_high", "p")
+        )
+    )
     if math.isnan(value):
         raise Untestable(PRESET, "Only sources of one register were pruned and measured.")
     held = " The registers are prose, and code with formulas." if inside else ""
@@ -364,14 +374,14 @@ def power(rho: float,  # true correlation
 # %% ../../nbs/questions/05_estimates.ipynb #ea680a3c
 def estimate_significant(column: str,  # "p" or "q"
                          table: pd.DataFrame, metric: str, levels: Levels = PAPER) -> Estimate:
-    "C4: how many of the four correlations have the paper's sign and are significant."
+    "C4: number of the four correlations with the paper's sign and significance."
     rows = {CHECKS[name]: correlation(name, table, metric, levels.at) for name in CORRELATIONS}
     holds, against, each, chances = 0, False, [], []
     for check, row in rows.items():
         holds += bool(row["rho"] * check.sign > 0 and row[column] < 0.05)
         against |= bool(max(row["ci_low"] * check.sign, row["ci_high"] * check.sign) <= 0)
         each.append(
-            f"{check.said(levels)} = {row['rho']:+.2f}, {p_value_text(column, row[column])}"
+            f"{check.wording(levels)} = {row['rho']:+.2f}, {p_value_text(column, row[column])}"
         )
         if check.paper: chances.append(f"{100 * power(check.paper, int(row['n'])):.0f}")
     detail = f"{'; '.join(each)}."
@@ -384,32 +394,34 @@ def estimate_significant(column: str,  # "p" or "q"
     return Estimate(holds, math.nan, math.nan, fewest, "sources", detail, contradicted=against)
 
 # %% ../../nbs/questions/05_estimates.ipynb #fc3fa4d9
-def estimate_versatile(found: Replicates, at: float | str = PAPER.at) -> Estimate:
+def estimate_versatile(replicates: Replicates, at: float | str = PAPER.at) -> Estimate:
     "C5: no source is best everywhere."
-    sources = single_sources(setting(found, "sparsegpt", at))
+    sources = single_sources(setting(replicates, "sparsegpt", at))
     values = np.stack([outcome(sources.values, d) for d in DIMENSIONS], -1)
     best = sources.cells["strategy"].to_numpy()[values[0].argmax(0)]
     detail = "Best in " + ", ".join(f"{d}: {name}" for d, name in zip(DIMENSIONS, best)) + "."
     detail += (
         " Its lower end holds for all sources and dimensions at once."
-        f" {scored_note(found, *DIMENSIONS)}"
+        f" {scored_note(replicates, *DIMENSIONS)}"
     )
     return Estimate(*shortfall(values), len(sources.cells), "sources", detail.strip())
 
 # %% ../../nbs/questions/05_estimates.ipynb #7163aafc
 def estimate_contrast(
-    found: Replicates, role: str, a: str, b: str, at: float | str = PAPER.at
+    replicates: Replicates, role: str, a: str, b: str, at: float | str = PAPER.at
 ) -> Estimate:
-    "C5's examples: how much more one strategy keeps of dimension `a` than of `b`."
-    here = setting(found, "sparsegpt", at)
+    "C5: retention of one strategy in dimension `a` minus dimension `b`."
+    here = setting(replicates, "sparsegpt", at)
     name = strategy_for(here, role)
-    kept = here.of(name)
-    return over_items(outcome(kept, a) - outcome(kept, b), here, a, b, detail=f"Strategy {name}.")
+    retention = here.of(name)
+    return over_items(
+        outcome(retention, a) - outcome(retention, b), here, a, b, detail=f"Strategy {name}."
+    )
 
 # %% ../../nbs/questions/05_estimates.ipynb #753b531d
-def estimate_margin(found: Replicates, a: str, b: str, at: float | str = PAPER.at) -> Estimate:
+def estimate_margin(replicates: Replicates, a: str, b: str, at: float | str = PAPER.at) -> Estimate:
     "C6, C7, C9: total retention of the strategy in role `a` minus the one in role `b`."
-    here = setting(found, "sparsegpt", at)
+    here = setting(replicates, "sparsegpt", at)
     first, second = strategy_for(here, a), strategy_for(here, b)
     detail = f"{first} against {second}."
     if a == "IGSP": detail += " Their steps and parameters are our reading (nbs/generation)."
@@ -417,13 +429,13 @@ def estimate_margin(found: Replicates, a: str, b: str, at: float | str = PAPER.a
     return over_items(margin, here, "Total", detail=detail)
 
 # %% ../../nbs/questions/05_estimates.ipynb #df9a2759
-def estimate_best(found: Replicates,
+def estimate_best(replicates: Replicates,
                   role: str,  # what the best single source is compared with
                   sign: int,  # 1: best − role; −1: role − best
                   at: float | str = PAPER.at
                  ) -> Estimate:
     "C6 with the best single source; the interval allows for the choice."
-    here = setting(found, "sparsegpt", at)
+    here = setting(replicates, "sparsegpt", at)
     other = strategy_for(here, role)
     sources = single_sources(here, but=other)
     names, total = sources.cells["strategy"].to_numpy(), outcome(sources.values, "Total")
@@ -439,35 +451,40 @@ def estimate_best(found: Replicates,
     comparable = not in_bits(here, *DIMENSIONS)
     return Estimate(*best, here.items["Total"], "items", detail, comparable=comparable)
 
-# %% ../../nbs/questions/05_estimates.ipynb #1758283c
-def estimate_share(found: Replicates, at: float | str = PAPER.at) -> Estimate:
-    """C6 without a scale: the lead over the best single source as a share of the lead over the
-    default."""
-    here = setting(found, "sparsegpt", at)
-    mix, default = (
-        outcome(here.of(strategy_for(here, role)), "Total") for role in ("mix", "default")
-    )
-    sources = single_sources(here, but=strategy_for(here, "mix"))
-    total = outcome(sources.values, "Total")
-    names, best = sources.cells["strategy"].to_numpy(), total[0].argmax()
-    others = names != strategy_for(here, "default")
-    if not others[best]:
+# %% ../../nbs/questions/05_estimates.ipynb #0a292cfe
+def _check_leads(here: Replicates, lead: Estimate,  # of the mix over the default
+                 best: str                          # single source
+                ) -> None:
+    "A share of two leads exists only if the default is not the best source, and the lead is clear."
+    if best == strategy_for(here, "default"):
         raise Untestable(
-            UNCLEAR,
-            f"The default text, {names[best]}, is the best single source itself: both leads are"
-            " one.",
-        )
-    lead = Estimate(*estimate(mix - default), here.items["Total"], "items")
+            UNCLEAR, f"The default text, {best}, is the best single source itself: both leads are"
+            " one.")
     require_interval("C6 c4", lead)
     if lead.ci_low <= 0:
         raise Untestable(
             UNCLEAR, "The mix does not lead the default beyond noise, so there is nothing to share."
         )
+
+# %% ../../nbs/questions/05_estimates.ipynb #1758283c
+def estimate_share(replicates: Replicates, at: float | str = PAPER.at) -> Estimate:
+    """C6 without a scale: the lead over the best single source as a share of the lead over the
+    default."""
+    here = setting(replicates, "sparsegpt", at)
+    mix, default = (
+        outcome(here.of(strategy_for(here, role)), "Total") for role in ("mix", "default")
+    )
+    sources = single_sources(here, but=strategy_for(here, "mix"))
+    total = outcome(sources.values, "Total")
+    names = sources.cells["strategy"].to_numpy()
+    best = names[total[0].argmax()]
+    _check_leads(here, Estimate(*estimate(mix - default), here.items["Total"], "items"), best)
+    others = names != strategy_for(here, "default")
     with np.errstate(divide="ignore", invalid="ignore"):
         share = (mix[:, None] - total[:, others]) / (mix - default)[:, None]
     value, low, high = best_of(-share)  # the best source leaves the smallest share
     detail = (
-        f"The best single source is {names[best]}. It is chosen by the numbers compared, which"
+        f"The best single source is {best}. It is chosen by the numbers compared, which"
         f" favours it; the interval holds for all {share.shape[1]} other sources at once, and is"
         f" over {here.noise}."
     )
@@ -479,10 +496,10 @@ def _without_code(values: np.ndarray) -> np.ndarray:  # [..., outcomes] → [...
     return np.mean([outcome(values, d) for d in DIMENSIONS if d != "Code"], axis=0)
 
 # %% ../../nbs/questions/05_estimates.ipynb #041f09b7
-def estimate_without_code(found: Replicates, over: str,  # "default", or "best"
+def estimate_without_code(replicates: Replicates, over: str,  # "default", or "best"
                           at: float | str = PAPER.at) -> Estimate:
     "O3."
-    here = setting(found, "sparsegpt", at)
+    here = setting(replicates, "sparsegpt", at)
     mix, items = (
         _without_code(here.of(strategy_for(here, "mix"))),
         here.items["Total"] - here.items["Code"],
@@ -504,7 +521,7 @@ def estimate_without_code(found: Replicates, over: str,  # "default", or "best"
 def range_sentence(ranges: pd.DataFrame,  # from `replicates.spread`
                    name: str              # of `OUTCOMES`
                   ) -> str:
-    "The range of an outcome over strategies, and how much of it noise explains."
+    "The range of an outcome over strategies, and the part explained by noise."
     row = 100 * ranges.set_index("dimension").loc[
         name, ["spread", "by_chance", "true_spread"]
     ].astype(float)
@@ -520,52 +537,52 @@ _BLIND = (
 )
 
 # %% ../../nbs/questions/05_estimates.ipynb #63908e16
-def estimate_hidden(found: Replicates, hidden_by: str, at: float | str = PAPER.at) -> Estimate:
+def estimate_hidden(replicates: Replicates, hidden_by: str, at: float | str = PAPER.at) -> Estimate:
     "C8: range of Code retention over strategies minus the range of another outcome."
-    here = setting(found, "sparsegpt", at)
+    here = setting(replicates, "sparsegpt", at)
     if len(here.cells) < 2: raise Untestable(PRESET, "A range needs two strategies or more.")
     without = without_noise(here.values)
     code, other = outcome(without, "Code"), outcome(without, hidden_by)
     ranges = spread(here)
-    said = [range_sentence(ranges, name) for name in ("Code", hidden_by)]
-    if hidden_by == "Accuracy" and estimate(other)[1] <= 0: said.append(_BLIND)
-    detail = " ".join([*said, scored_note(found, "Code")]).strip()
+    sentences = [range_sentence(ranges, name) for name in ("Code", hidden_by)]
+    if hidden_by == "Accuracy" and estimate(other)[1] <= 0: sentences.append(_BLIND)
+    detail = " ".join([*sentences, scored_note(replicates, "Code")]).strip()
     return Estimate(
         *estimate(code - other),
         len(here.cells),
         "strategies",
         detail,
-        comparable=not in_bits(found, "Code"),
+        comparable=not in_bits(replicates, "Code"),
     )
 
 # %% ../../nbs/questions/05_estimates.ipynb #cc921f20
-def margins(found: Replicates) -> dict[float, np.ndarray]:  # sparsity → [1 + B], points
+def margins(replicates: Replicates) -> dict[float, np.ndarray]:  # sparsity → [1 + B], points
     "Total retention of the mix minus the default's, at every sparsity that has both."
     (mix,), (default,) = ROLES["mix"], ROLES["default"]
-    pruned = [at["sparsity"] for at in found.settings() if at["method"] == "sparsegpt"]
+    pruned = [at["sparsity"] for at in replicates.settings() if at["method"] == "sparsegpt"]
     # "2:4" is a pattern, no level
     levels = {level for level in pruned if not isinstance(level, str)}
     margin_at: dict[float, np.ndarray] = {}
     for level in sorted(levels):
-        here = setting(found, "sparsegpt", level)
+        here = setting(replicates, "sparsegpt", level)
         if {mix, default} <= set(here.cells["strategy"]):
             margin_at[level] = outcome(here.of(mix), "Total") - outcome(here.of(default), "Total")
     return margin_at
 
 # %% ../../nbs/questions/05_estimates.ipynb #991ed4c7
-def estimate_low(found: Replicates, levels: Levels = PAPER) -> Estimate:
+def estimate_low(replicates: Replicates, levels: Levels = PAPER) -> Estimate:
     "C9: the margin at the lower sparsity."
     if levels.low == levels.at:
         raise Untestable(PRESET, "The mix and C4 were not pruned to a lower sparsity than in C6.")
-    return estimate_margin(found, "mix", "default", levels.low)
+    return estimate_margin(replicates, "mix", "default", levels.low)
 
 # %% ../../nbs/questions/05_estimates.ipynb #8faf8652
-def growth_noise(found: Replicates, levels: Levels = PAPER) -> tuple[str, str]:
-    "Which noise the interval of the growth has, and a caution about it."
+def growth_noise(replicates: Replicates, levels: Levels = PAPER) -> tuple[str, str]:
+    "The sources of noise in the interval of the growth, with a caution."
     drawn = [
         level
         for level in (levels.low, levels.high)
-        if "draws" in setting(found, "sparsegpt", level).noise
+        if "draws" in setting(replicates, "sparsegpt", level).noise
     ]
     if len(drawn) == 1: return f"items, and draws at {100 * drawn[0]:.0f}% only", ""
     if not drawn: return "items only", ""
@@ -574,13 +591,13 @@ def growth_noise(found: Replicates, levels: Levels = PAPER) -> tuple[str, str]:
         "rather too wide.")
 
 # %% ../../nbs/questions/05_estimates.ipynb #efe13b66
-def estimate_growth(found: Replicates, levels: Levels = PAPER) -> Estimate:
-    "C9: how much larger the margin is at the higher sparsity."
-    margin_at = margins(found)
+def estimate_growth(replicates: Replicates, levels: Levels = PAPER) -> Estimate:
+    "C9: the margin at the higher sparsity minus the margin at the lower sparsity."
+    margin_at = margins(replicates)
     for level in (levels.low, levels.high):
         if level not in margin_at:
             raise Untestable(PRESET, f"The mix and C4 were not both pruned to {100 * level:.0f}%.")
-    noise, caution = growth_noise(found, levels)
+    noise, caution = growth_noise(replicates, levels)
     peak = max(margin_at, key=lambda level: margin_at[level][0])
     detail = "Margin by sparsity: "
     detail += ", ".join(
@@ -590,7 +607,7 @@ def estimate_growth(found: Replicates, levels: Levels = PAPER) -> Estimate:
     detail += ", and smaller where more is pruned." if peak < max(margin_at) else "."
     return over_items(
         margin_at[levels.high] - margin_at[levels.low],
-        found.where(method="sparsegpt"),
+        replicates.where(method="sparsegpt"),
         "Total",
         detail=f"{detail} {caution}".strip(),
         noise=noise,
@@ -601,56 +618,64 @@ def estimate_growth(found: Replicates, levels: Levels = PAPER) -> Estimate:
 # name
 ESTIMATORS: dict[str, Callable[..., Estimate]] = {
     **{
-        name: lambda found, levels, table, metric, name=name: estimate_correlation(
+        name: lambda replicates, levels, table, metric, name=name: estimate_correlation(
             name, table, metric, levels.at
         )
         for name in CORRELATIONS
     },
-    "C4": lambda found, levels, table, metric: estimate_significant("p", table, metric, levels),
-    "C4 corrected": lambda found, levels, table, metric: estimate_significant(
+    "C4": lambda replicates, levels, table, metric: estimate_significant(
+        "p", table, metric, levels
+    ),
+    "C4 corrected": lambda replicates, levels, table, metric: estimate_significant(
         "q", table, metric, levels
     ),
-    "C5": lambda found, levels, *_: estimate_versatile(found, levels.at),
-    "C5 c4": lambda found, levels, *_: estimate_contrast(
-        found, "default", "General", "Code", levels.at
+    "C5": lambda replicates, levels, *_: estimate_versatile(replicates, levels.at),
+    "C5 c4": lambda replicates, levels, *_: estimate_contrast(
+        replicates, "default", "General", "Code", levels.at
     ),
-    "C5 math": lambda found, levels, *_: estimate_contrast(
-        found, "math", "Math", "General", levels.at
+    "C5 math": lambda replicates, levels, *_: estimate_contrast(
+        replicates, "math", "Math", "General", levels.at
     ),
-    "C6": lambda found, levels, *_: estimate_best(found, "mix", -1, levels.at),
-    "C6 c4": lambda found, levels, *_: estimate_margin(found, "mix", "default", levels.at),
-    "C6 single": lambda found, levels, *_: estimate_best(found, "default", 1, levels.at),
-    "C6 share": lambda found, levels, *_: estimate_share(found, levels.at),
-    "C7 self-cal": lambda found, levels, *_: estimate_margin(found, "IGSP", "Self-Cal", levels.at),
-    "C7 sgs": lambda found, levels, *_: estimate_margin(found, "IGSP", "SGS", levels.at),
-    "C8": lambda found, levels, *_: estimate_hidden(found, "Accuracy", levels.at),
-    "C8 same unit": lambda found, levels, *_: estimate_hidden(found, "Commonsense", levels.at),
-    "C9 low": lambda found, levels, *_: estimate_low(found, levels),
-    "C9": lambda found, levels, *_: estimate_growth(found, levels),
+    "C6": lambda replicates, levels, *_: estimate_best(replicates, "mix", -1, levels.at),
+    "C6 c4": lambda replicates, levels, *_: estimate_margin(
+        replicates, "mix", "default", levels.at
+    ),
+    "C6 single": lambda replicates, levels, *_: estimate_best(replicates, "default", 1, levels.at),
+    "C6 share": lambda replicates, levels, *_: estimate_share(replicates, levels.at),
+    "C7 self-cal": lambda replicates, levels, *_: estimate_margin(
+        replicates, "IGSP", "Self-Cal", levels.at
+    ),
+    "C7 sgs": lambda replicates, levels, *_: estimate_margin(replicates, "IGSP", "SGS", levels.at),
+    "C8": lambda replicates, levels, *_: estimate_hidden(replicates, "Accuracy", levels.at),
+    "C8 same unit": lambda replicates, levels, *_: estimate_hidden(
+        replicates, "Commonsense", levels.at
+    ),
+    "C9 low": lambda replicates, levels, *_: estimate_low(replicates, levels),
+    "C9": lambda replicates, levels, *_: estimate_growth(replicates, levels),
     **{
-        name: lambda found, levels, table, metric, name=name: estimate_opposite(
+        name: lambda replicates, levels, table, metric, name=name: estimate_opposite(
             name, table, metric, levels.at
         )
         for name in OPPOSITE
     },
-    "O3 c4": lambda found, levels, *_: estimate_without_code(found, "default", levels.at),
-    "O3 best": lambda found, levels, *_: estimate_without_code(found, "best", levels.at),
+    "O3 c4": lambda replicates, levels, *_: estimate_without_code(replicates, "default", levels.at),
+    "O3 best": lambda replicates, levels, *_: estimate_without_code(replicates, "best", levels.at),
 }
 
 # %% ../../nbs/questions/05_estimates.ipynb #d41d1ee4
 def at_levels(name: str, estimate: Estimate, levels: Levels) -> Estimate:
-    "The estimate; at another sparsity than the paper's, its size is not compared."
+    "The estimate; at another sparsity than in the paper, not comparable in size."
     check = CHECKS[name]
     if check.paper is None or check.at_papers(levels): return estimate
-    said = (
+    text = (
         f"{estimate.detail} The paper's number is, as far as we know, of another sparsity, so its"
         " size decides nothing."
     )
-    return replace(estimate, detail=said, comparable=False)
+    return replace(estimate, detail=text, comparable=False)
 
 # %% ../../nbs/questions/05_estimates.ipynb #7ab489b6
 def require_interval(name: str, estimate: Estimate) -> Estimate:
-    "The estimate, unless it lacks the interval that its check needs."
+    "The estimate; an error if the check needs an interval and the estimate has none."
     if CHECKS[name].unit != "count" and math.isnan(estimate.ci_low + estimate.ci_high):
         raise Untestable(
             MODEL,
@@ -660,7 +685,7 @@ def require_interval(name: str, estimate: Estimate) -> Estimate:
     return estimate
 
 # %% ../../nbs/questions/05_estimates.ipynb #092cfb48
-def estimates(found: Replicates,              # from `replicates.strategy_retention`
+def estimates(replicates: Replicates,         # from `replicates.strategy_retention`
               # from `ranks.correlate`, and `correlation_contrasts`; empty without
               correlations: pd.DataFrame,
               perplexity: str = "distortion", # the metric that is the calibration perplexity
@@ -668,7 +693,7 @@ def estimates(found: Replicates,              # from `replicates.strategy_retent
               levels: Levels = PAPER          # sparsities to judge at
              # one row per check: the fields of `Estimate`, status, reason
              ) -> pd.DataFrame:
-    "Our number for every check; where there is none, the status says so and the reason why."
+    "Our number for every check, or the reason why the study has none."
     if correlations.empty:
         correlations = pd.DataFrame(
             columns=["method", "sparsity", "metric", "dimension", "n", "p", "reason"]
@@ -678,7 +703,7 @@ def estimates(found: Replicates,              # from `replicates.strategy_retent
         try:
             estimate = at_levels(
                 name,
-                require_interval(name, estimator(found, levels, correlations, perplexity)),
+                require_interval(name, estimator(replicates, levels, correlations, perplexity)),
                 levels,
             )
             rows.append(dict(check=name, **vars(estimate), status="", reason=""))

@@ -13,6 +13,7 @@ from typing import Any, Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..calibration.sets import allocate, parse_mix
@@ -29,61 +30,60 @@ from ..style import DIMENSION_COLOURS, MARKERS
 def shares_of(mix: str,     # as a preset writes it
               windows: int  # in the calibration set
              ) -> dict[str, float]:
-    """The share of each dimension in a calibration set: of whole windows, so it is near what the
-    mix says."""
+    """The share of each dimension in a calibration set of whole windows, which is close to the
+    mix's share."""
     counts = allocate(parse_mix(mix), windows)
-    if odd := [o for o in counts if o not in SOURCES]:
+    if odd := [source for source in counts if source not in SOURCES]:
         raise CalibPruneError(
             f"The mixing law needs sources of a known dimension; {odd[0]!r} is none."
         )
     return {
-        d: sum(n for o, n in counts.items() if SOURCES[o].dimension == d) / windows
+        d: sum(n for source, n in counts.items() if SOURCES[source].dimension == d) / windows
         for d in DIMENSIONS
     }
 
 # %% ../../nbs/questions/11_mixing.ipynb #f7aec4f8
 UNSEEN = "unseen"
 
-def mixes_of(preset: dict[str, Any], found: Replicates  # of one setting
+def mixes_of(preset: dict[str, Any], replicates: Replicates  # of one setting
             ) -> pd.DataFrame:  # strategy, unseen, and the share of each dimension
     "The mixes of a study."
     rows = []
-    for o in found.cells.itertuples():
-        shares = shares_of(preset["strategies"][o.strategy], o.windows)
-        rows.append(dict(strategy=o.strategy, unseen=o.strategy.startswith(UNSEEN), **shares))
+    for row in replicates.cells.itertuples():
+        shares = shares_of(preset["strategies"][row.strategy], row.windows)
+        rows.append(dict(strategy=row.strategy, unseen=row.strategy.startswith(UNSEEN), **shares))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/questions/11_mixing.ipynb #99a11b86
-def law_of(preset: dict[str, Any], found: Replicates) -> Law:
+def law_of(preset: dict[str, Any], replicates: Replicates) -> Law:
     "The law fitted to the mixes of a study that are not marked as unseen."
-    mixes = mixes_of(preset, found)
+    mixes = mixes_of(preset, replicates)
     seen = ~mixes["unseen"].to_numpy()
-    return fit(mixes.loc[seen, list(DIMENSIONS)], found.values[:, seen, :len(DIMENSIONS)])
+    return fit(mixes.loc[seen, list(DIMENSIONS)], replicates.values[:, seen, :len(DIMENSIONS)])
 
 MIXES = [
     "strategy", "unseen", *(f"share_{d}" for d in DIMENSIONS), "dimension", "value", "predicted",
     "ci_low", "ci_high"]
 
 # %% ../../nbs/questions/11_mixing.ipynb #c51b5a9a
-def mix_rows(preset: dict[str, Any], found: Replicates, law: Law
+def mix_rows(preset: dict[str, Any], replicates: Replicates, law: Law
             ) -> pd.DataFrame:  # columns `MIXES`; fractions
-    "What each mix kept and what the law says of it, with the law's interval."
-    mixes = mixes_of(preset, found)
-    said = law.predict(mixes[list(DIMENSIONS)]).rename(columns={"value": "predicted"})
-    seen = {d: found.values[0, :, OUTCOMES.index(d)] for d in (*DIMENSIONS, "Total")}
-    said["value"] = [seen[o.dimension][o.mix] for o in said.itertuples()]
+    "Measured and predicted retention of each mix, with the law's interval."
+    mixes = mixes_of(preset, replicates)
+    predictions = law.predict(mixes[list(DIMENSIONS)]).rename(columns={"value": "predicted"})
+    seen = {d: replicates.values[0, :, OUTCOMES.index(d)] for d in (*DIMENSIONS, "Total")}
+    predictions["value"] = [seen[row.dimension][row.mix] for row in predictions.itertuples()]
     about = mixes.rename(columns={d: f"share_{d}" for d in DIMENSIONS})
-    return said.join(about, on="mix")[MIXES]
+    return predictions.join(about, on="mix")[MIXES]
 
 # %% ../../nbs/questions/11_mixing.ipynb #b8ffd930
 def errors(rows: pd.DataFrame  # from `mix_rows`
           # by dimension, in points: `fitted`, `unseen`, `constant`, `spread`, n
           ) -> pd.DataFrame:
-    """How well the law predicts: its root mean square error at mixes of the fit and at unseen ones.
-    Beside it what constants err
-    at the unseen ones: the mean of the fitted mixes (`constant`), and their own mean, which nobody
-    can know before (`spread`)."""
-    rms = lambda measured, said: 100 * np.sqrt(((measured - said) ** 2).mean())
+    """Root mean square error of the law at fitted and at unseen mixes. For comparison the errors of
+    two constant predictions at the unseen mixes: the mean of the fitted mixes (`constant`), and the
+    mean of the unseen mixes, which is unknown before the run (`spread`)."""
+    rms = lambda measured, predicted: 100 * np.sqrt(((measured - predicted) ** 2).mean())
     def line(d: str, mine: pd.DataFrame) -> dict[str, Any]:
         old, new = mine[~mine["unseen"]], mine[mine["unseen"]]
         return dict(
@@ -94,7 +94,7 @@ def errors(rows: pd.DataFrame  # from `mix_rows`
             spread=rms(new["value"], new["value"].mean()),
             n=len(new),
         )
-    return pd.DataFrame([line(*o) for o in rows.groupby("dimension", sort=False)])
+    return pd.DataFrame([line(*group) for group in rows.groupby("dimension", sort=False)])
 
 # %% ../../nbs/questions/11_mixing.ipynb #c6afb908
 ALIKE = dict.fromkeys(DIMENSIONS, 0.25)
@@ -114,18 +114,19 @@ def best_rows(law: Law) -> pd.DataFrame:  # need, then the columns of `mixing_la
 
 # %% ../../nbs/questions/11_mixing.ipynb #f5f99b9a
 def best_text(rows: pd.DataFrame) -> pd.DataFrame:
-    "One line per need: shares in percent, with the range of those that may be best."
+    "Shares in percent with the range of shares that may be best, one line per need."
     text = [
-        f"{100 * o.share:.0f} [{100 * o.low:.0f}, {100 * o.high:.0f}]" for o in rows.itertuples()
+        f"{100 * row.share:.0f} [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+        for row in rows.itertuples()
     ]
     return wide_table(rows.assign(text=text), ["need"], DIMENSIONS)
 
 # %% ../../nbs/questions/11_mixing.ipynb #0a628f7d
-def mixing_gain(preset: dict[str, Any], found: Replicates
+def mixing_gain(preset: dict[str, Any], replicates: Replicates
                ) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; empty without these mixes
-    """Is mixing super-additive? What the mix nearest to equal parts kept, less the kinds alone, in
-    its own shares: as measured."""
-    mixes = mixes_of(preset, found)
+    """Gain from mixing, as measured: retention of the mix nearest to equal shares of the dimensions
+    minus the single kinds in the shares of the mix."""
+    mixes = mixes_of(preset, replicates)
     shares = mixes[list(DIMENSIONS)].to_numpy(float)
     pure = shares == 1
     if not pure.any(0).all():
@@ -133,27 +134,40 @@ def mixing_gain(preset: dict[str, Any], found: Replicates
     even = np.abs(shares - 1 / len(DIMENSIONS)).sum(1).argmin()
     # of each mix in the average; 0 but for the kinds alone
     parts = (pure / pure.sum(0) * shares[even]).sum(1)
-    gain = found.values[:, even] - np.einsum("bmo,m->bo", found.values, parts)
-    row = replace(found, cells=found.cells.iloc[[even]], values=gain[:, None])
+    gain = replicates.values[:, even] - np.einsum("bmo,m->bo", replicates.values, parts)
+    row = replace(replicates, cells=replicates.cells.iloc[[even]], values=gain[:, None])
     return effects(row, ADDITIVE)[["dimension", "value", "ci_low", "ci_high"]]
 
 # %% ../../nbs/questions/11_mixing.ipynb #306ba0e1
 def gain_note(gains: pd.DataFrame  # from `mixing_gain`
              ) -> str:
-    "The gain of mixing in words."
-    said = [
-        f"{o.dimension} {interval_text(o.value, o.ci_low, o.ci_high, '+')}"
-        for o in gains.itertuples()
+    "The gain from mixing as a sentence."
+    texts = [
+        f"{row.dimension} {interval_text(row.value, row.ci_low, row.ci_high, '+')}"
+        for row in gains.itertuples()
     ]
-    return ", ".join(said) or "not all of these mixes have been run"
+    return ", ".join(texts) or "not all of these mixes have been run"
 
 # %% ../../nbs/questions/11_mixing.ipynb #f71d3320
 def law_message(rows: pd.DataFrame  # from `mix_rows`
                ) -> str:
-    "How many retentions of unseen mixes are inside the law's intervals."
+    "A title: the number of retentions of unseen mixes inside the law's intervals."
     new = rows[rows["unseen"].astype(bool) & rows["dimension"].isin(DIMENSIONS)]
     inside = int(new["value"].between(new["ci_low"], new["ci_high"]).sum())
     return f"Mixing law: {inside} of {len(new)} unseen retentions within its 95% intervals"
+
+# %% ../../nbs/questions/11_mixing.ipynb #76aaeb33
+def _law_panel(ax: Axes, mine: pd.DataFrame, dimension: str) -> None:
+    "Predicted against measured retention of one dimension; unseen mixes are filled."
+    colour = DIMENSION_COLOURS[dimension]
+    for unseen, points in mine.groupby("unseen"):
+        x, look = 100 * points["value"], dict(mfc=colour if unseen else "white", markersize=4.5)
+        ax.vlines(x, 100 * points["ci_low"], 100 * points["ci_high"], color=colour, linewidth=0.8)
+        ax.plot(x, 100 * points["predicted"], MARKERS[dimension], color=colour, **look)
+    both = 100 * mine[["value", "predicted"]].to_numpy(float)
+    ends = both.min(), both.max()
+    ax.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
+    ax.set(title=dimension, xlabel="measured, %")
 
 # %% ../../nbs/questions/11_mixing.ipynb #8e51b152
 def law_figure(rows: pd.DataFrame,  # from `mix_rows`
@@ -161,34 +175,13 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
     "Predicted against measured, by dimension; unseen mixes are filled."
     check_rows(rows, "mixes")
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.4), layout="constrained")
-    for ax, d in zip(axes, DIMENSIONS):
-        mine = rows[rows["dimension"] == d]
-        for unseen, o in mine.groupby("unseen"):
-            colour, x = DIMENSION_COLOURS[d], 100 * o["value"]
-            ax.vlines(x, 100 * o["ci_low"], 100 * o["ci_high"], color=colour, linewidth=0.8)
-            ax.plot(
-                x,
-                100 * o["predicted"],
-                MARKERS[d],
-                color=colour,
-                mfc=colour if unseen else "white",
-                markersize=4.5,
-            )
-        ends = 100 * np.array(
-            [mine[["value", "predicted"]].min().min(), mine[["value", "predicted"]].max().max()]
-        )
-        ax.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
-        ax.set(title=d, xlabel="measured, %")
+    for ax, d in zip(axes, DIMENSIONS): _law_panel(ax, rows[rows["dimension"] == d], d)
     axes[0].set_ylabel("predicted, %")
     headline(figure, law_message(rows))
-    found = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
+    rmse = errors(rows).set_index("dimension").loc[list(DIMENSIONS)]
     off, constant = (
-        f"{found[o].min():.1f} to {found[o].max():.1f}" for o in ("unseen", "constant")
+        f"{rmse[column].min():.1f} to {rmse[column].max():.1f}" for column in ("unseen", "constant")
     )
-    about = (
-        "Filled: mixes outside the fit. Bars: 95% intervals of the law, misfit included. "
-    )
-    about += (
-        f"Root mean square error at unseen mixes: law {off} points, constant {constant}."
-    )
+    about = "Filled: mixes outside the fit. Bars: 95% intervals of the law, misfit included. "
+    about += f"Root mean square error at unseen mixes: law {off} points, constant {constant}."
     return annotate(figure, f"{about} {note}")

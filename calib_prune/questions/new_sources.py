@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import false_discovery_control
 
@@ -46,22 +47,22 @@ def as_predictor(name: str, values: np.ndarray) -> np.ndarray:
 def line_through(x: np.ndarray, y: np.ndarray,  # [n]
                  at: np.ndarray                 # [m]
                 ) -> np.ndarray:                # [m]
-    "What the line fitted to x and y says elsewhere."
+    "Values of the line fitted to x and y, at other points."
     centred = x - x.mean()
     return y.mean() + (centred @ (y - y.mean()) / (centred @ centred)) * (at - x.mean())
 
 # %% ../../nbs/questions/13_new_sources.ipynb #95104c8f
 def kind_means(kinds: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    "The mean of the sources of the same kind; the mean of all where there is none."
+    "The mean of the sources of the same kind; the mean of all sources for a new kind."
     means = {k: y[kinds == k].mean() for k in set(kinds)}
     return np.array([means.get(k, y.mean()) for k in at])
 
 # %% ../../nbs/questions/13_new_sources.ipynb #ac648c19
 def source_error(rule: Any, x: np.ndarray, y: np.ndarray) -> float:
-    "Root mean square error of a rule at each source that it was not fitted to."
+    "Root mean square error of a rule at sources left out of the fit, one at a time."
     rest = ~np.eye(len(x), dtype=bool)
-    said = [rule(x[o], y[o], x[~o])[0] for o in rest]
-    return float(np.sqrt(np.mean((np.array(said) - y) ** 2)))
+    predicted = [rule(x[others], y[others], x[~others])[0] for others in rest]
+    return float(np.sqrt(np.mean((np.array(predicted) - y) ** 2)))
 
 # %% ../../nbs/questions/13_new_sources.ipynb #23e8ba65
 RULES = [
@@ -75,47 +76,53 @@ class Split:
     further: list[str]
     metrics: pd.DataFrame  # sources × metrics that vary, as predictors
     kinds: dict[str, str]  # source → dimension
-    found: Replicates      # one row per strategy
+    replicates: Replicates  # one row per strategy
 
     def retention(self, sources: list[str], outcome: str) -> np.ndarray:  # [1 + B, sources]
         "Replicates of some sources."
-        at = [list(self.found.cells["strategy"]).index(name) for name in sources]
-        return self.found.values[:, at, OUTCOMES.index(outcome)]
+        at = [list(self.replicates.cells["strategy"]).index(name) for name in sources]
+        return self.replicates.values[:, at, OUTCOMES.index(outcome)]
 
 # %% ../../nbs/questions/13_new_sources.ipynb #c964977e
-def split_sources(found: Replicates,      # of one setting
+def split_sources(replicates: Replicates,  # of one setting
                   metrics: pd.DataFrame   # from `metric_rows.load_metrics`
                  ) -> Split | None:       # None while there are too few
-    "The sources of the study and the further ones, as far as they are pruned and measured."
-    known = set(found.cells["strategy"]) & set(metrics["strategy"])
-    first, further = [o for o in SUITE if o in known], [o for o in FURTHER if o in known]
+    "The first and the further sources, as far as they are pruned and measured."
+    known = set(replicates.cells["strategy"]) & set(metrics["strategy"])
+    first, further = (
+        [source for source in SUITE if source in known],
+        [source for source in FURTHER if source in known],
+    )
     if min(len(first), len(further)) < MIN_SOURCES: return None
     wide, why = source_metrics(metrics, [*first, *further])
     wide = wide.drop(columns=list(why))
     wide = wide.loc[:, wide.loc[first].nunique() > 1]
     wide = pd.DataFrame({k: as_predictor(k, wide[k].to_numpy()) for k in wide}, index=wide.index)
-    kinds = {k: o.dimension for k, o in {**SUITE, **FURTHER}.items()}
-    return Split(first, further, wide, kinds, found)
+    kinds = {k: source.dimension for k, source in {**SUITE, **FURTHER}.items()}
+    return Split(first, further, wide, kinds, replicates)
 
 # %% ../../nbs/questions/13_new_sources.ipynb #08092a68
 def predictions(split: Split, metric: str, dimension: str
                ) -> pd.DataFrame:  # source, predicted, value; of further sources
-    "What a rule frozen on the first sources says of the further ones."
-    y, measured = (split.retention(o, dimension)[0] for o in (split.first, split.further))
+    """Predicted and measured retention of the further sources, from a rule fitted to the first
+    sources."""
+    y, measured = (
+        split.retention(sources, dimension)[0] for sources in (split.first, split.further)
+    )
     rule, x = _rule_of(split, metric)
     predicted = rule(x[split.first].to_numpy(), y, x[split.further].to_numpy())
     return pd.DataFrame(dict(source=split.further, predicted=predicted, value=measured))
 
 # %% ../../nbs/questions/13_new_sources.ipynb #d9f1c4a8
 def _rule_of(split: Split, metric: str) -> tuple[Any, pd.Series]:
-    "The rule of a metric, and what it reads."
+    "The rule of a metric, and its input."
     return (kind_means, pd.Series(split.kinds)) if metric == KIND else (line_through,
                                                                         split.metrics[metric])
 
 # %% ../../nbs/questions/13_new_sources.ipynb #767d09c3
 def rule_rows(split: Split, n_perm: int = 19999, seed: int = 0) -> pd.DataFrame:  # columns `RULES`
-    "How well every rule predicts, in every dimension."
-    n_boot, rows = len(split.found.values) - 1, []
+    "Prediction errors and correlations of every rule, in every dimension."
+    n_boot, rows = len(split.replicates.values) - 1, []
     plan = resampling(np.zeros(len(split.further), int), n_boot, n_perm, seed)
     rms = lambda error: float(np.sqrt(np.mean(error**2)))
     for metric in (KIND, *split.metrics):
@@ -143,29 +150,30 @@ def chosen_rules(rows: pd.DataFrame) -> pd.DataFrame:  # one row per dimension
 
 # %% ../../nbs/questions/13_new_sources.ipynb #8543de91
 def rule_text(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per rule: for each dimension ρ with its interval, q, and the error beside that of a
-    constant, in points."""
-    def cell(o: Any) -> str:
-        rho = interval_text(o.rho, o.ci_low, o.ci_high, "+", scale=1,
-                            digits=2) if not math.isnan(o.rho) else "–"
-        return f"{rho}, q {probability(o.q)}; {100 * o.error:.1f} ({100 * o.constant:.1f})"
-    names = [o if o == KIND else metric_label(o) for o in rows["metric"]]
-    text = rows.assign(text=[cell(o) for o in rows.itertuples()], metric=names)
+    """One line per rule: for each dimension ρ with its interval, q, and the error with a constant's
+    error, in points."""
+    def cell(row: Any) -> str:
+        rho = interval_text(row.rho, row.ci_low, row.ci_high, "+", scale=1,
+                            digits=2) if not math.isnan(row.rho) else "–"
+        return f"{rho}, q {probability(row.q)}; {100 * row.error:.1f} ({100 * row.constant:.1f})"
+    names = [metric if metric == KIND else metric_label(metric) for metric in rows["metric"]]
+    text = rows.assign(text=[cell(row) for row in rows.itertuples()], metric=names)
     return wide_table(text, ["metric"], ADDITIVE)
 
 # %% ../../nbs/questions/13_new_sources.ipynb #0251f2b7
 def chosen_note(rows: pd.DataFrame) -> str:
     "The rules that the first fifteen choose, and how they did."
     kind = rows[rows["metric"] == KIND].set_index("dimension")
-    about = lambda o: (
-        f"kind {100 * kind.loc[o.dimension, 'error']:.1f}, constant {100 * o.constant:.1f}"
+    about = lambda row: (
+        f"kind {100 * kind.loc[row.dimension, 'error']:.1f}, constant {100 * row.constant:.1f}"
     )
-    said = [
-        f"{o.dimension}: {metric_label(o.metric)}, ρ {o.rho:+.2f}, error {100 * o.error:.1f}"
-        f" ({about(o)})"
-        for o in chosen_rules(rows).itertuples()
+    sentences = [
+        f"{row.dimension}: {metric_label(row.metric)}, ρ {row.rho:+.2f},"
+        f" error {100 * row.error:.1f}"
+        f" ({about(row)})"
+        for row in chosen_rules(rows).itertuples()
     ]
-    return "Chosen on the first fifteen: " + "; ".join(said) + "."
+    return "Chosen on the first fifteen: " + "; ".join(sentences) + "."
 
 # %% ../../nbs/questions/13_new_sources.ipynb #e4c72f8a
 def unseen_message(best: pd.DataFrame  # from `chosen_rules`, by dimension
@@ -182,6 +190,22 @@ def unseen_message(best: pd.DataFrame  # from `chosen_rules`, by dimension
     rest = "; otherwise not significant" * (len(better) < len(DIMENSIONS))
     return f"Unseen sources: chosen metrics predict {listed(better)} retention{rest}"
 
+# %% ../../nbs/questions/13_new_sources.ipynb #76f316cf
+def _unseen_panel(ax: Axes, table: pd.DataFrame,  # from `predictions`
+                  kinds: dict[str, str],          # source → dimension
+                  ends: pd.DataFrame              # source → ci_low, ci_high
+                 ) -> None:
+    "Predicted against measured retention of the further sources, in one dimension."
+    for row in table.itertuples():
+        kind, (low, high) = kinds[row.source], 100 * ends.loc[row.source].to_numpy(float)
+        colour = colour_of(kind)
+        ax.hlines(100 * row.predicted, low, high, color=colour, linewidth=0.8)
+        ax.plot(100 * row.value, 100 * row.predicted, MARKERS[kind], color=colour, markersize=4)
+    both = 100 * table[["predicted", "value"]].to_numpy()
+    ends_of_line = both.min(), both.max()
+    ax.plot(ends_of_line, ends_of_line, color="0.5", linewidth=0.8, zorder=0)
+    ax.set_xlabel("measured, %")
+
 # %% ../../nbs/questions/13_new_sources.ipynb #1602690e
 def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
                   note: str = "") -> Figure:
@@ -189,27 +213,15 @@ def unseen_figure(split: Split, rows: pd.DataFrame,  # from `rule_rows`
     choose."""
     check_rows(rows, "rules")
     best = chosen_rules(rows).set_index("dimension")
-    ends = effects(split.found, DIMENSIONS).set_index(["strategy", "dimension"])
+    ends = effects(split.replicates, DIMENSIONS).set_index(["dimension", "strategy"])
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.5), layout="constrained")
     for ax, d in zip(axes, DIMENSIONS):
-        table = predictions(split, best.loc[d, "metric"], d)
-        for o in table.itertuples():
-            kind = split.kinds[o.source]
-            low, high = ends.loc[(o.source, d), ["ci_low", "ci_high"]]
-            ax.hlines(
-                100 * o.predicted, 100 * low, 100 * high, color=colour_of(kind), linewidth=0.8
-            )
-            ax.plot(
-                100 * o.value, 100 * o.predicted, MARKERS[kind], color=colour_of(kind), markersize=4
-            )
-        both = 100 * table[["predicted", "value"]].to_numpy()
-        ax.plot(
-            [both.min(), both.max()], [both.min(), both.max()], color="0.5", linewidth=0.8, zorder=0
-        )
-        ax.set_title(f"{d}\n{metric_label(best.loc[d, 'metric'])}", fontsize=8)
-        ax.set_xlabel("measured, %")
+        metric = best.loc[d, "metric"]
+        _unseen_panel(ax, predictions(split, metric, d), split.kinds,
+                      ends.loc[d][["ci_low", "ci_high"]])
+        ax.set_title(f"{d}\n{metric_label(metric)}", fontsize=8)
     axes[0].set_ylabel("predicted, %")
-    legend_above(figure, {split.kinds[o] for o in split.further})
+    legend_above(figure, {split.kinds[source] for source in split.further})
     headline(figure, unseen_message(best))
     about = (
         f"Lines frozen on {len(split.first)} sources, asked for {len(split.further)} others. Bars:"

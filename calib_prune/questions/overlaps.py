@@ -23,14 +23,14 @@ from ..study.results import Result
 # %% ../../nbs/questions/03_overlaps.ipynb #87619af4
 def without_overlaps(study: dict[str, Result], audit: Audit) -> dict[str, Result]:
     "A study without the items that any audited source gives away."
-    dense, found = study["dense"].items, {}
+    dense, cleaned = study["dense"].items, {}
     places = drop_overlapping(dense.assign(place=range(len(dense))), audit, audit.sources)["place"]
     for name, r in study.items():
         alike = same_rows(r.items, dense)
         items = r.items.iloc[places].reset_index(
             drop=True) if alike else drop_overlapping(r.items, audit, audit.sources)
-        found[name] = replace(r, items=items)
-    return found
+        cleaned[name] = replace(r, items=items)
+    return cleaned
 
 # %% ../../nbs/questions/03_overlaps.ipynb #3de4bb79
 def given_away(study: dict[str, Result], audit: Audit) -> pd.DataFrame:  # source, task, item, …
@@ -42,27 +42,29 @@ def given_away(study: dict[str, Result], audit: Audit) -> pd.DataFrame:  # sourc
 NUMBERS = ["retention", "ci_low", "ci_high", "n_items"]
 OVERLAP_ROWS = [
     "strategy", *COORDINATES, "dimension", "draws", "noise", *NUMBERS,
-    *(f"clean_{o}" for o in NUMBERS)]
+    *(f"clean_{column}" for column in NUMBERS)]
 
 def overlap_retention(whole: Measured, audit: Audit, wanted: list[Cell],
                       # columns `OVERLAP_ROWS`
                       n_boot: int | None = None, seed: int = 0) -> pd.DataFrame:
-    "What affected strategies keep on all items, and on those that no source overlaps."
+    "Retention of strategies with overlaps on all items, and on the items without an overlap."
     if lacking(whole.study): return pd.DataFrame(columns=OVERLAP_ROWS)
     clean = bootstrap_study(
-        whole.preset, without_overlaps(whole.study, audit), n_boot, seed, whole.found.measure
+        whole.preset, without_overlaps(whole.study, audit), n_boot, seed, whole.replicates.measure
     )
     at = ["strategy", *COORDINATES, "dimension"]
     every, without = (
-        effects(select_cells(o, wanted).found).rename(columns={"value": "retention"})
-        for o in (whole, clean)
+        effects(select_cells(measured, wanted).replicates).rename(columns={"value": "retention"})
+        for measured in (whole, clean)
     )
-    without = without[[*at, *NUMBERS]].rename(columns={o: f"clean_{o}" for o in NUMBERS})
+    without = without[[*at, *NUMBERS]].rename(
+        columns={column: f"clean_{column}" for column in NUMBERS}
+    )
     both = every[[*at, "mix", "draws", "noise", *NUMBERS]].merge(without, on=at)
     hit = set(given_away(whole.study, audit)["source"])
     # written text is audited under its strategy's name
-    used = [{o.strategy, *parse_mix(o.mix)} for o in both.itertuples()]
-    affected = pd.Series([bool(hit & o) for o in used], both.index)
+    used = [{row.strategy, *parse_mix(row.mix)} for row in both.itertuples()]
+    affected = pd.Series([bool(hit & sources) for sources in used], both.index)
     affected &= both["dimension"].isin(ADDITIVE)
     return both.loc[affected & (both["n_items"] > both["clean_n_items"]), OVERLAP_ROWS].reset_index(
         drop=True
@@ -75,10 +77,10 @@ def overlap_grid(table: pd.DataFrame  # from `overlap_retention`
     if table.empty:
         return status("No scored item overlaps a source of any strategy that was pruned.")
     text = [
-        f"{interval_text(o.retention, o.ci_low, o.ci_high)} → "
-        f"{interval_text(o.clean_retention, o.clean_ci_low, o.clean_ci_high)}"
-        for o in table.itertuples()
+        f"{interval_text(row.retention, row.ci_low, row.ci_high)} → "
+        f"{interval_text(row.clean_retention, row.clean_ci_low, row.clean_ci_high)}"
+        for row in table.itertuples()
     ]
-    setting = [setting_label(o) for o in table.to_dict("records")]
+    setting = [setting_label(row) for row in table.to_dict("records")]
     shown = table.assign(text=text, setting=setting)
     return wide_table(shown, ["setting", "strategy"], table["dimension"].unique())

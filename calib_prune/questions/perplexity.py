@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..calibration.sources import SOURCES
@@ -36,11 +37,11 @@ from ..style import MARKERS, colour_of
 # %% ../../nbs/questions/12_perplexity.ipynb #56fbc8f7
 def thirds_of(preset: dict[str, Any]) -> pd.DataFrame:  # strategy, source, third
     "The strategies that are thirds of a source."
-    found = {k: protocol_of(mix) for k, mix in preset["strategies"].items()}
+    protocols = {k: protocol_of(mix) for k, mix in preset["strategies"].items()}
     rows = [
-        dict(strategy=k, source=o[1]["source"], third=o[1]["third"])
-        for k, o in found.items()
-        if o and o[0] == "third"
+        dict(strategy=k, source=value[1]["source"], third=value[1]["third"])
+        for k, value in protocols.items()
+        if value and value[0] == "third"
     ]
     return pd.DataFrame(rows, columns=["strategy", "source", "third"])
 
@@ -50,19 +51,21 @@ BALANCE = "fact", "before", "after"
 # %% ../../nbs/questions/12_perplexity.ipynb #79a54790
 def bytes_note(texts: pd.DataFrame  # from `third_facts`
               ) -> str:             # empty before both thirds of a source are there
-    """How many more bytes a token of the high third has than one of the low third, from draw to
-    draw."""
+    """Bytes per token of the high tercile compared with the low tercile, in percent, as a range
+    over draws."""
     wide = texts.pivot(index=["source", "seed"], columns="third", values="bytes_per_token").reindex(
         columns=list(THIRDS)
     )
     more = 100 * (wide[THIRDS[-1]] / wide[THIRDS[0]] - 1).dropna()
     ends = more.groupby("source").agg(["min", "max"])
-    said = [
-        f"{o} {ends['min'][o]:+.0f} to {ends['max'][o]:+.0f} %"
-        for o in dict.fromkeys(texts["source"])
-        if o in ends.index
+    ranges = [
+        f"{source} {ends['min'][source]:+.0f} to {ends['max'][source]:+.0f} %"
+        for source in dict.fromkeys(texts["source"])
+        if source in ends.index
     ]
-    return f"Bytes per token, high compared with low tercile: {', '.join(said)}." if said else ""
+    return (
+        f"Bytes per token, high compared with low tercile: {', '.join(ranges)}." if ranges else ""
+    )
 
 # %% ../../nbs/questions/12_perplexity.ipynb #ec2880d2
 def third_facts(preset: dict[str, Any], folder: str | Path  # of the study's results
@@ -70,10 +73,10 @@ def third_facts(preset: dict[str, Any], folder: str | Path  # of the study's res
     """Perplexity and bytes per token of each text, and standardised differences between the high
     and the low third."""
     texts, balances = [], []
-    for o in thirds_of(preset).itertuples():
-        for seed in seeds_of(preset, o.strategy):
+    for entry in thirds_of(preset).itertuples():
+        for seed in seeds_of(preset, entry.strategy):
             path = Path(
-                folder, "generated", Path(mix_of(preset, o.strategy, seed)).name
+                folder, "generated", Path(mix_of(preset, entry.strategy, seed)).name
             ).with_suffix(".report.json")
             if not path.is_file(): continue
             report = load_json(path, balance=list, tokens=int, perplexity=float)
@@ -81,10 +84,12 @@ def third_facts(preset: dict[str, Any], folder: str | Path  # of the study's res
                 len(row["text"].encode())
                 for row in read_jsonl(path.with_suffix("").with_suffix(".jsonl"))
             )
-            texts.append((o.source, o.third, seed, report["perplexity"], size / report["tokens"]))
-            if o.third != THIRDS[0]: continue  # all three say the same
+            texts.append(
+                (entry.source, entry.third, seed, report["perplexity"], size / report["tokens"])
+            )
+            if entry.third != THIRDS[0]: continue  # all three say the same
             for b in report["balance"]:
-                balances.append(dict(source=o.source, seed=seed, **{k: b[k] for k in BALANCE}))
+                balances.append(dict(source=entry.source, seed=seed, **{k: b[k] for k in BALANCE}))
     return (pd.DataFrame(texts, columns=THIRD_FACTS),
             pd.DataFrame(balances, columns=["source", "seed", *BALANCE]))
 
@@ -93,7 +98,7 @@ MEAN = "mean of the sources"
 
 def third_contrasts(preset: dict[str, Any], cells: Replicates  # one row per cell, of one setting
                    ) -> Replicates:  # one row per source, their mean below; the strategy names it
-    "The high third less the low third of the same draw, mean over draws."
+    "The high tercile minus the low tercile of the same draw, mean over draws."
     thirds = thirds_of(preset).set_index("strategy")
     mine = cells.rows(cells.cells["strategy"].isin(thirds.index))
     about = thirds.reindex(mine.cells["strategy"]).reset_index(drop=True)
@@ -106,13 +111,13 @@ def third_contrasts(preset: dict[str, Any], cells: Replicates  # one row per cel
 # %% ../../nbs/questions/12_perplexity.ipynb #207c9ee2
 EFFECTS = ["source", "dimension", "value", "ci_low", "ci_high", "draws"]
 
-def third_effects(found: Replicates,  # from `third_contrasts`
+def third_effects(replicates: Replicates,  # from `third_contrasts`
                   # over the dimensions of a row, without the total? else each interval by itself
                   simultaneous: bool = False
                  ) -> pd.DataFrame:   # columns `EFFECTS`; fractions
-    "The high third less the low third."
+    "Effects of the high tercile minus the low tercile."
     outcomes, together = (DIMENSIONS, ["strategy"]) if simultaneous else (ADDITIVE, None)
-    table = simultaneous_ends(effects(found, outcomes, together))
+    table = simultaneous_ends(effects(replicates, outcomes, together))
     return table.rename(columns={"strategy": "source"})[EFFECTS]
 
 # %% ../../nbs/questions/12_perplexity.ipynb #b6573b73
@@ -131,17 +136,18 @@ def effect_verdict(effects: pd.DataFrame, dimension: str  # from `third_effects`
 
 # %% ../../nbs/questions/12_perplexity.ipynb #390749fe
 def effect_text(effects: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
-    "One line per source: perplexities of the thirds, and the high one less the low one."
+    "One line per source: perplexities of the terciles, and the difference of high and low."
     mean = texts.groupby(["source", "third"], sort=False)["perplexity"].agg(
-        lambda o: np.exp(np.log(o).mean())
+        lambda values: np.exp(np.log(values).mean())
     )
     lines = []
     for source, mine in effects.groupby("source", sort=False):
         shown = {t: f"{mean[source, t]:.1f}" if (source, t) in mean.index else "" for t in THIRDS}
-        said = {
-            o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()
+        effects_text = {
+            row.dimension: interval_text(row.value, row.ci_low, row.ci_high, "+")
+            for row in mine.itertuples()
         }
-        lines.append(dict(source=source, **shown, **said, draws=mine["draws"].iloc[0]))
+        lines.append(dict(source=source, **shown, **effects_text, draws=mine["draws"].iloc[0]))
     verdicts = {d: effect_verdict(effects, d) for d in (*DIMENSIONS, "Total")}
     return pd.DataFrame(
         [*lines, dict(source="perplexity", **dict.fromkeys(THIRDS, ""), **verdicts, draws="")]
@@ -160,12 +166,27 @@ def balance_text(balances: pd.DataFrame) -> pd.DataFrame:  # source, then one co
 # %% ../../nbs/questions/12_perplexity.ipynb #d28bf29b
 THIRD_ROWS = ["source", "third", "perplexity", "dimension", "value", "ci_low", "ci_high"]
 
-def third_rows(preset: dict[str, Any], found: Replicates, texts: pd.DataFrame
+def third_rows(preset: dict[str, Any], replicates: Replicates, texts: pd.DataFrame
               ) -> pd.DataFrame:  # columns `THIRD_ROWS`
     "Retention and perplexity of each tercile."
-    mean = texts.groupby(["source", "third"])["perplexity"].agg(lambda o: np.exp(np.log(o).mean()))
+    mean = texts.groupby(["source", "third"])["perplexity"].agg(
+        lambda values: np.exp(np.log(values).mean())
+    )
     about = thirds_of(preset).merge(mean.reset_index(), on=["source", "third"])
-    return about.merge(effects(found, ADDITIVE), on="strategy")[THIRD_ROWS]
+    return about.merge(effects(replicates, ADDITIVE), on="strategy")[THIRD_ROWS]
+
+# %% ../../nbs/questions/12_perplexity.ipynb #bf8d39b1
+def _third_panel(ax: Axes, mine: pd.DataFrame, dimension: str) -> None:
+    "Retention of one dimension against perplexity, a line per source."
+    for source, line in mine.groupby("source", sort=False):
+        kind, line = SOURCES[source].dimension, line.sort_values("perplexity")
+        look = dict(fmt=f"{MARKERS[kind]}-", color=colour_of(kind), label=source)
+        error_bars(ax, line["perplexity"], line, markersize=4, linewidth=1, **look)
+    ax.set(title=dimension, xlabel="perplexity of the text", xscale="log")
+    low, high = 0.8 * mine["perplexity"].min(), 1.2 * mine["perplexity"].max()
+    ticks = [2**k for k in range(1, 9) if low < 2**k < high]
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
 
 # %% ../../nbs/questions/12_perplexity.ipynb #15c33c8a
 def third_figure(rows: pd.DataFrame,  # from `third_rows`
@@ -173,53 +194,31 @@ def third_figure(rows: pd.DataFrame,  # from `third_rows`
                  note: str = "") -> Figure:
     "Retention against perplexity within each source."
     check_rows(rows, "thirds of sources")
-    sources = list(dict.fromkeys(rows["source"]))
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(WIDTH, 2.5), layout="constrained")
-    kinds = {o: SOURCES[o].dimension for o in sources}
-    for ax, d in zip(axes, DIMENSIONS):
-        for source, kind in kinds.items():
-            mine = rows[(rows["dimension"] == d) & (rows["source"] == source)].sort_values(
-                "perplexity"
-            )
-            look = dict(fmt=f"{MARKERS[kind]}-", color=colour_of(kind), label=source)
-            error_bars(ax, mine["perplexity"], mine, markersize=4, linewidth=1, **look)
-        ax.set(title=d, xlabel="perplexity of the text", xscale="log")
-        ticks = [
-            2**k
-            for k in range(1, 9)
-            if rows["perplexity"].min() * 0.8 < 2**k < rows["perplexity"].max() * 1.2
-        ]
-        ax.set_xticks(ticks, map(str, ticks))
-        ax.minorticks_off()
+    for ax, d in zip(axes, DIMENSIONS): _third_panel(ax, rows[rows["dimension"] == d], d)
     axes[0].set_ylabel("retention, %")
     figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncol=len(sources),
-        fontsize=8,
+        *axes[0].get_legend_handles_labels(), loc="outside upper center",
+        ncol=rows["source"].nunique(), fontsize=8
     )
     headline(figure, third_message(effects))
-    said = (
-        "Perplexity terciles of one source, matched as far as possible (T13). "
-    )
-    said += (
-        "Title: mean of the sources, high − low, intervals simultaneous over the dimensions."
-    )
-    return annotate(figure, f"{said} {note}")
+    caption = "Perplexity terciles of one source, matched as far as possible (T13). "
+    caption += "Title: mean of the sources, high − low, intervals simultaneous over the dimensions."
+    return annotate(figure, f"{caption} {note}")
 
 # %% ../../nbs/questions/12_perplexity.ipynb #b5cb7b10
 def third_message(effects: pd.DataFrame  # simultaneous
                  ) -> str:
-    "What the experiment shows, in one sentence."
+    "A title: the result of the experiment."
     mean = effects[effects["source"] == MEAN].set_index("dimension")
     moved = [d for d in DIMENSIONS if effect_verdict(effects, d) == "moves"]
     if len(moved) == 1:
-        o = mean.loc[moved[0]]
-        said = interval_text(o["value"], o["ci_low"], o["ci_high"], "+")
-        return f"Higher perplexity within a source: {moved[0]} {said} points".replace("-", "−")
+        moved_row = mean.loc[moved[0]]
+        text = interval_text(moved_row["value"], moved_row["ci_low"], moved_row["ci_high"], "+")
+        return f"Higher perplexity within a source: {moved[0]} {text} points".replace("-", "−")
     if moved:
-        said = ", ".join(f"{d} {100 * mean.loc[d, 'value']:+.1f}" for d in moved)
-        return f"Higher perplexity within a source: {said} points".replace("-", "−")
+        text = ", ".join(f"{d} {100 * mean.loc[d, 'value']:+.1f}" for d in moved)
+        return f"Higher perplexity within a source: {text} points".replace("-", "−")
     still = [d for d in DIMENSIONS if effect_verdict(effects, d) == "does not move"]
     if still:
         return (
@@ -234,32 +233,39 @@ def far_effects(effects: pd.DataFrame,  # from `third_effects`
                 rows: pd.DataFrame,     # from `third_rows`
                 start: str = "codeio", end: str = "wikipedia"  # sources
                ) -> pd.DataFrame:       # columns `FAR_ROWS`; fractions
-    """What each effect would come to over the distance between two sources, and what the two really
-    differ by."""
+    """Each effect extrapolated to the perplexity distance between two sources, and the measured
+    difference of the sources."""
     perplexity = rows.pivot_table(index="source", columns="third", values="perplexity")
     step = np.log(perplexity[THIRDS[-1]] / perplexity[THIRDS[0]])
     step[MEAN] = step.mean()
     apart = np.log(perplexity[THIRDS[1]][end] / perplexity[THIRDS[1]][start])
-    kept = rows[rows["third"] == THIRDS[1]].pivot_table(
+    middle = rows[rows["third"] == THIRDS[1]].pivot_table(
         index="source", columns="dimension", values="value"
     )
-    found = []
-    for o in effects.itertuples():
-        times = apart / step[o.source]
-        found.append(
-            (o.source, o.dimension, times, *(times * np.array([o.value, o.ci_low, o.ci_high])),
-             kept[o.dimension][end] - kept[o.dimension][start]))
-    return pd.DataFrame(found, columns=FAR_ROWS)
+    far = []
+    for row in effects.itertuples():
+        times = apart / step[row.source]
+        far.append(
+            (
+                row.source,
+                row.dimension,
+                times,
+                *(times * np.array([row.value, row.ci_low, row.ci_high])),
+                middle[row.dimension][end] - middle[row.dimension][start],
+            )
+        )
+    return pd.DataFrame(far, columns=FAR_ROWS)
 
 # %% ../../nbs/questions/12_perplexity.ipynb #88143904
 def far_text(far: pd.DataFrame) -> pd.DataFrame:  # from `far_effects`
-    "One line per effect, and what the two sources differ by, in points."
+    "One line per effect, and the measured difference of the two sources, in points."
     lines = []
     for effect, mine in far.groupby("effect", sort=False):
-        said = {
-            o.dimension: interval_text(o.value, o.ci_low, o.ci_high, "+") for o in mine.itertuples()
+        texts = {
+            row.dimension: interval_text(row.value, row.ci_low, row.ci_high, "+")
+            for row in mine.itertuples()
         }
-        lines.append({"effect from": effect, "times": f"{mine['times'].iloc[0]:.1f}", **said})
+        lines.append({"effect from": effect, "times": f"{mine['times'].iloc[0]:.1f}", **texts})
     differ = 100 * far.drop_duplicates("dimension").set_index("dimension")["differ"]
     lines.append(
         {"effect from": "measured between the two", "times": "", **differ.map("{:+.1f}".format)}

@@ -37,12 +37,14 @@ def prompt_gain_rows(study: dict[str, Result], n_boot: int = N_BOOT, seed: int =
                     ) -> pd.DataFrame:  # columns `GAIN_ROWS`
     """The prompt gain of every strategy in every setting, the dense model first; none for rows
     without swapped prompts."""
-    results = [o for o in study.values() if (o.items["metric"] == "swapped_bits").any()]
+    results = [
+        result for result in study.values() if (result.items["metric"] == "swapped_bits").any()
+    ]
     if not results: return pd.DataFrame(columns=GAIN_ROWS)
     groups, rows = {}, []
-    for i, o in enumerate(results):
-        groups.setdefault(tuple(o.record[k] for k in GAIN_ROWS[:4]), []).append(i)
-    gains, sizes = prompt_gain_replicates([o.items for o in results], n_boot, seed)
+    for i, made in enumerate(results):
+        groups.setdefault(tuple(made.record[k] for k in GAIN_ROWS[:4]), []).append(i)
+    gains, sizes = prompt_gain_replicates([result.items for result in results], n_boot, seed)
     for where, members in groups.items():
         for d, replicates in gains.items():
             ends = estimate(replicates[:, members].mean(1))
@@ -54,37 +56,39 @@ def gain_lines(rows: pd.DataFrame  # from `prompt_gain_rows`
               ) -> pd.DataFrame:
     "One line per strategy and setting, in percent."
     text = [
-        f"{100 * o.value:.0f} [{100 * o.ci_low:.0f}, {100 * o.ci_high:.0f}]"
-        for o in rows.itertuples()
+        f"{100 * row.value:.0f} [{100 * row.ci_low:.0f}, {100 * row.ci_high:.0f}]"
+        for row in rows.itertuples()
     ]
     about = rows.assign(
         text=text,
-        method=rows["method"].map(lambda o: method_label(o) if o else ""),
+        method=rows["method"].map(lambda method: method_label(method) if method else ""),
         sparsity=rows["sparsity"].map(sparsity_label),
     )
     return wide_table(about, ["strategy", "method", "sparsity", "windows", "draws"], DIMENSIONS)
+
+# %% ../../nbs/questions/09_prompt_gain.ipynb #40ba325a
+def _shown_gains(rows: pd.DataFrame, strategies: list[str], method: str) -> pd.DataFrame:
+    "The rows of one method at one size of the calibration set, the most frequent size."
+    shares = rows[(rows["method"] == method) & rows["strategy"].isin(strategies)]
+    shares = shares[shares["windows"].isin(shares["windows"].mode()[:1])]
+    return shares[[parse_sparsity(sparsity)[1] is None for sparsity in shares["sparsity"]]]
 
 # %% ../../nbs/questions/09_prompt_gain.ipynb #03c873d2
 def gain_figure(rows: pd.DataFrame,  # from `prompt_gain_rows`
                 strategies: list[str], method: str = "sparsegpt", note: str = "") -> Figure:
     "Prompt gain against sparsity, one panel per strategy, the dense model at 0."
-    shares = rows[(rows["method"] == method) & rows["strategy"].isin(strategies)]
-    # one size of the calibration set: that of most rows
-    shares = shares[shares["windows"].isin(shares["windows"].mode()[:1])]
-    shares = shares[[parse_sparsity(o)[1] is None for o in shares["sparsity"]]]
+    shares = _shown_gains(rows, strategies, method)
     check_rows(shares, "prompt gains")
     check_rows(rows[rows["strategy"] == "dense"], "the dense model's prompt gains")
-    names = [o for o in strategies if o in set(shares["strategy"])]
+    names = [strategy for strategy in strategies if strategy in set(shares["strategy"])]
     dense = rows[rows["strategy"] == "dense"].assign(sparsity=0.0)
     figure, axes = plt.subplots(
         1, len(names), figsize=(WIDTH, 2.9), layout="constrained", squeeze=False, sharey=True
     )
     for ax, name in zip(axes[0], names):
         for d in DIMENSIONS:
-            mine = pd.concat([
-                dense[dense["dimension"] == d],
-                shares[(shares["strategy"] == name) & (shares["dimension"] == d)]])
-            mine = mine.sort_values("sparsity")
+            mine = pd.concat([dense, shares[shares["strategy"] == name]])
+            mine = mine[mine["dimension"] == d].sort_values("sparsity")
             look = dict(color=DIMENSION_COLOURS[d], marker=MARKERS[d], label=d)
             error_bars(ax, 100 * mine["sparsity"], mine, markersize=4.5, linewidth=1.2, **look)
         ax.axhline(0, color="0.4", linewidth=0.8)
@@ -103,16 +107,16 @@ def gain_figure(rows: pd.DataFrame,  # from `prompt_gain_rows`
 def gain_change(rows: pd.DataFrame,    # from `prompt_gain_rows`
                 shares: pd.DataFrame,  # of one method
                 strategy: str) -> str:
-    """In how many dimensions the prompt gain at the highest sparsity is below the dense model's: by
+    """Number of dimensions whose prompt gain at the highest sparsity is below the dense model's, by
     intervals that do not overlap."""
     mine = shares[
         (shares["strategy"] == strategy) & (shares["sparsity"] == shares["sparsity"].max())
     ]
     dense = rows[rows["strategy"] == "dense"].set_index("dimension").loc[mine["dimension"]]
     below = int((mine["ci_high"].to_numpy() < dense["ci_low"].to_numpy()).sum())
-    said = (
+    ending = (
         f"below the dense model's in {below} of {len(mine)} dimensions"
         if below
         else "95% intervals overlap the dense model's"
     )
-    return f"Prompt gain, {sparsity_label(mine['sparsity'].iloc[0])} ({strategy}): {said}"
+    return f"Prompt gain, {sparsity_label(mine['sparsity'].iloc[0])} ({strategy}): {ending}"

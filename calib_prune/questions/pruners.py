@@ -45,7 +45,7 @@ BASE = "sparsegpt"
 
 def gains(whole: Measured, base: str = BASE
          ) -> Replicates:  # one row per cell of another method that has its counterpart
-    "Retention with each method less the base method's with the same calibration windows."
+    "Retention with each method minus the base method, on the same calibration windows."
     cells = whole.cells
     first = (cells.cells["method"] == base).to_numpy(bool)
     return contrasts(cells, ~first, first, ["strategy", "seed", "sparsity", "windows"])
@@ -53,23 +53,24 @@ def gains(whole: Measured, base: str = BASE
 # %% ../../nbs/questions/07_pruners.ipynb #1e55cff3
 GAINS = ["sparsity", "method", "strategy", "dimension", "value", "ci_low", "ci_high", "draws"]
 
-def method_effects(found: Replicates  # by strategy, from `strategy_retention`
+def method_effects(replicates: Replicates  # by strategy, from `strategy_retention`
                   ) -> pd.DataFrame:  # columns `GAINS`; fractions
-    "By sparsity and method: each strategy, their mean, and of two the first less the second."
-    rows = with_means(found, ["sparsity", "method"], fewest=1, between=True)
+    """Rows by sparsity and method: each strategy, their mean, and for two strategies their
+    difference."""
+    rows = with_means(replicates, ["sparsity", "method"], fewest=1, between=True)
     return effects(rows, ADDITIVE)[GAINS].astype({"sparsity": object})  # numbers and patterns
 
 # %% ../../nbs/questions/07_pruners.ipynb #40e76b70
 def gain_rows(whole: Measured, base: str = BASE) -> pd.DataFrame:  # columns `GAINS`
     "Gains over the base method."
-    found = gains(whole, base)
-    if found.cells.empty: return pd.DataFrame(columns=GAINS)
-    return method_effects(strategy_retention(found))
+    gained = gains(whole, base)
+    if gained.cells.empty: return pd.DataFrame(columns=GAINS)
+    return method_effects(strategy_retention(gained))
 
 # %% ../../nbs/questions/07_pruners.ipynb #e760d70a
 def method_rows(whole: Measured) -> pd.DataFrame:  # columns `GAINS`
-    "What each method kept."
-    return method_effects(whole.found)
+    "Retention with each method."
+    return method_effects(whole.replicates)
 
 # %% ../../nbs/questions/07_pruners.ipynb #9699d72b
 COSTS = ["sparsity", "method", "seconds", "times", "peak_gib", "error", "perplexity"]
@@ -77,28 +78,27 @@ COSTS = ["sparsity", "method", "seconds", "times", "peak_gib", "error", "perplex
 def _of_study(study: dict[str, Result]) -> pd.DataFrame:
     "Time, memory, error and perplexity of pruned models, from their records."
     rows = []
-    for o in study.values():
-        if not o.record["method"]: continue
-        perplexities = o.rows[o.rows["metric"] == "perplexity per token"]["score"]
-        rows.append({k: o.record[k] for k in ("strategy", "seed", "sparsity", "method")}
-                    | dict(processor=o.record.get("processor", ""),
-                           threads=o.record.get("threads", 0),
-                           seconds=o.seconds["pruning"],
-                           peak_gib=o.record.get("peak_gib", np.nan),
-                           error=o.record.get("mean_error", np.nan),
+    for result in study.values():
+        if not result.record["method"]: continue
+        perplexities = result.rows[result.rows["metric"] == "perplexity per token"]["score"]
+        rows.append({k: result.record[k] for k in ("strategy", "seed", "sparsity", "method")}
+                    | dict(processor=result.record.get("processor", ""),
+                           threads=result.record.get("threads", 0),
+                           seconds=result.seconds["pruning"],
+                           peak_gib=result.record.get("peak_gib", np.nan),
+                           error=result.record.get("mean_error", np.nan),
                            perplexity=perplexities.iloc[0] if len(perplexities) else np.nan))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/questions/07_pruners.ipynb #3ba78735
 def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # columns `COSTS`
-    """Medians by sparsity and method; `times` the base method's seconds, pair by pair, on
-    processors of one kind (NaN if none);
-    perplexity as a geometric mean."""
-    found, on = _of_study(study), ["strategy", "seed", "sparsity", "processor", "threads"]
-    if found.empty: return pd.DataFrame(columns=COSTS)
-    bases = found[found["method"] == base].set_index(on)["seconds"]
-    found["times"] = (
-        found["seconds"].to_numpy() / bases.reindex(pd.MultiIndex.from_frame(found[on])).to_numpy()
+    """Medians by sparsity and method. `times` is the ratio to the base method's seconds, pair by
+    pair, on processors of one kind (NaN without pairs); perplexity is a geometric mean."""
+    costs, on = _of_study(study), ["strategy", "seed", "sparsity", "processor", "threads"]
+    if costs.empty: return pd.DataFrame(columns=COSTS)
+    bases = costs[costs["method"] == base].set_index(on)["seconds"]
+    costs["times"] = (
+        costs["seconds"].to_numpy() / bases.reindex(pd.MultiIndex.from_frame(costs[on])).to_numpy()
     )
     rows = [
         dict(sparsity=sparsity,
@@ -106,42 +106,48 @@ def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # co
              perplexity=float(np.exp(np.log(mine["perplexity"]).mean())),
              error=mine["error"].mean(),
              **{k: mine[k].median() for k in ("seconds", "times", "peak_gib")})
-        for (sparsity, method), mine in found.groupby(["sparsity", "method"], sort=False)]
+        for (sparsity, method), mine in costs.groupby(["sparsity", "method"], sort=False)]
     return pd.DataFrame(rows, columns=COSTS).astype({"sparsity": object})
 
+# %% ../../nbs/questions/07_pruners.ipynb #d310526b
+def _named_sets(mine: pd.DataFrame, sets: list[str]) -> str:
+    "Calibration sets of a method in brackets, if the method lacks some; otherwise empty."
+    there = [strategy for strategy in sets if strategy in set(mine["strategy"])]
+    if len(there) == len(sets): return ""
+    few = len(there) <= 3
+    return f" ({', '.join(there)} alone)" if few else f" ({len(there)} of {len(sets)} sets)"
+
+# %% ../../nbs/questions/07_pruners.ipynb #4f98a78d
+def _in_blocks(table: pd.DataFrame) -> pd.DataFrame:
+    "The rows sparsity by sparsity, in the order of first appearance."
+    rank = {sparsity: i for i, sparsity in enumerate(dict.fromkeys(table["sparsity"]))}
+    return table.sort_values("sparsity", key=lambda column: column.map(rank), kind="stable")
+
 # %% ../../nbs/questions/07_pruners.ipynb #cf01e7e7
-def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """One line per sparsity and method. With one draw per calibration set an interval is over items
+def pruner_text(retention: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """One line per sparsity and method. With one draw per calibration set, intervals are over items
     only."""
     about, lines = costs.set_index(["sparsity", "method"]), []
-    # blocks of a preset may mix them
-    rank = {o: i for i, o in enumerate(dict.fromkeys(kept["sparsity"]))}
-    kept = kept.sort_values("sparsity", key=lambda o: o.map(rank), kind="stable")
-    gains_of = {
-        (o.sparsity, o.method, o.strategy): o
-        for o in gained[gained["dimension"] == "Total"].itertuples()
-    }
-    sets = [o for o in dict.fromkeys(kept["strategy"]) if o != "mean" and " − " not in o]
-    for (sparsity, method), mine in kept.groupby(["sparsity", "method"], sort=False):
-        o = about.loc[(sparsity, method)]
+    retention = _in_blocks(retention)
+    means = gained[(gained["dimension"] == "Total") & (gained["strategy"] == "mean")]
+    gains_of = {(row.sparsity, row.method): row for row in means.itertuples()}
+    strategies = dict.fromkeys(retention["strategy"])
+    sets = [name for name in strategies if name != "mean" and " − " not in name]
+    for (sparsity, method), mine in retention.groupby(["sparsity", "method"], sort=False):
+        cost = about.loc[(sparsity, method)]
         cell = mine[mine["strategy"] == "mean"].set_index("dimension")
-        gain = gains_of.get((sparsity, method, "mean"))
-        said = interval_text(gain.value, gain.ci_low, gain.ci_high, "+") if gain else "–"
-        there = [o for o in sets if o in set(mine["strategy"])]
-        named = (
-            f"{', '.join(there)} alone" if len(there) <= 3 else f"{len(there)} of {len(sets)} sets"
-        )
-        only = f" ({named})" if len(there) < len(sets) else ""
+        gain = gains_of.get((sparsity, method))
+        text = interval_text(gain.value, gain.ci_low, gain.ci_high, "+") if gain else "–"
         lines.append(
             dict(sparsity=sparsity_label(sparsity),
-                 method=method_label(method) + only,
-                 error=f"{100 * o.error:.2f}",
-                 perplexity=f"{o.perplexity:.1f}",
+                 method=method_label(method) + _named_sets(mine, sets),
+                 error=f"{100 * cost.error:.2f}",
+                 perplexity=f"{cost.perplexity:.1f}",
                  **{d: f"{100 * cell.value[d]:.1f}" for d in ADDITIVE},
-                 gain=said,
+                 gain=text,
                  draws=gain.draws if gain else cell["draws"].min(),
-                 time="–" if np.isnan(o.times) else f"{o.times:.2f}×",
-                 memory=f"{o.peak_gib:.2f}"))
+                 time="–" if np.isnan(cost.times) else f"{cost.times:.2f}×",
+                 memory=f"{cost.peak_gib:.2f}"))
     return pd.DataFrame(lines).rename(columns=dict(error="error, %",
                                                    perplexity="held-out perplexity",
                                                    memory="GiB",
@@ -149,9 +155,11 @@ def pruner_text(kept: pd.DataFrame, gained: pd.DataFrame, costs: pd.DataFrame) -
 
 # %% ../../nbs/questions/07_pruners.ipynb #e05ad7ac
 def gain_text(gained: pd.DataFrame) -> pd.DataFrame:
-    "One line per sparsity, method and calibration set; then their mean and their difference."
+    "One line per sparsity, method and calibration set, then their mean and their difference."
     rows = gained.assign(
-        text=[interval_text(o.value, o.ci_low, o.ci_high, "+") for o in gained.itertuples()],
+        text=[
+            interval_text(row.value, row.ci_low, row.ci_high, "+") for row in gained.itertuples()
+        ],
         method=gained["method"].map(method_label),
         sparsity=gained["sparsity"].map(sparsity_label),
     )
@@ -163,9 +171,9 @@ def total_gains(whole: Measured, base: str = BASE
                ) -> pd.DataFrame:  # columns `GAINS`, one row per sparsity and method
     """Gains in total retention, means of the calibration sets, with intervals simultaneous over the
     methods of a sparsity."""
-    found = gains(whole, base)
-    if found.cells.empty: return pd.DataFrame(columns=GAINS)
-    means = with_means(strategy_retention(found), ["sparsity", "method"], fewest=1)
+    gained = gains(whole, base)
+    if gained.cells.empty: return pd.DataFrame(columns=GAINS)
+    means = with_means(strategy_retention(gained), ["sparsity", "method"], fewest=1)
     table = effects(means.where(strategy="mean"), ["Total"], together=["sparsity"])
     return simultaneous_ends(table)[GAINS].astype({"sparsity": object})
 
@@ -177,15 +185,15 @@ TIMES = (
 
 def totals(rows: pd.DataFrame, sparsity: Any  # columns `GAINS`
           ) -> pd.DataFrame:   # by method
-    "The totals of one sparsity, the mean of the calibration sets."
-    found = rows[(rows["sparsity"] == sparsity) & (rows["strategy"] == "mean") &
+    "Total retention at one sparsity, mean of the calibration sets."
+    means = rows[(rows["sparsity"] == sparsity) & (rows["strategy"] == "mean") &
                  (rows["dimension"] == "Total")]
-    return found.set_index("method")
+    return means.set_index("method")
 
 # %% ../../nbs/questions/07_pruners.ipynb #37da3585
 def chosen(whole: Measured, sparsity: Any = 0.6, base: str = BASE
           ) -> list[str]:  # methods, the affordable one first
-    "The methods that join the study; only those with the most draws are looked at."
+    "The methods that join the study; only methods with the most draws are candidates."
     gained = totals(gain_rows(whole, base), sparsity)
     gained = gained[gained["draws"] == gained["draws"].max()]["value"]
     if gained.empty: return []
@@ -196,7 +204,9 @@ def chosen(whole: Measured, sparsity: Any = 0.6, base: str = BASE
     )
     affordable, best = gained[times.reindex(gained.index) <= AFFORDABLE], gained.idxmax()
     first = affordable.idxmax() if len(affordable) and leads(affordable.idxmax(), base) else base
-    return [o for o in (first,) if o != base] + [best] * (best != first and leads(best, first))
+    return [method for method in (first,) if method != base] + [best] * (
+        best != first and leads(best, first)
+    )
 
 # %% ../../nbs/questions/07_pruners.ipynb #03b93292
 FAMILIES = {"plain": "o", "refined": "s", "reconstructed": "^", "allocated": "D"}
@@ -218,23 +228,30 @@ def _cost_panel(ax: Axes, points: pd.DataFrame, colours: dict[str, Any]) -> None
     ax.set(xscale="log", title=sparsity_label(points["sparsity"].iloc[0]))
     low, high = 0.9 * points["times"].min(), 1.1 * points["times"].max()
     ticks = [
-        o
-        for o in (0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 8, 12, 20)
-        if low <= o <= max(high, AFFORDABLE)
+        tick
+        for tick in (0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 5, 8, 12, 20)
+        if low <= tick <= max(high, AFFORDABLE)
     ]
-    ax.set_xticks(ticks, [f"{o:g}" for o in ticks])
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
 
 # %% ../../nbs/questions/07_pruners.ipynb #079e792d
 def _legend(figure: Figure, methods: Iterable[str], colours: dict[str, Any]) -> None:
-    "Colours of the methods and shapes of what is added to them."
-    used, families = {read_recipe(o).method for o in methods}, {_family(o) for o in methods}
+    "Colours for methods, shapes for additions to a method."
+    used, families = (
+        {read_recipe(method).method for method in methods},
+        {_family(method) for method in methods},
+    )
     line = lambda colour, marker, label: plt.Line2D(
         [], [], color=colour, marker=marker, linestyle="", label=label
     )
-    handles = [line(colours[o], "o", method_label(o)) for o in METHODS if o in used]
+    handles = [
+        line(colours[method], "o", method_label(method)) for method in METHODS if method in used
+    ]
     handles += [
-        line("0.4", marker, o) for o, marker in FAMILIES.items() if o in families and o != "plain"
+        line("0.4", marker, family)
+        for family, marker in FAMILIES.items()
+        if family in families and family != "plain"
     ]
     figure.legend(
         handles=handles,
@@ -247,16 +264,19 @@ def _legend(figure: Figure, methods: Iterable[str], colours: dict[str, Any]) -> 
 # %% ../../nbs/questions/07_pruners.ipynb #d5a911f3
 def gain_message(points: pd.DataFrame  # from `total_gains`, of one sparsity
                 ) -> str:
-    "How many methods have a significant gain over SparseGPT; which, if only one was compared."
+    """A title: the number of methods with a significant gain over SparseGPT, or the only compared
+    method."""
     signs, at = significant_sign(points["ci_low"], points["ci_high"]), sparsity_label(
         points["sparsity"].iloc[0]
     )
     if len(points) == 1 and signs.any():
         name, more = method_label(points["method"].iloc[0]), "higher" if signs[0] > 0 else "lower"
         return f"{name} has {more} total retention than SparseGPT at {at}"
-    said = f"{(signs > 0).sum()} of {len(points)} methods above SparseGPT"
-    if not signs.any(): said = "no method significantly different from SparseGPT"
-    return f"Total retention at {at}: {said}" + f", {(signs < 0).sum()} below" * bool(signs.any())
+    message = f"{(signs > 0).sum()} of {len(points)} methods above SparseGPT"
+    if not signs.any(): message = "no method significantly different from SparseGPT"
+    return f"Total retention at {at}: {message}" + f", {(signs < 0).sum()} below" * bool(
+        signs.any()
+    )
 
 # %% ../../nbs/questions/07_pruners.ipynb #f8f612b7
 def pruner_figure(total: pd.DataFrame,  # from `total_gains`
@@ -276,7 +296,7 @@ def pruner_figure(total: pd.DataFrame,  # from `total_gains`
     axes[0, 0].set_ylabel("total retention − SparseGPT, points")
     figure.supxlabel("time of pruning / SparseGPT's", fontsize=9)
     _legend(figure, points["method"], colours)
-    at = max(levels, key=lambda o: parse_sparsity(o)[0])
+    at = max(levels, key=lambda sparsity: parse_sparsity(sparsity)[0])
     headline(figure, gain_message(points[points["sparsity"] == at]))
     about = "95% intervals, paired and simultaneous over the methods of a sparsity."
     return annotate(

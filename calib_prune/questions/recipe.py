@@ -39,21 +39,21 @@ def recipe_label(recipe: Recipe) -> str:
     return f"{recipe[0]}, {method_label(recipe[1])}"
 
 # %% ../../nbs/questions/14_recipe.ipynb #defb2c53
-def known_recipes(found: Replicates) -> list[Recipe]:
-    "What a study has run, in its order."
-    return list(dict.fromkeys(zip(found.cells["strategy"], found.cells["method"])))
+def known_recipes(replicates: Replicates) -> list[Recipe]:
+    "The recipes of a study, in its order."
+    return list(dict.fromkeys(zip(replicates.cells["strategy"], replicates.cells["method"])))
 
 # %% ../../nbs/questions/14_recipe.ipynb #6b89480d
 LEADS = ["recipe", "over", "goal", "value", "ci_low", "ci_high", "all_low", "all_high"]
 
-def lead_rows(found: Replicates,  # of one sparsity
+def lead_rows(replicates: Replicates,  # of one sparsity
               pairs: Sequence[tuple[Recipe, Recipe]]  # one family
              ) -> pd.DataFrame:   # columns `LEADS`; fractions
-    """How much more the first of each pair keeps than the second, with intervals for each alone and
-    for all at once."""
-    at = {recipe: i for i, recipe in enumerate(known_recipes(found))}
+    """Retention of the first recipe of each pair minus the second, with single and simultaneous
+    intervals."""
+    at = {recipe: i for i, recipe in enumerate(known_recipes(replicates))}
     known = [(a, b) for a, b in pairs if {a, b} <= set(at)]
-    leads = row_differences(found, [at[a] for a, _ in known], [at[b] for _, b in known])
+    leads = row_differences(replicates, [at[a] for a, _ in known], [at[b] for _, b in known])
     names = [(recipe_label(a), recipe_label(b)) for a, b in known]
     leads = replace(leads, cells=pd.DataFrame(names, columns=["recipe", "over"]))
     table = effects(leads, list(GOALS), together=[])
@@ -65,14 +65,20 @@ def families(
 ) -> dict[str, list[tuple[Recipe, Recipe]]]:
     """The two questions: against today's use of the reference texts, and against them under the
     recipe's own method."""
-    return {"beside today's use": [(recipe, (o, base)) for o in references],
-            "what the text adds": [(recipe, (o, recipe[1])) for o in references if o != recipe[0]]}
+    return {
+        "beside today's use": [(recipe, (reference, base)) for reference in references],
+        "what the text adds": [
+            (recipe, (reference, recipe[1])) for reference in references if reference != recipe[0]
+        ],
+    }
 
 # %% ../../nbs/questions/14_recipe.ipynb #cfdd3d65
 def shared_tasks(study: dict[str, Result]) -> list[str]:
     "Tasks whose problems, or their wording, a source of the study's calibration text shares."
     used = {
-        o for r in study.values() for o in (r.record.get("calibration") or {}).get("counts", {})
+        source
+        for r in study.values()
+        for source in (r.record.get("calibration") or {}).get("counts", {})
     }
     scored = dict.fromkeys(t for r in study.values() for t in r.items["task"].unique())
     return [t for t in scored if used & set(TASKS[t].overlaps)]
@@ -87,7 +93,7 @@ def without_shared(study: dict[str, Result]) -> dict[str, Result]:
 def shared_note(study: dict[str, Result],
                 left: int # items that count without these tasks
                ) -> str:
-    "What the comparisons without shared problems leave out; empty if no problem is shared."
+    "The tasks left out of the comparisons without shared problems; empty without shared problems."
     shared = shared_tasks(study)
     return (
         f"Comparisons without shared problems leave out {listed(shared)}: {left} items are left."
@@ -97,58 +103,66 @@ def shared_note(study: dict[str, Result],
 
 # %% ../../nbs/questions/14_recipe.ipynb #6c86cc12
 def holds(leads: pd.DataFrame) -> bool:
-    "Whether every lead of a family is above 0 at once."
+    "Whether all simultaneous intervals of a set of comparisons are above 0."
     return len(leads) > 0 and bool((leads["all_low"] > 0).all())
 
 # %% ../../nbs/questions/14_recipe.ipynb #9f773c8c
 def shortfalls(leads: pd.DataFrame) -> str:
     "Where a recipe does not lead for certain."
     short = leads[leads["all_low"] <= 0]
-    points = [interval_text(o.value, o.all_low, o.all_high, "+") for o in short.itertuples()]
+    points = [
+        interval_text(row.value, row.all_low, row.all_high, "+") for row in short.itertuples()
+    ]
     return listed(
-        f"{GOALS[o.goal]} over {o.over} ({said})" for o, said in zip(short.itertuples(), points)
+        f"{GOALS[row.goal]} over {row.over} ({text})"
+        for row, text in zip(short.itertuples(), points)
     )
 
 # %% ../../nbs/questions/14_recipe.ipynb #1a3d0993
 def recipe_verdict(recipe: Recipe, leads: dict[str, pd.DataFrame],  # question → rows
             questions: dict[str, list[tuple[Recipe, Recipe]]]  # from `families`
            ) -> str:
-    "What the intervals say of a recipe."
-    if any(len(leads[k]) < len(o) * len(GOALS) for k, o in questions.items()):
+    "The verdict on a recipe, from the simultaneous intervals."
+    if any(len(leads[k]) < len(pairs) * len(GOALS) for k, pairs in questions.items()):
         return (
             f"Of {recipe_label(recipe)} nothing is decided: not all of the models that are compared"
             " have been run."
         )
-    if all(holds(o) for o in leads.values()):
+    if all(holds(lead) for lead in leads.values()):
         return f"{recipe_label(recipe)} is better than all references."
-    said = [f"{question}: {shortfalls(o)}" for question, o in leads.items() if not holds(o)]
-    return f"{recipe_label(recipe)} is not better everywhere; not significant: {'; '.join(said)}."
+    sentences = [
+        f"{question}: {shortfalls(lead)}" for question, lead in leads.items() if not holds(lead)
+    ]
+    return (
+        f"{recipe_label(recipe)} is not better everywhere; not significant: {'; '.join(sentences)}."
+    )
 
 # %% ../../nbs/questions/14_recipe.ipynb #e9ca89a7
 RECIPE_ROWS = [
     "recipe", "method", "kind", "outcome", "value", "ci_low", "ci_high", "lead", "lead_low",
     "lead_high"]
 
-def recipe_rows(preset: dict[str, Any], found: Replicates, base: Recipe
+def recipe_rows(preset: dict[str, Any], replicates: Replicates, base: Recipe
                ) -> pd.DataFrame:  # columns `RECIPE_ROWS`; fractions
-    "What every recipe keeps, by method, and its lead over one of them; without that one, nothing."
-    known, outcomes = known_recipes(found), OUTCOMES[:-1]
+    """Retention of every recipe by method, and its lead over the recipe `base`; no lead without
+    that recipe."""
+    known, outcomes = known_recipes(replicates), OUTCOMES[:-1]
     if base not in known: return pd.DataFrame(columns=RECIPE_ROWS)
-    leads = row_differences(found, range(len(known)), [known.index(base)] * len(known))
+    leads = row_differences(replicates, range(len(known)), [known.index(base)] * len(known))
     lead = effects(leads, outcomes)[["value", "ci_low", "ci_high"]]
-    table = effects(found, outcomes).rename(columns={"dimension": "outcome"})
+    table = effects(replicates, outcomes).rename(columns={"dimension": "outcome"})
     table = table.join(lead.set_axis(["lead", "lead_low", "lead_high"], axis=1))
     rank = {method: i for i, method in enumerate(dict.fromkeys(table["method"]))}
-    table = table.sort_values("method", key=lambda o: o.map(rank), kind="stable")
-    recipes = [recipe_label(o) for o in zip(table["strategy"], table["method"])]
-    kinds = [kind_of(preset, o, "") for o in table["strategy"]]
+    table = table.sort_values("method", key=lambda column: column.map(rank), kind="stable")
+    recipes = [recipe_label(recipe) for recipe in zip(table["strategy"], table["method"])]
+    kinds = [kind_of(preset, strategy, "") for strategy in table["strategy"]]
     table = table.assign(recipe=recipes, kind=kinds, method=table["method"].map(method_label))
     return table[RECIPE_ROWS].reset_index(drop=True)
 
 # %% ../../nbs/questions/14_recipe.ipynb #a132db2e
 def worst_note(rows: pd.DataFrame  # from `recipe_rows`
                ) -> str:
-    "Which dimension is the worst one."
+    "The worst dimension of each recipe, as a sentence."
     retention = rows[rows["outcome"].isin(DIMENSIONS)]
     lowest_rows = retention.groupby("recipe", sort=False)["value"].idxmin()
     lowest = retention.loc[lowest_rows].set_index("recipe")["outcome"]
@@ -164,19 +178,24 @@ def recipe_text(rows: pd.DataFrame) -> pd.DataFrame:
     "For people, in %, and points."
     lines = []
     for recipe, mine in rows.groupby("recipe", sort=False):
-        o = mine.set_index("outcome")
+        by_outcome = mine.set_index("outcome")
         more = {
-            f"{k}, lead": interval_text(o.lead[k], o.lead_low[k], o.lead_high[k], "+")
+            f"{k}, lead": interval_text(
+                by_outcome.lead[k], by_outcome.lead_low[k], by_outcome.lead_high[k], "+"
+            )
             for k in GOALS
         }
         lines.append(
-            {"recipe": recipe} | {k: f"{100 * o.value[k]:.1f}" for k in OUTCOMES[:-1]} | more
+            {"recipe": recipe}
+            | {k: f"{100 * by_outcome.value[k]:.1f}" for k in OUTCOMES[:-1]}
+            | more
         )
     return pd.DataFrame(lines)
 
 # %% ../../nbs/questions/14_recipe.ipynb #626f71f4
 def all_leads(leads: dict[str, pd.DataFrame]) -> pd.DataFrame:  # question, then columns `LEADS`
-    "The families of several questions below each other; each keeps its own intervals."
+    """The sets of comparisons of several questions below each other; each set keeps its own
+    intervals."""
     # empty ones have no types
     named = [rows.assign(question=question) for question, rows in leads.items() if len(rows)]
     return pd.concat(named or [pd.DataFrame(columns=["question", *LEADS])], ignore_index=True)[
@@ -185,27 +204,28 @@ def all_leads(leads: dict[str, pd.DataFrame]) -> pd.DataFrame:  # question, then
 
 # %% ../../nbs/questions/14_recipe.ipynb #98594f81
 def lead_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `all_leads`
-    "For people: leads with intervals that hold at once, by question."
+    "Leads with simultaneous intervals as text, by question."
     lines = []
     for (question, recipe, over), mine in rows.groupby(["question", "recipe", "over"], sort=False):
-        said = {
-            o.goal: interval_text(o.value, o.all_low, o.all_high, "+") for o in mine.itertuples()
+        texts = {
+            row.goal: interval_text(row.value, row.all_low, row.all_high, "+")
+            for row in mine.itertuples()
         }
-        lines.append(dict(question=question, recipe=recipe, over=over) | said)
+        lines.append(dict(question=question, recipe=recipe, over=over) | texts)
     return pd.DataFrame(lines)
 
 # %% ../../nbs/questions/14_recipe.ipynb #8008e520
-def recipe_message(found: Replicates, base: Recipe) -> str:
-    """The recipe whose total is significantly higher than all others, or how many differ
-    significantly from one of them."""
-    known = known_recipes(found)
+def recipe_message(replicates: Replicates, base: Recipe) -> str:
+    """A title: the recipe with a significantly higher total than all others, or the number of
+    significant differences from one recipe."""
+    known = known_recipes(replicates)
     if base not in known or len(known) < 2:
         return f"Retention of {len(known)} recipes: no comparison"
-    best, low = lead_of_best(found.values[..., [OUTCOMES.index("Total")]])
+    best, low = lead_of_best(replicates.values[..., [OUTCOMES.index("Total")]])
     if low[0] > 0:
         return f"Highest total retention of {len(known)} recipes: {recipe_label(known[best[0]])}"
-    others = [i for i, o in enumerate(known) if o != base]
-    leads = row_differences(found, others, [known.index(base)] * len(others))
+    others = [i for i, recipe in enumerate(known) if recipe != base]
+    leads = row_differences(replicates, others, [known.index(base)] * len(others))
     table = effects(leads, ["Total"], together=[])
     signs = significant_sign(table["all_low"], table["all_high"])
     return (

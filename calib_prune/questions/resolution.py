@@ -34,24 +34,28 @@ from ..study.results import Result
 # %% ../../nbs/questions/08_resolution.ipynb #dd7b6f5b
 def _right(items: pd.DataFrame) -> pd.DataFrame:  # model, task, accuracy, error, chance
     "Accuracies of the choice tasks, with standard errors."
-    metrics = {o: TASKS[o].metric for o in items["task"].unique() if TASKS[o].kind == "choice"}
+    metrics = {
+        task: TASKS[task].metric for task in items["task"].unique() if TASKS[task].kind == "choice"
+    }
     mine = items[items["metric"] == items["task"].map(metrics)]
     by = mine.groupby(["model", "task"], sort=False)
-    found = by.agg(
+    right = by.agg(
         accuracy=("value", "mean"), n=("value", "size"), chance=("chance", "mean")
     ).reset_index()
-    return found.assign(error=np.sqrt(found["accuracy"] * (1 - found["accuracy"]) / found["n"]))
+    return right.assign(error=np.sqrt(right["accuracy"] * (1 - right["accuracy"]) / right["n"]))
 
 # %% ../../nbs/questions/08_resolution.ipynb #01b7b677
 def chance_rows(study: dict[str, Result], names: list[str]  # of pruned models
                ) -> pd.DataFrame:  # model, task, dimension, accuracy, error, chance, at_chance
-    "Each choice task of each model: is its accuracy clearly above chance?"
-    found = [
-        study[o].items.assign(model=o) for o in names if o in study and "chance" in study[o].items
+    "Accuracy of each choice task and model, and whether the accuracy is clearly above chance."
+    items = [
+        study[name].items.assign(model=name)
+        for name in names
+        if name in study and "chance" in study[name].items
     ]
     none = pd.DataFrame(columns=["model", "task", "accuracy", "n", "chance", "error"])
-    rows = _right(pd.concat(found, ignore_index=True)) if found else none
-    return rows.assign(dimension=[TASKS[o].dimension for o in rows["task"]],
+    rows = _right(pd.concat(items, ignore_index=True)) if items else none
+    return rows.assign(dimension=[TASKS[task].dimension for task in rows["task"]],
                        at_chance=rows["accuracy"] - 1.96 * rows["error"] <= rows["chance"])
 
 # %% ../../nbs/questions/08_resolution.ipynb #fa22c7c6
@@ -61,8 +65,8 @@ RESOLUTION = [
 
 def _setting(whole: Measured, method: str | None
             ) -> dict[str, Any]:  # empty if no single source was pruned
-    "The main setting of a method, or of the one with which most single sources were pruned."
-    cells, columns = select_cells(whole, main_cells(whole.preset)).found.cells, [
+    "The main setting of a method; without a method, of the method with the most single sources."
+    cells, columns = select_cells(whole, main_cells(whole.preset)).replicates.cells, [
         "method", "sparsity", "windows"]
     single = cells[
         (cells["source_dimension"] != "") & (cells["method"] == (method or cells["method"]))
@@ -73,12 +77,16 @@ def _setting(whole: Measured, method: str | None
 # %% ../../nbs/questions/08_resolution.ipynb #3e4a881a
 def _counted_tasks(whole: Measured) -> list[str]:
     "The tasks that the measure of a study reads."
-    names, found = whole.study["dense"].items["task"].unique(), whole.found
-    return [o for o in names if found.measure.metric(TASKS[o]) and o not in found.left_out]
+    names, replicates = whole.study["dense"].items["task"].unique(), whole.replicates
+    return [
+        name
+        for name in names
+        if replicates.measure.metric(TASKS[name]) and name not in replicates.left_out
+    ]
 
 # %% ../../nbs/questions/08_resolution.ipynb #d9d56f4e
 def _one_draw(whole: Measured, at: dict[str, Any]) -> bool:
-    return whole.found.where(**at).noise == "items only"
+    return whole.replicates.where(**at).noise == "items only"
 
 # %% ../../nbs/questions/08_resolution.ipynb #899b729e
 def _reliability(sd: float, noise_sd: float) -> float:
@@ -89,37 +97,36 @@ def _doubt(whole: Measured, at: dict[str, Any], dimension: str,
            share: float, reliability: float) -> str:  # empty if there is none
     "Why a measure cannot be judged in a dimension."
     if _one_draw(whole, at): return "one draw per source: their scatter would count as signal"
-    mine = [o for o in _counted_tasks(whole) if TASKS[o].dimension == dimension]
-    if not mine and whole.found.measure.beyond_chance:
+    mine = [task for task in _counted_tasks(whole) if TASKS[task].dimension == dimension]
+    if not mine and whole.replicates.measure.beyond_chance:
         return "no task in which the dense model is clearly above chance"
     if not mine: return "no task"
-    choices = any(TASKS[o].kind == "choice" for o in mine)
-    if not whole.found.measure.bits and choices and np.isnan(share):
+    choices = any(TASKS[task].kind == "choice" for task in mine)
+    if not whole.replicates.measure.bits and choices and np.isnan(share):
         return "the rows do not say what guessing gets"
     if np.isnan(reliability): return "in over 1 % of the replicates the dense model is at chance"
     return ""
+
+# %% ../../nbs/questions/08_resolution.ipynb #4d4b38da
+def _without_sources(measure: Measure) -> list[dict[str, Any]]:
+    "The rows of a measure in a study that pruned no single source."
+    about = dict(measure=measure.name, can_tell=False, note="no single source was pruned")
+    return [about | dict(dimension=d) for d in DIMENSIONS]
 
 # %% ../../nbs/questions/08_resolution.ipynb #2ef68634
 def _of_measure(whole: Measured, measure: Measure, method: str | None) -> list[dict[str, Any]]:
     "The rows of one measure."
     at = _setting(whole, method)
-    if not at:
-        return [
-            dict(measure=measure.name, dimension=d, can_tell=False,
-                 note="no single source was pruned")
-            for d in DIMENSIONS
-        ]
-    spread = source_spread(whole.found.where(**at)).set_index("dimension")
-    here = [
-        c.name
-        for c in main_cells(whole.preset)
-        if c.method == at["method"] and c.name in whole.study
-    ]
+    if not at: return _without_sources(measure)
+    spread = source_spread(whole.replicates.where(**at)).set_index("dimension")
+    cells = [c for c in main_cells(whole.preset) if c.method == at["method"]]
+    here = [c.name for c in cells if c.name in whole.study]
     chances, rows = chance_rows(whole.study, here), []
     chances = chances[chances["task"].isin(_counted_tasks(whole))]
+    unknown = dict(sd=np.nan, noise_sd=np.nan, freedom=0)
     for d in DIMENSIONS:
-        o = spread.loc[d] if d in spread.index else dict(sd=np.nan, noise_sd=np.nan, freedom=0)
-        reliability = _reliability(o["sd"], o["noise_sd"])
+        spread_row = spread.loc[d] if d in spread.index else unknown
+        reliability = _reliability(spread_row["sd"], spread_row["noise_sd"])
         share = chances[chances["dimension"] == d]["at_chance"].mean()
         note = _doubt(whole, at, d, share, reliability)
         rows.append(
@@ -127,9 +134,9 @@ def _of_measure(whole: Measured, measure: Measure, method: str | None) -> list[d
                  dimension=d,
                  method=at["method"],
                  sparsity=at["sparsity"],
-                 sources=int(o["freedom"]) + 1,
-                 sd=o["sd"],
-                 noise_sd=o["noise_sd"],
+                 sources=int(spread_row["freedom"]) + 1,
+                 sd=spread_row["sd"],
+                 noise_sd=spread_row["noise_sd"],
                  reliability=reliability,
                  at_chance=share,
                  models=len(here),
@@ -141,7 +148,7 @@ def _of_measure(whole: Measured, measure: Measure, method: str | None) -> list[d
 def resolution_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None,
                     method: str | None = None  # by default the one with most single sources
                    ) -> pd.DataFrame:          # columns `RESOLUTION`
-    "Reliability of each measure in each dimension; a measure that the rows lack has a reason."
+    "Reliability of each measure in each dimension; a measure without rows has a reason."
     rows: list[dict[str, Any]] = []
     for name, measure in MEASURES.items():
         try:
@@ -164,35 +171,35 @@ def headline_of(rows: pd.DataFrame  # from `resolution_rows`
 # %% ../../nbs/questions/08_resolution.ipynb #4ef24469
 def resolution_text(rows: pd.DataFrame) -> pd.DataFrame:
     "One line per measure: reliability by dimension, and whether the measure discriminates."
-    lines = {o: {"measure": MEASURES[o].label} for o in MEASURES}
-    for o in rows.itertuples():
-        known = "" if np.isnan(o.reliability) else f"{o.reliability:.2f}"
-        lines[o.measure][o.dimension] = f"{known} {'yes' if o.can_tell else 'no'}".strip()
+    lines = {measure: {"measure": MEASURES[measure].label} for measure in MEASURES}
+    for row in rows.itertuples():
+        known = "" if np.isnan(row.reliability) else f"{row.reliability:.2f}"
+        lines[row.measure][row.dimension] = f"{known} {'yes' if row.can_tell else 'no'}".strip()
     return pd.DataFrame(lines.values())
 
 # %% ../../nbs/questions/08_resolution.ipynb #b4a0b2d9
 def chance_text(rows: pd.DataFrame) -> str:
-    "How many pairs of model and choice task are at chance, by dimension."
+    "Share of pairs of model and choice task at chance, by dimension."
     mine = rows[rows["measure"] == "plain"].dropna(subset="at_chance")
-    return ", ".join(f"{o.dimension} {100 * o.at_chance:.0f} %" for o in mine.itertuples())
+    return ", ".join(f"{row.dimension} {100 * row.at_chance:.0f} %" for row in mine.itertuples())
 
 # %% ../../nbs/questions/08_resolution.ipynb #cac5008b
 def doubts_text(rows: pd.DataFrame) -> str:
     "Why measures cannot be judged, in sentences; empty if all can."
     noted = rows[rows["note"].fillna("") != ""]
-    said = [f"{MEASURES[name].label}, {listed(list(part['dimension']))}: {note.rstrip('.')}."
-            for (name, note), part in noted.groupby(["measure", "note"], sort=False)]
-    return f"Not judged: {' '.join(said)}" if said else ""
+    notes = [f"{MEASURES[name].label}, {listed(list(part['dimension']))}: {note.rstrip('.')}."
+             for (name, note), part in noted.groupby(["measure", "note"], sort=False)]
+    return f"Not judged: {' '.join(notes)}" if notes else ""
 
 # %% ../../nbs/questions/08_resolution.ipynb #de91f872
 def resolved_for(rows: pd.DataFrame) -> str:
     "Which models the rows are about."
     known = rows.dropna(subset="method")
     if not len(known): return "no single source was pruned"
-    o = known.iloc[0]
+    row = known.iloc[0]
     return (
-        f"{o['sources']} single sources, {method_label(o['method'])} at"
-        f" {sparsity_label(o['sparsity'])}"
+        f"{row['sources']} single sources, {method_label(row['method'])} at"
+        f" {sparsity_label(row['sparsity'])}"
     )
 
 # %% ../../nbs/questions/08_resolution.ipynb #b78896fa
@@ -202,7 +209,7 @@ def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int
                    wanted: Iterable[Cell] | None = None,   # as in `measured`
                    resolved: pd.DataFrame | None = None    # from `resolution_rows`, if known
                   ) -> Measured:
-    "A study by the measure that its preset asks for."
+    "A study under the measure of its preset."
     name = preset.get("measure", "plain")
     if name == "headline":
         resolved = resolution_rows(preset, study, QUICK) if resolved is None else resolved
@@ -212,7 +219,7 @@ def measured_study(preset: dict[str, Any], study: dict[str, Result], n_boot: int
 # %% ../../nbs/questions/08_resolution.ipynb #d01f71ad
 def totals_rows(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None = None
                ) -> pd.DataFrame:  # measure, then the columns of `comparison.retention_rows`
-    "What each strategy kept in the main setting, by every measure that the rows hold."
+    "Retention of each strategy in the main setting, under every measure of the rows."
     tables, wanted = [], main_cells(preset)
     for name, measure in MEASURES.items():
         try:
@@ -234,11 +241,14 @@ def blind_to(resolved: pd.DataFrame, measure: str) -> list[str]:  # from `resolu
 def totals_text(rows: pd.DataFrame,     # from `totals_rows`
                 resolved: pd.DataFrame  # from `resolution_rows`
                ) -> pd.DataFrame:
-    """One line per method and strategy: the total by each measure, marked (†) where it averages in
-    what the measure cannot tell."""
+    """One line per method and strategy: the total under each measure, marked (†) if the total
+    includes dimensions in which the measure does not discriminate."""
     total = rows[rows["dimension"] == "Total"]
-    text = [interval_text(o.value, o.ci_low, o.ci_high) for o in total.itertuples()]
-    labels = [MEASURES[o].label + " †" * bool(blind_to(resolved, o)) for o in total["measure"]]
+    text = [interval_text(row.value, row.ci_low, row.ci_high) for row in total.itertuples()]
+    labels = [
+        MEASURES[measure].label + " †" * bool(blind_to(resolved, measure))
+        for measure in total["measure"]
+    ]
     lines = total.assign(text=text, method=total["method"].map(method_label), label=labels)
     order = list(dict.fromkeys(labels))
     return wide_table(lines, ["method", "strategy", "draws"], order, names="label")
@@ -249,24 +259,27 @@ def untotalled_text(rows: pd.DataFrame,     # from `totals_rows`
                    # empty if every measure has a total and can tell everywhere
                    ) -> str:
     "Which measures have no total, and which totals are in part noise."
-    said = []
+    sentences = []
     for name, measure in MEASURES.items():
         missing = [
-            o for o in DIMENSIONS if o not in set(rows.loc[rows["measure"] == name, "dimension"])]
+            dimension
+            for dimension in DIMENSIONS
+            if dimension not in set(rows.loc[rows["measure"] == name, "dimension"])
+        ]
         if missing:
-            said.append(
+            sentences.append(
                 f"{measure.label} has no total here, since it has no number for {listed(missing)}."
             )
         elif blind := blind_to(resolved, name):
-            said.append(
+            sentences.append(
                 f"† The total with {measure.label.lower()} includes dimensions in which it does"
                 f" not discriminate: {listed(blind)}."
             )
-    return " ".join(said)
+    return " ".join(sentences)
 
 # %% ../../nbs/questions/08_resolution.ipynb #aadc9640
 def _one_task(whole: Measured, task: str, at: dict[str, Any]) -> Replicates:
-    "The single sources of a setting, scored by one task."
+    "The single sources of a setting, scored on one task."
     here = at["method"], at["sparsity"]
     wanted = [
         c
@@ -274,14 +287,14 @@ def _one_task(whole: Measured, task: str, at: dict[str, Any]) -> Replicates:
         if (c.method, c.sparsity) == here and source_dimension(c.mix)
     ]
     named = ["dense", *(c.name for c in wanted if c.name in whole.study)]
-    study = {o: whole.study[o] for o in named}
+    study = {cell: whole.study[cell] for cell in named}
     study = {
-        o: Result(r.record, r.rows, r.items[r.items["task"] == task], r.seconds)
-        for o, r in study.items()
+        cell: Result(r.record, r.rows, r.items[r.items["task"] == task], r.seconds)
+        for cell, r in study.items()
     }
     return bootstrap_study(
-        whole.preset, study, QUICK, measure=whole.found.measure, wanted=wanted
-    ).found
+        whole.preset, study, QUICK, measure=whole.replicates.measure, wanted=wanted
+    ).replicates
 
 TASK_ROWS = ["dimension", "task", "items", "sd", "noise_sd", "reliability", "resolves"]
 
@@ -290,32 +303,32 @@ def task_rows(preset: dict[str, Any], study: dict[str, Result], measure: Measure
              # columns `TASK_ROWS`; empty if no single source was pruned, or the rows lack the
              # measure
              ) -> pd.DataFrame:
-    """How reliably each task tells single sources apart, with the method by which most of them were
-    pruned. Whether a task
-    `resolves` is not known from one draw per source: their scatter would count as signal."""
+    """Reliability of each task in discriminating between single sources, with the method of most
+    single sources. With one draw per source, `resolves` is unknown: the noise of draws would count
+    as signal."""
     try: whole = bootstrap_study(preset, study, QUICK, measure=measure, wanted=main_cells(preset))
     except CalibPruneError: return pd.DataFrame(columns=TASK_ROWS)
     at, rows = _setting(whole, None), []
     if not at: return pd.DataFrame(columns=TASK_ROWS)
     judged = not _one_draw(whole, at)
     for task in _counted_tasks(whole):
-        found, d = _one_task(whole, task, at), TASKS[task].dimension
-        spread = source_spread(found).query("dimension == @d")
+        replicates, d = _one_task(whole, task, at), TASKS[task].dimension
+        spread = source_spread(replicates).query("dimension == @d")
         if spread.empty: continue
         sd, noise = spread["sd"].iloc[0], spread["noise_sd"].iloc[0]
         reliability = _reliability(sd, noise)
-        rows.append((d, task, found.items[d], sd, noise, reliability,
+        rows.append((d, task, replicates.items[d], sd, noise, reliability,
                      bool(reliability >= RELIABLE) if judged else None))
-    order = sorted(rows, key=lambda o: (DIMENSIONS.index(o[0]), -o[5]))
+    order = sorted(rows, key=lambda row: (DIMENSIONS.index(row[0]), -row[5]))
     return pd.DataFrame(order, columns=TASK_ROWS)
 
 # %% ../../nbs/questions/08_resolution.ipynb #eb1f5244
 def task_text(rows: pd.DataFrame) -> pd.DataFrame:  # from `task_rows`
     "For people: spreads in points, and whether the task resolves by the rule's limit."
-    points = {o: [f"{100 * v:.1f}" for v in rows[o]] for o in ("sd", "noise_sd")}
-    said = [
-        f"{o.reliability:.2f} {({True: 'yes', False: 'no'}).get(o.resolves, '')}".strip()
-        for o in rows.itertuples()
+    points = {column: [f"{100 * v:.1f}" for v in rows[column]] for column in ("sd", "noise_sd")}
+    texts = [
+        f"{row.reliability:.2f} {({True: 'yes', False: 'no'}).get(row.resolves, '')}".strip()
+        for row in rows.itertuples()
     ]
-    table = rows.assign(**points, reliability=said).drop(columns="resolves")
+    table = rows.assign(**points, reliability=texts).drop(columns="resolves")
     return table.rename(columns={"sd": "spread of sources", "noise_sd": "noise of a source"})

@@ -65,43 +65,51 @@ def compared_cells(preset: dict[str, Any],
 BEST = "best single source"
 REFERENCES = ("c4", "uniform", "uniform-dimensions")
 
-def source_strategies(found: Replicates) -> list[str]:
-    "The strategies that calibrate on one source."
-    return list(found.cells["strategy"][found.cells["source_dimension"] != ""])
+def source_strategies(replicates: Replicates) -> list[str]:
+    "The strategies with a single calibration source."
+    return list(replicates.cells["strategy"][replicates.cells["source_dimension"] != ""])
 
 # %% ../../nbs/questions/04_self_generated.ipynb #00f35c93
 def our_mixes(part: Part) -> list[str]:
     """The mixes whose shares or weights were chosen: of several sources, no reference, and not
     written by the model."""
-    found = []
-    for name in part.found.cells["strategy"]:
+    mixes = []
+    for name in part.replicates.cells["strategy"]:
         mix = part.preset["strategies"][name.partition(", ")[0]]
         if name not in REFERENCES and protocol_of(mix) is None and len(parse_mix(mix)) > 1:
-            found.append(name)
-    return found
+            mixes.append(name)
+    return mixes
 
 # %% ../../nbs/questions/04_self_generated.ipynb #71fb7916
 def about_ours(names: list[str],
                tuned: str = ""  # on which model, if on another
               ) -> str:
-    "What our own mixes are, for a caption."
-    weighed = [o for o in ("balanced", "minimax") if any(name.endswith(f", {o}") for name in names)]
-    said = [f"{listed(f'`{o}`' for o in weighed)} weigh the dimensions of a mix"] if weighed else []
+    "Our own mixes, described for a caption."
+    weighed = [
+        method
+        for method in ("balanced", "minimax")
+        if any(name.endswith(f", {method}") for name in names)
+    ]
+    sentences = (
+        [f"{listed(f'`{method}`' for method in weighed)} weigh the dimensions of a mix"]
+        if weighed
+        else []
+    )
     shares = "their shares" if weighed else "its shares of the dimensions"
     if "tuned" in names:
-        said.append(
+        sentences.append(
             f"`tuned` has {shares} from held-out text" + (f", tuned on {tuned}" if tuned else "")
         )
-    return f" Ours: {', '.join(said)}." if said else ""
+    return f" Ours: {', '.join(sentences)}." if sentences else ""
 
 # %% ../../nbs/questions/04_self_generated.ipynb #38fb0bd8
 def compared_pairs(part: Part) -> list[tuple[str, str]]:
-    "Our own strategies and the protocols, each with the references and with one another."
-    names = list(part.found.cells["strategy"])
+    "Our own strategies and the protocols, each paired with the references and with each other."
+    names = list(part.replicates.cells["strategy"])
     ours = our_mixes(part)
     written = [name for name in names if protocol_of(part.preset["strategies"].get(name, ""))][::-1]
     compared = ours + written
-    best = [BEST] if len(source_strategies(part.found)) > 1 else []
+    best = [BEST] if len(source_strategies(part.replicates)) > 1 else []
     references = best + [name for name in REFERENCES if name in names]
     return [
         (name, other) for i, name in enumerate(compared) for other in references + compared[i + 1 :]
@@ -110,8 +118,9 @@ def compared_pairs(part: Part) -> list[tuple[str, str]]:
 # %% ../../nbs/questions/04_self_generated.ipynb #7be52d7c
 def difference_rows(part: Part, pairs: Sequence[tuple[str, str]]
                    ) -> pd.DataFrame:  # columns `DIFFERENCES`, all_low, all_high
-    """Retention of the first of each pair less the second's; all_low and all_high are simultaneous
-    over all pairs and both goals, but for the best single source, which allows for its choice."""
+    """Retention of the first of each pair minus the second. `all_low` and `all_high` are
+    simultaneous over all pairs and both goals; the interval of the best single source allows for
+    its choice."""
     table = stacked(
         [over_best(part, a) if b == BEST else differences(part, [(a, b)]) for a, b in pairs],
         DIFFERENCES,
@@ -123,37 +132,38 @@ def difference_rows(part: Part, pairs: Sequence[tuple[str, str]]
 # %% ../../nbs/questions/04_self_generated.ipynb #7f406898
 def _leads(table: pd.DataFrame, mix: str, over: Sequence[str], sign: int) -> list[str]:
     "Over which of the others, and where, the interval of `mix` lies on one side of 0."
-    compared, found = table[(table["mix"] == mix) & table["over"].isin(over)], []
+    compared, leads = table[(table["mix"] == mix) & table["over"].isin(over)], []
     clear = compared[compared["all_low"] > 0] if sign > 0 else compared[compared["all_high"] < 0]
     for goal, words in GOALS.items():
         others = clear[clear["dimension"] == goal]["over"]
-        if len(others): found.append(f"{words} than {listed(f'`{name}`' for name in others)}")
-    return found
+        if len(others): leads.append(f"{words} than {listed(f'`{name}`' for name in others)}")
+    return leads
 
 # %% ../../nbs/questions/04_self_generated.ipynb #ee5918ae
 def _standing(table: pd.DataFrame, mix: str, over: Sequence[str]) -> str:
-    "Where one strategy has higher or lower retention than the others."
-    said = []
+    """The comparisons in which one strategy has significantly higher or lower retention, as a
+    sentence."""
+    sentences = []
     for word, sign in (("higher", 1), ("lower", -1)):
         leads = _leads(table, mix, over, sign)
-        if leads: said.append(f"has {word} retention {' and '.join(leads)}")
-    return f"`{mix}` {' but '.join(said) or 'does not differ significantly'}"
+        if leads: sentences.append(f"has {word} retention {' and '.join(leads)}")
+    return f"`{mix}` {' but '.join(sentences) or 'does not differ significantly'}"
 
 # %% ../../nbs/questions/04_self_generated.ipynb #dfecde42
 def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
                  ours: Sequence[str],
                  over: Sequence[str] = ("uniform", "igsp")) -> str:
-    """What the intervals say of our own methods, and whether one of them beats all others on all
-    goals."""
+    """The significant differences of our own methods, and whether one method is better than all
+    others on all goals."""
     compared = table[table["over"].isin(over) & table["dimension"].isin(GOALS)]
-    made = [o for o in ours if o in set(compared["mix"])]
-    missing = [f"`{o}`" for o in ours if o not in made]
+    made = [mix for mix in ours if mix in set(compared["mix"])]
+    missing = [f"`{mix}`" for mix in ours if mix not in made]
     not_yet = f"Not compared yet, for lack of models: {listed(missing)}." if missing else ""
     if not made: return not_yet
     others = listed(f"`{name}`" for name in over)
     ahead = compared[compared["all_low"] > 0].value_counts("mix")
-    best = [f"`{o}`" for o in made if ahead.get(o, 0) == len(over) * len(GOALS)]
-    said = "; ".join(_standing(table, mix, over) for mix in made)
+    best = [f"`{mix}`" for mix in made if ahead.get(mix, 0) == len(over) * len(GOALS)]
+    sentence = "; ".join(_standing(table, mix, over) for mix in made)
     none = (
         ""
         if missing
@@ -161,7 +171,7 @@ def beyond_noise(table: pd.DataFrame,  # from `difference_rows`
     )
     verdict = f"{listed(best)} beats {others} on both." if best else none
     return " ".join(
-        filter(None, (f"With simultaneous intervals, compared with {others}: {said}.",
+        filter(None, (f"With simultaneous intervals, compared with {others}: {sentence}.",
                       verdict, not_yet)))
 
 # %% ../../nbs/questions/04_self_generated.ipynb #32c2ef8a
@@ -169,7 +179,7 @@ FACTS = ("pool", "aggregation", "perplexity", "imbalance")
 
 def text_facts(preset: dict[str, Any], folder: str | Path
               ) -> pd.DataFrame:  # strategy, seed, `FACTS`
-    "What the reports of generated texts say."
+    "Facts from the reports of generated texts."
     rows = []
     for name, mix in preset["strategies"].items():
         if not protocol_of(mix): continue
@@ -185,7 +195,7 @@ def with_draws(
     whole: Measured, part: Part, strategies: Iterable[str], draws: Collection[int]
 ) -> Replicates:
     "Some strategies with some of their draws only."
-    (at,) = part.found.settings()
+    (at,) = part.replicates.settings()
     return strategy_retention(whole.cells, only=dict.fromkeys(strategies, draws)).where(**at)
 
 # %% ../../nbs/questions/04_self_generated.ipynb #c4e08e67
@@ -193,7 +203,7 @@ def by_shared_draws(draws: dict[str, set[int]],  # strategy → its draws
                     base: str, variants: Iterable[str]
                    # shared draws → variants; perhaps no draw is shared
                    ) -> dict[frozenset[int], list[str]]:
-    "The variants of a protocol, by the draws that they share with it."
+    "The variants of a protocol, grouped by the draws shared with the protocol."
     groups: dict[frozenset[int], list[str]] = {}
     for name in variants:
         groups.setdefault(frozenset(draws[name] & draws.get(base, set())), []).append(name)
@@ -202,11 +212,11 @@ def by_shared_draws(draws: dict[str, set[int]],  # strategy → its draws
 # %% ../../nbs/questions/04_self_generated.ipynb #88ba32d8
 RETENTIONS = OUTCOMES[:-1]
 
-def _variant_table(kept: Replicates, differ: Replicates  # one row per variant; NaN without a base
+def _variant_table(retention: Replicates, differ: Replicates  # rows: variants; NaN without a base
                   ) -> pd.DataFrame:
     "Retention and the difference from the protocol, by outcome; goals also simultaneous."
     ends = dict(value="retention", ci_low="low", ci_high="high")
-    table = effects(kept, RETENTIONS).rename(columns=ends).drop(columns="n_items")
+    table = effects(retention, RETENTIONS).rename(columns=ends).drop(columns="n_items")
     single = effects(differ, RETENTIONS)
     table = table.assign(
         difference=single["value"], ci_low=single["ci_low"], ci_high=single["ci_high"])
@@ -218,7 +228,7 @@ def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text
                  # one row per variant and measure: what its text is like, what it keeps, its
                  # difference
                  ) -> pd.DataFrame:
-    "Every variant compared with the same draws of the protocol that it varies."
+    "Every variant compared with its protocol on the same draws."
     if part.cells.cells.empty: return pd.DataFrame()
     draws = {
         name: set(seeds) for name, seeds in part.cells.cells.groupby("strategy", sort=False)["seed"]
@@ -226,37 +236,44 @@ def ablation_rows(whole: Measured, part: Part, facts: pd.DataFrame  # from `text
     settings = {
         name: how for name in draws if (how := protocol_of(part.preset["strategies"][name]))
     }
-    lines, kept, differ = [], [], []
+    lines, retention, differ = [], [], []
     def add(
-        found: Replicates, strategy: str, seeds: Collection[int], base: str = "", label: str = ""
+        replicates: Replicates, strategy: str, seeds: Collection[int], base: str = "",
+        label: str = ""
     ) -> None:
         text = facts[(facts["strategy"] == strategy)
                      & facts["seed"].isin(seeds)][list(FACTS)].astype(float).mean()
         varied = ", ".join(f"{k}={v}" for k, v in settings[strategy][1].items())
         lines.append(
             dict(strategy=label or strategy, varied=varied, draws=len(seeds), **text))
-        kept.append(found.of(strategy))
-        differ.append(kept[-1] - (found.of(base) if base else np.nan))
+        retention.append(replicates.of(strategy))
+        differ.append(retention[-1] - (replicates.of(base) if base else np.nan))
 
     for base in dict.fromkeys(family for family, _ in settings.values()):
-        if base in draws: add(part.found, base, draws[base])
+        if base in draws: add(part.replicates, base, draws[base])
         variants = [name for name, (family, _) in settings.items() if family == base != name]
         for shared, names in by_shared_draws(draws, base, variants).items():
-            found = with_draws(whole, part, [base, *names], shared) if shared else part.found
+            replicates = (
+                with_draws(whole, part, [base, *names], shared) if shared else part.replicates
+            )
             if shared and shared != draws[base]:
                 add(
-                    found,
+                    replicates,
                     base,
                     shared,
                     label=(
                         f"{base}, draw{'s' * (len(shared) > 1)} {listed(map(str, sorted(shared)))}"
                     ),
                 )
-            for name in names: add(found, name, shared or draws[name], base if shared else "")
+            for name in names: add(replicates, name, shared or draws[name], base if shared else "")
     if not lines: return pd.DataFrame()
     about = pd.DataFrame(lines)
-    return _variant_table(*(
-        replace(part.found, cells=about, values=np.stack(o, 1)) for o in (kept, differ)))
+    return _variant_table(
+        *(
+            replace(part.replicates, cells=about, values=np.stack(values, 1))
+            for values in (retention, differ)
+        )
+    )
 
 # %% ../../nbs/questions/04_self_generated.ipynb #978ab753
 SHOWN_FACTS = dict(pool=".1f", aggregation=".3f", perplexity=".1f", imbalance=".2f")
@@ -280,40 +297,44 @@ def ablation_text(table: pd.DataFrame) -> pd.DataFrame:
             )
     return pd.DataFrame(lines.values())
 
-# %% ../../nbs/questions/04_self_generated.ipynb #6078164a
-def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
-                    base: str) -> str:
-    """Variants of a protocol with significantly higher or lower retention (simultaneous intervals);
-    empty if there are none to compare."""
-    variants = table[table["difference"].notna() & table["dimension"].isin(GOALS)
-                     & table["strategy"].str.startswith(f"{base}-")]
-    if variants.empty: return ""
-    clear = variants[(variants["all_low"] > 0) | (variants["all_high"] < 0)]
-    found = [
-        f"`{row.strategy}` is {'higher' if row.difference > 0 else 'lower'} {GOALS[row.dimension]}"
-        for row in clear.itertuples()
-    ]
-    verdict = (f"these differ from it significantly: {'; '.join(found)}" if found else
-               "none differs from it significantly, in total or in the worst dimension")
+# %% ../../nbs/questions/04_self_generated.ipynb #c5469e7c
+def _random_part(variants: pd.DataFrame, base: str) -> str:
+    "The difference of a random part of a protocol's pools, as a sentence; empty without one."
     points = [
         f"{interval_text(row.difference, row.ci_low, row.ci_high, '+')} points"
         f" {GOALS[row.dimension]}"
         for row in variants[variants["strategy"] == f"{base}-random"].itertuples()
     ]
+    return f" A random part of the same pools: {', '.join(points)}." if points else ""
+
+# %% ../../nbs/questions/04_self_generated.ipynb #6078164a
+def steps_that_show(table: pd.DataFrame,  # from `ablation_rows`
+                    base: str) -> str:
+    """Variants of a protocol with significantly higher or lower retention (simultaneous intervals);
+    empty without variants."""
+    variants = table[table["difference"].notna() & table["dimension"].isin(GOALS)
+                     & table["strategy"].str.startswith(f"{base}-")]
+    if variants.empty: return ""
+    clear = variants[(variants["all_low"] > 0) | (variants["all_high"] < 0)]
+    steps = [
+        f"`{row.strategy}` is {'higher' if row.difference > 0 else 'lower'} {GOALS[row.dimension]}"
+        for row in clear.itertuples()
+    ]
+    verdict = (f"these differ from it significantly: {'; '.join(steps)}" if steps else
+               "none differs from it significantly, in total or in the worst dimension")
     if variants["all_low"].isna().any():
         verdict = "some cannot be judged: a replicate has no value"
     count = variants["strategy"].nunique()
-    said = (
+    return (
         f"Of {count} variants of `{base}`, with intervals simultaneous over the variants of"
-        f" all protocols, {verdict}."
+        f" all protocols, {verdict}.{_random_part(variants, base)}"
     )
-    return f"{said} A random part of the same pools: {', '.join(points)}." if points else said
 
 # %% ../../nbs/questions/04_self_generated.ipynb #a3e80ac1
 def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value, ci_low, ci_high
               singles: list[str]) -> str:
-    """The interval of the single source with the highest estimate, as a band, unless it is the
-    baseline; its name."""
+    """The interval of the single source with the highest estimate, unless the baseline is the best
+    source; and the source's name."""
     mine = delta[delta["mix"].isin(singles)].dropna(subset="value")
     if mine.empty: return ""
     best = mine.loc[mine["value"].idxmax()]
@@ -324,13 +345,13 @@ def best_band(ax: Axes, delta: pd.DataFrame,  # of one measure: mix, over, value
 # %% ../../nbs/questions/04_self_generated.ipynb #bdef25b8
 def protocol_message(delta: pd.DataFrame  # of mixes and protocols, simultaneous
                     ) -> str:
-    "How many are above the baseline in total, and in the worst dimension."
-    base, said = delta["over"].iloc[0], []
+    "A title: the number of strategies above the baseline in total and in the worst dimension."
+    base, parts = delta["over"].iloc[0], []
     for goal, words in ("Total", "total"), ("Worst", "worst dimension"):
         mine = delta[delta["dimension"] == goal]
         above = (significant_sign(mine["ci_low"], mine["ci_high"]) > 0).sum()
-        said.append(f"{above} of {len(mine)} ({words})")
-    return f"Strategies above {base}: {', '.join(said)}"
+        parts.append(f"{above} of {len(mine)} ({words})")
+    return f"Strategies above {base}: {', '.join(parts)}"
 
 # %% ../../nbs/questions/04_self_generated.ipynb #c1f66bb3
 def protocol_figure(
@@ -341,14 +362,11 @@ def protocol_figure(
     intervals."""
     check_rows(delta, "differences from the baseline")
     kinds, base = dict(zip(table["strategy"], table["source"])), delta["over"].iloc[0]
-    singles = [o for o, kind in kinds.items() if kind in SINGLE]
-    shown = [o for o in by_total(table) if o not in singles]
+    singles = [strategy for strategy, kind in kinds.items() if kind in SINGLE]
+    shown = [strategy for strategy in by_total(table) if strategy not in singles]
+    size = WIDTH, 0.22 * len(shown) + 1.7
     figure, axes = plt.subplots(
-        1,
-        len(RETENTIONS),
-        figsize=(WIDTH, 0.22 * len(shown) + 1.7),
-        sharey=True,
-        layout="constrained",
+        1, len(RETENTIONS), figsize=size, sharey=True, layout="constrained"
     )
     names = []
     for ax, measure in zip(axes, RETENTIONS):
@@ -363,16 +381,16 @@ def protocol_figure(
         fontsize=8,
     )
     headline(figure, protocol_message(delta[delta["mix"].isin(shown)]))
-    legend_above(figure, [kinds[o] for o in shown])
+    legend_above(figure, [kinds[strategy] for strategy in shown])
     return annotate(figure, f"{SIMULTANEOUS} {note}")
 
 # %% ../../nbs/questions/04_self_generated.ipynb #875f0b7a
 def read_pool(path: str | Path
              ) -> tuple[pd.DataFrame, pd.DataFrame]:  # candidates, frontier; empty if there is none
-    "A pool as `igsp.pool_record` describes it."
+    "A pool, in the format of `igsp.pool_record`."
     path = Path(path)
-    said = json.loads(path.read_text()) if path.is_file() else dict(candidates=[], frontier=[])
-    return pd.DataFrame(said["candidates"]), pd.DataFrame(said["frontier"])
+    pool = json.loads(path.read_text()) if path.is_file() else dict(candidates=[], frontier=[])
+    return pd.DataFrame(pool["candidates"]), pd.DataFrame(pool["frontier"])
 
 # %% ../../nbs/questions/04_self_generated.ipynb #dbd9f21b
 def read_bins(path: str | Path  # of the chosen texts, .jsonl
@@ -430,7 +448,7 @@ def frontier_panel(ax: Axes, curve: pd.DataFrame) -> None:
 def frontier_figure(candidates: pd.DataFrame, curve: pd.DataFrame,  # from `read_pool`
                     bins: list[tuple[float, float]],                # from `read_bins`
                     note: str = "") -> Figure:
-    "Left: candidates, bins, and what was chosen. Right: the least aggregation at each perplexity."
+    "Left: candidates, bins and choice. Right: the least aggregation at each perplexity."
     check_rows(candidates, "candidates")
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.3), layout="constrained")
     pool_panel(left, candidates, bins)

@@ -51,7 +51,7 @@ KEYS = [
 def kind_of(preset: dict[str, Any], strategy: str,
              dimension: str  # of its source, if it is one
             ) -> str:
-    "What kind of calibration data a strategy has: one of `SOURCE_KINDS`."
+    "The kind of a strategy's calibration data, one of `SOURCE_KINDS`."
     mix = preset["strategies"].get(strategy, "")
     if dimension or not mix: return dimension or "mix"
     if mix.startswith("generated:"): return "self-generated"
@@ -62,10 +62,10 @@ SINGLE = (*DIMENSIONS, OWN)  # kinds of one source
 
 # %% ../../nbs/statistics/08_comparison.ipynb #0707af0f
 def single_strategies(part: Part) -> list[str]:
-    "The strategies that calibrate on one source, own files included."
+    "The strategies with a single calibration source, own files included."
     kinds = {
-        o.strategy: kind_of(part.preset, o.strategy, o.source_dimension)
-        for o in part.found.cells.itertuples()
+        row.strategy: kind_of(part.preset, row.strategy, row.source_dimension)
+        for row in part.replicates.cells.itertuples()
     }
     return [name for name, kind in kinds.items() if kind in SINGLE]
 
@@ -74,22 +74,22 @@ def in_order(
     table: pd.DataFrame, by: Sequence[str] = ("method", "source"), methods: Iterable[str] = ()
 ) -> pd.DataFrame:
     "Rows by method and source dimension, else as they were."
-    rank = {o: i for i, o in enumerate((*dict.fromkeys(methods), *SOURCE_KINDS))}
+    rank = {name: i for i, name in enumerate((*dict.fromkeys(methods), *SOURCE_KINDS))}
     return table.sort_values(
         list(by),
-        key=lambda o: o.map(rank) if o.name in ("method", "source") else o,
+        key=lambda column: column.map(rank) if column.name in ("method", "source") else column,
         kind="stable",
         ignore_index=True,
     )
 
 # %% ../../nbs/statistics/08_comparison.ipynb #bd40dfbd
 def retention_rows(part: Part) -> pd.DataFrame:  # columns `KEYS`; fractions
-    "What every strategy kept in every setting, and its averaged commonsense accuracy."
-    table = effects(part.found)
+    "Retention of every strategy in every setting, and the averaged commonsense accuracy."
+    table = effects(part.replicates)
     if table.empty: return pd.DataFrame(columns=KEYS)
     table["quantity"] = np.where(table["dimension"] == "Accuracy", "accuracy", "retention")
     table["source"] = [
-        kind_of(part.preset, o.strategy, o.source_dimension) for o in table.itertuples()
+        kind_of(part.preset, row.strategy, row.source_dimension) for row in table.itertuples()
     ]
     return in_order(table, methods=[
         c.method for c in part.wanted])[KEYS].dropna(subset="value").reset_index(drop=True)
@@ -97,14 +97,13 @@ def retention_rows(part: Part) -> pd.DataFrame:  # columns `KEYS`; fractions
 # %% ../../nbs/statistics/08_comparison.ipynb #223b1cdd
 def dense_rows(part: Part, n_boot: int | None = None, seed: int = 0
               ) -> pd.DataFrame:  # columns `KEYS`
-    """The dense model beside the pruned ones: it keeps everything; its accuracy has an interval
-    over items."""
-    if part.found is NOTHING: return pd.DataFrame(columns=KEYS)
+    "Rows of the dense model: retention 100 %, and an accuracy with an interval over items."
+    if part.replicates is NOTHING: return pd.DataFrame(columns=KEYS)
     dense = part.study["dense"]
     itself = Result(asdict(Cell("itself")), pd.DataFrame(), dense.items, {})
     alone = {"dense": dense, Cell("itself").name: itself}
     compared = select_cells(
-        bootstrap_study(part.preset, alone, n_boot, seed, part.found.measure), [Cell("itself")]
+        bootstrap_study(part.preset, alone, n_boot, seed, part.replicates.measure), [Cell("itself")]
     )
     return retention_rows(compared).assign(strategy="dense", source="", method="", draws=0)
 
@@ -116,10 +115,17 @@ def wide_text(
               table: pd.DataFrame,
               rows: Sequence[str]   # columns that make a line
              ) -> pd.DataFrame:
-    "A tidy table as people read it."
-    text = [(interval_text(o.value, o.ci_low, o.ci_high, "+" if o.quantity == "difference" else "")
-             or "–") + (f" ({o.best})" if getattr(o, "best", "") else "")
-            for o in table.itertuples()]
+    "The tidy table in wide form, as text."
+    text = [
+        (
+            interval_text(
+                row.value, row.ci_low, row.ci_high, "+" if row.quantity == "difference" else ""
+            )
+            or "–"
+        )
+        + (f" ({row.best})" if getattr(row, "best", "") else "")
+        for row in table.itertuples()
+    ]
     lines = table.assign(
         text=text,
         method=table["method"].map(method_label),
@@ -134,7 +140,7 @@ def save_rows(
               table: pd.DataFrame, shown: pd.DataFrame | Sequence[str],
               path: str | Path, caption: str,
               lacking: str = "No cell that this table needs has been run.") -> str:  # the Markdown
-    "Save a table; one without rows says why."
+    "Save a table; a table without rows states the reason."
     if table.empty: table = shown = pd.DataFrame({"note": [lacking]})
     elif not isinstance(shown, pd.DataFrame): shown = wide_text(table, shown)
     save_table(shown, table, path, caption)
@@ -149,8 +155,8 @@ def differences(part: Part, pairs: Sequence[tuple[str, str]],  # of strategies
                 outcomes: Sequence[str] = OUTCOMES,
                 together: Sequence[str] | None = None  # as in `effects`
                ) -> pd.DataFrame:  # columns `DIFFERENCES`; perhaps all_low, all_high; fractions
-    "Retention of the first strategy of each pair less the second's, in every setting with both."
-    table = effects(strategy_contrasts(part.found, pairs), outcomes, together)
+    "Retention of the first strategy of each pair minus the second, in every setting with both."
+    table = effects(strategy_contrasts(part.replicates, pairs), outcomes, together)
     table = table.drop(columns="mix").rename(columns={"strategy": "mix"})
     table = table.assign(quantity="difference", best="").dropna(subset="value")
     more = [] if together is None else ["all_low", "all_high"]
@@ -160,14 +166,14 @@ def differences(part: Part, pairs: Sequence[tuple[str, str]],  # of strategies
 def over_best(part: Part, mix: str,
               among: Iterable[str] | None = None  # strategies; all by default
              ) -> pd.DataFrame:                   # columns `DIFFERENCES`; fractions
-    """How much more `mix` kept than the best single source, outcome by outcome, in every setting
-    that has two sources or more."""
+    """Retention of `mix` minus the best single source, by outcome, in every setting with at least
+    two sources."""
     rows, allowed = [], set(single_strategies(part))
     if among is not None: allowed &= set(among)
-    for at in part.found.settings():
-        here = part.found.where(**at)
+    for at in part.replicates.settings():
+        here = part.replicates.where(**at)
         names = here.cells["strategy"].to_numpy()
-        chosen = np.array([o in allowed for o in names], bool)
+        chosen = np.array([name in allowed for name in names], bool)
         if mix not in names or chosen.sum() < 2: continue
         delta = here.values[:, chosen] - here.of(mix)[:, None]
         for j, outcome in enumerate(OUTCOMES):
@@ -189,22 +195,21 @@ def over_best(part: Part, mix: str,
 
 # %% ../../nbs/statistics/08_comparison.ipynb #c5f9d701
 def stacked(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """Tables below each other. Those without rows are left out, as they would change the types of
-    columns."""
+    "Tables below each other, without empty tables, which would change the types of columns."
     return pd.concat(
-        [o for o in parts if len(o)] or [pd.DataFrame(columns=columns)], ignore_index=True
+        [part for part in parts if len(part)] or [pd.DataFrame(columns=columns)], ignore_index=True
     )
 
 # %% ../../nbs/statistics/08_comparison.ipynb #8079dfc6
 def mix_differences(part: Part) -> pd.DataFrame:  # columns `DIFFERENCES`
-    """Mixes and self-generated text over the best single source and those listed before; mixes also
-    over each single source."""
+    """Differences of mixes and self-generated text from the best single source and from the
+    strategies listed before; of mixes also from each single source."""
     kinds = {
-        o.strategy: kind_of(part.preset, o.strategy, o.source_dimension)
-        for o in part.found.cells.itertuples()
+        row.strategy: kind_of(part.preset, row.strategy, row.source_dimension)
+        for row in part.replicates.cells.itertuples()
     }
     sources = single_strategies(part)
-    mixes = [o for o in kinds if o not in sources]
+    mixes = [strategy for strategy in kinds if strategy not in sources]
     tables = []
     for i, mix in enumerate(mixes):
         others = (sources if kinds[mix] == "mix" else []) + mixes[:i]
@@ -217,23 +222,29 @@ def base_differences(part: Part, base: str = "c4", outcomes: Sequence[str] = OUT
                      # over all differences of a setting? else each interval by itself
                      simultaneous: bool = False
                     ) -> pd.DataFrame:  # columns `DIFFERENCES`
-    "Retention of each strategy less the baseline's."
-    others = [o for o in dict.fromkeys(part.found.cells["strategy"]) if o != base]
-    pairs, together = [(o, base) for o in others], COORDINATES if simultaneous else None
+    "Retention of each strategy minus the baseline."
+    others = [
+        strategy
+        for strategy in dict.fromkeys(part.replicates.cells["strategy"])
+        if strategy != base
+    ]
+    pairs, together = [(other, base) for other in others], COORDINATES if simultaneous else None
     table = simultaneous_ends(differences(part, pairs, outcomes, together))
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
 # %% ../../nbs/statistics/08_comparison.ipynb #2b44bec7
 def swept_through(part: Part, method: str, along: str) -> set[str]:
-    """The single sources with the most values along a sweep: the best one is chosen among the same
-    ones at every point."""
-    sources = set(part.found.cells["strategy"][part.found.cells["source_dimension"] != ""])
+    """The single sources with the most values along a sweep, so that the best source has the same
+    candidates at every point."""
+    sources = set(
+        part.replicates.cells["strategy"][part.replicates.cells["source_dimension"] != ""]
+    )
     values: dict[str, set[Any]] = {}
     for c in part.wanted:
         if c.method == method and c.strategy in sources:
             values.setdefault(c.strategy, set()).add(getattr(c, along))
     widest = max(values.values(), key=len, default=set())
-    return {o for o, mine in values.items() if mine == widest}
+    return {strategy for strategy, mine in values.items() if mine == widest}
 
 # %% ../../nbs/statistics/08_comparison.ipynb #1986d94a
 def margin_rows(part: Part, mix: str, baseline: str, along: str,  # "sparsity" or "windows"
@@ -246,7 +257,7 @@ def margin_rows(part: Part, mix: str, baseline: str, along: str,  # "sparsity" o
     together = ["method"] if simultaneous else None
     tables = [simultaneous_ends(differences(part, [(mix, baseline)], outcomes, together))]
     for method in dict.fromkeys(c.method for c in part.wanted):
-        mine = replace(part, found=part.found.where(method=method))
+        mine = replace(part, replicates=part.replicates.where(method=method))
         best = over_best(mine, mix, swept_through(part, method, along))
         tables.append(best[best["dimension"].isin(outcomes)])
     table = stacked(tables, DIFFERENCES).astype({"n_sources": "Int64"})
@@ -255,17 +266,17 @@ def margin_rows(part: Part, mix: str, baseline: str, along: str,  # "sparsity" o
 # %% ../../nbs/statistics/08_comparison.ipynb #ec719595
 def sweep_rows(part: Part, mix: str, baseline: str, along: str
               ) -> pd.DataFrame:  # `KEYS`, then best
-    "Retention of the swept strategies along a sweep, and below it the margins of the mix."
+    "Retention of the swept strategies along a sweep, followed by the margins of the mix."
     swept = {c.strategy for c in varied(part.wanted, along)}
-    kept = retention_rows(part)
-    kept = kept[kept["strategy"].isin(swept)].sort_values(along, kind="stable")
-    kept["line"] = kept["strategy"].map(
-        {o: i for i, o in enumerate(dict.fromkeys(c.strategy for c in part.wanted))}
+    rows = retention_rows(part)
+    rows = rows[rows["strategy"].isin(swept)].sort_values(along, kind="stable")
+    rows["line"] = rows["strategy"].map(
+        {strategy: i for i, strategy in enumerate(dict.fromkeys(c.strategy for c in part.wanted))}
     )
     margin = margin_rows(part, mix, baseline, along).sort_values(along, kind="stable")
     margin["strategy"] = margin["mix"] + " − " + margin["over"]
     margin["line"] = 1000 + (margin["over"] != baseline)
-    table = stacked([kept, margin], [*KEYS, "line", "best"]).reindex(
+    table = stacked([rows, margin], [*KEYS, "line", "best"]).reindex(
         columns=[*KEYS, "best", "line"]
     )
     table = in_order(table, ["method", "line", along], [c.method for c in part.wanted])
@@ -273,13 +284,13 @@ def sweep_rows(part: Part, mix: str, baseline: str, along: str
 
 # %% ../../nbs/statistics/08_comparison.ipynb #c3983fb0
 def swept_part(part: Part, along: str) -> Part:
-    """The swept strategies of a part, for captions. The others do not stand in the table, but their
-    draws count in its intervals."""
+    """The part with the swept strategies only, for captions. The draws of other strategies still
+    count in its intervals."""
     names = {c.strategy for c in varied(part.wanted, along)}
     wanted = [c for c in part.wanted if c.strategy in names]
-    keep = part.found.cells["strategy"].isin(names)
+    keep = part.replicates.cells["strategy"].isin(names)
     study = {k: r for k, r in part.study.items() if k in {"dense", *(c.name for c in wanted)}}
-    return replace(part, wanted=wanted, study=study, found=part.found.rows(keep))
+    return replace(part, wanted=wanted, study=study, replicates=part.replicates.rows(keep))
 
 # %% ../../nbs/statistics/08_comparison.ipynb #8e61a053
 GROWTH = [
@@ -287,14 +298,16 @@ GROWTH = [
     "ci_low", "ci_high", "n_items", "noise"]
 
 def growth_rows(part: Part) -> pd.DataFrame:  # columns `GROWTH`; fractions
-    """Retention of each strategy with more windows less its retention with the fewest, on the same
-    items; then the mean of the strategies."""
-    found, by = part.found, ["method", "sparsity", "strategy"]
-    fewest = found.cells.groupby(by, sort=False)["windows"].transform("min")
-    first = (found.cells["windows"] == fewest).to_numpy(bool)
-    gains = contrasts(replace(found, cells=found.cells.assign(fewest=fewest)), ~first, first, by)
+    """Retention of each strategy with more windows minus its retention with the fewest, on the same
+    items; then the mean over strategies."""
+    replicates, by = part.replicates, ["method", "sparsity", "strategy"]
+    fewest = replicates.cells.groupby(by, sort=False)["windows"].transform("min")
+    first = (replicates.cells["windows"] == fewest).to_numpy(bool)
+    gains = contrasts(
+        replace(replicates, cells=replicates.cells.assign(fewest=fewest)), ~first, first, by
+    )
     table = effects(with_means(gains, ["method", "sparsity", "fewest", "windows"]))
-    table = table.assign(quantity="difference", noise=found.noise)
+    table = table.assign(quantity="difference", noise=replicates.noise)
     return table.reindex(columns=GROWTH).dropna(subset="value")
 
 # %% ../../nbs/statistics/08_comparison.ipynb #be0a4e5f
@@ -306,23 +319,23 @@ def sd_interval(sd: float, noise: float,  # without the noise; of the noise
     return float(low), float(high)
 
 # %% ../../nbs/statistics/08_comparison.ipynb #1e73c03c
-def source_spread(found: Replicates
+def source_spread(replicates: Replicates
                  ) -> pd.DataFrame:  # coordinates, dimension, sd, noise_sd, freedom
     """Standard deviation between single sources in each setting, without the noise of their items
     and draws."""
     rows = []
-    for at in found.settings():
-        here = found.where(**at)
+    for at in replicates.settings():
+        here = replicates.where(**at)
         values = here.values[:, (here.cells["source_dimension"] != "").to_numpy()]
         if values.shape[1] < 2: continue
         seen, noise = values[0].var(0, ddof=1), noise_variance(values)
         rows += [
             dict(**at,
-                 dimension=o,
+                 dimension=outcome,
                  sd=np.sqrt(np.maximum(seen[j] - noise[j], 0)),
                  noise_sd=np.sqrt(noise[j]),
-                 freedom=values.shape[1] - 1) for j, o in enumerate(OUTCOMES)
-            if o != "Worst" and not np.isnan(seen[j])]
+                 freedom=values.shape[1] - 1) for j, outcome in enumerate(OUTCOMES)
+            if outcome != "Worst" and not np.isnan(seen[j])]
     return pd.DataFrame(rows, columns=[*COORDINATES, "dimension", "sd", "noise_sd", "freedom"])
 
 # %% ../../nbs/statistics/08_comparison.ipynb #060b96b2
@@ -334,26 +347,26 @@ def spread_rows(part: Part) -> pd.DataFrame:  # columns `SPREADS`; fractions
     "Spread between draws and between single sources, in every setting and outcome."
     draws = draw_spread(part.cells).rename(columns={"items_sd": "noise_sd"}).assign(between="draws",
                                                                                     noise="items")
-    sources = source_spread(part.found).assign(between="sources", noise=part.found.noise)
+    sources = source_spread(part.replicates).assign(between="sources", noise=part.replicates.noise)
     table = stacked([draws, sources], SPREADS).reindex(columns=SPREADS)
-    ends = [sd_interval(o.sd, o.noise_sd, o.freedom) for o in table.itertuples()]
-    table["ci_low"], table["ci_high"] = [o[0] for o in ends], [o[1] for o in ends]
+    ends = [sd_interval(row.sd, row.noise_sd, row.freedom) for row in table.itertuples()]
+    table["ci_low"], table["ci_high"] = [end[0] for end in ends], [end[1] for end in ends]
     return in_order(table, ["method"], [c.method for c in part.wanted])
 
 # %% ../../nbs/statistics/08_comparison.ipynb #59ce41dc
 def spread_text(table: pd.DataFrame  # from `spread_rows`
                ) -> pd.DataFrame:
-    "One line per method and outcome: both spreads in points, with their degrees of freedom."
+    "Both standard deviations in points with their degrees of freedom, by method and outcome."
     lines = {}
-    for o in table.itertuples():
-        name = HEADINGS.get(o.dimension, o.dimension)
-        line = lines.setdefault((o.method, o.sparsity, o.dimension),
-                                dict(method=method_label(o.method),
-                                     sparsity=sparsity_label(o.sparsity),
+    for row in table.itertuples():
+        name = HEADINGS.get(row.dimension, row.dimension)
+        line = lines.setdefault((row.method, row.sparsity, row.dimension),
+                                dict(method=method_label(row.method),
+                                     sparsity=sparsity_label(row.sparsity),
                                      outcome=name,
                                      draws="–",
                                      sources="–"))
-        line[o.between] = f"{interval_text(o.sd, o.ci_low, o.ci_high)}, df {o.freedom}"
+        line[row.between] = f"{interval_text(row.sd, row.ci_low, row.ci_high)}, df {row.freedom}"
     return pd.DataFrame(lines.values()).rename(
         columns=dict(draws="sd between draws", sources="sd between single sources")
     )
@@ -364,9 +377,9 @@ RANGES = [
     "lowest", "highest", "n"]
 
 def range_rows(part: Part) -> pd.DataFrame:  # columns `RANGES`; fractions
-    """How far apart the strategies lie in each outcome, in every setting that has two or more: see
+    """Range over strategies of each outcome, in every setting with at least two strategies: see
     `replicates.spread`."""
-    many = [at for at in part.found.settings() if len(part.found.where(**at).cells) > 1]
-    return stacked([spread(part.found, **at).assign(**at) for at in many], RANGES).reindex(
+    many = [at for at in part.replicates.settings() if len(part.replicates.where(**at).cells) > 1]
+    return stacked([spread(part.replicates, **at).assign(**at) for at in many], RANGES).reindex(
         columns=RANGES
     )

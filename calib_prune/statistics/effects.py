@@ -20,48 +20,52 @@ from ..resampling import interval
 from .replicates import COORDINATES, OUTCOMES, Replicates
 
 # %% ../../nbs/statistics/03_effects.ipynb #261509bf
-def row_differences(found: Replicates, rows: Sequence[int], others: Sequence[int]  # positions
+def row_differences(replicates: Replicates, rows: Sequence[int], others: Sequence[int]  # positions
                    ) -> Replicates:  # cells of the rows; `over` names the others' strategies
-    "Rows less other rows, replicate by replicate."
+    "Differences of rows, replicate by replicate."
     rows, others = np.asarray(rows, int), np.asarray(others, int)
-    cells = found.cells.iloc[rows].reset_index(drop=True)
-    cells = cells.assign(over=found.cells["strategy"].to_numpy()[others])
-    return replace(found, cells=cells, values=found.values[:, rows] - found.values[:, others])
+    cells = replicates.cells.iloc[rows].reset_index(drop=True)
+    cells = cells.assign(over=replicates.cells["strategy"].to_numpy()[others])
+    return replace(
+        replicates, cells=cells, values=replicates.values[:, rows] - replicates.values[:, others]
+    )
 
 # %% ../../nbs/statistics/03_effects.ipynb #42242c98
-def contrasts(found: Replicates, first: Any, second: Any,  # a boolean for each row
+def contrasts(replicates: Replicates, first: Any, second: Any,  # a boolean for each row
               by: Sequence[str]  # columns in which a second row is unique
              ) -> Replicates:    # as `row_differences`
-    "Each first row less the second row that agrees with it in `by`; rows without one are left out."
-    if found.cells.empty: return row_differences(found, [], [])
-    keys = list(found.cells[list(by)].itertuples(index=False, name=None))
+    """Each first row minus the second row that agrees in `by`; a first row without a partner is
+    left out."""
+    if replicates.cells.empty: return row_differences(replicates, [], [])
+    keys = list(replicates.cells[list(by)].itertuples(index=False, name=None))
     base = {keys[i]: i for i in np.flatnonzero(second)}
     rows = [i for i in np.flatnonzero(first) if keys[i] in base]
-    return row_differences(found, rows, [base[keys[i]] for i in rows])
+    return row_differences(replicates, rows, [base[keys[i]] for i in rows])
 
 # %% ../../nbs/statistics/03_effects.ipynb #8882a224
-def strategy_contrasts(found: Replicates, pairs: Sequence[tuple[str, str]]  # of strategies
+def strategy_contrasts(replicates: Replicates, pairs: Sequence[tuple[str, str]]  # of strategies
                       ) -> Replicates:  # as `row_differences`
-    "The first strategy of each pair less the second, in every setting that has both."
-    keys = found.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
+    "The first strategy of each pair minus the second, in every setting with both."
+    keys = replicates.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
     at = {key: i for i, key in enumerate(keys)}
-    settings = [tuple(setting.values()) for setting in found.settings()]
+    settings = [tuple(setting.values()) for setting in replicates.settings()]
     planned = [((a, *where), (b, *where)) for a, b in pairs for where in settings]
     both = [(at[a], at[b]) for a, b in planned if a in at and b in at]
-    return row_differences(found, [i for i, _ in both], [j for _, j in both])
+    return row_differences(replicates, [i for i, _ in both], [j for _, j in both])
 
 # %% ../../nbs/statistics/03_effects.ipynb #2d57f9b6
-def with_means(found: Replicates, by: Sequence[str],
+def with_means(replicates: Replicates, by: Sequence[str],
                name: str = "mean",    # of the new rows, as a strategy
                fewest: int = 2,       # groups with fewer rows get none
                between: bool = False  # of two strategies also the first less the second?
               ) -> Replicates:
-    "The rows group by group, each group followed by its mean; their draws are the fewest of a row."
-    keys = list(found.cells[list(by)].itertuples(index=False, name=None))
+    """The rows group by group, each group followed by its mean; a mean has the fewest draws of its
+    rows."""
+    keys = list(replicates.cells[list(by)].itertuples(index=False, name=None))
     cells, values = [], []
     for key in dict.fromkeys(keys):
         group = [i for i, other in enumerate(keys) if other == key]
-        rows, mine = found.cells.iloc[group].to_dict("records"), found.values[:, group]
+        rows, mine = replicates.cells.iloc[group].to_dict("records"), replicates.values[:, group]
         about = rows[0] | dict(draws=min(row["draws"] for row in rows))
         more = {name: mine.mean(1)} if len(group) >= fewest else {}
         if between and len(group) == 2:
@@ -69,52 +73,54 @@ def with_means(found: Replicates, by: Sequence[str],
             more[f"{a} − {b}"] = mine[:, 0] - mine[:, 1]
         cells += rows + [about | dict(strategy=label) for label in more]
         values += [mine, *(row[:, None] for row in more.values())]
-    if not cells: return found
-    return replace(found, cells=pd.DataFrame(cells, dtype=object), values=np.hstack(values))
+    if not cells: return replicates
+    return replace(replicates, cells=pd.DataFrame(cells, dtype=object), values=np.hstack(values))
 
 # %% ../../nbs/statistics/03_effects.ipynb #725095c4
-def _scaled(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [k], [B, k]
-    """The size of each difference's noise, and the noise in these units. Quantiles: two or three
-    draws have heavy tails."""
-    lost = np.isnan(delta).any(1)
+def _standardised(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [k], [B, k]
+    """Standard error of each difference, and the deviations of its replicates in standard errors.
+    The error is estimated from quantiles, because two or three draws have heavy tails."""
+    missing = np.isnan(delta).any(1)
     # as in `resampling.interval`
-    if 0 < lost[1:].mean() <= 0.01: delta = delta[~lost | (np.arange(len(delta)) == 0)]
-    size = np.diff(np.quantile(delta[1:], norm.cdf([-1, 1]), axis=0), axis=0)[0] / 2
-    return size, np.divide(
-        delta[1:] - delta[0], size, out=np.zeros_like(delta[1:]), where=size != 0
+    if 0 < missing[1:].mean() <= 0.01: delta = delta[~missing | (np.arange(len(delta)) == 0)]
+    standard_error = np.diff(np.quantile(delta[1:], norm.cdf([-1, 1]), axis=0), axis=0)[0] / 2
+    return standard_error, np.divide(
+        delta[1:] - delta[0],
+        standard_error,
+        out=np.zeros_like(delta[1:]),
+        where=standard_error != 0,
     )
 
 # %% ../../nbs/statistics/03_effects.ipynb #06feeeb7
 def simultaneous(delta: np.ndarray,       # [1 + B, k]
                  level: float = 0.95
                 ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper ends, [k]
-    """Intervals that hold for all of several differences at once: as wide as the largest of their
-    noises needs."""
-    size, scaled = _scaled(delta)
-    reach = np.quantile(np.abs(scaled).max(1), level) * size
-    return delta[0] - reach, delta[0] + reach
+    "Simultaneous intervals of several differences (max-t)."
+    standard_error, deviations = _standardised(delta)
+    half_width = np.quantile(np.abs(deviations).max(1), level) * standard_error
+    return delta[0] - half_width, delta[0] + half_width
 
 # %% ../../nbs/statistics/03_effects.ipynb #dc948c71
 def best_of(delta: np.ndarray              # [1 + B, candidates], how far each lies above something
            ) -> tuple[float, float, float]:  # estimate, and an interval that allows for the choice
-    "The largest of several differences."
-    size, scaled = _scaled(delta)
-    reach = np.quantile(scaled.max(1), 0.975), np.quantile((-scaled).max(1), 0.975)
-    return float(delta[0].max()), float((delta[0] - reach[0] * size).max()), float(
-        (delta[0] + reach[1] * size).max())
+    "The largest of several differences; its interval allows for the choice."
+    standard_error, deviations = _standardised(delta)
+    half_width = np.quantile(deviations.max(1), 0.975), np.quantile((-deviations).max(1), 0.975)
+    return float(delta[0].max()), float((delta[0] - half_width[0] * standard_error).max()), float(
+        (delta[0] + half_width[1] * standard_error).max())
 
 # %% ../../nbs/statistics/03_effects.ipynb #3f9c51d2
 def significant_sign(low: Any, high: Any  # ends of intervals, of the same shape
                     # 1 or −1; 0 where the interval includes 0, or there is none
                     ) -> np.ndarray:
-    "The sign of each difference whose interval excludes 0: what a title or a colour may state."
+    "Sign of each significant difference."
     low, high = np.asarray(low, float), np.asarray(high, float)
     return np.where(low > 0, 1, np.where(high < 0, -1, 0))
 
 # %% ../../nbs/statistics/03_effects.ipynb #7d454b3b
 def has_interval(values: np.ndarray  # [1 + B, strategies, outcomes]
                 ) -> np.ndarray:     # [outcomes]
-    "Which outcomes have an interval for every strategy: see `resampling.interval`."
+    "Outcomes with an interval for every strategy: see `resampling.interval`."
     return (np.isnan(values).mean(0) <= 0.01).all(0)
 
 # %% ../../nbs/statistics/03_effects.ipynb #6b6f9657
@@ -122,8 +128,8 @@ def has_interval(values: np.ndarray  # [1 + B, strategies, outcomes]
 def lead_of_best(values: np.ndarray
                 # [outcomes] index of the best; lower end of its lead over all others
                 ) -> tuple[np.ndarray, np.ndarray]:
-    """How far the best strategy of each outcome is above all others; simultaneous for all pairs, so
-    the choice is allowed for."""
+    """Lead of the best strategy over all others, by outcome; simultaneous over all pairs, so the
+    interval allows for the choice."""
     n = values.shape[1]
     first, second = np.triu_indices(n, 1)
     low, high = simultaneous((values[:, first] - values[:, second]).reshape(len(values), -1))
@@ -138,8 +144,7 @@ def lead_of_best(values: np.ndarray
 def not_worse(values: np.ndarray,  # [1 + B, sets], total retention
               best: int            # index of a set
              ) -> np.ndarray:      # [sets], boolean; false for the best set itself
-    """The sets whose difference from the best set is not significant, simultaneously for all
-    pairs."""
+    "The sets whose difference from the best set is not significant (simultaneous over all pairs)."
     first, second = np.triu_indices(values.shape[1], 1)
     signs = significant_sign(*simultaneous(values[:, first] - values[:, second]))
     near = np.zeros((values.shape[1],) * 2, bool)
@@ -150,8 +155,7 @@ def not_worse(values: np.ndarray,  # [1 + B, sets], total retention
 def shortfall(values: np.ndarray                # [1 + B, sources, dimensions], retention
              # estimate, ci_low, ci_high; 0 if one source is best in all dimensions
              ) -> tuple[float, float, float]:
-    """How much even the most versatile source lacks, in its weakest dimension, of the best other
-    source."""
+    "Largest lead of another source over the most versatile source, in any dimension."
     sources = range(values.shape[1])
     gaps = [
         best_of((np.delete(values, s, 1) - values[:, s : s + 1]).reshape(len(values), -1))
@@ -170,24 +174,24 @@ def estimate(values: np.ndarray  # [1 + B], the first as measured
 # %% ../../nbs/statistics/03_effects.ipynb #86b3816f
 EFFECT = ["dimension", "value", "ci_low", "ci_high", "n_items"]
 
-def effects(found: Replicates, outcomes: Sequence[str] = OUTCOMES,
+def effects(replicates: Replicates, outcomes: Sequence[str] = OUTCOMES,
             together: Sequence[str] | None = None  # columns; none of them: all rows are one set
            ) -> pd.DataFrame:  # cells, `EFFECT`, perhaps all_low, all_high; fractions
-    "Every row and outcome with its interval."
+    "Estimate and interval of every row and outcome."
     at, rows = [OUTCOMES.index(outcome) for outcome in outcomes], []
-    for i, cell in enumerate(found.cells.to_dict("records")):
+    for i, cell in enumerate(replicates.cells.to_dict("records")):
         for j, outcome in zip(at, outcomes):
-            ends = estimate(found.values[:, i, j])
-            rows.append((*cell.values(), outcome, *ends, found.items[outcome]))
-    table = pd.DataFrame(rows, columns=[*found.cells, *EFFECT]).infer_objects()
+            ends = estimate(replicates.values[:, i, j])
+            rows.append((*cell.values(), outcome, *ends, replicates.items[outcome]))
+    table = pd.DataFrame(rows, columns=[*replicates.cells, *EFFECT]).infer_objects()
     if together is None: return table
-    replicates = found.values[:, :, at].reshape(len(found.values), -1)
-    return _simultaneous_columns(table, replicates, list(together))
+    values = replicates.values[:, :, at].reshape(len(replicates.values), -1)
+    return _simultaneous_columns(table, values, list(together))
 
 # %% ../../nbs/statistics/03_effects.ipynb #7fbf5327
 def _simultaneous_columns(table: pd.DataFrame, replicates: np.ndarray,  # [1 + B, rows]
                           together: list[str]) -> pd.DataFrame:
-    "The table with all_low and all_high, set of comparisons by set."
+    "The table with `all_low` and `all_high`, one set of comparisons at a time."
     table = table.assign(all_low=np.nan, all_high=np.nan)
     known = table[table["ci_low"].notna()]
     sets = [rows for _, rows in known.groupby(together, sort=False)] if together else [known]
@@ -200,7 +204,7 @@ def _simultaneous_columns(table: pd.DataFrame, replicates: np.ndarray,  # [1 + B
 # %% ../../nbs/statistics/03_effects.ipynb #7144f765
 def simultaneous_ends(table: pd.DataFrame  # perhaps with all_low, all_high
                      ) -> pd.DataFrame:
-    "The table with simultaneous intervals in place of single ones, where it has them."
+    "The table with simultaneous intervals in place of single intervals, where available."
     if "all_low" not in table: return table
     ends = dict(ci_low=table["all_low"].fillna(table["ci_low"]),
                 ci_high=table["all_high"].fillna(table["ci_high"]))

@@ -22,14 +22,14 @@ from ..study.results import Result
 # %% ../../nbs/statistics/01_examples.ipynb #b38ac489
 EXAMPLE_TASKS = dict(zip(DIMENSIONS, ("sciq", "piqa", "humaneval", "basic_skills_arithmetic")))
 
-def example_items(kept: Sequence[float],                  # retention of the four dimensions
+def example_items(retention: Sequence[float],             # retention of the four dimensions
                   n: int,                                 # items per task
                   # scatter over items; without it the retention is exact
                   rng: np.random.Generator | None = None
                  ) -> pd.DataFrame:                       # as `evaluate` returns it
     "Items of a made-up model, and of a dense model that is always right at one bit per byte."
     rows = []
-    for keep, task in zip(kept, EXAMPLE_TASKS.values()):
+    for keep, task in zip(retention, EXAMPLE_TASKS.values()):
         wide = TASKS[task].metric == "bits"
         if wide:
             value = (
@@ -48,7 +48,7 @@ def example_items(kept: Sequence[float],                  # retention of the fou
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/statistics/01_examples.ipynb #9da2c34b
-def example_study(kept: dict[str, Sequence[float]],  # strategy → retention of the four dimensions
+def example_study(retention: dict[str, Sequence[float]],  # strategy → the four retentions
                   methods: Sequence[str] = ("sparsegpt",), sparsities: Sequence[float] = (0.6,),
                   seeds: Sequence[int] = (0,), n: int = 40,
                   draw_sd: float = 0.0,              # standard deviation between calibration draws
@@ -59,11 +59,11 @@ def example_study(kept: dict[str, Sequence[float]],  # strategy → retention of
     rng, noise = (np.random.default_rng(seed or 0),
                   None) if seed is None else [np.random.default_rng(seed)] * 2
     study = {"dense": Result(asdict(Cell("dense")), pd.DataFrame(), example_items([1] * 4, n), {})}
-    for method, sparsity, draw, name in itertools.product(methods, sparsities, seeds, kept):
+    for method, sparsity, draw, name in itertools.product(methods, sparsities, seeds, retention):
         cell = Cell(
             strategy=name, mix=name, method=method, sparsity=sparsity, seed=draw, windows=32
         )
-        drawn = np.clip(kept[name] + draw_sd * rng.normal(size=4), 0.01, 1)
+        drawn = np.clip(retention[name] + draw_sd * rng.normal(size=4), 0.01, 1)
         study[cell.name] = Result(asdict(cell), pd.DataFrame(), example_items(drawn, n, noise), {})
     return study
 

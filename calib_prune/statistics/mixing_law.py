@@ -62,14 +62,16 @@ FORMS = {
 
 # %% ../../nbs/statistics/09_mixing_law.ipynb #724e2ab0
 def left_out_error(form: str, shares: np.ndarray,  # [n, 4]
-                   kept: np.ndarray                # [n, outcomes]
+                   retention: np.ndarray           # [n, outcomes]
                   ) -> float:
-    "Root mean square error at mixes that are left out of the fit, one at a time."
+    "Root mean square error at mixes left out of the fit, one at a time."
     terms = FORMS[form](shares)
     if len(terms) < terms.shape[1] + 2: return np.inf  # too few mixes for this form
     hat = terms @ np.linalg.pinv(terms)
     if (np.diag(hat) > 1 - 1e-9).any(): return np.inf  # a mix that no other one can stand in for
-    return float(np.sqrt(np.mean(((kept - hat @ kept) / (1 - np.diag(hat))[:, None]) ** 2)))
+    return float(
+        np.sqrt(np.mean(((retention - hat @ retention) / (1 - np.diag(hat))[:, None]) ** 2))
+    )
 
 # %% ../../nbs/statistics/09_mixing_law.ipynb #a5527db3
 def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:  # of a symmetric matrix
@@ -84,14 +86,14 @@ def _squares(noise: np.ndarray
 
 # %% ../../nbs/statistics/09_mixing_law.ipynb #02f0a420
 def misfit(terms: np.ndarray,  # [n, terms] of the mixes
-           kept: np.ndarray    # [1 + B, n, outcomes]
+           retention: np.ndarray  # [1 + B, n, outcomes]
           ) -> np.ndarray:     # [outcomes, outcomes]: turns noise of a mix into noise and misfit
-    """How much further measured mixes lie from a law than noise alone would put them, in every
-    direction."""
-    over = kept - terms @ (np.linalg.pinv(terms) @ kept)
-    expected, found = _squares(over - over[0]), over[0].T @ over[0] / len(terms)
+    """Ratio of the measured mixes' deviations from a law to the deviations expected from noise, as
+    a matrix."""
+    over = retention - terms @ (np.linalg.pinv(terms) @ retention)
+    expected, observed = _squares(over - over[0]), over[0].T @ over[0] / len(terms)
     root, whiten = _power(expected, 0.5), _power(expected, -0.5)
-    times, directions = np.linalg.eigh(whiten @ found @ whiten)
+    times, directions = np.linalg.eigh(whiten @ observed @ whiten)
     free = len(terms) - np.linalg.matrix_rank(terms)
     wider = np.where(
         times > 1, np.sqrt(times.clip(1)) * student.ppf(0.975, free) / norm.ppf(0.975), 1
@@ -99,26 +101,25 @@ def misfit(terms: np.ndarray,  # [n, terms] of the mixes
     return root @ (directions * wider) @ directions.T @ whiten
 
 # %% ../../nbs/statistics/09_mixing_law.ipynb #e3043982
-def _stretched(kept: np.ndarray,   # [1 + B, n, outcomes]
+def _stretched(retention: np.ndarray,  # [1 + B, n, outcomes]
                misfit: np.ndarray  # [outcomes, outcomes], see there
-              # as `kept`; [outcomes]: how many times as far apart
+              # as `retention`; [outcomes]: how many times as far apart
               ) -> tuple[np.ndarray, np.ndarray]:
-    """Replicates with misfit beside the noise. Noise that all mixes share comes from the items and
-    is not stretched; but a mean
-    over mixes also holds some of their own."""
-    noise, n = kept - kept[0], kept.shape[1]
+    """Replicates with misfit in addition to noise. Noise shared by all mixes comes from the items
+    and is not stretched; a mean over mixes also contains the mixes' own noise."""
+    noise, n = retention - retention[0], retention.shape[1]
     shared = noise.mean(1, keepdims=True)
     own = noise - shared
     widened = own @ misfit.T
     before, after, in_all = _squares(own), _squares(widened), _squares(shared)
     more = _power(in_all + (after - before) / (n - 1), 0.5) @ _power(in_all, -0.5)
     times = np.sqrt(np.diag(after) / np.where(np.diag(before) > 0, np.diag(before), np.inf))
-    return kept[0] + shared @ more.T + widened, np.maximum(times, 1)
+    return retention[0] + shared @ more.T + widened, np.maximum(times, 1)
 
 # %% ../../nbs/statistics/09_mixing_law.ipynb #d76dfb03
 @dataclass(frozen=True)
 class Law:
-    "What is kept of each dimension, as a function of a mix."
+    "Retention of each dimension as a function of a mix."
     form: str
     coefficients: np.ndarray  # [1 + B, terms, 4]; the first are as measured
     errors: dict[str, float]  # form → error at mixes left out, fractions
@@ -140,36 +141,36 @@ class Law:
 
 # %% ../../nbs/statistics/09_mixing_law.ipynb #ff4417ff
 def fit(mixes: pd.DataFrame,  # shares, one row per mix
-        kept: np.ndarray,     # [1 + B, mixes, 4], retention as measured, and its replicates
+        retention: np.ndarray,  # [1 + B, mixes, 4], retention as measured, and its replicates
         form: str | None = None  # default: the one with the smallest error at mixes left out
        ) -> Law:
     "Fit the law to measured mixes."
     shares = as_shares(mixes)
-    if kept.shape[1:] != shares.shape:
+    if retention.shape[1:] != shares.shape:
         raise CalibPruneError(
             f"{len(shares)} mixes need retention of the shape [replicates, "
-            f"{len(shares)}, {len(DIMENSIONS)}], not {list(kept.shape)}."
+            f"{len(shares)}, {len(DIMENSIONS)}], not {list(retention.shape)}."
         )
     if form is not None and form not in FORMS:
         raise unknown_name("form of the mixing law", form, FORMS)
-    if np.isnan(kept).any():
+    if np.isnan(retention).any():
         raise CalibPruneError(
             "The law needs retention of every dimension for every mix and replicate."
         )
-    errors = {o: left_out_error(o, shares, kept[0]) for o in FORMS}
+    errors = {form: left_out_error(form, shares, retention[0]) for form in FORMS}
     if not np.isfinite(errors[form or "linear"]):
         raise CalibPruneError(
             f"{len(shares)} mixes are too few for the form {form or 'linear'}: measure more."
         )
-    chosen = form or min(errors, key=lambda o: errors[o])
+    chosen = form or min(errors, key=lambda form: errors[form])
     terms = FORMS[chosen](shares)
-    replicates, wider = _stretched(kept, misfit(terms, kept))
+    replicates, wider = _stretched(retention, misfit(terms, retention))
     return Law(chosen, np.linalg.pinv(terms) @ replicates, errors, wider)
 
 # %% ../../nbs/statistics/09_mixing_law.ipynb #f91f93fe
 def super_additive(law: Law, mix: Mapping[str, float]
                   ) -> pd.DataFrame:  # dimension, value, ci_low, ci_high; fractions
-    """How much more a mix keeps than the average of its parts, by a law whose form allows for a
+    """Retention of a mix minus the average of its parts, by a law whose form allows for a
     difference."""
     if law.form == "linear":
         raise CalibPruneError(
@@ -207,7 +208,7 @@ def best_mix(law: Law,
              step: float = 0.05
             # dimension, share, low, high: the best share, and the range of those that may be best
             ) -> pd.DataFrame:
-    "The mix that suits a need best, and the shares of mixes that may be the best one (95 %)."
+    "The best mix for a need, and the range of shares that may be best (95 %)."
     known = [*DIMENSIONS, "worst"]
     if odd := set(need) - set(known): raise unknown_name("dimension", sorted(odd)[0], known)
     if not any(need.values()):
@@ -232,7 +233,7 @@ def law_text(law: Law, about: str  # which model, method and setting it was meas
             ) -> str:              # JSON
     "A fitted law as the text of a file."
     flat = law.coefficients.reshape(len(law.coefficients), -1)
-    rounded = lambda o: np.round(o, 10).tolist()
+    rounded = lambda array: np.round(array, 10).tolist()
     errors = {k: round(v, 10) for k, v in law.errors.items()}
     return json.dumps(dict(about=about,
                            form=law.form,
@@ -247,18 +248,18 @@ def law_text(law: Law, about: str  # which model, method and setting it was meas
 def _read_law(read: dict[str, Any]
              # coefficients, root of the covariance, wider
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The numbers of a law's file; ValueError if they cannot be those of a law."
+    "The numbers of a law's file; ValueError if the file is not a law."
     if read["form"] not in FORMS:
         raise ValueError(f"its form {read['form']!r} is none of {', '.join(FORMS)}")
     if tuple(read["dimensions"]) != tuple(DIMENSIONS):
         raise ValueError(f"its dimensions are not {', '.join(DIMENSIONS)}")
     first, spread, wider = (
-        np.array(read[o], float) for o in ("coefficients", "covariance", "wider")
+        np.array(read[name], float) for name in ("coefficients", "covariance", "wider")
     )
     terms, n = FORMS[read["form"]](np.eye(len(DIMENSIONS))).shape[1], len(DIMENSIONS)
     if (first.shape, spread.shape, wider.shape) != ((terms, n), (terms * n,) * 2, (n,)):
         raise ValueError("its shapes do not fit")
-    if not all(np.isfinite(o).all() for o in (first, spread, wider)):
+    if not all(np.isfinite(array).all() for array in (first, spread, wider)):
         raise ValueError("it holds numbers that are none")
     least = (
         np.linalg.eigvalsh(spread).min() if np.allclose(spread, spread.T, atol=1e-9) else -np.inf
@@ -269,20 +270,19 @@ def _read_law(read: dict[str, Any]
 # %% ../../nbs/statistics/09_mixing_law.ipynb #7ffb2e79
 def fitted_law(path: str | Path | None = None  # default: the law of the package's own study
               ) -> Law:
-    """A law from its file, with `REPLICATES` replicates; `about` says what it was measured on.
-    `predict` says what a mix keeps,
-    `best_mix` which one suits a need. The package's own is of SmolLM2-135M, SparseGPT, 50 %, answer
-    bits."""
+    """A law from its file, with `REPLICATES` replicates; `about` describes the study behind the
+    law. `predict` returns the retention of a mix, `best_mix` the best mix for a need. The package's
+    own law: SmolLM2-135M, SparseGPT, 50 %, answer bits."""
     package = Path(str(files("calib_prune"))).resolve()
     places = [Path(path)] if path else [package.parent / LAW_FILE, package / "project" / LAW_FILE]
-    found = next((o for o in places if o.is_file()), None)
-    if not found:
+    file = next((place for place in places if place.is_file()), None)
+    if not file:
         raise CalibPruneError(
             f"There is no fitted law at {places[0]}: in a checkout `make figures"
             " PRESET=mixing/smollm2-135m` writes one, and the wheel of this package holds one."
         )
     read = load_json(
-        found,
+        file,
         about=str,
         form=str,
         dimensions=list,
@@ -292,7 +292,7 @@ def fitted_law(path: str | Path | None = None  # default: the law of the package
         wider=list,
     )
     try: first, root, wider = _read_law(read)
-    except (ValueError, TypeError) as e: raise damaged(found, str(e)) from e
+    except (ValueError, TypeError) as e: raise damaged(file, str(e)) from e
     drawn = (
         first.ravel() + np.random.default_rng(0).standard_normal((REPLICATES, first.size)) @ root
     )

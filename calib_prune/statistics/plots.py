@@ -53,7 +53,7 @@ def check_rows(table: pd.DataFrame, what: str) -> None:
 def panels(
     table: pd.DataFrame, height: float, columns: int = 1, **more
 ) -> tuple[Figure, np.ndarray]:
-    "One panel per method side by side, or one row of `columns` panels per method."
+    "Axes with one panel per method side by side, or one row of `columns` panels per method."
     n = table["method"].nunique()
     shape = (1, n) if columns == 1 else (n, columns)
     width = WIDTH * max(1, shape[1] / 2.4)  # a third panel beside two needs more room
@@ -66,7 +66,9 @@ def error_bars(ax: Axes, at: Any,      # positions along the other axis
                rows: pd.DataFrame,     # value, ci_low, ci_high; fractions
                horizontal: bool = False, **look) -> None:
     "Values with their intervals, in percent."
-    value, low, high = (100 * rows[o].to_numpy(float) for o in ("value", "ci_low", "ci_high"))
+    value, low, high = (
+        100 * rows[column].to_numpy(float) for column in ("value", "ci_low", "ci_high")
+    )
     ends = [value - low, high - value]
     if horizontal: ax.errorbar(value, at, xerr=ends, **look)
     else: ax.errorbar(at, value, yerr=ends, **look)
@@ -93,7 +95,7 @@ def annotate(figure: Figure, note: str) -> Figure:
 # %% ../../nbs/statistics/06_plots.ipynb #4be9c104
 def figure_of(draw: Callable[..., Figure], table: pd.DataFrame, note: str,
               lacking: str = "No cell that this figure needs has been run.") -> Figure:
-    "The figure, or one that says why there is none."
+    "The figure, or a figure that states why no data can be shown."
     if len(table): return draw(table, note)
     figure = plt.figure(figsize=(WIDTH, 0.8))
     figure.text(0.5, 0.5, lacking, ha="center", fontsize=9)
@@ -117,7 +119,7 @@ def setting_label(at: dict[str, Any]  # with method and sparsity
 
 # %% ../../nbs/statistics/06_plots.ipynb #ace1d1f1
 def sentence_figure(note: str) -> Figure:
-    "A figure that says why there is no other."
+    "A figure with one sentence, in place of a figure without data."
     figure, ax = plt.subplots(figsize=(5, 1.2))
     ax.text(0.5, 0.5, textwrap.fill(note, 70), ha="center", va="center")
     ax.set_axis_off()
@@ -141,8 +143,10 @@ def place_labels(ax: Axes, points: pd.DataFrame,  # x, y, name
     places = [(r, np.array([np.cos(a), np.sin(a)])) for r in (5, 9, 14, 20, 27)
               for a in np.arange(16) * np.pi / 8]
     far, chosen = np.array([r for r, _ in places]), {}
-    texts = [ax.annotate(o, (x, y), fontsize=size, ha="center", va="center", color="0.15", zorder=4)
-             for x, y, o in points[["x", "y", "name"]].itertuples(index=False)]
+    texts = [
+        ax.annotate(name, (x, y), fontsize=size, ha="center", va="center", color="0.15", zorder=4)
+        for x, y, name in points[["x", "y", "name"]].itertuples(index=False)
+    ]
     # the first names do not know of the others, so all get a second and third chance
     for i in [*range(len(texts))] * 3:
         # air: letters are drawn on whole pixels

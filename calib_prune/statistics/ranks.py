@@ -27,7 +27,7 @@ from .replicates import ADDITIVE, COORDINATES, Replicates
 def row_correlation(x: np.ndarray, y: np.ndarray  # [..., n]
                    ) -> np.ndarray:               # [...]; NaN where one of the two does not vary
     "Pearson's correlation over the last axis."
-    x, y = (o - o.mean(-1, keepdims=True) for o in (x, y))
+    x, y = (series - series.mean(-1, keepdims=True) for series in (x, y))
     size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
     return np.clip(
         np.divide((x * y).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0), -1, 1
@@ -44,7 +44,7 @@ def partial_spearman(x: np.ndarray, y: np.ndarray, own: np.ndarray  # [..., n]
                     ) -> np.ndarray:
     """Spearman's partial correlation of `x` and `y` with `own` held fixed; NaN where `own` leaves
     nothing to explain."""
-    x, y, own = (rankdata(o, axis=-1) for o in (x, y, own))
+    x, y, own = (rankdata(series, axis=-1) for series in (x, y, own))
     return _partial(row_correlation(x, y), row_correlation(x, own), row_correlation(y, own))
 
 # %% ../../nbs/statistics/04_ranks.ipynb #5077921f
@@ -67,24 +67,27 @@ def pairings(groups: np.ndarray,  # [n], sources change places inside a group on
     order, count = np.concatenate(members), math.prod(math.factorial(len(m)) for m in members)
     if count <= n_perm:
         parts = itertools.product(*(itertools.permutations(m) for m in members))
-        found = np.array([list(itertools.chain(*o)) for o in parts])
+        orders = np.array([list(itertools.chain(*part)) for part in parts])
     else:
         rank = np.searchsorted(np.unique(groups), groups)
-        found = np.argsort(rank + np.random.default_rng(seed).random((n_perm, len(groups))), axis=1)
-    back = np.empty_like(found)
-    back[:, order] = found
+        orders = np.argsort(
+            rank + np.random.default_rng(seed).random((n_perm, len(groups))), axis=1
+        )
+    back = np.empty_like(orders)
+    back[:, order] = orders
     return back, count <= n_perm
 
 # %% ../../nbs/statistics/04_ranks.ipynb #1f00c842
 def permutation_p(x: np.ndarray, y: np.ndarray,    # [n], [n, outcomes]
                   taken: np.ndarray, whole: bool   # from `pairings`
                  ) -> np.ndarray:                  # [outcomes]
-    "Two-sided p-values of Spearman's correlation: twice the smaller tail, as scipy counts it."
+    "Two-sided p-values of Spearman's correlation: twice the smaller tail, as in scipy."
     x, y = rankdata(x) - (len(x) + 1) / 2, rankdata(y, axis=0) - (len(x) + 1) / 2
     null, seen = x[taken] @ y, x @ y
     more, extra = 1e-9 * len(x) ** 3, 0 if whole else 1
     tails = [
-        (o.sum(0) + extra) / (len(null) + extra) for o in (null >= seen - more, null <= seen + more)
+        (reached.sum(0) + extra) / (len(null) + extra)
+        for reached in (null >= seen - more, null <= seen + more)
     ]
     return np.minimum(1, 2 * np.minimum(*tails))
 
@@ -104,15 +107,19 @@ def leave_one_out(x: np.ndarray, y: np.ndarray  # [n]
                  ) -> np.ndarray:               # [n]
     "Spearman's correlation without each of the sources."
     rest = ~np.eye(len(x), dtype=bool)
-    return spearman(*(np.broadcast_to(o, rest.shape)[rest].reshape(len(x), -1) for o in (x, y)))
+    return spearman(
+        *(np.broadcast_to(series, rest.shape)[rest].reshape(len(x), -1) for series in (x, y))
+    )
 
 # %% ../../nbs/statistics/04_ranks.ipynb #8e5ef99e
 def row_ranks(values: np.ndarray  # [B, n], n small
              ) -> np.ndarray:     # [B, n]
-    "Ranks in every row; ties share their mean rank, and a row with a NaN has no ranks but NaN."
+    "Ranks within every row; ties get their mean rank, and a row with a NaN has NaN ranks."
     columns = np.ascontiguousarray(values.T)
-    count = lambda found: found.view(np.int8).sum(0, dtype=np.int16)
-    ranks = np.stack([count(columns < o) + (count(columns == o) + 1) / 2 for o in columns], -1)
+    count = lambda flags: flags.view(np.int8).sum(0, dtype=np.int16)
+    ranks = np.stack(
+        [count(columns < column) + (count(columns == column) + 1) / 2 for column in columns], -1
+    )
     ranks[np.isnan(values).any(1)] = np.nan
     return ranks
 
@@ -171,15 +178,15 @@ class Ranked:
 def relate(x: Ranked, y: Ranked,  # a metric; retention in one dimension
            free: Resampling, held: Resampling
           ) -> dict[str, float]:
-    "Everything that is said about one metric and one dimension."
+    "All statistics of one metric and one dimension."
     a, b, partial = x.values, y.values, np.nan
     once = leave_one_out(a, b)
-    found = _rho(a, b, free) | _ends("ci", unit_correlation(x.free, y.free)) | dict(
+    row = _rho(a, b, free) | _ends("ci", unit_correlation(x.free, y.free)) | dict(
         loo_low=np.min(once), loo_high=np.max(once))
     if len(np.unique(held.own)) == 2: partial = float(partial_spearman(a, b, held.own))
-    if np.isnan(partial): return found
-    return found | dict(partial=partial, partial_p=permutation_p(a, b[:, None], *held.pairings)[0],
-                        **_ends("partial", _held(x.held, y.held, held)))
+    if np.isnan(partial): return row
+    return row | dict(partial=partial, partial_p=permutation_p(a, b[:, None], *held.pairings)[0],
+                      **_ends("partial", _held(x.held, y.held, held)))
 
 # %% ../../nbs/statistics/04_ranks.ipynb #c77113d8
 def _held(x: np.ndarray, y: np.ndarray, plan: Resampling) -> np.ndarray:  # [B, n] each → [B]
@@ -216,7 +223,8 @@ def source_metrics(
                    sources: Sequence[str]  # strategies
                   # sources × metrics; metric → why it cannot be correlated
                   ) -> tuple[pd.DataFrame, dict[str, str]]:
-    "Mean of each metric over the draws of each source, and which metrics say nothing."
+    """Mean of each metric over the draws of each source, and the metrics without information, with
+    the reason."""
     if lacking := {"strategy", "metric", "value"} - set(metrics):
         raise CalibPruneError(
             f"The metrics lack the column {sorted(lacking)[0]!r}; they need strategy, metric and"
@@ -233,7 +241,9 @@ def source_metrics(
     )
     wide = wide.reindex(index=list(sources), columns=chosen["metric"].unique()).astype(float)
     for name, rows in chosen.groupby("metric", sort=False):
-        given = [str(o) for o in rows.get("note", pd.Series(dtype=str)).dropna().unique() if o]
+        given = [
+            str(note) for note in rows.get("note", pd.Series(dtype=str)).dropna().unique() if note
+        ]
         if not rows.get("applicable", pd.Series([True])).all():
             why[name] = "; ".join(given) or "not applicable to static text"
         elif not np.isfinite(wide[name]).all():why[name] = "not measured for every source"
@@ -250,7 +260,7 @@ CORRELATION = [
 def correlate(
               # tidy: strategy, seed, metric, value; perhaps applicable, note, unit
               metrics: pd.DataFrame,
-              found: Replicates,        # from `strategy_retention`
+              replicates: Replicates,   # from `strategy_retention`
               # enough for p = 0.0001, which a family of some hundred tests needs
               n_perm: int = 19999,
               seed: int = 0,
@@ -260,9 +270,11 @@ def correlate(
     """Spearman's ρ of every metric with every dimension's retention over the single sources, one
     setting at a time."""
     rows = []
-    plan = cache(lambda groups: resampling(np.array(groups), len(found.values) - 1, n_perm, seed))
-    for at in found.settings():
-        here = found.where(**at)
+    plan = cache(
+        lambda groups: resampling(np.array(groups), len(replicates.values) - 1, n_perm, seed)
+    )
+    for at in replicates.settings():
+        here = replicates.where(**at)
         sources = here.cells["source_dimension"] != ""
         if sources.sum() < MIN_SOURCES: continue
         rows += [at | row for row in setting_correlations(metrics, here, sources, plan, in_full)]
@@ -287,8 +299,8 @@ def setting_correlations(metrics: pd.DataFrame, here: Replicates, sources: pd.Se
     wide, why = source_metrics(metrics, list(cells["strategy"]))
     # "Total" has no sources of its own
     plans = {d: plan(tuple((cells["source_dimension"] == d).astype(int))) for d in ADDITIVE}
-    free, kept, rows = plans["Total"], {d: values[:, :, j] for j, d in enumerate(ADDITIVE)}, []
-    outcomes = {d: Ranked(y[0], free.ranks(y), plans[d].ranks(y)) for d, y in kept.items()}
+    free, retention, rows = plans["Total"], {d: values[:, :, j] for j, d in enumerate(ADDITIVE)}, []
+    outcomes = {d: Ranked(y[0], free.ranks(y), plans[d].ranks(y)) for d, y in retention.items()}
     for metric in wide:
         x = wide[metric].to_numpy()
         full = in_full is None or metric in in_full
@@ -311,7 +323,7 @@ CONTRASTS = (("General", "Code"), ("General", "Math"))
 REGISTER = "Code", "Math"  # dimensions whose sources are code and formulas
 
 def _residual_ranks(x: np.ndarray, groups: np.ndarray) -> np.ndarray:  # [n]
-    "Ranks less the mean of their group: what is left of them with the group held fixed."
+    "Ranks minus the mean rank of their group: the ranks with the group held fixed."
     ranks = rankdata(x)
     return ranks - np.array([ranks[groups == g].mean() for g in groups])
 
@@ -321,13 +333,13 @@ def _contrast_p(x: np.ndarray, a: np.ndarray, b: np.ndarray,  # [n]
                ) -> float:
     """Two-sided p-value of ρ(x, a) − ρ(x, b), the groups held fixed: pairings of the metric with
     the sources inside them."""
-    ranks = [_residual_ranks(o, plan.own) for o in (x, a, b)]
+    ranks = [_residual_ranks(series, plan.own) for series in (x, a, b)]
     weights = ranks[1] / np.linalg.norm(ranks[1]) - ranks[2] / np.linalg.norm(ranks[2])
     taken, extra = plan.pairings[0], 0 if plan.pairings[1] else 1
     null, seen = ranks[0][taken] @ weights, ranks[0] @ weights
     tails = [
-        (int(o.sum()) + extra) / (len(null) + extra)
-        for o in (null >= seen - 1e-9, null <= seen + 1e-9)
+        (int(reached.sum()) + extra) / (len(null) + extra)
+        for reached in (null >= seen - 1e-9, null <= seen + 1e-9)
     ]
     return min(1.0, 2 * min(tails))
 
@@ -338,34 +350,36 @@ def correlation_contrast(x: np.ndarray,                    # [n], a metric
              free: Resampling, held: Resampling  # of all sources; inside the two registers
             ) -> dict[str, float]:
     "ρ(metric, a) − ρ(metric, b), also with the register held fixed."
-    delta = lambda plan, rho: np.subtract(*(rho(plan.ranks(x), plan.ranks(o)) for o in (a, b)))
-    found = dict(
+    delta = lambda plan, rho: np.subtract(
+        *(rho(plan.ranks(x), plan.ranks(series)) for series in (a, b))
+    )
+    row = dict(
         n=len(x),
         rho=float(spearman(x, a[0]) - spearman(x, b[0])),
         p=_contrast_p(x, a[0], b[0], free),
     )
-    found |= _ends("ci", delta(free, unit_correlation))
-    if len(np.unique(held.own)) < 2: return found
+    row |= _ends("ci", delta(free, unit_correlation))
+    if len(np.unique(held.own)) < 2: return row
     partial = partial_spearman(x, a[0], held.own) - partial_spearman(x, b[0], held.own)
-    return found | dict(partial=float(partial), partial_p=_contrast_p(x, a[0], b[0], held),
-                        **_ends("partial", delta(held, lambda x, y: _held(x, y, held))))
+    return row | dict(partial=float(partial), partial_p=_contrast_p(x, a[0], b[0], held),
+                      **_ends("partial", delta(held, lambda x, y: _held(x, y, held))))
 
 # %% ../../nbs/statistics/04_ranks.ipynb #b4353011
-def correlation_contrasts(metrics: pd.DataFrame, found: Replicates,  # as in `correlate`
+def correlation_contrasts(metrics: pd.DataFrame, replicates: Replicates,  # as in `correlate`
               metric: str, n_perm: int = 19999, seed: int = 0
              ) -> pd.DataFrame:  # as `correlate`; dimension: "General − Code"
     "The differences of `CONTRASTS` for one metric, in every setting with enough sources."
     rows = []
-    for at in found.settings():
-        here = found.where(**at)
+    for at in replicates.settings():
+        here = replicates.where(**at)
         sources = (here.cells["source_dimension"] != "").to_numpy()
         if sources.sum() < MIN_SOURCES: continue
         cells, values = here.cells[sources], here.values[:, sources]
         wide, why = source_metrics(metrics, list(cells["strategy"]))
         register = cells["source_dimension"].isin(REGISTER).to_numpy(int)
         plans = [
-            resampling(o, len(values) - 1, n_perm, seed)
-            for o in (np.zeros(len(cells), int), register)
+            resampling(strata, len(values) - 1, n_perm, seed)
+            for strata in (np.zeros(len(cells), int), register)
         ]
         for pair in CONTRASTS:
             a, b = (values[:, :, ADDITIVE.index(d)] for d in pair)

@@ -42,7 +42,7 @@ GOALS = {"Total": "in total", "Worst": "in the worst dimension"}
 # %% ../../nbs/statistics/02_replicates.ipynb #01161f16
 @dataclass(frozen=True)
 class Replicates:
-    "What pruned models kept: as measured, and under every bootstrap replicate."
+    "Retention of pruned models: as measured, and in every bootstrap replicate."
     # one row per model, or per strategy: strategy, mix, source_dimension, coordinates, draws, noise
     cells: pd.DataFrame
     values: np.ndarray       # [1 + B, rows, outcomes], fractions; `values[0]` is what was measured
@@ -60,7 +60,9 @@ class Replicates:
     def settings(self) -> list[dict[str, Any]]:
         "Every combination of coordinates, in the order of the cells."
         return list(
-            {tuple(o.values()): o for o in self.cells[COORDINATES].to_dict("records")}.values()
+            {
+                tuple(row.values()): row for row in self.cells[COORDINATES].to_dict("records")
+            }.values()
         )
 
     def rows(self, keep: Any) -> "Replicates":  # a boolean for each row
@@ -74,7 +76,8 @@ class Replicates:
     def where(self, **at) -> "Replicates":  # column = value
         "The rows with these coordinates."
         keep = np.ones(len(self.cells), bool)
-        for key, value in at.items(): keep &= np.array([o == value for o in self.cells[key]], bool)
+        for key, value in at.items():
+            keep &= np.array([entry == value for entry in self.cells[key]], bool)
         return self.rows(keep)
 
     def of(self, strategy: str, **at) -> np.ndarray:  # [1 + B, outcomes]
@@ -96,15 +99,15 @@ def source_dimension(mix: str  # of a cell
 
 # %% ../../nbs/statistics/02_replicates.ipynb #64963d49
 def as_strategy(strategy: str, method: str) -> tuple[str, str]:
-    """A method that weighs the dimensions of a mix, as a strategy of SparseGPT: it is another way
-    to use the same text (ours)."""
+    """Strategy and method of a cell. A method that weighs the dimensions of a mix counts as a
+    strategy of SparseGPT, because the method uses the same text in another way (ours)."""
     base, plus, extras = method.partition("+")
     weighs = base in METHODS and METHODS[base].by_group
     return (f"{strategy}, {base}", f"sparsegpt{plus}{extras}") if weighs else (strategy, method)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #2413c3fc
 def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per pruned cell
-    "What identifies the cells of a study."
+    "The identifying columns of a study's pruned cells."
     if "dense" not in study:
         raise CalibPruneError(
             "A study needs the dense model, under the name 'dense', to compare with."
@@ -112,10 +115,10 @@ def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per prune
     records = [r.record for r in study.values() if r.record["strategy"] != "dense"]
     if not records:
         raise CalibPruneError("This study has no pruned model, so there is nothing to analyse.")
-    found = []
+    rows = []
     for r in records:
         strategy, method = as_strategy(r["strategy"], r["method"])
-        found.append(
+        rows.append(
             dict(strategy=strategy,
                  mix=r["mix"],
                  source_dimension=source_dimension(r["mix"]),
@@ -123,13 +126,12 @@ def pruned_cells(study: dict[str, Result]) -> pd.DataFrame:  # one row per prune
                  method=method,
                  sparsity=r["sparsity"],
                  windows=r["windows"]))
-    return pd.DataFrame(found, dtype=object)
+    return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #8e1809e5
 def same_rows(items: pd.DataFrame, others: pd.DataFrame) -> bool:
-    """Whether two models' rows lie in the same places, as they nearly always do: then these need be
-    found only once."""
-    return all(items[o].equals(others[o]) for o in ("task", "item", "metric"))
+    "Whether two models' rows are in the same places, as is usual: then one search serves both."
+    return all(items[column].equals(others[column]) for column in ("task", "item", "metric"))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #cb4de3c2
 def item_values(study: dict[str, Result],
@@ -158,8 +160,8 @@ def task_replicates(task: str,
                     weights: np.ndarray,  # [1 + B, items], from `resampling.draws`
                     measure: Measure = PLAIN
                    ) -> np.ndarray:       # [1 + B, cells]
-    """Retention of one task in every replicate of every cell; NaN where the dense model got nothing
-    right."""
+    """Retention of one task in every replicate of every cell; NaN where the dense model has no
+    right answer."""
     sums = weights @ values
     return measure.retention(
         task, np.broadcast_to(sums[:, :1], sums[:, 1:].shape), sums[:, 1:]
@@ -189,32 +191,32 @@ def outcome_replicates(tasks: dict[str, np.ndarray],   # from `item_values`
         t: draws(len((tasks | rights)[t]), n_boot, seed, t)
         for t in dict.fromkeys([*tasks, *counted])
     }
-    found = np.empty((n_boot + 1, next(iter(tasks.values())).shape[1] - 1, len(OUTCOMES)))
+    replicates = np.empty((n_boot + 1, next(iter(tasks.values())).shape[1] - 1, len(OUTCOMES)))
     for start in range(0, n_boot + 1, BLOCK):
         rows = np.arange(start, min(start + BLOCK, n_boot + 1))
-        kept: dict[str, list[np.ndarray]] = {d: [] for d in DIMENSIONS}
+        scores: dict[str, list[np.ndarray]] = {d: [] for d in DIMENSIONS}
         # the first row always goes along: as measured, which is what is checked
         for task, values in tasks.items():
-            kept[TASKS[task].dimension].append(
+            scores[TASKS[task].dimension].append(
                 task_replicates(task, values, weights[task][[0, *rows]], measure)[1:]
             )
         accuracies = [weights[t][rows] @ rights[t][:, 1:] / len(rights[t]) for t in counted]
-        missing = np.full((len(rows), found.shape[1]), np.nan)
-        dimensions = [_mean(tables, missing) for tables in kept.values()]
+        missing = np.full((len(rows), replicates.shape[1]), np.nan)
+        dimensions = [_mean(tables, missing) for tables in scores.values()]
         outcomes = [
             *dimensions,
             _mean(dimensions, missing),
             np.min(dimensions, axis=0),
             _mean(accuracies, missing),
         ]
-        np.stack(outcomes, -1, out=found[start:start + BLOCK])
-    return found
+        np.stack(outcomes, -1, out=replicates[start:start + BLOCK])
+    return replicates
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c9296c20
 # as in `outcome_replicates`
 def items_behind(tasks: dict[str, np.ndarray], rights: dict[str, np.ndarray]
                 ) -> dict[str, int]:
-    "How many items each outcome rests on."
+    "Number of items of each outcome."
     sizes = {
         d: sum(len(v) for t, v in tasks.items() if TASKS[t].dimension == d) for d in DIMENSIONS
     }
@@ -225,7 +227,7 @@ def items_behind(tasks: dict[str, np.ndarray], rights: dict[str, np.ndarray]
 
 # %% ../../nbs/statistics/02_replicates.ipynb #fcec9824
 def scored_by(tasks: Collection[str], dimension: str, measure: Measure = PLAIN) -> str:
-    "How the tasks of a dimension are scored; empty if there are none."
+    "The scoring of the tasks of a dimension; empty without tasks."
     kinds = {
         "bits per byte" if measure.metric(TASKS[t]) == "bits" else
         "accuracy above chance" if measure.beyond_chance else "accuracy" for t in tasks
@@ -268,26 +270,26 @@ def draw_groups(cells: Replicates) -> dict[tuple, list[int]]:  # strategy and co
 def setting_groups(cells: Replicates
                   ) -> dict[tuple, list[list[int]]]:  # coordinates → the rows of each strategy
     "Which cells are draws of the same strategy, setting by setting."
-    found: dict[tuple, list[list[int]]] = {}
+    groups: dict[tuple, list[list[int]]] = {}
     for (_, *where), rows in draw_groups(cells).items():
-        found.setdefault(tuple(where), []).append(rows)
-    return found
+        groups.setdefault(tuple(where), []).append(rows)
+    return groups
 
 # %% ../../nbs/statistics/02_replicates.ipynb #b57e3636
 def deviations(values: np.ndarray,         # [..., cells, outcomes]
                groups: list[list[int]]     # rows of each strategy
               # [..., draws, outcomes], of strategies with two draws and more
               ) -> np.ndarray:
-    """How far draws lie from their strategy's mean, scaled so that their mean square is the
+    """Deviations of draws from their strategy's mean, scaled so that their mean square is the
     variance between draws."""
-    found = []
+    scaled = []
     for rows in groups:
         if len(rows) < 2: continue
         drawn = values[..., rows, :]
-        found.append(
+        scaled.append(
             (drawn - drawn.mean(-2, keepdims=True)) * math.sqrt(len(rows) / (len(rows) - 1))
         )
-    return np.concatenate(found, -2) if found else values[..., :0, :]
+    return np.concatenate(scaled, -2) if scaled else values[..., :0, :]
 
 # %% ../../nbs/statistics/02_replicates.ipynb #60bb47f2
 SPREAD = [*COORDINATES, "dimension", "seen", "items", "sd", "items_sd", "draws", "freedom"]
@@ -295,7 +297,7 @@ SPREAD = [*COORDINATES, "dimension", "seen", "items", "sd", "items_sd", "draws",
 def draw_spread(cells: Replicates) -> pd.DataFrame:  # columns `SPREAD`
     """Variance between calibration draws in each setting, pooled over strategies: as seen, the
     items' part, and the rest as `sd`."""
-    found = []
+    records = []
     for where, groups in setting_groups(cells).items():
         squares = deviations(cells.values, groups) ** 2
         if not squares.shape[1]: continue
@@ -307,18 +309,18 @@ def draw_spread(cells: Replicates) -> pd.DataFrame:  # columns `SPREAD`
         )
         for outcome, s, i in zip(OUTCOMES, seen, items):
             if outcome == "Worst" or math.isnan(s): continue
-            found.append(about | dict(dimension=outcome,
-                                      seen=s,
-                                      items=i,
-                                      sd=math.sqrt(max(s - i, 0)),
-                                      items_sd=math.sqrt(i)))
-    return pd.DataFrame(found, columns=SPREAD)
+            records.append(about | dict(dimension=outcome,
+                                        seen=s,
+                                        items=i,
+                                        sd=math.sqrt(max(s - i, 0)),
+                                        items_sd=math.sqrt(i)))
+    return pd.DataFrame(records, columns=SPREAD)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #e42889ca
 def draw_variances(spread: pd.DataFrame,       # of one setting, from `draw_spread`
                    n_boot: int, rng: np.random.Generator
                   ) -> np.ndarray:             # [B, outcomes]; 0 where nothing is known
-    "The variance between draws, taken anew for each replicate from what is known of it."
+    "A draw of the variance between draws for each replicate, from its sampling distribution."
     known = spread.set_index("dimension").reindex(OUTCOMES)
     seen, items, freedom = (known[k].to_numpy(float) for k in ("seen", "items", "freedom"))
     u = 1 - rng.random((n_boot, len(OUTCOMES)))
@@ -332,7 +334,7 @@ def draw_variances(spread: pd.DataFrame,       # of one setting, from `draw_spre
 # %% ../../nbs/statistics/02_replicates.ipynb #6065ae7d
 @dataclass(frozen=True)
 class DrawNoise:
-    "How the draws of one setting scatter."
+    "The distribution of calibration draws in one setting."
     shapes: np.ndarray     # [draws, outcomes], deviations with mean square 1
     variances: np.ndarray  # [B, outcomes]
 
@@ -345,7 +347,7 @@ class DrawNoise:
 def draw_noise(cells: Replicates, seed: int
               ) -> dict[tuple, DrawNoise]:  # by coordinates; none where no strategy has two draws
     "The noise of draws in every setting."
-    found, every = {}, draw_spread(cells)
+    noise, every = {}, draw_spread(cells)
     for where, groups in setting_groups(cells).items():
         pool = deviations(cells.values[0], groups)
         if not len(pool): continue
@@ -355,8 +357,8 @@ def draw_noise(cells: Replicates, seed: int
             [tuple(row[k] for k in COORDINATES) == where for row in every.to_dict("records")]
         ]
         rng = np.random.default_rng([seed, zlib.crc32(f"spread {where}".encode())])
-        found[where] = DrawNoise(shapes, draw_variances(spread, len(cells.values) - 1, rng))
-    return found
+        noise[where] = DrawNoise(shapes, draw_variances(spread, len(cells.values) - 1, rng))
+    return noise
 
 # %% ../../nbs/statistics/02_replicates.ipynb #029bc0f2
 def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_retention`
@@ -365,7 +367,7 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
                        only: Mapping[str, Collection[int]] | None = None
                       ) -> Replicates:     # one row per strategy and setting
     "Mean over calibration draws, with replicates over the items and the draws."
-    noise, found, groups = draw_noise(cells, seed), [], draw_groups(cells)
+    noise, rows, groups = draw_noise(cells, seed), [], draw_groups(cells)
     if only is not None:
         groups = {
             k: [i for i in index if cells.cells["seed"][i] in only.get(k[0], ())]
@@ -382,9 +384,9 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
         about = dict(
             draws=len(index), noise="items and draws" if here is not None else "items only"
         )
-        found.append(cells.cells.iloc[index[0]].drop("seed").to_dict() | about)
+        rows.append(cells.cells.iloc[index[0]].drop("seed").to_dict() | about)
         values[:, k] = mean
-    return replace(cells, cells=pd.DataFrame(found, dtype=object), values=values)
+    return replace(cells, cells=pd.DataFrame(rows, dtype=object), values=values)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #bbfcfd72
 def noise_variance(values: np.ndarray  # [1 + B, strategies, outcomes]
@@ -397,7 +399,7 @@ def noise_variance(values: np.ndarray  # [1 + B, strategies, outcomes]
 # %% ../../nbs/statistics/02_replicates.ipynb #0c9aa690
 def without_noise(values: np.ndarray  # [1 + B, strategies, outcomes]
                  ) -> np.ndarray:     # [1 + B, outcomes]
-    "The range over strategies, shrunk to what it would be without the noise of items and draws."
+    "The range over strategies, shrunk to its expected size without the noise of items and draws."
     noise = noise_variance(values)
     times = np.r_[1, np.full(len(values) - 1, 2)][:, None]
     seen = values.var(1, ddof=1)
@@ -405,12 +407,12 @@ def without_noise(values: np.ndarray  # [1 + B, strategies, outcomes]
     return np.ptp(values, axis=1) * np.sqrt(np.clip(1 - share, 0, 1))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #b3b6a082
-def spread(found: Replicates, **at  # one setting
+def spread(replicates: Replicates, **at  # one setting
           # dimension, spread, by_chance, true_spread and its ci_low, ci_high, lowest, highest, n
           ) -> pd.DataFrame:
-    """How far apart the strategies of a setting lie, in every dimension and in averaged commonsense
+    """Range over the strategies of a setting, in every dimension and in averaged commonsense
     accuracy."""
-    here = found.where(**at)
+    here = replicates.where(**at)
     if len(here.cells) < 2:
         raise CalibPruneError(
             f"A spread needs two strategies or more, but {at} has {len(here.cells)}."
@@ -439,17 +441,18 @@ def _bit_places(items: pd.DataFrame
            ) -> pd.DataFrame:  # by task and item: where its bits and swapped_bits stand
     "The rows of a model's right answers, of items that were also scored after another's prompt."
     about, numbered = ["task", "item"], items.assign(place=range(len(items)))
-    found = {
-        o: numbered[numbered["metric"] == o].set_index(about)["place"]
-        for o in ("bits", "swapped_bits")
+    places = {
+        metric: numbered[numbered["metric"] == metric].set_index(about)["place"]
+        for metric in ("bits", "swapped_bits")
     }
-    return pd.DataFrame(found).dropna().astype(int)
+    return pd.DataFrame(places).dropna().astype(int)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #3ac11b7f
 def _bits(models: list[pd.DataFrame]   # the items of each, all the same
          # [items] tasks; [items, models] bits, swapped bits
          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "What the right answers cost each model after their own prompt, and after another's."
+    """Bits of the right answers under each model after the own prompt, and after another item's
+    prompt."""
     first, columns = _bit_places(models[0]), []
     for items in models:
         places = first if same_rows(items, models[0]) else _bit_places(items).loc[first.index]
@@ -473,18 +476,18 @@ def prompt_gain_replicates(models: list[pd.DataFrame],  # the items of each, all
     tasks, own, other = _bits(models)
     places = {t: np.flatnonzero(tasks == t) for t in dict.fromkeys(tasks)}
     weights = {t: draws(len(mine), n_boot, seed, f"prompt gain {t}") for t, mine in places.items()}
-    found = {
+    gains = {
         d: np.empty((n_boot + 1, own.shape[1]))
         for d in DIMENSIONS
         if any(TASKS[t].dimension == d for t in places)
     }
-    for d, kept in found.items():
+    for d, gain in gains.items():
         mine = [t for t in places if TASKS[t].dimension == d]
         for start in range(0, n_boot + 1, BLOCK):
             rows = slice(start, start + BLOCK)
             each = [
                 _task_prompt_gain(weights[t][rows], own[places[t]], other[places[t]])
                 for t in mine]
-            np.mean(each, axis=0, out=kept[rows])
+            np.mean(each, axis=0, out=gain[rows])
     sizes = pd.Series([TASKS[task].dimension for task in tasks]).value_counts().to_dict()
-    return found, sizes
+    return gains, sizes

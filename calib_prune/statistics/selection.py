@@ -46,16 +46,16 @@ from ..study.results import Result
 # %% ../../nbs/statistics/07_selection.ipynb #1c850393
 def example_results(preset: dict[str, Any],
                     # strategy → retention of the four dimensions at 60%
-                    kept: dict[str, Sequence[float]],
+                    retention: dict[str, Sequence[float]],
                     n: int = 100,                      # items per task
                     draw_sd: float = 0.02, seed: int = 0,
                     ablations: bool = False            # these as well
                    ) -> dict[str, Result]:
-    "A made-up study for a preset: what is lost grows in proportion to the sparsity."
+    "A made-up study for a preset: losses are proportional to sparsity."
     rng, study = np.random.default_rng(seed), {}
     for cell in cells(preset, ablations):
-        mine = 1 - (1 - np.array(kept.get(cell.strategy,
-                                          (1, ) * 4))) * parse_sparsity(cell.sparsity)[0] / 0.6
+        mine = 1 - (1 - np.array(retention.get(cell.strategy,
+                                               (1, ) * 4))) * parse_sparsity(cell.sparsity)[0] / 0.6
         noise = draw_sd * rng.normal(size=4) * (cell.strategy != "dense")
         items = example_items(np.clip(mine + noise, 0.01, 1), n,
                               rng) if cell.strategy != "dense" else example_items(mine, n)
@@ -72,7 +72,10 @@ def main_sparsity(preset: dict[str, Any],
         (c.sparsity, c.strategy) for c in [c for c in planned if c.method == method] or planned
     }
     levels = [sparsity for sparsity, _ in pruned]
-    return max(sorted(set(levels), key=str), key=lambda o: (levels.count(o), parse_sparsity(o)[0]))
+    return max(
+        sorted(set(levels), key=str),
+        key=lambda sparsity: (levels.count(sparsity), parse_sparsity(sparsity)[0]),
+    )
 
 # %% ../../nbs/statistics/07_selection.ipynb #367bbc4e
 def main_cells(preset: dict[str, Any]) -> list[Cell]:
@@ -82,10 +85,10 @@ def main_cells(preset: dict[str, Any]) -> list[Cell]:
 
 # %% ../../nbs/statistics/07_selection.ipynb #5c19a4a7
 def varied(among: Iterable[Cell], what: str) -> list[Cell]:
-    "The cells whose strategy is pruned by the same method at several values of `what`."
-    found, among = {}, list(among)
-    for c in among: found.setdefault((c.strategy, c.method), set()).add(getattr(c, what))
-    return [c for c in among if len(found[c.strategy, c.method]) > 1]
+    "The cells whose strategy is pruned with the same method at several values of `what`."
+    varying, among = {}, list(among)
+    for c in among: varying.setdefault((c.strategy, c.method), set()).add(getattr(c, what))
+    return [c for c in among if len(varying[c.strategy, c.method]) > 1]
 
 # %% ../../nbs/statistics/07_selection.ipynb #023e5613
 def default_size_cells(preset: dict[str, Any]) -> list[Cell]:
@@ -118,7 +121,7 @@ def front_cells(preset: dict[str, Any]) -> list[Cell]:
     pairs = {(c.sparsity, c.strategy) for c in mine}
     counts = pd.Series([sparsity for sparsity, _ in pairs], dtype=object).value_counts()
     lowest = min(counts.index[counts == counts.max()], key=lambda level: parse_sparsity(level)[0])
-    named = [o for o in FRONT if o in preset["strategies"]]
+    named = [strategy for strategy in FRONT if strategy in preset["strategies"]]
     shown = named if len(named) > 1 else list(preset["strategies"])[:len(FRONT)]
     return [c for c in mine if c.sparsity == lowest and c.strategy in shown]
 
@@ -129,20 +132,25 @@ NOTHING = Replicates(
 
 @dataclass(frozen=True)
 class Measured:
-    "A study and what all its pruned models kept."
+    "A study, and the retention of all its pruned models."
     preset: dict[str, Any]
     study: dict[str, Result]
     cells: Replicates         # one row per cell
-    found: Replicates         # one row per strategy and setting
+    replicates: Replicates    # one row per strategy and setting
 
 # %% ../../nbs/statistics/07_selection.ipynb #78ae8c05
 def in_settings(study: dict[str, Result], wanted: Iterable[Cell]) -> dict[str, Result]:
     "The dense model and all that was pruned in the settings of some cells."
     settings = {(as_strategy(c.strategy, c.method)[1], c.sparsity, c.windows) for c in wanted}
-    def among(o: dict[str, Any]) -> bool:  # a record
+    def among(record: dict[str, Any]) -> bool:  # a record
         return (
-            o["strategy"] == "dense"
-            or (as_strategy(o["strategy"], o["method"])[1], o["sparsity"], o["windows"]) in settings
+            record["strategy"] == "dense"
+            or (
+                as_strategy(record["strategy"], record["method"])[1],
+                record["sparsity"],
+                record["windows"],
+            )
+            in settings
         )
     return {name: r for name, r in study.items() if among(r.record)}
 
@@ -154,8 +162,8 @@ def bootstrap_study(preset: dict[str, Any], study: dict[str, Result],
              # only the settings of these cells: faster; numbers differ by rounding
              wanted: Iterable[Cell] | None = None
             ) -> Measured:
-    """Bootstrap a whole study, ablations included: how far draws scatter in a setting is pooled
-    over all of it."""
+    """Bootstrap a whole study, ablations included: the variance between draws of a setting is
+    pooled over the study."""
     if wanted is not None: study = in_settings(study, wanted)
     if lacking(study): return Measured(preset, study, NOTHING, NOTHING)
     cells = bootstrap_retention(study, n_boot or preset.get("resamples", N_BOOT), seed, measure)
@@ -163,7 +171,7 @@ def bootstrap_study(preset: dict[str, Any], study: dict[str, Result],
 
 # %% ../../nbs/statistics/07_selection.ipynb #109b0a0f
 def lacking(study: dict[str, Result]) -> str:
-    "Why a study that is not finished says nothing yet; empty if it says something."
+    "The reason why an unfinished study has no results yet; empty if the study has results."
     if "dense" not in study:
         return "The dense model has not been scored yet, so there is nothing to compare with."
     return "No pruned model has been scored yet." if len(study) < 2 else ""
@@ -171,11 +179,11 @@ def lacking(study: dict[str, Result]) -> str:
 # %% ../../nbs/statistics/07_selection.ipynb #0a666ab8
 @dataclass(frozen=True)
 class Part:
-    "The cells that one table is about, and what they kept."
+    "The cells of one table, and their retention."
     whole: Measured           # what they are a part of
     wanted: list[Cell]        # pruned cells
     study: dict[str, Result]  # the dense model and those of the wanted that have been run
-    found: Replicates         # one row per strategy and setting
+    replicates: Replicates    # one row per strategy and setting
 
     @property
     def preset(self) -> dict[str, Any]: return self.whole.preset
@@ -186,21 +194,21 @@ class Part:
         return _chosen(self.whole.cells, self.wanted, self.study)
 
 # %% ../../nbs/statistics/07_selection.ipynb #12d75d31
-def _chosen(found: Replicates, wanted: list[Cell], run: dict[str, Result]) -> Replicates:
-    "The rows of those of the wanted cells that have been run."
+def _chosen(replicates: Replicates, wanted: list[Cell], run: dict[str, Result]) -> Replicates:
+    "The rows of the wanted cells that have been run."
     if lacking(run): return NOTHING
     keys = {
         (*as_strategy(c.strategy, c.method), c.sparsity, c.windows) for c in wanted if c.name in run
     }
-    rows = found.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
-    return found.rows([key in keys for key in rows])
+    rows = replicates.cells[["strategy", *COORDINATES]].itertuples(index=False, name=None)
+    return replicates.rows([key in keys for key in rows])
 
 # %% ../../nbs/statistics/07_selection.ipynb #e278424e
 def select_cells(whole: Measured, wanted: list[Cell]) -> Part:
-    "The part of a study that consists of these cells."
+    "The part of a study with these cells."
     names = {"dense", *(c.name for c in wanted)}
     run = {name: r for name, r in whole.study.items() if name in names}
-    return Part(whole, wanted, run, _chosen(whole.found, wanted, run))
+    return Part(whole, wanted, run, _chosen(whole.replicates, wanted, run))
 
 # %% ../../nbs/statistics/07_selection.ipynb #1216035c
 def grid_part(whole: Measured) -> Part:
@@ -220,18 +228,18 @@ def draw_counts(wanted: list[Cell]) -> pd.Series:
 
 # %% ../../nbs/statistics/07_selection.ipynb #3da86144
 def draws_so_far(part: Part) -> list[str]:
-    "How many draws per strategy and setting have been run, and how many are planned; by method."
-    said = []
+    "Number of finished and planned draws per strategy and setting, by method."
+    parts = []
     for method in dict.fromkeys(c.method for c in part.wanted):
         of_method = [c for c in part.wanted if c.method == method]
         planned, run = draw_counts(of_method), draw_counts(
             [c for c in of_method if c.name in part.study]
         )
-        said.append(
+        parts.append(
             f"{method_label(method)} {span(run.reindex(planned.index, fill_value=0), '–')} of"
             f" {span(planned, '–')}"
         )
-    return said
+    return parts
 
 # %% ../../nbs/statistics/07_selection.ipynb #6de926b1
 def missing_note(part: Part) -> str:  # empty if nothing is missing
@@ -246,9 +254,9 @@ def missing_note(part: Part) -> str:  # empty if nothing is missing
 # %% ../../nbs/statistics/07_selection.ipynb #fc2598f5
 def drawn_settings(cells: pd.DataFrame  # of `replicates.strategy_retention`
                   ) -> str:
-    """The settings whose intervals include draws; where only some sizes of the calibration set do,
-    those are named."""
-    said = []
+    """The settings whose intervals include draws; if only some sizes of the calibration set include
+    draws, these sizes."""
+    parts = []
     for method, mine in cells.groupby("method", sort=False):
         levels = []
         for sparsity in sorted(set(mine["sparsity"]), key=str):
@@ -258,18 +266,18 @@ def drawn_settings(cells: pd.DataFrame  # of `replicates.strategy_retention`
             sizes = "" if len(drawn) == len(
                 here) else f" with {listed(sorted(drawn['windows']))} windows"
             levels.append(sparsity_label(sparsity) + sizes)
-        if levels: said.append(f"{method_label(method)} {listed(levels)}")
-    return "; ".join(said)
+        if levels: parts.append(f"{method_label(method)} {listed(levels)}")
+    return "; ".join(parts)
 
 # %% ../../nbs/statistics/07_selection.ipynb #a8df5905
-def interval_note(found: Replicates) -> str:
+def interval_note(replicates: Replicates) -> str:
     "Which noise the intervals include, and in which settings."
-    drawn = found.cells["noise"] == "items and draws"
+    drawn = replicates.cells["noise"] == "items and draws"
     if drawn.all(): return "95% intervals over items (paired) and calibration draws."
     if not drawn.any(): return "95% intervals over items (paired) only: no second draw yet."
     return (
         "95% intervals over items (paired), and over calibration draws where a strategy has two"
-        f" ({drawn_settings(found.cells)}); elsewhere over items only."
+        f" ({drawn_settings(replicates.cells)}); elsewhere over items only."
     )
 
 # %% ../../nbs/statistics/07_selection.ipynb #38ccb13b
@@ -285,30 +293,32 @@ def size_text(windows: Iterable[int], preset: dict[str, Any]) -> str:
     return f"{span(windows)} windows × {preset['calibration']['length']} tokens"
 
 # %% ../../nbs/statistics/07_selection.ipynb #c2efc68b
-def scope_text(found: Replicates) -> str:  # empty if nothing has been run
-    "Draws, items, measure, and what the intervals are over."
-    if not len(found.cells): return ""
-    draws, drawn = span(found.cells["draws"]), found.cells["noise"] == "items and draws"
+def scope_text(replicates: Replicates) -> str:  # empty if nothing has been run
+    "Draws, items, measure, and the sources of noise in the intervals."
+    if not len(replicates.cells): return ""
+    draws, drawn = span(replicates.cells["draws"]), replicates.cells["noise"] == "items and draws"
     over = "items and draws" if drawn.all() else "items, and draws where there are two"
     if not drawn.any(): over = "items only"
     return (
-        f"{draws} draw{'s' * (draws != '1')}; {found.items['Total']:,} items"
-        f" ({found.measure.label.lower()}); 95% intervals over {over}"
+        f"{draws} draw{'s' * (draws != '1')}; {replicates.items['Total']:,} items"
+        f" ({replicates.measure.label.lower()}); 95% intervals over {over}"
     )
 
 # %% ../../nbs/statistics/07_selection.ipynb #dfe3fd4e
 def setting_note(part: Part) -> str:
-    "Model, method, sparsity, windows × tokens, draws, items, intervals, and what is missing."
+    "Model, method, sparsity, windows × tokens, draws, items, intervals, and missing cells."
     if not part.wanted: return "The preset plans no cell for this."
     methods = [method_label(as_strategy(c.strategy, c.method)[1]) for c in part.wanted]
-    levels = [sparsity_label(o) for o in sorted({c.sparsity for c in part.wanted}, key=str)]
+    levels = [
+        sparsity_label(sparsity) for sparsity in sorted({c.sparsity for c in part.wanted}, key=str)
+    ]
     at = short_list(levels, f"sparsities from {levels[0]} to {levels[-1]}")
     size = size_text((c.windows for c in part.wanted), part.preset)
     how = f"{short_list(methods, 'methods')} at {at}"
-    said = [part.preset["model"], how, size, scope_text(part.found)]
-    return f"{'; '.join(filter(None, said))}. {missing_note(part)}".strip()
+    fields = [part.preset["model"], how, size, scope_text(part.replicates)]
+    return f"{'; '.join(filter(None, fields))}. {missing_note(part)}".strip()
 
-# %% ../../nbs/statistics/07_selection.ipynb #9386a833
+# %% ../../nbs/statistics/07_selection.ipynb #81a30e40
 _FORMULA = {"plain": "pruned / dense for accuracies, dense / pruned for bits per byte",
             "answer-bits": "bits per byte of the right answers, dense / pruned",
             "above-chance": "accuracies above what guessing gets, pruned / dense"}
@@ -316,38 +326,46 @@ _GUESSING = {
     "plain": " Guessing counts: an accuracy's retention falls little below chance / dense."
 }
 
+# %% ../../nbs/statistics/07_selection.ipynb #274fe4f9
+def _left_out_note(part: Part) -> str:
+    "Dimensions and tasks without a part in retention, as sentences; empty without any."
+    replicates, text = part.replicates, ""
+    if replicates.left_out:
+        text += " Left out, because the dense model has nothing to lose there:"
+        text += f" {listed(replicates.left_out)}."
+    if passed := replicates.measure.not_scored(part.study["dense"].items):
+        text += f" Not scored by {replicates.measure.label.lower()}: {listed(passed)}."
+    return text
+
+# %% ../../nbs/statistics/07_selection.ipynb #9386a833
 def scoring_note(part: Part) -> str:
-    "How retention is defined, and on how many items."
-    found = part.found
+    "The definition of retention, and the number of items."
+    replicates = part.replicates
     each = "; ".join(
-        f"{d}: {found.scored[d]}, {found.items[d]} items" for d in DIMENSIONS if found.items[d]
+        f"{d}: {replicates.scored[d]}, {replicates.items[d]} items"
+        for d in DIMENSIONS
+        if replicates.items[d]
     )
     if not each: return ""
-    left_out = (
-        f" Left out, because the dense model has nothing to lose there: {listed(found.left_out)}."
-        if found.left_out
-        else ""
-    )
-    passed = found.measure.not_scored(part.study["dense"].items)
-    if passed:
-        left_out += f" Not scored by {found.measure.label.lower()}: {listed(passed)}."
-    name = found.measure.name
+    name = replicates.measure.name
     return (
-        f"{found.measure.label}: retention is in % of the dense model's score,"
+        f"{replicates.measure.label}: retention is in % of the dense model's score,"
         f" {_FORMULA[name]} ({each}).{_GUESSING.get(name, '')} Total is the mean"
-        f" of the dimensions.{left_out}"
+        f" of the dimensions.{_left_out_note(part)}"
     )
 
 # %% ../../nbs/statistics/07_selection.ipynb #b5a02d84
 def weak_note(part: Part) -> str:
     """The tasks that count, though the dense model has few right answers beyond guessing; empty if
     none, or nothing is pruned yet."""
-    if part.found.measure != PLAIN or not len(part.found.cells): return ""
+    if part.replicates.measure != PLAIN or not len(part.replicates.cells): return ""
     dense = part.study["dense"].items
-    right = dense[dense["metric"] == dense["task"].map(lambda o: TASKS[o].metric)].groupby(
+    right = dense[dense["metric"] == dense["task"].map(lambda task: TASKS[task].metric)].groupby(
         "task")["value"].agg(["sum", "size"])
-    near = [o for o in at_chance(dense) if o not in part.found.left_out]
-    weak = [f"{o} ({right.loc[o, 'sum']:.0f} of {right.loc[o, 'size']} right)" for o in near]
+    near = [task for task in at_chance(dense) if task not in part.replicates.left_out]
+    weak = [
+        f"{task} ({right.loc[task, 'sum']:.0f} of {right.loc[task, 'size']} right)" for task in near
+    ]
     return (
         "Tasks in which the dense model has few right answers beyond guessing:"
         f" {', '.join(weak)}."
@@ -357,10 +375,12 @@ def weak_note(part: Part) -> str:
 
 # %% ../../nbs/statistics/07_selection.ipynb #b3d24deb
 def endings_note(part: Part) -> str:
-    """How many written answers were cut, and how many programs ran out of time; empty if none, or
-    where rows do not say so."""
-    says = lambda o: o["metric"].isin(ENDINGS).any()
-    pruned = [o.items for k, o in part.study.items() if k != "dense" and says(o.items)]
+    """Number of written answers that were cut, and of programs that ran out of time; empty without
+    such rows."""
+    says = lambda items: items["metric"].isin(ENDINGS).any()
+    pruned = [
+        result.items for k, result in part.study.items() if k != "dense" and says(result.items)
+    ]
     dense = ending_notes(part.study["dense"].items) if "dense" in part.study else []
     notes = ending_notes(pd.concat(pruned)) if pruned else []
     of_dense = f"Dense model: {' '.join(dense)}" if dense else ""
@@ -377,9 +397,9 @@ def shared_caveat(part: Part) -> str:  # empty if nothing is shared
 
 # %% ../../nbs/statistics/07_selection.ipynb #deda7830
 def detail_notes(part: Part) -> list[str]:
-    "Facts that one table of a study lists: intervals, scoring, weak tasks, mixes, overlaps."
-    if not len(part.found.cells): return []
-    return [interval_note(part.found), scoring_note(part), weak_note(part), endings_note(part),
+    "Notes below one table of a study: intervals, scoring, weak tasks, mixes, overlaps."
+    if not len(part.replicates.cells): return []
+    return [interval_note(part.replicates), scoring_note(part), weak_note(part), endings_note(part),
             mix_note(part.study), overlap_note(part.study)]
 
 # %% ../../nbs/statistics/07_selection.ipynb #7953c30c
@@ -393,5 +413,5 @@ def caption(part: Part, what: str,      # one sentence
 # %% ../../nbs/statistics/07_selection.ipynb #3e0132f9
 def footnote(part: Part, caveat: str = ""  # by default shared problems
             ) -> str:
-    "The text below a figure, whose title is what it shows."
+    "The text below a figure."
     return caption(part, "", caveat)

@@ -29,7 +29,7 @@ def interval_text(value: float, low: float, high: float,
                  ) -> str:             # empty where there is no estimate
     "An estimate with its interval."
     if np.isnan(value): return ""
-    number = lambda o: f"{scale * o:{sign}.{digits}f}"
+    number = lambda number: f"{scale * number:{sign}.{digits}f}"
     ends = "–" if np.isnan(low) or np.isnan(high) else f"{number(low)}, {number(high)}"
     return f"{number(value)}{between}[{ends}]"
 
@@ -40,7 +40,7 @@ def wide_table(rows: pd.DataFrame, index: Sequence[str],  # columns that make a 
     "A tidy table with a line for each combination of some columns, in order of appearance."
     wide = rows.pivot_table(
         index=list(index), columns=names, values=values, aggfunc="first", sort=False)
-    wide = wide.reindex(columns=[o for o in columns if o in wide])
+    wide = wide.reindex(columns=[column for column in columns if column in wide])
     return wide.rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/statistics/05_tables.ipynb #ac8b535d
@@ -53,21 +53,26 @@ def listed(items: Iterable[Any]) -> str:
 def overlaps(study: dict[str, Result]
             ) -> dict[str, str]: # by strategy: "source with benchmark, …"
     "The strategies whose calibration sources share problems with a scored benchmark."
-    found = {}
+    shared = {}
     for r in study.values():
         used = set((r.record.get("calibration") or {}).get("counts", {}))
         pairs = [
-            f"{o} with {task}" for task in r.items["task"].unique() for o in TASKS[task].overlaps
-            if o in used]
-        if pairs: found[r.record["strategy"]] = ", ".join(pairs)
-    return found
+            f"{source} with {task}"
+            for task in r.items["task"].unique()
+            for source in TASKS[task].overlaps
+            if source in used
+        ]
+        if pairs: shared[r.record["strategy"]] = ", ".join(pairs)
+    return shared
 
 # %% ../../nbs/statistics/05_tables.ipynb #e8c3a785
 def overlap_note(study: dict[str, Result]) -> str:
-    """One sentence on the strategies that share problems with a benchmark, together where they
-    share the same; empty if none does."""
+    """One sentence on the strategies that share problems with a benchmark; empty if no strategy
+    does."""
     shared = overlaps(study)
-    together = {what: listed([o for o in shared if shared[o] == what]) for what in shared.values()}
+    together = {
+        what: listed([pair for pair in shared if shared[pair] == what]) for what in shared.values()
+    }
     each = "; ".join(f"{strategies} ({what})" for what, strategies in together.items())
     return (
         f"Calibrated on sources that share problems, or their wording, with a benchmark: {each}."
@@ -77,8 +82,8 @@ def overlap_note(study: dict[str, Result]) -> str:
 
 # %% ../../nbs/statistics/05_tables.ipynb #c7eda9b4
 def mix_note(study: dict[str, Result]) -> str:
-    """How many windows of each dimension the mixes have. Whole windows of many sources give nearly
-    equal shares, not equal ones."""
+    """Number of windows of each dimension in the mixes. Whole windows of many sources give nearly
+    equal shares only."""
     shares = {}
     for r in study.values():
         counts = {
@@ -115,8 +120,8 @@ def caption_text(what: str,                # one sentence; a figure's is its tit
 def caption_words(markdown: str  # of a table, as `save_table` writes it
                  ) -> int:       # 0 for a table without a caption
     "The number of words of a table's caption, without the notes below it."
-    paragraphs = [o for o in markdown.split("\n\n") if o.strip()]
-    captions = [o for o in paragraphs if not o.startswith("|")]
+    paragraphs = [paragraph for paragraph in markdown.split("\n\n") if paragraph.strip()]
+    captions = [paragraph for paragraph in paragraphs if not paragraph.startswith("|")]
     return len(captions[0].split()) if captions else 0
 
 # %% ../../nbs/statistics/05_tables.ipynb #7be20f16
@@ -124,10 +129,18 @@ MATH = {
     "ρ": r"\rho", "χ": r"\chi", "σ": r"\sigma", "Σ": r"\Sigma", "∞": r"\infty", "−": "-",
     "→": r"\to", "×": r"\times", "·": r"\cdot", "±": r"\pm", "≤": r"\le", "≥": r"\ge", "²": "^2",
     "₂": "_2", "†": r"\dagger", "<": "<", ">": ">", "|": "|"}
-LATEX = str.maketrans({o: f"${macro}$"
-                       for o, macro in MATH.items()} | {o: f"\\{o}" for o in "&%$#_{}"} | {
-                           "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
-                           "^": r"\textasciicircum{}", "–": "--", "—": "---", "…": r"\dots{}"})
+LATEX = str.maketrans(
+    {character: f"${macro}$" for character, macro in MATH.items()}
+    | {character: f"\\{character}" for character in "&%$#_{}"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "–": "--",
+        "—": "---",
+        "…": r"\dots{}",
+    }
+)
 
 def latex_text(text: str) -> str:
     "Plain text as LaTeX; a hyphen before a number is a minus."
@@ -143,20 +156,20 @@ def _latex_words(text: str) -> str:
 
 # %% ../../nbs/statistics/05_tables.ipynb #c0225c90
 def _latex_frame(table: pd.DataFrame, **how) -> str:
-    text = lambda o: latex_text(o) if isinstance(o, str) else o
+    text = lambda cell: latex_text(cell) if isinstance(cell, str) else cell
     return table.map(text).rename(columns=text).to_latex(index=False, escape=False, **how)
 
 # %% ../../nbs/statistics/05_tables.ipynb #a90d3c4e
 def _latex_block(block: str) -> str:
     "A paragraph, a list or a table of Markdown as LaTeX."
     lines = block.splitlines()
-    if all(o.startswith("- ") for o in lines):
+    if all(line.startswith("- ") for line in lines):
         return "\n".join([
-            r"\begin{itemize}", *(rf"\item {_latex_words(o[2:])}" for o in lines),
+            r"\begin{itemize}", *(rf"\item {_latex_words(line[2:])}" for line in lines),
             r"\end{itemize}"])
-    if not all(o.startswith("|") for o in lines): return _latex_words(block)
+    if not all(line.startswith("|") for line in lines): return _latex_words(block)
     # cells may hold a bar, the line below the heads holds no other
-    cuts = [i for i, o in enumerate(lines[1]) if o == "|"]
+    cuts = [i for i, character in enumerate(lines[1]) if character == "|"]
     head, _, *rows = [
         [line[a + 1 : b].strip().replace(r"\|", "|") for a, b in pairwise(cuts)] for line in lines
     ]
@@ -172,13 +185,13 @@ def latex_table(shown: pd.DataFrame,
                ) -> str:
     """A table as LaTeX. One too long to float breaks between pages; the caption's first sentence is
     for the list of tables."""
-    first, *others = [o for o in caption.split("\n\n") if o.strip()] or [""]
+    first, *others = [paragraph for paragraph in caption.split("\n\n") if paragraph.strip()] or [""]
     words = _latex_words(first)
     about = dict(caption=(words, f"{{{words.split('. ')[0]}}}"), label=label) if words else {}
     table = _latex_frame(shown, longtable=len(shown) > LONG, **about)
     return "\n".join([
         r"% Preamble: \usepackage{booktabs,longtable}", table,
-        *(_latex_block(o) + "\n" for o in others)])
+        *(_latex_block(other) + "\n" for other in others)])
 
 # %% ../../nbs/statistics/05_tables.ipynb #302918d4
 def save_table(shown: pd.DataFrame,  # for people
@@ -197,5 +210,5 @@ def save_table(shown: pd.DataFrame,  # for people
 
 # %% ../../nbs/statistics/05_tables.ipynb #5b8741e6
 def status(note: str) -> pd.DataFrame:
-    "A table that says why there is no other."
+    "A one-cell table that states why no data can be shown."
     return pd.DataFrame({"status": [note]})

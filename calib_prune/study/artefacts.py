@@ -40,8 +40,8 @@ class Artefact:
 METRICS, ABLATIONS, AUDITS = ("models", "metrics"), ("models", "ablations"), ("models", "ablations",
                                                                               "audits")
 ARTEFACTS: dict[str, Artefact] = {
-    o.stem: o
-    for o in (
+    artefact.stem: artefact
+    for artefact in (
         Artefact("T1", "sources",
                  "Sources and mixes, and the metrics of their sets", "sources", METRICS),
         Artefact("T2", "retention", "Retention of each calibration set", "main"),
@@ -108,14 +108,19 @@ ARTEFACTS: dict[str, Artefact] = {
     )}
 
 # %% ../../nbs/study/01_artefacts.ipynb #97e9d477
-NOTEBOOKS = tuple(dict.fromkeys(o.notebook for o in ARTEFACTS.values()))
+NOTEBOOKS = tuple(dict.fromkeys(artefact.notebook for artefact in ARTEFACTS.values()))
 
 # %% ../../nbs/study/01_artefacts.ipynb #143162ef
 def made_by(notebooks: Iterable[str]) -> list[Artefact]:
-    "The tables and figures that these notebooks make."
-    return [o for name in notebooks for o in ARTEFACTS.values() if o.notebook == name]
+    "The tables and figures of these notebooks."
+    return [
+        artefact
+        for name in notebooks
+        for artefact in ARTEFACTS.values()
+        if artefact.notebook == name
+    ]
 
 # %% ../../nbs/study/01_artefacts.ipynb #c2ced446
 def needed_by(notebooks: Iterable[str]) -> set[str]:  # names in `READS`
-    "The kinds of results that these notebooks read."
-    return {kind for o in made_by(notebooks) for kind in o.reads}
+    "The kinds of results read by these notebooks."
+    return {kind for artefact in made_by(notebooks) for kind in artefact.reads}

@@ -27,20 +27,20 @@ def save_audit(audit: Audit, path: str | Path,
                revisions: Mapping[str, str] | None = None
               ) -> Path:
     "Write an audit as JSON."
-    revisions = revisions or {o: get_source(o).revision for o in audit.sources}
+    revisions = revisions or {source: get_source(source).revision for source in audit.sources}
     items = [
         dict(task=task,
-             checked=o[o["checked"]]["item"].tolist(),
-             unchecked=o[~o["checked"]]["item"].tolist())
-        for task, o in audit.items.groupby("task", sort=False)]
+             checked=items[items["checked"]]["item"].tolist(),
+             unchecked=items[~items["checked"]]["item"].tolist())
+        for task, items in audit.items.groupby("task", sort=False)]
     done = dict(
         key=key,
         rule=asdict(audit.rule),
         items=items,
         overlaps=audit.overlaps.to_dict("records"),
-        sources=[dict(source=o, revision=revisions[o]) for o in audit.sources],
+        sources=[dict(source=source, revision=revisions[source]) for source in audit.sources],
     )
-    as_json = lambda o: json.dumps(o, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    as_json = lambda value: json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     # one line per key: diffs stay readable
     lines = [f"{json.dumps(k)}: {as_json(done[k])}" for k in sorted(done)]
     return write_atomic(path, "{" + ",\n ".join(lines) + "}\n")
@@ -50,23 +50,26 @@ def load_audit(path: str | Path) -> Audit:
     "Read an audit back."
     done = load_json(path, rule=dict, items=list, overlaps=list, sources=list)
     items = []
-    for o in done["items"]:
-        items += [dict(task=o["task"], item=i, checked=True) for i in o["checked"]]
-        items += [dict(task=o["task"], item=i, checked=False) for i in o["unchecked"]]
+    for row in done["items"]:
+        items += [dict(task=row["task"], item=i, checked=True) for i in row["checked"]]
+        items += [dict(task=row["task"], item=i, checked=False) for i in row["unchecked"]]
     overlaps = pd.DataFrame(
         done["overlaps"], columns=["source", "task", "item", "covered", "document", "match"]
     )
     return Audit(overlaps.astype({"covered": float, "document": int}),
                  pd.DataFrame(items, columns=["task", "item", "checked"]),
-                 tuple(o["source"] for o in done["sources"]), OverlapRule(**done["rule"]))
+                 tuple(source["source"] for source in done["sources"]), OverlapRule(**done["rule"]))
 
 # %% ../../nbs/study/08_audit_rows.ipynb #841e4ca3
 def merge_audits(audits: list[Audit]  # of the same items, by the same rule
           ) -> Audit:
-    "Several audits as one."
-    overlaps = pd.concat([o.overlaps for o in audits], ignore_index=True)
+    "Several audits merged into one."
+    overlaps = pd.concat([audit.overlaps for audit in audits], ignore_index=True)
     return Audit(
-        overlaps, audits[0].items, tuple(name for o in audits for name in o.sources), audits[0].rule
+        overlaps,
+        audits[0].items,
+        tuple(name for audit in audits for name in audit.sources),
+        audits[0].rule,
     )
 
 SOURCES_AUDIT, WRITTEN_AUDIT = "contamination", "contamination-written"  # stems of the files
@@ -74,12 +77,14 @@ SOURCES_AUDIT, WRITTEN_AUDIT = "contamination", "contamination-written"  # stems
 # %% ../../nbs/study/08_audit_rows.ipynb #2e24168a
 def _audit_written(preset: dict[str, Any], folder: Path) -> None:
     "Search the texts that the dense model wrote, all draws of a strategy together."
-    read = lambda paths: [row["text"] for o in paths for row in documents(read_jsonl(o))]
+    read = lambda paths: [row["text"] for path in paths for row in documents(read_jsonl(path))]
     texts = written_in(preset, folder)
     made = merge_audits(
         [audit(read(paths), preset["scoring"]["tasks"], name=k) for k, paths in texts.items()]
     )
-    revisions = {k: content_hash([file_sha256(o) for o in paths]) for k, paths in texts.items()}
+    revisions = {
+        k: content_hash([file_sha256(path) for path in paths]) for k, paths in texts.items()
+    }
     save_audit(made, folder / f"{WRITTEN_AUDIT}.json", written_audit_key(preset, folder), revisions)
 
 # %% ../../nbs/study/08_audit_rows.ipynb #2bf9825c
@@ -92,7 +97,7 @@ def make_audits(preset: dict[str, Any],
                 folder: str | Path,                   # of the study's results
                 progress: ProgressFn | None = None
                ) -> None:
-    "Make the missing audits: of a preset's sources, and of the text written for it so far."
+    "Make the missing audits: of a preset's sources, and of the text generated so far."
     folder, key = Path(folder), audit_key(preset)
     if not _holds(path := folder / f"{SOURCES_AUDIT}.json", key):
         save_audit(audit_sources(sources_in(preset), preset["scoring"]["tasks"], progress=progress),
@@ -105,7 +110,7 @@ def make_audits(preset: dict[str, Any],
 # %% ../../nbs/study/08_audit_rows.ipynb #38234f8f
 def preset_audit(preset: dict[str, Any], folder: str | Path,  # as `make_audits`
                  progress: ProgressFn | None = None) -> Audit:
-    "The audits of a study as one, made first if there are none."
+    "The merged audits of a study; missing audits are made first."
     files = [Path(folder) / f"{stem}.json" for stem in (SOURCES_AUDIT, WRITTEN_AUDIT)]
     if not files[0].is_file(): make_audits(preset, folder, progress)
-    return merge_audits([load_audit(o) for o in files if o.is_file()])
+    return merge_audits([load_audit(file) for file in files if file.is_file()])

@@ -24,7 +24,7 @@ import psutil
 
 # %% ../../nbs/study/12_children.ipynb #bb3e4ea3
 def _adopt_orphans() -> None:
-    "Become the parent of all processes below this one whose own parent ends."
+    "Become the parent of all descendants whose own parent ends."
     # 36: PR_SET_CHILD_SUBREAPER
     if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
@@ -33,30 +33,30 @@ def _signal_tree(number: int,
                  top: psutil.Process,
                  among: bool = True  # the top as well?
                 ) -> list[psutil.Process]:
-    "Send a signal to a process and all processes below it; returns them."
+    "Send a signal to a process and all its descendants; returns the processes."
     with suppress(psutil.NoSuchProcess):
-        found = [top][:among] + top.children(recursive=True)
-        for process in found:
+        processes = [top][:among] + top.children(recursive=True)
+        for process in processes:
             with suppress(psutil.Error): process.send_signal(number)  # it may have ended
-        return found
+        return processes
     return []
 
 # %% ../../nbs/study/12_children.ipynb #943af063
 # seconds: a process that waits for a broken disk cannot be killed
 def end_children(most: float = 10
                 ) -> None:
-    "Kill all processes below this one."
+    "Kill all descendants of the current process."
     limit = time.monotonic() + most
     while time.monotonic() < limit and (
-        found := _signal_tree(signal.SIGKILL, psutil.Process(), among=False)
+        processes := _signal_tree(signal.SIGKILL, psutil.Process(), among=False)
     ):
-        psutil.wait_procs(found, timeout=1)
+        psutil.wait_procs(processes, timeout=1)
 
 # %% ../../nbs/study/12_children.ipynb #43c270c4
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 def _await(process: subprocess.Popen, grace: float, cancels: bool) -> None:
-    "Wait for a process to end, or for the order to end it on standard input."
+    "Wait for the end of a process, or for the order on standard input to end the process."
     limit, orders = math.inf, [0]
     while process.poll() is None and time.monotonic() < limit:
         if not select.select(orders, [], [], 0.1)[0]: continue
@@ -70,7 +70,7 @@ def _guard(command: list[str],
            grace: float,   # seconds between the signal of Ctrl-C and the kill
            cancels: bool   # also if this process's owner was killed?
           ) -> int:        # the command's exit status
-    "Run a command until it ends or is to end, and leave nothing of it behind."
+    "Run a command to its end, or to the order to end, and leave no descendant running."
     _adopt_orphans()
     for number in STOPPING: signal.signal(number, lambda n, _: sys.exit(128 + n))
     try:
@@ -120,9 +120,9 @@ def on_stop(call: Callable[[int], None]  # given the number of the signal
            ) -> Iterator[None]:
     "Let Ctrl-C and the signals that end a process call a function instead."
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = [o for o in STOPPING if not (o == signal.SIGHUP and ignored)]
+    numbers = [number for number in STOPPING if not (number == signal.SIGHUP and ignored)]
     def handle(number: int, _: FrameType | None) -> None: call(number)
-    before = {o: signal.signal(o, handle) for o in numbers}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try: yield
     finally:
         for number, old in before.items(): signal.signal(number, old)

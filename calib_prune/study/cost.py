@@ -24,7 +24,7 @@ from .presets import Cell, cells, protocol_of
 
 # %% ../../nbs/study/06_cost.ipynb #7433c74c
 def scored_tokens(preset: dict[str, Any]) -> tuple[float, float]:  # read, written
-    "Roughly how many tokens are read and written to score one model."
+    "Approximate number of tokens read and written to score one model."
     read = written = 0.0
     for task in get_tasks(preset["scoring"]["tasks"]):
         chosen = choose(
@@ -32,7 +32,7 @@ def scored_tokens(preset: dict[str, Any]) -> tuple[float, float]:  # read, writt
             limit_of(task, preset["scoring"]["limit"]),
             after=preset["scoring"].get("skip") or 0,
         )
-        read += sum(len(str(v)) for o in chosen for v in fill_prompt(task, o).values()) / 4
+        read += sum(len(str(v)) for item in chosen for v in fill_prompt(task, item).values()) / 4
         written += task.max_tokens * len(chosen) if task.kind == "generate" else 0
     return read, written
 
@@ -40,7 +40,7 @@ def scored_tokens(preset: dict[str, Any]) -> tuple[float, float]:  # read, writt
 def tokens_of(mix: str,   # of a preset, `generated:…`
               budget: int # tokens in a calibration set
              ) -> float:
-    "Roughly how many tokens are written for a strategy's text, or read where the text is chosen."
+    "Approximate number of tokens written for a strategy's text, or read to choose it."
     generated = protocol_of(mix)
     assert generated, f"{mix} is not generated"
     settings = inspect.signature(protocol_with(*generated)).parameters
@@ -52,18 +52,18 @@ def own_tokens(preset: dict[str, Any],
                # by protocols that write; otherwise read, by those that choose passages of a source
                written: bool = True
               ) -> dict[str, float]:    # journal → tokens
-    "Roughly how many tokens the dense model writes, or reads, for calibration."
-    found, budget = {}, preset["calibration"]["windows"] * preset["calibration"]["length"]
+    "Approximate number of tokens that the dense model writes or reads for calibration."
+    tokens, budget = {}, preset["calibration"]["windows"] * preset["calibration"]["length"]
     for cell in cells(preset, ablations=True):
         mix = preset["strategies"].get(cell.strategy, "")
         if not (generated := protocol_of(mix)) or (generated[0] in WRITERS) != written: continue
         journal = journal_name(*generated, cell.seed)
-        found[journal] = max(found.get(journal, 0), tokens_of(mix, budget))
-    return found
+        tokens[journal] = max(tokens.get(journal, 0), tokens_of(mix, budget))
+    return tokens
 
 # %% ../../nbs/study/06_cost.ipynb #23921a5b
 def cell_seconds(preset: dict[str, Any]) -> dict[str, float]:  # cell → seconds
-    "What each cell takes on the hardware of its preset."
+    "Seconds of each cell on the hardware of its preset."
     hardware = preset["hardware"]
     read, written = scored_tokens(preset)
     per_token = 2 * hardware["parameters"] / hardware["flops"]
@@ -99,23 +99,23 @@ def work(preset: dict[str, Any]
 # %% ../../nbs/study/06_cost.ipynb #b06e51d9
 # one row per kind of cell, one for texts: number, minutes each, hours
 def estimate_cost(preset: dict[str, Any]) -> pd.DataFrame:
-    "How long a study takes on the hardware of its preset."
-    found = work(preset).groupby(["what", "windows"], sort=False)["seconds"].agg([
+    "Estimated time of a study on the hardware of its preset."
+    estimate = work(preset).groupby(["what", "windows"], sort=False)["seconds"].agg([
         "size", "mean", "sum"]).reset_index()
-    found = found.assign(minutes=found["mean"] / 60, hours=found["sum"] / 3600).rename(
+    estimate = estimate.assign(minutes=estimate["mean"] / 60, hours=estimate["sum"] / 3600).rename(
         columns={"size": "number"}
     )
-    return found[["what", "windows", "number", "minutes", "hours"]]
+    return estimate[["what", "windows", "number", "minutes", "hours"]]
 
 # %% ../../nbs/study/06_cost.ipynb #e1322f55
 def memory_gib() -> float:
-    "The memory of this machine in GiB."
+    "Memory of the machine in GiB."
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 # %% ../../nbs/study/06_cost.ipynb #cea6fd4b
 def cores_per_cell(preset: dict[str, Any], cores: int, memory: float  # GiB in all
                   ) -> int:
-    "How many cores each cell gets, so that the cells running side by side fit into memory."
+    "Number of cores per cell, so that cells that run side by side fit into memory."
     need = preset["hardware"].get("cell_gib")
     if not need: return cores
     at_once = max(1, min(cores, int(memory / need)))
@@ -124,8 +124,8 @@ def cores_per_cell(preset: dict[str, Any], cores: int, memory: float  # GiB in a
 # %% ../../nbs/study/06_cost.ipynb #006c4f99
 def requests_of(preset: dict[str, Any]
                ) -> dict[str, dict[str, int]]:  # cell, or "text" → mem_mb, runtime (minutes), gpu
-    """What each cell asks of a cluster, as far as it is known, and what a run asks that writes or
-    reads text with the dense model."""
+    """Cluster resources requested by each cell, as far as known, and by runs that write or read
+    text with the dense model."""
     need, gpus = preset["hardware"].get("cell_gib"), preset["device"].startswith("cuda")
     fixed = (dict(mem_mb=round(1.25 * 1024 * need)) if need else {}) | (dict(gpu=1) if gpus else {})
     texts = work(preset).query("what in ('writing', 'reading')")["seconds"]

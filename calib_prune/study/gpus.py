@@ -22,7 +22,7 @@ def claim(names: list[str],                 # of the GPUs
           # of the locks; default: the machine's folder for temporary files
           folder: str | Path | None = None
          ) -> int:                          # the place of the claimed one
-    "Claim one of several GPUs that no other run of this user has claimed."
+    "Claim one of several GPUs without a claim by another run of the same user."
     for i, name in enumerate(names):
         lock = Path(folder or gettempdir()) / f"calib-prune-gpu-{os.getuid()}-{name}.lock"
         try: _held.enter_context(only_run(lock, f"GPU {name}"))
@@ -36,10 +36,9 @@ def claim(names: list[str],                 # of the GPUs
 # %% ../../nbs/study/02_gpus.ipynb #1e535657
 def claimed_gpu(device: str  # of a preset
                ) -> str:
-    """The device of this run: of several GPUs one that is free; `cpu`, `cuda:1` and a single GPU as
-    they are."""
+    "The device of a run: a free GPU of several; `cpu`, `cuda:1` and a single GPU unchanged."
     if device != "cuda" or torch.cuda.device_count() < 2: return device
-    found = [
+    present = [
         str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
     ]
-    return f"cuda:{claim(found)}"
+    return f"cuda:{claim(present)}"

@@ -41,7 +41,7 @@ from .results import load_record
 
 # %% ../../nbs/study/05_keys.ipynb #dbad55ba
 def _outline(path: Path) -> list[Any]:
-    "What identifies a large file: its name, size, and a hash of its first and last mebibyte."
+    "Identity of a large file: name, size, and a hash of its first and last mebibyte."
     size, chunk = path.stat().st_size, 1 << 20
     with open(path, "rb") as file:
         head = file.read(chunk)
@@ -50,7 +50,7 @@ def _outline(path: Path) -> list[Any]:
 
 # %% ../../nbs/study/05_keys.ipynb #c048acd8
 def model_key(preset: dict[str, Any]) -> dict[str, Any]:
-    "What identifies the model, its number format and the kind of device that it runs on."
+    "Identity of the model, its number format and the kind of device."
     name, path = preset["model"], Path(preset["model"])
     if path.is_dir():
         weights = [
@@ -71,32 +71,31 @@ def _items(task: Task, manifest: dict[str, dict]) -> str | None:
 
 # %% ../../nbs/study/05_keys.ipynb #04edf289
 def tasks_key(preset: dict[str, Any]) -> dict[str, str]:
-    "What identifies each task that a preset scores."
+    "Identity of each task of a preset."
     limit, skip = preset["scoring"]["limit"], preset["scoring"].get("skip")
     more, manifest = [skip] if skip else [], read_manifest(cache_dir())
     return {
-        o.name: content_hash([o.entry, _items(o, manifest), limit_of(o, limit), *more])
-        for o in get_tasks(preset["scoring"]["tasks"])
+        task.name: content_hash([task.entry, _items(task, manifest), limit_of(task, limit), *more])
+        for task in get_tasks(preset["scoring"]["tasks"])
     }
 
 # %% ../../nbs/study/05_keys.ipynb #a777f6ee
 def scored_items(preset: dict[str, Any]) -> dict[str, int | None]:  # task → items, None: all
-    """How many of a task's items are scored or passed over; what comes after them is free for other
-    uses."""
+    "Number of a task's items that are scored or skipped; later items are free for other uses."
     limit, skip = preset["scoring"]["limit"], preset["scoring"].get("skip") or 0
-    counts = {o.name: limit_of(o, limit) for o in get_tasks(preset["scoring"]["tasks"])}
+    counts = {task.name: limit_of(task, limit) for task in get_tasks(preset["scoring"]["tasks"])}
     return {k: None if n is None else n + skip for k, n in counts.items()}
 
 # %% ../../nbs/study/05_keys.ipynb #cbba1a2c
 def calibration_key(mix: str, windows: int, length: int, seed: int,
                     dimensions: bool = False  # does the method use the sources' dimensions?
                    ) -> dict[str, Any]:
-    "What identifies a calibration set."
+    "Identity of a calibration set."
     drawn = []
     for name, n in allocate(parse_mix(mix), windows).items():
         if not n: continue
         source = get_source(name)
-        more = [o for o in (source.entry, source.dimension if dimensions else "") if o]
+        more = [part for part in (source.entry, source.dimension if dimensions else "") if part]
         drawn.append([source.draw_key, source.revision, n, *more])
     return dict(sources=drawn, length=length, seed=seed)
 
@@ -133,15 +132,15 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict): return {name: value}
     return {
         k: v
-        for key, o in value.items()
-        for k, v in _flat(o, f"{name}.{key}" if name else str(key)).items()
+        for key, inner in value.items()
+        for k, v in _flat(inner, f"{name}.{key}" if name else str(key)).items()
     }
 
 # %% ../../nbs/study/05_keys.ipynb #8d517fbc
 def changes(made: dict[str, Any],   # the key that a result has
             wanted: dict[str, Any]  # the key that it should have
            ) -> str:                # empty if they agree
-    "What differs between two keys, in words."
+    "The differences between two keys, in words."
     old, new = _flat(made), _flat(wanted)
     names = [
         k for k in dict.fromkeys([*old, *new]) if k not in new or k not in old or old[k] != new[k]
@@ -179,17 +178,18 @@ def same_items(a: dict[str, Any], b: dict[str, Any]  # records of two cells
               ) -> bool:
     """Whether two cells scored the same items in the same way, so that they can be compared item by
     item."""
-    part = lambda o: [o["key"][k] for k in ("model", "tasks", "batch_tokens")] + [
-        o["key"]["versions"]["scoring"]
+    part = lambda record: [record["key"][k] for k in ("model", "tasks", "batch_tokens")] + [
+        record["key"]["versions"]["scoring"]
     ]
     return part(a) == part(b)
 
 # %% ../../nbs/study/05_keys.ipynb #574b74c8
 def _reference_key(preset: dict[str, Any]) -> dict[str, Any]:
-    "What prompts that no score uses depend on."
+    "Identity of the prompts that no score uses."
     tasks, manifest = get_tasks(preset["scoring"]["tasks"]), read_manifest(cache_dir())
     return dict(
-        references={o.name: content_hash([o.entry, _items(o, manifest)]) for o in tasks},
+        references={
+            task.name: content_hash([task.entry, _items(task, manifest)]) for task in tasks},
         scored=scored_items(preset),
     )
 
@@ -251,20 +251,23 @@ def metrics_key(preset: dict[str, Any], strategy: str,
 # %% ../../nbs/study/05_keys.ipynb #27cba5f6
 def sources_in(preset: dict[str, Any]) -> list[str]:
     "Every source of a preset's strategies, each once."
-    mixes = [o for o in preset["strategies"].values() if not protocol_of(o)]
+    mixes = [mix for mix in preset["strategies"].values() if not protocol_of(mix)]
     return list(dict.fromkeys(name for mix in mixes for name in parse_mix(mix)))
 
 # %% ../../nbs/study/05_keys.ipynb #0fe1e1d6
 def written_in(preset: dict[str, Any], folder: str | Path  # a study's results
               ) -> dict[str, list[Path]]:
-    """By strategy, the texts written for its draws, as far as they exist; of the grid, not of
-    ablations."""
+    "By strategy, the existing generated texts for the draws of the grid, without ablations."
     names = [k for k, mix in preset["strategies"].items() if protocol_of(mix)]
     files = {
         k: [Path(folder, "generated", f"{k}-s{seed}.jsonl") for seed in seeds_of(preset, k)]
         for k in names
     }
-    return {k: found for k, paths in files.items() if (found := [o for o in paths if o.is_file()])}
+    return {
+        k: existing
+        for k, paths in files.items()
+        if (existing := [path for path in paths if path.is_file()])
+    }
 
 # %% ../../nbs/study/05_keys.ipynb #61b5fea9
 def _audit_key(
@@ -272,8 +275,8 @@ def _audit_key(
 ) -> dict[str, Any]:
     manifest = read_manifest(cache_dir())
     tasks = {
-        o.name: content_hash([o.entry, _items(o, manifest)])
-        for o in get_tasks(preset["scoring"]["tasks"])
+        task.name: content_hash([task.entry, _items(task, manifest)])
+        for task in get_tasks(preset["scoring"]["tasks"])
     }
     return dict(
         scheme=SCHEME,
@@ -286,9 +289,14 @@ def _audit_key(
 # %% ../../nbs/study/05_keys.ipynb #25318bf2
 def audit_key(preset: dict[str, Any], rule: OverlapRule = DEFAULT_RULE) -> dict[str, Any]:
     "Everything that the audit of a preset's sources depends on."
-    found = {name: get_source(name) for name in sources_in(preset)}
+    sources = {name: get_source(name) for name in sources_in(preset)}
     return _audit_key(
-        preset, {k: [o.revision, *([o.entry] if o.entry else [])] for k, o in found.items()}, rule
+        preset,
+        {
+            k: [value.revision, *([value.entry] if value.entry else [])]
+            for k, value in sources.items()
+        },
+        rule,
     )
 
 # %% ../../nbs/study/05_keys.ipynb #0d99ed20
@@ -296,9 +304,14 @@ def written_audit_key(
     preset: dict[str, Any], folder: str | Path, rule: OverlapRule = DEFAULT_RULE
 ) -> dict[str, Any]:
     "Everything that the audit of written text depends on."
-    return _audit_key(preset, {
-        k: [file_sha256(o)[:16] for o in paths] for k, paths in written_in(preset, folder).items()},
-                      rule)
+    return _audit_key(
+        preset,
+        {
+            k: [file_sha256(path)[:16] for path in paths]
+            for k, paths in written_in(preset, folder).items()
+        },
+        rule,
+    )
 
 # %% ../../nbs/study/05_keys.ipynb #fd0a0537
 MISSING, OLDER = "not made yet", "its key is of an older scheme"
@@ -314,43 +327,42 @@ def unfinished_texts(preset: dict[str, Any],
                      folder: str | Path  # of the study's results
                     ) -> dict[str, str]: # path, as in `Cell.mix` → why
     "The generated texts of a study that still have to be written."
-    found = {}
+    missing = {}
     for cell in cells(preset, ablations=True):
-        if cell.mix in found or not protocol_of(preset["strategies"].get(cell.strategy, "")):
+        if cell.mix in missing or not protocol_of(preset["strategies"].get(cell.strategy, "")):
             continue
         path = Path(folder) / "generated" / Path(cell.mix).name
         report = path.with_suffix(".report.json")
-        if not (path.is_file() and report.is_file()): found[cell.mix] = MISSING
+        if not (path.is_file() and report.is_file()): missing[cell.mix] = MISSING
         else:
-            found[cell.mix] = _why_left(
+            missing[cell.mix] = _why_left(
                 load_json(report).get("key"), text_key(preset, cell.strategy, cell.seed))
-    return {k: why for k, why in found.items() if why}
+    return {k: why for k, why in missing.items() if why}
 
 # %% ../../nbs/study/05_keys.ipynb #51b48f2c
 def unfinished(preset: dict[str, Any],
                folder: str | Path  # of the study's results
               ) -> dict[str, str]: # name → why
     "The cells of a study that still have to be run."
-    found, texts = {}, unfinished_texts(preset, folder)
+    left, texts = {}, unfinished_texts(preset, folder)
     for cell in cells(preset, ablations=True):
         path = Path(folder) / f"{cell.name}.json"
-        if not path.is_file(): found[cell.name] = MISSING
-        elif cell.mix in texts: found[cell.name] = f"of a text to be written: {texts[cell.mix]}"
-        else: found[cell.name] = _why_left(load_record(path).get("key"), cell_key(preset, cell))
-    return {k: why for k, why in found.items() if why}
+        if not path.is_file(): left[cell.name] = MISSING
+        elif cell.mix in texts: left[cell.name] = f"of a text to be written: {texts[cell.mix]}"
+        else: left[cell.name] = _why_left(load_record(path).get("key"), cell_key(preset, cell))
+    return {k: why for k, why in left.items() if why}
 
 # %% ../../nbs/study/05_keys.ipynb #31ee4d12
 def unfinished_metrics(preset: dict[str, Any], folder: str | Path
                       ) -> dict[str, str]:  # strategy, or "own text" → why
-    """What has to be measured: the strategies, and before them the model's own text if it has to be
-    written."""
-    wanted, found = measured_strategies(preset), {}
+    "The missing measurements: the strategies, preceded by the model's own text if not yet written."
+    wanted, left = measured_strategies(preset), {}
     own, report = Path(folder, "metrics", "own-text.jsonl"), Path(
         folder, "metrics", "own-text.report.json"
     )
     written = own.is_file() and report.is_file()
     if wanted:
-        found["own text"] = (
+        left["own text"] = (
             _why_left(load_json(report).get("key"), own_text_key(preset)) if written else MISSING
         )
     texts = unfinished_texts(preset, folder)
@@ -358,28 +370,28 @@ def unfinished_metrics(preset: dict[str, Any], folder: str | Path
         path, mixes = Path(folder) / "metrics" / f"{name}.json", [
             mix_of(preset, name, seed) for seed in seeds_of(preset, name)
         ]
-        before = found["own text"] or next((texts[o] for o in mixes if o in texts), "")
-        if not path.is_file(): found[name] = MISSING
-        elif before:found[name] = f"of a text to be written: {before}"
-        else: found[name] = _why_left(load_json(path).get("key"), metrics_key(preset, name, own))
-    return {k: why for k, why in found.items() if why}
+        before = left["own text"] or next((texts[mix] for mix in mixes if mix in texts), "")
+        if not path.is_file(): left[name] = MISSING
+        elif before:left[name] = f"of a text to be written: {before}"
+        else: left[name] = _why_left(load_json(path).get("key"), metrics_key(preset, name, own))
+    return {k: why for k, why in left.items() if why}
 
 # %% ../../nbs/study/05_keys.ipynb #1c00d40d
 def unfinished_audits(preset: dict[str, Any], folder: str | Path
                      ) -> dict[str, str]:  # file's stem → why
     "The audits that have to be made: of the sources, and of written text."
     if "audits" not in needed_by(preset["tables"]): return {}
-    folder, found, texts = Path(folder), {}, unfinished_texts(preset, folder)
+    folder, left, texts = Path(folder), {}, unfinished_texts(preset, folder)
     def why(stem, wanted):
         path = folder / f"{stem}.json"
         return _why_left(load_json(path).get("key"), wanted()) if path.is_file() else MISSING
-    found["contamination"] = why("contamination", lambda: audit_key(preset))
+    left["contamination"] = why("contamination", lambda: audit_key(preset))
     generated = [k for k, mix in preset["strategies"].items() if protocol_of(mix)]
     if mixes := {mix_of(preset, k, seed) for k in generated for seed in seeds_of(preset, k)}:
-        before = next((texts[o] for o in sorted(mixes) if o in texts), "")
-        found["contamination-written"] = (f"of a text to be written: {before}" if before else why(
+        before = next((texts[mix] for mix in sorted(mixes) if mix in texts), "")
+        left["contamination-written"] = (f"of a text to be written: {before}" if before else why(
             "contamination-written", lambda: written_audit_key(preset, folder)))
-    return {k: why for k, why in found.items() if why}
+    return {k: why for k, why in left.items() if why}
 
 # %% ../../nbs/study/05_keys.ipynb #a144f25f
 def left_to_do(preset: dict[str, Any],
@@ -387,15 +399,15 @@ def left_to_do(preset: dict[str, Any],
                # make results with older keys again; otherwise they are an error
                again: bool = False
               ) -> dict[str, dict[str, str]]:  # models, texts, metrics, audits → name → why
-    "Everything that a study lacks, by kind of result."
-    found = dict(
+    "The missing results of a study, by kind."
+    todo = dict(
         models=unfinished(preset, folder),
         texts=unfinished_texts(preset, folder),
         metrics=unfinished_metrics(preset, folder),
         audits=unfinished_audits(preset, folder),
     )
-    older = [k for left in found.values() for k, why in left.items() if why.endswith(OLDER)]
-    if not older or again: return found
+    older = [k for left in todo.values() for k, why in left.items() if why.endswith(OLDER)]
+    if not older or again: return todo
     raise CalibPruneError(
         f"In {folder}, {len(older)} of the results have keys of an older scheme (such as"
         f" {older[0]}). Nothing was changed. `calib-prune reproduce --preset {preset['name']}"
@@ -405,7 +417,7 @@ def left_to_do(preset: dict[str, Any],
 # %% ../../nbs/study/05_keys.ipynb #6596ffcc
 def left_table(left: dict[str, dict[str, str]]  # from `left_to_do`
               ) -> list[dict[str, Any]]:
-    "How much is left and why, one row per kind of result."
+    "Number of missing results and the reason, one row per kind of result."
     rows = []
     for kind, names in left.items():
         reasons = [f"{n} {why}" for why, n in Counter(names.values()).most_common()]

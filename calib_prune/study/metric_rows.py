@@ -59,7 +59,7 @@ def draw_metrics(preset: dict[str, Any], strategy: str, model, tokenizer,
         cal = build_calibration(
             mix_of(preset, strategy, seed), tokenizer, size["windows"], size["length"], seed
         )
-        found = measure(
+        measured = measure(
             cal,
             tokenizer,
             model,
@@ -67,7 +67,7 @@ def draw_metrics(preset: dict[str, Any], strategy: str, model, tokenizer,
             batch_tokens=preset["scoring"]["batch_tokens"],
             progress=progress,
         )
-        tables.append(found.assign(strategy=strategy, seed=seed, content=cal.content))
+        tables.append(measured.assign(strategy=strategy, seed=seed, content=cal.content))
     return pd.concat(tables, ignore_index=True)[ROW_COLUMNS]
 
 # %% ../../nbs/study/07_metric_rows.ipynb #27cb86c7
@@ -116,14 +116,14 @@ def read_metrics(
     preset: dict[str, Any], folder: str | Path, partial: bool = False
 ) -> list[dict[str, Any]]:
     "The files of all strategies in the preset's order; `partial` leaves out missing ones."
-    found = []
+    files = []
     for name in preset["strategies"]:
         path = Path(folder) / "metrics" / f"{name}.json"
-        if path.is_file(): found.append(load_json(path, rows=list, sources=list))
+        if path.is_file(): files.append(load_json(path, rows=list, sources=list))
         elif not partial:
             raise CalibPruneError(
                 f"No metrics {path}: the calibration sets of {name!r} have not been measured.")
-    return found
+    return files
 
 # %% ../../nbs/study/07_metric_rows.ipynb #3d3db70b
 def load_metrics(preset: dict[str, Any], folder: str | Path,
@@ -131,7 +131,7 @@ def load_metrics(preset: dict[str, Any], folder: str | Path,
                  partial: bool = False
                 ) -> pd.DataFrame:      # `ROW_COLUMNS`
     "The metrics of every draw of every strategy."
-    rows = [r for o in read_metrics(preset, folder, partial) for r in o["rows"]]
+    rows = [r for file in read_metrics(preset, folder, partial) for r in file["rows"]]
     return pd.DataFrame(rows, columns=ROW_COLUMNS).astype(
         {k: float for k in ("value", "ci_low", "ci_high")}
     )
@@ -140,9 +140,9 @@ def load_metrics(preset: dict[str, Any], folder: str | Path,
 def metrics_summary(rows: pd.DataFrame  # from `load_metrics`
                    # strategy, metric, oit, main, unit, value, low, high, ci_low, ci_high, draws, …
                    ) -> pd.DataFrame:
-    "Every metric of every strategy over its draws."
+    "Mean and range of every metric of every strategy over its draws."
     by = rows.groupby(["strategy", "metric"], sort=False)
-    found = by.agg(
+    summary = by.agg(
         unit=("unit", "first"),
         value=("value", "mean"),
         low=("value", "min"),
@@ -153,29 +153,29 @@ def metrics_summary(rows: pd.DataFrame  # from `load_metrics`
         applicable=("applicable", "all"),
         note=("note", "first"),
     ).reset_index()
-    known = [METRICS[o.partition(":")[0]] for o in found["metric"]]
-    found.insert(2, "oit", [m.oit for m in known])
-    found.insert(3, "main", [m.main for m in known])
-    return found
+    known = [METRICS[metric.partition(":")[0]] for metric in summary["metric"]]
+    summary.insert(2, "oit", [m.oit for m in known])
+    summary.insert(3, "main", [m.main for m in known])
+    return summary
 
 # %% ../../nbs/study/07_metric_rows.ipynb #5a1236bb
 def mix_facts(files: list[dict[str, Any]]  # from `read_metrics`
              ) -> pd.DataFrame:            # strategy, dimension, licence, documents, tokens
-    "The sources of each strategy, summed up in one row."
-    def one_row(o):
+    "The sources of each strategy, summarised in one row."
+    def one_row(file):
         dimensions = [
             d
             for d in (*DIMENSIONS, "Own", SELF_GENERATED_SOURCE["dimension"])
-            if d in {s["dimension"] for s in o["sources"]}
+            if d in {s["dimension"] for s in file["sources"]}
         ]
-        single = len(o["sources"]) == 1
-        return dict(strategy=o["strategy"],
+        single = len(file["sources"]) == 1
+        return dict(strategy=file["strategy"],
                     dimension="all four" if len(dimensions) > 3 else ", ".join(dimensions),
-                    licence=o["sources"][0]["licence"]
-                    if single else f"those of {len(o['sources'])} sources",
-                    **{k: sum(s[k] for s in o["sources"]) for k in ("documents", "tokens")})
+                    licence=file["sources"][0]["licence"]
+                    if single else f"those of {len(file['sources'])} sources",
+                    **{k: sum(s[k] for s in file["sources"]) for k in ("documents", "tokens")})
     return pd.DataFrame(
-        [one_row(o) for o in files],
+        [one_row(file) for file in files],
         columns=["strategy", "dimension", "licence", "documents", "tokens"],
     )
 
@@ -202,17 +202,17 @@ def sources_grid(summary: pd.DataFrame,  # from `metrics_summary`
                  # one variant of each of the theory's metrics, or all other variants
                  main: bool = True
                 ) -> pd.DataFrame:
-    "The table for readers: one row per strategy. Perplexity has its interval in brackets."
-    def text(o):  # a row of the summary
+    "The table for readers: one row per strategy, perplexity with its interval in brackets."
+    def text(row):  # a row of the summary
         ends = (
-            f" [{short_number(o.ci_low)}, {short_number(o.ci_high)}]"
-            if o.ci_low == o.ci_low
+            f" [{short_number(row.ci_low)}, {short_number(row.ci_high)}]"
+            if row.ci_low == row.ci_low
             else ""
         )
-        return short_number(o.value) + ends
+        return short_number(row.value) + ends
     shown = summary[summary["main"] == main]
     shown = shown.assign(
-        text=[text(o) for o in shown.itertuples()], label=shown["metric"].map(metric_label)
+        text=[text(row) for row in shown.itertuples()], label=shown["metric"].map(metric_label)
     )
     wide = shown.pivot(index="strategy", columns="label", values="text")[shown["label"].unique()]
     counts = {k: facts[k].map("{:,}".format) for k in ("documents", "tokens")}
@@ -221,16 +221,17 @@ def sources_grid(summary: pd.DataFrame,  # from `metrics_summary`
 
 # %% ../../nbs/study/07_metric_rows.ipynb #8e13aa44
 def definitions_text(summary: pd.DataFrame) -> str:
-    "Markdown that defines each metric, in the theory and here, and says why some cannot vary."
-    rows, bound = [], lambda o: "∞" if o == math.inf else f"{o:g}"
-    for o in summary.drop_duplicates("metric").itertuples():
-        m = METRICS[o.metric.partition(":")[0]]
+    """Markdown with the definition of each metric, in the theory and in this package, and the
+    reason why some metrics cannot vary."""
+    rows, bound = [], lambda number: "∞" if number == math.inf else f"{number:g}"
+    for row in summary.drop_duplicates("metric").itertuples():
+        m = METRICS[row.metric.partition(":")[0]]
         rows.append({
-            "metric": metric_label(o.metric),
+            "metric": metric_label(row.metric),
             "in the theory": m.form,
             "here": m.formula.replace("|", r"\|"),
-            "unit": o.unit,
+            "unit": row.unit,
             "range": "" if math.isnan(m.low) else f"{bound(m.low)} to {bound(m.high)}",
             "why": m.why,
-            "note": o.note or ""})
+            "note": row.note or ""})
     return pd.DataFrame(rows).to_markdown(index=False)

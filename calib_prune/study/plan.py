@@ -49,7 +49,7 @@ class Job:
 # %% ../../nbs/study/10_plan.ipynb #e8b60685
 @dataclass(frozen=True)
 class Study:
-    "A preset, the folders of its files, and what is left to do."
+    "A preset, the folders of its files, and the missing results."
     preset: dict[str, Any]
     path: str                        # of the preset's file
     left: dict[str, dict[str, str]]  # see `keys.left_to_do`
@@ -78,7 +78,7 @@ def study_of(
     cluster: bool = False,
     gpus: int = 1,
 ) -> Study:
-    "A study and what it lacks; `again` as in `keys.left_to_do`."
+    "A study and its missing results; `again` as in `keys.left_to_do`."
     study = Study(preset, path, dict(models={}, texts={}, metrics={}, audits={}), cores,
                   tables_only, cluster, gpus)
     if tables_only: return study
@@ -104,7 +104,7 @@ def stamp_file(study: Study, kind: str, name: str) -> str:
 
 # %% ../../nbs/study/10_plan.ipynb #c70fd31c
 def write_stamps(study: Study) -> None:
-    "Give each result that is left a stamp newer than its file."
+    "Give each missing result a stamp newer than its file."
     for kind, left in study.left.items():
         for name, why in left.items():
             stamp = Path(stamp_file(study, kind, name))
@@ -129,18 +129,21 @@ def priorities(study: Study) -> dict[str, int]:
 
 # %% ../../nbs/study/10_plan.ipynb #83bdbe98
 def texts_of(study: Study, *mixes: str) -> tuple[list[str], list[str]]:
-    "The generated texts in some mixes: those to be written, and those that exist."
-    found = [
-        o for mix in mixes for o in mix.split(",") if o.startswith(f"{study.results}/generated/")
+    "The generated texts in some mixes: missing texts, and existing texts."
+    texts = [
+        part
+        for mix in mixes
+        for part in mix.split(",")
+        if part.startswith(f"{study.results}/generated/")
     ]
     left = study.left["texts"]
-    return [o for o in found if o in left], [o for o in found if o not in left]
+    return [path for path in texts if path in left], [path for path in texts if path not in left]
 
 # %% ../../nbs/study/10_plan.ipynb #f54b7e5d
 def model_jobs(study: Study, cores: int | None = None,
                needs: Mapping[str, dict[str, int]] = {}  # from `cost.requests_of`
               ) -> list[Job]:
-    "One run per model that is left."
+    "One run per missing model."
     jobs, order = [], priorities(study)
     for name in study.left["models"]:
         new, old = texts_of(study, study.cells[name].mix)
@@ -157,15 +160,15 @@ def model_jobs(study: Study, cores: int | None = None,
 def text_priorities(study: Study) -> dict[str, int]:
     """For each model that waits for text, the priority of that: just above the first of a row of
     models that all wait."""
-    found, first = {}, None
+    by_text, first = {}, None
     for name, rank in priorities(study).items():
         first = (first or rank) if texts_of(study, study.cells[name].mix)[0] else None
-        if first: found[name] = first + 1
-    return found
+        if first: by_text[name] = first + 1
+    return by_text
 
 # %% ../../nbs/study/10_plan.ipynb #529e78fb
 def text_jobs(study: Study) -> list[Job]:
-    "One run per text that has to be written, before the first model that needs it."
+    "One run per missing text, before the first model that needs the text."
     order, jobs = text_priorities(study), {}
     for name, cell in study.cells.items():
         rank = order.get(name, 1)
@@ -181,7 +184,7 @@ def text_jobs(study: Study) -> list[Job]:
 
 # %% ../../nbs/study/10_plan.ipynb #e4d815ca
 def metric_jobs(study: Study) -> list[Job]:
-    "One run per strategy to be measured, and one that writes the model's own text before them."
+    "One run per strategy without metrics, preceded by a run that writes the model's own text."
     left, own, jobs = study.left["metrics"], result_file(study, "metrics", "own text"), []
     for name in left:
         stamp, output = stamp_file(study, "metrics", name), result_file(study, "metrics", name)
@@ -202,24 +205,24 @@ def metric_jobs(study: Study) -> list[Job]:
 
 # %% ../../nbs/study/10_plan.ipynb #7f613f71
 def audit_jobs(study: Study) -> list[Job]:
-    "One run that makes the audits that are left, if there are any."
+    "One run for all missing audits, if any."
     if not (left := study.left["audits"]): return []
     new, old = texts_of(study, *(c.mix for c in cells(study.preset)))
     return [
-        Job("audit", "audit", _paths(study), [result_file(study, "audits", o) for o in left],
-            [*(stamp_file(study, "audits", o) for o in left), *dict.fromkeys(new)],
+        Job("audit", "audit", _paths(study), [result_file(study, "audits", name) for name in left],
+            [*(stamp_file(study, "audits", name) for name in left), *dict.fromkeys(new)],
             [*dict.fromkeys(old)], 500, None, _log(study, "audit"))]
 
 # %% ../../nbs/study/10_plan.ipynb #88d7f969
 def _usable(study: Study, files: Iterable[str]) -> list[str]:
-    "Files that tables may wait for: all, or with `tables_only` those that exist."
-    return [o for o in files if not study.tables_only or Path(o).is_file()]
+    "Files that tables may wait for: all, or with `tables_only` the existing files."
+    return [file for file in files if not study.tables_only or Path(file).is_file()]
 
 # %% ../../nbs/study/10_plan.ipynb #e48190b9
 def results_of(study: Study) -> dict[str, list[str]]:  # by kind, see `artefacts.READS`
     "The files that tables read."
     grid, every = [c.name for c in cells(study.preset)], list(study.cells)
-    files = lambda kind, names: _usable(study, [result_file(study, kind, o) for o in names])
+    files = lambda kind, names: _usable(study, [result_file(study, kind, name) for name in names])
     return dict(models=files("models", grid),
                 ablations=files("models", every[len(grid):]),
                 metrics=files("metrics", measured_strategies(study.preset)),
@@ -229,16 +232,16 @@ def results_of(study: Study) -> dict[str, list[str]]:  # by kind, see `artefacts
 
 # %% ../../nbs/study/10_plan.ipynb #04cdc3eb
 def table_jobs(study: Study) -> list[Job]:
-    "One run per notebook that makes tables or figures; it runs again if results or code are newer."
+    "One run per notebook of tables or figures; repeated if results or code are newer."
     results, jobs = results_of(study), []
     code = sorted(
-        os.path.relpath(o)
-        for o in Path(calib_prune.__file__).parent.rglob("*.py")
-        if o.name != "_modidx.py"
+        os.path.relpath(path)
+        for path in Path(calib_prune.__file__).parent.rglob("*.py")
+        if path.name != "_modidx.py"
     )
     for book in study.preset["tables"]:
-        files = [f"{study.figures}/{f}" for o in made_by([book]) for f in o.files]
-        read = [o for kind in sorted(needed_by([book])) for o in results[kind]]
+        files = [f"{study.figures}/{f}" for artefact in made_by([book]) for f in artefact.files]
+        read = [file for kind in sorted(needed_by([book])) for file in results[kind]]
         jobs.append(
             Job(book,
                 book,
@@ -251,14 +254,14 @@ def table_jobs(study: Study) -> list[Job]:
 
 # %% ../../nbs/study/10_plan.ipynb #472ca45f
 def plan(study: Study) -> list[Job]:
-    """All runs that a study lacks, and those of all tables: Snakemake skips tables newer than their
-    inputs."""
+    """All missing runs of a study, and the runs of all tables: Snakemake skips tables newer than
+    their inputs."""
     if study.tables_only: return table_jobs(study)
     from calib_prune.study.cost import cores_per_cell, memory_gib, requests_of  # slow imports
     cores = 1 if study.cluster else cores_per_cell(study.preset, study.cores, memory_gib())
     if study.gpus > 1: cores = max(1, study.cores // study.gpus)
     needs = requests_of(study.preset)
-    texts = [replace(o, needs=needs["text"]) for o in (*text_jobs(study), *metric_jobs(study))]
+    texts = [replace(job, needs=needs["text"]) for job in (*text_jobs(study), *metric_jobs(study))]
     return [*texts, *model_jobs(study, cores, needs), *audit_jobs(study), *table_jobs(study)]
 
 # %% ../../nbs/study/10_plan.ipynb #4a9c455d
@@ -267,16 +270,16 @@ def planned_files(study: Study) -> list[str]:
     # as targets too: otherwise Snakemake ignores a missing result behind a finished table
     results = results_of(study)
     return [
-        *(o for job in table_jobs(study) for o in job.outputs),
-        *(o for files in results.values() for o in files),
+        *(file for job in table_jobs(study) for file in job.outputs),
+        *(file for files in results.values() for file in files),
     ]
 
 # %% ../../nbs/study/10_plan.ipynb #61f48dd4
 def notebooks_of(preset: dict[str, Any]) -> list[str]:
     "The notebooks of nbs/paper that a study runs, without .ipynb."
     kinds = needed_by(preset["tables"])
-    found = ["prune_and_score", *preset["tables"]]
-    if any(protocol_of(mix) for mix in preset["strategies"].values()): found.append("generate")
-    if "metrics" in kinds: found += ["measure", "own_text"]
-    if "audits" in kinds: found.append("audit")
-    return found
+    notebooks = ["prune_and_score", *preset["tables"]]
+    if any(protocol_of(mix) for mix in preset["strategies"].values()): notebooks.append("generate")
+    if "metrics" in kinds: notebooks += ["measure", "own_text"]
+    if "audits" in kinds: notebooks.append("audit")
+    return notebooks

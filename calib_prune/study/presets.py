@@ -27,17 +27,17 @@ from .artefacts import NOTEBOOKS, needed_by
 # %% ../../nbs/study/03_presets.ipynb #e88c2232
 def _settings(words: Sequence[str], mix: str) -> dict[str, Any]:
     "The settings of a protocol, from words such as `pool=2`; each value is YAML."
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
         if not name or not value:
             raise CalibPruneError(
                 f"{mix!r}: {word!r} is not a setting. Write name=value, without spaces."
             )
-        if name in found:
+        if name in settings:
             raise CalibPruneError(f"{mix!r} sets {name!r} twice: leave one of the two out.")
-        found[name] = read_yaml(value, f"{mix!r}: the value of {name!r}")
-    return found
+        settings[name] = read_yaml(value, f"{mix!r}: the value of {name!r}")
+    return settings
 
 # %% ../../nbs/study/03_presets.ipynb #9d175b07
 def protocol_of(mix: str  # as a preset writes it
@@ -76,7 +76,7 @@ def _a_sparsity(value: Any) -> Any:
 
 # %% ../../nbs/study/03_presets.ipynb #3971121d
 def _a_mix(value: str) -> str:
-    "A mix, or a protocol with its settings, that can be read."
+    "A readable mix, or a protocol with its settings."
     try: protocol_of(value)
     except CalibPruneError as e: raise ValueError(str(e)) from e
     return value
@@ -84,7 +84,7 @@ def _a_mix(value: str) -> str:
 # %% ../../nbs/study/03_presets.ipynb #62524cef
 def _each_once(values: list[str]) -> list[str]:
     "A list without repetition."
-    if twice := next((o for o in values if values.count(o) > 1), ""):
+    if twice := next((value for value in values if values.count(value) > 1), ""):
         raise ValueError(f"names {twice!r} twice")
     return values
 
@@ -191,13 +191,16 @@ class PresetForm(Form):
 def _wrong(errors: Sequence[Mapping[str, Any]]) -> str:
     "The first five errors that pydantic found, one line per error."
     lines = []
-    for o in errors[:5]:
-        where, given = ".".join(map(str, o["loc"])) or "the preset", shown_value(o["input"])
-        note = " (YAML reads 3e11 as text: write 3.0e+11)" if o[
-            "type"] == "float_type" and isinstance(o["input"], str) else ""
-        shown = "" if o["type"] in ("missing",
-                                    "value_error") and len(given) > 80 else f", not {given[:80]}"
-        lines.append(f"{where}: {o['msg'].removeprefix('Value error, ')}{shown}{note}")
+    for error in errors[:5]:
+        where, given = ".".join(map(str, error["loc"])) or "the preset", shown_value(error["input"])
+        note = " (YAML reads 3e11 as text: write 3.0e+11)" if error[
+            "type"] == "float_type" and isinstance(error["input"], str) else ""
+        shown = (
+            ""
+            if error["type"] in ("missing", "value_error") and len(given) > 80
+            else f", not {given[:80]}"
+        )
+        lines.append(f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}{note}")
     return "\n  ".join(lines)
 
 # %% ../../nbs/study/03_presets.ipynb #fb1b5399
@@ -220,21 +223,22 @@ class Cell:
 
 # %% ../../nbs/study/03_presets.ipynb #ad12068c
 def mix_of(preset: dict[str, Any], strategy: str, seed: int) -> str:
-    "What a strategy calibrates on in one draw: its mix, or the file of the text generated for it."
+    """The calibration text of a strategy in one draw: the strategy's mix, or the file of its
+    generated text."""
     if not protocol_of(preset["strategies"][strategy]): return preset["strategies"][strategy]
     return f"results/{preset['name']}/generated/{strategy}-s{seed}.jsonl"
 
 # %% ../../nbs/study/03_presets.ipynb #5692c85f
 def _expand(preset: dict[str, Any], blocks: list[dict[str, Any]]) -> list[Cell]:
     "All combinations of each block's lists; the strategy changes fastest."
-    default, found = preset["calibration"]["windows"], []
+    default, cells = preset["calibration"]["windows"], []
     for block in blocks:
         names = preset["strategies"] if block["strategies"] == "all" else block["strategies"]
         for seed, method, windows, sparsity, name in product(
                 block["seeds"], block["methods"], block["windows"], block["sparsities"], names):
             size = default if windows == "default" else windows
-            found.append(Cell(name, mix_of(preset, name, seed), method, sparsity, seed, size))
-    return found
+            cells.append(Cell(name, mix_of(preset, name, seed), method, sparsity, seed, size))
+    return cells
 
 # %% ../../nbs/study/03_presets.ipynb #95a721ad
 def cells(preset: dict[str, Any],
@@ -246,7 +250,7 @@ def cells(preset: dict[str, Any],
 
 # %% ../../nbs/study/03_presets.ipynb #46c686eb
 def _preset_text(path: Path) -> Any:
-    "What a preset's file holds."
+    "The content of a preset's file."
     try: text = path.read_text(encoding="utf-8")
     except OSError as e: raise CalibPruneError(f"Cannot read {path}: {e.strerror}.") from e
     except ValueError as e: raise CalibPruneError(f"Preset {path} is not YAML: {e}") from e
@@ -272,20 +276,20 @@ def _base_file(path: Path, base: Any  # as the preset at `path` writes it
 # %% ../../nbs/study/03_presets.ipynb #85788d7d
 def merge_presets(base: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
     "A preset over its base: sections key by key, everything else replaced."
-    found = {**base, **preset}
+    merged = {**base, **preset}
     for key, value in preset.items():
         before = base.get(key)
-        if isinstance(before, dict) and isinstance(value, dict): found[key] = {**before, **value}
-    return found
+        if isinstance(before, dict) and isinstance(value, dict): merged[key] = {**before, **value}
+    return merged
 
 # %% ../../nbs/study/03_presets.ipynb #da09a0ac
 def _extended(path: Path, before: tuple[Path, ...] = ()) -> Any:
-    "What a preset's file holds, over what the files hold that it extends."
+    "The content of a preset's file, over the content of the files that it extends."
     chain = (*before, path.resolve())
     if path.resolve() in before:
         raise CalibPruneError(
-            f"Preset {before[0]} extends itself: {' → '.join(o.name for o in chain)}. Leave"
-            " `extends` out of the one that is the base."
+            f"Preset {before[0]} extends itself: {' → '.join(preset.name for preset in chain)}."
+            " Leave `extends` out of the one that is the base."
         )
     preset = _preset_text(path)
     if not isinstance(preset, dict) or "extends" not in preset: return preset
@@ -312,7 +316,7 @@ def load_preset(path: str | Path) -> dict[str, Any]:
         raise unknown_name(
             "preset",
             str(path),
-            [str(o) for o in path.parent.glob("*.yaml")],
+            [str(file) for file in path.parent.glob("*.yaml")],
             "A preset is a YAML file.",
         )
     preset = _extended(path)
@@ -334,7 +338,7 @@ def load_preset(path: str | Path) -> dict[str, Any]:
 def at_root() -> Path:
     "Go up to the root of the study that the current folder is a part of; outside of a study, stay."
     here = Path.cwd()
-    root = next((o for o in (here, *here.parents) if is_study(o)), here)
+    root = next((folder for folder in (here, *here.parents) if is_study(folder)), here)
     os.chdir(root)
     return root
 

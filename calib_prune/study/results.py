@@ -64,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:  # the JSON file
 
 # %% ../../nbs/study/04_results.ipynb #afa446dc
 def load_record(path: str | Path) -> dict[str, Any]:
-    "The record of a finished cell: how its model was made."
+    "The record of a finished cell."
     return _read(Path(path))["record"]
 
 # %% ../../nbs/study/04_results.ipynb #8a08e08f
@@ -80,7 +80,7 @@ def load_cell(path: str | Path  # the JSON file
 
 # %% ../../nbs/study/04_results.ipynb #2080c6f7
 def _scored_as(record: dict[str, Any]) -> dict[str, Any]:  # empty for a record without a key
-    "What results must share to be compared: model, items and way of scoring."
+    "The properties that comparable results share: model, items and way of scoring."
     if not (key := record.get("key")): return {}
     return {k: key.get(k) for k in ("model", "tasks", "batch_tokens")} | dict(
         scoring=key.get("versions", {}).get("scoring")
@@ -89,8 +89,8 @@ def _scored_as(record: dict[str, Any]) -> dict[str, Any]:  # empty for a record 
 # %% ../../nbs/study/04_results.ipynb #a9f6a676
 def check_one_edition(study: dict[str, Result]) -> None:
     "Refuse results that were scored in different ways, such as those of two editions of a study."
-    known = {name: how for name, o in study.items() if (how := _scored_as(o.record))}
-    keyless = [o for o in study if o not in known] if known else []
+    known = {name: how for name, result in study.items() if (how := _scored_as(result.record))}
+    keyless = [cell for cell in study if cell not in known] if known else []
     some = lambda names: ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     if keyless:
         raise CalibPruneError(
@@ -99,7 +99,7 @@ def check_one_edition(study: dict[str, Result]) -> None:
             " them again."
         )
     name, first = next(iter(known.items()), ("", {}))
-    odd = [o for o, how in known.items() if how != first]
+    odd = [cell for cell, how in known.items() if how != first]
     if not odd: return
     differs = " and ".join(k for k in first if first[k] != known[odd[0]][k])
     raise CalibPruneError(

@@ -23,10 +23,10 @@ from ..progress import ProgressFn
 # %% ../../nbs/study/09_tuning.ipynb #98dab03c
 def mix_of_shares(shares: Mapping[str, float]  # dimension → share, positive
                  ) -> str:                     # as `calibration.sets.parse_mix` reads it
-    "A mix of the packaged sources with these shares of the dimensions."
+    "A mix of the packaged sources with given shares of the dimensions."
     weights = {}
     for name, source in SUITE.items():
-        size = sum(o.dimension == source.dimension for o in SUITE.values())
+        size = sum(other.dimension == source.dimension for other in SUITE.values())
         weights[name] = round(100 * shares[source.dimension] / sum(shares.values()) / size, 2)
     return ",".join(f"{name}={weight:g}" for name, weight in weights.items() if weight)
 
@@ -36,9 +36,9 @@ def heldout_windows(tokenizer, n: int,       # windows of each dimension
                     used: int                # most windows of one source in a calibration set
                    ) -> dict[str, torch.Tensor]:  # dimension → int64 [n, L]
     "Windows of each dimension's sources that no calibration set of the same draw holds."
-    found = {}
+    held_out = {}
     for d in DIMENSIONS:
-        names = [k for k, o in SUITE.items() if o.dimension == d]
+        names = [k for k, source in SUITE.items() if source.dimension == d]
         counts = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
         windows = []
         for name, k in zip(names, counts):
@@ -46,8 +46,8 @@ def heldout_windows(tokenizer, n: int,       # windows of each dimension
                 windows.append(
                     build_calibration(name, tokenizer, used + k, length, seed).tokens[used:]
                 )
-        found[d] = torch.cat(windows)
-    return found
+        held_out[d] = torch.cat(windows)
+    return held_out
 
 # %% ../../nbs/study/09_tuning.ipynb #65bdf39c
 @reused_memory()
@@ -55,14 +55,14 @@ def text_nll(model, texts: Mapping[str, torch.Tensor],  # dimension → int64 [n
              batch_tokens: int = 1024
             ) -> dict[str, float]:  # nats per token
     "The mean negative log-likelihood of each dimension's windows."
-    found = {}
+    nll = {}
     for d, tokens in texts.items():
         # every token after the first is predicted
         pairs = [(w[:1], w[1:]) for w in tokens.tolist()]
-        found[d] = -np.mean([o for o, _ in loglikelihoods(model, pairs, batch_tokens)]) / (
-            tokens.shape[1] - 1
-        )
-    return found
+        nll[d] = -np.mean(
+            [loglikelihood for loglikelihood, _ in loglikelihoods(model, pairs, batch_tokens)]
+        ) / (tokens.shape[1] - 1)
+    return nll
 
 # %% ../../nbs/study/09_tuning.ipynb #346d0fc7
 def text_retention(dense: Mapping[str, float], pruned: Mapping[str, float]) -> dict[str, float]:
@@ -70,9 +70,9 @@ def text_retention(dense: Mapping[str, float], pruned: Mapping[str, float]) -> d
     return {d: dense[d] / pruned[d] for d in dense}
 
 # %% ../../nbs/study/09_tuning.ipynb #6306f6c6
-def objective(kept: Mapping[str, float]) -> float:
+def objective(retention: Mapping[str, float]) -> float:
     "Mean plus worst retention."
-    return float(np.mean([*kept.values()]) + min(kept.values()))
+    return float(np.mean([*retention.values()]) + min(retention.values()))
 
 # %% ../../nbs/study/09_tuning.ipynb #1f90a163
 def tune_shares(
@@ -81,18 +81,21 @@ def tune_shares(
                 rounds: int = 6, rate: float = 3.0,
                 progress: ProgressFn | None = None
                ) -> pd.DataFrame:  # one row per round: shares, retention, objective, mix
-    "Shift the dimensions' shares towards what pruning hurts most."
+    "Shift the dimensions' shares towards the dimensions with the largest loss."
     shares, rows = dict.fromkeys(DIMENSIONS, 1 / len(DIMENSIONS)), []
     for k in range(rounds):
         if progress: progress("tuning", k, rounds)
         mix = mix_of_shares(shares)
-        kept = retention_of(mix)
-        about = {f"share {d}": o for d, o in shares.items()}
-        rows.append({"round": k, "mix": mix, **about, **kept, "objective": objective(kept)})
+        retention = retention_of(mix)
+        about = {f"share {d}": share for d, share in shares.items()}
+        rows.append(
+            {"round": k, "mix": mix, **about, **retention, "objective": objective(retention)}
+        )
         gain = {
-            d: shares[d] * np.exp(rate * (np.mean([*kept.values()]) - kept[d])) for d in DIMENSIONS
+            d: shares[d] * np.exp(rate * (np.mean([*retention.values()]) - retention[d]))
+            for d in DIMENSIONS
         }
-        shares = {d: o / sum(gain.values()) for d, o in gain.items()}
+        shares = {d: value / sum(gain.values()) for d, value in gain.items()}
     if progress: progress("tuning", rounds, rounds)
     return pd.DataFrame(rows)
 
@@ -105,11 +108,16 @@ def best_round_mix(rounds: pd.DataFrame) -> str:
 def tuning_text(rounds: pd.DataFrame) -> pd.DataFrame:
     "The table for readers, in percent."
     best = rounds["objective"].idxmax()
-    text = {"round": [f"{o} (best)" if k == best else str(o) for k, o in rounds["round"].items()]}
+    text = {
+        "round": [
+            f"{number} (best)" if k == best else str(number)
+            for k, number in rounds["round"].items()
+        ]
+    }
     columns = {f"share {d}": f"share {d}" for d in DIMENSIONS} | {
         f"kept {d}": d for d in DIMENSIONS
     }
     columns |= {"mean + worst": "objective"}
     return pd.DataFrame(
-        text | {name: [f"{100 * o:.1f}" for o in rounds[k]] for name, k in columns.items()}
+        text | {name: [f"{100 * value:.1f}" for value in rounds[k]] for name, k in columns.items()}
     )

@@ -218,7 +218,7 @@ def test_self_generated_text_is_not_a_mix():
 
 
 def test_numbers_are_those_of_the_analysis():
-    mine, found = differences(part(), [("uniform", "c4")]), part().found
+    mine, found = differences(part(), [("uniform", "c4")]), part().replicates
     theirs = effects(strategy_contrasts(found, [("uniform", "c4")]))
     ends = ["value", "ci_low", "ci_high"]
     np.testing.assert_array_equal(mine[ends], theirs[ends])
@@ -296,23 +296,23 @@ def test_captions_say_what_is_missing_and_which_noise_intervals_have():
     assert caption(full, "x").startswith(f"x. Setting: {said}")
     assert "intervals over items and draws" in caption(full, "x")
     assert "8 of 16 cells" in footnote(one_draw) and "SparseGPT 1 of 2" in footnote(
-        one_draw) and "only" in interval_note(one_draw.found)
-    assert interval_note(one_method.found).endswith(
+        one_draw) and "only" in interval_note(one_draw.replicates)
+    assert interval_note(one_method.replicates).endswith(
         "(SparseGPT 60%); elsewhere over items only."
     ) and "Wanda 1 of 2" in footnote(one_method)
 
 
 def test_sizes_are_named_where_only_some_have_a_second_draw():
     wanted = {c.name: c for c in main_cells(small_preset()) + size_cells(small_preset())}
-    found = select_cells(whole(), list(wanted.values())).found
+    found = select_cells(whole(), list(wanted.values())).replicates
     assert "(SparseGPT 60% with 32 windows; Wanda 60%)" in interval_note(found)
 
 
 def test_captions_of_a_sweep_count_only_what_is_swept():
     everything = part(sweep_cells)
     swept = swept_part(everything, "sparsity")
-    assert "stdlib" in set(everything.found.cells["strategy"]) and set(
-        swept.found.cells["strategy"]
+    assert "stdlib" in set(everything.replicates.cells["strategy"]) and set(
+        swept.replicates.cells["strategy"]
     ) == set(SWEPT["strategies"])
     assert (
         {c.strategy for c in swept.wanted} == set(SWEPT["strategies"])
@@ -416,11 +416,11 @@ def test_captions_name_tasks_in_which_the_dense_model_has_few_right():
         "few right answers beyond guessing: gsm8k_generate (2 of 32 right)."
     )
     assert weak_note(
-        dataclasses.replace(weak, found=dataclasses.replace(weak.found,
+        dataclasses.replace(weak, replicates=dataclasses.replace(weak.replicates,
                                                             measure=ANSWER_BITS))) == ""
     assert weak_note(
         dataclasses.replace(weak,
-                            found=dataclasses.replace(weak.found,
+                            replicates=dataclasses.replace(weak.replicates,
                                                       left_out=("gsm8k_generate", )))) == ""
     nothing = part(keep=lambda o: o == "dense")
     assert (
@@ -436,7 +436,7 @@ def test_our_mixes_are_those_of_chosen_shares():
     strategies = [*names, "uniform-dimensions, balanced"]
     some = SimpleNamespace(
         preset=dict(strategies=names),
-        found=SimpleNamespace(cells=pd.DataFrame(dict(strategy=strategies))),
+        replicates=SimpleNamespace(cells=pd.DataFrame(dict(strategy=strategies))),
     )
     assert our_mixes(some) == ["tuned", "uniform-dimensions, balanced"]
     assert (
@@ -598,12 +598,14 @@ def test_what_has_no_interval_has_no_colour_and_is_not_in_the_title():
     bare = [
         o.assign(**{k: o[k].where(~o["dimension"].isin(lost)) for k in ends}) for o in (rows, delta)
     ]
-    found = part().found
+    found = part().replicates
     values = found.values.copy()
     values[1:, :, [OUTCOMES.index(o) for o in lost]] = np.nan
     figure = retention_panels(
         *bare,
-        source_message(dataclasses.replace(part(), found=dataclasses.replace(found, values=values)))
+        source_message(
+            dataclasses.replace(part(), replicates=dataclasses.replace(found, values=values))
+        )
     )
     ax = figure.axes[0]
     shown = np.asarray(ax.collections[0].get_array()).reshape(len(KEPT), -1)
@@ -691,7 +693,7 @@ def test_sources_that_cannot_be_told_apart_have_no_winner_and_no_colour(seeds):
     figure = panel(some)
     assert (
         figure.get_suptitle()
-        == "Highest retention: not significant among sources (95% intervals include 0)"
+        == "No source has significantly higher retention than all others"
     )
     assert (np.asarray(figure.axes[0].collections[0].get_array()) == 0).all()
     note = " ".join(" ".join(o.get_text() for o in figure.texts).split())
@@ -776,9 +778,9 @@ def test_intervals_of_many_strategies_hold_together():
         significant_counts(held(alone(KEPT, n=400)).query("dimension == 'Total'"))
         == "1 of 3 strategies above c4, 0 below"
     )
-    values = some.found.values.copy()
+    values = some.replicates.values.copy()
     values[1:, :, OUTCOMES.index("Code")] = np.nan
-    lost = dataclasses.replace(some, found=dataclasses.replace(some.found, values=values))
+    lost = dataclasses.replace(some, replicates=dataclasses.replace(some.replicates, values=values))
     assert held(lost).query("dimension == 'Code'")["ci_low"].isna().all()
 
 
@@ -836,8 +838,9 @@ def test_the_front_figure_has_twenty_marks_and_a_title_that_its_intervals_allow(
         bootstrap_study(preset, example_results(preset, kept, n=200, draw_sd=0.002), n_boot=200),
         few,
     )
-    assert front_message(part.found) == "Code retention is highest with codeio and lowest with c4"
-    figure = front_figure(retention_rows(part), front_message(part.found))
+    message = front_message(part.replicates)
+    assert message == "Code retention is highest with codeio and lowest with c4"
+    figure = front_figure(retention_rows(part), message)
     marks = [
         line for ax in figure.axes for line in ax.lines if line.get_marker() not in ("None", "")
     ]
@@ -850,7 +853,7 @@ def test_the_front_figure_has_twenty_marks_and_a_title_that_its_intervals_allow(
         ),
         few,
     )
-    assert front_message(alike.found) == "Highest retention: not significant in any dimension"
+    assert front_message(alike.replicates) == "Highest retention: not significant in any dimension"
 
 
 def test_the_front_figure_takes_the_first_strategies_of_a_study_of_ones_own():
@@ -864,6 +867,6 @@ def test_the_front_figure_takes_the_first_strategies_of_a_study_of_ones_own():
         "2:4",
     }
     assert (
-        front_message(select_cells(bootstrap_study(preset, {}), []).found)
+        front_message(select_cells(bootstrap_study(preset, {}), []).replicates)
         == "Retention by dimension: no two calibration sets to compare"
     )

@@ -35,7 +35,7 @@ def study_of(truth, n=18, unseen=4, seed=0):
     preset["strategies"] = {
         k: ",".join(f"{ONE[d]}={v}" for d, v in zip(DIMENSIONS, x)) for k, x in mixes.items()
     }
-    return preset, bootstrap_study(preset, study, 60).found, mixes
+    return preset, bootstrap_study(preset, study, 60).replicates, mixes
 
 
 def test_shares_are_of_whole_windows():
@@ -117,7 +117,8 @@ def test_the_gain_of_mixing_is_measured():
         even=",".join(f"{o}=8" for o in ONE.values()),
         near=",".join(f"{o}={n}" for o, n in zip(ONE.values(), (11, 7, 7, 7))),
     )
-    gains = mixing_gain(preset, bootstrap_study(preset, study, 60).found).set_index("dimension")
+    replicates = bootstrap_study(preset, study, 60).replicates
+    gains = mixing_gain(preset, replicates).set_index("dimension")
     expected = 0.7 - np.mean([kept[k] for k in mixes], axis=0)
     np.testing.assert_allclose(gains.value[list(DIMENSIONS)], expected, atol=1e-3)
     assert gains.value["Total"] == pytest.approx(expected.mean(), abs=1e-3)
@@ -132,12 +133,13 @@ def test_the_gain_of_mixing_weighs_the_kinds_by_their_shares():
     shares = (6, 8, 9, 9)
     preset["strategies"] = dict(zip(("g", "c", "p", "m"), ONE.values())) | dict(
         g2=ONE["General"], even=",".join(f"{o}={n}" for o, n in zip(ONE.values(), shares)))
-    gains = mixing_gain(preset, bootstrap_study(preset, study, 60).found).set_index("dimension")
+    replicates = bootstrap_study(preset, study, 60).replicates
+    gains = mixing_gain(preset, replicates).set_index("dimension")
     alone = np.array([np.mean([kept["g"], kept["g2"]], axis=0), *(kept[o] for o in "cpm")])
     np.testing.assert_allclose(
         gains.value[list(DIMENSIONS)], 0.7 - np.array(shares) / 32 @ alone, atol=1e-3
     )
     preset["strategies"]["c"] = ONE["General"]
     assert not len(
-        mixing_gain(preset, bootstrap_study(preset, study, 60).found)
+        mixing_gain(preset, bootstrap_study(preset, study, 60).replicates)
     ), "three kinds are no four, however many mixes there are"

@@ -36,7 +36,7 @@ def made_up(more, gain=0.05, sd=0.003, seed=1):
     for method, plus in (("sparsegpt", 0.0), ("admm", gain)):
         kept = {k: tuple(0.55 + 0.05 * d + v + plus for d in range(4)) for k, v in more.items()}
         study |= example_study(kept, (method,), seeds=(0, 1, 2), n=1000, draw_sd=sd, seed=seed)
-    return bootstrap_study(example_preset(study), study, 500).found
+    return bootstrap_study(example_preset(study), study, 500).replicates
 
 
 def said_of(found, recipe=RECIPE):

@@ -110,10 +110,10 @@ def test_part_of_a_study_has_the_numbers_of_the_whole():
         )
         assert 1 < len(some.study) < len(study) and len(some.study) - 1 == len(some.cells.cells)
         one, two = (select_cells(o, wanted) for o in (every, some))
-        assert len(one.found.cells) and one.study.keys() == two.study.keys()
-        pd.testing.assert_frame_equal(one.found.cells, two.found.cells)
+        assert len(one.replicates.cells) and one.study.keys() == two.study.keys()
+        pd.testing.assert_frame_equal(one.replicates.cells, two.replicates.cells)
         # sums in another order
-        np.testing.assert_allclose(one.found.values, two.found.values, rtol=1e-12)
+        np.testing.assert_allclose(one.replicates.values, two.replicates.values, rtol=1e-12)
 
 
 def test_the_headline_follows():
@@ -122,12 +122,12 @@ def test_the_headline_follows():
     by = rows.groupby("measure").can_tell.sum()
     names = ("above-chance", "answer-bits", "plain")
     assert headline_of(rows).name == max(names, key=lambda o: by[o])
-    assert measured_study(preset, study, 20).found.measure.name == "plain"
+    assert measured_study(preset, study, 20).replicates.measure.name == "plain"
     assert measured_study(
         preset | dict(measure="headline"), study, 20
-    ).found.measure == headline_of(rows)
+    ).replicates.measure == headline_of(rows)
     assert (
-        measured_study(preset | dict(measure="answer-bits"), study, 20).found.measure.name
+        measured_study(preset | dict(measure="answer-bits"), study, 20).replicates.measure.name
         == "answer-bits"
     )
 

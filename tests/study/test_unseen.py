@@ -42,7 +42,7 @@ def study_of(names=NAMES, seed=None):
         dict(strategy=k, seed=0, metric=m, value=v) for k, o in perplexity.items()
         for m, v in (("distortion", o), ("coverage", float(rng.random())), ("volume_tokens",
                                                                             16384.0))]
-    return bootstrap_study(example_preset(study), study, 100).found, pd.DataFrame(rows)
+    return bootstrap_study(example_preset(study), study, 100).replicates, pd.DataFrame(rows)
 
 
 FOUND, METRICS = study_of()

@@ -542,9 +542,9 @@ q, k, v = torch.randn(3, 1, 2, 70, tiles.COLS)
 wide = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, scale=.3)
 right &= torch.allclose(attention(q, k, v, causal(1, 70), .3).double(), wide.transpose(1, 2), atol=1e-5)
 for pattern in (None, (2, 4)):
-    weight, inverse = torch.randn(40, 2 * tiles.COLS + 3), torch.randn(40, 40).triu() / 9 + torch.eye(40)
+    weight, upper = torch.randn(40, 2 * tiles.COLS + 3), torch.randn(40, 40).triu() / 9 + torch.eye(40)
     ours, theirs, masks = weight.clone(), weight.double(), [weight.abs() < .5, weight.abs() < .5]
-    squares = sweep_compiled(ours, masks[0], inverse, pattern), sweep_torch(theirs, masks[1], inverse.double(), pattern)
+    squares = sweep_compiled(ours, masks[0], upper, pattern), sweep_torch(theirs, masks[1], upper.double(), pattern)
     right &= torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-4) and torch.equal(*masks)
     right &= abs(squares[0] / squares[1] - 1) < 1e-5
 """  # noqa: E501

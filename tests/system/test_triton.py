@@ -47,14 +47,14 @@ def problem(d_out, d_in, seed=0, dead=()):
     return torch.randn(d_out, d_in, generator=rng), stats.matrix()
 
 
-def both(kernels, weight, mask, inverse, pattern=None):
+def both(kernels, weight, mask, upper, pattern=None):
     """Sweep copies with the plain form and with the kernel and compare everything that they leave
     behind."""
     plain, chosen = weight.clone(), mask.clone()
-    squares = sweep_torch(plain, chosen, inverse, pattern)
+    squares = sweep_torch(plain, chosen, upper, pattern)
     ours, mine = weight.to(DEVICE), mask.to(DEVICE)
     ours, mine = (o if o is not given else o.clone() for o, given in ((ours, weight), (mine, mask)))
-    found = kernels.sweep_triton(ours, mine, inverse.to(DEVICE), pattern)
+    found = kernels.sweep_triton(ours, mine, upper.to(DEVICE), pattern)
     assert isinstance(found, float) and found == pytest.approx(squares, rel=1e-5)
     assert torch.equal(mine.cpu(), chosen) and not ours.cpu()[chosen].any()
     torch.testing.assert_close(ours.cpu(), plain, rtol=1e-4, atol=1e-5 * weight.abs().max().item())
@@ -70,12 +70,12 @@ def test_sweep_equals_plain_form(kernels, d_out, columns, share):
     """Tiles that are full, cut short in outputs and in columns, and wider than 128; nothing pruned,
     and everything."""
     W, H = problem(d_out, columns, seed=d_out)
-    inverse = factorise(H, block=columns).inverses[0]
+    upper = factorise(H, block=columns).upper_blocks[0]
     block = W.T.contiguous()
     mask = smallest(
-        (block.abs() / inverse.diagonal()[:, None]).view(1, -1), int(share * W.numel())
+        (block.abs() / upper.diagonal()[:, None]).view(1, -1), int(share * W.numel())
     ).view(block.shape)
-    result = both(kernels, block, mask, inverse)
+    result = both(kernels, block, mask, upper)
     if share == 0: assert torch.equal(result, block)
     if share == 1: assert not result.any()
 
@@ -83,9 +83,9 @@ def test_sweep_equals_plain_form(kernels, d_out, columns, share):
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (2, 3), (3, 5), (1, 2)])
 def test_sweep_chooses_the_same_pattern(kernels, pattern):
     W, H = problem(18, 4 * pattern[1], seed=pattern[1])
-    inverse = factorise(H, block=4 * pattern[1]).inverses[0]
+    upper = factorise(H, block=4 * pattern[1]).upper_blocks[0]
     block = W.T.contiguous()
-    result = both(kernels, block, torch.zeros_like(block, dtype=torch.bool), inverse, pattern)
+    result = both(kernels, block, torch.zeros_like(block, dtype=torch.bool), upper, pattern)
     assert (result.T.reshape(18, -1, pattern[1]).count_nonzero(-1) == pattern[0]).all()
 
 
@@ -103,12 +103,12 @@ def test_sweep_pattern_ties_go_to_the_lowest_index(kernels):
 def test_sweep_of_views(kernels, pattern):
     "Neither the weight, the mask nor the factor needs to be contiguous."
     W, H = problem(12, 16, seed=3)
-    inverse = factorise(H, block=16).inverses[0].T.contiguous().T
+    upper = factorise(H, block=16).upper_blocks[0].T.contiguous().T
     mask = torch.rand(12, 16, generator=torch.Generator().manual_seed(0)).lt(0.5)
     ours, mine = W.clone().to(DEVICE).T, mask.clone().to(DEVICE).T
     plain, chosen = W.T.contiguous(), mask.T.contiguous()
-    squares = sweep_torch(plain, chosen, inverse, pattern), kernels.sweep_triton(
-        ours, mine, inverse.to(DEVICE), pattern
+    squares = sweep_torch(plain, chosen, upper, pattern), kernels.sweep_triton(
+        ours, mine, upper.to(DEVICE), pattern
     )
     assert squares[1] == pytest.approx(squares[0], rel=1e-5) and torch.equal(mine.cpu(), chosen)
     torch.testing.assert_close(ours.cpu(), plain, rtol=1e-4, atol=1e-5)
@@ -119,8 +119,8 @@ def test_sweep_touches_nothing_else(kernels):
     W, H = problem(20, 12, seed=4)
     around = torch.full((14, 20), 7., device=DEVICE)
     around[1:13] = W.T.to(DEVICE)
-    inverse = factorise(H, block=12).inverses[0].to(DEVICE)
-    kernels.sweep_triton(around[1:13], around[1:13] > 0, inverse)
+    upper = factorise(H, block=12).upper_blocks[0].to(DEVICE)
+    kernels.sweep_triton(around[1:13], around[1:13] > 0, upper)
     assert (around[[0, 13]] == 7).all() and not (around[1:13] == 7).any()
 
 
@@ -150,11 +150,11 @@ def test_whole_matrix(kernels, monkeypatch, d_out, d_in, block, how):
 
 def test_kernel_and_compiled_sweep_agree(kernels):
     W, H = problem(30, 24, seed=8)
-    inverse, compiled = factorise(H, block=24).inverses[0], W.T.contiguous()
+    upper, compiled = factorise(H, block=24).upper_blocks[0], W.T.contiguous()
     mask = smallest(compiled.abs().view(1, -1), 400).view(compiled.shape)
     ours = compiled.clone().to(DEVICE)
-    squares = sweep_compiled(compiled, mask, inverse), kernels.sweep_triton(
-        ours, mask.to(DEVICE), inverse.to(DEVICE)
+    squares = sweep_compiled(compiled, mask, upper), kernels.sweep_triton(
+        ours, mask.to(DEVICE), upper.to(DEVICE)
     )
     torch.testing.assert_close(ours.cpu(), compiled, rtol=1e-4, atol=1e-5)
     assert squares[1] == pytest.approx(squares[0], rel=1e-5)
@@ -247,7 +247,7 @@ from triton.compiler import ASTSource
 from calib_prune.pruning import triton_kernels as t
 def build(name, weight, warps, capability, **fixed):
     f = getattr(t, name)
-    types = {"weight": weight, "mask": "*u8", "inverse": "*fp32", "squares": "*fp32", "norms": "*fp32"}
+    types = {"weight": weight, "mask": "*u8", "upper": "*fp32", "squares": "*fp32", "norms": "*fp32"}
     source = ASTSource(f, {n: "constexpr" if n in fixed else types.get(n, "i32") for n in f.arg_names}, fixed)
     k = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **t.FUSE})
     assert k.asm["cubin"] and "tf32" not in k.asm["ptx"] and ".local" not in k.asm["ptx"]

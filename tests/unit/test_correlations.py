@@ -68,7 +68,7 @@ def test_rho_is_that_of_scipy_on_means_over_draws(study, metrics):
         "method == 'wanda' and metric == 'distortion' and dimension == 'Code'"
     ).iloc[0]
     x = metrics_summary(metrics).query("metric == 'distortion'").set_index("strategy")["value"]
-    mine = related.found.where(method="wanda")
+    mine = related.replicates.where(method="wanda")
     assert np.isclose(
         row["rho"],
         spearmanr([x[o] for o in mine.cells["strategy"]], mine.values[0, :, 2]).statistic,
@@ -106,11 +106,11 @@ def test_captions_say_which_settings_have_draws(study, metrics):
         if k != "dense"
     }
     related = correlated(study | more, metrics, 20, 99)
-    assert study_caption(PRESET, related.found, "x").endswith(
+    assert study_caption(PRESET, related.replicates, "x").endswith(
         "where a strategy has two (SparseGPT 60%); elsewhere over items only."
     )
     assert "intervals over items, and draws where there are two" in study_caption(
-        PRESET, related.found, "x"
+        PRESET, related.replicates, "x"
     )
     assert "interval" not in correlation_footnote(
         PRESET, related
