@@ -54,12 +54,23 @@ def _percent_or_dash(*values: float) -> str:
     return " to ".join(f"{100 * value:5.1f}" for value in values)
 
 # %% ../../nbs/cli/05_evaluate.ipynb #0d99ed20
-def retention_lines(table: Any  # from `retention`
-                  ) -> list[dict[str, Any]]:
+def retention_lines(table: Any,               # from `retention`
+                    floor: Any = None,        # from `floor_comparison`; None: not scored
+                    others: dict[str, Any] | None = None  # measure → its table from `retention`
+                   ) -> list[dict[str, Any]]:
     "Retention in percent as rows of text; a dash for a missing value."
-    return [{"level": row.level, "name": row.name, "retention %": _percent_or_dash(row.retention),
-             "95 % CI": _percent_or_dash(row.ci_low, row.ci_high), "n": row.n or None}
-            for row in table.itertuples(index=False)]
+    by_name = lambda frame, column: dict(zip(frame["name"], frame[column], strict=True))
+    more = {} if floor is None else {"floor %": by_name(floor, "floor")}
+    more |= {f"{name} %": by_name(frame, "retention") for name, frame in (others or {}).items()}
+    lines = []
+    for row in table.itertuples(index=False):
+        line = {"level": row.level, "name": row.name,
+                "retention %": _percent_or_dash(row.retention),
+                "95 % CI": _percent_or_dash(row.ci_low, row.ci_high)}
+        extra = {title: _percent_or_dash(values.get(row.name, float("nan")))
+                 for title, values in more.items()}
+        lines.append(line | extra | {"n": row.n or None})
+    return lines
 
 # %% ../../nbs/cli/05_evaluate.ipynb #3d3db70b
 def retention_notes(table: Any  # from `retention`
@@ -92,7 +103,9 @@ def _show_scores(evaluation: Any) -> None:  # from `evaluate_model`
 def _show_retention(evaluation: Any) -> None:  # from `evaluate_model`
     "The retention for people."
     if (table := evaluation.retention) is None: return
-    show_table(retention_lines(table), f"retention: {evaluation.measure.about}")
+    lines = retention_lines(table, evaluation.floor, evaluation.other_retention)
+    show_table(lines, f"retention by {evaluation.measure.name}: {evaluation.measure.about}")
+    _print_lines(evaluation.floor_notes)
     _print_lines(retention_notes(table))
 
 # %% ../../nbs/cli/05_evaluate.ipynb #60ca36fe
@@ -134,17 +147,24 @@ def evaluate_command(
         int, typer.Option(help="Items per task, always the same random ones; 0 for all items.")
     ] = 100,
     measure: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             help=(
-                "Retention by `plain` (ratio of the tasks' own scores), `answer-bits` (of the right"
-                " answers; also tells small "
-                "models apart) or `above-chance` (of accuracies). Accuracies count only where the"
-                " dense model "
-                "does better than guessing."
+                "Measure of retention: `answer-bits` (bits of the right answers), `above-chance` "
+                "(accuracies above chance) or `plain` (each task's own score). By default the "
+                "measure that discriminates best on this model. The table shows all three."
             )
         ),
-    ] = "plain",
+    ] = None,
+    floor: Annotated[
+        bool,
+        typer.Option(
+            help=(
+                "Score the dense model after another item's prompt as well: a pruned model at this "
+                "floor does not use the question."
+            )
+        ),
+    ] = True,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
     batch_tokens: Annotated[
@@ -156,7 +176,8 @@ def evaluate_command(
     from calib_prune.pipeline.evaluate import evaluate_model
     with bars(as_json) as progress:
         evaluation = evaluate_model(
-            model, dense, tasks, limit or None, measure, dtype, device, batch_tokens, progress
+            model, dense, tasks, limit or None, measure, dtype, device, batch_tokens, progress,
+            floor
         )
     if as_json: return _print_record(evaluation)
     _show_scores(evaluation)  # before retention, which may have no answer

@@ -136,8 +136,9 @@ def evaluate_model(
                   ) -> Evaluation:
     "Score a model and the dense model: what the command `evaluate` does."
     names = [task.name for task in get_tasks(tasks)]
-    if measure and dense is not None:  # before hours of scoring
-        get_measure(measure).check_scorable(names)
+    if measure:  # before hours of scoring
+        given = get_measure(measure)
+        if dense is not None: given.check_scorable(names)
     settings = dict(limit=limit or None, batch_tokens=batch_tokens, progress=progress)
     items = _score_model(str(model), names, dtype, device, settings, floor=False)[0]
     if dense is None: return Evaluation(items, None, None, get_measure(measure or PLAIN))
