@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STUDY_PACKAGES', 'SAME_FAILURES', 'LEAST_ROOM', 'MOVED', 'check_packages', 'repository', 'job_outcomes',
            'common_error', 'failure_report', 'Stopped', 'lacking_device', 'check_names', 'preset_names', 'preset_file',
-           'check_layout', 'check_notebooks', 'table_file', 'snakemake_command', 'check_profile', 'named_user',
-           'run_workflow', 'without_finished', 'show_headlines', 'reproduce']
+           'check_layout', 'check_notebooks', 'check_workflow', 'table_file', 'snakemake_command', 'check_profile',
+           'named_user', 'run_workflow', 'without_finished', 'show_headlines', 'reproduce']
 
 # %% ../../nbs/cli/08_reproduce.ipynb #86a9bbd4
 import getpass
@@ -341,6 +341,18 @@ def check_notebooks(root: Path, study: dict[str, Any]) -> None:
         " notebooks in a new folder: copy these from there."
     )
 
+# %% ../../nbs/cli/08_reproduce.ipynb #20189c1e
+def check_workflow(root: Path) -> None:
+    "Refuse a study whose folder was laid out by a version that started its runs in another way."
+    from calib_prune.cli.init import WORKFLOW, study_files
+    file = root / WORKFLOW
+    if file.is_file() and "run_job" in file.read_text(errors="replace"): return
+    copy = shlex.join(["cp", str(study_files() / WORKFLOW), str(file)])
+    raise CalibPruneError(
+        f"{file} is missing, or of an older version of calib-prune, and cannot start runs. Nothing "
+        f"was changed. Take the new file: {copy}"
+    )
+
 # %% ../../nbs/cli/08_reproduce.ipynb #2a42fa50
 def _study_of(preset: str) -> tuple[Path, dict[str, Any], Path]:
     "A preset's file, its content, and the folder of its results."
@@ -349,6 +361,7 @@ def _study_of(preset: str) -> tuple[Path, dict[str, Any], Path]:
     study = load_preset(path)
     check_layout(root, study["name"])
     check_notebooks(root, study)
+    check_workflow(root)
     return path.resolve(), study, root / "results" / study["name"]
 
 # %% ../../nbs/cli/08_reproduce.ipynb #56955b39

@@ -7,7 +7,13 @@ import pytest
 import yaml
 
 from calib_prune.cli.init import new_study, study_files
-from calib_prune.cli.reproduce import MOVED, check_layout, check_notebooks, preset_file
+from calib_prune.cli.reproduce import (
+    MOVED,
+    check_layout,
+    check_notebooks,
+    check_workflow,
+    preset_file,
+)
 from calib_prune.core import CalibPruneError
 from calib_prune.study.plan import notebooks_of
 from calib_prune.study.presets import load_preset
@@ -91,3 +97,13 @@ def test_the_notebook_of_a_new_study_names_its_preset_and_ends_in_the_choice(tmp
     cells = json.loads(Path(tmp_path, "mine/study.ipynb").read_text())["cells"]
     assert any('preset = "presets/mine.yaml"' in "".join(o["source"]) for o in cells)
     assert "choice_text(part)" in "".join(cells[-1]["source"])
+
+
+def test_a_workflow_of_an_older_version_is_named_with_the_command_that_replaces_it(tmp_path):
+    old = "from calib_prune.study.plan import job_command, plan\n"
+    (tmp_path / "Snakefile").write_text(old)
+    with pytest.raises(CalibPruneError, match="older version.*Take the new file: cp ") as e:
+        check_workflow(tmp_path)
+    assert (tmp_path / "Snakefile").read_text() == old
+    subprocess.run(str(e.value).partition("new file: ")[2], shell=True, check=True)
+    check_workflow(tmp_path)
