@@ -344,13 +344,12 @@ def check_notebooks(root: Path, study: dict[str, Any]) -> None:
 # %% ../../nbs/cli/08_reproduce.ipynb #20189c1e
 def check_workflow(root: Path) -> None:
     "Refuse a study whose folder was laid out by a version that started its runs in another way."
-    from calib_prune.cli.init import WORKFLOW, study_files
-    file = root / WORKFLOW
+    file = root / "Snakefile"
     if file.is_file() and "run_job" in file.read_text(errors="replace"): return
-    copy = shlex.join(["cp", str(study_files() / WORKFLOW), str(file)])
     raise CalibPruneError(
         f"{file} is missing, or of an older version of calib-prune, and cannot start runs. Nothing "
-        f"was changed. Take the new file: {copy}"
+        "was changed. `calib-prune init FOLDER` lays out the new file in a new folder: copy it from "
+        "there."
     )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #2a42fa50
@@ -559,8 +558,8 @@ def reproduce(
             help=
             "`smoke`, a question and a model, or a preset file. Questions: `claims`, `pruners`, "
             "`mixing`, `perplexity`, "
-            "`new-sources`, `recipe`, `answers`; models: `smollm2-135m`, `qwen-0.5b`, and for "
-            "claims `llama-3.1-8b`. "
+            "`new-sources`, `recipe`, `answers`; models: `smollm2-135m`, `qwen-0.5b`, for "
+            "claims and answers `qwen-1.5b`, and for claims `llama-3.1-8b`. "
             "For example `recipe/qwen-0.5b`.")] = "smoke",
     jobs: Annotated[
         int,
