@@ -348,8 +348,8 @@ def check_workflow(root: Path) -> None:
     if file.is_file() and "run_job" in file.read_text(errors="replace"): return
     raise CalibPruneError(
         f"{file} is missing, or of an older version of calib-prune, and cannot start runs. Nothing "
-        "was changed. `calib-prune init FOLDER` lays out the new file in a new folder: copy it from "
-        "there."
+        "was changed. `calib-prune init FOLDER` lays out the new file in a new folder: copy it "
+        "from there."
     )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #2a42fa50

@@ -92,7 +92,7 @@ def test_evaluate_reports_scores_and_retention(model, text, tmp_path):
     tasks = "jeopardy,piqa,mbpp,gsm8k"
     out = strict(
         call("evaluate", "--model", tmp_path / "out", "--dense", model, "--tasks", tasks, "--limit",
-            8, "--json").stdout)
+            8, "--measure", "plain", "--json").stdout)
     assert [r["n"] for r in out["scores"]] == [8] * 4
     assert {r["name"] for r in out["retention"] if r["level"] == "dimension"} == {
         "General", "Commonsense", "Code", "Math"}
@@ -109,7 +109,9 @@ def test_evaluate_reports_scores_and_retention(model, text, tmp_path):
     )
     asked = ("evaluate", "--model", tmp_path / "out", "--dense", model, "--tasks", "piqa,mbpp",
              "--limit", 8)
-    bits = json.loads(call(*asked, "--measure", "answer-bits", "--json").stdout)
+    bits = json.loads(call(*asked, "--json").stdout)
+    assert {row["name"] for row in bits["floor"]} >= {"piqa", "mbpp", "Code"}
+    assert set(bits["other_measures"]) == {"plain"}, "the model is at chance in piqa"
     at = lambda o, name: next(r["retention"] for r in o["retention"] if r["name"] == name)
     assert bits["measure"] == "answer-bits" and at(bits, "mbpp") == at(out, "mbpp")
     assert at(bits, "piqa") > 0 and "piqa" not in {
@@ -132,7 +134,8 @@ def test_evaluate_reports_scores_and_retention(model, text, tmp_path):
     assert [r["task"] for r in out["dense_scores"]] == [r["task"] for r in out["scores"]] and out[
         "dense_scores"
     ] != out["scores"]
-    plain = " ".join(call(*asked).stdout.split())
+    plain = " ".join(call(*asked, "--measure", "plain", "--no-floor").stdout.split())
+    assert "floor" not in plain
     assert (
         "Left out: piqa: the dense model has" in plain
         and "of 8 answers right, not clearly more than guessing (50 %)." in plain
