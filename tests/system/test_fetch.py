@@ -600,7 +600,8 @@ def test_the_client_of_the_hub_downloads_or_gives_up_quickly(tmp_path):
 # Models that are known by name
 
 def test_a_model_on_request_is_fetched_by_name_only():
-    requested = ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
+    requested = ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "smollm2-135m-rounded",
+                 "qwen2.5-coder-0.5b-rounded"]
     assert [model.name for model in NAMED_MODELS.values() if model.on_request] == requested
     assert {e.path for e in ENTRIES.values()} - {e.path for e in wanted()} == {
         f"models/{name}" for name in requested
@@ -611,7 +612,7 @@ def test_a_model_on_request_is_fetched_by_name_only():
 
 @pytest.mark.parametrize("name, said", [("qwen2.5-coder-0.5", "Did you mean 'qwen2.5-coder-0.5b'"),
                                         ("", "Unknown model ''"),
-                                        ("c4", "Known: qwen2.5-coder-0.5b, qwen2.5-coder-1.5b"),
+                                        ("c4", "1.5b, smollm2-135m, smollm2-135m-rounded"),
                                         ("../models/x", "Unknown model")])
 def test_a_name_that_is_no_model_is_an_error(name, said):
     from calib_prune.cli.fetch import fetch_command as command
@@ -638,17 +639,16 @@ def test_each_model_is_converted_from_its_own_file(tmp_path, monkeypatch):
     converted = []
     monkeypatch.setattr(
         "calib_prune.data.gguf.convert_gguf",
-        lambda path, folder: converted.append(Path(path).read_bytes()),
+        lambda path, folder, again: converted.append(Path(path).read_bytes() + b"!" * again),
     )
     smol, qwen = NAMED_MODELS["smollm2-135m"], NAMED_MODELS["qwen2.5-coder-0.5b"]
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as z: z.writestr(smol.member, "small")
     with zipfile.ZipFile(tmp_path / "a.whl") as z: smol.make(z, tmp_path / "out")
     (tmp_path / "b.gguf").write_bytes(b"large")
     qwen.make(tmp_path / "b.gguf", tmp_path / "out")
-    assert converted == [b"small", b"large"] and sorted(p.name for p in tmp_path.iterdir()) == [
-        "a.whl",
-        "b.gguf",
-    ]
+    NAMED_MODELS[f"{qwen.name}-rounded"].make(tmp_path / "b.gguf", tmp_path / "out")
+    assert converted == [b"small", b"large", b"large!"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.whl", "b.gguf"]
 
 
 def test_pins_are_whole():

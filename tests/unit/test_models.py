@@ -476,3 +476,16 @@ def test_the_type_of_a_gguf_file_is_known(tmp_path):
     folder = save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "out", {})
     asked = (str(tmp_path / "m.gguf"), str(folder), "smollm2-135m", "qwen2.5-coder-1.5b")
     assert [quantised_type(model) for model in asked] == ["Q4_K_M", None, "Q4_1", "Q4_K_M"]
+
+
+def test_a_second_dose_of_rounding_changes_the_layers_and_nothing_else(tmp_path):
+    write_gguf(tmp_path / "m.gguf", tiny_llama())
+    plain, rounded = (convert_gguf(tmp_path / "m.gguf", tmp_path / name, again)
+                      for name, again in (("plain", False), ("rounded", True)))
+    before, after = (load_file(folder / "model.safetensors") for folder in (plain, rounded))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    inside = {name for name, weight in before.items()
+              if ".layers." in name and weight.ndim == 2 and weight.shape[1] % 32 == 0}
+    assert changed == inside and len(inside) == 12
+    change = [(before[name] - after[name]).norm() / before[name].norm() for name in inside]
+    assert 0.03 < min(change) and max(change) < 0.15
