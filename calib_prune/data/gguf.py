@@ -251,7 +251,7 @@ def as_the_umask_says(folder: Path) -> None:
 SECOND_TYPE = GGMLQuantizationType.Q4_0
 
 @torch.no_grad()
-def round_again(model: PreTrainedModel  # changed in place
+def round_again(model: torch.nn.Module  # changed in place
                ) -> float:
     """Quantise and dequantise the matrices of the decoder layers whose rows are whole blocks; the
     relative change of all of them."""
