@@ -203,7 +203,7 @@ def changed(path: str | Path) -> CalibPruneError:  # to be raised by the caller
     "The error for a file that is not what it was when its hash was taken."
     return CalibPruneError(
         f"{path} was changed while it was read, so its text belongs to no revision. Nothing"
-        " was kept. Wait until the program that writes the file has finished, then try again."
+        " was saved. Wait until the program that writes the file has finished, then try again."
     )
 
 # %% ../../nbs/calibration/01_readers.ipynb #f6466d5f

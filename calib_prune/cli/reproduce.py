@@ -535,7 +535,7 @@ def _show_plan(command: list[str], root: Path, path: Path, study: dict[str, Any]
     from calib_prune.study.keys import left_table
     with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)
     if not tables_only:
-        show_table(left_table(left), f"What is left to do in {results}")
+        show_table(left_table(left), f"Remaining work in {results}")
         show_table(
             estimate_cost(study).to_dict("records"),
             f"What all cells take, on the hardware that {path.name} states")

@@ -257,8 +257,9 @@ def plan(study: Study) -> list[Job]:
     """All missing runs of a study, and the runs of all tables: Snakemake skips tables newer than
     their inputs."""
     if study.tables_only: return table_jobs(study)
-    from calib_prune.study.cost import cores_per_cell, memory_gib, requests_of  # slow imports
-    cores = 1 if study.cluster else cores_per_cell(study.preset, study.cores, memory_gib())
+    from calib_prune.kernels.memory import total_memory
+    from calib_prune.study.cost import cores_per_cell, requests_of  # slow imports
+    cores = 1 if study.cluster else cores_per_cell(study.preset, study.cores, total_memory())
     if study.gpus > 1: cores = max(1, study.cores // study.gpus)
     needs = requests_of(study.preset)
     texts = [replace(job, needs=needs["text"]) for job in (*text_jobs(study), *metric_jobs(study))]
