@@ -261,14 +261,13 @@ def check_names(study: dict[str, Any]) -> None:
     from calib_prune.calibration.sets import parse_mix
     from calib_prune.calibration.sources import get_source
     from calib_prune.data.wheels import NAMED_MODELS
-    from calib_prune.evaluation.scoring import limit_of
-    from calib_prune.evaluation.tasks import get_tasks
+    from calib_prune.evaluation.tasks import get_tasks, limit_of
     from calib_prune.generation.igsp import protocol_with
     from calib_prune.model.loading import locate_model
     from calib_prune.pruning.masks import parse_sparsity
     from calib_prune.pruning.methods import check_allocation, read_recipe
-    from calib_prune.study.presets import cells, protocol_of
-    for cell in cells(study, ablations=True)[1:]:
+    from calib_prune.study.presets import grid_cells, protocol_of
+    for cell in grid_cells(study, ablations=True):
         check_allocation(read_recipe(cell.method).allocation, parse_sparsity(cell.sparsity)[1])
     for name, mix in study["strategies"].items():
         try:

@@ -22,7 +22,7 @@ from calib_prune.evaluation.retention import (
     retention,
 )
 from ..evaluation.scoring import ending_notes, evaluate, scores
-from ..evaluation.tasks import TASKS, get_tasks
+from ..evaluation.tasks import get_tasks, with_floor
 from ..model.loading import load_model
 from .records import json_rows
 from ..progress import ProgressFn
@@ -112,10 +112,9 @@ def _score_model(model: str, tasks: list[str], dtype: str, device: str,
     "A model's answers, item by item. One model is in memory at a time."
     net, tokenizer = load_model(model, dtype, device)
     items = evaluate(net, tokenizer, tasks, **settings)
-    if not floor: return items, None
-    likelihoods = [name for name in tasks if TASKS[name].kind != "generate"]
-    if not likelihoods or settings["limit"] == 1: return items, None
-    return items, evaluate(net, tokenizer, likelihoods, next_prompt=True, **settings)
+    with_one = with_floor(tasks, settings["limit"]) if floor else []
+    if not with_one: return items, None
+    return items, evaluate(net, tokenizer, with_one, next_prompt=True, **settings)
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0021
 def evaluate_model(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEDGERS', 'ROBUST', 'ONE', 'NONE', 'DEPENDS', 'PARTLY', 'UNTESTED', 'OPEN', 'ACROSS', 'dimensions_of', 'methods_of',
-           'ledgers', 'agreement', 'agreement_note', 'model_agreement', 'read_ledgers']
+           'ledgers', 'agreement', 'agreement_note', 'model_difference', 'model_agreement', 'read_ledgers']
 
 # %% ../../nbs/questions/10_agreement.ipynb #c14b137f
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,18 +16,18 @@ from typing import Any
 import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
-from ..evaluation.measures import MEASURES, Measure
-from .claims import LEDGER, study_ledger
+from ..evaluation.measures import MEASURES, PLAIN, Measure
+from .claims import LEDGER, estimate_text, study_ledger
 from calib_prune.questions.estimates import (
     CHECKS,
+    CONTRADICTED,
     CORRELATIONS,
     MODEL,
-    NOT,
+    MORE_SOURCES,
     OPPOSITE,
     PRESET,
-    SIGN,
-    SIZE,
-    UNCLEAR,
+    REPRODUCED,
+    UNDECIDED,
     YET,
     Levels,
     verdict,
@@ -34,18 +35,20 @@ from calib_prune.questions.estimates import (
 from .resolution import QUICK, resolution_rows
 from ..statistics.comparison import stacked
 from ..statistics.selection import bootstrap_study
+from ..statistics.tables import interval_text
 from ..study.results import Result
 
 # %% ../../nbs/questions/10_agreement.ipynb #9b44c74e
 _OWN = {
-    "C5 c4": ("General", "Code"), "C5 math": ("Math", "General"), "C8": ("Code", ),
-    "C8 same unit": ("Code", "Commonsense"), "O3 c4": ("General", "Commonsense", "Math"),
+    "C5 c4": ("General", "Code"), "C5 math": ("Math", "General"),
+    "C8": ("Code", "Commonsense"), "O3 c4": ("General", "Commonsense", "Math"),
     "O3 best": ("General", "Commonsense", "Math")}
 
 def dimensions_of(check: str  # a key of `CHECKS`
                  ) -> tuple[str, ...]:
     "The dimensions whose retention a check compares."
     if check in CORRELATIONS: return (CORRELATIONS[check][2],)
+    if check in MORE_SOURCES: return (MORE_SOURCES[check][1],)
     if check in OPPOSITE: return tuple(OPPOSITE[check][2].split(" − "))
     if check.startswith("C4"):
         return tuple(dict.fromkeys(correlation[2] for correlation in CORRELATIONS.values()))
@@ -60,7 +63,7 @@ def methods_of(check: str) -> tuple[str, ...]:
     return (OPPOSITE[check][1],) if check in OPPOSITE else ("sparsegpt",)
 
 # %% ../../nbs/questions/10_agreement.ipynb #118a04bb
-LEDGERS = ["measure", "tells", "complete", "name", *LEDGER]
+LEDGERS = ["measure", "tells", "headline", "complete", "name", *LEDGER]
 
 def _can_tell(preset: dict[str, Any], study: dict[str, Result], n_boot: int | None,
               resolved: pd.DataFrame | None  # of one method, from `resolution_rows`
@@ -82,6 +85,9 @@ def ledgers(
             # as in `claims.study_ledger`
             preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame,
             n_boot: int | None = None, n_perm: int = 19999, complete: bool = True,
+            # the measure of the study's tables; by default the plain ratio
+            headline: Measure = PLAIN,
+            more: pd.DataFrame | None = None,        # from `claims.further_correlations`
             known: Mapping[Measure, pd.DataFrame] = {},  # measure → its ledger, if it has been made
             resolved: pd.DataFrame | None = None     # from `resolution_rows`, if known
            ) -> pd.DataFrame:  # columns `LEDGERS`
@@ -93,12 +99,13 @@ def ledgers(
         if table is None:
             try: whole = bootstrap_study(preset, study, n_boot, measure=measure)
             except CalibPruneError: continue
-            table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete)
+            table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete, more=more)
         tells = [
             all(
                 told.get((m, name, d), False) for m in methods_of(check)
                 for d in dimensions_of(check)) for check in CHECKS]
-        tables.append(table.assign(measure=name, tells=tells, complete=complete, name=list(CHECKS)))
+        about = dict(measure=name, tells=tells, headline=measure == headline, complete=complete)
+        tables.append(table.assign(**about, name=list(CHECKS)))
     return stacked(tables, LEDGERS).reindex(columns=LEDGERS)
 
 # %% ../../nbs/questions/10_agreement.ipynb #9ba10f13
@@ -108,16 +115,15 @@ ROBUST, ONE, NONE, DEPENDS = (
     "no measure discriminates",
     "depends on the measure",
 )
-PARTLY, UNTESTED = "inconclusive by some", "not tested"
-OPEN = "inconclusive by all that discriminate"
+PARTLY, UNTESTED = "not significant by some", "not tested"
+OPEN = "not significant by all that discriminate"
 
 def _direction(row: Any  # of `ledgers`
               ) -> str:
     "The direction of a verdict, because sizes differ between measures."
     check, ends = CHECKS[row["name"]], (row["ci_low"], row["ci_high"])
-    judged = row["verdict"] if check.unit == "count" or any(map(math.isnan, ends)) else verdict(
-        *ends, None, check.sign)
-    return "reproduced" if judged in (SIZE, SIGN) else judged
+    if check.unit == "count" or any(map(math.isnan, ends)): return row["verdict"]
+    return verdict(*ends, check.sign)
 
 # %% ../../nbs/questions/10_agreement.ipynb #28b58ab4
 def _kind(judged: list[str]  # from `_direction`, of rows that can tell
@@ -125,7 +131,7 @@ def _kind(judged: list[str]  # from `_direction`, of rows that can tell
     "Agreement of several verdicts; a single verdict as it is."
     kinds = set(judged)
     if len(kinds) < 2: return next(iter(kinds), NONE)
-    return DEPENDS if {"reproduced", NOT} <= kinds else PARTLY
+    return DEPENDS if {REPRODUCED, CONTRADICTED} <= kinds else PARTLY
 
 # %% ../../nbs/questions/10_agreement.ipynb #31bfa6af
 def _told(mine: pd.DataFrame  # of one check, from `ledgers`
@@ -141,7 +147,7 @@ def _agrees(mine: pd.DataFrame) -> str:
     if not tested: return UNTESTED
     if len(judged) < 2: return ONE if judged else NONE
     kind = _kind(judged)
-    return {UNCLEAR: OPEN, "reproduced": ROBUST, NOT: ROBUST}.get(kind, kind)
+    return {UNDECIDED: OPEN, REPRODUCED: ROBUST, CONTRADICTED: ROBUST}.get(kind, kind)
 
 # %% ../../nbs/questions/10_agreement.ipynb #06d002db
 def agreement(table: pd.DataFrame  # from `ledgers`
@@ -176,26 +182,45 @@ ACROSS = {
     NONE: "none discriminates",
 }
 
-def _said(mine: pd.DataFrame  # of one check and model, from `ledgers`
-         ) -> str:
-    "The direction of one model's verdict, or the reason why the model has none."
-    tested, judged = _told(mine)
-    return _kind(judged) if tested else UNTESTED
+def _shown(mine: pd.DataFrame  # of one check and model, from `ledgers`
+          ) -> str:
+    "Our number and the verdict with the measure of the study's tables."
+    row = mine[mine["headline"]].iloc[0]
+    if math.isnan(row["ours"]): return row["verdict"]
+    needed = f" ({row['needed']})" if isinstance(row["needed"], str) and row["needed"] else ""
+    return f"{estimate_text(row, row['unit'])}: {row['verdict']}{needed}"
+
+# %% ../../nbs/questions/10_agreement.ipynb #cf90bce9
+def model_difference(rows: Mapping[str, pd.Series]  # model → a check's row with the study's measure
+                    ) -> str:
+    "Differences in points between models whose 95 % interval excludes 0; empty if there are none."
+    known = {model: row for model, row in rows.items()
+             if row["unit"] == "points" and not math.isnan(row["ci_low"])}
+    texts = []
+    for (a, first), (b, second) in itertools.combinations(known.items(), 2):
+        half = math.hypot(*(row["ci_high"] - row["ci_low"] for row in (first, second))) / 2
+        value = first["ours"] - second["ours"]
+        if abs(value) <= half: continue
+        text = interval_text(value, value - half, value + half, "+", scale=1, digits=1)
+        texts.append(f"{a} − {b}: {text}")
+    return "; ".join(texts)
 
 # %% ../../nbs/questions/10_agreement.ipynb #7b885975
 def model_agreement(tables: Mapping[str, pd.DataFrame]  # model → its `ledgers`
-                   # one row per check: claim, check, a verdict per model, agreement
+                   # one row per check: claim, check, number and verdict per model, difference,
+                   # agreement
                    ) -> pd.DataFrame:
-    "Every check with its verdict on each model, and the agreement of discriminating measures."
+    "Every check with number and verdict on each model, and the agreement of models and measures."
     every, rows = pd.concat([table.assign(model=model) for model, table in tables.items()]), []
     for name, mine in every.groupby("name", sort=False):
         agrees = _agrees(mine)
-        verdicts = {model: _said(rows) for model, rows in mine.groupby("model", sort=False)}
+        of_model = dict(list(mine.groupby("model", sort=False)))
         text = mine["check"].iloc[0] if mine["check"].nunique() == 1 else CHECKS[name].anywhere()
+        main = {model: part[part["headline"]].iloc[0] for model, part in of_model.items()}
         rows.append(
             dict(claim=mine["claim"].iloc[0], check=text)
-            | verdicts
-            | dict(agreement=ACROSS.get(agrees, agrees))
+            | {model: _shown(part) for model, part in of_model.items()}
+            | dict(difference=model_difference(main), agreement=ACROSS.get(agrees, agrees))
         )
     return pd.DataFrame(rows)
 

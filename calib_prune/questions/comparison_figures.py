@@ -9,6 +9,9 @@ __all__ = ['SIMULTANEOUS', 'TITLE_NOTE', 'RANGE_ORDER', 'heat_panel', 'over_base
            'margin_panel', 'margin_message', 'margin_figure', 'averaging_message', 'averaging_figure']
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #38f6c9f8
+import math
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -310,8 +313,11 @@ def front_message(replicates: Replicates  # of one setting
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #f0a1b203
 def front_panel(ax: Axes, retained: pd.DataFrame,  # of one dimension, one row per strategy
-                order: list[str]) -> None:
-    "Retention of each calibration set in one dimension, with its interval."
+                order: list[str],
+                floor: float = math.nan            # retention of the floor
+               ) -> None:
+    "Retention of each calibration set in one dimension, with its interval; the floor is dashed."
+    if not math.isnan(floor): ax.axvline(100 * floor, color="0.45", linewidth=1, linestyle="--")
     for (name, kind), rows in retained.groupby(["strategy", "source"], sort=False):
         look = dict(color=colour_of(kind), fmt=MARKERS.get(kind, "o"))
         at = [order.index(name)] * len(rows)
@@ -328,7 +334,9 @@ TITLE_NOTE = (
 
 def front_figure(table: pd.DataFrame,  # from `retention_rows`, of one setting
                  message: str,         # from `front_message`
-                 note: str = "") -> Figure:
+                 note: str = "",
+                 floor: Mapping[str, float] = {}  # dimension → retention of the floor
+                ) -> Figure:
     "Retention of a few calibration sets, one panel per dimension."
     table = table[(table["quantity"] == "retention") & table["dimension"].isin(DIMENSIONS)]
     check_rows(table, "retention by dimension")
@@ -344,11 +352,13 @@ def front_figure(table: pd.DataFrame,  # from `retention_rows`, of one setting
         squeeze=False,
     )
     for ax, dimension in zip(axes[0], dimensions):
-        front_panel(ax, table[table["dimension"] == dimension], order)
+        mine = table[table["dimension"] == dimension]
+        front_panel(ax, mine, order, floor.get(dimension, math.nan))
     figure.supxlabel("retention (% of the dense model's score)", fontsize=9)
     legend_above(figure, table["source"])
     headline(figure, message)
-    return annotate(figure, f"{TITLE_NOTE} {note}")
+    dashed = "Dashed: the floor. " if floor else ""
+    return annotate(figure, f"{TITLE_NOTE} {dashed}{note}")
 
 # %% ../../nbs/questions/01_comparison_figures.ipynb #9e88cc04
 def margin_panel(ax, title: str, lines: list[tuple[str, pd.DataFrame, dict]]) -> None:

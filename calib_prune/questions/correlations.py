@@ -55,7 +55,7 @@ from calib_prune.statistics.selection import (
 )
 from ..statistics.tables import caption_text, interval_text, listed, status, wide_table
 from ..study.metric_rows import metric_label, metrics_summary
-from ..study.presets import cells, seeds_of
+from ..study.presets import Cell, grid_cells, seeds_of
 from ..study.results import Result
 from ..style import DIMENSION_COLOURS, MARKERS, difference_colours, make_readable
 
@@ -151,8 +151,9 @@ def missing_cells_note(
     preset: dict[str, Any], study: dict[str, Result], metrics: pd.DataFrame | None = None
 ) -> str:
     "Number of models without a run, and strategies without metrics; empty for a finished study."
-    sizes = (0, preset["calibration"]["windows"])  # 0: the dense model
-    every = [c for c in cells(preset) if metrics is not None or c.windows in sizes]
+    size = preset["calibration"]["windows"]
+    pruned = [c for c in grid_cells(preset) if metrics is not None or c.windows == size]
+    every = [Cell("dense"), *pruned]
     left = [c.name for c in every if c.name not in study]
     missing = f"Not run yet: {len(left)} of {len(every)} models." if left else ""
     return f"{missing} {'' if metrics is None else unmeasured_note(preset, metrics)}".strip()

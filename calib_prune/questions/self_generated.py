@@ -35,9 +35,9 @@ from calib_prune.statistics.replicates import (
     as_strategy,
     strategy_retention,
 )
-from ..statistics.selection import Measured, Part, main_sparsity
+from ..statistics.selection import Measured, Part, usual_sparsity
 from ..statistics.tables import interval_text, listed
-from ..study.presets import Cell, cells, protocol_of
+from ..study.presets import Cell, cells, grid_cells, protocol_of
 from ..style import DIMENSION_COLOURS, MARKERS, legend_above
 
 # %% ../../nbs/questions/04_self_generated.ipynb #1715e730
@@ -49,9 +49,9 @@ def in_grid(preset: dict[str, Any]) -> set[str]:
 def compared_cells(preset: dict[str, Any],
                    ablations: bool  # the variants of protocols, instead of everything else
                   ) -> list[Cell]:
-    "SparseGPT's cells of the preset's size and main sparsity."
-    at = preset["calibration"]["windows"], main_sparsity(preset), "sparsegpt"
-    pruned = [c for c in cells(preset, ablations=True)[1:]
+    "SparseGPT's cells of the preset's size, at the sparsity of most strategies."
+    at = preset["calibration"]["windows"], usual_sparsity(preset), "sparsegpt"
+    pruned = [c for c in grid_cells(preset, ablations=True)
               if (c.windows, c.sparsity, as_strategy(c.strategy, c.method)[1]) == at]
     main = in_grid(preset)
     variants = {

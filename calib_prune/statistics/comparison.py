@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'SINGLE', 'HEADINGS', 'DIFFERENCES', 'GROWTH', 'SPREADS', 'RANGES', 'kind_of', 'single_strategies', 'in_order',
-           'retention_rows', 'dense_rows', 'wide_text', 'save_rows', 'differences', 'over_best', 'stacked',
+           'retention_rows', 'stacked', 'dense_rows', 'wide_text', 'save_rows', 'differences', 'over_best',
            'mix_differences', 'base_differences', 'swept_through', 'margin_rows', 'sweep_rows', 'swept_part',
            'growth_rows', 'sd_interval', 'source_spread', 'spread_rows', 'spread_text', 'range_rows']
 
 # %% ../../nbs/statistics/08_comparison.ipynb #5548990c
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
@@ -37,10 +37,8 @@ from calib_prune.statistics.replicates import (
     source_dimension,
     spread,
 )
-from .selection import NOTHING, Part, bootstrap_study, select_cells, varied
+from .selection import NOTHING, Part, next_to_dense, varied
 from .tables import interval_text, save_table, wide_table
-from ..study.presets import Cell
-from ..study.results import Result
 from ..style import OWN, SOURCE_KINDS
 
 # %% ../../nbs/statistics/08_comparison.ipynb #d4775f5d
@@ -94,18 +92,26 @@ def retention_rows(part: Part) -> pd.DataFrame:  # columns `KEYS`; fractions
     return in_order(table, methods=[
         c.method for c in part.wanted])[KEYS].dropna(subset="value").reset_index(drop=True)
 
+# %% ../../nbs/statistics/08_comparison.ipynb #c5f9d701
+def stacked(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    "Tables below each other, without empty tables, which would change the types of columns."
+    return pd.concat(
+        [part for part in parts if len(part)] or [pd.DataFrame(columns=columns)], ignore_index=True
+    )
+
 # %% ../../nbs/statistics/08_comparison.ipynb #223b1cdd
 def dense_rows(part: Part, n_boot: int | None = None, seed: int = 0
               ) -> pd.DataFrame:  # columns `KEYS`
-    "Rows of the dense model: retention 100 %, and an accuracy with an interval over items."
+    """Rows of the dense model: retention 100 %, and an accuracy with an interval over items. Then
+    rows of the floor: the dense model after the prompt of another item."""
     if part.replicates is NOTHING: return pd.DataFrame(columns=KEYS)
     dense = part.study["dense"]
-    itself = Result(asdict(Cell("itself")), pd.DataFrame(), dense.items, {})
-    alone = {"dense": dense, Cell("itself").name: itself}
-    compared = select_cells(
-        bootstrap_study(part.preset, alone, n_boot, seed, part.replicates.measure), [Cell("itself")]
-    )
-    return retention_rows(compared).assign(strategy="dense", source="", method="", draws=0)
+    known = {"dense": dense.items} | ({} if dense.floor is None else {"floor": dense.floor})
+    tables = [
+        retention_rows(next_to_dense(part, items, n_boot, seed)).assign(strategy=name)
+        for name, items in known.items()
+    ]
+    return stacked(tables, KEYS).assign(source="", method="", draws=0)
 
 # %% ../../nbs/statistics/08_comparison.ipynb #b8726e52
 HEADINGS = {"Accuracy": "Commonsense accuracy", "Worst": "Worst dimension"}
@@ -192,13 +198,6 @@ def over_best(part: Part, mix: str,
                      n_sources=chosen.sum(),
                      noise=here.noise))
     return pd.DataFrame(rows, columns=DIFFERENCES).dropna(subset="value")
-
-# %% ../../nbs/statistics/08_comparison.ipynb #c5f9d701
-def stacked(parts: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    "Tables below each other, without empty tables, which would change the types of columns."
-    return pd.concat(
-        [part for part in parts if len(part)] or [pd.DataFrame(columns=columns)], ignore_index=True
-    )
 
 # %% ../../nbs/statistics/08_comparison.ipynb #8079dfc6
 def mix_differences(part: Part) -> pd.DataFrame:  # columns `DIFFERENCES`

@@ -65,7 +65,7 @@ def cell_seconds(preset: dict[str, Any]) -> dict[str, float]:  # cell → second
     hardware = preset["hardware"]
     read, written = scored_tokens(preset)
     per_token = 2 * hardware["parameters"] / hardware["flops"]
-    score = read * per_token + written / hardware["written_tokens_per_second"]
+    write = written / hardware["written_tokens_per_second"]
     def passed(cell: Cell) -> float:
         return (
             read_recipe(cell.method).passes * cell.windows * preset["calibration"]["length"]
@@ -73,7 +73,8 @@ def cell_seconds(preset: dict[str, Any]) -> dict[str, float]:  # cell → second
             else 0.0
         )
     return {
-        c.name: hardware["seconds_per_cell"] + score + passed(c) * per_token
+        c.name: hardware["seconds_per_cell"] + (read + passed(c)) * per_token
+        + write * (c.strategy != "floor")
         for c in cells(preset, ablations=True)
     }
 
@@ -84,7 +85,7 @@ def work(preset: dict[str, Any]
     hardware, size = preset["hardware"], preset["calibration"]
     rate, seconds = hardware["written_tokens_per_second"], cell_seconds(preset)
     rows = [
-        (c.method or "dense", c.windows, seconds[c.name]) for c in cells(preset, ablations=True)
+        (c.method or c.strategy, c.windows, seconds[c.name]) for c in cells(preset, ablations=True)
     ]
     rows += [("writing", size["windows"], n / rate) for n in own_tokens(preset).values()]
     per_token = 2 * hardware["parameters"] / hardware["flops"]

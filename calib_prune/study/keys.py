@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEME', 'SELF_GENERATED_SETTINGS', 'MISSING', 'OLDER', 'model_key', 'tasks_key', 'scored_items', 'calibration_key',
-           'cell_key', 'changes', 'describe_run', 'same_items', 'text_key', 'own_text_key', 'metrics_key', 'sources_in',
-           'written_in', 'audit_key', 'written_audit_key', 'unfinished_texts', 'unfinished', 'unfinished_metrics',
-           'unfinished_audits', 'left_to_do', 'left_table']
+           'floor_key', 'cell_key', 'changes', 'describe_run', 'same_items', 'text_key', 'own_text_key', 'metrics_key',
+           'sources_in', 'written_in', 'audit_key', 'written_audit_key', 'unfinished_texts', 'unfinished',
+           'unfinished_metrics', 'unfinished_audits', 'left_to_do', 'left_table']
 
 # %% ../../nbs/study/05_keys.ipynb #24121db6
 import inspect
@@ -22,8 +22,7 @@ from ..calibration.sources import get_source
 from ..core import CalibPruneError, cache_dir, content_hash, file_sha256, load_json
 from ..data.fetch import read_manifest
 from ..evaluation.contamination import DEFAULT_RULE, OverlapRule
-from ..evaluation.scoring import limit_of
-from ..evaluation.tasks import Task, get_tasks
+from ..evaluation.tasks import Task, get_tasks, limit_of, with_floor
 from ..generation.igsp import PROTOCOLS
 from ..generation.sampling import Sampling
 from ..pipeline.records import environment, versions_of
@@ -99,20 +98,38 @@ def calibration_key(mix: str, windows: int, length: int, seed: int,
         drawn.append([source.draw_key, source.revision, n, *more])
     return dict(sources=drawn, length=length, seed=seed)
 
-# %% ../../nbs/study/05_keys.ipynb #0de963eb
+# %% ../../nbs/study/05_keys.ipynb #0de963ea
 SCHEME = 2  # of keys; scheme 1 was a hash of whole modules
 
-def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
-    "Everything that a cell's numbers depend on, except for the libraries and the kind of machine."
-    heldout, scoring, pruning = preset["heldout"], preset["scoring"], preset["pruning"]
-    key = dict(
+def _scoring_key(preset: dict[str, Any]) -> dict[str, Any]:
+    "The part of a key that is the same for all models of a study."
+    return dict(
         scheme=SCHEME,
         model=model_key(preset),
         tasks=tasks_key(preset),
-        batch_tokens=scoring["batch_tokens"],
-        heldout=heldout | dict(revision=get_source(heldout["source"]).revision),
+        batch_tokens=preset["scoring"]["batch_tokens"],
     )
-    key |= {k: scoring[k] for k in ("batch_size", "swapped") if scoring.get(k)}
+
+# %% ../../nbs/study/05_keys.ipynb #0de963ec
+def floor_key(preset: dict[str, Any]) -> dict[str, Any]:
+    "Everything that the scores of the dense model after another item's prompt depend on."
+    tasks = with_floor(preset["scoring"]["tasks"], preset["scoring"]["limit"])
+    key = _scoring_key(preset)
+    return key | dict(
+        tasks={name: key["tasks"][name] for name in tasks},
+        next_prompt=True,
+        versions=versions_of("scoring"),
+    )
+
+# %% ../../nbs/study/05_keys.ipynb #0de963eb
+def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    "Everything that a cell's numbers depend on, except for the libraries and the kind of machine."
+    if cell.strategy == "floor": return floor_key(preset)
+    heldout, pruning = preset["heldout"], preset["pruning"]
+    key = _scoring_key(preset) | dict(
+        heldout=heldout | dict(revision=get_source(heldout["source"]).revision)
+    )
+    key |= {k: preset["scoring"][k] for k in ("batch_size", "swapped") if preset["scoring"].get(k)}
     if cell.strategy == "dense": return key | dict(versions=versions_of("scoring"))
     recipe = read_recipe(cell.method)
     method = METHODS[recipe.method]

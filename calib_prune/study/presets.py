@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'StudyName', 'Mix', 'Sparsity', 'Seed', 'protocol_of', 'CalibrationForm', 'PruningForm', 'ScoringForm',
-           'HeldoutForm', 'HardwareForm', 'BlockForm', 'PresetForm', 'Cell', 'mix_of', 'cells', 'merge_presets',
-           'load_preset', 'at_root', 'find_cell', 'seeds_of', 'measured_strategies']
+           'HeldoutForm', 'HardwareForm', 'BlockForm', 'PresetForm', 'Cell', 'mix_of', 'grid_cells', 'cells',
+           'merge_presets', 'load_preset', 'at_root', 'find_cell', 'seeds_of', 'measured_strategies']
 
 # %% ../../nbs/study/03_presets.ipynb #72bfea6f
 import os
@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..core import CalibPruneError, as_path, is_study, unknown_name
 from ..evaluation.measures import MEASURES
+from ..evaluation.tasks import with_floor
 from ..forms import Count, Form, Positive, Text, read_yaml, shown_value
 from ..pruning.masks import parse_sparsity
 from .artefacts import NOTEBOOKS, needed_by
@@ -51,11 +52,11 @@ def protocol_of(mix: str  # as a preset writes it
 
 # %% ../../nbs/study/03_presets.ipynb #ee673ab4
 def _a_name(value: str) -> str:
-    "A name that files can have, checked. `dense` is taken by the dense model."
-    if value == "dense" or not re.fullmatch(r"\w[\w.-]{0,99}", value):
+    "A name that files can have, checked. `dense` and `floor` are taken by the dense model."
+    if value in ("dense", "floor") or not re.fullmatch(r"\w[\w.-]{0,99}", value):
         raise ValueError(
             "cannot name files: use at most 100 letters, digits, '.', '_' and '-', do not begin"
-            " with '.' or '-', and avoid 'dense'"
+            " with '.' or '-', and avoid 'dense' and 'floor'"
         )
     return value
 
@@ -164,6 +165,10 @@ class PresetForm(Form):
     measure: Literal[(*MEASURES, "headline")] = "plain"  # type: ignore[valid-type]
     # presets in the same folder, of other models, whose ledgers the notebook `models` compares
     beside: list[Name] = []
+    # where claims are judged; None: the sparsity of most strategies
+    judged_at: Sparsity | None = None
+    # a study of further sources on the same model, for the correlations of the ledger
+    more_sources: StudyName | None = None
 
     @model_validator(mode="after")
     def _strategies_are_defined(self):
@@ -207,7 +212,9 @@ def _wrong(errors: Sequence[Mapping[str, Any]]) -> str:
 @dataclass(frozen=True)
 class Cell:
     "One model of a study."
-    strategy: str                # the preset's name of the calibration mix, or `dense`
+    # the preset's name of the calibration mix; `dense`; or `floor`, the dense model after the
+    # prompt of another item
+    strategy: str
     mix: str = ""                # what to calibrate on, see `parse_mix` in `calibration.sets`
     method: str = ""
     sparsity: float | str = 0.0  # a number, or a pattern such as "2:4"
@@ -217,7 +224,7 @@ class Cell:
     @property
     def name(self) -> str:
         "A name for files: unique within a study."
-        if self.strategy == "dense": return "dense"
+        if not self.method: return self.strategy
         sparsity = str(self.sparsity).replace(":", "of")
         return f"{self.strategy}-{self.method}-{sparsity}-n{self.windows}-s{self.seed}"
 
@@ -241,12 +248,21 @@ def _expand(preset: dict[str, Any], blocks: list[dict[str, Any]]) -> list[Cell]:
     return cells
 
 # %% ../../nbs/study/03_presets.ipynb #95a721ad
+def grid_cells(preset: dict[str, Any],
+               ablations: bool = False  # include the ablations
+              ) -> list[Cell]:
+    "The pruned models of a study without repetition."
+    blocks = [*preset["grid"], *((preset.get("ablations") or []) if ablations else [])]
+    return list(dict.fromkeys(_expand(preset, blocks)))
+
+# %% ../../nbs/study/03_presets.ipynb #d029b053
 def cells(preset: dict[str, Any],
           ablations: bool = False  # include the ablations
          ) -> list[Cell]:
-    "The cells of a study without repetition, the dense model first."
-    blocks = [*preset["grid"], *((preset.get("ablations") or []) if ablations else [])]
-    return list(dict.fromkeys([Cell("dense"), *_expand(preset, blocks)]))
+    "The cells of a study: the dense model, its floor if a task has one, and the pruned models."
+    scoring = preset["scoring"]
+    floor = [Cell("floor")] if with_floor(scoring["tasks"], scoring["limit"]) else []
+    return [Cell("dense"), *floor, *grid_cells(preset, ablations)]
 
 # %% ../../nbs/study/03_presets.ipynb #46c686eb
 def _preset_text(path: Path) -> Any:
@@ -325,7 +341,7 @@ def load_preset(path: str | Path) -> dict[str, Any]:
         raise CalibPruneError(f"Preset {path} is wrong:\n  {_wrong(e.errors())}") from e
     except RecursionError as e:
         raise CalibPruneError(f"Preset {path} is wrong: it contains itself.") from e
-    if namesakes := _namesakes([c.name for c in cells(preset, ablations=True)]):
+    if namesakes := _namesakes([c.name for c in grid_cells(preset, ablations=True)]):
         raise CalibPruneError(
             f"Preset {path} is wrong: {' and '.join(namesakes)} would be the same file or the "
             "same job. "
