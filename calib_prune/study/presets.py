@@ -167,8 +167,8 @@ class PresetForm(Form):
     beside: list[Name] = []
     # where claims are judged; None: the sparsity of most strategies
     judged_at: Sparsity | None = None
-    # a study of further sources on the same model, for the correlations of the ledger
-    more_sources: StudyName | None = None
+    # a study to compare with: of more sources, for `claims`; of the stored weights, for `rounding`
+    compared_with: StudyName | None = None
 
     @model_validator(mode="after")
     def _strategies_are_defined(self):
