@@ -10,7 +10,7 @@ __all__ = ['CLAIMS', 'PAPER', 'LEAD', 'CORRELATIONS', 'OPPOSITE', 'MORE_SOURCES'
            'sized', 'drawn', 'correlation', 'p_value_text', 'claims_q', 'sources_needed', 'held_text',
            'estimate_correlation', 'estimate_more', 'estimate_opposite', 'power', 'sources_for', 'estimate_significant',
            'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'least', 'estimate_best',
-           'estimate_without_code', 'range_sentence', 'estimate_hidden', 'curve_text', 'growth_noise', 'estimate_low',
+           'estimate_without_code', 'range_sentence', 'estimate_hidden', 'curve_text', 'estimate_low',
            'estimate_growth', 'require_interval', 'draws_needed', 'estimates', 'same_sources']
 
 # %% ../../nbs/questions/05_estimates.ipynb #66326b14
@@ -365,7 +365,6 @@ Reduce = Callable[[np.ndarray], tuple[float, float, float]]  # replicates → es
 def sized(name: str, e: Evidence, values: np.ndarray,  # [1 + B], or what `reduce` takes
           here: Replicates, *counted: str,             # outcomes whose items count
           detail: str = "", reduce: Reduce = estimate,
-          noise: str = "",                             # in the interval; by default that of `here`
           names: tuple[str, ...] = (),                 # the strategies behind it
           chosen: int = 0                              # the candidate that `reduce` chooses
          ) -> Estimate:
@@ -376,7 +375,7 @@ def sized(name: str, e: Evidence, values: np.ndarray,  # [1 + B], or what `reduc
         shift = size.reshape(-1, *(1,) * (values.ndim - 1))
         gap = (float(size[0]), *reduce(values - shift)[1:])
     text = f"{detail} {size_note(name, e, size, *scored)}"
-    text += f" The interval is over {noise or here.noise}."
+    text += f" The interval is over {here.noise}."
     count = sum(here.items[outcome] for outcome in counted)
     pair = values.reshape(len(values), -1)[1:, chosen]
     return Estimate(*reduce(values), count, "items", text.strip().replace("  ", " "), *gap,
@@ -629,18 +628,6 @@ def curve_text(margin_at: dict[float, np.ndarray]) -> str:
     return (f"Margin by sparsity: {each}; the peak is at {100 * levels[peak]:.0f}%"
             f" (in {often:.0f}% of replicates).")
 
-# %% ../../nbs/questions/05_estimates.ipynb #8faf8652
-def growth_noise(replicates: Replicates, levels: tuple[float, float]) -> tuple[str, str]:
-    "The sources of noise in the interval of the growth, with a caution."
-    with_draws = [
-        level for level in levels if "draws" in setting(replicates, "sparsegpt", level).noise
-    ]
-    if len(with_draws) == 1: return f"items, and draws at {100 * with_draws[0]:.0f}% only", ""
-    if not with_draws: return "items only", ""
-    return "items and draws", (
-        "Draws of the two sparsities count as independent, which they are not: the interval is "
-        "rather too wide.")
-
 # %% ../../nbs/questions/05_estimates.ipynb #efe13b66
 def estimate_low(name: str, e: Evidence) -> Estimate:
     "C9: the margin at the lower sparsity."
@@ -663,10 +650,11 @@ def estimate_growth(name: str, e: Evidence) -> Estimate:
         before = max(level for level in margin_at if level < high)
         if before == low: raise Untestable(PRESET, "There is one step: it is the growth above.")
         low = before
-    noise, caution = growth_noise(e.replicates, (low, high))
     growth, here = margin_at[high] - margin_at[low], e.replicates.where(method="sparsegpt")
-    detail = f"From {100 * low:.0f}% to {100 * high:.0f}%. {curve_text(margin_at)} {caution}"
-    return sized(name, e, growth, here, "Total", detail=detail.strip(), noise=noise)
+    caution = (" Draws of the two sparsities count as independent, which they are not: the interval"
+               " is rather too wide.") if "draws" in here.noise else ""
+    detail = f"From {100 * low:.0f}% to {100 * high:.0f}%. {curve_text(margin_at)}{caution}"
+    return sized(name, e, growth, here, "Total", detail=detail)
 
 # %% ../../nbs/questions/05_estimates.ipynb #d93e63a3
 # check → how to get it, see `Evidence`

@@ -35,7 +35,7 @@ from calib_prune.statistics.replicates import (
     as_strategy,
     strategy_retention,
 )
-from ..statistics.selection import Measured, Part, usual_sparsity
+from ..statistics.selection import Measured, Part, in_draw_pool, usual_sparsity
 from ..statistics.tables import interval_text, listed
 from ..study.presets import Cell, cells, grid_cells, protocol_of
 from ..style import DIMENSION_COLOURS, MARKERS, legend_above
@@ -196,7 +196,9 @@ def with_draws(
 ) -> Replicates:
     "Some strategies with some of their draws only."
     (at,) = part.replicates.settings()
-    return strategy_retention(whole.cells, only=dict.fromkeys(strategies, draws)).where(**at)
+    pooled = in_draw_pool(whole.preset, whole.study)
+    only = dict.fromkeys(strategies, draws)
+    return strategy_retention(whole.cells, only=only, pooled=pooled).where(**at)
 
 # %% ../../nbs/questions/04_self_generated.ipynb #c4e08e67
 def by_shared_draws(draws: dict[str, set[int]],  # strategy → its draws

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FRONT', 'NOTHING', 'example_results', 'usual_sparsity', 'main_sparsity', 'main_cells', 'varied', 'default_size_cells',
-           'sweep_cells', 'size_cells', 'front_cells', 'Measured', 'in_settings', 'bootstrap_study', 'lacking', 'Part',
-           'select_cells', 'grid_part', 'next_to_dense', 'floor_values', 'span', 'draw_counts', 'draws_so_far',
-           'missing_note', 'drawn_settings', 'interval_note', 'short_list', 'size_text', 'scope_text', 'setting_note',
+           'sweep_cells', 'size_cells', 'front_cells', 'Measured', 'in_settings', 'in_draw_pool', 'bootstrap_study',
+           'lacking', 'Part', 'select_cells', 'grid_part', 'next_to_dense', 'floor_values', 'span', 'draw_counts',
+           'draws_so_far', 'missing_note', 'interval_note', 'short_list', 'size_text', 'scope_text', 'setting_note',
            'scoring_note', 'weak_note', 'endings_note', 'shared_caveat', 'floor_note', 'detail_notes', 'caption',
            'footnote']
 
@@ -152,19 +152,29 @@ class Measured:
 
 # %% ../../nbs/statistics/07_selection.ipynb #78ae8c05
 def in_settings(study: dict[str, Result], wanted: Iterable[Cell]) -> dict[str, Result]:
-    "The dense model and all that was pruned in the settings of some cells."
-    settings = {(as_strategy(c.strategy, c.method)[1], c.sparsity, c.windows) for c in wanted}
-    def among(record: dict[str, Any]) -> bool:  # a record
-        return (
-            record["strategy"] == "dense"
-            or (
-                as_strategy(record["strategy"], record["method"])[1],
-                record["sparsity"],
-                record["windows"],
-            )
-            in settings
-        )
-    return {name: r for name, r in study.items() if among(r.record)}
+    """The dense model and all that was pruned at the sparsities and sizes of some cells; the whole
+    study if one of them has no second draw, because the noise of draws is then the study's."""
+    levels = {(c.sparsity, c.windows) for c in wanted}
+    level_of = lambda record: (record["sparsity"], record["windows"])
+    pruned = {name: r for name, r in study.items() if r.record["strategy"] != "dense"}
+    seeds: dict[tuple, set[int]] = {}
+    for r in pruned.values():
+        name = (r.record["strategy"], r.record["method"], *level_of(r.record))
+        seeds.setdefault(name, set()).add(r.record["seed"])
+    if levels - {tuple(level) for (_, _, *level), mine in seeds.items() if len(mine) > 1}:
+        return study
+    return {name: r for name, r in study.items()
+            if name not in pruned or level_of(r.record) in levels}
+
+# %% ../../nbs/statistics/07_selection.ipynb #222a0adc
+def in_draw_pool(preset: dict[str, Any], study: dict[str, Result]) -> np.ndarray:  # boolean
+    """Which pruned models of a study show the noise of draws: those of the grid, unless the method
+    weighs the dimensions."""
+    grid = {c.name for c in grid_cells(preset)}
+    pruned = [(name, r.record) for name, r in study.items() if r.record["strategy"] != "dense"]
+    return np.array([
+        name in grid and as_strategy(record["strategy"], record["method"])[1] == record["method"]
+        for name, record in pruned], bool)
 
 # %% ../../nbs/statistics/07_selection.ipynb #2310a24a
 def bootstrap_study(preset: dict[str, Any], study: dict[str, Result],
@@ -179,7 +189,8 @@ def bootstrap_study(preset: dict[str, Any], study: dict[str, Result],
     if wanted is not None: study = in_settings(study, wanted)
     if lacking(study): return Measured(preset, study, NOTHING, NOTHING)
     cells = bootstrap_retention(study, n_boot or preset.get("resamples", N_BOOT), seed, measure)
-    return Measured(preset, study, cells, strategy_retention(cells, seed))
+    pooled = in_draw_pool(preset, study)
+    return Measured(preset, study, cells, strategy_retention(cells, seed, pooled=pooled))
 
 # %% ../../nbs/statistics/07_selection.ipynb #109b0a0f
 def lacking(study: dict[str, Result]) -> str:
@@ -282,34 +293,14 @@ def missing_note(part: Part) -> str:  # empty if nothing is missing
         f" {', '.join(draws_so_far(part))}."
     )
 
-# %% ../../nbs/statistics/07_selection.ipynb #fc2598f5
-def drawn_settings(cells: pd.DataFrame  # of `replicates.strategy_retention`
-                  ) -> str:
-    """The settings whose intervals include draws; if only some sizes of the calibration set include
-    draws, these sizes."""
-    parts = []
-    for method, mine in cells.groupby("method", sort=False):
-        levels = []
-        for sparsity in sorted(set(mine["sparsity"]), key=str):
-            here = mine[mine["sparsity"] == sparsity]
-            drawn = here[here["noise"] == "items and draws"]
-            if drawn.empty: continue
-            sizes = "" if len(drawn) == len(
-                here) else f" with {listed(sorted(drawn['windows']))} windows"
-            levels.append(sparsity_label(sparsity) + sizes)
-        if levels: parts.append(f"{method_label(method)} {listed(levels)}")
-    return "; ".join(parts)
-
 # %% ../../nbs/statistics/07_selection.ipynb #a8df5905
 def interval_note(replicates: Replicates) -> str:
-    "Which noise the intervals include, and in which settings."
-    drawn = replicates.cells["noise"] == "items and draws"
-    if drawn.all(): return "95% intervals over items (paired) and calibration draws."
-    if not drawn.any(): return "95% intervals over items (paired) only: no second draw yet."
-    return (
-        "95% intervals over items (paired), and over calibration draws where a strategy has two"
-        f" ({drawn_settings(replicates.cells)}); elsewhere over items only."
-    )
+    "Which noise the intervals include."
+    if not (replicates.cells["noise"] == "items and draws").any():
+        return "95% intervals over items (paired) only: no second draw yet."
+    one = (replicates.cells["draws"] == 1).any()
+    borrowed = " Sets with one draw have the draw variance of the other sets." if one else ""
+    return f"95% intervals over items (paired) and calibration draws.{borrowed}"
 
 # %% ../../nbs/statistics/07_selection.ipynb #38ccb13b
 def short_list(names: Iterable[Any], kind: str  # plural noun
@@ -327,9 +318,9 @@ def size_text(windows: Iterable[int], preset: dict[str, Any]) -> str:
 def scope_text(replicates: Replicates) -> str:  # empty if nothing has been run
     "Draws, items, measure, and the sources of noise in the intervals."
     if not len(replicates.cells): return ""
-    draws, drawn = span(replicates.cells["draws"]), replicates.cells["noise"] == "items and draws"
-    over = "items and draws" if drawn.all() else "items, and draws where there are two"
-    if not drawn.any(): over = "items only"
+    draws = span(replicates.cells["draws"])
+    drawn = (replicates.cells["noise"] == "items and draws").any()
+    over = "items and draws" if drawn else "items only"
     return (
         f"{draws} draw{'s' * (draws != '1')}; {replicates.items['Total']:,} items"
         f" ({replicates.measure.label.lower()}); 95% intervals over {over}"

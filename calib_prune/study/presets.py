@@ -261,7 +261,7 @@ def cells(preset: dict[str, Any],
          ) -> list[Cell]:
     "The cells of a study: the dense model, its floor if a task has one, and the pruned models."
     scoring = preset["scoring"]
-    floor = [Cell("floor")] if with_floor(scoring["tasks"], scoring["limit"]) else []
+    floor = [Cell("floor")] if with_floor(scoring["tasks"], scoring.get("limit")) else []
     return [Cell("dense"), *floor, *grid_cells(preset, ablations)]
 
 # %% ../../nbs/study/03_presets.ipynb #46c686eb

@@ -22,10 +22,19 @@ from calib_prune.questions.agreement import (
     ledgers,
     methods_of,
     model_agreement,
+    model_difference,
     read_ledgers,
 )
 from calib_prune.questions.claims import study_ledger
-from calib_prune.questions.estimates import CHECKS, MODEL, NOT, PRESET, SIGN, SIZE, UNCLEAR
+from calib_prune.questions.estimates import (
+    CHECKS,
+    CONTRADICTED,
+    MODEL,
+    OTHER_SIZE,
+    PRESET,
+    REPRODUCED,
+    UNDECIDED,
+)
 from calib_prune.statistics.examples import example_preset
 from calib_prune.statistics.selection import bootstrap_study
 from calib_prune.study.presets import load_preset
@@ -34,10 +43,11 @@ from tests.notebooks import run_cells
 
 
 def interval_of(verdict):
-    low, high = {SIZE: (1, 2), SIGN: (1, 2), NOT: (-2, -1), UNCLEAR: (-1, 1)}.get(
-        verdict, (math.nan, math.nan)
-    )
-    return dict(ci_low=low, ci_high=high)
+    low, high = {
+        REPRODUCED: (1, 2), OTHER_SIZE: (1, 2), CONTRADICTED: (-2, -1), UNDECIDED: (-1, 1)
+    }.get(verdict, (math.nan, math.nan))
+    ours = dict(ci_low=low, ci_high=high, ours=(low + high) / 2)
+    return ours | dict(unit="points", needed="")
 
 
 def judged(*verdicts):
@@ -55,16 +65,16 @@ def judged(*verdicts):
 
 
 @pytest.mark.parametrize("verdicts, said", [
-    (((SIZE, True), (SIGN, True), (NOT, False)), ROBUST),    # both on the paper's side
-    (((SIZE, True), (SIGN, False), (NOT, True)), DEPENDS),
-    (((UNCLEAR, True), (SIGN, True), (SIGN, True)), PARTLY),
-    (((UNCLEAR, True), (NOT, True), (NOT, False)), PARTLY),
-    (((NOT, True), (SIGN, False), (SIGN, False)), ONE),
-    (((NOT, True), (NOT, True), (NOT, True)), ROBUST),
-    (((NOT, False), (SIGN, False), (SIGN, False)), NONE),
-    (((UNCLEAR, True), (UNCLEAR, True), (SIGN, False)), OPEN),
+    (((REPRODUCED, True), (OTHER_SIZE, True), (CONTRADICTED, False)), ROBUST),
+    (((REPRODUCED, True), (OTHER_SIZE, False), (CONTRADICTED, True)), DEPENDS),
+    (((UNDECIDED, True), (OTHER_SIZE, True), (OTHER_SIZE, True)), PARTLY),
+    (((UNDECIDED, True), (CONTRADICTED, True), (CONTRADICTED, False)), PARTLY),
+    (((CONTRADICTED, True), (OTHER_SIZE, False), (OTHER_SIZE, False)), ONE),
+    (((CONTRADICTED, True), (CONTRADICTED, True), (CONTRADICTED, True)), ROBUST),
+    (((CONTRADICTED, False), (OTHER_SIZE, False), (OTHER_SIZE, False)), NONE),
+    (((UNDECIDED, True), (UNDECIDED, True), (OTHER_SIZE, False)), OPEN),
     (((PRESET, True), (PRESET, True), (MODEL, True)), UNTESTED),
-    (((PRESET, True), (SIGN, True), (SIZE, True)), ROBUST)])
+    (((PRESET, True), (OTHER_SIZE, True), (REPRODUCED, True)), ROBUST)])
 def test_agreement(verdicts, said):
     found = judged(*verdicts)
     assert found["agreement"] == said
@@ -85,7 +95,8 @@ def test_sizes_do_not_count_where_measures_are_compared(low, high, said):
              tells=True,
              ci_low=a,
              ci_high=b)
-        for m, v, a, b in (("above-chance", NOT, low, high), ("answer-bits", UNCLEAR, -1, 1))])
+        for m, v, a, b in (
+            ("above-chance", CONTRADICTED, low, high), ("answer-bits", UNDECIDED, -1, 1))])
     assert agreement(rows).iloc[0]["agreement"] == said
 
 
@@ -97,16 +108,14 @@ def test_a_check_of_wanda_asks_whether_wanda_can_tell():
     preset = example_preset(study) | dict(calibration=dict(windows=32, length=512))
     both = ledgers(preset, study, metrics, 60,
                    99).query("measure == 'plain'").set_index("name")["tells"]
-    fewer = {
-        k: v for k, v in study.items() if v.record.get("method") != "wanda" or v.record["seed"] == 0
-    }
+    fewer = {k: v for k, v in study.items() if v.record.get("method") != "wanda"}
     one = ledgers(
         example_preset(fewer) | dict(calibration=dict(windows=32, length=512)), fewer, metrics, 60,
         99)
     one = one.query("measure == 'plain'").set_index("name")["tells"]
     mine = [o for o in CHECKS if "wanda" in methods_of(o)]
     assert set(mine) == {"C1 wanda", "C2", "C4", "C4 corrected", "O1 math", "O2 math"}
-    assert both[["C1 wanda", "C2"]].all() and not one[mine].any(), "one draw per source"
+    assert both[["C1 wanda", "C2"]].all() and not one[mine].any(), "no model pruned with Wanda"
     assert one["C6 c4"] == both["C6 c4"] and one["C3"] == both["C3"] == True  # noqa: E712
 
 
@@ -118,7 +127,7 @@ def test_what_each_check_needs():
     assert set(dimensions_of("C4")) == {"General", "Code", "Math"} and "Code" not in dimensions_of(
         "O3 best"
     )
-    for name in ("C5", "C6", "C6 share", "C7 sgs", "C9"): assert dimensions_of(name) == DIMENSIONS
+    for name in ("C5", "C6", "C6 math", "C7 sgs", "C9"): assert dimensions_of(name) == DIMENSIONS
     assert (
         agreement_note(pd.DataFrame(dict(agreement=[ROBUST, ONE, ROBUST])))
         == f"2 of 3 checks: {ROBUST}; 1 of 3 checks: {ONE}."
@@ -165,28 +174,39 @@ def ledger_of(*verdicts):
              check="mix − best",
              verdict=v,
              tells=t,
+             headline=m == "answer-bits",
              **interval_of(v)) for m, (v, t) in zip(("answer-bits", "plain"), verdicts)])
 
 
-@pytest.mark.parametrize("one, other, said, together", [
-    (((SIZE, True), (SIGN, True)), ((SIGN, True),
-                                    (NOT, False)), ["reproduced", "reproduced"], ROBUST),
-    (((SIZE, True), (SIGN, True)), ((NOT, True),
-                                    (NOT, True)), ["reproduced", NOT], ACROSS[DEPENDS]),
-    (((SIZE, True), (NOT, True)), ((SIGN, True),
-                                   (NOT, False)), [DEPENDS, "reproduced"], ACROSS[DEPENDS]),
-    (((UNCLEAR, True), (NOT, False)), ((UNCLEAR, True), (NOT, False)), [UNCLEAR, UNCLEAR], OPEN),
-    (((UNCLEAR, True), (SIGN, True)), ((SIGN, True), (SIGN, True)), [PARTLY, "reproduced"], PARTLY),
-    (((NOT, True), (SIGN, False)), ((PRESET, True),
-                                    (PRESET, True)), [NOT, UNTESTED], ACROSS[ONE]),
-    (((NOT, False), (SIGN, False)), ((SIGN, False), (SIGN, False)), [NONE, NONE], ACROSS[NONE]),
-    (((MODEL, False), (MODEL, False)), ((PRESET, True),
-                                        (PRESET, True)), [UNTESTED, UNTESTED], UNTESTED)])
-def test_a_check_is_robust_if_all_models_and_measures_that_can_tell_agree(
-    one, other, said, together
-):
+@pytest.mark.parametrize("one, other, together", [
+    (((REPRODUCED, True), (OTHER_SIZE, True)), ((OTHER_SIZE, True), (CONTRADICTED, False)), ROBUST),
+    (((REPRODUCED, True), (OTHER_SIZE, True)), ((CONTRADICTED, True), (CONTRADICTED, True)),
+     ACROSS[DEPENDS]),
+    (((REPRODUCED, True), (CONTRADICTED, True)), ((OTHER_SIZE, True), (CONTRADICTED, False)),
+     ACROSS[DEPENDS]),
+    (((UNDECIDED, True), (CONTRADICTED, False)), ((UNDECIDED, True), (CONTRADICTED, False)), OPEN),
+    (((UNDECIDED, True), (OTHER_SIZE, True)), ((OTHER_SIZE, True), (OTHER_SIZE, True)), PARTLY),
+    (((CONTRADICTED, True), (OTHER_SIZE, False)), ((PRESET, True), (PRESET, True)), ACROSS[ONE]),
+    (((CONTRADICTED, False), (OTHER_SIZE, False)), ((OTHER_SIZE, False), (OTHER_SIZE, False)),
+     ACROSS[NONE]),
+    (((MODEL, False), (MODEL, False)), ((PRESET, True), (PRESET, True)), UNTESTED)])
+def test_a_check_is_robust_if_all_models_and_measures_that_discriminate_agree(one, other, together):
     row = model_agreement({"small": ledger_of(*one), "large": ledger_of(*other)}).iloc[0]
-    assert [row["small"], row["large"], row["agreement"]] == [*said, together]
+    assert row["agreement"] == together
+    for model, verdicts in (("small", one), ("large", other)):
+        assert row[model].endswith(verdicts[0][0])  # with the measure of the study's tables
+
+
+def test_a_difference_between_models_is_shown_where_it_is_significant():
+    of = lambda ours, half, unit="points": pd.Series(
+        dict(ours=ours, ci_low=ours - half, ci_high=ours + half, unit=unit))
+    # half width: √(3² + 4²) = 5
+    assert model_difference({"a": of(6, 3), "b": of(0, 4)}) == "a − b: +6.0 [+1.0, +11.0]"
+    assert model_difference({"a": of(4.9, 3), "b": of(0, 4)}) == ""
+    assert model_difference({"a": of(1, 0.1, "ρ"), "b": of(0, 0.1, "ρ")}) == ""
+    assert model_difference({"a": of(6, 3), "b": of(math.nan, 4)}) == ""
+    three = model_difference({"a": of(6, 3), "b": of(0, 4), "c": of(-9, 3)})
+    assert [text.partition(":")[0] for text in three.split("; ")] == ["a − b", "a − c", "b − c"]
 
 
 def test_a_ledger_that_is_not_there_or_is_none_is_named(tmp_path):
@@ -209,10 +229,12 @@ def test_models_are_set_beside_what_a_preset_names(old, new, said, tmp_path):
 
 def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     from tests.study.test_claims import like_paper
-    study, metrics = like_paper()
-    table = ledgers(
-        example_preset(study) | dict(calibration=dict(windows=32, length=512)), study, metrics, 60,
-        99)
+    study, metrics = like_paper(at=0.5)
+    study |= {k: r for k, r in like_paper(at=0.6)[0].items() if "sparsegpt-0.6" in k}
+    preset = example_preset(study) | dict(
+        calibration=dict(windows=32, length=512), judged_at=0.5
+    )
+    table = ledgers(preset, study, metrics, 60, 99)
     (tmp_path / "smollm2-135m").mkdir()
     run = partial(run_cells, "models", preset=ROOT / "presets/claims/smollm2-135m.yaml",
                   results="none", figures=tmp_path / "smollm2-135m")
@@ -228,7 +250,7 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     table.to_csv(tmp_path / "qwen-0.5b/T7-measures.csv", index=False)
     with pytest.raises(
         Exception,
-        match="judges 'ρ.perplexity, General., Wanda 60%', but its preset asks for .* Wanda 50%",
+        match="judges 'mix − C4, total, SparseGPT 30%', but its preset asks for .* SparseGPT 50%",
     ):
         run()
     study, metrics = like_paper(at=0.5, low=0.5, high=0.6)
@@ -245,12 +267,13 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     said = (tmp_path / "smollm2-135m/T7-models.md").read_text()
     assert (
         "not run yet" not in said and
-        "smollm2-135m: 60%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%"
+        "smollm2-135m: 50%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%"
         in said)
     assert "not run to the end, so verdicts may change: qwen2.5-coder-0.5b." in said
     lines = said.split("\n\n")[0]
     assert (
-        "| mix − C4, total, SparseGPT  " in lines and "%" not in lines
+        "| mix − C4, total, SparseGPT, low sparsity  " in lines
+        and "| mix − C4, total, SparseGPT 50%  " in lines
     ), "a check that models judge at different sparsities names none"
     assert set(pd.read_csv(tmp_path / "smollm2-135m/T7-models.csv")["model"]) == {
         "smollm2-135m",

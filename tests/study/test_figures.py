@@ -101,7 +101,8 @@ def small_preset():
     "The default preset with a smaller grid."
     preset = load_preset(ROOT / "presets/claims/smollm2-135m.yaml")
     preset |= {
-        "strategies": {o: o for o in KEPT}, "ablations": None, "resamples": 200, "measure": "plain"}
+        "strategies": {o: o for o in KEPT}, "ablations": None, "resamples": 200, "measure": "plain",
+        "judged_at": None}
     preset["grid"] = [{
         "strategies": "all", "methods": ["sparsegpt", "wanda"], "sparsities": [0.6], "seeds": [
             0, 1], "windows": [
@@ -298,14 +299,8 @@ def test_captions_say_what_is_missing_and_which_noise_intervals_have():
     assert "8 of 16 cells" in footnote(one_draw) and "SparseGPT 1 of 2" in footnote(
         one_draw) and "only" in interval_note(one_draw.replicates)
     assert interval_note(one_method.replicates).endswith(
-        "(SparseGPT 60%); elsewhere over items only."
+        "Sets with one draw have the draw variance of the other sets."
     ) and "Wanda 1 of 2" in footnote(one_method)
-
-
-def test_sizes_are_named_where_only_some_have_a_second_draw():
-    wanted = {c.name: c for c in main_cells(small_preset()) + size_cells(small_preset())}
-    found = select_cells(whole(), list(wanted.values())).replicates
-    assert "(SparseGPT 60% with 32 windows; Wanda 60%)" in interval_note(found)
 
 
 def test_captions_of_a_sweep_count_only_what_is_swept():

@@ -28,7 +28,7 @@ from calib_prune.statistics.plots import overlap, place_labels
 from calib_prune.statistics.selection import bootstrap_study, lacking
 from calib_prune.study.audit_rows import load_audit, make_audits, preset_audit, save_audit
 from calib_prune.study.metric_rows import ROW_COLUMNS, load_metrics, metrics_summary, save_metrics
-from calib_prune.study.presets import cells
+from calib_prune.study.presets import grid_cells
 
 PRESET = dict(
     model="tiny", calibration=dict(windows=32, length=512), strategies={o: o for o in SUITE}
@@ -107,9 +107,9 @@ def test_captions_say_which_settings_have_draws(study, metrics):
     }
     related = correlated(study | more, metrics, 20, 99)
     assert study_caption(PRESET, related.replicates, "x").endswith(
-        "where a strategy has two (SparseGPT 60%); elsewhere over items only."
+        "Sets with one draw have the draw variance of the other sets."
     )
-    assert "intervals over items, and draws where there are two" in study_caption(
+    assert "intervals over items and draws" in study_caption(
         PRESET, related.replicates, "x"
     )
     assert "interval" not in correlation_footnote(
@@ -119,7 +119,7 @@ def test_captions_say_which_settings_have_draws(study, metrics):
     heads = [o.get_text() for o in figure.findobj(plt.Text) if o.get_text().startswith("95%")]
     assert [o.partition(";")[0] for o in heads] == [
         "95% intervals: items and draws",
-        "95% intervals: items only",
+        "95% intervals: items and draws",
     ]
     plt.close(figure)
 
@@ -215,7 +215,7 @@ def test_audits_come_back_and_leave_items_out_for_all_alike(study, tmp_path, mon
     pd.testing.assert_frame_equal(contamination_table(back), contamination_table(made))
     assert back.rule == DEFAULT_RULE and "é a" in (tmp_path / "a.json").read_text()
     preset = example_preset(study)
-    table = overlap_retention(bootstrap_study(preset, study, 20), back, cells(preset)[1:], 20)
+    table = overlap_retention(bootstrap_study(preset, study, 20), back, grid_cells(preset), 20)
     assert set(table["strategy"]) == {"c4"} and set(table["dimension"]) == {"General", "Total"}
     assert set(table["n_items"] - table["clean_n_items"]) == {7}
     other = study | {

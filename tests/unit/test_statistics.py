@@ -248,7 +248,7 @@ def test_a_number_is_the_same_in_every_part_of_a_study():
     )
     at = dict(method="sparsegpt", sparsity=0.6, windows=32)
     for name in SOME:
-        np.testing.assert_array_equal(all_of_it.of(name, **at), without.of(name, **at))
+        np.testing.assert_allclose(all_of_it.of(name, **at), without.of(name, **at), rtol=1e-12)
 
 
 def test_same_seed_same_numbers():
@@ -551,10 +551,8 @@ def test_only_the_metrics_asked_for_get_intervals(table):
 
 
 def test_which_noise_the_interval_has_is_said(table):
-    assert table.groupby("method")["noise"].unique().map(list).to_dict() == {
-        "sparsegpt": ["items and draws"],
-        "wanda": ["items only"],
-    }
+    # Wanda's one draw has the draw variance of SparseGPT's
+    assert set(table["noise"]) == {"items and draws"}
     assert ((table["ci_low"] <= table["rho"]) & (table["loo_low"] <= table["rho"]) &
             (table["rho"] <= table["loo_high"]))[table["p"].notna()].all()
 
