@@ -38,10 +38,11 @@ QUESTIONS = {  # the navigation: questions by the reader's question, in reading 
 NAMES = {question: name for group in QUESTIONS.values() for question, name in group.items()}
 MODELS = {
     "smollm2-135m": "SmolLM2-135M", "qwen-0.5b": "Qwen2.5-Coder-0.5B",
+    "qwen-1.5b": "Qwen2.5-Coder-1.5B",
     "llama-3.1-8b": "LLaMA-3.1-8B"}
 VERDICTS = {  # class of a verdict: how its words begin
-    "yes": "reproduced|robust", "no": "not reproduced", "open": "inconclusive|depends",
-    "none": "cannot|not yet|not tested"}
+    "yes": "reproduced|robust", "no": "contradicted|no effect",
+    "open": "undecided|same sign|not significant|depends", "none": "cannot|not yet|not tested"}
 TITLES = {"core": "Foundations", "cli": "Command line", "paper": "Notebooks that papermill runs"}
 FOLDERS = {
     o: TITLES.get(o, o.capitalize())
@@ -156,7 +157,8 @@ def subtitle(path: Path) -> str:
 
 def badge(text: str) -> str:
     "A verdict as a coloured word; other text stays."
-    kind = next((k for k, words in VERDICTS.items() if re.match(words, text)), "")
+    verdict = text.rpartition("]: ")[2]  # after our number, in the table of models
+    kind = next((k for k, words in VERDICTS.items() if re.match(words, verdict)), "")
     return f'<span class="verdict {kind}">{text}</span>' if kind else text
 
 

@@ -118,7 +118,7 @@ def test_verdicts_have_a_word_and_a_colour(built):
     for page in ("claims.html", f"figures/{site.MAIN}/T7-claims.html"):
         marked = re.findall(r'<span class="verdict (\w+)">([^<]+)<', (built / page).read_text())
         assert sorted(text for _, text in marked) == sorted(rows["verdict"]), page
-    kinds = {site.badge(o) for o in ("reproduced in sign", "not reproduced", "inconclusive")}
+    kinds = {site.badge(o) for o in ("reproduced", "contradicted", "+1.0 [-1.0, +3.0]: undecided")}
     assert len({re.search(r'"verdict (\w+)"', o)[1] for o in kinds}) == 3
     assert site.badge("range of Code") == "range of Code"
 
