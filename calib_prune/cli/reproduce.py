@@ -557,8 +557,8 @@ def reproduce(
             help=
             "`smoke`, a question and a model, or a preset file. Questions: `claims`, `pruners`, "
             "`mixing`, `perplexity`, "
-            "`new-sources`, `recipe`, `answers`, `rounding`, `fresh-draws`; models: `smollm2-135m`, `qwen-0.5b`, "
-            "for claims and answers `qwen-1.5b`, and for claims `llama-3.1-8b`. "
+            "`new-sources`, `recipe`, `answers`, `rounding`, `fresh-draws`; models: "
+            "`smollm2-135m`, `qwen-0.5b`, for claims and answers `qwen-1.5b`, and for claims `llama-3.1-8b`. "
             "For example `recipe/qwen-0.5b`.")] = "smoke",
     jobs: Annotated[
         int,
