@@ -558,7 +558,8 @@ def reproduce(
             "`smoke`, a question and a model, or a preset file. Questions: `claims`, `pruners`, "
             "`mixing`, `perplexity`, "
             "`new-sources`, `recipe`, `answers`, `rounding`, `fresh-draws`; models: "
-            "`smollm2-135m`, `qwen-0.5b`, for claims and answers `qwen-1.5b`, and for claims `llama-3.1-8b`. "
+            "`smollm2-135m`, `qwen-0.5b`, for claims and answers `qwen-1.5b`, and for claims "
+            "`llama-3.1-8b`. "
             "For example `recipe/qwen-0.5b`.")] = "smoke",
     jobs: Annotated[
         int,
