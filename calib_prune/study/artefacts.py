@@ -102,6 +102,7 @@ ARTEFACTS: dict[str, Artefact] = {
         Artefact("T15", "leads", "Recipes compared with today's use", "recipe"),
         Artefact("F14", "recipes",
                  "Retention with each recipe, total and worst dimension", "recipe"),
+        Artefact("T17", "fresh-draws", "Decisions by fresh draws", "fresh_draws"),
         Artefact("T10", "pruners", "Retention and cost of pruning methods", "pruners"),
         Artefact("T10", "gains", "Gain over SparseGPT by dimension and calibration set", "pruners"),
         Artefact("F9", "pruners", "Gain and time of pruning methods", "pruners"),
