@@ -16,6 +16,7 @@ from calib_prune.questions.estimates import (
     LEAD,
     UNDECIDED,
     Estimate,
+    Untestable,
     drawn,
     draws_needed,
     outcome,
@@ -47,7 +48,8 @@ DECISIONS = (
 def decide(whole: Measured, decision: Decision, at: float  # sparsity
           ) -> Estimate | None:  # in points; None where a strategy was not pruned
     "A pair's difference in total retention with SparseGPT, next to the paper's size."
-    here = setting(whole.replicates, "sparsegpt", at)
+    try: here = setting(whole.replicates, "sparsegpt", at)
+    except Untestable: return None
     pair, unit = (decision.first, decision.second), ("uniform", "c4")
     if not {*pair, *unit} <= set(here.cells["strategy"]): return None
     total = lambda name: outcome(here.of(name), "Total")
@@ -66,13 +68,14 @@ FRESH = ["pair", "draws", "known_draws", "known", "known_low", "known_high", "ou
 
 def decision_rows(known: Measured, fresh: Measured, at: float) -> pd.DataFrame:  # columns `FRESH`
     "Every decision with its known and its fresh draws."
-    rows, sd = [], draw_deviations(fresh.cells)
+    rows = []
     for decision in DECISIONS:
         before, found = decide(known, decision, at), decide(fresh, decision, at)
         if found is None: continue
         judged = verdict(found.ci_low, found.ci_high, 1, (found.gap_low, found.gap_high))
         row = dict(pair=decision.label, draws=min(n for _, n in found.draws), verdict=judged,
-                   needed=draws_needed(found, sd) if judged == UNDECIDED else "")
+                   needed="")
+        if judged == UNDECIDED: row["needed"] = draws_needed(found, draw_deviations(fresh.cells))
         row |= {name: getattr(found, name) for name in ("ours", "ci_low", "ci_high", "size")}
         if before is not None:
             row |= dict(known_draws=min(n for _, n in before.draws), known=before.ours,
