@@ -105,7 +105,7 @@ def check_pairing(stored: Measured, again: Measured) -> None:
     if not first.equals(second) or stored.cells.left_out != again.cells.left_out:
         raise CalibPruneError(
             f"{stored.preset['name']} and {again.preset['name']} have different items, but a change"
-            " is paired by item: both presets need the same `scoring`."
+            " is paired by item: both presets need the same tasks and limits in `scoring`."
         )
     if len(stored.cells.values) != len(again.cells.values):
         raise CalibPruneError(
