@@ -337,7 +337,7 @@ def rounding_message(rows: pd.DataFrame  # from `rounding_rows`
     if changes.empty: return "Weights rounded again: no comparison yet"
     moved = beyond(changes["all_low"], changes["all_high"], 0.0)
     count = f"{moved.sum()} of {len(changes)}"
-    return f"Weights rounded again: {count} differences change significantly"
+    return f"Weights rounded again: {count} differences in total retention change significantly"
 
 # %% ../../nbs/questions/17_rounding.ipynb #996bd4e4
 _LOOKS = {  # what is drawn: colour, marker, shift
