@@ -13,7 +13,7 @@ from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.measures import ANSWER_BITS
 from calib_prune.questions import rounding
 from calib_prune.questions.rounding import (
-    LEAD,
+    METHOD_LEAD,
     WEIGHTS,
     change_class,
     changes_note,
@@ -75,7 +75,7 @@ def test_a_change_of_known_size_is_recovered():
         assert math.isclose(code["codeio − c4", method], -0.2, abs_tol=1e-9)
         assert math.isclose(total["codeio", method], -0.05, abs_tol=1e-9)
         assert total["uniform − c4", method] == total["c4", method] == 0
-    assert abs(total[LEAD, ""]) < 1e-12
+    assert abs(total[METHOD_LEAD, ""]) < 1e-12
 
 
 def test_the_change_is_second_minus_first():
@@ -92,7 +92,7 @@ def test_the_lead_of_wanda_is_a_mean_over_the_sets():
     of = {(row.comparison, row.method): changes.values[0, i, TOTAL]
           for i, row in enumerate(changes.cells.itertuples()) if row.weights == "stored"}
     leads = [of[name, "wanda"] - of[name, "sparsegpt"] for name in SETS]
-    assert len(of) == 11 and math.isclose(of[LEAD, ""], np.mean(leads))
+    assert len(of) == 11 and math.isclose(of[METHOD_LEAD, ""], np.mean(leads))
 
 
 def test_only_the_draws_of_the_second_study_count_but_the_spread_is_of_all():
@@ -252,7 +252,7 @@ def test_missing_rows_are_named_and_the_rest_is_shown():
         ("uniform − c4", "sparsegpt"), ("codeio − c4", "wanda"), ("c4", "sparsegpt"),
         ("uniform", "sparsegpt"), ("c4", "wanda"), ("codeio", "wanda")}
     shown = rounding_text(rows)
-    assert (shown.query("comparison == @LEAD")[["change", "verdict"]] == "").all(axis=None)
+    assert (shown.query("comparison == @METHOD_LEAD")[["change", "verdict"]] == "").all(axis=None)
     assert hypothesis_rows(rows).query("hypothesis == 'R2'")["verdict"].item() == "undecided"
     assert "of 2 differences" in rounding_figure(rows).get_suptitle()
 
