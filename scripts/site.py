@@ -34,14 +34,15 @@ QUESTIONS = {  # the navigation: questions by the reader's question, in reading 
         "answers": "Written answers"},
     "Which pruner?": {"pruners": "Pruning methods"},
     "Which of the paper's claims hold?": {
-        "claims": "Claims of the paper", "perplexity": "Perplexity of the text"}}
+        "claims": "Claims of the paper", "perplexity": "Perplexity of the text",
+        "rounding": "Weights from a 4-bit file"}}
 NAMES = {question: name for group in QUESTIONS.values() for question, name in group.items()}
 MODELS = {
     "smollm2-135m": "SmolLM2-135M", "qwen-0.5b": "Qwen2.5-Coder-0.5B",
     "qwen-1.5b": "Qwen2.5-Coder-1.5B",
     "llama-3.1-8b": "LLaMA-3.1-8B"}
 VERDICTS = {  # class of a verdict: how its words begin
-    "yes": "reproduced|robust", "no": "contradicted|no effect",
+    "yes": "reproduced|robust|holds", "no": "contradicted|no effect|does not hold",
     "open": "undecided|same sign|not significant|depends", "none": "cannot|not yet|not tested"}
 TITLES = {"core": "Foundations", "cli": "Command line", "paper": "Notebooks that papermill runs"}
 FOLDERS = {
