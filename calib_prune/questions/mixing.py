@@ -22,8 +22,8 @@ from ..core import DIMENSIONS, CalibPruneError
 from ..statistics.effects import effects
 from calib_prune.statistics.mixing_law import (
     CONSTANT,
-    FORMS,
     DIMENSION_MEAN,
+    FORMS,
     Law,
     best_mix,
     fit,
@@ -141,17 +141,16 @@ def form_table(rows: pd.DataFrame  # from `form_rows`
         f"{row.left_out:.1f} / {row.unseen:.1f}{' *' if row.chosen else ''}"
         for row in rows.itertuples()
     ]
-    return wide_table(rows.assign(text=text), ["dimension"], [*FORMS, DIMENSION_MEAN], "form").fillna("–")
+    columns = [*FORMS, DIMENSION_MEAN]
+    return wide_table(rows.assign(text=text), ["dimension"], columns, "form").fillna("–")
 
 # %% ../../nbs/questions/11_mixing.ipynb #c6afb908
 ALIKE = dict.fromkeys(DIMENSIONS, 0.25)
 NEEDS: dict[str, Mapping[str, float]] = {
-    "Code": dict(Code=1),
-    "Math": dict(Math=1),
-    "Code and Math": dict(Code=0.5, Math=0.5),
     "all alike": ALIKE,
     "the worst dimension": dict(worst=1),
     "all alike, and the worst": ALIKE | dict(worst=1),
+    "Code and Math": dict(Code=0.5, Math=0.5),
     "General and Commonsense": dict(General=0.5, Commonsense=0.5),
 }
 
@@ -226,7 +225,8 @@ def _constant_panel(ax: Axes, mine: pd.DataFrame, colour: str, marker: str) -> N
         ax.plot(100 * mine["value"][part], ranks[part], marker, color=colour, **look)
     ax.axvline(mean, color="0.5", linewidth=0.8, zorder=0)
     ax.set(yticks=[], ylabel="mixes by rank")
-    ax.text(0.04, 0.96, "no prediction:\na constant\nis as good", transform=ax.transAxes, va="top")
+    look = dict(transform=ax.transAxes, ha="right", fontsize=7)
+    ax.text(0.97, 0.04, "no prediction:\na constant\nis as good", **look)
 
 # %% ../../nbs/questions/11_mixing.ipynb #d1e0a9d4
 def _law_panel(ax: Axes, mine: pd.DataFrame, dimension: str) -> None:

@@ -75,7 +75,8 @@ def _pairs(x: np.ndarray, dimension: int) -> np.ndarray:
     return np.hstack([x, np.stack(products, 1)])
 
 # %% ../../nbs/statistics/09_mixing_law.ipynb #c1e0a9d3
-CONSTANT, DIMENSION_MEAN = "constant", "mean of the dimensions"  # DIMENSION_MEAN: how the total is predicted
+CONSTANT = "constant"
+DIMENSION_MEAN = "mean of the dimensions"  # how the total is predicted
 FORMS = {form.name: form for form in (  # from few to many coefficients
     LawForm(CONSTANT, lambda x, dimension: np.ones((len(x), 1)), False),
     LawForm("own share", _own_share, True),
@@ -131,9 +132,10 @@ def form_errors(shares: np.ndarray, retention: np.ndarray,  # [n, 4] both
         for i, d in enumerate(DIMENSIONS)
     }
     mine = np.stack([errors[forms[d]][:, i] for i, d in enumerate(DIMENSIONS)], 1)
-    total = {name: error.mean(1) for name, error in errors.items()} | {DIMENSION_MEAN: mine.mean(1)}
-    candidates = {CONSTANT: total[CONSTANT], DIMENSION_MEAN: total[DIMENSION_MEAN]}
-    forms["Total"] = (CONSTANT if form == CONSTANT else DIMENSION_MEAN) if form else chosen_form(candidates)
+    total = {name: error.mean(1) for name, error in errors.items()}
+    total[DIMENSION_MEAN] = mine.mean(1)
+    forms["Total"] = CONSTANT if form == CONSTANT else DIMENSION_MEAN
+    if form is None: forms["Total"] = chosen_form({k: total[k] for k in (CONSTANT, DIMENSION_MEAN)})
     rms = lambda error: float(np.sqrt(np.mean(error ** 2)))
     table = {d: {name: rms(error[:, i]) for name, error in errors.items()}
              for i, d in enumerate(DIMENSIONS)}
