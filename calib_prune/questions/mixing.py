@@ -257,5 +257,6 @@ def law_figure(rows: pd.DataFrame,  # from `mix_rows`
     wrong = errors(rows).set_index("dimension").loc[list(DIMENSIONS)].dropna(subset="unseen")
     texts = [f"{d} {row.unseen:.1f} (constant {row.constant:.1f})" for d, row in wrong.iterrows()]
     about = "Filled: mixes outside the fit. Bars: 95% intervals of the law, misfit included. "
+    about += "Vertical line: mean of the fitted mixes. " if len(wrong) < len(DIMENSIONS) else ""
     if texts: about += f"Root mean square error at unseen mixes, points: {', '.join(texts)}."
     return annotate(figure, f"{about} {note}")
