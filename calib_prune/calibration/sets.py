@@ -161,8 +161,9 @@ def allocate(weights: Mapping[str, float],  # relative, positive; read as the de
     return counts
 
 # %% ../../nbs/calibration/03_sets.ipynb #b056a50d
-# Shares of the dimensions that the mixing law of SmolLM2-135M predicts to be best for the total and
-# the worst dimension together (ours): figures/mixing/smollm2-135m/T12-best.csv
+# Shares of the dimensions that the first mixing law of SmolLM2-135M, with the entropy form in all
+# dimensions, predicted to be best for the total and the worst dimension together (ours):
+# tests/study/test_recipes.py computes the shares
 HALF_CODE = dict(General=10, Commonsense=15, Code=45, Math=30)
 
 def named_mixes() -> dict[str, dict[str, float]]:

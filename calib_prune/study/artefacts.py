@@ -86,6 +86,7 @@ ARTEFACTS: dict[str, Artefact] = {
         Artefact("T11", "prompt-gain", "Prompt gain of pruned models", "measures"),
         Artefact("F10", "prompt-gain", "Prompt gain of pruned models", "measures"),
         Artefact("T12", "mixes", "Error of the mixing law at fitted and unseen mixes", "mixing"),
+        Artefact("T12", "forms", "Error of each candidate form of the mixing law", "mixing"),
         Artefact("T12", "best",
                  "Best mix for a need, by the mixing law", "mixing", beside=("T12-law.json",)),
         Artefact("F11", "law", "Predicted and measured retention of mixes", "mixing"),

@@ -8,6 +8,8 @@ from calib_prune.questions.mixing import (
     best_rows,
     best_text,
     errors,
+    form_rows,
+    form_table,
     gain_note,
     law_figure,
     law_of,
@@ -17,6 +19,7 @@ from calib_prune.questions.mixing import (
     shares_of,
 )
 from calib_prune.statistics.examples import example_preset, example_study
+from calib_prune.statistics.mixing_law import CONSTANT, DIMENSION_MEAN
 from calib_prune.statistics.selection import bootstrap_study
 from calib_prune.study.presets import load_preset
 
@@ -58,15 +61,18 @@ def test_unseen_mixes_have_no_part_in_the_fit():
     changed[:, mixes_of(preset, found)["unseen"].to_numpy()] = 0.9
     from dataclasses import replace
     other = law_of(preset, replace(found, values=changed))
-    np.testing.assert_array_equal(law.coefficients, other.coefficients)
-    assert law.errors == other.errors
+    for mine, same in zip(law.coefficients, other.coefficients):
+        np.testing.assert_array_equal(mine, same)
+    assert law.errors == other.errors and law.forms == other.forms
 
 
 def test_a_true_law_predicts_and_a_wrong_one_does_not():
     preset, found, _ = study_of(lambda x: 0.3 + 0.5 * x)
     rows = mix_rows(preset, found, law_of(preset, found))
     good = errors(rows).set_index("dimension")
-    assert (good.unseen < 0.5).all() and (good.n == 4).all() and good.spread["Code"] > 1
+    assert (good.unseen[list(DIMENSIONS)] < 0.5).all() and (good.n == 4).all()
+    assert good.spread["Code"] > 1
+    assert np.isnan(good.unseen["Total"]), "four linear laws with one slope: the sum is constant"
     code = rows[rows["dimension"] == "Code"]
     known = code[~code["unseen"]]["value"].mean()
     assert good.constant["Code"] == pytest.approx(
@@ -77,21 +83,66 @@ def test_a_true_law_predicts_and_a_wrong_one_does_not():
     ).all(), "the mean of the unseen mixes is their best constant"
     rng = np.random.default_rng(7)
     preset, found, _ = study_of(lambda x: 0.3 + 0.4 * rng.random(4))
-    bad = errors(mix_rows(preset, found, law_of(
-        preset, found))).set_index("dimension").loc[list(DIMENSIONS)]
+    law = law_of(preset, found, "entropy")
+    bad = errors(mix_rows(preset, found, law)).set_index("dimension").loc[list(DIMENSIONS)]
     assert bad.unseen.mean() > bad.spread.mean() * 0.8
 
 
+def half_known(x):
+    "General and Commonsense do not depend on the mix; Code and Math follow their own shares."
+    return 0.7 + np.array([0, 0, 0.08, 0.08]) * np.log(x + 1 / 32)
+
+
 def test_words_and_pictures():
-    preset, found, _ = study_of(lambda x: 0.2 + 0.6 * np.sqrt(x))
+    preset, found, _ = study_of(half_known)
     law = law_of(preset, found)
-    assert (
-        "not all" in gain_note(mixing_gain(preset, found))
-        and list(best_text(best_rows(law))["need"])[1] == "the worst dimension"
-    )
+    assert "not all" in gain_note(mixing_gain(preset, found))
     figure = law_figure(mix_rows(preset, found, law))
-    assert len(figure.axes) == 4 and figure.get_suptitle().startswith("Mixing law: ")
-    assert "within its 95% intervals" in figure.get_suptitle()
+    assert len(figure.axes) == 4
+    assert figure.get_suptitle().startswith("The mixing law predicts Code and Math better")
+
+
+def test_no_prediction_is_drawn_where_a_constant_is_as_good():
+    preset, found, _ = study_of(half_known)
+    rows = mix_rows(preset, found, law_of(preset, found))
+    assert set(rows[rows.predicted.isna()].dimension) == {"General", "Commonsense"}
+    for ax, d in zip(law_figure(rows).axes, DIMENSIONS):
+        said = any("no prediction" in text.get_text() for text in ax.texts)
+        bars = len(ax.collections)  # of the predictions' intervals
+        assert (said, bars) == ((True, 0) if d in ("General", "Commonsense") else (False, 2)), d
+    wrong = errors(rows).set_index("dimension")
+    assert wrong.unseen[["General", "Commonsense"]].isna().all()
+    assert wrong.constant.notna().all() and wrong.unseen[["Code", "Math"]].notna().all()
+
+
+def test_needs_without_a_prediction_have_no_best_mix():
+    preset, found, _ = study_of(half_known)
+    best = best_rows(law_of(preset, found))
+    answered = best[best.share.notna()]
+    assert set(answered.need) == {"Code and Math"} and (answered.unpredicted == "").all()
+    text = best_text(best).set_index("need")
+    assert text.loc["the worst dimension", "not predicted"] == "General, Commonsense"
+    assert text.loc["the worst dimension", "Code"] == "–"
+    assert text.loc["Code and Math", "not predicted"] == "–"
+
+
+def test_the_errors_of_the_candidate_forms():
+    preset, found, _ = study_of(half_known)
+    law = law_of(preset, found)
+    rows = form_rows(preset, found, law)
+    chosen = rows[rows.chosen].set_index("dimension").form.to_dict()
+    assert chosen == law.forms and chosen["Code"] == "own share" and chosen["General"] == CONSTANT
+    known = errors(mix_rows(preset, found, law)).set_index("dimension")
+    taken = rows[rows.chosen].set_index("dimension").unseen
+    np.testing.assert_allclose(taken[["Code", "Math", "Total"]],
+                               known.unseen[["Code", "Math", "Total"]])
+    # the constant form is the mean of the fitted mixes
+    constant = rows[rows.form == CONSTANT].set_index("dimension").unseen
+    np.testing.assert_allclose(constant, known.constant[constant.index], atol=1e-9)
+    text = form_table(rows).set_index("dimension")
+    assert text.loc["Code", "own share"].endswith("*")
+    assert not text.loc["Code", CONSTANT].endswith("*")
+    assert text.loc["Code", DIMENSION_MEAN] == "–"
 
 
 def test_the_preset_of_mixes_spans_the_simplex():

@@ -6,7 +6,8 @@ import pytest
 
 from calib_prune.calibration.sets import allocate, parse_mix
 from calib_prune.core import DIMENSIONS
-from calib_prune.questions.mixing import shares_of
+from calib_prune.evaluation.measures import ANSWER_BITS
+from calib_prune.questions.mixing import ALIKE, law_of, shares_of
 from calib_prune.questions.recipe import (
     all_leads,
     families,
@@ -22,9 +23,10 @@ from calib_prune.questions.recipe import (
     without_shared,
 )
 from calib_prune.statistics.examples import example_preset, example_study
-from calib_prune.statistics.selection import bootstrap_study
+from calib_prune.statistics.mixing_law import best_mix
+from calib_prune.statistics.selection import bootstrap_study, grid_part
 from calib_prune.study.presets import load_preset
-from calib_prune.study.results import Result
+from calib_prune.study.results import Result, load_study
 from calib_prune.study.tuning import mix_of_shares
 from tests import ROOT
 
@@ -138,13 +140,22 @@ def test_shared_problems_are_left_out_where_a_source_shares_them():
 
 # --- the presets
 
+@pytest.fixture(scope="module")
+def first_law():
+    "The law that named the recipe: the entropy form in every dimension."
+    preset = load_preset(ROOT / "presets/mixing/smollm2-135m.yaml")
+    study = load_study(preset, ROOT / "results/mixing/smollm2-135m", partial=True)
+    part = grid_part(bootstrap_study(preset, study, 200, measure=ANSWER_BITS))
+    return law_of(preset, part.replicates, "entropy")
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen-0.5b"])
-def test_the_recipe_is_the_mix_that_the_law_names_and_is_judged_by_other_items(name):
+def test_the_recipe_is_the_mix_that_the_law_names_and_is_judged_by_other_items(name, first_law):
     preset, learnt = (
-        load_preset(ROOT / f"presets/{o}.yaml") for o in (f"recipe/{name}", "mixing/smollm2-135m")
+        load_preset(ROOT / f"presets/{question}.yaml")
+        for question in (f"recipe/{name}", "mixing/smollm2-135m")
     )
-    best = pd.read_csv(ROOT / "figures/mixing/smollm2-135m/T12-best.csv").query(
-        "need == 'all alike, and the worst'").set_index("dimension").share
+    best = best_mix(first_law, ALIKE | dict(worst=1)).set_index("dimension").share
     n = preset["calibration"]["windows"]
     assert preset["strategies"]["law"] == "half-code"
     assert allocate(parse_mix("half-code"), n) == allocate(

@@ -252,7 +252,7 @@ def test_the_mixing_law_is_in_the_wheel(python, tmp_path):
         "import calib_prune; print(calib_prune.fitted_law().predict(dict(Code=0.5,"
         " Math=0.5)).shape)"
     )
-    assert run(python, tmp_path, program=ask).stdout == "(5, 5)\n"
+    assert run(python, tmp_path, program=ask).stdout == "(5, 6)\n"
 
 
 def test_the_source_distribution_holds_all_that_its_wheel_needs(tmp_path):
