@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Group', 'METHOD_LEAD', 'DRAW_SEEDS', 'WEIGHTS', 'LOOKED_AT', 'ROUNDING_ROWS', 'VISIBLE', 'HYPOTHESES', 'SMALL_CHANGE',
-           'VERDICT_ROWS', 'comparison_weights', 'unfinished_groups', 'group_retention', 'check_pairing',
-           'comparison_replicates', 'weight_changes', 'end_errors', 'rounding_rows', 'beyond', 'change_class',
-           'rounding_text', 'hypothesis_changes', 'hypothesis_verdict', 'hypothesis_rows', 'verdict_notes',
-           'changes_note', 'rounding_gaps', 'dense_note', 'rounding_message', 'rounding_figure']
+           'VERDICT_ROWS', 'comparison_weights', 'unfinished_groups', 'draws_of_both', 'group_retention',
+           'check_pairing', 'comparison_replicates', 'weight_changes', 'end_errors', 'rounding_rows', 'beyond',
+           'change_class', 'rounding_text', 'hypothesis_changes', 'hypothesis_verdict', 'hypothesis_rows',
+           'verdict_notes', 'changes_note', 'rounding_gaps', 'dense_note', 'rounding_message', 'rounding_figure']
 
 # %% ../../nbs/questions/17_rounding.ipynb #99348c3a
 from collections.abc import Collection, Sequence
@@ -79,16 +79,34 @@ def unfinished_groups(wanted: Sequence[Cell], *studies: Collection[str]  # names
         )
     )
 
+# %% ../../nbs/questions/17_rounding.ipynb #24dd2e98
+def draws_of_both(whole: Measured, other: Measured | None,
+                  settings: Collection[tuple]  # strategy, method, sparsity, windows
+                 ) -> Replicates:
+    "The models of a study in some settings, with the other study's as sets of another name."
+    places = {tuple(setting[1:]) for setting in settings}
+    def here(cells: Replicates) -> Replicates:
+        at = cells.cells[["method", "sparsity", "windows"]].itertuples(index=False, name=None)
+        return cells.rows([key in places for key in at])
+    mine = here(whole.cells)
+    if other is None or other.cells is NOTHING: return mine
+    more = here(other.cells)
+    renamed = more.cells.assign(strategy=more.cells["strategy"] + ", other weights")
+    cells = pd.concat([mine.cells, renamed], ignore_index=True)
+    return replace(mine, cells=cells, values=np.concatenate([mine.values, more.values], 1))
+
 # %% ../../nbs/questions/17_rounding.ipynb #b3c57262
 def group_retention(whole: Measured, wanted: Sequence[Cell],  # cells whose draws count
-                    seed: int          # of the noise between draws, not of the items
+                    seed: int,         # of the noise between draws, not of the items
+                    # the other study, whose draws show the noise between draws as well
+                    other: Measured | None = None
                    ) -> Replicates:    # one row per group with a draw
-    "Mean retention over the wanted draws; the spread between draws is of the whole study."
+    "Mean retention over the wanted draws; the spread between draws is of all draws of a method."
     if whole.cells is NOTHING: return NOTHING
     draws: dict[str, set[int]] = {}
     for cell in wanted: draws.setdefault(cell.strategy, set()).add(cell.seed)
     settings = {(cell.strategy, cell.method, cell.sparsity, cell.windows) for cell in wanted}
-    means = strategy_retention(whole.cells, seed, draws)
+    means = strategy_retention(draws_of_both(whole, other, settings), seed, draws)
     keys = means.cells[["strategy", "method", "sparsity", "windows"]]
     return means.rows([key in settings for key in keys.itertuples(index=False, name=None)])
 
@@ -142,8 +160,8 @@ def weight_changes(stored: Measured, again: Measured, base: str = "c4"
     ready = [cell for cell in wanted if (cell.strategy, cell.method) not in missing]
     weights = comparison_weights(wanted, base)
     first, second = (
-        comparison_replicates(group_retention(whole, ready, seed), weights)
-        for whole, seed in zip((stored, again), DRAW_SEEDS)
+        comparison_replicates(group_retention(whole, ready, seed, other), weights)
+        for whole, other, seed in zip((stored, again), (again, stored), DRAW_SEEDS)
     )
     three = np.stack([first.values, second.values, second.values - first.values], 2)
     cells = first.cells.loc[np.repeat(first.cells.index, 3)].reset_index(drop=True)

@@ -370,7 +370,7 @@ def seeds_of(preset: dict[str, Any], strategy: str) -> list[int]:
     "The draws of a strategy at the default size, in all blocks of the grid."
     default = preset["calibration"]["windows"]
     return sorted(
-        {c.seed for c in cells(preset) if c.strategy == strategy and c.windows == default}
+        {c.seed for c in grid_cells(preset) if c.strategy == strategy and c.windows == default}
     )
 
 # %% ../../nbs/study/03_presets.ipynb #b0aa60e2

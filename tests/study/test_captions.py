@@ -11,6 +11,7 @@ from calib_prune.study.presets import load_preset
 from calib_prune.study.results import save_cell
 from tests import ROOT
 from tests.notebooks import run_cells
+from tests.study.test_resolution import with_bits
 
 TITLE_WORDS = 12  # of a table or figure (style of the project)
 
@@ -43,7 +44,8 @@ def test_words_are_counted_without_table_and_notes():
 
 def test_the_smoke_study_writes_short_captions(tmp_path):
     preset = ROOT / "presets/smoke.yaml"
-    for name, made in example_results(load_preset(preset), {}, n=20).items():
+    study = with_bits(example_results(load_preset(preset), {}, n=20))
+    for name, made in study.items():
         record = made.record | {"cell": name, "calibration": None}
         save_cell(tmp_path / "results", record, pd.DataFrame(), made.items, pd.DataFrame(), {})
     run_cells("main", preset=preset, results=tmp_path / "results", figures=tmp_path / "figures")
