@@ -43,7 +43,8 @@ MODELS = {
     "llama-3.1-8b": "LLaMA-3.1-8B"}
 VERDICTS = {  # class of a verdict: how its words begin
     "yes": "reproduced|robust|holds", "no": "contradicted|no effect|does not hold",
-    "open": "undecided|same sign|not significant|depends", "none": "cannot|not yet|not tested"}
+    "open": "undecided|inconclusive|same sign|not significant|depends",
+    "none": "cannot|not yet|not tested"}
 TITLES = {"core": "Foundations", "cli": "Command line", "paper": "Notebooks that papermill runs"}
 FOLDERS = {
     o: TITLES.get(o, o.capitalize())

@@ -256,7 +256,12 @@ class FetchReport:
         broken = {entry: why for entry, why in self.made.items() if why != "missing"}
         again = [f"  fetched again: {entry} ({why})" for entry, why in broken.items()]
         ways = [f"  {entry}: {way}" for entry, way in self.ways.items()]
-        return "\n".join([first, *again, *ways])
+        models = [
+            f"  models/{name}: {model.about}; weights stored as {model.stored}"
+            for name, model in NAMED_MODELS.items()
+            if f"models/{name}" in (*self.made, *self.kept)
+        ]
+        return "\n".join([first, *again, *ways, *models])
 
 # %% ../../nbs/data/04_fetch.ipynb #80230836
 def replace(part: Path, path: Path) -> None:

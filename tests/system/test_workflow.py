@@ -68,13 +68,13 @@ def comparable(found):
 def test_finished_then_reused_then_tables_alone(checkout):
     out, err = reproduce(checkout)
     done = cells(checkout)
-    assert set(done) == {"dense", "own-wanda-2of4-n4-s0", "c4-wanda-2of4-n4-s0"}
+    assert set(done) == {"dense", "floor", "own-wanda-2of4-n4-s0", "c4-wanda-2of4-n4-s0"}
     assert (
-        "Retention, % of the dense model's score" in out and "figures/tiny" in out and "3/3" in err
+        "Retention, % of the dense model's score" in out and "figures/tiny" in out and "4/4" in err
     )
     assert (checkout / "figures/tiny/F1-retention.png").stat().st_size > 10_000
     table = pd.read_csv(checkout / "figures/tiny/T2-retention.csv")
-    assert set(table["strategy"]) == {"dense", "own", "c4"} and len(table) == 3 * 7
+    assert set(table["strategy"]) == {"dense", "floor", "own", "c4"} and len(table) == 4 * 7
     assert ((table["ci_low"] <= table["value"]) & (table["value"] <= table["ci_high"])).all()
 
     times = {p: p.stat().st_mtime_ns for p in (checkout / "results/tiny").glob("*.json")}
@@ -91,7 +91,7 @@ def test_finished_then_reused_then_tables_alone(checkout):
     _, err = reproduce(checkout, "--tables-only")
     assert {
         p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")
-    } == before and "3/3" in err
+    } == before and "4/4" in err
     listed, _ = reproduce(checkout, "--dry-run")
     assert "cell_" not in listed
     reproduce(checkout)
@@ -181,7 +181,7 @@ def test_a_failing_model_does_not_stop_the_others(checkout):
     try:
         _, err = reproduce(checkout, code=1)
         assert "own-wanda-2of4-n4-s0" in err and "4 windows of 64 tokens need 256" in err
-        assert set(cells(checkout)) == {"dense", "c4-wanda-2of4-n4-s0"}
+        assert set(cells(checkout)) == {"dense", "floor", "c4-wanda-2of4-n4-s0"}
         failed = nbformat.read(checkout / "results/tiny/notebooks/own-wanda-2of4-n4-s0.ipynb", 4)
         assert any(o.output_type == "error" for c in failed.cells if c.cell_type == "code"
                    for o in c.outputs)
