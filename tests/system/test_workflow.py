@@ -109,7 +109,7 @@ def test_finished_then_reused_then_tables_alone(checkout):
 
     (checkout / "results/tiny/c4-wanda-2of4-n4-s0.json").unlink()
     _, err = reproduce(checkout, "--tables-only")
-    assert "2/3" in err and "3/3" not in err, "tables of part of a study say so"
+    assert "3/4" in err and "4/4" not in err, "tables of part of a study say so"
 
     _, err = reproduce(checkout, "--", "results/tiny/dense.json", code=1)
     assert "Finished already: results/tiny/dense.json." in " ".join(err.split())
@@ -143,7 +143,7 @@ def test_power_cuts_change_nothing(checkout):
     shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
     reproduce(checkout, "--jobs", "2", "--", "rows")
     undisturbed = comparable(cells(checkout))
-    assert len(undisturbed) == 3
+    assert len(undisturbed) == 4
     assert {o["threads"] for o, _ in undisturbed.values()} == {
         1
     }, "two cells side by side, a core each"
@@ -170,7 +170,7 @@ def test_two_runs_at_once_do_not_meet(checkout):
     _, err = reproduce(checkout, "--", "rows", code=1)
     assert "Another run is working on" in err
     finish(first)
-    assert len(cells(checkout)) == 3
+    assert len(cells(checkout)) == 4
 
 
 def test_a_failing_model_does_not_stop_the_others(checkout):
@@ -236,7 +236,7 @@ def test_nothing_outlives_a_stopped_study(checkout, numbers, when):
     )
     if numbers[0] != signal.SIGKILL:
         assert (
-            "0 of 3 models are finished and kept. To go on: calib-prune reproduce --preset"
+            "0 of 4 models are finished and kept. To go on: calib-prune reproduce --preset"
             " tiny.yaml --jobs 1 -- rows"
             in " ".join(err.split())
         )
@@ -287,7 +287,7 @@ def test_a_study_whose_first_jobs_fail_alike_ends_with_their_error(checkout):
     )
     assert "broken/notebooks/dense.ipynb" in err and "broken/snakemake.log" in err
     tried = list((checkout / "results/broken/notebooks").glob("*.ipynb"))
-    assert 3 <= len(tried) < 13, "of 13 models"
+    assert 3 <= len(tried) < 14, "of 14 models"
     assert "models finished, 3 failed" in " ".join(err.split()), "off a terminal too"
 
 
