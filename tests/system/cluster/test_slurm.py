@@ -142,13 +142,13 @@ def test_a_study_runs_in_the_cluster(study):
     finished(start(study))
     found = rows(study)
     assert (
-        set(found) == {"dense", "c4-sparsegpt-0.6-n8-s0", CELL}
+        set(found) == {"dense", "floor", "c4-sparsegpt-0.6-n8-s0", CELL}
         and (study / "figures/small/T2-retention.csv").is_file()
     )
     for name, record in found.items():
         said = slurm("scontrol", "show", "job", record["slurm_job_id"])
         assert "JobState=COMPLETED" in said and "JobName=calib-prune" in said, name
-    assert len({o["slurm_job_id"] for o in found.values()}) == 3
+    assert len({o["slurm_job_id"] for o in found.values()}) == 4
     asked = slurm("scontrol", "show", "job", found[CELL]["slurm_job_id"])
     assert re.search(r"mem=(1536M|1.50?G)", asked) and re.search(
         r"TimeLimit=00:1\d", asked
@@ -215,7 +215,7 @@ def test_an_interrupt_cancels_and_keeps(study):
     )
     wait("an empty queue", lambda: not jobs(), 60)
     finished(start(study))
-    assert set(rows(study)) == {"dense", "c4-sparsegpt-0.6-n8-s0", CELL}
+    assert set(rows(study)) == {"dense", "floor", "c4-sparsegpt-0.6-n8-s0", CELL}
 
 
 def test_what_the_cluster_refuses_is_said(study):
