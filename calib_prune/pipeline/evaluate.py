@@ -22,7 +22,7 @@ from calib_prune.evaluation.retention import (
     retention,
 )
 from ..evaluation.scoring import ending_notes, evaluate, scores
-from ..evaluation.tasks import get_tasks, with_floor
+from ..evaluation.tasks import get_tasks, tasks_with_floor
 from ..model.loading import load_model
 from .records import json_rows
 from ..progress import ProgressFn
@@ -112,7 +112,7 @@ def _score_model(model: str, tasks: list[str], dtype: str, device: str,
     "A model's answers, item by item. One model is in memory at a time."
     net, tokenizer = load_model(model, dtype, device)
     items = evaluate(net, tokenizer, tasks, **settings)
-    with_one = with_floor(tasks, settings["limit"]) if floor else []
+    with_one = tasks_with_floor(tasks, settings["limit"]) if floor else []
     if not with_one: return items, None
     return items, evaluate(net, tokenizer, with_one, next_prompt=True, **settings)
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
 from ..evaluation.measures import MEASURES, PLAIN, Measure
-from .claims import LEDGER, estimate_text, study_ledger
+from .claims import LEDGER, estimate_text, study_evidence, study_ledger
 from calib_prune.questions.estimates import (
     CHECKS,
     CONTRADICTED,
@@ -99,7 +99,8 @@ def ledgers(
         if table is None:
             try: whole = bootstrap_study(preset, study, n_boot, measure=measure)
             except CalibPruneError: continue
-            table = study_ledger(whole, metrics, n_perm=n_perm, complete=complete, more=more)
+            evidence = study_evidence(whole, metrics, n_perm=n_perm, more=more)
+            table = study_ledger(evidence, complete)
         tells = [
             all(
                 told.get((m, name, d), False) for m in methods_of(check)
@@ -187,7 +188,7 @@ def _shown(mine: pd.DataFrame  # of one check and model, from `ledgers`
     "Our number and the verdict with the measure of the study's tables."
     row = mine[mine["headline"]].iloc[0]
     if math.isnan(row["ours"]): return row["verdict"]
-    needed = f" ({row['needed']})" if isinstance(row["needed"], str) and row["needed"] else ""
+    needed = f" ({row['needed']})" if row["needed"] else ""
     return f"{estimate_text(row, row['unit'])}: {row['verdict']}{needed}"
 
 # %% ../../nbs/questions/10_agreement.ipynb #cf90bce9
@@ -248,4 +249,4 @@ def read_ledgers(path: str | Path,              # T7-measures.csv of a study
                 f"{path} judges {other['check'].iloc[0]!r}, but its preset asks for "
                 f"{wanted.get(other['name'].iloc[0])!r}. Make it anew by the notebook `claims`."
             )
-    return table
+    return table.fillna({"needed": ""})

@@ -7,9 +7,9 @@ __all__ = ['CLAIMS', 'PAPER', 'LEAD', 'CORRELATIONS', 'OPPOSITE', 'MORE_SOURCES'
            'NO_EFFECT', 'CONTRADICTED', 'UNDECIDED', 'PRESET', 'MODEL', 'YET', 'JUDGED', 'VERDICTS', 'ROLES', 'Reduce',
            'ESTIMATORS', 'OVER_SOURCES', 'Levels', 'Check', 'verdict', 'Estimate', 'Untestable', 'Evidence',
            'strategy_for', 'setting', 'single_sources', 'outcome', 'in_bits', 'margins', 'paper_size', 'size_note',
-           'sized', 'drawn', 'correlation', 'p_value_text', 'claims_q', 'sources_needed', 'held_text',
-           'estimate_correlation', 'estimate_more', 'estimate_opposite', 'power', 'sources_for', 'estimate_significant',
-           'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'least', 'estimate_best',
+           'next_to_size', 'sized', 'drawn', 'correlation', 'p_value_text', 'claims_q', 'sources_for', 'sources_needed',
+           'held_text', 'estimate_correlation', 'estimate_more', 'estimate_opposite', 'power', 'estimate_significant',
+           'estimate_versatile', 'estimate_contrast', 'estimate_margin', 'smallest_of', 'estimate_best',
            'estimate_without_code', 'range_sentence', 'estimate_hidden', 'curve_text', 'estimate_low',
            'estimate_growth', 'require_interval', 'draws_needed', 'estimates', 'same_sources']
 
@@ -342,11 +342,11 @@ def paper_size(name: str, e: Evidence, *dimensions: str  # that the check compar
     "The paper's number on the scale of a study, with replicates of its unit."
     check, level = CHECKS[name], e.levels.at
     if check.paper is None: return None
-    if not in_bits(e.replicates, *dimensions):
-        return np.full(len(e.replicates.values), check.paper)
     if check.claim == "C9":
         if (e.levels.low, e.levels.high) != (PAPER.low, PAPER.high): return None
         level = e.levels.high
+    if not in_bits(e.replicates, *dimensions):
+        return np.full(len(e.replicates.values), check.paper)
     unit = None if isinstance(level, str) else margins(e.replicates).get(level)
     if unit is None or check.paper == LEAD or not estimate(unit)[1] > 0: return None
     return check.paper / LEAD * unit
@@ -355,18 +355,29 @@ def paper_size(name: str, e: Evidence, *dimensions: str  # that the check compar
 def size_note(name: str, e: Evidence, size: np.ndarray | None, *dimensions: str) -> str:
     "The paper's size on our scale, as a sentence."
     check = CHECKS[name]
-    if check.paper is None or not in_bits(e.replicates, *dimensions): return ""
-    if check.paper == LEAD: return "It is the unit of sizes, so only its direction is judged."
+    if check.paper is None: return ""
     if size is None and check.claim == "C9" and e.levels.low != PAPER.low:
         return "The paper's number is of other sparsities, so its size decides nothing."
+    if not in_bits(e.replicates, *dimensions): return ""
+    if check.paper == LEAD: return "It is the unit of sizes, so only its direction is judged."
     if size is None:
         return "Mix − C4, the unit of sizes, is not significant: the size decides nothing."
     share = check.paper / LEAD
     return f"The paper's size is {share:.2f} of mix − C4, here {size[0]:+.1f} points."
 
-# %% ../../nbs/questions/05_estimates.ipynb #237fc08c
+# %% ../../nbs/questions/05_estimates.ipynb #60cdf1d7
 Reduce = Callable[[np.ndarray], tuple[float, float, float]]  # replicates → estimate and interval
 
+def next_to_size(found: Estimate, values: np.ndarray,  # [1 + B], or what `reduce` takes
+                 size: np.ndarray | None,              # [1 + B]; None: direction only
+                 reduce: Reduce = estimate) -> Estimate:
+    "The estimate with the paper's size, and the interval of the difference from the size."
+    if size is None: return found
+    shift = size.reshape(-1, *(1,) * (values.ndim - 1))
+    _, low, high = reduce(values - shift)
+    return replace(found, size=float(size[0]), gap_low=low, gap_high=high)
+
+# %% ../../nbs/questions/05_estimates.ipynb #237fc08c
 def sized(name: str, e: Evidence, values: np.ndarray,  # [1 + B], or what `reduce` takes
           here: Replicates, *counted: str,             # outcomes whose items count
           detail: str = "", reduce: Reduce = estimate,
@@ -375,16 +386,14 @@ def sized(name: str, e: Evidence, values: np.ndarray,  # [1 + B], or what `reduc
          ) -> Estimate:
     "An estimate over items, next to the paper's size."
     scored = DIMENSIONS if "Total" in counted else counted
-    size, gap = paper_size(name, e, *scored), (math.nan,) * 3
-    if size is not None:
-        shift = size.reshape(-1, *(1,) * (values.ndim - 1))
-        gap = (float(size[0]), *reduce(values - shift)[1:])
+    size = paper_size(name, e, *scored)
     text = f"{detail} {size_note(name, e, size, *scored)}"
     text += f" The interval is over {here.noise}."
     count = sum(here.items[outcome] for outcome in counted)
     pair = values.reshape(len(values), -1)[1:, chosen]
-    return Estimate(*reduce(values), count, "items", text.strip().replace("  ", " "), *gap,
-                    variance=float(np.nanvar(pair)), draws=drawn(here, names))
+    found = Estimate(*reduce(values), count, "items", text.strip().replace("  ", " "),
+                     variance=float(np.nanvar(pair)), draws=drawn(here, names))
+    return next_to_size(found, values, size, reduce)
 
 # %% ../../nbs/questions/05_estimates.ipynb #237fc08d
 def drawn(here: Replicates, names: tuple[str, ...]  # strategies of one setting
@@ -426,9 +435,15 @@ def claims_q(e: Evidence) -> dict[str, float]:  # check → q; empty unless all 
     return dict(zip(CORRELATIONS, false_discovery_control(p)))
 
 # %% ../../nbs/questions/05_estimates.ipynb #afc8fe0f
+def sources_for(rho: float,    # true correlation
+                errors: float  # wanted distance from 0, in standard errors
+               ) -> int:
+    "Sources with which Fisher's z of `rho` has this distance from 0."
+    return math.ceil(3 + 1.06 * (errors / math.atanh(abs(rho)))**2)
+
 def sources_needed(rho: float) -> str:
     "Sources after which an interval of ρ is too short to include both 0 and `rho`."
-    return f"{math.ceil(3 + 1.06 * (2 * norm.ppf(0.975) / math.atanh(abs(rho)))**2)} sources"
+    return f"{sources_for(rho, 2 * norm.ppf(0.975))} sources"
 
 def _rho_estimate(row: pd.Series, paper: float | None, detail: str, held: bool = False) -> Estimate:
     names = ("partial", "partial_low", "partial_high") if held else ("rho", "ci_low", "ci_high")
@@ -459,6 +474,13 @@ def estimate_correlation(name: str, e: Evidence) -> Estimate:
     detail += held_text(row, f"which sources are {row['dimension']} text")
     return _rho_estimate(row, CHECKS[name].paper, detail)
 
+# %% ../../nbs/questions/05_estimates.ipynb #ac3d1337
+def _in_registers(row: pd.Series, paper: float | None, held: bool  # is the register held fixed?
+                 ) -> Estimate:
+    registers = " The registers are prose, and code with formulas." if held else ""
+    p = p_value_text("p", row["partial_p" if held else "p"])
+    return _rho_estimate(row, paper, f"Permutation {p}.{registers}", held)
+
 # %% ../../nbs/questions/05_estimates.ipynb #afc8fe12
 def estimate_more(name: str, e: Evidence) -> Estimate:
     "C1 to C3 with the sources of a second study."
@@ -468,10 +490,7 @@ def estimate_more(name: str, e: Evidence) -> Estimate:
     if rows.empty: raise Untestable(PRESET, "The preset names no study of more sources.")
     row = rows.iloc[0]
     if row["reason"]: raise Untestable(MODEL, f"ρ is not defined: {row['reason']}.")
-    p = row["partial_p" if held else "p"]
-    registers = " The registers are prose, and code with formulas." * held
-    detail = f"Permutation {p_value_text('p', p)}.{registers}"
-    return _rho_estimate(row, check.paper, detail, held)
+    return _in_registers(row, check.paper, held)
 
 # %% ../../nbs/questions/05_estimates.ipynb #d8ec04bb
 def estimate_opposite(name: str, e: Evidence) -> Estimate:
@@ -479,10 +498,7 @@ def estimate_opposite(name: str, e: Evidence) -> Estimate:
     row, held = correlation(name, e), OPPOSITE[name][-1]
     if held and math.isnan(row["partial"]):
         raise Untestable(PRESET, "Only sources of one register were pruned and measured.")
-    p = row["partial_p" if held else "p"]
-    registers = " The registers are prose, and code with formulas." * held
-    detail = f"Permutation {p_value_text('p', p)}.{registers}"
-    return _rho_estimate(row, CHECKS[name].paper, detail, held)
+    return _in_registers(row, CHECKS[name].paper, held)
 
 # %% ../../nbs/questions/05_estimates.ipynb #afdbde43
 def power(rho: float,  # true correlation
@@ -490,12 +506,6 @@ def power(rho: float,  # true correlation
          ) -> float:
     "The chance that a rank correlation reaches p < 0.05, two-sided."
     return float(norm.cdf(abs(math.atanh(rho)) / math.sqrt(1.06 / (n - 3)) - norm.ppf(0.975)))
-
-# %% ../../nbs/questions/05_estimates.ipynb #ea680a3c
-def sources_for(rho: float, chance: float = 0.8) -> int:
-    "Sources with which a correlation `rho` reaches p < 0.05 with this chance."
-    z = norm.ppf(0.975) + norm.ppf(chance)
-    return math.ceil(3 + 1.06 * (z / math.atanh(abs(rho)))**2)
 
 # %% ../../nbs/questions/05_estimates.ipynb #ea680a3d
 def estimate_significant(name: str, e: Evidence) -> Estimate:
@@ -517,7 +527,8 @@ def estimate_significant(name: str, e: Evidence) -> Estimate:
         often = ", ".join(f"{100 * power(rho, fewest):.0f}" for rho in sizes)
         detail += f" True correlations of the paper's size would reach p < 0.05 in {often} of 100"
         detail += " such studies."
-    needed = f"{max(map(sources_for, sizes))} sources for 80% power"
+    errors = norm.ppf(0.975) + norm.ppf(0.8)
+    needed = f"{max(sources_for(rho, errors) for rho in sizes)} sources for 80% power"
     return Estimate(holds, math.nan, math.nan, fewest, "sources", detail,
                     contradicted=against, needed=needed)
 
@@ -551,7 +562,7 @@ def estimate_margin(name: str, e: Evidence, a: str, b: str) -> Estimate:
     return sized(name, e, margin, here, "Total", detail=detail, names=(first, second))
 
 # %% ../../nbs/questions/05_estimates.ipynb #df9a2759
-def least(delta: np.ndarray) -> tuple[float, float, float]:  # [1 + B, candidates]
+def smallest_of(delta: np.ndarray) -> tuple[float, float, float]:  # [1 + B, candidates]
     "The smallest of several differences; its interval allows for the choice."
     value, low, high = best_of(-delta)
     return -value, -high, -low
@@ -570,11 +581,11 @@ def estimate_best(name: str, e: Evidence,
     often = 100 * np.mean(names[total[1:].argmax(1)] == first)
     detail = (
         f"The best single source is {first} (in {often:.0f}% of replicates). It is chosen by the"
-        f" numbers compared, which favours it; the interval holds for all {len(names)} sources at"
-        f" once."
+        f" numbers compared, which favours it; the interval is simultaneous over all {len(names)}"
+        " sources."
     )
     return sized(name, e, delta, here, "Total", detail=detail,
-                 reduce=best_of if sign > 0 else least, names=(first, other),
+                 reduce=best_of if sign > 0 else smallest_of, names=(first, other),
                  chosen=int(total[0].argmax()))
 
 # %% ../../nbs/questions/05_estimates.ipynb #b90a9fcf
@@ -595,8 +606,8 @@ def estimate_without_code(name: str, e: Evidence, over: str  # "default", or "be
     sources = single_sources(here)
     total = _without_code(sources.values)
     best = sources.cells["strategy"].to_numpy()[total[0].argmax()]
-    detail = f"The best single source is {best}. The interval holds for all sources at once."
-    return sized(name, e, mix[:, None] - total, here, *rest, detail=detail, reduce=least)
+    detail = f"The best single source is {best}. The interval is simultaneous over all sources."
+    return sized(name, e, mix[:, None] - total, here, *rest, detail=detail, reduce=smallest_of)
 
 # %% ../../nbs/questions/05_estimates.ipynb #f0ca9d57
 def range_sentence(ranges: pd.DataFrame,  # from `replicates.spread`
@@ -709,9 +720,10 @@ def draws_needed(estimate: Estimate, draw_sd: Mapping[tuple, float]  # setting �
     # the variance at which the interval is as long as the paper's size
     allowed = estimate.variance * (estimate.size / (estimate.ci_high - estimate.ci_low))**2
     if not (math.isfinite(allowed + spread + items) and allowed and spread): return ""
-    if items < allowed / 2: return f"{math.ceil(spread / (allowed - items))} draws"
-    many = math.ceil(estimate.n * items / (allowed / 2))
-    return f"{math.ceil(spread / (allowed / 2))} draws, {many:,} items"
+    enough = items < allowed / 2
+    draws = math.ceil(spread / (allowed - items if enough else allowed / 2))
+    text = f"{draws} draw{'s' * (draws > 1)}"
+    return text if enough else f"{text}, {math.ceil(estimate.n * items / (allowed / 2)):,} items"
 
 # %% ../../nbs/questions/05_estimates.ipynb #092cfb48
 def estimates(e: Evidence,

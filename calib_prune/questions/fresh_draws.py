@@ -19,6 +19,7 @@ from calib_prune.questions.estimates import (
     Untestable,
     drawn,
     draws_needed,
+    next_to_size,
     outcome,
     setting,
     verdict,
@@ -57,10 +58,7 @@ def decide(whole: Measured, decision: Decision, at: float  # sparsity
     found = Estimate(*estimate(values), here.items["Total"], "items",
                      variance=float(np.nanvar(values[1:])), draws=drawn(here, pair))
     if decision.share is None: return found
-    size = decision.share * (total(unit[0]) - total(unit[1]))
-    found.size = float(size[0])
-    _, found.gap_low, found.gap_high = estimate(values - size)
-    return found
+    return next_to_size(found, values, decision.share * (total(unit[0]) - total(unit[1])))
 
 # %% ../../nbs/questions/18_fresh_draws.ipynb #6c6e3423
 FRESH = ["pair", "draws", "known_draws", "known", "known_low", "known_high", "ours", "ci_low",

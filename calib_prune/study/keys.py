@@ -22,7 +22,7 @@ from ..calibration.sources import get_source
 from ..core import CalibPruneError, cache_dir, content_hash, file_sha256, load_json
 from ..data.fetch import read_manifest
 from ..evaluation.contamination import DEFAULT_RULE, OverlapRule
-from ..evaluation.tasks import Task, get_tasks, limit_of, with_floor
+from ..evaluation.tasks import Task, get_tasks, limit_of, tasks_with_floor
 from ..generation.igsp import PROTOCOLS
 from ..generation.sampling import Sampling
 from ..pipeline.records import environment, versions_of
@@ -113,7 +113,7 @@ def _scoring_key(preset: dict[str, Any]) -> dict[str, Any]:
 # %% ../../nbs/study/05_keys.ipynb #0de963ec
 def floor_key(preset: dict[str, Any]) -> dict[str, Any]:
     "Everything that the scores of the dense model after another item's prompt depend on."
-    tasks = with_floor(preset["scoring"]["tasks"], preset["scoring"]["limit"])
+    tasks = tasks_with_floor(preset["scoring"]["tasks"], preset["scoring"]["limit"])
     key = _scoring_key(preset)
     return key | dict(
         tasks={name: key["tasks"][name] for name in tasks},

@@ -223,7 +223,9 @@ def results_of(study: Study) -> dict[str, list[str]]:  # by kind, see `artefacts
     "The files that tables read."
     grid, every = [c.name for c in cells(study.preset)], list(study.cells)
     files = lambda kind, names: _usable(study, [result_file(study, kind, name) for name in names])
-    return dict(models=files("models", grid),
+    other = study.preset.get("compared_with")
+    return dict(compared=sorted(map(str, Path("results", other).glob("*.json"))) if other else [],
+                models=files("models", grid),
                 ablations=files("models", every[len(grid):]),
                 metrics=files("metrics", measured_strategies(study.preset)),
                 audits=files("audits", study.left["audits"]),

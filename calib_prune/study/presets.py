@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..core import CalibPruneError, as_path, is_study, unknown_name
 from ..evaluation.measures import MEASURES
-from ..evaluation.tasks import with_floor
+from ..evaluation.tasks import tasks_with_floor
 from ..forms import Count, Form, Positive, Text, read_yaml, shown_value
 from ..pruning.masks import parse_sparsity
 from .artefacts import NOTEBOOKS, needed_by
@@ -182,6 +182,14 @@ class PresetForm(Form):
         return self
 
     @model_validator(mode="after")
+    def _comparisons_have_two_studies(self):
+        if self.compared_with: return self
+        for table in ("rounding", "fresh_draws"):
+            if table in self.tables:
+                raise ValueError(f"the table `{table}` needs `compared_with`, the name of a study")
+        return self
+
+    @model_validator(mode="after")
     def _models_have_ledgers(self):
         if "models" not in self.tables: return self
         if "claims" not in self.tables:
@@ -261,7 +269,7 @@ def cells(preset: dict[str, Any],
          ) -> list[Cell]:
     "The cells of a study: the dense model, its floor if a task has one, and the pruned models."
     scoring = preset["scoring"]
-    floor = [Cell("floor")] if with_floor(scoring["tasks"], scoring.get("limit")) else []
+    floor = [Cell("floor")] if tasks_with_floor(scoring["tasks"], scoring.get("limit")) else []
     return [Cell("dense"), *floor, *grid_cells(preset, ablations)]
 
 # %% ../../nbs/study/03_presets.ipynb #46c686eb

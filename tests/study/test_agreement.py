@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.evaluation.measures import PLAIN
 from calib_prune.questions.agreement import (
     ACROSS,
     DEPENDS,
@@ -25,7 +26,7 @@ from calib_prune.questions.agreement import (
     model_difference,
     read_ledgers,
 )
-from calib_prune.questions.claims import study_ledger
+from calib_prune.questions.claims import study_evidence, study_ledger
 from calib_prune.questions.estimates import (
     CHECKS,
     CONTRADICTED,
@@ -158,7 +159,8 @@ def test_rows_without_a_measure_leave_it_out():
         metrics,
         60,
         99,
-        known={"plain": study_ledger(bootstrap_study(preset, study, 60), metrics, n_perm=99)},
+        known={PLAIN: study_ledger(
+            study_evidence(bootstrap_study(preset, study, 60), metrics, n_perm=99))},
     )
     pd.testing.assert_frame_equal(again, table)
 

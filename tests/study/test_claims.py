@@ -16,6 +16,7 @@ from calib_prune.questions.claims import (
     judge,
     ledger,
     save_ledger,
+    study_evidence,
     study_ledger,
 )
 from calib_prune.questions.estimates import (
@@ -86,9 +87,9 @@ def test_no_verdict_without_an_interval(low, high):
 
 
 def ledger_of(study, metrics, n_boot, n_perm=99):
-    return study_ledger(
-        bootstrap_study(example_preset(study), study, n_boot), metrics, n_perm=n_perm
-    ).set_index(pd.Index(CHECKS))
+    whole = bootstrap_study(example_preset(study), study, n_boot)
+    evidence = study_evidence(whole, metrics, n_perm=n_perm)
+    return study_ledger(evidence).set_index(pd.Index(CHECKS))
 
 
 def like_paper(sign=1, at=0.6, low=0.3, high=None):
@@ -215,6 +216,16 @@ def test_sizes_in_bits_are_shares_of_the_mix_over_c4():
     plain = estimates(accuracies).set_index("check")
     for name in ("C5 c4", "C6", "C6 c4", "C7 sgs", "C9"):
         assert plain.loc[name, "size"] == CHECKS[name].paper
+
+
+@pytest.mark.parametrize("measured", ["bits", "accuracies"])
+def test_growth_between_other_sparsities_has_no_size(measured):
+    study, _ = like_paper(at=0.5, low=0.5, high=0.6)
+    if measured == "accuracies":
+        study = {k: replace(r, items=right_answers(r.items)) for k, r in study.items()}
+    found = strategy_retention(bootstrap_retention(study, 50))
+    row = estimates(Evidence(found, Levels(0.5, 0.5, 0.6))).set_index("check").loc["C9"]
+    assert math.isnan(row["size"]) and "of other sparsities" in row["detail"]
 
 
 def test_no_unit_no_size():
@@ -499,7 +510,8 @@ def test_a_metric_that_only_tells_the_registers_apart():
         for o, c in of_code.items()])
     whole = bootstrap_study(example_preset(study), study, 300)
     more = further_correlations(whole, metrics, "distortion", 999, 0)
-    found = study_ledger(whole, metrics, n_perm=999, more=more).set_index(pd.Index(CHECKS))
+    evidence = study_evidence(whole, metrics, n_perm=999, more=more)
+    found = study_ledger(evidence).set_index(pd.Index(CHECKS))
     for claim in ("C1", "C3"):
         assert found.loc[f"{claim} more", "verdict"] in (REPRODUCED, OTHER_SIZE)
         assert found.loc[f"{claim} held", "verdict"] == UNDECIDED
@@ -526,7 +538,7 @@ def test_the_best_source_allows_for_the_choice():
         # as if the best had been known before
         alone = 100 * np.ptp(np.quantile((total["uniform"] - best)[1:], (0.025, 0.975)))
         wider.append((row["ci_high"] - row["ci_low"]) / alone)
-        assert "15 sources at once" in row["detail"]
+        assert "simultaneous over all 15 sources" in row["detail"]
     assert sum(held) >= 18 and np.median(wider) > 1.2
 
 
@@ -534,11 +546,13 @@ def test_more_sources_are_a_study_of_their_own():
     study, metrics = like_paper()
     whole = bootstrap_study(example_preset(study), study, 200)
     more = further_correlations(whole, metrics, "distortion", 99, 0)
-    found = study_ledger(whole, metrics, n_perm=99, more=more).set_index(pd.Index(CHECKS))
+    evidence = study_evidence(whole, metrics, n_perm=99, more=more)
+    found = study_ledger(evidence).set_index(pd.Index(CHECKS))
     for name in MORE_SOURCES:
         assert found.loc[name, "verdict"] in JUDGED and found.loc[name, "n"] == 15
     assert found.loc["C1 more", "ours"] == pytest.approx(found.loc["C1 sparsegpt", "ours"])
-    assert further_correlations(None, metrics, "distortion", 99, 0).empty
+    nothing = bootstrap_study(example_preset(study), {}, 20)
+    assert further_correlations(nothing, metrics, "distortion", 99, 0).empty
     assert further_correlations(whole, NO_METRICS, "distortion", 99, 0).empty
 
 

@@ -14,7 +14,7 @@ from calib_prune.calibration.sources import PAPER_SOURCES
 from calib_prune.generation.igsp import journal_name
 from calib_prune.model.loading import save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
-from calib_prune.questions.claims import claim_levels, study_ledger
+from calib_prune.questions.claims import claim_levels, study_evidence, study_ledger
 from calib_prune.questions.estimates import CHECKS, MORE_SOURCES, PRESET
 from calib_prune.statistics.examples import example_study
 from calib_prune.statistics.selection import bootstrap_study
@@ -105,7 +105,8 @@ def test_a_study_plans_what_every_claim_needs(name, lacks):
     read = pd.DataFrame([
         dict(strategy=o, seed=0, metric="distortion", value=math.exp(i))
         for i, o in enumerate(preset["strategies"])])
-    found = study_ledger(bootstrap_study(preset, study, 50), read, n_perm=99)
+    evidence = study_evidence(bootstrap_study(preset, study, 50), read, n_perm=99)
+    found = study_ledger(evidence)
     assert set(found["claim"]) == {*(f"C{i}" for i in range(1, 10)), "O1", "O2", "O3"}
     # thirty sources are another study's, which a preset names
     cannot = found.set_index(pd.Index(CHECKS))["verdict"].drop(list(MORE_SOURCES)) == PRESET
