@@ -1,10 +1,12 @@
 """Runs are forks of one process that has done the imports; their cells run without a kernel."""
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,36 +46,39 @@ time.sleep(99)
 """
 
 
+def run_cells(*sources, threads=1, study=CPU, **more):
+    "Run cells as a study's run in this folder; the executed cells."
+    cells = [*map(nbformat.v4.new_code_cell, ("name, number = '', 0", *sources))]
+    cells[0].metadata.tags = ["parameters"]
+    spec = dict(name="python3", display_name="python3", language="python")
+    book = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=spec))
+    nbformat.write(book, "nbs/paper/book.ipynb")
+    job = Job("a_run", "book", dict(name=Path("1e3"), number=2), [], [], log="done.ipynb", **more)
+    try: run_job(job, threads, study)
+    finally: done = nbformat.read("done.ipynb", 4).cells
+    return done
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    "A function that runs cells as a study's run, and returns the executed cells."
+    "`run_cells`, in a folder of the test's own."
     monkeypatch.chdir(tmp_path)
     Path("nbs/paper").mkdir(parents=True)
-
-    def run(*sources, threads=1, study=CPU, **more):
-        cells = [*map(nbformat.v4.new_code_cell, ("name, number = '', 0", *sources))]
-        cells[0].metadata.tags = ["parameters"]
-        spec = dict(name="python3", display_name="python3", language="python")
-        book = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=spec))
-        nbformat.write(book, "nbs/paper/book.ipynb")
-        job = Job("a_run", "book", dict(name=Path("1e3"), number=2), [], [], log="done.ipynb",
-                  **more)
-        try: run_job(job, threads, study)
-        finally: done = nbformat.read("done.ipynb", 4).cells
-        return done
-    return run
+    return run_cells
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runs are forks on Linux")
 def test_a_run_is_a_fork_with_its_own_threads_and_environment(study):
-    found = [
-        json.loads(study(FACTS, threads=o, progress=p)[-1].outputs[0].text)
-        for o, p in ((1, ""), (2, "file"))
-    ]
+    # a process has one fork server, and another test's server has other imports
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        runs = [fresh.submit(study, FACTS, threads=o, progress=p).result()
+                for o, p in ((1, ""), (2, "file"))]
+        asked_by = fresh.submit(os.getpid).result()
+    found = [json.loads(o[-1].outputs[0].text) for o in runs]
     cores = len(os.sched_getaffinity(0))
     assert found[0][:5] == [True, ["1e3", 2], 1, "1", None]
     assert found[1][:5] == [True, ["1e3", 2], min(2, cores), "2", "file"]
-    assert found[0][5] == found[1][5] != os.getpid(), "one process has done the imports for both"
+    assert found[0][5] == found[1][5] != asked_by, "one process has done the imports for both"
     assert len({*found[0][6], *found[1][6]}) == 4, "each run draws its own random numbers"
 
 
