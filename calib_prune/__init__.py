@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .evaluation.scoring import evaluate
     from .generation.igsp import generate
     from .model.loading import load_model
+    from .advice.compare import compare_models
     from .pipeline.evaluate import evaluate_model
     from .pipeline.prune import prune_model
     from .pruning.walk import prune
@@ -40,10 +41,11 @@ _PUBLIC = {
     "fitted_law": "statistics.mixing_law",
     "prune_model": "pipeline.prune",
     "evaluate_model": "pipeline.evaluate",
+    "compare_models": "advice.compare",
 }
 __all__ = [
-    "build_calibration", "evaluate", "evaluate_model", "fitted_law", "generate", "load_model",
-    "measure", "prune", "prune_model", "retention"]
+    "build_calibration", "compare_models", "evaluate", "evaluate_model", "fitted_law", "generate",
+    "load_model", "measure", "prune", "prune_model", "retention"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'error_by_layer', 'check_rows', 'panels', 'error_bars', 'headline', 'annotate', 'figure_of', 'method_label',
-           'sparsity_label', 'setting_label', 'sentence_figure', 'overlap', 'place_labels']
+           'sparsity_label', 'setting_label', 'forest_figure', 'sentence_figure', 'overlap', 'place_labels']
 
 # %% ../../nbs/statistics/06_plots.ipynb #b7c0c373
 import textwrap
@@ -116,6 +116,31 @@ def setting_label(at: dict[str, Any]  # with method and sparsity
                  ) -> str:
     "A method and sparsity for people."
     return f"{method_label(at['method'])} {sparsity_label(at['sparsity'])}"
+
+# %% ../../nbs/statistics/06_plots.ipynb #adfad145
+def forest_figure(rows: pd.DataFrame,   # label, outcome, value, ci_low, ci_high; fractions
+                  message: str, note: str,
+                  unit: str,                        # of the values: "retention, %"
+                  lines: dict[str, float] | None = None,  # outcome → a reference, a fraction
+                 ) -> Figure:
+    "Values with intervals; labels share their rows in all panels."
+    check_rows(rows, "a value")
+    labels, outcomes = rows["label"].unique(), rows["outcome"].unique()
+    heights = {label: -i for i, label in enumerate(labels)}
+    size = (1.8 + 1.3 * len(outcomes), 1.1 + 0.24 * len(labels))
+    figure, axes = plt.subplots(1, len(outcomes), figsize=size, layout="constrained", sharey=True,
+                                sharex=True, squeeze=False)
+    for ax, outcome in zip(axes[0], outcomes):
+        mine = rows[rows["outcome"] == outcome]
+        error_bars(ax, mine["label"].map(heights), mine, horizontal=True, fmt="o", color="black",
+                   ecolor="0.4", markersize=4, linewidth=1.1)
+        if lines and outcome in lines:
+            ax.axvline(100 * lines[outcome], color="0.5", linestyle="--", linewidth=1)
+        ax.set_title(outcome, fontsize=9)
+    axes[0, 0].set(yticks=list(heights.values()), yticklabels=labels, ylim=(0.6 - len(labels), 0.6))
+    figure.supxlabel(unit, fontsize=9)
+    headline(figure, message)
+    return annotate(figure, note)
 
 # %% ../../nbs/statistics/06_plots.ipynb #ace1d1f1
 def sentence_figure(note: str) -> Figure:
