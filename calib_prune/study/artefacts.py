@@ -111,6 +111,7 @@ ARTEFACTS: dict[str, Artefact] = {
         Artefact("F15", "rounding",
                  "Change of differences on weights rounded again", "rounding", COMPARED),
         Artefact("T17", "fresh-draws", "Decisions by fresh draws", "fresh_draws", COMPARED),
+        Artefact("T18", "policies", "Regret of choices without pruning", "policies", METRICS),
         Artefact("T10", "pruners", "Retention and cost of pruning methods", "pruners"),
         Artefact("T10", "gains", "Gain over SparseGPT by dimension and calibration set", "pruners"),
         Artefact("F9", "pruners", "Gain and time of pruning methods", "pruners"),
