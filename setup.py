@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent
 FOUND = [
     ROOT / "Snakefile", *sorted(ROOT.glob("presets/**/*.yaml")),
     *sorted(ROOT.glob("nbs/paper/*.ipynb")), *sorted(ROOT.glob("profiles/*/config.yaml")),
-    ROOT / "figures/mixing/smollm2-135m/T12-law.json"]
+    ROOT / "figures/mixing/smollm2-135m/T12-law.json",
+    *sorted(ROOT.glob("figures/claims/*/T18-policies.csv"))]
 STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb"]
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .generation.igsp import generate
     from .model.loading import load_model
     from .advice.compare import compare_models
+    from .advice.measured import advise
+    from .advice.nearest import advise_quickly
     from .pipeline.evaluate import evaluate_model
     from .pipeline.prune import prune_model
     from .pruning.walk import prune
@@ -42,10 +44,12 @@ _PUBLIC = {
     "prune_model": "pipeline.prune",
     "evaluate_model": "pipeline.evaluate",
     "compare_models": "advice.compare",
+    "advise": "advice.measured",
+    "advise_quickly": "advice.nearest",
 }
 __all__ = [
-    "build_calibration", "compare_models", "evaluate", "evaluate_model", "fitted_law", "generate",
-    "load_model", "measure", "prune", "prune_model", "retention"]
+    "advise", "advise_quickly", "build_calibration", "compare_models", "evaluate", "evaluate_model",
+    "fitted_law", "generate", "load_model", "measure", "prune", "prune_model", "retention"]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,11 +79,7 @@ def comparison_figure(comparison: Any) -> Any:  # a matplotlib figure
 def check_picture(path: Optional[str]) -> Path | None:
     "The file that a figure goes to; an error for a type that cannot be drawn."
     if path is None: return None
-    try:
-        from calib_prune.style import PICTURES
-    except ImportError as e:
-        raise CalibPruneError(
-            "Figures need matplotlib: pip install 'calib-prune[study]'.") from e
+    from calib_prune.style import PICTURES
     if Path(path).suffix in PICTURES: return Path(path)
     raise CalibPruneError(f"--figure {path}: the name must end in {', '.join(PICTURES)}.")
 

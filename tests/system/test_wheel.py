@@ -82,7 +82,7 @@ def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
 
 
 STUDY = {
-    "snakemake", "papermill", "ipykernel", "ipywidgets", "jupyterlab", "matplotlib", "seaborn",
+    "snakemake", "papermill", "ipykernel", "ipywidgets", "jupyterlab",
     "nbformat"}
 HIDE = '''
 import sys
