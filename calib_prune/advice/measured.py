@@ -200,10 +200,11 @@ def advise(model: str | Path,                  # the dense model
            output: str | Path = "advice",      # folder for the trials; the same call goes on there
            sources: Sequence[str] = (),        # of one's own: names, files
            progress: ProgressFn | None = None,
+           sparsity: float | str = "0.5",      # where our own models are above their floor
            **settings                          # see `pipeline.prune.PruneSettings`
           ) -> Advice:
     "Search the best calibration mix for a need by pruning: what the command `advise` does."
-    began, how = time.monotonic(), PruneSettings(**settings)
+    began, how = time.monotonic(), PruneSettings(sparsity=sparsity, **settings)
     how.check()
     wanted = parse_need(need)
     if OWN_NEED in wanted.weights:

@@ -1,0 +1,141 @@
+"Advice on models whose retention is known: made-up answers in place of pruned models."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from calib_prune.advice import halving, measured, trials
+from calib_prune.advice.halving import PLAN_FILE
+from calib_prune.advice.measured import advise
+from calib_prune.advice.pages import save_advice
+from calib_prune.core import CalibPruneError
+from calib_prune.evaluation.tasks import TASKS, get_tasks
+
+SECONDS = 50.0  # of a made-up trial
+BEST = {"codeio": 0.9, "uniform-dimensions": 0.8}  # Code retention; others 0.6
+
+
+class MadeUp:
+    "Searches in a folder, on a clock that only made-up work moves."
+    def __init__(self, folder): self.folder, self.now, self.models = folder, 0.0, 0
+    def monotonic(self): return self.now
+    def __call__(self, **how): return advise("smollm2-135m", output=self.folder, **how)
+
+
+def items_of(kept, names, n=32, seed=0):
+    "Bits of the right answers; a dense model has 1 bit per byte, before noise of the items."
+    rng, tables = np.random.default_rng(seed), []
+    items = np.random.default_rng(1)
+    for task in names:
+        dimension = TASKS[task].dimension
+        value = items.lognormal(0, 0.3, n) / kept.get(dimension, 0.8) * rng.lognormal(0, 0.02, n)
+        bits = pd.DataFrame(dict(task=task, dimension=dimension, metric="bits", value=value,
+                                 item=[f"{i:03}" for i in range(n)], bytes=8, chance=np.nan))
+        tables.append(bits)
+        if TASKS[task].kind == "choice":
+            tables.append(bits.assign(metric=TASKS[task].metric, value=1.0, chance=0.25))
+    return pd.concat(tables, ignore_index=True)
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    "Trials take 50 seconds of a clock; each is counted."
+    clock = MadeUp(tmp_path / "out")
+
+    def trial(self, mix, seed, part):
+        path = self.folder / part.name / f"{mix}-{seed}"
+        if not path.exists():
+            clock.models += 1
+            clock.now += SECONDS
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("run")
+        code = BEST.get(mix, 0.6) + 0.01 * np.random.default_rng(seed).normal()
+        return items_of(dict(Code=code), self.tasks[part.name], seed=seed)
+
+    def dense(self, part, floor=False):
+        kept = dict.fromkeys(("General", "Commonsense", "Code", "Math"), 0.5 if floor else 1.0)
+        return items_of(kept, self.tasks[part.name], seed=9)
+
+    for module in (halving, trials, measured):
+        monkeypatch.setattr(module, "dense_items", dense, raising=False)
+        monkeypatch.setattr(module, "trial_items", trial, raising=False)
+        monkeypatch.setattr(module, "time", clock, raising=False)
+    monkeypatch.setattr(halving, "is_kept", lambda self, mix, seed, part: (
+        self.folder / part.name / f"{mix}-{seed}").exists())
+    monkeypatch.setattr(measured, "check_mixes", lambda *_: None)
+    return clock
+
+
+pytestmark = pytest.mark.real
+
+
+def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):
+    advice = made_up(need="code", minutes=15)
+    assert advice.calibration == "codeio" and advice.search.plan.rounds == (8, 4, 2)
+    assert made_up.models == advice.search.plan.models == 18
+    assert made_up.now <= 15 * 60
+    assert advice.lead["ci_low"].iloc[0] > 0 and "significant" in advice.verdict
+    kept = advice.retention.set_index(["strategy", "dimension"])["value"]
+    assert kept["codeio", "Code"] == pytest.approx(0.9, abs=0.03)
+    assert kept["codeio", "Math"] == pytest.approx(0.8, abs=0.03)
+
+    files = {file.name: file for file in save_advice(advice, tmp_path / "out")}
+    record = json.loads(files["advice.json"].read_text())
+    assert record["advice"] == 1 and record["calibration"] == "codeio"
+    assert record["models"] == 18 and len(record["rounds"]) == 14
+    page = files["advice.html"].read_text()
+    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", "").replace("http://creativecommons.org", "").replace(
+        "https://matplotlib.org", "")
+    assert "--calibration 'codeio'" in files["advice.md"].read_text()
+
+
+def test_a_search_goes_on_with_its_plan(made_up, monkeypatch, tmp_path):
+    whole = halving.run_trial
+
+    def cut_off(search, mix, stage):
+        whole(search, mix, stage)
+        if len(search.scores) == 4: raise KeyboardInterrupt
+    monkeypatch.setattr(halving, "run_trial", cut_off)
+    with pytest.raises(KeyboardInterrupt): made_up(need="code", minutes=15)
+    plan = json.loads((tmp_path / "out" / PLAN_FILE).read_text())
+    assert plan["plan"]["rounds"] == [8, 4, 2] and plan["spent"] == pytest.approx(4 * SECONDS)
+    monkeypatch.setattr(halving, "run_trial", whole)
+    advice = made_up(need="code", minutes=15)
+    assert made_up.models == 18 and advice.search.plan.rounds == (8, 4, 2)
+
+
+def test_too_few_minutes_name_the_minutes_it_takes(made_up):
+    with pytest.raises(CalibPruneError, match="Give --minutes 4 or more"):
+        made_up(need="code", minutes=1)
+
+
+@pytest.mark.parametrize("change, named", [(dict(need="math"), "tasks"),
+                                           (dict(sparsity="0.6"), "settings")])
+def test_a_folder_holds_one_advice(made_up, change, named):
+    made_up(need="code", minutes=10)
+    with pytest.raises(CalibPruneError, match=rf"other settings \({named}\)"):
+        made_up(**dict(need="code", minutes=10) | change)
+
+
+def test_a_need_at_the_floor_cannot_be_measured(made_up, monkeypatch):
+    same = lambda self, part, floor=False: items_of({}, self.tasks[part.name], seed=int(floor))
+    monkeypatch.setattr(measured, "dense_items", same)
+    with pytest.raises(CalibPruneError, match="Code cannot be measured on this model"):
+        made_up(need="code", minutes=10)
+
+
+def test_tuning_and_confirming_share_no_item_with_reports():
+    from calib_prune.data.fetch import cached
+    from calib_prune.data.files import read_jsonl
+    from calib_prune.evaluation.tasks import choose
+    for task in get_tasks("default"):
+        records = read_jsonl(cached("benchmarks", task.benchmark))
+        parts = [choose(records, 100), *(choose(records, part.limit, after=part.skip)
+                                         for part in (trials.TUNING, trials.CONFIRMING))]
+        names = [{record["id"] for record in part} for part in parts]
+        assert len(names[1]) == len(names[2]) == 32
+        assert not (names[0] & names[1] or names[1] & names[2] or names[0] & names[2])
+
+
