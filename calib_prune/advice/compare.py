@@ -111,12 +111,23 @@ class Comparison:
 
     @cached_property
     def floor(self) -> pd.DataFrame | None:
-        "The floor of each dimension and the total; None if the floor was not scored."
+        """The floor of each dimension and the total, and whether each model is significantly above;
+        None if the floor was not scored."""
         if self.floor_items is None: return None
-        first = next(iter(self.items.values()))
-        table = floor_comparison(self.dense_items, first, self.floor_items, self.n_boot,
-                                 measure=self.measure)
-        return table[table["level"].isin(OVERALL)].drop(columns="above")
+        tables = [floor_comparison(self.dense_items, mine, self.floor_items, self.n_boot,
+                                   measure=self.measure).assign(model=name)
+                  for name, mine in self.items.items()]
+        whole = pd.concat(tables, ignore_index=True)
+        return whole[whole["level"].isin(OVERALL)].reset_index(drop=True)
+
+    @property
+    def floor_notes(self) -> list[str]:
+        "The models and dimensions that are not significantly above the floor."
+        if self.floor is None: return []
+        low = self.floor[self.floor["floor"].notna() & ~self.floor["above"].astype(bool)]
+        groups: Any = low.groupby("model", sort=False)["name"]
+        return [f"{model}: not significantly above the floor in {listed(names)}."
+                for model, names in groups]
 
     @property
     def best(self) -> str:
@@ -144,7 +155,8 @@ class Comparison:
         tables = {name: json_rows(getattr(self, name))
                   for name in ("retention", "differences", "flips")}
         floor = {} if self.floor is None else {"floor": json_rows(self.floor)}
-        return {"measure": self.measure.name} | tables | floor | {"verdict": self.verdict}
+        notes = {"verdict": self.verdict, "floor_notes": self.floor_notes}
+        return {"measure": self.measure.name} | tables | floor | notes
 
 # %% ../../nbs/advice/01_compare.ipynb #9a00d717
 def _points(row: Any) -> str:
@@ -161,7 +173,9 @@ def pair_verdict(first: str, second: str, rows: pd.DataFrame  # of this pair
         leads = [f"{row.name} by {_points(row)}" for row in ahead.itertuples(index=False)]
         if leads: parts.append(f"{name} has higher retention in {', '.join(leads)}")
     if not parts: return f"{first} and {second}: no difference is significant."
-    return f"{first} and {second}: {'; '.join(parts)}. Other differences are not significant."
+    rest = ((rows["ci_low"] <= 0) & (rows["ci_high"] >= 0)).any()
+    more = " Other differences are not significant." if rest else ""
+    return f"{first} and {second}: {'; '.join(parts)}.{more}"
 
 # %% ../../nbs/advice/01_compare.ipynb #95ec371f
 def compare_models(models: Sequence[str | Path],     # two or more, made from one dense model

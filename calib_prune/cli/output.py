@@ -56,7 +56,7 @@ def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
 
 # %% ../../nbs/cli/01_output.ipynb #41f3f2e1
 def forest_column(rows: list[tuple[float, float, float]],  # value and ends of its interval
-                  width: int = 33,
+                  width: int = 21,
                   reference: float = 0.0                   # marked in every row
                  ) -> list[str]:
     "Values with intervals as bars of text on one scale."
