@@ -22,9 +22,7 @@ import pandas as pd
 
 from ..calibration.sources import get_source
 from ..core import CalibPruneError, unknown_name
-from ..data.fetch import cached
-from ..data.files import read_jsonl
-from .tasks import TASKS, Task, get_tasks
+from .tasks import TASKS, Task, get_tasks, task_items
 from ..progress import ProgressFn
 
 # %% ../../nbs/evaluation/02_contamination.ipynb #e8e15233
@@ -161,7 +159,7 @@ def read_items(
     all."""
     items, vocabulary, ids = [], {}, []
     for task in get_tasks(tasks):
-        for record in read_jsonl(cached("benchmarks", task.benchmark)):
+        for record in task_items(task):
             parts = [words(o, rule.numbers) for o in item_parts(task, record)]
             items.append((task.name, str(record["id"]), len(ids), [len(o) for o in parts]))
             ids += [vocabulary.setdefault(w, len(vocabulary) + 1) for part in parts for w in part]

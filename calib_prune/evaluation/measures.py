@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..core import DIMENSIONS, CalibPruneError, unknown_name
-from .tasks import TASKS, Task
+from ..core import CalibPruneError, unknown_name
+from .tasks import TASKS, Task, task_dimensions
 
 # %% ../../nbs/evaluation/05_measures.ipynb #ac39f6e6
 def _item_rows(items: pd.DataFrame, metrics: dict[str, str | None],  # task → metric
@@ -32,7 +32,8 @@ def _item_rows(items: pd.DataFrame, metrics: dict[str, str | None],  # task → 
             f"The scores of task {missing[0]!r} have no {metrics[missing[0]]!r}, which measure "
             f"{measure} reads."
         )
-    order = sorted(present, key=lambda name: (DIMENSIONS.index(TASKS[name].dimension), name))
+    place = {d: i for i, d in enumerate(task_dimensions(TASKS[name] for name in metrics))}
+    order = sorted(present, key=lambda name: (place[TASKS[name].dimension], name))
     rank = {name: i for i, name in enumerate(order)}
     return at[np.lexsort((mine.item.to_numpy(), mine.task.map(rank).to_numpy()))]
 

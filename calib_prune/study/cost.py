@@ -12,10 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..data.fetch import cached
-from ..data.files import read_jsonl
 from ..evaluation.scoring import limit_of
-from ..evaluation.tasks import choose, fill_prompt, get_tasks
+from ..evaluation.tasks import choose, fill_prompt, get_tasks, task_items
 from ..generation.igsp import WRITERS, journal_name, protocol_with
 from ..pruning.methods import read_recipe
 from .presets import Cell, cells, protocol_of
@@ -26,7 +24,7 @@ def scored_tokens(preset: dict[str, Any]) -> tuple[float, float]:  # read, writt
     read = written = 0.0
     for task in get_tasks(preset["scoring"]["tasks"]):
         chosen = choose(
-            read_jsonl(cached("benchmarks", task.benchmark)),
+            task_items(task),
             limit_of(task, preset["scoring"]["limit"]),
             after=preset["scoring"].get("skip") or 0,
         )

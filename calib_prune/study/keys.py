@@ -22,7 +22,14 @@ from ..calibration.sources import get_source
 from ..core import CalibPruneError, cache_dir, content_hash, file_sha256, load_json
 from ..data.fetch import read_manifest
 from ..evaluation.contamination import DEFAULT_RULE, OverlapRule
-from ..evaluation.tasks import Task, get_tasks, limit_of, tasks_with_floor
+from calib_prune.evaluation.tasks import (
+    OWN_FILE,
+    Task,
+    get_tasks,
+    limit_of,
+    task_items,
+    tasks_with_floor,
+)
 from ..generation.igsp import PROTOCOLS
 from ..generation.sampling import Sampling
 from ..pipeline.records import environment, versions_of
@@ -66,6 +73,7 @@ def model_key(preset: dict[str, Any]) -> dict[str, Any]:
 # %% ../../nbs/study/05_keys.ipynb #13cd032f
 def _items(task: Task, manifest: dict[str, dict]) -> str | None:
     "The hash of a task's items, None where they were not fetched."
+    if task.benchmark.startswith(OWN_FILE): return content_hash(task_items(task))
     return manifest.get(f"benchmarks/{task.benchmark}.jsonl", {}).get("sha256")
 
 # %% ../../nbs/study/05_keys.ipynb #04edf289

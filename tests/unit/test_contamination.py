@@ -10,7 +10,7 @@ from calib_prune.calibration.sources import SOURCES
 from calib_prune.core import CalibPruneError
 from calib_prune.data.fetch import cached
 from calib_prune.data.files import read_jsonl, write_jsonl
-from calib_prune.evaluation import contamination
+from calib_prune.evaluation import contamination, tasks
 from calib_prune.evaluation.contamination import (
     DEFAULT_RULE,
     OverlapRule,
@@ -73,7 +73,7 @@ def benchmarks(tmp_path_factory):
     ).items():
         write_jsonl(folder / f"{name}.jsonl", records)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contamination, "cached", lambda kind, name: folder / f"{name}.jsonl")
+        patch.setattr(tasks, "cached", lambda kind, name: folder / f"{name}.jsonl")
         yield patch
 
 
@@ -81,9 +81,9 @@ def benchmarks(tmp_path_factory):
 def index(benchmarks): return index_items("sciq")
 
 
-def hits(documents, tasks="sciq", rule=DEFAULT_RULE):
+def hits(documents, names="sciq", rule=DEFAULT_RULE):
     return (
-        audit(documents, tasks, rule).overlaps[["task", "item"]].apply(tuple, axis=1).tolist() or []
+        audit(documents, names, rule).overlaps[["task", "item"]].apply(tuple, axis=1).tolist() or []
     )
 
 
@@ -198,7 +198,7 @@ def test_repeats_inside_one_item_make_no_template(benchmarks, tmp_path):
         [{"id": "a", "question": " ".join([text] * 4), "choices": ["b"], "gold": 0}],
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contamination, "cached", lambda kind, name: tmp_path / f"{name}.jsonl")
+        patch.setattr(tasks, "cached", lambda kind, name: tmp_path / f"{name}.jsonl")
         assert hits([text]) == [("sciq", "a")]
 
 
@@ -298,7 +298,7 @@ def test_longest_run(hit):
 
 @pytest.mark.real
 def test_known_truths(benchmarks):
-    benchmarks.setattr(contamination, "cached", cached)
+    benchmarks.setattr(tasks, "cached", cached)
     index = index_items("mbpp,gsm8k,math500,piqa")
     by_number = {r["task_id"]: r["id"] for r in read_jsonl(cached("benchmarks", "mbpp"))}
     translated = [

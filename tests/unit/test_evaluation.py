@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 
@@ -705,3 +706,28 @@ def test_accuracies_discriminate_where_bits_scatter():
 def test_written_answers_alone_are_judged_by_their_own_score():
     written = coded(1, "mbpp_generate").assign(metric="pass@1", value=1.0)
     assert discriminating_measure(written, written, None).name == "plain"
+
+
+def test_tasks_of_ones_own_make_dimensions_of_their_own(tmp_path):
+    """A file of answers and a file of choices: each is scored, retained, and part of the total; the
+    four dimensions are not asked for."""
+    before = set(tasks.TASKS)
+    answers = [dict(prompt=f"{i} and one is", answer=str(i + 1)) for i in range(12)]
+    choices = [dict(prompt=f"Is {i} even?", choices=["yes", "no"], answer=i % 2) for i in range(12)]
+    for name, items in (("sums", answers), ("parity", choices)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(o) + "\n" for o in items))
+    asked = [f"Numbers={tmp_path / 'sums.jsonl'}", str(tmp_path / "parity.jsonl")]
+    try:
+        models = [tiny_llama(seed, max_position_embeddings=256) for seed in (0, 1)]
+        dense, pruned = (evaluate(model, TOKENIZER, asked) for model in models)
+        table = retention(dense, pruned, 200, measure="answer-bits")
+        names = table.loc[table["level"] == "dimension", "name"].tolist()
+        by_name = table.set_index(["level", "name"])["retention"]
+        assert names == ["Numbers", "parity"]
+        assert by_name["total", "total"] == by_name["dimension"].mean()
+        with pytest.raises(CalibPruneError, match="another task 'sums'"):
+            evaluate(models[0], TOKENIZER, str(tmp_path / "sums.jsonl"))
+        mixed = [*asked, "sciq"]
+        assert tasks.task_dimensions(tasks.get_tasks(mixed)) == ["General", "Numbers", "parity"]
+    finally:
+        for name in set(tasks.TASKS) - before: del tasks.TASKS[name]
