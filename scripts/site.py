@@ -35,7 +35,7 @@ QUESTIONS = {  # the navigation: questions by the reader's question, in reading 
     "Which pruner?": {"pruners": "Pruning methods"},
     "Which of the paper's claims hold?": {
         "claims": "Claims of the paper", "perplexity": "Perplexity of the text",
-        "rounding": "Weights from a 4-bit file"}}
+        "rounding": "Weights from a 4-bit file", "fresh-draws": "Fresh draws"}}
 NAMES = {question: name for group in QUESTIONS.values() for question, name in group.items()}
 MODELS = {
     "smollm2-135m": "SmolLM2-135M", "qwen-0.5b": "Qwen2.5-Coder-0.5B",

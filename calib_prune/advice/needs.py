@@ -84,7 +84,7 @@ def parse_need(text: str) -> Need:
     "A need from the command line."
     if text == ALL: return Need(text, {d: 1 / len(DIMENSIONS) for d in DIMENSIONS})
     if text == WORST: return Need(text, {d: 1 / len(DIMENSIONS) for d in DIMENSIONS}, worst=True)
-    if os.path.exists(text) or text.endswith(".jsonl"):
+    if text.endswith(".jsonl"):
         return Need(text, {OWN_NEED: 1.0}, prompts=read_prompts(text))
     weights: dict[str, float] = {}
     for part in text.split(","):
