@@ -138,6 +138,6 @@ def save_advice(advice: Advice, folder: str | Path) -> list[Path]:
     text = advice_page(advice)
     page = as_html(text, f"Calibration data for {advice.search.trials.model}",
                    {f"{FIGURE_STEM}.svg": drawn[1].read_text(encoding="utf-8")})
-    record = json.dumps(advice.record(), indent=1)
+    record = json.dumps(advice.record(), indent=1, allow_nan=False)
     return [write_atomic(place / "advice.md", text), write_atomic(place / "advice.html", page),
             write_atomic(place / "advice.json", record + "\n"), *drawn]

@@ -224,6 +224,45 @@ def test_errors_for_people_go_to_standard_error(model, tmp_path):
     assert done.stdout == "" and done.stderr.startswith("Error: ") and "no.txt" in done.stderr
 
 
+@pytest.mark.real
+def test_compare_and_report_on_pruned_models(model, text, tmp_path):
+    """Two pruned models: differences, answers that turned, a figure; a page, a card, a record. A
+    README that somebody wrote stays."""
+    for name, sparsity in (("half", "0.5"), ("most", "0.9")):
+        prune(model, text, tmp_path / name, "--sparsity", sparsity)
+    few = ("--dense", model, "--tasks", "piqa,jeopardy", "--limit", 12, "--json")
+    out = strict(call("compare", tmp_path / "half", tmp_path / "most", *few, "--figure",
+                      tmp_path / "seen.svg").stdout)
+    assert {row["first"] for row in out["differences"]} == {"half"}
+    assert {row["n"] for row in out["flips"]} == {12} and (tmp_path / "seen.svg").stat().st_size
+    assert {row["model"] for row in out["floor"]} == {"half", "most"}
+
+    (tmp_path / "half" / "README.md").write_text("mine")
+    for name in ("half", "most"):
+        said = strict(call("report", tmp_path / name, *few).stdout)
+        assert said["report"] == 1 and said["model"]["sparsity"] in ("0.5", "0.9")
+        page = (tmp_path / name / "report.html").read_text()
+        assert "<svg" in page and "Answers that turned" in page
+        assert said["divergence"]["bits"] > 0 and len(said["answers"]) == 4
+    assert (tmp_path / "half" / "README.md").read_text() == "mine"
+    assert (tmp_path / "most" / "README.md").read_text().startswith("---\nbase_model:")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "most")
+
+
+@pytest.mark.real
+def test_advice_without_pruning_takes_own_text(text, tmp_path):
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text("".join(json.dumps(dict(prompt=f"def add_{i}(a, b):")) + "\n"
+                               for i in range(12)))
+    asked = ("advise", "--model", "smollm2-135m", "--minutes", 0, "--json")
+    for need in ("code", prompts):
+        out = strict(call(*asked, "--need", need, "--source", text).stdout)
+        assert out["advice"] == 1 and str(text) in {row["source"] for row in out["distances"]}
+    assert out["regrets"] == [] and out["weights"] == {"own": 1.0}
+    done = call(*asked, "--need", "cod", code=1)
+    assert "Unknown need 'cod'" in json.loads(done.stdout)["error"]
+
+
 def test_an_occupied_output_is_refused_before_the_work(model, text, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     done = prune(model, text, tmp_path, code=1)
@@ -241,18 +280,18 @@ def test_listings_for_programs():
     assert "hellaswag" in json.loads(call("tasks", "--json").stdout)["sets"]["default"]
 
 
-@pytest.mark.parametrize(
-    "name", ["fetch", "sources", "tasks", "prune", "evaluate", "measure", "generate", "reproduce"]
-)
+COMMANDS = ("fetch", "sources", "tasks", "prune", "evaluate", "compare", "report", "advise",
+            "measure", "generate", "reproduce")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name):
     assert len(call(name, "--help").stdout) > 200
 
 
 def test_the_list_of_commands_is_whole():
     said = run("--help").stdout
-    for name in ("fetch", "sources", "tasks", "prune", "evaluate", "measure", "generate",
-                 "reproduce"):
-        assert f" {name} " in said
+    for name in COMMANDS: assert f" {name} " in said
 
 
 def test_reproduce_names_every_preset():
