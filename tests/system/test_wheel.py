@@ -17,6 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from calib_prune.advice.nearest import REGRET_FILE, STUDIED
 from calib_prune.cli.init import lay_out
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.statistics.mixing_law import LAW_FILE
@@ -76,11 +77,12 @@ def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
     }
     assert held == {
         *lay_out(tmp_path / "from-checkout"),
-        LAW_FILE,
+        *MEASURED,
     }, "the wheel holds what `init` copies from a checkout"
     assert not [o for o in names if o.startswith(("tests", "results", "nbs", "bench"))]
 
 
+MEASURED = {LAW_FILE, *(REGRET_FILE.format(model) for model in STUDIED)}  # of committed studies
 STUDY = {
     "snakemake", "papermill", "ipykernel", "ipywidgets", "jupyterlab",
     "nbformat"}
@@ -261,4 +263,4 @@ def test_the_source_distribution_holds_all_that_its_wheel_needs(tmp_path):
     processes.run(tmp_path, program=make, cwd=ROOT)
     (found,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(found) as t: names = {o.partition("/")[2] for o in t.getnames()}
-    assert {*lay_out(tmp_path / "from-checkout"), LAW_FILE, "setup.py", "pyproject.toml"} <= names
+    assert {*lay_out(tmp_path / "from-checkout"), *MEASURED, "setup.py", "pyproject.toml"} <= names
