@@ -26,22 +26,21 @@ from ..evaluation.retention import retention_draws
 KEEP = 0.4            # of the candidates go to the next round (ours)
 FINALISTS = 2         # sets that are confirmed on fresh items
 FIRST_DRAW = 100      # seeds of the rounds: 100, 101, …
-FRESH_DRAWS = 200, 201  # of the finalists
+FRESH_DRAWS = 200, 201  # of the finalists; one draw would show no noise of the draw
 
 @dataclass(frozen=True)
 class Plan:
     "How many models are pruned."
     rounds: tuple[int, ...]  # candidates in each round
-    fresh: int               # fresh draws of each finalist
 
     @property
-    def models(self) -> int: return sum(self.rounds) + FINALISTS * self.fresh
+    def models(self) -> int: return sum(self.rounds) + FINALISTS * len(FRESH_DRAWS)
 
 def plan_for(candidates: int) -> Plan:
     "The plan for a number of candidates."
     rounds = [candidates]
     while rounds[-1] > FINALISTS: rounds.append(max(FINALISTS, math.ceil(KEEP * rounds[-1])))
-    return Plan(tuple(rounds), len(FRESH_DRAWS) if candidates > FINALISTS else 1)
+    return Plan(tuple(rounds))
 
 # %% ../../nbs/advice/05_halving.ipynb #5abea089
 def need_score(need: Need, dense: pd.DataFrame, items: pd.DataFrame) -> float:
@@ -65,6 +64,7 @@ class Halving:
     plan: Plan | None = None
     durations: list[float] = field(default_factory=list)  # of the trials of this run, seconds
     before: float = 0.0           # seconds per trial in an earlier run
+    confirming: float = 0.0       # further seconds that a finalist's trial takes: all tasks
     spent: float = 0.0            # of earlier runs
     began: float = field(default_factory=time.monotonic)
 
@@ -93,21 +93,23 @@ PLAN_FILE = "plan.json"
 def keep_plan(search: Halving) -> None:
     "Write plan and time, after every trial."
     about = dict(plan=asdict(search.plan) if search.plan else None, per_model=search.per_model,
-                 spent=search.used, mixes=[*search.mixes], seconds=search.seconds)
+                 confirming=search.confirming, spent=search.used, mixes=[*search.mixes], seconds=search.seconds)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
 
 def read_plan(search: Halving) -> None:
     "Take over the plan of an earlier run with the same candidates; its time counts."
     path = search.trials.folder / PLAN_FILE
     if not path.is_file(): return
-    known = load_json(path, mixes=list, spent=float, per_model=float)
+    numbers = dict.fromkeys(("spent", "per_model", "confirming"), float)
+    known = load_json(path, mixes=list, **numbers)
     if known["mixes"] != [*search.mixes]:
         raise CalibPruneError(f"{search.trials.folder} holds advice on other candidates: choose "
                               "another folder.")
     search.before = known["per_model"]
+    search.confirming = max(search.confirming, known["confirming"])
     if known["seconds"] == search.seconds: search.spent = known["spent"]
     if known["plan"] and known["seconds"] == search.seconds:
-        search.plan = Plan(tuple(known["plan"]["rounds"]), known["plan"]["fresh"])
+        search.plan = Plan(tuple(known["plan"]["rounds"]))
 
 # %% ../../nbs/advice/05_halving.ipynb #56cc3980
 def run_trial(search: Halving, mix: str, stage: int) -> None:
@@ -125,7 +127,8 @@ def run_trial(search: Halving, mix: str, stage: int) -> None:
 def fits(search: Halving, candidates: int, done: int) -> bool:
     "Whether the time allows the plan for a number of candidates, of which some have been run."
     left = plan_for(candidates).models - done
-    return search.used + left * search.per_model <= search.seconds
+    further = FINALISTS * len(FRESH_DRAWS) * search.confirming
+    return search.used + left * search.per_model + further <= search.seconds
 
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1
 def first_round(search: Halving) -> Plan:
@@ -138,7 +141,8 @@ def first_round(search: Halving) -> Plan:
     if search.plan: return search.plan
     if tried >= FINALISTS: return plan_for(tried)
     fewest = plan_for(FINALISTS).models
-    minutes = math.ceil((search.used + (fewest - 1) * search.per_model) / 60)
+    seconds = (fewest - 1) * search.per_model + FINALISTS * len(FRESH_DRAWS) * search.confirming
+    minutes = math.ceil((search.used + seconds) / 60)
     raise CalibPruneError(
         f"{search.seconds / 60:g} minutes are too few: a model takes {search.per_model:.0f} "
         f"seconds here, and advice takes {fewest} models. Give --minutes {minutes} or more, or "
@@ -150,7 +154,7 @@ def halve(search: Halving) -> list[str]:  # finalists, the best first
     read_plan(search)
     search.plan = first_round(search)
     keep_plan(search)
-    reserve = search.plan.fresh * FINALISTS * search.per_model
+    reserve = FINALISTS * len(FRESH_DRAWS) * (search.per_model + search.confirming)
     for stage, size in enumerate(search.plan.rounds[1:], 1):
         for mix in search.ranking()[:size]:
             late = search.used + search.per_model + reserve > search.seconds

@@ -189,8 +189,7 @@ def _trials(model: str, folder: str | Path, need: Need, settings: PruneSettings,
                   progress)
 
 def _confirm(search: Halving, finalists: Sequence[str]) -> Measured:
-    draws = FRESH_DRAWS[:search.plan.fresh] if search.plan else FRESH_DRAWS
-    study = as_study(search.trials, CONFIRMING, {mix: draws for mix in finalists})
+    study = as_study(search.trials, CONFIRMING, dict.fromkeys(finalists, FRESH_DRAWS))
     return bootstrap_study(example_preset(study), study, measure=ANSWER_BITS)
 
 # %% ../../nbs/advice/06_measured.ipynb #10cf5389
@@ -217,10 +216,13 @@ def advise(model: str | Path,                  # the dense model
         check_mixes(trials, mixes)
         floor = dense_items(trials, TUNING, floor=True)
         check_need(wanted, dense_items(trials, TUNING), floor)
-        search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began)
+        before = time.monotonic()
+        dense = dense_items(trials, CONFIRMING)
+        search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began,
+                         confirming=time.monotonic() - before)
+        floor = dense_items(trials, CONFIRMING, floor=True)
         confirmed = _confirm(search, halve(search))
         keep_plan(search)
-        known = dense_items(trials, CONFIRMING), dense_items(trials, CONFIRMING, floor=True)
-    table = retention(*known, measure=ANSWER_BITS)
+    table = retention(dense, floor, measure=ANSWER_BITS)
     overall = table[table["level"] != "task"].reset_index(drop=True)
     return Advice(quick, search, confirmed, overall, time.monotonic() - began)

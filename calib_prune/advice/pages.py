@@ -30,7 +30,8 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 # %% ../../nbs/advice/07_pages.ipynb #5a205e08
 def _points(value: float, low: float, high: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    "In points, with the half width of the interval: simultaneous intervals are symmetric."
+    return f"{100 * value:{sign}.1f} ± {50 * (high - low):.1f}"
 
 def regret_lines(quick: QuickAdvice) -> list[dict[str, Any]]:
     "The regrets of policies on the studied models, one line per policy."

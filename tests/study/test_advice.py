@@ -109,7 +109,7 @@ def test_a_search_goes_on_where_it_was(made_up, monkeypatch, tmp_path, cut):
 
 
 def test_too_few_minutes_name_the_minutes_it_takes(made_up):
-    with pytest.raises(CalibPruneError, match="Give --minutes 4 or more"):
+    with pytest.raises(CalibPruneError, match="Give --minutes 5 or more"):
         made_up(need="code", minutes=1)
 
 
