@@ -92,8 +92,9 @@ PLAN_FILE = "plan.json"
 
 def keep_plan(search: Halving) -> None:
     "Write plan and time, after every trial."
-    about = dict(plan=asdict(search.plan) if search.plan else None, per_model=search.per_model,
-                 confirming=search.confirming, spent=search.used, mixes=[*search.mixes], seconds=search.seconds)
+    about = dict(plan=asdict(search.plan) if search.plan else None, mixes=[*search.mixes],
+                 per_model=search.per_model, confirming=search.confirming, spent=search.used,
+                 seconds=search.seconds)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
 
 def read_plan(search: Halving) -> None:
