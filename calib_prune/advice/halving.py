@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'FINALISTS', 'FIRST_DRAW', 'FRESH_DRAWS', 'SCORES', 'PLAN_FILE', 'Plan', 'plan_for', 'need_score', 'Halving',
-           'keep_plan', 'read_plan', 'run_trial', 'fits', 'first_round', 'halve']
+           'keep_plan', 'read_plan', 'run_trial', 'time_allows', 'first_round', 'halve']
 
 # %% ../../nbs/advice/05_halving.ipynb #a3974f5f
 import json
@@ -125,7 +125,7 @@ def run_trial(search: Halving, mix: str, stage: int) -> None:
     if show and search.plan: show("models of the plan", len(search.scores), search.plan.models)
     keep_plan(search)
 
-def fits(search: Halving, candidates: int, done: int) -> bool:
+def time_allows(search: Halving, candidates: int, done: int) -> bool:
     "Whether the time allows the plan for a number of candidates, of which some have been run."
     left = plan_for(candidates).models - done
     further = FINALISTS * len(FRESH_DRAWS) * search.confirming
@@ -136,7 +136,7 @@ def first_round(search: Halving) -> Plan:
     "Try candidates as long as the time allows the rounds that they lead to."
     known = search.plan.rounds[0] if search.plan else 0
     for n, mix in enumerate(search.mixes):
-        if n and n >= known and not fits(search, n + 1, n): break
+        if n and n >= known and not time_allows(search, n + 1, n): break
         run_trial(search, mix, 0)
     tried = len(search.scores)
     if search.plan: return search.plan
