@@ -45,7 +45,7 @@ from ..progress import ProgressFn
 from ..questions.policies import WORST, need_values
 from ..statistics.effects import effects, estimate, simultaneous
 from ..statistics.examples import example_preset
-from ..statistics.replicates import Replicates
+from ..statistics.replicates import ADDITIVE, Replicates
 from ..statistics.selection import Measured, bootstrap_study
 
 # %% ../../nbs/advice/06_measured.ipynb #86beb3c5
@@ -120,7 +120,7 @@ class Advice:
     @cached_property
     def retention(self) -> pd.DataFrame:
         "Each finalist's retention by dimension and in total, with simultaneous intervals."
-        return effects(self.confirmed.replicates, together=[])
+        return effects(self.confirmed.replicates, ADDITIVE, together=[])
 
     @cached_property
     def lead(self) -> pd.DataFrame:

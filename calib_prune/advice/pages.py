@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from .measured import Advice
 from .nearest import QuickAdvice
 from ..core import DIMENSIONS, write_atomic
-from ..statistics.plots import forest_figure, method_label
+from ..statistics.plots import forest_figure, method_label, sparsity_label
 from ..style import paper_style, save_figure
 
 # %% ../../nbs/advice/07_pages.ipynb #bd6179fa
@@ -101,7 +101,8 @@ def as_html(text: str,      # Markdown
 def advice_page(advice: Advice) -> str:  # Markdown
     "The advice in words, tables and a figure."
     search, how = advice.search, advice.search.trials.settings
-    method = f"{method_label(how.method)} at {how.sparsity}"
+    at = how.sparsity if ":" in str(how.sparsity) else float(how.sparsity)
+    method = f"{method_label(how.method)} at {sparsity_label(at)}"
     parts = [
         f"# Calibration data for {search.trials.model}",
         f"Need: {advice.need.asked}. **Take `{advice.calibration}`.** {advice.verdict}",
