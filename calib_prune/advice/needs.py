@@ -55,7 +55,7 @@ def _prompt_of(line: str, place: str) -> str:
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
     "The prompts of a JSON-lines file, each once."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = Path(path).read_text(encoding="utf-8").split("\n")  # text may hold other breaks
     except (OSError, UnicodeDecodeError) as e:
         raise CalibPruneError(f"Cannot read the prompts in {path}: {e}.") from e
     texts = [_prompt_of(line, f"Line {i} of {path}") for i, line in enumerate(lines, 1)
@@ -82,8 +82,9 @@ def _dimension(name: str) -> str:
 
 def parse_need(text: str) -> Need:
     "A need from the command line."
-    if text == ALL: return Need(text, {d: 1 / len(DIMENSIONS) for d in DIMENSIONS})
-    if text == WORST: return Need(text, {d: 1 / len(DIMENSIONS) for d in DIMENSIONS}, worst=True)
+    if text.lower() in (ALL, WORST):
+        alike = {dimension: 1 / len(DIMENSIONS) for dimension in DIMENSIONS}
+        return Need(text.lower(), alike, worst=text.lower() == WORST)
     if text.endswith(".jsonl"):
         return Need(text, {OWN_NEED: 1.0}, prompts=read_prompts(text))
     weights: dict[str, float] = {}

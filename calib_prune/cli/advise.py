@@ -27,24 +27,22 @@ def distance_lines(quick: Any) -> list[dict[str, Any]]:  # from `nearest.advise_
     return [{"need": row.ability, "source": row.source, "bits": f"{row.bits:.3f}",
              "distance": bar} for row, bar in zip(rows.itertuples(index=False), drawn)]
 
-def show_quick(quick: Any, model: str) -> None:
+def show_quick(quick: Any, model: str, settings: Any) -> None:  # settings: `PruneSettings`
     "Advice without pruning, for people."
-    from calib_prune.advice.pages import regret_lines
+    from calib_prune.advice.pages import prune_command_line, regret_lines
     show_table(distance_lines(quick), "distance of the vocabulary from the need's prompts "
                "(Jensen-Shannon divergence)")
     print_lines(["", f"Take {quick.calibration}. {quick.reason}", ""])
     if len(quick.regrets):
         show_table(regret_lines(quick), "regret on the studied models: points of retention below "
                    "the best set [95 % interval]; SparseGPT at 50 %")
-    else: print_lines(["The regret of this rule for this need was not measured: "
-                       "--minutes 15 prunes with candidates and measures."])
-    print_lines(["", f"calib-prune prune --model {model} --calibration '{quick.calibration}' "
-                 "--output pruned"])
+    else: print_lines(["The regret of this rule for this need was not measured."])
+    print_lines(["", prune_command_line(model, quick.calibration, settings)])
 
 # %% ../../nbs/cli/11_advise.ipynb #258de395
 def finalist_lines(advice: Any) -> list[dict[str, Any]]:  # from `measured.advise`
     "What the need counts of every finalist, in percent, with bars on one scale."
-    rows = advice.counted_rows
+    rows = advice.counted
     drawn = forest_column([*zip(rows["value"], rows["ci_low"], rows["ci_high"])], reference=1.0)
     return [{"calibration": row.calibration, "retention %": f"{100 * row.value:.1f}",
              "95 % CI": f"{100 * row.ci_low:.1f} to {100 * row.ci_high:.1f}", "· is dense": bar}
@@ -58,13 +56,15 @@ def show_advice(advice: Any, files: list[Path]) -> None:
         retention_cells,
         round_lines,
     )
+    trials = advice.search.trials
+    command = prune_command_line(trials.model, advice.calibration, trials.settings)
     show_table(round_lines(advice), "candidates: mean score on the tuning items")
     show_table(finalist_lines(advice), f"finalists, on what the need counts ({advice.need.asked}), "
                "fresh items and fresh draws")
     show_table(retention_cells(advice), "retention in %, simultaneous 95 % intervals")
     show_table(lead_lines(advice), "lead in points, simultaneous 95 % intervals")
     print_lines(["", f"Take {advice.calibration}. {advice.verdict}", advice.more,
-                 f"{advice.seconds / 60:.1f} minutes.", "", prune_command_line(advice), "",
+                 f"{advice.seconds / 60:.1f} minutes.", "", command, "",
                  f"Page: {files[1]}"])
 
 # %% ../../nbs/cli/11_advise.ipynb #9cd09c00
@@ -103,17 +103,21 @@ def advise_command(
 ) -> None:
     "Which calibration data for this model and this need? By rules at once, or by pruning."
     _check_minutes(minutes)
+    how: dict[str, Any] = dict(method=method, sparsity=sparsity, windows=windows,
+                               length=length, dtype=dtype, device=device)
     if minutes == 0:
         from calib_prune.advice.nearest import advise_quickly
+        from calib_prune.pipeline.prune import PruneSettings
+        settings = PruneSettings(**how)
+        settings.check()
         with bars(as_json) as progress:
             quick = advise_quickly(need, model, source or (), progress)
-        return print_json(dict(advice=1) | quick.record()) if as_json else show_quick(quick, model)
+        if as_json: return print_json(dict(advice=1) | quick.record())
+        return show_quick(quick, model, settings)
     from calib_prune.advice.measured import advise
     from calib_prune.advice.pages import save_advice
     with bars(as_json) as progress:
-        advice = advise(model, need, minutes, output, source or (), progress, method=method,
-                        sparsity=sparsity, windows=windows, length=length, dtype=dtype,
-                        device=device)
+        advice = advise(model, need, minutes, output, source or (), progress, **how)
     files = save_advice(advice, output)
     if as_json: return print_json(advice.record())
     show_advice(advice, files)

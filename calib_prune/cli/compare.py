@@ -85,8 +85,8 @@ def check_picture(path: Optional[str]) -> Path | None:
 
 # %% ../../nbs/cli/10_compare.ipynb #8405ab59
 DRAW_NOTE = ("The intervals allow for the choice of the items, not for the draw of the calibration "
-             "windows, which moves a total by about one point (standard deviation, 135M model): "
-             "for a claim about a calibration source, prune with two seeds or more.")
+             "windows, which adds a standard deviation of about one point to a total (135M "
+             "model): for a claim about a calibration source, prune with two seeds or more.")
 
 def compare_command(
     models: Annotated[

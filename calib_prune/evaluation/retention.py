@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'paired_values', 'left_aside', 'counted_dimensions', 'left_out_reasons', 'retention_draws',
-           'retention_verdict', 'retention', 'difference', 'floor_comparison', 'floor_notes', 'discrimination',
-           'discriminating_measure', 'commonsense_accuracy']
+           'retention_verdict', 'retention', 'difference', 'floor_comparison', 'has_floor', 'floor_notes',
+           'discrimination', 'discriminating_measure', 'commonsense_accuracy']
 
 # %% ../../nbs/evaluation/07_retention.ipynb #d33c6e99
 from typing import Any, Iterable
@@ -311,6 +311,11 @@ def floor_comparison(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluat
     lead = difference(known, mine, floor, n_boot, seed, scored_by)
     above = lead.assign(above=lead["ci_low"] > 0)[["level", "name", "above"]]
     return table[["level", "name", *columns.values()]].merge(above, how="left")
+
+# %% ../../nbs/evaluation/07_retention.ipynb #a2869f32
+def has_floor(floor: pd.DataFrame, measure: Measure) -> bool:
+    "Whether a measure can score any task of the floor: written answers have none."
+    return any(measure.metric(TASKS[name]) for name in floor["task"].unique())
 
 # %% ../../nbs/evaluation/07_retention.ipynb #f5d6ce8d
 def floor_notes(table: pd.DataFrame,  # from `retention`

@@ -298,6 +298,7 @@ def own_task(text: str  # FILE.jsonl, or DIMENSION=FILE.jsonl
             ) -> Task:
     "A user's file as a task; from then on it is known by its name."
     dimension, _, path = text.rpartition("=")
+    dimension = {d.lower(): d for d in DIMENSIONS}.get(dimension.lower(), dimension)
     file = Path(path).expanduser().absolute()
     name = file.stem
     if not re.fullmatch(r"[\w-]+", name) or dimension and not re.fullmatch(r"[\w-]+", dimension):

@@ -19,6 +19,7 @@ from calib_prune.evaluation.retention import (
     discriminating_measure,
     floor_comparison,
     floor_notes,
+    has_floor,
     retention,
 )
 from ..evaluation.scoring import ending_notes, evaluate, scores
@@ -63,6 +64,7 @@ class Evaluation:
     def floor(self) -> pd.DataFrame | None:
         "The floor of each row of `retention`; None if the floor was not scored."
         if self.floor_items is None or self.dense_items is None: return None
+        if not has_floor(self.floor_items, self.measure): return None
         return floor_comparison(
             self.dense_items, self.items, self.floor_items, measure=self.measure)
 

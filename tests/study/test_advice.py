@@ -6,11 +6,16 @@ import pandas as pd
 import pytest
 
 from calib_prune.advice import halving, measured, trials
+from calib_prune.advice.compare import Comparison, short_names
 from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.pages import save_advice
+from calib_prune.advice.trials import Trials
 from calib_prune.core import CalibPruneError
+from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks
+from calib_prune.model.loading import save_model
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
 SECONDS = 50.0  # of a made-up trial
 BEST = {"codeio": 0.9, "uniform-dimensions": 0.8}  # Code retention; others 0.6
@@ -88,7 +93,7 @@ def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", "").replace("http://creativecommons.org", "").replace(
         "https://matplotlib.org", "")
-    assert "--calibration 'codeio'" in files["advice.md"].read_text()
+    assert "--calibration codeio" in files["advice.md"].read_text()
 
 
 @pytest.mark.parametrize("cut", [4, 10])  # in the first round, before the plan is fixed; after it
@@ -126,6 +131,42 @@ def test_a_need_at_the_floor_cannot_be_measured(made_up, monkeypatch):
     monkeypatch.setattr(measured, "dense_items", same)
     with pytest.raises(CalibPruneError, match="Code cannot be measured on this model"):
         made_up(need="code", minutes=10)
+
+
+def test_a_changed_text_or_model_is_another_trial(tmp_path):
+    """The file name of a trial changes with the text of its source, and the folder is bound to the
+    weights, not to the model's name."""
+    text = tmp_path / "notes.txt"
+    names = []
+    for word in ("first", "second"):
+        text.write_text(f"{word} " * 50)
+        names.append(trials._file_name(str(text)))
+    assert names[0] != names[1] and trials._file_name("c4") == trials._file_name("c4")
+    weights = []
+    for seed in (0, 1):
+        place = tmp_path / f"m{seed}"
+        save_model(tiny_llama(seed), tiny_tokenizer(), str(place), {})
+        place.rename(tmp_path / "model")
+        weights.append(Trials(str(tmp_path / "model"), tmp_path, {}).identity()["weights"])
+        (tmp_path / "model").rename(place)
+    assert weights[0] != weights[1]
+
+
+def test_a_model_called_dense_keeps_its_name():
+    items = {name: items_of({}, ["piqa"], seed=i) for i, name in enumerate(("a", "b"))}
+    names = short_names(["out/dense", "out/c4"])
+    table = Comparison(items["a"], dict(zip(names, items.values())), None,
+                       get_measure("answer-bits"), 50).flips
+    assert len({*zip(table["first"], table["second"])}) == 3
+
+
+def test_a_measure_without_likelihoods_has_no_floor():
+    likelihoods = items_of({}, ["jeopardy"])
+    written = likelihoods.assign(task="gsm8k_generate", dimension="Math", metric="exact_match",
+                                 value=1.0, chance=0.0)
+    dense = pd.concat([likelihoods, written], ignore_index=True)
+    found = Comparison(dense, dict(a=dense, b=dense), likelihoods, get_measure("above-chance"), 50)
+    assert found.floor is None and found.floor_notes == []
 
 
 def test_tuning_and_confirming_share_no_item_with_reports():
