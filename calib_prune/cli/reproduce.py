@@ -559,7 +559,7 @@ def reproduce(
             "`mixing`, `perplexity`, "
             "`new-sources`, `recipe`, `answers`, `rounding`, `fresh-draws`; models: "
             "`smollm2-135m`, `qwen-0.5b`, for claims and answers `qwen-1.5b`, and for claims "
-            "`llama-3.1-8b`. "
+            "`llama-3.1-8b`, for fresh-draws also `smollm2-135m-recipe`. "
             "For example `recipe/qwen-0.5b`.")] = "smoke",
     jobs: Annotated[
         int,
