@@ -39,11 +39,10 @@ def save_figure(figure: Figure, path: str | Path,  # without suffix
                 suffixes: Iterable[str] = (".pdf", ".png")  # keys of `PICTURES`
                ) -> list[Path]:
     "Save a figure in files of these types, without dates."
-    path = Path(path)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # lay out and measure once: doing so per file takes seconds
     box = figure.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
-    files = [path.with_suffix(suffix) for suffix in suffixes]
+    files = [Path(f"{path}{suffix}") for suffix in suffixes]  # the name may hold dots
     for file in files:
         how = dict(format=file.suffix[1:], metadata={PICTURES[file.suffix]: None}, bbox_inches=box)
         # an SVG's names are random without a salt

@@ -29,7 +29,7 @@ def pooled_variance(groups: Sequence[Sequence[float]]  # values of the draws of 
 
 def half_width(items: float,      # variance that the choice of items makes
                draws: float,      # variance that the draws make
-               freedom: int,      # of the latter
+               freedom: int,      # degrees of freedom of the variance of the draws
                comparisons: int = 1
               ) -> float:         # of a 95 % interval
     "Student's t with Satterthwaite's degrees of freedom, Bonferroni over the comparisons."
@@ -48,7 +48,7 @@ class Confirmed:
     draws: int                                  # of each finalist
 
     def interval(self, outcome: str, values: np.ndarray,  # [1 + B]
-                 sets: int,                    # whose noise it has: 1, or 2 for a difference
+                 sets: int,                    # 1, or 2 for a difference: the noise of both
                  comparisons: int = 1) -> tuple[float, float, float]:
         "A value with its 95 % interval over items and draws."
         variance, freedom = self.variances[outcome]

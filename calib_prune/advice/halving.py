@@ -89,7 +89,7 @@ class Halving:
         return pd.DataFrame(self.scores, columns=SCORES)
 
     def scatter(self) -> dict[str, list[list[float]]]:  # outcome → values of each mix's draws
-        "What the rounds tell of the noise of the draw."
+        "The values of all draws, which show the noise of the draw."
         groups: dict[str, dict[str, list[float]]] = {}
         for score in self.scores:
             for outcome, value in score["values"].items():
@@ -106,14 +106,14 @@ class Halving:
 PLAN_FILE = "plan.json"
 
 def keep_plan(search: Halving) -> None:
-    "Write plan and time, after every trial."
+    "Store the plan and the time used; called after every trial."
     about = dict(plan=asdict(search.plan) if search.plan else None, mixes=[*search.mixes],
                  per_model=search.per_model, confirming=search.confirming, spent=search.used,
                  seconds=search.seconds)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
 
 def read_plan(search: Halving) -> None:
-    "Take over the plan of an earlier run with the same candidates; its time counts."
+    "Read the plan of an earlier run with the same candidates; the time of that run counts."
     path = search.trials.folder / PLAN_FILE
     if not path.is_file(): return
     numbers = dict.fromkeys(("spent", "per_model", "confirming"), float)
@@ -163,7 +163,7 @@ def first_round(search: Halving) -> Plan:
     raise CalibPruneError(
         f"{search.seconds / 60:g} minutes are too few: a model takes {search.per_model:.0f} "
         f"seconds here, and advice takes {fewest} models. Give --minutes {minutes} or more, or "
-        "--minutes 0. The first trial is kept.")
+        "--minutes 0. The first trial is stored.")
 
 # %% ../../nbs/advice/05_halving.ipynb #24847cd8
 def halve(search: Halving) -> list[str]:  # finalists, the best first

@@ -37,7 +37,7 @@ from calib_prune.advice.trials import (
     trial_items,
 )
 from ..calibration.sets import named_mixes
-from ..core import DIMENSIONS, CalibPruneError
+from ..core import DIMENSIONS, CalibPruneError, as_path
 from ..evaluation.measures import ANSWER_BITS
 from ..evaluation.retention import retention
 from ..evaluation.tasks import get_tasks
@@ -64,11 +64,11 @@ def mixed_half(source: str) -> str:
                                         for name, share in rest.items() if name != source)])
 
 # %% ../../nbs/advice/07_measured.ipynb #e85c62fa
-def check_need(need: Need, dense: pd.DataFrame, floor: pd.DataFrame) -> None:
+def check_need(need: Need, floor: pd.DataFrame  # retention after another item's prompt
+              ) -> None:
     "Refuse a need whose dense score is at the floor: nothing of it can be lost."
-    table = retention(dense, floor, measure=ANSWER_BITS)
-    overall = table[table["level"] == "dimension"].set_index("name")
-    lost = [name for name in need.weights if overall.loc[name, "ci_high"] >= 1]
+    ends = floor.set_index("name")["ci_high"]
+    lost = [name for name in need.weights if ends[name] >= 1]
     if not lost: return
     raise CalibPruneError(
         f"{', '.join(lost)} cannot be measured on this model: after another item's prompt, the "
@@ -146,12 +146,12 @@ def hour_note(plan: Plan | None, candidates: int,  # in all
     return f"{tried} of {candidates} candidates were tried; with another hour, about {most}."
 
 # %% ../../nbs/advice/07_measured.ipynb #9a15ceb1
-def _trials(model: str, folder: str | Path, need: Need, settings: PruneSettings,
+def _trials(model: str, folder: Path, need: Need, settings: PruneSettings,
             progress: ProgressFn | None) -> Trials:
     tasks = [task.name for task in get_tasks("default")]
     wanted = DIMENSIONS if need.worst else [*need.weights]
     tuned = [task.name for task in get_tasks("default") if task.dimension in wanted]
-    return Trials(model, Path(folder), {TUNING.name: tuned, CONFIRMING.name: tasks}, settings,
+    return Trials(model, folder, {TUNING.name: tuned, CONFIRMING.name: tasks}, settings,
                   progress)
 
 def _confirm(search: Halving, dense: pd.DataFrame, finalists: Sequence[str]) -> Confirmed:
@@ -164,7 +164,7 @@ def advise(model: str | Path,                  # the dense model
            need: str = "all",                  # see `needs.parse_need`
            minutes: float = 15,                # for the whole search
            output: str | Path = "advice",      # folder for the trials; the same call goes on there
-           sources: Sequence[str] = (),        # of one's own: names, files
+           sources: Sequence[str] = (),        # the user's own: names, files
            progress: ProgressFn | None = None,
            sparsity: float | str = "0.5",      # where our own models are above their floor
            **settings                          # see `pipeline.prune.PruneSettings`
@@ -177,7 +177,7 @@ def advise(model: str | Path,                  # the dense model
         raise CalibPruneError(
             f"{need}: a search scores the four abilities only. --minutes 0 names the source "
             "nearest to these prompts; `compare --tasks` scores models on your own items.")
-    trials = _trials(str(model), output, wanted, how, progress)
+    trials = _trials(str(model), as_path(output, "a folder for the advice"), wanted, how, progress)
     quick = advise_quickly(need, model, sources, progress)
     mixes = candidate_mixes(quick, sources)
     check_mixes(trials, mixes)  # before the folder is bound to these settings
@@ -186,10 +186,10 @@ def advise(model: str | Path,                  # the dense model
         dense = dense_items(trials, CONFIRMING)
         search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began,
                          confirming=time.monotonic() - before)
-        floor = dense_items(trials, CONFIRMING, floor=True)
-        check_need(wanted, dense, floor)
+        after_next = dense_items(trials, CONFIRMING, floor=True)
+        floor = retention(dense, after_next, measure=ANSWER_BITS)
+        floor = floor[floor["level"] != "task"].reset_index(drop=True)
+        check_need(wanted, floor)
         confirmed = _confirm(search, dense, halve(search))
         keep_plan(search)
-    table = retention(dense, floor, measure=ANSWER_BITS)
-    overall = table[table["level"] != "task"].reset_index(drop=True)
-    return Advice(quick, search, confirmed, overall, time.monotonic() - began)
+    return Advice(quick, search, confirmed, floor, time.monotonic() - began)

@@ -23,7 +23,7 @@ from ..core import CalibPruneError
 from ..model.loading import load_tokenizer
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
-from ..questions.policies import ALL, FIXED, NEAREST, WORST
+from ..questions.policies import ALL_ALIKE, FIXED, NEAREST, WORST_OF_ALL
 
 # %% ../../nbs/advice/03_nearest.ipynb #1954fd1b
 def common_size(sources: Sequence[str], tokenizer: Any, windows: int, length: int
@@ -102,16 +102,18 @@ RULE_REASONS = {
            "({bits:.3f} bits; the next is {next_source}, {next_bits:.3f}).",
     "several": "Each ability gets its nearest source, in shares that are the weights of the need. "
                "This rule was not tested with several abilities.",
-    ALL: "Equal shares of the four kinds of text have the lowest regret on both studied models "
-         "(table T18).",
-    WORST: "Code loses most where calibration text has little of it; this mix is half code. It was "
-           "tested at 60 % (table T15), not among the sets of the table of regrets."}
+    ALL_ALIKE: "Equal shares of the four kinds of text have the lowest regret on both studied "
+               "models (table T18).",
+    WORST_OF_ALL: "Code loses most where calibration text has little of it; this mix is half "
+                  "code. It was tested at 60 % (table T15), not among the sets of the table of "
+                  "regrets."}
 
 def quick_reason(need: Need, distances: pd.DataFrame) -> tuple[str, str, str]:
     "The calibration mix, its policy and the reason."
-    if need.policy_need == WORST: return FIXED["half code"], "half code", RULE_REASONS[WORST]
-    if need.policy_need == ALL:
-        return FIXED["equal dimensions"], "equal dimensions", RULE_REASONS[ALL]
+    if need.policy_need == WORST_OF_ALL:
+        return FIXED["half code"], "half code", RULE_REASONS[WORST_OF_ALL]
+    if need.policy_need == ALL_ALIKE:
+        return FIXED["equal dimensions"], "equal dimensions", RULE_REASONS[ALL_ALIKE]
     mix = nearest_mix(need, distances)
     if not need.single: return mix, NEAREST, RULE_REASONS["several"]
     first, second = (row for row in distances.head(2).itertuples())
@@ -121,7 +123,7 @@ def quick_reason(need: Need, distances: pd.DataFrame) -> tuple[str, str, str]:
 # %% ../../nbs/advice/03_nearest.ipynb #4cb12d23
 def advise_quickly(need: str,                     # see `needs.parse_need`
                    model: str | Path = "smollm2-135m",  # only its tokenizer is read
-                   sources: Sequence[str] = (),   # of one's own, beside the packaged sources
+                   sources: Sequence[str] = (),   # the user's own, in addition to the packaged ones
                    progress: ProgressFn | None = None
                   ) -> QuickAdvice:
     "A calibration mix for a need; no model is pruned. What `calib-prune advise --minutes 0` does."

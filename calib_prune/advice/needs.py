@@ -8,7 +8,6 @@ __all__ = ['OWN_NEED', 'FEWEST_PROMPTS', 'Need', 'read_prompts', 'parse_need', '
 # %% ../../nbs/advice/02_needs.ipynb #aa01a70d
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..core import DIMENSIONS, CalibPruneError
-from ..evaluation.tasks import benchmark_tokens
-from ..questions.policies import ALL, WORST
+from ..evaluation.tasks import benchmark_tokens, prompt_tokens
+from ..questions.policies import ALL_ALIKE, WORST_OF_ALL
 
 # %% ../../nbs/advice/02_needs.ipynb #9ec854ba
 OWN_NEED = "own"
@@ -39,8 +38,9 @@ class Need:
     @property
     def policy_need(self) -> str | None:  # as in `questions.policies`; None: not measured
         "The need that the table of regrets knows."
-        if self.worst: return WORST
-        if len({*self.weights.values()}) == 1 and {*self.weights} == {*DIMENSIONS}: return ALL
+        if self.worst: return WORST_OF_ALL
+        if {*self.weights} == {*DIMENSIONS} and len({*self.weights.values()}) == 1:
+            return ALL_ALIKE
         return self.single if self.single in DIMENSIONS else None
 
 # %% ../../nbs/advice/02_needs.ipynb #1d074eb7
@@ -77,14 +77,14 @@ def _dimension(name: str) -> str:
     known = {dimension.lower(): dimension for dimension in DIMENSIONS}
     if name.lower() in known: return known[name.lower()]
     raise CalibPruneError(
-        f"Unknown need {name!r}. A need is {', '.join(known)}, {ALL}, {WORST}, weights such as "
-        "code=2,math=1, or a .jsonl file with a field \"prompt\".")
+        f"Unknown need {name!r}. A need is {', '.join(known)}, {ALL_ALIKE}, {WORST_OF_ALL}, "
+        "weights such as code=2,math=1, or a .jsonl file with a field \"prompt\".")
 
 def parse_need(text: str) -> Need:
     "A need from the command line."
-    if text.lower() in (ALL, WORST):
+    if text.lower() in (ALL_ALIKE, WORST_OF_ALL):
         alike = {dimension: 1 / len(DIMENSIONS) for dimension in DIMENSIONS}
-        return Need(text.lower(), alike, worst=text.lower() == WORST)
+        return Need(text.lower(), alike, worst=text.lower() == WORST_OF_ALL)
     if text.endswith(".jsonl"):
         return Need(text, {OWN_NEED: 1.0}, prompts=read_prompts(text))
     weights: dict[str, float] = {}
@@ -104,7 +104,4 @@ def need_tokens(need: Need, tokenizer: Any
     if not need.prompts:
         known = benchmark_tokens(tokenizer)
         return {dimension: known[dimension] for dimension in need.weights}
-    shared = len(os.path.commonprefix(need.prompts))
-    texts = [prompt[shared:] for prompt in need.prompts]
-    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return {OWN_NEED: np.array([token for prompt in ids for token in prompt], np.int64)}
+    return {OWN_NEED: np.array(prompt_tokens(need.prompts, tokenizer), np.int64)}

@@ -22,11 +22,13 @@ from .nearest import QuickAdvice
 from ..core import DIMENSIONS, write_atomic
 from ..pipeline.prune import PruneSettings
 from ..statistics.plots import forest_figure, method_label, sparsity_label
+from ..statistics.tables import interval_text
 from ..style import paper_style, save_figure
 
 # %% ../../nbs/advice/08_pages.ipynb #bd6179fa
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    "Rows as a Markdown table; the columns are those of the first row."
+    """Rows as a Markdown table; the columns are those of the first row. The form of pandas needs
+    tabulate, which the core does not install."""
     cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     lines = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
@@ -40,7 +42,7 @@ def regret_lines(quick: QuickAdvice) -> list[dict[str, Any]]:
     "The regrets of policies on the studied models, one line per policy."
     lines: dict[str, dict[str, Any]] = {}
     for row in quick.regrets.itertuples(index=False):
-        text = f"{row.regret:.1f} [{row.ci_low:.1f}, {row.ci_high:.1f}]"
+        text = interval_text(row.regret, row.ci_low, row.ci_high, scale=1)
         lines.setdefault(row.policy, {"policy": row.policy})[row.model] = text
     return [*lines.values()]
 

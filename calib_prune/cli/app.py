@@ -59,9 +59,9 @@ LEFT: dict[str, Callable[[dict[str, Any]], str]] = {
     "prune": lambda given: left_by_prune(given["output"], given.get("checkpoint")),
     "generate": lambda given: left_by_generate(given["output"]),
     "evaluate": lambda given: f"No scores were kept; {AGAIN}.",
-    "advise": lambda given: f"Finished trials are kept in {given['output']}; {AGAIN}.",
-    "report": lambda given: f"Nothing was written to the report; {AGAIN}.",
-    "compare": lambda given: f"No scores were kept; {AGAIN}.",
+    "advise": lambda given: f"Finished trials are stored in {given['output']}; {AGAIN}.",
+    "report": lambda given: f"No report was written; {AGAIN}.",
+    "compare": lambda given: f"No scores were stored; {AGAIN}.",
     "measure": lambda given: f"No metrics were kept; {AGAIN}.",
     "fetch": lambda given: "Files that are complete are kept; the same command fetches the others.",
     "reproduce": lambda given: "Finished models are kept; the same command goes on from them."}

@@ -26,16 +26,15 @@ from .output import JsonOption, bars, forest_column, print_json, show_table
 from ..core import CalibPruneError
 
 # %% ../../nbs/cli/10_compare.ipynb #5c220b32
-def _percent(value: float) -> str: return "–" if value != value else f"{100 * value:.1f}"
-
 def retention_table(comparison: Any  # from `compare_models`
                    ) -> list[dict[str, Any]]:
     "Retention of each model, in percent, by dimension and in total."
+    from calib_prune.advice.compare import percent_text
     overall = comparison.retention[comparison.retention["level"] != "task"]
-    rows = [{"model": name} | dict(zip(mine["name"], map(_percent, mine["retention"])))
+    rows = [{"model": name} | dict(zip(mine["name"], map(percent_text, mine["retention"])))
             for name, mine in overall.groupby("model", sort=False)]
     if comparison.floor is not None:
-        ends = dict(zip(comparison.floor["name"], map(_percent, comparison.floor["floor"])))
+        ends = dict(zip(comparison.floor["name"], map(percent_text, comparison.floor["floor"])))
         rows.append({"model": "floor"} | {name: ends.get(name, "–") for name in [*rows[0]][1:]})
     return rows
 
@@ -53,10 +52,9 @@ def difference_table(comparison: Any) -> list[dict[str, Any]]:
 # %% ../../nbs/cli/10_compare.ipynb #85547356
 def flip_table(comparison: Any) -> list[dict[str, Any]]:
     "Answers that turned, in total, of every two models."
+    from calib_prune.advice.compare import flip_texts
     rows = comparison.flips[comparison.flips["level"] == "total"]
-    return [{"from": row.first, "to": row.second, "answers": row.n,
-             "right": f"{row.right_before} → {row.right_after}", "turned wrong": row.to_wrong,
-             "turned right": row.to_right, "p": f"{row.p:.2g}"}
+    return [{"from": row.first, "to": row.second} | flip_texts(row)
             for row in rows.itertuples(index=False)]
 
 # %% ../../nbs/cli/10_compare.ipynb #7fd18ec9

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'TASKS', 'TASK_SETS', 'OWN_ENDING', 'OWN_FILE', 'Limit', 'Task', 'task_items', 'own_task', 'task_dimensions',
            'chance', 'get_tasks', 'limit_of', 'tasks_with_floor', 'own_names', 'fill_prompt', 'choose', 'task_config',
-           'with_next_prompt', 'write_task', 'benchmark_tokens']
+           'with_next_prompt', 'write_task', 'prompt_tokens', 'benchmark_tokens']
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #a95ef769
 import ast
@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
@@ -464,6 +464,14 @@ def write_task(task: Task,
     if not config.is_file() or config.read_bytes() != text.encode(): write_atomic(config, text)
     return out
 
+# %% ../../nbs/evaluation/01_tasks.ipynb #5087dff6
+def prompt_tokens(prompts: Sequence[str], tokenizer: Any) -> list[int]:
+    "The tokens of some prompts, one after the other, without the beginning that all share (ours)."
+    same = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
+    ids = tokenizer([prompt[same:] for prompt in prompts], add_special_tokens=False,
+                    split_special_tokens=True)["input_ids"]
+    return [token for prompt in ids for token in prompt]
+
 # %% ../../nbs/evaluation/01_tasks.ipynb #669364e6
 def benchmark_tokens(tokenizer,
                      limit: int | None = 50,              # items per task; None for all
@@ -472,8 +480,7 @@ def benchmark_tokens(tokenizer,
                      scored: Mapping[str, int | None] | None = None
                     # dimension → token ids int64 of its prompts
                     ) -> dict[str, np.ndarray]:
-    """The tokens of the benchmark prompts, by capability, without the beginning that all prompts of
-    a task share (ours).
+    """The tokens of the benchmark prompts, by capability: see `prompt_tokens`.
 
     Items that are scored are passed over; a task without others is left out.
     """
@@ -484,9 +491,6 @@ def benchmark_tokens(tokenizer,
         items = [] if first is None else choose(records, limit, after=first)
         prompts = [fill_prompt(task, item)["context"] for item in items]
         if not prompts: continue
-        same = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
-        ids = tokenizer([prompt[same:] for prompt in prompts],
-                        add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for prompt_ids in ids: tokens.setdefault(task.dimension, []).extend(prompt_ids)
+        tokens.setdefault(task.dimension, []).extend(prompt_tokens(prompts, tokenizer))
     return {d: np.array(tokens[d], np.int64) for d in task_dimensions(get_tasks(tasks))
             if tokens.get(d)}
