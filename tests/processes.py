@@ -13,13 +13,14 @@ COMMAND = "from calib_prune.cli.app import main; main()"
 LIMIT = 600  # s; more than a slow or busy machine needs: what takes longer hangs
 
 
-def start(*words, program=COMMAND, python=sys.executable, cwd=None, session=False, **env):
+def start(*words, program=COMMAND, python=sys.executable, cwd=None, session=False,
+          stdin=subprocess.DEVNULL, **env):
     "Python on a program, by default the command line; a variable that is None is taken away."
     return subprocess.Popen(
         [python, "-c", program, *map(str, words)],
         cwd=cwd,
         env={k: v for k, v in (os.environ | env).items() if v is not None},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

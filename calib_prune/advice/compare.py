@@ -29,7 +29,7 @@ from calib_prune.evaluation.retention import (
     retention_draws,
 )
 from ..evaluation.tasks import get_tasks
-from ..model.loading import load_tokenizer, locate_model
+from ..model.loading import AUTO, load_tokenizer, locate_model
 from ..pipeline.evaluate import score_model
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
@@ -201,7 +201,7 @@ def compare_models(models: Sequence[str | Path],     # two or more, made from on
                    # of retention; None: the one that discriminates between the dense model and
                    # the first model
                    measure: str | None = None,
-                   dtype: str = "float32", device: str = "cpu",
+                   dtype: str = AUTO, device: str = AUTO,
                    batch_tokens: int = 1024,         # tokens that pass through the model at a time
                    progress: ProgressFn | None = None,
                    floor: bool = True                # score the floor as well?

@@ -9,6 +9,7 @@ __all__ = ['RESAMPLES', 'pooled_variance', 'half_width', 'Confirmed', 'confirm']
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,6 @@ from scipy.stats import t as student
 
 from .halving import COUNTED, outcome_values
 from .needs import Need
-from ..core import DIMENSIONS
 
 # %% ../../nbs/advice/06_confirm.ipynb #3fad585d
 def pooled_variance(groups: Sequence[Sequence[float]]  # values of the draws of each mix
@@ -59,7 +59,8 @@ class Confirmed:
     def retention(self) -> pd.DataFrame:
         """One row per mix and outcome: strategy, dimension, value, ci_low, ci_high, all_low,
         all_high; the last two are simultaneous over the table."""
-        shown, rows = [o for o in (*DIMENSIONS, "Total") if o in self.values], []
+        shown = [outcome for outcome in self.values if outcome != COUNTED]
+        rows: list[tuple[Any, ...]] = []
         for i, name in enumerate(self.names):
             for outcome in shown:
                 mine = self.values[outcome][:, i]

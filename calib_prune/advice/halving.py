@@ -54,7 +54,8 @@ def outcome_values(need: Need, dense: pd.DataFrame, items: pd.DataFrame, n_boot:
     values = {name: draw for (level, name), draw in found.items() if level == "dimension"}
     if need.worst: counted = np.min([values[d] for d in DIMENSIONS], axis=0)
     else: counted = np.sum([w * values[name] for name, w in need.weights.items()], axis=0)
-    total = {"Total": found["total", "total"]} if {*DIMENSIONS} <= {*values} else {}
+    four = [values[name] for name in DIMENSIONS if name in values]
+    total = {"Total": np.mean(four, axis=0)} if len(four) == len(DIMENSIONS) else {}
     return values | total | {COUNTED: counted}
 
 # %% ../../nbs/advice/05_halving.ipynb #3717615d

@@ -40,7 +40,7 @@ from ..calibration.sets import named_mixes
 from ..core import DIMENSIONS, CalibPruneError, as_path
 from ..evaluation.measures import ANSWER_BITS
 from ..evaluation.retention import retention
-from ..evaluation.tasks import get_tasks
+from ..evaluation.tasks import TASKS, get_tasks
 from ..pipeline.prune import PruneSettings
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
@@ -148,9 +148,10 @@ def hour_note(plan: Plan | None, candidates: int,  # in all
 # %% ../../nbs/advice/07_measured.ipynb #9a15ceb1
 def _trials(model: str, folder: Path, need: Need, settings: PruneSettings,
             progress: ProgressFn | None) -> Trials:
-    tasks = [task.name for task in get_tasks("default")]
+    own = [need.task] if need.task else []
+    tasks = [task.name for task in get_tasks("default")] + own
     wanted = DIMENSIONS if need.worst else [*need.weights]
-    tuned = [task.name for task in get_tasks("default") if task.dimension in wanted]
+    tuned = [task for task in tasks if TASKS[task].dimension in wanted]
     return Trials(model, folder, {TUNING.name: tuned, CONFIRMING.name: tasks}, settings,
                   progress)
 
@@ -170,13 +171,14 @@ def advise(model: str | Path,                  # the dense model
            **settings                          # see `pipeline.prune.PruneSettings`
           ) -> Advice:
     "Search the best calibration mix for a need by pruning: what the command `advise` does."
-    began, how = time.monotonic(), PruneSettings(sparsity=sparsity, **settings)
-    how.check()
+    began, asked = time.monotonic(), PruneSettings(sparsity=sparsity, **settings)
+    asked.check()
     wanted = parse_need(need)
-    if OWN_NEED in wanted.weights:
+    if OWN_NEED in wanted.weights and not wanted.task:
         raise CalibPruneError(
-            f"{need}: a search scores the four abilities only. --minutes 0 names the source "
-            "nearest to these prompts; `compare --tasks` scores models on your own items.")
+            f"{need} has prompts without answers, so nothing can be scored. Add a field "
+            "\"answer\", or take --minutes 0, which names the source nearest to these prompts.")
+    how = asked.placed(str(model))
     trials = _trials(str(model), as_path(output, "a folder for the advice"), wanted, how, progress)
     quick = advise_quickly(need, model, sources, progress)
     mixes = candidate_mixes(quick, sources)

@@ -77,7 +77,8 @@ def round_lines(advice: Advice) -> list[dict[str, Any]]:
 # %% ../../nbs/advice/08_pages.ipynb #41189b63
 def prune_command_line(model: str, calibration: str, settings: PruneSettings) -> str:
     "The command that prunes with a mix, with every setting that is not the default."
-    given = {"calibration": calibration, "sparsity": str(settings.sparsity)}
+    given = {"calibration": calibration, "method": settings.method,
+             "sparsity": str(settings.sparsity)}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         if setting.name not in ("seed", *given) and value != setting.default:

@@ -26,7 +26,7 @@ from ..core import CalibPruneError, load_json, write_atomic
 from ..evaluation.flips import flips
 from ..evaluation.tasks import choose, fill_prompt, get_tasks, task_items
 from ..model.divergence import Divergence, divergence
-from ..model.loading import load_model, own_record
+from ..model.loading import AUTO, load_model, own_record
 from ..model.perplexity import Perplexity, perplexity
 from ..pipeline.evaluate import Evaluation, evaluate_model
 from ..pipeline.records import json_rows
@@ -107,7 +107,7 @@ class Report:
 # %% ../../nbs/advice/09_report.ipynb #e4b45471
 def report_on(pruned: str | Path,      # a folder that `prune` made
               dense: str | Path, tasks: str = "default", limit: int | None = 100,
-              measure: str | None = None, dtype: str = "float32", device: str = "cpu",
+              measure: str | None = None, dtype: str = AUTO, device: str = AUTO,
               progress: ProgressFn | None = None
              ) -> Report:
     "Score, compare and measure a pruned model: what the command `report` does."

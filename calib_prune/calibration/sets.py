@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 
 from .readers import changed
-from .sources import SUITE, get_source
+from .sources import SUITE, ChatTemplate, get_source
 from calib_prune.core import (
     DIMENSIONS,
     CalibPruneError,
@@ -71,13 +71,15 @@ def _pieces(document: str) -> Iterator[tuple[str, bool]]:  # text, is it the doc
     yield document[at:], True
 
 # %% ../../nbs/calibration/03_sets.ipynb #18a4a243
-def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    "The tokens of each text, without special tokens."
+def _encode(tokenizer, texts: list[str],
+            special: bool = False  # read special tokens in the text, as a chat template writes them
+           ) -> list[list[int]]:
+    "The tokens of each text; none is added."
     try:
         return tokenizer(
             texts,
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=not special,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
@@ -95,36 +97,39 @@ def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
         ) from e
 
 # %% ../../nbs/calibration/03_sets.ipynb #d47a9a78
-def _tokens_of(pieces: list[tuple[str, bool]], tokenizer, end: int  # as of `_pieces`; end of text
+def _tokens_of(pieces: list[tuple[str, bool]],  # see `_pieces`
+               tokenizer, end: int,             # token between documents
+               special: bool = False            # see `_encode`
               ) -> tuple[np.ndarray, np.ndarray]:  # tokens int64; where in them a document ends
     "The tokens of a few pieces, with the end-of-text token after the last piece of a document."
     texts, is_last = zip(*pieces)
-    rows = _encode(tokenizer, list(texts))
+    rows = _encode(tokenizer, list(texts), special)
     rows = [[*ids, end] if last else ids for ids, last in zip(rows, is_last)]
     ends = np.cumsum([len(ids) for ids in rows])[list(is_last)]
     return np.concatenate([np.asarray(ids, np.int64) for ids in rows]), ends
 
 # %% ../../nbs/calibration/03_sets.ipynb #74f4cfd5
-def _token_batches(documents: Iterable[str], tokenizer
+def _token_batches(documents: Iterable[str], tokenizer, special: bool
                   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # see `_tokens_of`
     "The tokens of a few documents at a time."
     batch, size, end = [], 0, end_of_text_id(tokenizer)
     for piece in chain.from_iterable(map(_pieces, documents)):
         if batch and size + len(piece[0]) > PIECE:
-            yield _tokens_of(batch, tokenizer, end)
+            yield _tokens_of(batch, tokenizer, end, special)
             batch, size = [], 0
         batch.append(piece)
         size += len(piece[0])
-    if batch: yield _tokens_of(batch, tokenizer, end)
+    if batch: yield _tokens_of(batch, tokenizer, end, special)
 
 # %% ../../nbs/calibration/03_sets.ipynb #118e4df8
 def token_stream(documents: Iterable[str],  # texts, in a fixed order
-                 tokenizer                  # a Hugging Face tokenizer
+                 tokenizer,                 # a Hugging Face tokenizer
+                 special: bool = False      # read special tokens in the text?
                 # token ids int64 [T]; where each document starts, int64 [D]
                 ) -> tuple[np.ndarray, np.ndarray]:
     "All documents as one row of tokens, each followed by the end-of-text token."
     tokens, ends, size = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)], 0
-    for batch, batch_ends in _token_batches(documents, tokenizer):
+    for batch, batch_ends in _token_batches(documents, tokenizer, special):
         tokens.append(batch)
         ends.append(batch_ends + size)
         size += len(batch)
@@ -261,13 +266,13 @@ def _write_array(path: Path, raw: IO[bytes], kind: str  # of number: "<i4", "<i8
         shutil.copyfileobj(raw, file)
 
 # %% ../../nbs/calibration/03_sets.ipynb #9047c17c
-def _keep_stream(documents: Iterable[str], tokenizer, files: list[Path]) -> None:
+def _keep_stream(documents: Iterable[str], tokenizer, files: list[Path], special: bool) -> None:
     "Tokenise documents into two files, with no more than a batch of them in memory."
     folder = files[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as starts:
         starts.write(np.zeros(1, "<i8").tobytes())
-        for ids, ends in _token_batches(documents, tokenizer):
+        for ids, ends in _token_batches(documents, tokenizer, special):
             starts.write((ends + tokens.tell() // 4).astype("<i8").tobytes())
             tokens.write(ids.astype("<i4").tobytes())
         starts.truncate(max(0, starts.tell() - 8))  # no document begins where the last one ends
@@ -287,6 +292,9 @@ def source_stream(source: DocumentSource, tokenizer,
                   identity: str | None = None
                  ) -> tuple[np.ndarray, np.ndarray]:  # as `token_stream`
     "The tokens of a source and the starts of its documents, kept on disk."
+    # a chat template writes special tokens
+    if hasattr(source, "for_tokenizer"): source = source.for_tokenizer(tokenizer)
+    special = getattr(source, "template", ChatTemplate()) != ChatTemplate()
     entry, revision = getattr(source, "entry", {}), source.revision
     key = content_hash([KEPT_VERSION, CALIBRATION_VERSION, source.name, revision,
                         identity or tokenizer_identity(tokenizer), end_of_text_id(tokenizer),
@@ -297,10 +305,10 @@ def source_stream(source: DocumentSource, tokenizer,
     try: tokens, documents = load()
     except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # absent, or damaged
         try:
-            _keep_stream(texts(), tokenizer, files)
+            _keep_stream(texts(), tokenizer, files, special)
             tokens, documents = load()
         # no cache: only memory is lost
-        except (OSError, ValueError): return token_stream(texts(), tokenizer)
+        except (OSError, ValueError): return token_stream(texts(), tokenizer, special)
     return tokens, np.asarray(documents, np.int64)
 
 # %% ../../nbs/calibration/03_sets.ipynb #f116e8e8

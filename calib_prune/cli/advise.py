@@ -13,7 +13,15 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .evaluate import print_lines
-from .output import JsonOption, bars, forest_column, print_json, show_table
+from calib_prune.cli.output import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    bars,
+    forest_column,
+    print_json,
+    show_table,
+)
 from ..core import CalibPruneError
 
 # %% ../../nbs/cli/11_advise.ipynb #3f52e307
@@ -93,12 +101,12 @@ def advise_command(
         str,
         typer.Option(help="Folder for trials and page; the same command goes on from there."),
     ] = "advice",
-    method: Annotated[str, typer.Option(help="See `calib-prune methods`.")] = "sparsegpt",
+    method: Annotated[str, typer.Option(help="See `calib-prune methods`.")] = "admm",
     sparsity: Annotated[str, typer.Option(help="A fraction, or a pattern such as `2:4`.")] = "0.5",
     windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     "Recommend calibration data for a model and a need: by rules in seconds, or by pruning."

@@ -14,15 +14,21 @@ import typer
 
 from calib_prune.cli.evaluate import (
     BatchOption,
-    DeviceOption,
-    DtypeOption,
     FloorOption,
     LimitOption,
     MeasureOption,
     TasksOption,
     print_lines,
 )
-from .output import JsonOption, bars, forest_column, print_json, show_table
+from calib_prune.cli.output import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    bars,
+    forest_column,
+    print_json,
+    show_table,
+)
 from ..core import CalibPruneError
 
 # %% ../../nbs/cli/10_compare.ipynb #5c220b32
@@ -98,8 +104,8 @@ def compare_command(
     figure: Annotated[
         Optional[str], typer.Option(help="Draw retention as a forest plot: a .png, .svg or .pdf.")
     ] = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     batch_tokens: BatchOption = 1024,
     as_json: JsonOption = False,
 ) -> None:

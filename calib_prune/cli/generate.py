@@ -14,7 +14,15 @@ from typing import Annotated, Any, Iterator, Optional
 
 import typer
 
-from .output import JsonOption, bars, print_json, show_table, without_nan
+from calib_prune.cli.output import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    bars,
+    print_json,
+    show_table,
+    without_nan,
+)
 from ..core import CalibPruneError, check_number, load_json, only_run, unknown_name
 from ..data.files import read_jsonl
 
@@ -117,8 +125,8 @@ def generate_command(
     batch: Annotated[
         int, typer.Option(help="Texts written at a time; fewer need less memory.")
     ] = 32,
-    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     revision: Annotated[
         Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")
     ] = None,

@@ -51,7 +51,10 @@ def tasks(as_json: JsonOption = False) -> None:
 
 # %% ../../nbs/cli/03_lists.ipynb #30fb196f
 def methods(as_json: JsonOption = False) -> None:
-    "List the pruning methods."
+    "List the pruning methods, and the recipes: a calibration mix with a method."
+    from dataclasses import asdict
+
+    from calib_prune.pipeline.prune import RECIPES
     from calib_prune.pruning.methods import METHODS
     rows = [
         dict(
@@ -62,5 +65,7 @@ def methods(as_json: JsonOption = False) -> None:
         )
         for method in METHODS.values()
     ]
-    if as_json: print_json({"methods": rows})
-    else: show_table(rows)
+    recipes = [dict(recipe=name) | asdict(recipe) for name, recipe in RECIPES.items()]
+    if as_json: return print_json({"methods": rows, "recipes": recipes})
+    show_table(rows)
+    show_table(recipes, "\nrecipes (`prune --recipe`); times next to SparseGPT's")

@@ -12,7 +12,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .output import JsonOption, bars, print_json, show_table
+from calib_prune.cli.output import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    bars,
+    print_json,
+    show_table,
+)
 
 # %% ../../nbs/cli/06_measure.ipynb #e4a53e8c
 def _show_metrics(metrics,          # a data frame from `calibration.oit.measure`
@@ -55,8 +62,8 @@ def measure_command(
             )
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     batch_tokens: Annotated[
         int, typer.Option(help="Tokens that pass through the model at a time.")
     ] = 1024,

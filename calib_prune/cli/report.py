@@ -11,14 +11,19 @@ from typing import Annotated
 import typer
 
 from calib_prune.cli.evaluate import (
-    DeviceOption,
-    DtypeOption,
     LimitOption,
     MeasureOption,
     TasksOption,
     print_lines,
 )
-from .output import JsonOption, bars, print_json, show_table
+from calib_prune.cli.output import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    bars,
+    print_json,
+    show_table,
+)
 
 
 # %% ../../nbs/cli/12_report.ipynb #4621693c
@@ -30,8 +35,8 @@ def report_command(
     tasks: TasksOption = "default",
     limit: LimitOption = 100,
     measure: MeasureOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Report on a pruned model: retention, answers that turned, divergence from the dense model,

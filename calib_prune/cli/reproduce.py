@@ -528,12 +528,19 @@ def show_headlines(figures: Path) -> None:
 
 # %% ../../nbs/cli/08_reproduce.ipynb #4e6d1d68
 def _show_plan(command: list[str], root: Path, path: Path, study: dict[str, Any],
-               left: dict[str, dict[str, str]], results: Path, tables_only: bool) -> int:
-    "Print the runs of a study and their cost without running them; Snakemake's exit code."
-    from calib_prune.study.cost import estimate_cost
+               left: dict[str, dict[str, str]], results: Path, tables_only: bool,
+               verbose: bool) -> int:
+    "Print the work of a study and its cost without running it; Snakemake's exit code."
+    from calib_prune.study.cost import estimate_cost, plan_summary
     from calib_prune.study.keys import left_table
-    with named_user(): done = subprocess.run([*command, "--dry-run"], cwd=root)
+    with named_user():
+        done = subprocess.run([*command, "--dry-run"], cwd=root, text=True,
+                              stdout=None if verbose else subprocess.PIPE,
+                              stderr=None if verbose else subprocess.STDOUT)
+    if done.returncode and not verbose: print(done.stdout)
     if not tables_only:
+        show_table([plan_summary(study, left)], "Work that is left, on the hardware that "
+                   f"{path.name} states; --verbose lists every job")
         show_table(left_table(left), f"Remaining work in {results}")
         show_table(
             estimate_cost(study).to_dict("records"),
@@ -568,7 +575,13 @@ def reproduce(
             "CPU cores to use; 0: all. On a cluster, the number of jobs at once; 0: the number "
             "in its profile."
         )] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would run: models, hours, memory, disk.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --dry-run: list every job as well.")
+    ] = False,
     tables_only: Annotated[
         bool,
         typer.Option("--tables-only",
@@ -616,7 +629,8 @@ def reproduce(
     runs = any(left.get(kind) for kind in ("models", "texts", "metrics"))
     lacking = lacking_device(study, path) if runs and not cluster else ""
     if dry_run:
-        code = _show_plan(command, root, path, study, left, results, tables_only)
+        code = _show_plan(command, root, path, study, left, results, tables_only,
+                          verbose or tables_only)
         if lacking:
             Console(stderr=True).print(f"[bold]This machine cannot run it:[/] {escape(lacking)}",
                                        soft_wrap=True)

@@ -24,7 +24,7 @@ from calib_prune.evaluation.retention import (
 )
 from ..evaluation.scoring import ending_notes, evaluate, scores
 from ..evaluation.tasks import get_tasks, tasks_with_floor
-from ..model.loading import load_model
+from ..model.loading import AUTO, load_model
 from .records import json_rows
 from ..progress import ProgressFn
 
@@ -129,7 +129,7 @@ def evaluate_model(
                    # of retention: see `evaluation.measures.MEASURES`; None: the one that
                    # discriminates, see `evaluation.retention.discriminating_measure`
                    measure: str | None = None,
-                   dtype: str = "float32", device: str = "cpu",
+                   dtype: str = AUTO, device: str = AUTO,
                    batch_tokens: int = 1024,         # tokens that pass through the model at a time
                    progress: ProgressFn | None = None,
                    # score the dense model after another item's prompt, too: `Evaluation.floor`

@@ -9,7 +9,7 @@ __all__ = ['RATE', 'Reconstruction', 'check_memory', 'layer_outputs', 'reconstru
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -124,12 +124,19 @@ def _rounded(weights: list[nn.Parameter], dtypes: list[torch.dtype]
     return all(bool(w.isfinite().all()) for w in weights)
 
 # %% ../../nbs/pruning/16_reconstruction.ipynb #94190720
+def _weights(layer: nn.Module, frozen: Container[str]) -> list[nn.Parameter]:
+    "The weights of a layer's linear maps, without the frozen ones."
+    return [linear.weight for name, linear in prunable(layer).items() if name not in frozen]
+
+# %% ../../nbs/pruning/16_reconstruction.ipynb #e7709b44
 @contextmanager
-def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
+def _trainable(layer: nn.Module,
+               frozen: Container[str]  # names of linear maps
+              ) -> Iterator[list[nn.Parameter]]:
     """Inside, all of a layer is float32, and the weights of its linear maps, which are yielded, can
     be trained."""
     before = [(p, p.data, p.requires_grad) for p in layer.parameters()]
-    weights = [linear.weight for linear in prunable(layer).values()]
+    weights = _weights(layer, frozen)
     for p, data, _ in before: p.data, p.requires_grad = data.float(), False
     for p in weights: p.requires_grad = True
     try: yield weights
@@ -146,13 +153,14 @@ def reconstruct(layer: nn.Module,      # pruned; its kept weights are trained in
                 wanted: list[Tensor],  # the dense layer's outputs, from `targets`
                 passes: int = 5,       # over all batches
                 rate: float = RATE,
-                name: str = "The layer"  # in errors
+                name: str = "The layer",  # in errors
+               frozen: Container[str] = ()  # names of linear maps that are not trained
                ) -> Reconstruction:
     "Train the kept weights of a pruned layer towards the dense layer's output."
     check_number("passes", passes, 1, 10_000, whole=True)
     calls = changed_calls(calls, lambda t: t.float() if t.is_floating_point() else t)
-    dtypes = [linear.weight.dtype for linear in prunable(layer).values()]
-    with torch.no_grad(), _trainable(layer) as weights:
+    dtypes = [weight.dtype for weight in _weights(layer, frozen)]
+    with torch.no_grad(), _trainable(layer, frozen) as weights:
         start, before = [w.clone() for w in weights], _error(layer, calls, hidden, wanted)
         def restore():
             for w, old in zip(weights, start, strict=True): w.copy_(old)

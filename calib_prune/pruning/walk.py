@@ -29,10 +29,12 @@ from .experts import one_by_one
 from .hessian import SecondMoment
 from calib_prune.pruning.layers import (
     Call,
+    Scope,
     capture,
     changed_calls,
     check_layers,
     decoder_layers,
+    dense_names,
     get_weight,
     measure_layer,
     prunable,
@@ -126,12 +128,23 @@ def split(tokens: torch.Tensor,  # int64 [N, L]
 
 # %% ../../nbs/pruning/18_walk.ipynb #babe574a
 def _reconstructed(index: int, layer: nn.Module, calls: list[Call], hidden: list[torch.Tensor],
-                   wanted: list[torch.Tensor], passes: int,
+                   wanted: list[torch.Tensor], passes: int, dense: set[str],
                    reports: list[LinearReport]) -> list[LinearReport]:
     "Train the kept weights of a layer, and report the error of its output."
     check_memory(layer, calls, hidden)
-    trained = train(layer, calls, hidden, wanted, passes, name=f"Layer {index}")
+    trained = train(layer, calls, hidden, wanted, passes, name=f"Layer {index}", frozen=dense)
     return [replace(report, trained=trained.after) for report in reports]
+
+# %% ../../nbs/pruning/18_walk.ipynb #26260fbb
+def _left_dense(index: int, layer: nn.Module, names: set[str]) -> list[LinearReport]:
+    "The reports of linears that are not pruned."
+    reports = []
+    for name, linear in prunable(layer).items():
+        if name not in names: continue
+        weight = get_weight(linear)
+        (d_out, d_in), zeros = weight.shape, int((weight == 0).sum()) / weight.numel()
+        reports.append(LinearReport(index, name, d_out, d_in, 0, zeros, 0.0, None, None))
+    return reports
 
 # %% ../../nbs/pruning/18_walk.ipynb #6edbc69e
 @dataclass
@@ -180,22 +193,29 @@ def _put_away(index: int, layer: nn.Module, done: list[LinearReport], home: torc
 def _prune_windows(index: int, layer: nn.Module, calls: list[Call], windows: _Windows,
                    # by the make-up of a layer: its linears with a common input
                    shared: dict[tuple, list[list[str]]],
-                   passes: int, **how) -> list[LinearReport]:
+                   passes: int,
+                   dense: set[str],  # names of linears that are not pruned
+                   **how) -> list[LinearReport]:
     "Measure a layer's inputs and prune the layer."
     make = (type(layer), *prunable(layer))
     if make not in shared:
         shared[make] = share_groups(layer, calls[0], windows.hidden[0].to(windows.work))
-    moments, all_tokens = windows.measure(layer, calls, shared[make])
-    dense = layer_outputs(layer, calls, windows.hidden) if passes else []
-    reports = prune_layer(index, layer, shared[make], moments, all_tokens, **how)
+    groups = [[name for name in names if name not in dense] for names in shared[make]]
+    groups = [names for names in groups if names]
+    if not groups: return _left_dense(index, layer, dense)
+    moments, all_tokens = windows.measure(layer, calls, groups)
+    wanted = layer_outputs(layer, calls, windows.hidden) if passes else []
+    reports = prune_layer(index, layer, groups, moments, all_tokens, **how)
+    reports += _left_dense(index, layer, dense)
     if not passes: return reports
-    return _reconstructed(index, layer, calls, windows.hidden, dense, passes, reports)
+    return _reconstructed(index, layer, calls, windows.hidden, wanted, passes, dense, reports)
 
 # %% ../../nbs/pruning/18_walk.ipynb #8cdad53a
 def _walk(model: PreTrainedModel, windows: _Windows,
           sparsities: list[float],         # of each layer
           how: dict[str, Any],             # other arguments of `prune_layer`
           passes: int,                     # of reconstruction
+          dense: set[tuple[int, str]],     # layer and name of linears that are not pruned
           saved: Checkpoint | None,
           progress: ProgressFn | None
          ) -> list[LinearReport]:
@@ -210,7 +230,8 @@ def _walk(model: PreTrainedModel, windows: _Windows,
         finished = saved.load(i, layer) if saved else None
         with one_by_one(layer):
             if not finished:
-                finished = _prune_windows(i, layer, calls, windows, shared, passes,
+                whole = {name for number, name in dense if number == i}
+                finished = _prune_windows(i, layer, calls, windows, shared, passes, whole,
                                           sparsity=sparsities[i], **how)
             if i + 1 < len(layers): windows.go_on(layer, calls)
         reports += finished
@@ -277,7 +298,9 @@ def prune(model: PreTrainedModel,              # pruned in place
           checkpoint: str | Path | None = None,
           # of each window, such as its dimension; for methods that work by group
           groups: Sequence[str] | None = None,
-          progress: ProgressFn | None = None   # called as progress("pruning", layers done, layers)
+          progress: ProgressFn | None = None,  # called as progress("pruning", layers done, layers)
+          # which linears are pruned; the others stay as they are
+          layers: str = "", exclude: str = ""  # see `pruning.layers.Scope`
          ) -> pd.DataFrame:                    # one row per linear: see `LinearReport`
     "Prune every linear map of every decoder layer, sequentially."
     check_method(method)
@@ -288,6 +311,9 @@ def prune(model: PreTrainedModel,              # pruned in place
     check_allocation(allocation, pattern)
     check_reconstruct(reconstruct)
     check_sizes(batch_tokens, block, damping)
+    scope = Scope(layers, exclude)
+    scope.check_allocation(allocation)
+    dense = dense_names(model, scope)
 
     by_group = groups is not None and METHODS[method].by_group
     names = [*groups] if groups is not None and by_group else [""] * len(tokens)
@@ -299,11 +325,12 @@ def prune(model: PreTrainedModel,              # pruned in place
                      steps={step: STEP_VERSIONS[step] for step in recipe.extras},
                      sparsity=sparsity, allocation=allocation, reconstruct=reconstruct,
                      batch_tokens=batch_tokens, device=work.type, groups=names)
+    if dense: run["dense"] = sorted(map(list, dense))
 
     with Checkpoint.of(checkpoint, model, tokens, run) as saved, fused_layers(model):
         # training takes one step per window
         size = 1 if reconstruct else max(1, batch_tokens // tokens.shape[1])
         windows = _first_windows(model, tokens, size, names, work, offload)
         sparsities = _sparsities(model, windows, sparsity, allocation)
-        reports = _walk(model, windows, sparsities, how, reconstruct, saved, progress)
+        reports = _walk(model, windows, sparsities, how, reconstruct, dense, saved, progress)
     return _table(reports, saved)

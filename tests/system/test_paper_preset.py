@@ -81,7 +81,7 @@ def root(tmp_path_factory):
 
 @pytest.mark.real
 def test_it_lists_its_cells_and_hours_without_a_hub(root):
-    done = run(root, "--preset", "claims/llama-3.1-8b", "--dry-run")
+    done = run(root, "--preset", "claims/llama-3.1-8b", "--dry-run", "--verbose")
     preset = load_preset(root / "presets/claims/llama-3.1-8b.yaml")
     assert done.returncode == 0, done.stderr
     listed = set(re.findall(r"^cell_\w+", done.stdout, re.M))
@@ -183,7 +183,8 @@ def test_it_runs_to_its_tables(root):
     preset["strategies"]["igsp"] += " temperature=0.9"
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     listed = set(
-        re.findall(r"^\w+_igsp_\w+", run(root, "--preset", "tiny.yaml", "--dry-run").stdout, re.M)
+        re.findall(r"^\w+_igsp_\w+",
+                   run(root, "--preset", "tiny.yaml", "--dry-run", "--verbose").stdout, re.M)
     )
     assert listed == {
         "generate_igsp_s0",

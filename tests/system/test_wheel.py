@@ -236,7 +236,9 @@ def test_a_study_runs_where_it_was_laid_out(python, tmp_path):
     assert (root / "figures/tiny/T2-retention.csv").is_file() and len(
         list((root / "results/tiny").glob("csqa-*.json"))
     ) == 1
-    again = run(python, root, "reproduce", "--preset", "presets/tiny.yaml", "--dry-run")
+    again = run(
+        python, root, "reproduce", "--preset", "presets/tiny.yaml", "--dry-run", "--verbose"
+    )
     assert "Nothing to be done" in again.stdout + again.stderr, "what is finished is known there"
     words = ["-m", "papermill", "--no-progress-bar", "nbs/paper/own_study.ipynb", "own.ipynb"]
     for k, v in dict(

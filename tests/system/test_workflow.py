@@ -3,6 +3,7 @@ failure, interruption."""
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_finished_then_reused_then_tables_alone(checkout):
     assert {
         p.name: p.read_bytes() for p in (checkout / "figures/tiny").glob("*.csv")
     } == before and "4/4" in err
-    listed, _ = reproduce(checkout, "--dry-run")
+    listed, _ = reproduce(checkout, "--dry-run", "--verbose")
     assert "cell_" not in listed
     reproduce(checkout)
     assert times == {p: p.stat().st_mtime_ns for p in times}, "keys, not file times, decide"
@@ -101,7 +102,7 @@ def test_finished_then_reused_then_tables_alone(checkout):
     (checkout / "other.yaml").write_text(
         yaml.safe_dump(preset | dict(pruning=preset["pruning"] | dict(batch_tokens=2048)))
     )
-    listed, _ = reproduce(checkout, "--dry-run", "--preset", "other.yaml")
+    listed, _ = reproduce(checkout, "--dry-run", "--verbose", "--preset", "other.yaml")
     assert (
         "rule cell_c4" in listed and "rule cell_own" in listed and "rule cell_dense" not in listed
     ), "other settings, other results"
@@ -188,10 +189,12 @@ def test_a_failing_model_does_not_stop_the_others(checkout):
     finally: hidden.write_text(content)
 
 
-def test_dry_run_only_lists(checkout):
+def test_dry_run_only_lists_and_names_jobs_if_asked(checkout):
     shutil.rmtree(checkout / "results/tiny", ignore_errors=True)
     out, _ = reproduce(checkout, "--dry-run")
-    assert "dense" in out and not (checkout / "results/tiny/dense.json").exists()
+    assert re.search(r"hours\s+memory\s+disk\s+device", out) and "rule cell_dense" not in out
+    out, _ = reproduce(checkout, "--dry-run", "--verbose")
+    assert "rule cell_dense" in out and not (checkout / "results/tiny/dense.json").exists()
 
 
 def alive(mark):
@@ -261,7 +264,7 @@ def test_a_missing_device_is_said_before_the_first_job(checkout):
         and "--profile" in err
     )
     assert not (checkout / "results/cuda").exists(), "no job began"
-    out, err = reproduce(checkout, "--preset", path, "--dry-run")
+    out, err = reproduce(checkout, "--preset", path, "--dry-run", "--verbose")
     assert (
         "rule cell_dense" in out
         and "This machine cannot run it" in err

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.calibration import readers
+from calib_prune.calibration.sets import source_stream
 from calib_prune.calibration.sources import (
     FURTHER,
     HELDOUT,
@@ -24,7 +25,6 @@ from calib_prune.calibration.sources import (
     SUITE,
     HubSource,
     LibrarySource,
-    file_source,
     get_source,
     hub_source,
     library_files,
@@ -34,6 +34,7 @@ from calib_prune.calibration.sources import (
 )
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.data.wheels import say_winogrande
+from calib_prune.model.tiny import tiny_tokenizer
 
 
 def damage_parquet(path):
@@ -409,7 +410,81 @@ def test_parquet_columns_that_are_missing_or_not_text(tmp_path):
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(CalibPruneError, match="none.txt"): get_source(f"{tmp_path}/none.txt")
     with pytest.raises(CalibPruneError, match="none.jsonl"): get_source("none.jsonl:body")
-    with pytest.raises(CalibPruneError, match="hub:"): file_source(str(tmp_path))
+    with pytest.raises(CalibPruneError, match="hub:"): get_source(str(tmp_path))
+    with pytest.raises(CalibPruneError, match="hub:openai/gsm8k"): get_source("openai/gsm8k")
+
+
+def test_a_folder_and_a_pattern_are_one_source(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name, text in {"b.txt": "two", "a.txt": "one", "more/c.txt": "one", ".d.txt": "x"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "more/e.jsonl").write_text('{"body": "three"}\n')
+    with pytest.raises(CalibPruneError, match="no field 'text'"):
+        get_source(str(tmp_path)).documents()
+    (tmp_path / "more/e.jsonl").write_text('{"text": "three"}\n')
+    folder = get_source(str(tmp_path))
+    assert folder.documents() == ["one", "two", "three"]
+    before = folder.revision
+    assert folder.anew().revision == before
+    (tmp_path / "b.txt").write_text("other")
+    assert folder.anew().revision != before
+    assert get_source(f"{tmp_path}/*.txt").documents() == ["one", "other"]
+    assert get_source(f"{tmp_path}/**/*.jsonl:text").documents() == ["three"]
+    with pytest.raises(CalibPruneError, match="no file with text"): get_source(f"{tmp_path}/*.md")
+
+
+CHAT = (
+    '{"messages": [{"role": "user", "content": "%s?"}, {"role": "assistant", "content": "Yes."}]}'
+)
+
+
+class WithTemplate:
+    chat_template = "a template"
+
+    def apply_chat_template(self, messages, tokenize):
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
+def test_chats_go_through_the_template_of_the_model(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(CHAT % name for name in ("a", "b")))
+    source = get_source(str(file))
+    assert source.documents() == ["a?\n\nYes.", "b?\n\nYes."], "no model is known"
+    with_template = source.for_tokenizer(WithTemplate())
+    assert with_template.documents() == ["<user>a?<assistant>Yes.", "<user>b?<assistant>Yes."]
+    assert with_template.entry != source.entry, "another template is another text"
+    with pytest.raises(CalibPruneError, match="no chat template"): source.for_tokenizer(object())
+    table = pd.DataFrame([json.loads(line) for line in file.read_text().split("\n")])
+    table.to_parquet(tmp_path / "chats.parquet")
+    parquet = get_source(f"{tmp_path}/chats.parquet").for_tokenizer(WithTemplate())
+    assert parquet.documents() == with_template.documents()
+
+
+def test_special_tokens_of_a_template_are_tokens_and_in_other_text_are_not(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
+    (tmp_path / "chats.jsonl").write_text(CHAT % "a")
+    (tmp_path / "text.txt").write_text("a?<|endoftext|>Yes.<|endoftext|>")
+    ends = {
+        name: int((source_stream(get_source(f"{tmp_path}/{name}"), tokenizer)[0] == 0).sum())
+        for name in ("chats.jsonl", "text.txt")
+    }
+    assert ends == {"chats.jsonl": 3, "text.txt": 1}
+
+
+@pytest.mark.parametrize("line", [
+    '{"messages": []}', '{"messages": "hello"}', '{"messages": [{"role": "user"}]}',
+    '{"messages": [{"role": 1, "content": "x"}]}'])
+def test_messages_that_are_none_are_refused(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(CalibPruneError, match="line 1: 'messages' must be a list"):
+        get_source(f"{tmp_path}/a.jsonl").documents()
+
+
+def test_chats_and_text_are_two_sources(tmp_path):
+    (tmp_path / "a.jsonl").write_text(CHAT % "a")
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(CalibPruneError, match="two sources"): get_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["", "c5", "wikipeda", "paper:c5", "PAPER:c4", "paper:c5@abc"])

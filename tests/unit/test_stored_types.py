@@ -145,7 +145,7 @@ def test_a_record_counts_the_zeros_of_the_saved_file(tmp_path):
     zeros, numbers = sum(int((o == 0).sum()) for o in proj.values()), sum(
         o.numel() for o in proj.values()
     )
-    assert record["achieved_sparsity"] == pytest.approx(zeros / numbers) and zeros / numbers > 0.65
+    assert record["achieved_sparsity"] == pytest.approx(zeros / numbers) and zeros / numbers > 0.55
     for o in record["layers"]:
         assert o["sparsity"] == pytest.approx(
             float((proj[f"{o['layer']}.{o['name']}"] == 0).float().mean())
