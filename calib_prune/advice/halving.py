@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'FINALISTS', 'FIRST_DRAW', 'FRESH_DRAWS', 'COUNTED', 'SCORES', 'PLAN_FILE', 'Plan', 'plan_for',
-           'outcome_values', 'Halving', 'keep_plan', 'read_plan', 'run_trial', 'time_allows', 'first_round', 'halve']
+           'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'run_trial', 'time_allows', 'first_round',
+           'halve']
 
 # %% ../../nbs/advice/05_halving.ipynb #a3974f5f
 import json
@@ -18,7 +19,15 @@ import numpy as np
 import pandas as pd
 
 from .needs import Need
-from .trials import TUNING, Trials, dense_items, is_kept, trial_items
+from calib_prune.advice.trials import (
+    FIRST,
+    TUNING,
+    Slice,
+    Trials,
+    dense_items,
+    is_kept,
+    trial_items,
+)
 from ..core import DIMENSIONS, CalibPruneError, load_json, write_atomic
 from ..evaluation.measures import ANSWER_BITS
 from ..evaluation.retention import retention_draws
@@ -58,6 +67,12 @@ def outcome_values(need: Need, dense: pd.DataFrame, items: pd.DataFrame, n_boot:
     total = {"Total": np.mean(four, axis=0)} if len(four) == len(DIMENSIONS) else {}
     return values | total | {COUNTED: counted}
 
+# %% ../../nbs/advice/05_halving.ipynb #1c2af60c
+def of_items(dense: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
+    "The dense model's answers to the items of a trial."
+    pairs = [pd.MultiIndex.from_frame(table[["task", "item"]]) for table in (dense, items)]
+    return dense[pairs[0].isin(pairs[1])]
+
 # %% ../../nbs/advice/05_halving.ipynb #3717615d
 SCORES = ["calibration", "round", "draw", "score"]
 
@@ -70,17 +85,26 @@ class Halving:
     seconds: float                # for all, earlier runs in the same folder included
     scores: list[dict[str, Any]]  # `SCORES`
     plan: Plan | None = None
-    durations: list[float] = field(default_factory=list)  # of the trials of this run, seconds
-    before: float = 0.0           # seconds per trial in an earlier run
+    # slice → seconds of its trials in this run, or the mean of an earlier run
+    durations: dict[str, list[float]] = field(default_factory=dict)
     confirming: float = 0.0       # further seconds that a finalist's trial takes: all tasks
     spent: float = 0.0            # of earlier runs
     began: float = field(default_factory=time.monotonic)
 
-    @property
-    def per_model(self) -> float:
-        "Seconds that a trial takes, by the last ones: the first one also fills caches."
-        recent = self.durations[-3:]
-        return sum(recent) / len(recent) if recent else self.before
+    def pace(self, part: Slice) -> float:
+        """Seconds that a trial takes, by the last ones: the first one also fills caches. A trial on
+        a whole slice takes at most twice as long as on half of it."""
+        if recent := self.durations.get(part.name, [])[-3:]: return sum(recent) / len(recent)
+        return 0.0 if part == FIRST else 2 * self.pace(FIRST)
+
+    def seconds_of(self, plan: Plan,
+                   done: int = 0  # trials of the first round
+                  ) -> float:
+        "Seconds that the rest of a plan takes."
+        fresh = FINALISTS * len(FRESH_DRAWS)
+        later = sum(plan.rounds[1:]) + fresh
+        return ((plan.rounds[0] - done) * self.pace(FIRST) + later * self.pace(TUNING)
+                + fresh * self.confirming)
 
     @property
     def used(self) -> float: return self.spent + time.monotonic() - self.began
@@ -89,13 +113,13 @@ class Halving:
         "One row per trial."
         return pd.DataFrame(self.scores, columns=SCORES)
 
-    def scatter(self) -> dict[str, list[list[float]]]:  # outcome → values of each mix's draws
-        "The values of all draws, which show the noise of the draw."
-        groups: dict[str, dict[str, list[float]]] = {}
+    def scatter(self) -> dict[str, list[tuple[str, int, float]]]:
+        "Outcome → mix, round and value of every trial, which show the noise of the draw."
+        rows: dict[str, list[tuple[str, int, float]]] = {}
         for score in self.scores:
             for outcome, value in score["values"].items():
-                groups.setdefault(outcome, {}).setdefault(score["calibration"], []).append(value)
-        return {outcome: [*mine.values()] for outcome, mine in groups.items()}
+                rows.setdefault(outcome, []).append((score["calibration"], score["round"], value))
+        return rows
 
     def ranking(self) -> list[str]:
         "Mixes by their round, then by their mean score; the best first."
@@ -109,20 +133,19 @@ PLAN_FILE = "plan.json"
 def keep_plan(search: Halving) -> None:
     "Store the plan and the time used; called after every trial."
     about = dict(plan=asdict(search.plan) if search.plan else None, mixes=[*search.mixes],
-                 per_model=search.per_model, confirming=search.confirming, spent=search.used,
-                 seconds=search.seconds)
+                 pace={part.name: search.pace(part) for part in (FIRST, TUNING)},
+                 confirming=search.confirming, spent=search.used, seconds=search.seconds)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
 
 def read_plan(search: Halving) -> None:
     "Read the plan of an earlier run with the same candidates; the time of that run counts."
     path = search.trials.folder / PLAN_FILE
     if not path.is_file(): return
-    numbers = dict.fromkeys(("spent", "per_model", "confirming"), float)
-    known = load_json(path, mixes=list, **numbers)
+    known = load_json(path, mixes=list, pace=dict, spent=float, confirming=float)
     if known["mixes"] != [*search.mixes]:
         raise CalibPruneError(f"{search.trials.folder} holds advice on other candidates: choose "
                               "another folder.")
-    search.before = known["per_model"]
+    search.durations = {name: [seconds] for name, seconds in known["pace"].items() if seconds}
     search.confirming = max(search.confirming, known["confirming"])
     if known["seconds"] == search.seconds: search.spent = known["spent"]
     if known["plan"] and known["seconds"] == search.seconds:
@@ -131,11 +154,13 @@ def read_plan(search: Halving) -> None:
 # %% ../../nbs/advice/05_halving.ipynb #56cc3980
 def run_trial(search: Halving, mix: str, stage: int) -> None:
     "Prune and score a candidate, and note its score."
-    seed, before = FIRST_DRAW + stage, is_kept(search.trials, mix, FIRST_DRAW + stage, TUNING)
+    seed, part = FIRST_DRAW + stage, FIRST if stage == 0 else TUNING
+    before = is_kept(search.trials, mix, seed, part)
     dense, began = dense_items(search.trials, TUNING), time.monotonic()
-    items = trial_items(search.trials, mix, seed, TUNING)
-    if not before: search.durations.append(time.monotonic() - began)
-    values = {k: float(v[0]) for k, v in outcome_values(search.need, dense, items).items()}
+    items = trial_items(search.trials, mix, seed, part)
+    if not before: search.durations.setdefault(part.name, []).append(time.monotonic() - began)
+    outcomes = outcome_values(search.need, of_items(dense, items), items)
+    values = {outcome: float(value[0]) for outcome, value in outcomes.items()}
     score = dict(zip(SCORES, (mix, stage, seed, values[COUNTED])))
     search.scores.append(score | {"values": values})
     show = search.trials.progress
@@ -144,9 +169,7 @@ def run_trial(search: Halving, mix: str, stage: int) -> None:
 
 def time_allows(search: Halving, candidates: int, done: int) -> bool:
     "Whether the time allows the plan for a number of candidates, of which some have been run."
-    left = plan_for(candidates).models - done
-    further = FINALISTS * len(FRESH_DRAWS) * search.confirming
-    return search.used + left * search.per_model + further <= search.seconds
+    return search.used + search.seconds_of(plan_for(candidates), done) <= search.seconds
 
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1
 def first_round(search: Halving) -> Plan:
@@ -158,13 +181,12 @@ def first_round(search: Halving) -> Plan:
     tried = len(search.scores)
     if search.plan: return search.plan
     if tried >= FINALISTS: return plan_for(tried)
-    fewest = plan_for(FINALISTS).models
-    seconds = (fewest - 1) * search.per_model + FINALISTS * len(FRESH_DRAWS) * search.confirming
-    minutes = math.ceil((search.used + seconds) / 60)
+    fewest = plan_for(FINALISTS)
+    minutes = math.ceil((search.used + search.seconds_of(fewest, done=1)) / 60)
     raise CalibPruneError(
-        f"{search.seconds / 60:g} minutes are too few: a model takes {search.per_model:.0f} "
-        f"seconds here, and advice takes {fewest} models. Give --minutes {minutes} or more, or "
-        "--minutes 0. The first trial is stored.")
+        f"{search.seconds / 60:g} minutes are too few: the first model took "
+        f"{search.pace(FIRST):.0f} seconds, and advice takes {fewest.models} models. Give "
+        f"--minutes {minutes} or more, or --minutes 0. The first trial is stored.")
 
 # %% ../../nbs/advice/05_halving.ipynb #24847cd8
 def halve(search: Halving) -> list[str]:  # finalists, the best first
@@ -172,10 +194,11 @@ def halve(search: Halving) -> list[str]:  # finalists, the best first
     read_plan(search)
     search.plan = first_round(search)
     keep_plan(search)
-    reserve = FINALISTS * len(FRESH_DRAWS) * (search.per_model + search.confirming)
+    fresh = FINALISTS * len(FRESH_DRAWS)
     for stage, size in enumerate(search.plan.rounds[1:], 1):
         for mix in search.ranking()[:size]:
-            late = search.used + search.per_model + reserve > search.seconds
+            further = (1 + fresh) * search.pace(TUNING) + fresh * search.confirming
+            late = search.used + further > search.seconds
             if late and not is_kept(search.trials, mix, FIRST_DRAW + stage, TUNING): break
             run_trial(search, mix, stage)
     return search.ranking()[:FINALISTS]

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from .measured import Advice
 from .nearest import QuickAdvice
-from ..core import DIMENSIONS, write_atomic
+from ..core import write_atomic
 from ..pipeline.prune import PruneSettings
 from ..statistics.plots import forest_figure, method_label, sparsity_label
 from ..statistics.tables import interval_text
@@ -49,14 +49,14 @@ def regret_lines(quick: QuickAdvice) -> list[dict[str, Any]]:
 # %% ../../nbs/advice/08_pages.ipynb #38f74dbd
 def retention_cells(advice: Advice) -> list[dict[str, Any]]:
     "Retention of the finalists in percent, one line per mix, and the floor."
-    rows = []
+    rows, outcomes = [], advice.retention["dimension"].unique()
     for name in advice.finalists:
         mine = advice.retention[advice.retention["strategy"] == name].set_index("dimension")
         rows.append({"calibration": name} | {
             outcome: _points(mine.loc[outcome, "value"], mine.loc[outcome, "all_low"],
-                             mine.loc[outcome, "all_high"]) for outcome in (*DIMENSIONS, "Total")})
-    floor = advice.floor.set_index("name")["retention"]
-    ends = [*(f"{100 * floor[name]:.1f}" for name in (*DIMENSIONS, "total"))]
+                             mine.loc[outcome, "all_high"]) for outcome in outcomes})
+    floor = advice.floor.set_index("name")["retention"].rename({"total": "Total"})
+    ends = [f"{100 * floor[name]:.1f}" for name in outcomes]
     return [*rows, dict(zip(rows[0], ["floor", *ends]))]
 
 # %% ../../nbs/advice/08_pages.ipynb #5bc9def1

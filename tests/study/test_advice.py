@@ -10,14 +10,14 @@ from calib_prune.advice.compare import Comparison, short_names
 from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.pages import save_advice
-from calib_prune.advice.trials import Trials
-from calib_prune.core import CalibPruneError
+from calib_prune.advice.trials import Trials, item_limits, own_skip
+from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.measures import get_measure
-from calib_prune.evaluation.tasks import TASKS, get_tasks
+from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
 from calib_prune.model.loading import save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
-SECONDS = 50.0  # of a made-up trial
+SECONDS = 50.0  # of a made-up trial; half in the first round
 BEST = {"codeio": 0.9, "uniform-dimensions": 0.8}  # Code retention; others 0.6
 
 
@@ -52,15 +52,15 @@ def made_up(monkeypatch, tmp_path):
         path = self.folder / part.name / f"{mix}-{seed}"
         if not path.exists():
             clock.models += 1
-            clock.now += SECONDS
+            clock.now += part.share * SECONDS
             path.parent.mkdir(exist_ok=True)
             path.write_text("run")
         code = BEST.get(mix, 0.6) + 0.01 * np.random.default_rng(seed).normal()
-        return items_of(dict(Code=code), self.tasks[part.name], seed=seed)
+        return items_of(dict(Code=code, own=code), item_limits(self.tasks, part), seed=seed)
 
     def dense(self, part, floor=False):
-        kept = dict.fromkeys(("General", "Commonsense", "Code", "Math"), 0.5 if floor else 1.0)
-        return items_of(kept, self.tasks[part.name], seed=9)
+        kept = dict.fromkeys((*DIMENSIONS, "own"), 0.5 if floor else 1.0)
+        return items_of(kept, item_limits(self.tasks, part), seed=9)
 
     for module in (halving, trials, measured):
         monkeypatch.setattr(module, "dense_items", dense, raising=False)
@@ -77,8 +77,8 @@ pytestmark = pytest.mark.real
 
 def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):
     advice = made_up(need="code", minutes=15)
-    assert advice.calibration == "codeio" and advice.search.plan.rounds == (8, 4, 2)
-    assert made_up.models == advice.search.plan.models == 18
+    assert advice.calibration == "codeio" and advice.search.plan.rounds == (12, 5, 2)
+    assert made_up.models == advice.search.plan.models == 23
     assert made_up.now <= 15 * 60
     assert advice.lead["ci_low"].iloc[0] > 0 and "significant" in advice.verdict
     kept = advice.retention.set_index(["strategy", "dimension"])["value"]
@@ -88,7 +88,7 @@ def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):
     files = {file.name: file for file in save_advice(advice, tmp_path / "out")}
     record = json.loads(files["advice.json"].read_text())
     assert record["advice"] == 1 and record["calibration"] == "codeio"
-    assert record["models"] == 18 and len(record["rounds"]) == 14
+    assert record["models"] == 23 and len(record["rounds"]) == 19
     page = files["advice.html"].read_text()
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", "").replace("http://creativecommons.org", "").replace(
@@ -96,7 +96,47 @@ def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):
     assert "--calibration codeio" in files["advice.md"].read_text()
 
 
-@pytest.mark.parametrize("cut", [4, 10])  # in the first round, before the plan is fixed; after it
+def own_file(folder, name, n=40, **more):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(dict(prompt=f"Which court heard case {i}?") | more) + "\n"
+                            for i in range(n)))
+    return str(path)
+
+
+def test_own_items_with_answers_are_a_need(made_up, tmp_path):
+    advice = made_up(need=own_file(tmp_path, "courts", answer="The high court"), minutes=15)
+    assert advice.search.trials.tasks["tuning"] == ["courts"]
+    assert advice.calibration == "uniform-dimensions", "codeio is too far from these prompts"
+    kept = advice.retention.set_index(["strategy", "dimension"])["value"]["uniform-dimensions"]
+    assert kept["own"] == pytest.approx(0.8, abs=0.03)
+    assert kept["Total"] == pytest.approx(kept[[*DIMENSIONS]].mean()), "of the four abilities"
+    floor = advice.floor.set_index("name")["retention"]
+    assert floor["total"] == pytest.approx(floor[[*DIMENSIONS]].mean())
+    page = {file.name: file for file in save_advice(advice, tmp_path / "out")}["advice.md"]
+    assert "| own |" in page.read_text()
+
+
+@pytest.mark.parametrize("file, said", [
+    (dict(name="short", n=12, answer="x"), "needs 20, half for tuning"),
+    (dict(name="open"), "prompts without answers, so nothing can be scored")])
+def test_own_items_that_cannot_be_scored_are_refused(made_up, tmp_path, file, said):
+    with pytest.raises(CalibPruneError, match=said):
+        made_up(need=own_file(tmp_path, **file), minutes=15)
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_items_for_tuning_and_confirming_are_different_ones(tmp_path):
+    for n in (20, 41, 300):
+        task = own_task(f"own={own_file(tmp_path, f'items{n}', n, answer='x')}").name
+        tasks = dict(tuning=[task], confirming=[task, "piqa"])
+        first, tuning, confirming = (
+            item_limits(tasks, part) for part in (trials.FIRST, trials.TUNING, trials.CONFIRMING))
+        assert tuning == {task: min(32, n // 2)} and confirming == tuning | dict(piqa=12)
+        assert first[task] == tuning[task] / 2 and own_skip(task, trials.TUNING) == 0
+        assert own_skip(task, trials.CONFIRMING) == tuning[task]
+
+
+@pytest.mark.parametrize("cut", [4, 14])  # in the first round, before the plan is fixed; after it
 def test_a_search_goes_on_where_it_was(made_up, monkeypatch, tmp_path, cut):
     whole = halving.run_trial
 
@@ -106,11 +146,11 @@ def test_a_search_goes_on_where_it_was(made_up, monkeypatch, tmp_path, cut):
     monkeypatch.setattr(halving, "run_trial", cut_off)
     with pytest.raises(KeyboardInterrupt): made_up(need="code", minutes=15)
     plan = json.loads((tmp_path / "out" / PLAN_FILE).read_text())
-    assert plan["spent"] == pytest.approx(cut * SECONDS)
-    assert (plan["plan"] or {}).get("rounds") == (None if cut < 8 else [8, 4, 2])
+    assert plan["spent"] == pytest.approx((cut - min(cut, 12) / 2) * SECONDS)
+    assert (plan["plan"] or {}).get("rounds") == (None if cut < 12 else [12, 5, 2])
     monkeypatch.setattr(halving, "run_trial", whole)
     advice = made_up(need="code", minutes=15)
-    assert made_up.models == 18 and advice.search.plan.rounds == (8, 4, 2)
+    assert made_up.models == 23 and advice.search.plan.rounds == (12, 5, 2)
 
 
 def test_too_few_minutes_name_the_minutes_it_takes(made_up):
@@ -127,7 +167,8 @@ def test_a_folder_holds_one_advice(made_up, change, named):
 
 
 def test_a_need_at_the_floor_cannot_be_measured(made_up, monkeypatch):
-    same = lambda self, part, floor=False: items_of({}, self.tasks[part.name], seed=int(floor))
+    same = lambda self, part, floor=False: items_of({}, item_limits(self.tasks, part),
+                                                    seed=int(floor))
     monkeypatch.setattr(measured, "dense_items", same)
     with pytest.raises(CalibPruneError, match="Code cannot be measured on this model"):
         made_up(need="code", minutes=10)
@@ -175,7 +216,7 @@ def test_tuning_and_confirming_share_no_item_with_reports():
     from calib_prune.evaluation.tasks import choose
     for task in get_tasks("default"):
         records = read_jsonl(cached("benchmarks", task.benchmark))
-        parts = [choose(records, 100), *(choose(records, part.limit, after=part.skip)
+        parts = [choose(records, 100), *(choose(records, trials.ROOM, after=part.skip)
                                          for part in (trials.TUNING, trials.CONFIRMING))]
         names = [{record["id"] for record in part} for part in parts]
         assert len(names[1]) == len(names[2]) == 32
