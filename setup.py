@@ -12,7 +12,7 @@ FOUND = [
     *sorted(ROOT.glob("nbs/paper/*.ipynb")), *sorted(ROOT.glob("profiles/*/config.yaml")),
     ROOT / "figures/mixing/smollm2-135m/T12-law.json",
     *sorted(ROOT.glob("figures/claims/*/T18-policies.csv")),
-    *(ROOT / f"figures/advice/smollm2-135m/advice.{ending}" for ending in ("md", "json"))]
+    *(ROOT / f"results/advice/smollm2-135m/advice.{ending}" for ending in ("md", "json"))]
 STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb"]
 
 
