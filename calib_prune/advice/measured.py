@@ -137,7 +137,9 @@ class Advice:
 
     def record(self) -> dict[str, Any]:
         "Everything for programs; the schema is in docs/howto/read-the-json."
-        return dict(advice=1, quick=self.quick.record(), calibration=self.calibration,
+        trials = self.search.trials
+        return dict(advice=1, model=trials.model, settings=trials.identity()["settings"],
+                    quick=self.quick.record(), calibration=self.calibration,
                     finalists=self.finalists, verdict=self.verdict,
                     retention=json_rows(self.retention), lead=json_rows(self.lead),
                     rounds=json_rows(self.search.table()), floor=json_rows(self.floor),
