@@ -17,6 +17,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
+from .halving import SCREENING
 from .measured import Advice
 from .nearest import QuickAdvice
 from ..core import write_atomic
@@ -67,11 +68,15 @@ def lead_lines(advice: Advice) -> list[dict[str, Any]]:
             for row in advice.lead.itertuples(index=False)]
 
 def round_lines(advice: Advice) -> list[dict[str, Any]]:
-    "Every candidate with its last round and its mean score, the best first."
+    "Every candidate with its screening, its draws and their mean score, the best first."
     table = advice.search.table()
-    by = table.groupby("calibration")
-    means, draws = by["score"].mean(), by["score"].size()
-    return [{"calibration": mix, "draws": int(draws[mix]), "score": f"{100 * means[mix]:.1f}"}
+    is_trial = table["round"] > SCREENING
+    screened = table[~is_trial].set_index("calibration")["score"]
+    by = table[is_trial].groupby("calibration")["score"]
+    means, draws = by.mean(), by.size()
+    return [{"calibration": mix, "screening": f"{100 * screened[mix]:.1f}",
+             "draws": int(draws.get(mix, 0)),
+             "score": f"{100 * means[mix]:.1f}" if mix in means else "–"}
             for mix in advice.search.ranking()]
 
 # %% ../../nbs/advice/08_pages.ipynb #41189b63
@@ -126,8 +131,9 @@ def advice_page(advice: Advice) -> str:  # Markdown
         "floor is the dense model after another item's prompt.",
         "## What is distinguishable", markdown_table(lead_lines(advice)), advice.more,
         "## All candidates", markdown_table(round_lines(advice)),
-        "Scores on tuning items, mean of the draws; not comparable with the table above, which "
-        "has other items.",
+        "Screening: pruned with Wanda and the inputs of the dense model. Score: pruned as asked, "
+        "mean of the draws. Both are on tuning items, so they are not comparable with the table "
+        "above, which has other items.",
         "## Without pruning",
         f"The rule without pruning names `{advice.quick.calibration}`: {advice.quick.reason}"]
     if len(advice.quick.regrets):

@@ -67,7 +67,8 @@ def show_advice(advice: Any, files: list[Path]) -> None:
     )
     trials = advice.search.trials
     command = prune_command_line(trials.model, advice.calibration, trials.settings)
-    show_table(round_lines(advice), "candidates: mean score on the tuning items")
+    show_table(round_lines(advice), "candidates: scores on the tuning items; screening prunes with "
+               "Wanda in one shot")
     show_table(finalist_lines(advice), f"finalists, on what the need counts ({advice.need.asked}), "
                "fresh items and fresh draws")
     show_table(retention_cells(advice), "retention in %, simultaneous 95 % intervals")
