@@ -209,7 +209,7 @@ def entrants(search: Halving, size: int) -> list[str]:
 
 def halve(search: Halving) -> list[str]:  # finalists, the best first
     "Run all rounds, as far as the time allows."
-    read_plan(search)
+    keep_plan(search)
     search.plan = screen(search)
     keep_plan(search)
     if not search.plan.rounds: return entrants(search, FINALISTS)

@@ -24,6 +24,7 @@ from calib_prune.advice.halving import (
     Plan,
     halve,
     keep_plan,
+    read_plan,
     rounds_from,
 )
 from .nearest import QuickAdvice, advise_quickly
@@ -32,12 +33,13 @@ from calib_prune.advice.trials import (
     CONFIRMING,
     TUNING,
     Trials,
-    check_mixes,
     dense_items,
     hold_folder,
     is_kept,
+    longest_seconds,
     measure_sources,
     trial_items,
+    usable_mixes,
 )
 from ..calibration.sets import named_mixes
 from ..core import DIMENSIONS, CalibPruneError, as_path
@@ -47,7 +49,7 @@ from ..evaluation.tasks import TASKS, get_tasks
 from ..pipeline.prune import PruneSettings
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
-from ..pruning.methods import MethodSteps
+from ..pruning.methods import METHODS, MethodSteps
 
 # %% ../../nbs/advice/07_measured.ipynb #86beb3c5
 def candidate_mixes(quick: QuickAdvice, sources: Sequence[str]  # the user's
@@ -157,10 +159,11 @@ def hour_note(search: Halving) -> str:
     if search.plan is None: return ""
     candidates, tried = len(search.mixes), max(FINALISTS, *search.plan.rounds, 0)
     if tried == candidates: return f"All {candidates} candidates were pruned."
+    screened = f"{search.plan.screened} of {candidates} candidates were screened"
     seconds = search.seconds_of(search.plan) + 3600
     most = max([tried, *(n for n in range(tried, candidates + 1)
                          if search.seconds_of(Plan(candidates, rounds_from(n))) <= seconds)])
-    return f"{tried} of {candidates} candidates were pruned; with another hour, about {most}."
+    return f"{screened}, {tried} of them pruned; with another hour, about {most} would be."
 
 # %% ../../nbs/advice/07_measured.ipynb #9a15ceb1
 def _trials(model: str, folder: Path, need: Need, settings: PruneSettings,
@@ -193,9 +196,8 @@ def trial_seconds(trials: Trials, mixes: Sequence[str]) -> float:
     Measures the sources on the way."""
     how, per_window = trials.settings, measure_sources(trials, mixes)
     passes = MethodSteps(how.method, how.refine, how.reconstruct, how.allocation).passes
-    before = time.monotonic()
-    dense_items(trials, TUNING)
-    return passes * how.windows * per_window + time.monotonic() - before
+    scoring = longest_seconds(trials, "tuning", lambda: dense_items(trials, TUNING))
+    return passes * how.windows * per_window + scoring
 
 # %% ../../nbs/advice/07_measured.ipynb #10cf5389
 def advise(model: str | Path,                  # the dense model
@@ -210,6 +212,9 @@ def advise(model: str | Path,                  # the dense model
     "Search the best calibration mix for a need by pruning: what the command `advise` does."
     began, asked = time.monotonic(), PruneSettings(sparsity=sparsity, **settings)
     asked.check()
+    if METHODS[asked.method].by_group:
+        raise CalibPruneError(f"Method {asked.method} needs mixes of several dimensions, and "
+                              "single sources are candidates: use admm or sparsegpt.")
     wanted = parse_need(need)
     if OWN_NEED in wanted.weights and not wanted.task:
         raise CalibPruneError(
@@ -218,17 +223,21 @@ def advise(model: str | Path,                  # the dense model
     how = asked.placed(str(model))
     trials = _trials(str(model), as_path(output, "a folder for the advice"), wanted, how, progress)
     quick = advise_quickly(need, model, sources, progress)
-    mixes = candidate_mixes(quick, sources)
-    check_mixes(trials, mixes)  # before the folder is bound to these settings
+    # before the folder is bound to these settings
+    mixes = usable_mixes(trials, candidate_mixes(quick, sources), sources)
+    if len(mixes) < FINALISTS:
+        raise CalibPruneError(f"Fewer than {FINALISTS} candidates have text enough for "
+                              f"{how.windows} windows of {how.length} tokens: take fewer.")
     with hold_folder(trials):
-        before = time.monotonic()
+        confirming = longest_seconds(trials, "confirming", lambda: dense_items(trials, CONFIRMING))
         dense = dense_items(trials, CONFIRMING)
         search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began,
-                         confirming=time.monotonic() - before)
-        search.expected = trial_seconds(trials, mixes)
+                         confirming=confirming)
+        read_plan(search)
+        if search.plan is None: search.expected = trial_seconds(trials, mixes)
         after_next = dense_items(trials, CONFIRMING, floor=True)
         floor = floor_retention(dense, after_next, wanted.task)
         check_need(wanted, floor)
         confirmed = _confirm(search, dense, halve(search))
         keep_plan(search)
-    return Advice(quick, search, confirmed, floor, time.monotonic() - began)
+    return Advice(quick, search, confirmed, floor, search.used)

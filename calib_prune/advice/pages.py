@@ -154,7 +154,7 @@ def advice_figure(advice: Advice) -> Figure:
 
 def save_advice(advice: Advice, folder: str | Path) -> list[Path]:
     "Write the page as Markdown and HTML, the figure as PNG and SVG, and the record as JSON."
-    place = Path(folder)
+    place = Path(folder).expanduser()
     drawn = save_figure(advice_figure(advice), place / FIGURE_STEM, (".png", ".svg"))
     text = advice_page(advice)
     page = as_html(text, f"Calibration data for {advice.search.trials.model}",

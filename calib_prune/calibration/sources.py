@@ -10,6 +10,7 @@ __all__ = ['NOT_CODE', 'SOURCES', 'HELDOUT', 'FURTHER', 'SUITE', 'MAX_DOCUMENTS'
            'is_pattern', 'found_files', 'files_source', 'piped_file', 'piped_source', 'hub_source', 'get_source']
 
 # %% ../../nbs/calibration/02_sources.ipynb #3852d6ab
+import codecs
 import hashlib
 import json
 import os
@@ -539,8 +540,10 @@ class FilesSource(Source):
     def template(self) -> ChatTemplate: return self.files[0].template
 
     def stream(self) -> Iterator[str]:
-        texts = chain.from_iterable(file.stream() for file in self.files)
-        return (document["text"] for document in documents(texts))
+        texts = documents(chain.from_iterable(file._read() for file in self.files))
+        first = next(texts, None)
+        if first is None: raise CalibPruneError(f"{self.name} holds no text.")
+        return (document["text"] for document in chain([first], texts))
 
     def documents(self) -> list[str]: return list(self.stream())
 
@@ -557,13 +560,15 @@ class FilesSource(Source):
 # %% ../../nbs/calibration/02_sources.ipynb #f4285fb5
 def is_pattern(name: str) -> bool:
     "Whether a name is a pattern of file names."
-    return bool(re.search(r"[*?\[]", name)) and not os.path.exists(name)
+    return bool(re.search(r"[*?\[]", name)) and not os.path.exists(os.path.expanduser(name))
 
 def found_files(name: str) -> list[str]:  # a folder, or a pattern with ":FIELD" after it if need be
     "The text files in a folder or of a pattern, sorted."
+    name = os.path.expanduser(name)
     if os.path.isdir(name):
-        inside = Path(name).rglob("*")
-        paths = [str(path) for path in inside if not path.name.startswith(".")]
+        inside = (path for path in Path(name).rglob("*"))
+        paths = [str(path) for path in inside
+                 if not any(part.startswith(".") for part in path.relative_to(name).parts)]
     else: paths = glob(name, recursive=True)
     return sorted(path for path in paths if Path(path).suffix in READERS and Path(path).is_file())
 
@@ -590,19 +595,22 @@ STANDARD_INPUT = "-"
 
 @cache
 def piped_file() -> Path:
-    "The text on standard input, as a file in the cache: JSON lines if it begins with a brace."
+    "The text on standard input, as a file in the cache: JSON lines if its first line is a record."
     if sys.stdin is None or sys.stdin.isatty():
         raise CalibPruneError("`-` stands for standard input, and nothing is piped in: for "
                               "example, cat notes.txt | calib-prune prune --calibration - …")
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
     if not data.strip(): raise CalibPruneError("Standard input holds no text.")
-    suffix = ".jsonl" if data.lstrip().startswith(b"{") else ".txt"
+    try: is_record = isinstance(json.loads(data.lstrip().partition(b"\n")[0]), dict)
+    except (ValueError, RecursionError): is_record = False
+    suffix = ".jsonl" if is_record else ".txt"
     name = hashlib.sha256(data).hexdigest()[:16]
     return write_atomic(cache_dir() / "piped" / f"{name}{suffix}", data)
 
-def piped_source() -> FileSource:
+def piped_source(name: str) -> FileSource:  # "-", with ":FIELD" after it if need be
     "Standard input as a source."
-    return replace(file_source(str(piped_file())), name=STANDARD_INPUT, origin="standard input")
+    file = str(piped_file()) + name.removeprefix(STANDARD_INPUT)
+    return replace(file_source(file), name=name, origin="standard input")
 
 # %% ../../nbs/calibration/02_sources.ipynb #6aae807f
 HUB = re.compile(
@@ -633,8 +641,8 @@ def get_source(name: str  # a packaged name, paper:NAME, hub:…, a file, folder
     base, _, at = name.partition("@")
     if base in PAPER_SOURCES and at: return replace(PAPER_SOURCES[base], at=at)
     if name.startswith("hub:"): return hub_source(name)
-    if name == STANDARD_INPUT: return piped_source()
-    if os.path.isdir(name) or is_pattern(name): return files_source(name)
+    if name.partition(":")[0] == STANDARD_INPUT: return piped_source(name)
+    if os.path.isdir(os.path.expanduser(name)) or is_pattern(name): return files_source(name)
     if os.path.exists(name) or re.search(r"[/\\]|\.(txt|jsonl|parquet)\b", name):
         return file_source(name)
     raise unknown_name("source", name, known,

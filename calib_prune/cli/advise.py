@@ -78,7 +78,7 @@ def show_advice(advice: Any, files: list[Path]) -> None:
                  f"Page: {files[1]}"])
 
 # %% ../../nbs/cli/11_advise.ipynb #6289bd2d
-DEMO = "figures/advice/smollm2-135m/advice"  # .md, .json
+DEMO = "results/advice/smollm2-135m/advice"  # .md, .json
 
 def show_demo(as_json: bool) -> None:
     "Advice that was made before, as its page says it."
@@ -110,11 +110,13 @@ def advise_command(
     ] = None,
     minutes: Annotated[
         float,
-        typer.Option(help="Time for pruning and scoring candidates; 0: by the rules, in seconds."),
+        typer.Option(
+            help="Time for pruning and scoring candidates; 0: use the rules, prune nothing."
+        ),
     ] = 15,
     output: Annotated[
         str,
-        typer.Option(help="Folder for trials and page; the same command goes on from there."),
+        typer.Option(help="Folder for trials and page; a repeated command resumes."),
     ] = "advice",
     method: Annotated[str, typer.Option(help="See `calib-prune methods`.")] = "admm",
     sparsity: Annotated[str, typer.Option(help="A fraction, or a pattern such as `2:4`.")] = "0.5",

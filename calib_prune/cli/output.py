@@ -26,8 +26,8 @@ JsonOption = Annotated[
 DtypeOption = Annotated[
     str,
     typer.Option(
-        help="Type to compute in: `float32`, `bfloat16` or `float16`. `auto`: float32; bfloat16 "
-        "on a GPU that float32 would fill to more than half."
+        help="Type to compute in: `float32`, `bfloat16` or `float16`. `auto`: float32; on a GPU "
+        "bfloat16 if float32 weights need more than half of its memory."
     ),
 ]
 DeviceOption = Annotated[

@@ -70,7 +70,7 @@ def prune_command(
             "a .gguf file, or a hub id `owner/name`."
         ),
     ],
-    output: Annotated[str, typer.Option(help="Folder to write; must not exist or be empty.")],
+    output: Annotated[str, typer.Option(help="Folder to write; must be absent or empty.")],
     recipe: Annotated[
         Optional[str],
         typer.Option(
@@ -84,7 +84,7 @@ def prune_command(
         typer.Option(
             help="`c4`, `c4=0.5,math=0.5`, `uniform`, or your own text: files (.txt, .jsonl, "
             ".parquet), folders, patterns (`'notes/*.txt'`), `-` for standard input, or a data "
-            "set of the hub (`hub:OWNER/NAME`). By default `half-code`."
+            "set of the hub (`hub:OWNER/NAME`). By default the recipe's mix (`half-code`)."
         ),
     ] = None,
     method: Annotated[
@@ -136,14 +136,14 @@ def prune_command(
     allocation: Annotated[
         str,
         typer.Option(
-            help="Of the sparsity over layers: `uniform`, or `owl`: less where outliers are."
+            help="Sparsity per layer: `uniform`, or `owl` (lower in layers with more outliers)."
         ),
     ] = "uniform",
     refine: Annotated[
         int,
         typer.Option(
             help=(
-                "Conjugate-gradient steps on the weights that stay; 10 give nearly all there is to "
+                "Conjugate-gradient steps on the weights that stay; 10 steps give most of the "
                 "gain. 0: none."
             )
         ),
@@ -155,7 +155,8 @@ def prune_command(
     exclude: Annotated[
         str,
         typer.Option(
-            help="Linear maps that stay dense, such as `*.down_proj` or `0.*` (layer 0)."
+            help="Linear maps that stay dense, such as `*.down_proj,0.*` (0: a layer); patterns "
+            "separated by commas."
         ),
     ] = "",
     checkpoint: Annotated[
@@ -212,6 +213,7 @@ def prune_command(
         windows=windows,
         seconds=round(time.perf_counter() - began, 1),
     )
+    if "sparsity_in_scope" in record: brief["of the pruned maps"] = record["sparsity_in_scope"]
     if record["rounded_to_zero"]:
         brief[f"weights rounded to zero by {record['saved_dtype']}"] = record["rounded_to_zero"]
     if record["on_all_tokens"]:

@@ -562,12 +562,11 @@ def reproduce(
         str,
         typer.Option(
             help=
-            "`smoke`, a question and a model, or a preset file. Questions: `claims`, `pruners`, "
-            "`mixing`, `perplexity`, "
-            "`new-sources`, `recipe`, `answers`, `rounding`, `fresh-draws`; models: "
-            "`smollm2-135m`, `qwen-0.5b`, for claims and answers `qwen-1.5b`, and for claims "
-            "`llama-3.1-8b`, for fresh-draws also `smollm2-135m-recipe`. "
-            "For example `recipe/qwen-0.5b`.")] = "smoke",
+            "`smoke`, a question and a model such as `recipe/qwen-0.5b`, or a preset file. With "
+            "`smollm2-135m` and `qwen-0.5b`: `claims`, `pruners`, `recipe`, `rounding`; with "
+            "`smollm2-135m`: `mixing`, `perplexity`, `new-sources`, `fresh-draws` (also "
+            "`smollm2-135m-recipe`); with `qwen-0.5b`: `answers`; with `qwen-1.5b`: `claims`, "
+            "`answers`; with `llama-3.1-8b`: `claims`.")] = "smoke",
     jobs: Annotated[
         int,
         typer.Option(
@@ -596,7 +595,7 @@ def reproduce(
     ] = None,
     again: Annotated[
         bool,
-        typer.Option("--again", help="Make results again if their keys are of an older scheme."
+        typer.Option("--again", help="Recompute results whose keys are of an older scheme."
                      )] = False,
     profile: Annotated[
         Optional[str],

@@ -38,7 +38,7 @@ def input_squares(model: PreTrainedModel,  # dense
                   tokens: Tensor,          # int64 [N, L]
                   batch_tokens: int = 2048
                  ) -> dict[str, Tensor]:   # "layer.name" → [d_in] float32, on the CPU
-    "Mean square of each input of every linear map; ones where an expert saw no token."
+    "Mean square of each input of every linear map; NaN where an expert saw no token."
     linears = {}
     with ExitStack() as stack:
         for i, layer in enumerate(decoder_layers(model)):
@@ -49,17 +49,22 @@ def input_squares(model: PreTrainedModel,  # dense
         stack.enter_context(fast_products(same_weights=True))
         for batch in tokens.split(max(1, batch_tokens // tokens.shape[1])):
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
-        weights = {name: get_weight(linear) for name, linear in linears.items()}
-        return {name: norms[name].norms(weights[name]).square().cpu() for name in linears}
+        unseen = {name: torch.full((get_weight(linear).shape[1],), torch.nan)
+                  for name, linear in linears.items() if not norms[name].tokens}
+        return {name: unseen[name] if name in unseen else
+                torch.as_tensor(norms[name].squares / norms[name].tokens).cpu() for name in linears}
 
 # %% ../../nbs/pruning/19_one_shot.ipynb #bbc55c7a
 def mixed_squares(sources: Mapping[str, dict[str, Tensor]],  # source → its squares
                   shares: Mapping[str, float]                # source → weight, in any unit
                  ) -> dict[str, Tensor]:
-    "The squares of a mix of sources."
-    whole, names = sum(shares.values()), next(iter(sources.values()))
-    return {name: sum(weight / whole * sources[source][name] for source, weight in shares.items())
-            for name in names}
+    "The squares of a mix of sources; a source without tokens for an expert does not count there."
+    mixed = {}
+    for name in next(iter(sources.values())):
+        rows = torch.stack([sources[source][name] for source in shares])
+        weights = torch.tensor([*shares.values()])[:, None] * ~rows.isnan()
+        mixed[name] = (weights * rows.nan_to_num()).sum(0) / weights.sum(0)
+    return mixed
 
 # %% ../../nbs/pruning/19_one_shot.ipynb #c974e4ae
 @torch.no_grad()
@@ -75,6 +80,6 @@ def prune_one_shot(model: PreTrainedModel,       # dense; pruned in place
             for name, linear in prunable(layer).items():
                 if (i, name) in dense: continue
                 weight = get_weight(linear)
-                norms = squares[f"{i}.{name}"].to(weight.device).sqrt()
+                norms = squares[f"{i}.{name}"].nan_to_num(1.0).to(weight.device).sqrt()
                 mask = wanda_mask(weight, norms, share(sparsity, weight.shape[1]), pattern)
                 weight.masked_fill_(mask, 0)

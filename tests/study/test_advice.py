@@ -1,5 +1,6 @@
 "Advice on models whose retention is known: made-up answers in place of pruned models."
 import json
+import time
 
 import numpy as np
 import pandas as pd
@@ -73,7 +74,7 @@ def made_up(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "time", clock, raising=False)
         monkeypatch.setattr(module, "is_kept", lambda self, mix, seed, part: (
             self.folder / part.name / f"{mix}-{seed}").exists())
-    monkeypatch.setattr(measured, "check_mixes", lambda *_: None)
+    monkeypatch.setattr(measured, "usable_mixes", lambda _, mixes, sources: mixes)
     return clock
 
 
@@ -166,6 +167,19 @@ def test_too_few_minutes_name_the_minutes_it_takes(made_up):
         made_up(need="code", minutes=1)
 
 
+def test_methods_that_work_by_dimension_are_refused_at_the_start(made_up, tmp_path):
+    with pytest.raises(CalibPruneError, match="minimax needs mixes of several dimensions"):
+        made_up(need="code", minutes=15, method="minimax")
+    assert not (tmp_path / "out").exists()
+
+
+def test_times_that_an_earlier_run_took_are_remembered(tmp_path):
+    "A repeated command finds the dense model's answers, and must not take them for quick work."
+    search = Trials("smollm2-135m", tmp_path, dict(tuning=[], confirming=[]))
+    slow = trials.longest_seconds(search, "tuning", lambda: time.sleep(0.2))
+    assert slow >= 0.2 and trials.longest_seconds(search, "tuning", lambda: None) == slow
+
+
 @pytest.mark.parametrize("change, named", [(dict(need="math"), "tasks"),
                                            (dict(sparsity="0.6"), "settings")])
 def test_a_folder_holds_one_advice(made_up, change, named):
@@ -224,7 +238,7 @@ def test_tuning_and_confirming_share_no_item_with_reports():
     from calib_prune.evaluation.tasks import choose
     for task in get_tasks("default"):
         records = read_jsonl(cached("benchmarks", task.benchmark))
-        parts = [choose(records, 100), *(choose(records, trials.ROOM, after=part.skip)
+        parts = [choose(records, 100), *(choose(records, trials.SLICE_ITEMS, after=part.skip)
                                          for part in (trials.TUNING, trials.CONFIRMING))]
         names = [{record["id"] for record in part} for part in parts]
         assert len(names[1]) == len(names[2]) == 32

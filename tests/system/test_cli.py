@@ -119,6 +119,11 @@ def test_layers_and_maps_that_are_left_out_stay_dense(model, text, tmp_path):
     same = {name for name in before if bool((before[name] == after[name]).all())}
     assert {name for name in before if "layers.0" in name or "down_proj" in name} <= same
     assert "model.layers.1.mlp.up_proj.weight" not in same
+    record = json.loads((tmp_path / "out" / RECORD_FILE).read_text())
+    assert record["scope"] == dict(layers="1", exclude="*.down_proj")
+    assert record["achieved_sparsity"] < 0.25 and record["sparsity_in_scope"] == 0.5
+    assert record["mean_error"] == pytest.approx(
+        sum(row["error"] for row in record["layers"] if row["sparsity"]) / 6)
     done = prune(model, text, tmp_path / "none", "--layers", "9", code=1)
     assert "There is no layer 9: the model has 2 layers" in done.stderr
 
@@ -313,6 +318,13 @@ def test_advice_without_pruning_takes_own_text(text, tmp_path):
     assert out["regrets"] == [] and out["weights"] == {"own": 1.0}
     done = call(*asked, "--need", "cod", code=1)
     assert "Unknown need 'cod'" in json.loads(done.stdout)["error"]
+
+
+def test_the_demo_of_advice_needs_no_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("CALIB_PRUNE_CACHE", str(tmp_path / "empty"))
+    assert "Calibration data for smollm2-135m" in call("advise", "--demo").stdout
+    assert strict(call("advise", "--demo", "--json").stdout)["advice"] == 1
+    assert "For which model?" in call("advise", "--need", "code", code=1).stderr
 
 
 def test_an_occupied_output_is_refused_before_the_work(model, text, tmp_path):

@@ -416,7 +416,10 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_a_folder_and_a_pattern_are_one_source(tmp_path):
     (tmp_path / "more").mkdir()
-    for name, text in {"b.txt": "two", "a.txt": "one", "more/c.txt": "one", ".d.txt": "x"}.items():
+    (tmp_path / ".git").mkdir()
+    texts = {"b.txt": "two", "a.txt": "one", "more/c.txt": "one", "more/empty.txt": "",
+             ".d.txt": "x", ".git/f.txt": "x"}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "more/e.jsonl").write_text('{"body": "three"}\n')
     with pytest.raises(CalibPruneError, match="no field 'text'"):
