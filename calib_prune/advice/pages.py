@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .halving import SCREENING
 from .measured import Advice
 from .nearest import QuickAdvice
-from ..core import write_atomic
+from ..core import as_path, write_atomic
 from ..pipeline.prune import PruneSettings
 from ..statistics.plots import forest_figure, method_label, sparsity_label
 from ..statistics.tables import interval_text
@@ -154,7 +154,7 @@ def advice_figure(advice: Advice) -> Figure:
 
 def save_advice(advice: Advice, folder: str | Path) -> list[Path]:
     "Write the page as Markdown and HTML, the figure as PNG and SVG, and the record as JSON."
-    place = Path(folder).expanduser()
+    place = as_path(folder, "a folder for the advice")
     drawn = save_figure(advice_figure(advice), place / FIGURE_STEM, (".png", ".svg"))
     text = advice_page(advice)
     page = as_html(text, f"Calibration data for {advice.search.trials.model}",

@@ -8,7 +8,6 @@ __all__ = ['checkpoint_of', 'left_by_prune', 'prune_command']
 # %% ../../nbs/cli/04_prune.ipynb #195c4c9c
 import os
 import time
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -21,12 +20,12 @@ from calib_prune.cli.output import (
     print_json,
     show_table,
 )
-from ..core import NAME_BYTES
+from ..core import NAME_BYTES, as_path
 
 # %% ../../nbs/cli/04_prune.ipynb #c0f1a7d5
 def checkpoint_of(output: str) -> str | None:
     "The folder for finished layers, next to the output; None where none can be made there."
-    folder = Path(output).expanduser()
+    folder = as_path(output, "an output folder")
     name = f"{folder.name}.layers"
     above = next(path for path in folder.absolute().parents if path.exists())
     fits = bool(folder.name) and len(os.fsencode(name)) <= NAME_BYTES
@@ -36,7 +35,7 @@ def left_by_prune(output: str, checkpoint: str | None) -> str:
     "The files that an interrupted `prune` leaves, and the way to continue."
     from calib_prune.model.loading import RECORD_FILE
     from calib_prune.pruning.checkpoint import layers_in
-    if (Path(output).expanduser() / RECORD_FILE).is_file():
+    if (as_path(output, "an output folder") / RECORD_FILE).is_file():
         return f"{output} already holds a complete model and is unchanged."
     if checkpoint is None: checkpoint = checkpoint_of(output)
     n = layers_in(checkpoint) if checkpoint else 0

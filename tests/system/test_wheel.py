@@ -18,6 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from calib_prune.advice.nearest import REGRET_FILE, STUDIED
+from calib_prune.cli.advise import DEMO
 from calib_prune.cli.init import lay_out
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.statistics.mixing_law import LAW_FILE
@@ -82,7 +83,8 @@ def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
     assert not [o for o in names if o.startswith(("tests", "results", "nbs", "bench"))]
 
 
-MEASURED = {LAW_FILE, *(REGRET_FILE.format(model) for model in STUDIED)}  # of committed studies
+MEASURED = {  # of committed studies, and a stored advice
+    LAW_FILE, *(REGRET_FILE.format(model) for model in STUDIED), f"{DEMO}.md", f"{DEMO}.json"}
 STUDY = {
     "snakemake", "papermill", "ipykernel", "ipywidgets", "jupyterlab",
     "nbformat"}

@@ -221,6 +221,8 @@ JOBS = (
         10,
         3,
         again=False,
+        room=270_000,
+        stays=r"^out\.layers/(run\.json|layer-\d+\.safetensors)$",
         varies=r"calib_prune\.json$"),
     Job("prune: checkpoint",
         lambda d, i: usual(d, i, "prune", "--output", i / "out", "--checkpoint", d / "cp"),
