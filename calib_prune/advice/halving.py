@@ -203,7 +203,8 @@ def screen(search: Halving) -> Plan:
 
 # %% ../../nbs/advice/05_halving.ipynb #24847cd8
 def entrants(search: Halving, size: int) -> list[str]:
-    "The best of the screening, and the rule's mix, which is the first candidate."
+    """The best candidates of the screening. The first candidate, which is the rule's mix if its
+    text suffices, takes the last place if it is not among these."""
     mixes, rule = search.ranking()[:size], search.mixes[0]
     return mixes if rule in mixes else [*mixes[:-1], rule]
 

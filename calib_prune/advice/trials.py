@@ -32,7 +32,6 @@ from ..model.loading import load_model, load_tokenizer, model_revision
 from ..pipeline.prune import PruneSettings, draw_calibration, prune_loaded
 from ..pipeline.records import versions
 from ..progress import ProgressFn
-from ..pruning.layers import Scope
 from ..pruning.masks import parse_sparsity
 from ..pruning.one_shot import input_squares, mixed_squares, prune_one_shot
 
@@ -50,9 +49,9 @@ CONFIRMING = Slice("confirming", 132)
 
 
 # %% ../../nbs/advice/04_trials.ipynb #95933969
-SLICE_ITEMS = 32      # items of a task in a slice
-ENOUGH = 128   # items that decide about a need (ours): draws matter more than items
-FEWEST_OF_TASK = 12    # items of a task; of tasks that the need leaves out, exactly as many
+SLICE_ITEMS = 32     # most items of a task in a slice
+ENOUGH = 128         # items of all tasks of a need (ours): draws matter more than items
+FEWEST_OF_TASK = 12  # items of a task at least; tasks outside the need have this number
 
 def is_own(task: str) -> bool:
     "Whether a task is a user's file."
@@ -237,7 +236,7 @@ def screen_items(trials: Trials, mix: str) -> pd.DataFrame:
         squares = {name: source_squares(trials, name, net, tokenizer) for name in shares}
         sparsity, pattern = parse_sparsity(how.sparsity)
         prune_one_shot(net, mixed_squares(squares, shares), sparsity, pattern,
-                       Scope(how.layers, how.exclude))
+                       how.scope)
         return _score(trials, net, tokenizer, SCREEN)
     return _kept(trials._path(_file_name(mix), SCREEN), make)
 

@@ -179,14 +179,14 @@ def _text_column(path: Path, table: Any, field: str) -> int:
             f"{path} has {n} columns named {field!r}: rename the others. Its columns are {columns}."
         )
     kind = schema.field(field).type if n else None
-    is_chat = kind is not None and field == MESSAGES and types.is_nested(kind)
+    names = [table.schema.column(i).path for i in range(len(table.schema))]
+    # a chat is stored as a column of contents and a column of roles
+    contents = [i for i, name in enumerate(names) if re.fullmatch(rf"{field}\..*content", name)]
+    is_chat = kind is not None and field == MESSAGES and bool(contents)
     if not is_chat and (kind is None or not (types.is_string(kind) or types.is_large_string(kind))):
         raise CalibPruneError(f"{path} has no text column {field!r}; its columns are {columns}. "
                               f"Name the right one: {path.name}:COLUMN.")
-    names = [table.schema.column(i).path for i in range(len(table.schema))]
-    if not is_chat: return names.index(field)
-    # a chat is stored as a column of contents and a column of roles
-    return next(i for i, name in enumerate(names) if re.fullmatch(rf"{field}\..*content", name))
+    return contents[0] if is_chat else names.index(field)
 
 # %% ../../nbs/calibration/01_readers.ipynb #0d6f3b95
 BATCH = 1 << 27  # bytes that are unpacked at a time (ours); less only makes it slower

@@ -597,8 +597,8 @@ STANDARD_INPUT = "-"
 def piped_file() -> Path:
     "The text on standard input, as a file in the cache: JSON lines if its first line is a record."
     if sys.stdin is None or sys.stdin.isatty():
-        raise CalibPruneError("`-` stands for standard input, and nothing is piped in: for "
-                              "example, cat notes.txt | calib-prune prune --calibration - …")
+        raise CalibPruneError("`-` reads standard input, and nothing is piped in. Example: "
+                              "cat notes.txt | calib-prune prune --calibration - …")
     data = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
     if not data.strip(): raise CalibPruneError("Standard input holds no text.")
     try: is_record = isinstance(json.loads(data.lstrip().partition(b"\n")[0]), dict)

@@ -539,9 +539,9 @@ def _show_plan(command: list[str], root: Path, path: Path, study: dict[str, Any]
                               stderr=None if verbose else subprocess.STDOUT)
     if done.returncode and not verbose: print(done.stdout)
     if not tables_only:
-        show_table([plan_summary(study, left)], "Work that is left, on the hardware that "
-                   f"{path.name} states; --verbose lists every job")
-        show_table(left_table(left), f"Remaining work in {results}")
+        show_table([plan_summary(study, left)], f"Remaining work on the hardware of {path.name}; "
+                   "--verbose lists every job")
+        show_table(left_table(left), f"Missing results in {results}")
         show_table(
             estimate_cost(study).to_dict("records"),
             f"What all cells take, on the hardware that {path.name} states")

@@ -484,6 +484,13 @@ def test_messages_that_are_none_are_refused(tmp_path, line):
         get_source(f"{tmp_path}/a.jsonl").documents()
 
 
+@pytest.mark.parametrize("column", [[["a", "b"]], [[{"from": "user", "value": "x"}]]])
+def test_parquet_messages_without_content_are_refused(tmp_path, column):
+    pd.DataFrame({"messages": column}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(CalibPruneError, match="has no text column 'messages'"):
+        get_source(f"{tmp_path}/a.parquet").documents()
+
+
 def test_chats_and_text_are_two_sources(tmp_path):
     (tmp_path / "a.jsonl").write_text(CHAT % "a")
     (tmp_path / "b.txt").write_text("text")
