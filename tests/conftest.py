@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 import pytest
 
@@ -39,3 +40,13 @@ def what_ctrl_c_does():
     before = signal.getsignal(signal.SIGINT)
     yield
     if before is not None: signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def own_tasks_leave():
+    "A file given as a task is registered under its name: the next test starts without it."
+    yield
+    tasks = sys.modules.get("calib_prune.evaluation.tasks")
+    if tasks is None: return
+    for name in [name for name, task in tasks.TASKS.items() if task.benchmark.startswith("file:")]:
+        del tasks.TASKS[name]

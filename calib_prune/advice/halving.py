@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'FINALISTS', 'FRESH_DRAWS', 'FRESH_TRIALS', 'COUNTED', 'SCORES', 'SCREENING', 'PLAN_FILE', 'Plan',
-           'rounds_from', 'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'run_trial', 'check_time',
-           'screen', 'entrants', 'halve']
+           'rounds_from', 'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'timed_items', 'run_trial',
+           'check_time', 'screen', 'entrants', 'halve']
 
 # %% ../../nbs/advice/05_halving.ipynb #a3974f5f
 import json
@@ -20,6 +20,7 @@ import pandas as pd
 
 from .needs import Need
 from calib_prune.advice.trials import (
+    CONFIRMING,
     SCREEN,
     SCREEN_SEED,
     TUNING,
@@ -90,23 +91,25 @@ class Halving:
     seconds: float                # for all, earlier runs in the same folder included
     scores: list[dict[str, Any]]  # `SCORES`
     plan: Plan | None = None
-    # slice → seconds of its trials in this run, or the mean of an earlier run
+    # "screening" or "pruning" → seconds of each in this run, or the mean of an earlier run
     durations: dict[str, list[float]] = field(default_factory=dict)
-    expected: float = 0.0         # seconds of a trial, before the first one
-    confirming: float = 0.0       # further seconds that a finalist's trial takes: all tasks
+    scoring: dict[str, float] = field(default_factory=dict)  # slice → seconds to score a model
+    expected: float = 0.0         # seconds of pruning, before the first trial
     spent: float = 0.0            # of earlier runs
     began: float = field(default_factory=time.monotonic)
 
     def pace(self, part: Slice) -> float:
         "Seconds of a trial or a screening, by the last ones: the first one also fills caches."
-        if recent := self.durations.get(part.name, [])[-3:]: return sum(recent) / len(recent)
-        return 0.0 if part == SCREEN else self.expected
+        recent = self.durations.get("screening" if part == SCREEN else "pruning", [])[-3:]
+        mean = sum(recent) / len(recent) if recent else 0.0
+        if part == SCREEN: return mean
+        return (mean or self.expected) + self.scoring.get(part.name, 0.0)
 
     def seconds_of(self, plan: Plan) -> float:
-        "Seconds that a plan takes."
-        trials = sum(plan.rounds) + FRESH_TRIALS
-        return (plan.screened * self.pace(SCREEN) + trials * self.pace(TUNING)
-                + FRESH_TRIALS * self.confirming)
+        "Seconds that a plan takes. Without rounds, the first model is one of the finalists'."
+        fresh = FRESH_TRIALS - bool(self.durations.get("pruning") and not plan.rounds)
+        return (plan.screened * self.pace(SCREEN) + sum(plan.rounds) * self.pace(TUNING)
+                + fresh * self.pace(CONFIRMING))
 
     def fits(self, plan: Plan) -> bool:
         "Whether the time allows a plan, in addition to what was done."
@@ -143,33 +146,40 @@ PLAN_FILE = "plan.json"
 def keep_plan(search: Halving) -> None:
     "Store the plan and the time used; called after every trial."
     about = dict(plan=asdict(search.plan) if search.plan else None, mixes=[*search.mixes],
-                 pace={part.name: search.pace(part) for part in (SCREEN, TUNING)},
-                 confirming=search.confirming, spent=search.used, seconds=search.seconds)
+                 pace={kind: sum(times) / len(times) for kind, times in search.durations.items()},
+                 spent=search.used, seconds=search.seconds)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
 
 def read_plan(search: Halving) -> None:
     "Read the plan of an earlier run with the same candidates; the time of that run counts."
     path = search.trials.folder / PLAN_FILE
     if not path.is_file(): return
-    known = load_json(path, mixes=list, pace=dict, spent=float, confirming=float)
+    known = load_json(path, mixes=list, pace=dict, spent=float)
     if known["mixes"] != [*search.mixes]:
         raise CalibPruneError(f"{search.trials.folder} holds advice on other candidates: choose "
                               "another folder.")
-    search.durations = {name: [seconds] for name, seconds in known["pace"].items() if seconds}
-    search.confirming = max(search.confirming, known["confirming"])
+    search.durations = {kind: [seconds] for kind, seconds in known["pace"].items()}
     if known["seconds"] == search.seconds: search.spent = known["spent"]
     if known["plan"] and known["seconds"] == search.seconds:
         search.plan = Plan(known["plan"]["screened"], tuple(known["plan"]["rounds"]))
 
 # %% ../../nbs/advice/05_halving.ipynb #56cc3980
+def timed_items(search: Halving, mix: str, seed: int, part: Slice) -> pd.DataFrame:
+    "The answers of a trial or a screening; its seconds tell the pace of the next ones."
+    before, began = is_kept(search.trials, mix, seed, part), time.monotonic()
+    if part == SCREEN: items = screen_items(search.trials, mix)
+    else: items = trial_items(search.trials, mix, seed, part)
+    seconds = time.monotonic() - began
+    if before: return items
+    if part == SCREEN: search.durations.setdefault("screening", []).append(seconds)
+    else: search.durations.setdefault("pruning", []).append(seconds - search.scoring[part.name])
+    keep_plan(search)
+    return items
+
 def run_trial(search: Halving, mix: str, stage: int) -> None:
     "Screen or prune a candidate, and note its score."
     seed, part = SCREEN_SEED + stage, SCREEN if stage == SCREENING else TUNING
-    before = is_kept(search.trials, mix, seed, part)
-    dense, began = dense_items(search.trials, TUNING), time.monotonic()
-    if stage == SCREENING: items = screen_items(search.trials, mix)
-    else: items = trial_items(search.trials, mix, seed, part)
-    if not before: search.durations.setdefault(part.name, []).append(time.monotonic() - began)
+    dense, items = dense_items(search.trials, TUNING), timed_items(search, mix, seed, part)
     outcomes = outcome_values(search.need, of_items(dense, items), items)
     values = {outcome: float(value[0]) for outcome, value in outcomes.items()}
     score = dict(zip(SCORES, (mix, stage, seed, values[COUNTED])))
@@ -190,7 +200,6 @@ def check_time(search: Halving) -> None:
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1
 def screen(search: Halving) -> Plan:
     "Screen candidates as long as the time allows, and plan the rounds of trials."
-    check_time(search)
     known = search.plan.screened if search.plan else FINALISTS
     for n, mix in enumerate(search.mixes):
         if n >= known and (search.plan or not search.fits(Plan(1))): break
@@ -211,6 +220,8 @@ def entrants(search: Halving, size: int) -> list[str]:
 def halve(search: Halving) -> list[str]:  # finalists, the best first
     "Run all rounds, as far as the time allows."
     keep_plan(search)
+    check_time(search)
+    timed_items(search, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
     search.plan = screen(search)
     keep_plan(search)
     if not search.plan.rounds: return entrants(search, FINALISTS)

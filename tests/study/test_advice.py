@@ -67,7 +67,7 @@ def made_up(monkeypatch, tmp_path):
         return trial(self, mix, trials.SCREEN_SEED, trials.SCREEN, SCREENED)
 
     monkeypatch.setattr(halving, "screen_items", screened)
-    monkeypatch.setattr(measured, "trial_seconds", lambda *_: SECONDS)
+    monkeypatch.setattr(measured, "pruning_seconds", lambda *_: 2 * SECONDS)  # estimate
     for module in (halving, trials, measured):
         monkeypatch.setattr(module, "dense_items", dense, raising=False)
         monkeypatch.setattr(module, "trial_items", trial, raising=False)
@@ -84,7 +84,7 @@ pytestmark = pytest.mark.real
 def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):
     advice = made_up(need="code", minutes=15)
     assert advice.calibration == "codeio" and advice.search.plan.rounds == (5, 2)
-    assert advice.search.plan.screened == 19, "all candidates"
+    assert advice.search.plan.screened == 19, "the first model corrects the estimate"
     assert advice.confirmed.draws == 3, "the time allows one more than two"
     assert made_up.models == advice.search.plan.models + 2 == 32
     assert made_up.now <= 15 * 60
@@ -155,7 +155,7 @@ def test_a_search_goes_on_where_it_was(made_up, monkeypatch, tmp_path, cut):
     with pytest.raises(KeyboardInterrupt): made_up(need="code", minutes=15)
     plan = json.loads((tmp_path / "out" / PLAN_FILE).read_text())
     tried = max(0, cut - 19)
-    assert plan["spent"] == pytest.approx((cut - tried) * SCREENED + tried * SECONDS)
+    assert plan["spent"] == pytest.approx((cut - tried) * SCREENED + (1 + tried) * SECONDS)
     assert (plan["plan"] or {}).get("rounds") == ([5, 2] if tried else None)
     monkeypatch.setattr(halving, "run_trial", whole)
     advice = made_up(need="code", minutes=15)
@@ -163,7 +163,7 @@ def test_a_search_goes_on_where_it_was(made_up, monkeypatch, tmp_path, cut):
 
 
 def test_too_few_minutes_name_the_minutes_it_takes(made_up):
-    with pytest.raises(CalibPruneError, match="Give --minutes 4 or more"):
+    with pytest.raises(CalibPruneError, match="Give --minutes 7 or more"):
         made_up(need="code", minutes=1)
 
 
