@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..core import DIMENSIONS, CalibPruneError
-from ..evaluation.tasks import benchmark_tokens, own_task, prompt_tokens
+from ..data.harness_items import harness_file, is_harness
+from ..evaluation.tasks import benchmark_tokens, is_own_name, own_task, prompt_tokens
 from ..questions.policies import ALL_ALIKE, WORST_OF_ALL
 
 # %% ../../nbs/advice/02_needs.ipynb #9ec854ba
@@ -69,15 +70,17 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 # %% ../../nbs/advice/02_needs.ipynb #01298fdb
 FEWEST_ANSWERS = 20  # half for tuning, half for confirming (ours)
 
-def own_benchmark(path: str, prompts: int) -> str:  # different prompts in the file
+def own_benchmark(name: str, path: Path,  # what the user wrote, and the file of its items
+                  prompts: int            # different prompts in the file
+                 ) -> str:
     "The task that a file of prompts with answers is; empty where it has no answers."
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")
     first = json.loads(next(line for line in lines if line.strip()))
     if "answer" not in first: return ""
     if prompts < FEWEST_ANSWERS:
-        raise CalibPruneError(f"{path} has {prompts} different prompts with answers; a search "
+        raise CalibPruneError(f"{name} has {prompts} different prompts with answers; a search "
                               f"needs {FEWEST_ANSWERS}, half for tuning, half for confirming.")
-    return own_task(f"{OWN_NEED}={path}").name
+    return own_task(f"{OWN_NEED}={name}").name
 
 def _weight(text: str, part: str) -> float:
     try: value = float(text)
@@ -98,9 +101,11 @@ def parse_need(text: str) -> Need:
     if text.lower() in (ALL_ALIKE, WORST_OF_ALL):
         alike = {dimension: 1 / len(DIMENSIONS) for dimension in DIMENSIONS}
         return Need(text.lower(), alike, worst=text.lower() == WORST_OF_ALL)
-    if text.endswith(".jsonl"):
-        prompts = read_prompts(text)
-        return Need(text, {OWN_NEED: 1.0}, prompts=prompts, task=own_benchmark(text, len(prompts)))
+    if is_own_name(text):
+        file = harness_file(text) if is_harness(text) else Path(text)
+        prompts = read_prompts(file)
+        task = own_benchmark(text, file, len(prompts))
+        return Need(text, {OWN_NEED: 1.0}, prompts=prompts, task=task)
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, amount = part.partition("=")

@@ -101,7 +101,8 @@ def advise_command(
         str,
         typer.Option(
             help="What the pruned model must still do: `general`, `commonsense`, `code`, `math`, "
-            "weights such as `code=2,math=1`, `all`, `worst`, or a .jsonl file of prompts."
+            "weights such as `code=2,math=1`, `all`, `worst`, prompts "
+            "of your own (FILE.jsonl, best with answers), or a task of lm-eval (lm-eval:NAME)."
         ),
     ] = "all",
     source: Annotated[

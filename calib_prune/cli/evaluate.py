@@ -133,7 +133,10 @@ def _print_record(evaluation: Any) -> None:  # from `evaluate_model`
 # %% ../../nbs/cli/05_evaluate.ipynb #c580fe06
 TasksOption = Annotated[
     str,
-    typer.Option(help="A task set (see `calib-prune tasks`) or task names separated by commas."),
+    typer.Option(
+        help="Task sets and names (see `calib-prune tasks`), separated by commas; also files of "
+        "your own, FILE.jsonl, and tasks of lm-eval, lm-eval:NAME or FILE.yaml."
+    ),
 ]
 LimitOption = Annotated[
     int, typer.Option(help="Items per task, always the same random ones; 0 for all items.")

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCORING_VERSION', 'GREEDY', 'ENDINGS', 'ends_with', 'answer_job', 'written_answers', 'language_model',
-           'likelihood_rows', 'last_number', 'generated_rows', 'quiet', 'swapped_rows', 'left_out_items',
-           'written_tasks', 'load_tasks', 'evaluate', 'scores', 'ending_notes']
+           'likelihood_rows', 'last_number', 'generated_rows', 'swapped_rows', 'left_out_items', 'written_tasks',
+           'load_tasks', 'evaluate', 'scores', 'ending_notes']
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #2844d8cd
-import logging
 import math
 import os
 import re
@@ -22,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import CalibPruneError, cache_dir, temporary_folder
+from ..data.harness_items import quiet
 from .measures import PLAIN
 from .sandbox import run_sandboxed, run_tests
 from .tasks import TASKS, Limit, Task, get_tasks, limit_of, write_task
@@ -215,23 +215,6 @@ def generated_rows(task: Task,
     return [_row(task, sample, metric, float(value), 0, by_chance)
             for metric, (values, by_chance) in columns.items()
             for sample, value in zip(samples, values)]
-
-# %% ../../nbs/evaluation/06_scoring.ipynb #de07cc19
-@contextmanager
-def quiet():
-    "Inside, lm-eval and datasets draw no progress bars and give no advice."
-    import datasets
-    import lm_eval.api.task as building
-    logger, tqdm = logging.getLogger("lm_eval"), building.tqdm
-    bars, level = datasets.is_progress_bar_enabled(), logger.level
-    datasets.disable_progress_bars()
-    logger.setLevel(logging.ERROR)
-    building.tqdm = lambda items, **_: items
-    try: yield
-    finally:
-        logger.setLevel(level)
-        building.tqdm = tqdm
-        if bars: datasets.enable_progress_bars()
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #4bc885a4
 def swapped_rows(lm, task: Task, samples: list[dict],  # as lm-eval logs them
