@@ -11,8 +11,8 @@ from calib_prune.evaluation.scoring import evaluate, language_model, quiet
 from calib_prune.evaluation.tasks import get_tasks
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 
-ASKED = [dict(q=f"Who heard case {i}?", courts=["the high court", "the jury", "nobody"], right=i % 3)
-         for i in range(6)]
+COURTS = ["the high court", "the jury", "nobody"]
+ASKED = [dict(q=f"Who heard case {i}?", courts=COURTS, right=i % 3) for i in range(6)]
 CHOICE = dict(output_type="multiple_choice", doc_to_text="Question: {{q}}\nAnswer:",
               doc_to_choice="courts", doc_to_target="right")
 
@@ -73,7 +73,8 @@ def test_functions_of_the_file_are_run(task, tmp_path):
 
 @pytest.mark.parametrize("fields, said", [
     (dict(output_type="loglikelihood_rolling"), "no answers to prompts"),
-    (dict(task=None), 'no field "task"'), (dict(dataset_path="no/such-set"), "cannot load the task")])
+    (dict(task=None), 'no field "task"'),
+    (dict(dataset_path="no/such-set"), "cannot load the task")])
 def test_tasks_that_cannot_be_scored_are_refused(task, fields, said):
     with pytest.raises(CalibPruneError, match=said): harness_file(task(**fields))
 
@@ -86,4 +87,5 @@ def test_a_changed_file_is_read_again(task):
 
 def test_names():
     assert is_harness("lm-eval:mmlu") and is_harness("a/b.yaml") and not is_harness("arc_easy")
-    with pytest.raises(CalibPruneError, match="has no task 'arc_esy'"): harness_file("lm-eval:arc_esy")
+    with pytest.raises(CalibPruneError, match="has no task 'arc_esy'"):
+        harness_file("lm-eval:arc_esy")
