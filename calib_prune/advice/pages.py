@@ -124,6 +124,7 @@ def advice_page(advice: Advice) -> str:  # Markdown
     parts = [
         f"# Calibration data for {search.trials.model}",
         f"Need: {advice.need.asked}. **Take `{advice.calibration}`.** {advice.verdict}",
+        *advice.warnings,
         f"```sh\n{command}\n```",
         f"![Retention of the finalists]({FIGURE_STEM}.svg)",
         "## Expected retention, %", markdown_table(retention_cells(advice)),

@@ -74,7 +74,7 @@ def show_advice(advice: Any, files: list[Path]) -> None:
     show_table(retention_cells(advice), "retention in %, simultaneous 95 % intervals")
     show_table(lead_lines(advice), "lead in points, simultaneous 95 % intervals")
     print_lines(["", f"Take {advice.calibration}. {advice.verdict}", advice.more,
-                 f"{advice.seconds / 60:.1f} minutes.", "", command, "",
+                 *advice.warnings, f"{advice.seconds / 60:.1f} minutes.", "", command, "",
                  f"Page: {files[1]}"])
 
 # %% ../../nbs/cli/11_advise.ipynb #6289bd2d

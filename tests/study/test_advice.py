@@ -12,7 +12,7 @@ from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.pages import save_advice
 from calib_prune.advice.trials import Trials, item_limits, own_skip
-from calib_prune.core import DIMENSIONS, CalibPruneError
+from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
 from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
 from calib_prune.model.loading import save_model
@@ -27,6 +27,9 @@ class MadeUp:
     def __init__(self, folder): self.folder, self.now, self.models = folder, 0.0, 0
     def monotonic(self): return self.now
     def __call__(self, **how): return advise("smollm2-135m", output=self.folder, **how)
+
+
+def file_of(mix, seed): return f"{content_hash(mix)}-{seed}"
 
 
 def items_of(kept, names, n=32, seed=0):
@@ -50,7 +53,7 @@ def made_up(monkeypatch, tmp_path):
     clock = MadeUp(tmp_path / "out")
 
     def trial(self, mix, seed, part, seconds=SECONDS):
-        path = self.folder / part.name / f"{mix}-{seed}"
+        path = self.folder / part.name / file_of(mix, seed)
         if not path.exists():
             clock.models += 1
             clock.now += seconds
@@ -73,7 +76,7 @@ def made_up(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "trial_items", trial, raising=False)
         monkeypatch.setattr(module, "time", clock, raising=False)
         monkeypatch.setattr(module, "is_kept", lambda self, mix, seed, part: (
-            self.folder / part.name / f"{mix}-{seed}").exists())
+            self.folder / part.name / file_of(mix, seed)).exists())
     monkeypatch.setattr(measured, "usable_mixes", lambda _, mixes, sources: mixes)
     return clock
 
@@ -122,6 +125,21 @@ def test_own_items_with_answers_are_a_need(made_up, tmp_path):
     assert floor["total"] == pytest.approx(floor[[*DIMENSIONS]].mean())
     page = {file.name: file for file in save_advice(advice, tmp_path / "out")}["advice.md"]
     assert "| own |" in page.read_text()
+
+
+def test_text_that_holds_the_need_is_named(made_up, tmp_path):
+    rng = np.random.default_rng(0)
+    letters = np.array([*"abcdefghij"])
+    words = ["".join(letters[rng.integers(0, 10, 6)]) for _ in range(1200)]
+    prompts = [" ".join(words[30 * i:30 * i + 30]) for i in range(40)]
+    need, text = tmp_path / "law.jsonl", tmp_path / "notes.txt"
+    need.write_text("".join(json.dumps(dict(prompt=p, answer="guilty")) + "\n" for p in prompts))
+    text.write_text("\n\n".join([*prompts[:6], "something else " * 40]))
+    advice = made_up(need=str(need), minutes=15, sources=[str(text)])
+    [warning] = advice.warnings
+    assert "notes.txt gives away 6 of 40 items of law" in warning
+    page = {file.name: file for file in save_advice(advice, tmp_path / "out")}["advice.md"]
+    assert warning in page.read_text()
 
 
 @pytest.mark.parametrize("file, said", [
