@@ -608,6 +608,7 @@ def reproduce(
     """Run a whole study and make its tables and figures. Arguments after `--` are passed to
     Snakemake; a file there is made alone."""
     from calib_prune.study.presets import cells
+    from calib_prune.study.sums import update_sums
     check_number("--jobs", jobs, 0, 2**20, whole=True)
     check_packages()
     path, study, results = _study_of(preset)
@@ -640,8 +641,11 @@ def reproduce(
         if tables_only
         else set(left.get("models", ()))
     )
+    began = time.time()
     try: run_workflow(command, root, results, names, missing, cluster is not None)
     except Stopped as e: _end_after(e)
+    finally:
+        if not tables_only: update_sums(results, began)
     figures = root / "figures" / study["name"]
     show_headlines(figures)
     Console().print(f"\nTables and figures: {figures}", soft_wrap=True)

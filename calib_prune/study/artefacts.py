@@ -15,7 +15,8 @@ READS = {
     "models": "the grid's models", "ablations": "the ablations' models",
     "metrics": "metrics of the calibration sets", "audits": "audits of text for benchmark items",
     "ledger": "the ledger by measure",
-    "compared": "models of the study that the preset names in `compared_with`"}
+    "compared": "models of the study that the preset names in `compared_with`",
+    "advised": "records of `advise` for the study's model"}
 MEASURES_LEDGER = "T7-measures.csv"  # what the notebook `models` reads of each study
 FILE_ENDINGS = {"T": ("csv", "md", "tex"), "F": ("pdf", "png")}
 
@@ -111,7 +112,8 @@ ARTEFACTS: dict[str, Artefact] = {
         Artefact("F15", "rounding",
                  "Change of differences on weights rounded again", "rounding", COMPARED),
         Artefact("T17", "fresh-draws", "Decisions by fresh draws", "fresh_draws", COMPARED),
-        Artefact("T18", "policies", "Regret of choices without pruning", "policies", METRICS),
+        Artefact("T18", "policies", "Regret of policies of choice", "policies",
+                 (*METRICS, "ablations", "advised")),
         Artefact("T10", "pruners", "Retention and cost of pruning methods", "pruners"),
         Artefact("T10", "gains", "Gain over SparseGPT by dimension and calibration set", "pruners"),
         Artefact("F9", "pruners", "Gain and time of pruning methods", "pruners"),

@@ -1,0 +1,88 @@
+"Verification: tables from rows, rows by their checksums, models from code."
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from calib_prune.core import CalibPruneError
+from calib_prune.study import verify
+from calib_prune.study.plan import study_of
+from calib_prune.study.presets import load_preset
+from calib_prune.study.results import load_cell
+from calib_prune.study.sums import SUMS, changed_results, read_sums, result_names
+from tests import ROOT
+from tests.processes import call, run
+
+SMALL = "pruners/qwen-0.5b"  # the study whose tables take the shortest time
+ROW = f"results/{SMALL}/uniform-wanda-0.6-n32-s0"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    "A checkout with one study, whose rows and tables may be changed."
+    for name in ("nbs", "presets", "Snakefile"): (tmp_path / name).symlink_to(ROOT / name)
+    for kind in ("results", "figures"):
+        shutil.copytree(ROOT / kind / SMALL, tmp_path / kind / SMALL)
+    return tmp_path
+
+
+@pytest.mark.parametrize("study", sorted(
+    str(path.parent.relative_to(ROOT / "results")) for path in ROOT.glob(f"results/*/*/{SUMS}")))
+def test_committed_results_are_as_they_were_made(study):
+    folder = ROOT / "results" / study
+    assert result_names(folder) and changed_results(folder) == {}
+
+
+def test_every_study_with_rows_has_checksums():
+    for dense in ROOT.glob("results/[!.]*/[!.]*/dense.json"): assert read_sums(dense.parent)
+
+
+@pytest.mark.real
+def test_changed_rows_and_tables_are_named(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    good = run("verify", SMALL, "--json", cwd=checkout)
+    files = json.loads(good.stdout)["tables"][SMALL]
+    assert len(files) >= 7 and {one["state"] for one in files} == {"identical"}
+
+    row, table = Path(f"{ROW}.items.parquet"), Path(f"figures/{SMALL}/T10-pruners.md")
+    items = pd.read_parquet(row)
+    items.assign(value=items["value"] * 1.2).to_parquet(row)
+    table.write_text(table.read_text().replace("Wanda", "Wandas", 1))
+    bad = run("verify", "T10", code=1, cwd=checkout)
+    assert f"{row}: changed after it was made" in bad.stdout
+    assert f"{table}: differs (line" in bad.stdout
+    assert "T10-pruners.csv: differs" in bad.stdout, "the row is part of the table"
+
+
+def test_what_is_not_known_is_refused(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    assert "Say what to verify" in call("verify", code=1).stderr
+    assert "Unknown study, table or figure 'T1O'. Did you mean 'T10'" in call(
+        "verify", "T1O", code=1).stderr
+    assert "the rows hold 8" in call("verify", SMALL, "--rerun", "99", code=1).stderr
+
+
+def test_models_are_compared_by_their_items_and_keys():
+    study = study_of(load_preset(f"presets/{SMALL}.yaml"), "p.yaml", tables_only=True)
+    folder = ROOT / study.results
+    dense, kept, other = (load_cell(folder / f"{name}.json") for name in (
+        "dense", "uniform-wanda-0.6-n32-s0", "uniform-sparsegpt-0.6-n32-s0"))
+    assert verify.compare_rows("x", kept, kept, dense).state == verify.IDENTICAL
+    assert "other settings" in verify.compare_rows("x", other, kept, dense).far
+    near, far = load_cell(folder / "uniform-wanda-0.6-n32-s0.json"), load_cell(
+        folder / "uniform-wanda-0.6-n32-s0.json")
+    near.items["value"] *= 1.0001
+    far.items["value"] *= 1.1
+    found = [verify.compare_rows("x", made, kept, dense) for made in (near, far)]
+    assert [one.state for one in found] == [verify.WITHIN, verify.DIFFERS]
+
+
+def test_the_same_seed_draws_the_same_models():
+    study = study_of(load_preset(f"presets/{SMALL}.yaml"), "p.yaml", tables_only=True)
+    drawn = [[name for _, name in verify.rows_to_repeat([study], [SMALL], 3, seed)]
+             for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and "dense" not in drawn[0]
+    with pytest.raises(CalibPruneError, match="99 models cannot be made again"):
+        verify.rows_to_repeat([study], [SMALL], 99, 0)
