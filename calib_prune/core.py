@@ -42,7 +42,8 @@ def unknown_name(kind: str,             # what was being looked up, e.g. "source
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     more = f" {hint}" if hint else ""
-    return CalibPruneError(f"Unknown {kind} {name!r}.{guess} Known: {', '.join(known)}.{more}")
+    listed = f" Known: {', '.join(known)}." if known else ""
+    return CalibPruneError(f"Unknown {kind} {name!r}.{guess}{listed}{more}")
 
 # %% ../nbs/core/01_core.ipynb #01b70fcd
 DIMENSIONS = ("General", "Commonsense", "Code", "Math")

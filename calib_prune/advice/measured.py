@@ -141,10 +141,14 @@ class Advice:
 
     @property
     def warnings(self) -> list[str]:
-        "Sources that hold the need's items: their scores are too good."
-        return [f"Warning: {row.source} gives away {row.overlapping} of {row.checked} items of "
-                f"{row.task} (words in a row that both have), so its score is too good."
-                for row in self.shared.itertuples(index=False)]
+        "Sources that hold the need's items, and a rule's mix that took no part."
+        rule = self.quick.calibration
+        short = [] if rule in self.search.mixes else [
+            f"The rule's mix {rule} has too little text for these windows and was no candidate."]
+        known = [f"Warning: {row.source} gives away {row.overlapping} of {row.checked} items of "
+                 f"{row.task} (words in a row that both have), so its score is too good."
+                 for row in self.shared.itertuples(index=False)]
+        return [*short, *known]
 
     @property
     def models(self) -> int:

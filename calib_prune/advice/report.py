@@ -10,6 +10,7 @@ __all__ = ['SHOWN_TASKS', 'UNUSED', 'ANSWER_TOKENS', 'LAYERS_STEM', 'REPORT_FILE
 
 # %% ../../nbs/advice/09_report.ipynb #f20ef76f
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,11 @@ def _answer_parts(answers: list[dict[str, str]]) -> list[str]:
     return parts
 
 # %% ../../nbs/advice/09_report.ipynb #bc8a5c9b
+def _seen_note(record: dict[str, Any]) -> str:
+    "Says that the articles were calibration text, if they were."
+    seen = HELDOUT_NAME in record["calibration"]["sources"]
+    return ", **a source of the calibration text**" if seen else ""
+
 def report_page(report: Report) -> str:  # Markdown
     "The report in words, tables and a figure."
     evaluation, far = report.evaluation, report.divergence
@@ -192,7 +198,8 @@ def report_page(report: Report) -> str:  # Markdown
     parts += [markdown_table(turned) if turned else "No task has answers that are right or wrong."]
     parts += ["p: exact McNemar test of no difference in accuracy.",
               "## Distance from the dense model",
-              f"Perplexity per token on {HELDOUT_DOCUMENTS} Wikipedia articles: "
+              f"Perplexity per token on {HELDOUT_DOCUMENTS} Wikipedia articles"
+              f"{_seen_note(report.record)}: "
               f"{surprise['dense']:.2f} dense, {surprise['pruned']:.2f} pruned. Divergence of the "
               f"next-token distribution (KL): {far.bits:.3f} ± {far.standard_error:.3f} bits per "
               f"token; the likeliest next token is the same at {100 * far.same_choice:.1f} % of "
@@ -205,10 +212,15 @@ def report_page(report: Report) -> str:  # Markdown
 # %% ../../nbs/advice/09_report.ipynb #cffdd90e
 CARD_MARK = "<!-- written by calib-prune report -->"
 
+def _base_line(model: str) -> str:
+    "The line of a card that names the dense model; empty where the hub does not have it."
+    name = model.removeprefix("hub:")
+    known = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(model).exists()
+    return f"base_model: {json.dumps(name)}\n" if known else ""
+
 def model_card(report: Report) -> str:
     "A README for the folder: the hub reads its first lines."
-    base = json.dumps(report.record["model"])
-    head = (f"---\nbase_model: {base}\nlibrary_name: transformers\n"
+    head = (f"---\n{_base_line(report.record['model'])}library_name: transformers\n"
             "tags: [pruned, calib-prune]\n---\n")
     return f"{head}{CARD_MARK}\n\n{report_page(report)}\nThe licence is the dense model's.\n"
 

@@ -302,7 +302,7 @@ def test_compare_and_report_on_pruned_models(model, text, tmp_path):
         assert "<svg" in page and "Answers that turned" in page
         assert said["divergence"]["bits"] > 0 and len(said["answers"]) == 4
     assert (tmp_path / "half" / "README.md").read_text() == "mine"
-    assert (tmp_path / "most" / "README.md").read_text().startswith("---\nbase_model:")
+    assert (tmp_path / "most" / "README.md").read_text().startswith("---\nlibrary_name:")
     AutoModelForCausalLM.from_pretrained(tmp_path / "most")
 
 
