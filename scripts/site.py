@@ -25,7 +25,8 @@ settings.read(ROOT / "settings.ini")
 REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
 HOWTOS = [  # in reading order: use, run a study, extend; pages not named here come last
     "install", "prune-my-model", "choose-my-data", "read-the-json", "run-at-paper-scale",
-    "run-on-several-gpus", "run-on-slurm", "add-a-source", "add-a-benchmark", "add-a-method"]
+    "verify-the-results", "run-on-several-gpus", "run-on-slurm", "add-a-source",
+    "add-a-benchmark", "add-a-method"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 MAIN = "claims/smollm2-135m"  # the study of the front page and of the ledger
 QUESTIONS = {  # the navigation: questions by the reader's question, in reading order

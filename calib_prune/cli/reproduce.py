@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STUDY_PACKAGES', 'SAME_FAILURES', 'LEAST_ROOM', 'MOVED', 'check_packages', 'repository', 'job_outcomes',
            'common_error', 'failure_report', 'Stopped', 'lacking_device', 'check_names', 'preset_names', 'preset_file',
-           'check_layout', 'check_notebooks', 'check_workflow', 'table_file', 'snakemake_command', 'check_profile',
-           'named_user', 'run_workflow', 'without_finished', 'show_headlines', 'reproduce']
+           'check_layout', 'check_notebooks', 'check_workflow', 'table_file', 'reproduce_model', 'snakemake_command',
+           'check_profile', 'named_user', 'run_workflow', 'without_finished', 'show_headlines', 'reproduce']
 
 # %% ../../nbs/cli/08_reproduce.ipynb #86a9bbd4
 import getpass
@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .output import show_table
+from .output import bars, show_table
 from calib_prune.core import (
     CalibPruneError,
     as_path,
@@ -372,6 +372,14 @@ def table_file(study: dict[str, Any], name: str  # such as T3, or T3-correlation
         if name in (other.stem, other.number): return f"figures/{study['name']}/{other.files[0]}"
     raise unknown_name("table or figure", name, [artefact.stem for artefact in known])
 
+# %% ../../nbs/cli/08_reproduce.ipynb #489d9f22
+def reproduce_model(record: str, output: str | None) -> None:
+    "Make a pruned model again from its record, and say whether the weights are identical."
+    from calib_prune.pipeline.again import prune_again
+    with bars(as_json=False) as progress: again = prune_again(record, output, progress)
+    Console().print(again.verdict, highlight=False, soft_wrap=True)
+    if not (again.same_text and again.same_weights is not False): raise typer.Exit(1)
+
 # %% ../../nbs/cli/08_reproduce.ipynb #526a4f39
 def snakemake_command(path: Path,  # of the preset
                       # CPU cores, 0: all; on a cluster jobs at once, 0: as its profile says
@@ -604,9 +612,18 @@ def reproduce(
             "Run on a cluster: `slurm`, or the folder of a Snakemake profile (see "
             "docs/howto/run-on-slurm)."
         )] = None,
+    record: Annotated[
+        Optional[str],
+        typer.Option("--from", help="No study: make the pruned model of this record (a file, or "
+                     "the folder of the model) again, and compare the weights.")
+    ] = None,
+    output: Annotated[
+        Optional[str], typer.Option(help="With --from: a folder for the model.")
+    ] = None,
 ) -> None:
     """Run a whole study and make its tables and figures. Arguments after `--` are passed to
     Snakemake; a file there is made alone."""
+    if record: return reproduce_model(record, output)
     from calib_prune.study.presets import cells
     from calib_prune.study.sums import update_sums
     check_number("--jobs", jobs, 0, 2**20, whole=True)

@@ -36,7 +36,7 @@ from calib_prune.model.stored_types import (
 )
 from .records import environment, json_rows, versions_of
 from ..progress import ProgressFn
-from ..pruning.checkpoint import check_checkpoint, remove_checkpoint
+from ..pruning.checkpoint import check_checkpoint, remove_checkpoint, weights_hash
 from ..pruning.experts import one_by_one
 from ..pruning.layers import Scope, decoder_layers, get_weight, prunable
 from ..pruning.masks import parse_sparsity
@@ -303,6 +303,8 @@ def _prune_and_record(net, calibration: CalibrationSet, about: dict[str, Any], t
     stored = as_stored(net, *types, asked=settings.save_dtype != "same")
     return about | dict(
         checkpoint=report.attrs["checkpoint"],
+        weights=weights_hash(net),
+        **{name: getattr(settings, name) for name in ("save_dtype", "offload", "revision")},
         saved_dtype=stored.dtype,
         rounded_to_zero=stored.rounded_to_zero,
         **_summary(_held(net, report), settings.method, settings.steps, settings.scope)

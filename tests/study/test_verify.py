@@ -75,6 +75,8 @@ def test_models_are_compared_by_their_items_and_keys():
         folder / "uniform-wanda-0.6-n32-s0.json")
     near.items["value"] *= 1.0001
     far.items["value"] *= 1.1
+    assert verify.compare_rows("x", near, kept, dense).state == verify.DIFFERS, "the same machine"
+    for made in (near, far): made.record["processor"] = "another kind"
     found = [verify.compare_rows("x", made, kept, dense) for made in (near, far)]
     assert [one.state for one in found] == [verify.WITHIN, verify.DIFFERS]
 
