@@ -1,22 +1,24 @@
 # make reproduce    everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
 # make figures      tables and figures from committed rows alone (PRESET=claims/smollm2-135m): no model is run
-# make setup        the virtual environment .venv with the package and its development tools (PYTHON=python3.12); every target needs it
+# make setup        the virtual environment .venv with the package and its tools (PYTHON=python3.12; LOCK=: newest versions); every target needs it
 # make check        style, types and the tests of tests/unit, in about two minutes
 # make test         everything that must hold: style, types, notebooks, export, pages, tests
 # make test-slurm   a study on a Slurm of one node, as root on Debian (it writes /etc/slurm/slurm.conf)
 # make torture      kills at any moment, bad inputs, two runs at once: thousands of tries, about an hour
 # make bench        side by side with peers and with the limit (FRESH=--fresh to start anew)
 # make export       calib_prune/ from the notebooks, which are the source
+# make lock         requirements.lock, exact versions with hashes, from pyproject.toml
 # make readme       README.md, docs/results.md and docs/questions from their notebooks
 # make docs         the site, in build/site/html
 # make lab          the notebooks in JupyterLab
 PYTHON ?= python3
 PRESET ?= smoke
+LOCK   ?= requirements.lock
 BIN    := .venv/bin
 # Two processes; a file stays in one of them, for its fixtures. Tests take one core each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: reproduce figures setup check test test-slurm torture bench export readme docs lab
+.PHONY: reproduce figures setup check test test-slurm torture bench export lock readme docs lab
 
 reproduce: .venv/installed
 	$(BIN)/calib-prune fetch
@@ -70,11 +72,14 @@ docs: .venv/installed
 	$(BIN)/python scripts/site.py
 	@echo "open build/site/html/index.html"
 
+lock:
+	bash scripts/lock.sh
+
 readme: .venv/installed
 	$(BIN)/python scripts/readme.py
 
-.venv/installed: pyproject.toml scripts/setup.sh
-	bash scripts/setup.sh $(PYTHON) .venv
+.venv/installed: pyproject.toml requirements.lock scripts/setup.sh
+	bash scripts/setup.sh $(PYTHON) .venv "$(LOCK)"
 
 bench/.venv/installed: bench/setup_peers.sh
 	bash bench/setup_peers.sh $(PYTHON)

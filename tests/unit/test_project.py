@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import calib_prune
 from calib_prune.study.artefacts import NOTEBOOKS as NOTEBOOKS_OF_TABLES
@@ -224,3 +226,18 @@ def test_paper_notebooks_write_what_is_declared():
 
 def test_the_snakefile_can_be_read_at_one_sitting():
     assert len((ROOT / "Snakefile").read_text().splitlines()) <= 60
+
+
+def test_the_lock_is_in_step_with_the_ranges():
+    "Every requirement of what `make setup` installs has an exact version within its range."
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = about["optional-dependencies"]
+    asked = [*about["dependencies"], *(r for e in ("study", "dev", "docs", "cluster")
+                                       for r in extras[e])]
+    text = (ROOT / "requirements.lock").read_text()
+    locked = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", text, re.M))
+    for requirement in map(Requirement, asked):
+        version = locked.get(canonicalize_name(requirement.name))
+        assert version and requirement.specifier.contains(version), f"{requirement}: make lock"
+    unhashed = [block for block in re.split(r"\n(?=[a-z0-9])", text)[1:] if "--hash=" not in block]
+    assert not unhashed, unhashed
