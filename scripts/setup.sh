@@ -35,11 +35,13 @@ locked() {  # is the lock there, and for this machine and this Python?
 
 echo "Installing calib-prune and what it needs into $venv (a few minutes the first time) ..."
 if locked; then
-    # torch's CUDA libraries, 3 GB, only where the build of torch asks for them.
+    # The CPU build of torch where pip finds it; torch's CUDA libraries, 3 GB, only where the build of torch asks for them.
     parts=$(mktemp -d)
     trap 'rm -rf "$parts"' EXIT
-    awk -v parts="$parts" '/^[a-z0-9]/ { part = /^(nvidia|cuda)-/ ? "cuda" : "core" } part { print > (parts "/" part) }' "$lock"
+    awk -v parts="$parts" '/^[a-z0-9]/ { part = /^(nvidia|cuda)-/ ? "cuda" : /^torch==/ ? "torch" : "core" } part { print > (parts "/" part) }' "$lock"
+    sed 's/^\(torch==[0-9.]*\)/\1+cpu/' "$parts/torch" > "$parts/cpu"
     pip install --no-deps --require-hashes -r "$parts/core"
+    pip install --no-deps --require-hashes -r "$parts/cpu" 2>/dev/null || pip install --no-deps --require-hashes -r "$parts/torch"
     if "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(not any("nvidia" in r for r in m.requires("torch")))'; then
         pip install --no-deps --require-hashes -r "$parts/cuda"
     fi

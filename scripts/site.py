@@ -249,7 +249,19 @@ def artefact_page(study: str, stem: str) -> str:
         links.append(f"{{download}}`PDF <{stem}.pdf>`")
         body = f"![{made.title}]({stem}.png)"
         if stem == "F2-perplexity": body += f"\n\n{hover_figure(study)}"
-    return f"# {made.number}: {made.title}\n\n{' · '.join(links)}\n\n{body}"
+    head = f"# {made.number}: {made.title}\n\n{' · '.join(links)}"
+    return f"{head}\n\n{body}{made_from(made, folder)}"
+
+
+def made_from(made, folder: Path) -> str:
+    "What a table or figure was made from: results, code, packages."
+    from calib_prune.study.provenance import read_provenance
+    about = read_provenance(folder).get(made.notebook)
+    if not about: return ""
+    digest = about["results_sha256"][:12]
+    return (f"\n\n*Made from* {about['results']} files of results (SHA-256 `{digest}`), commit "
+            f"`{about['commit']}`, packages `{about['packages']}`; `calib-prune verify "
+            f"{made.stem}` makes it again.\n")
 
 
 def below_table(text: str) -> str:

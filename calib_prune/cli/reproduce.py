@@ -6,7 +6,7 @@
 __all__ = ['STUDY_PACKAGES', 'SAME_FAILURES', 'LEAST_ROOM', 'MOVED', 'check_packages', 'repository', 'job_outcomes',
            'common_error', 'failure_report', 'Stopped', 'lacking_device', 'check_names', 'preset_names', 'preset_file',
            'check_layout', 'check_notebooks', 'check_workflow', 'table_file', 'reproduce_model', 'snakemake_command',
-           'check_profile', 'named_user', 'run_workflow', 'without_finished', 'show_headlines', 'reproduce']
+           'check_profile', 'stems_of', 'named_user', 'run_workflow', 'without_finished', 'show_headlines', 'reproduce']
 
 # %% ../../nbs/cli/08_reproduce.ipynb #86a9bbd4
 import getpass
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,11 +50,11 @@ if TYPE_CHECKING:  # for annotations; slow imports
 STUDY_PACKAGES = ("snakemake", "papermill", "ipykernel", "ipywidgets", "matplotlib", "seaborn",
                   "tabulate")
 
-def check_packages() -> None:
-    "Refuse to begin a study without the packages of the extra `study`."
+def check_packages(command: str = "reproduce") -> None:
+    "Refuse to begin without the packages of the extra `study`."
     missing = [package for package in STUDY_PACKAGES if find_spec(package) is None]
     if not missing: return
-    raise CalibPruneError(f"`reproduce` needs the packages of studies, and {', '.join(missing)} "
+    raise CalibPruneError(f"`{command}` needs the packages of studies, and {', '.join(missing)} "
                           "cannot be imported: pip install 'calib-prune[study]'.")
 
 # %% ../../nbs/cli/08_reproduce.ipynb #de3c0315
@@ -440,6 +440,13 @@ def check_profile(name: str,  # a folder, or one in profiles/
     return profile_folder.resolve()
 
 # %% ../../nbs/cli/08_reproduce.ipynb #2c86bf46
+def stems_of(left: dict[str, dict[str, str]]  # see `keys.left_to_do`
+            ) -> list[str]:
+    "The results that a study will make, below its folder and without their endings."
+    rows = [name for kind in ("models", "audits") for name in left.get(kind, ())]
+    texts = [f"generated/{Path(text).stem}" for text in left.get("texts", ())]
+    return [*rows, *texts, *(f"metrics/{name}" for name in left.get("metrics", ()))]
+
 @contextmanager
 def named_user() -> Iterator[None]:
     "Ensure that programs inside find a user name and a writable home folder."
@@ -471,7 +478,9 @@ def run_workflow(command: list[str], root: Path,  # the checkout
                  results: Path,
                  names: list[str], left: set[str],  # models: all, and those to be made
                  # does a cluster run the jobs? Then there is time to cancel them
-                 cluster: bool = False
+                 cluster: bool = False,
+                 # called while the study is held: before the jobs, and after them
+                 before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
                 ) -> None:
     "Run Snakemake with progress bars; an error if anything failed or a signal came."
     from calib_prune.study.children import Guarded, on_stop  # a slow import
@@ -482,6 +491,7 @@ def run_workflow(command: list[str], root: Path,  # the checkout
         log, "w"
     ) as out:
         _sweep(results)
+        before()
         run = Guarded(command, 60 if cluster else 5, cluster, cwd=root, stdout=out,
                       stderr=subprocess.STDOUT, pass_fds=[lock])
         try:
@@ -489,6 +499,7 @@ def run_workflow(command: list[str], root: Path,  # the checkout
                 error = _watch(run, stops, shown := _StudyBars(bars, names, left, results), log)
         finally:
             run.close()
+            after()
     if stops:
         again = shlex.join(["calib-prune", *sys.argv[1:]])
         made = sum(map(shown.over, names))
@@ -624,8 +635,10 @@ def reproduce(
     """Run a whole study and make its tables and figures. Arguments after `--` are passed to
     Snakemake; a file there is made alone."""
     if record: return reproduce_model(record, output)
+    from calib_prune.study.plan import study_of
     from calib_prune.study.presets import cells
-    from calib_prune.study.sums import update_sums
+    from calib_prune.study.provenance import note_provenance
+    from calib_prune.study.sums import add_sums, drop_sums
     check_number("--jobs", jobs, 0, 2**20, whole=True)
     check_packages()
     path, study, results = _study_of(preset)
@@ -659,10 +672,13 @@ def reproduce(
         else set(left.get("models", ()))
     )
     began = time.time()
-    try: run_workflow(command, root, results, names, missing, cluster is not None)
+    def note() -> None:
+        if not tables_only: add_sums(results)
+        note_provenance(study_of(study, str(path), tables_only=True), root, began)
+    try:
+        run_workflow(command, root, results, names, missing, cluster is not None,
+                     lambda: drop_sums(results, stems_of(left)), note)
     except Stopped as e: _end_after(e)
-    finally:
-        if not tables_only: update_sums(results, began)
     figures = root / "figures" / study["name"]
     show_headlines(figures)
     Console().print(f"\nTables and figures: {figures}", soft_wrap=True)

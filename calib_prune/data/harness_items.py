@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HARNESS', 'YAML_ENDINGS', 'is_harness', 'quiet', 'harness_file']
 
-# %% ../../nbs/data/06_harness_items.ipynb #de440ab8
+# %% ../../nbs/data/06_harness_items.ipynb #a6b63497
+import difflib
 import logging
 import re
 import warnings
@@ -16,13 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..core import CalibPruneError, as_path, cache_dir, content_hash
 from .files import write_jsonl
 from .own_items import read_own_items
 
-# %% ../../nbs/data/06_harness_items.ipynb #0dae6d32
+# %% ../../nbs/data/06_harness_items.ipynb #52e8990f
 HARNESS = "lm-eval:"
 YAML_ENDINGS = ".yaml", ".yml"
 
@@ -30,60 +29,80 @@ def is_harness(name: str) -> bool:
     "Whether a task name means a task of lm-eval."
     return name.startswith(HARNESS) or name.endswith(YAML_ENDINGS)
 
-# %% ../../nbs/data/06_harness_items.ipynb #c4f5be22
-class _Names(yaml.SafeLoader): "Reads a task's name without running what the file names."
+# %% ../../nbs/data/06_harness_items.ipynb #8ec3ca2f
+def _load(name: str) -> dict[str, Any]:
+    "A task, or the tasks of a group, with their data."
+    from lm_eval.tasks import TaskManager
+    called = name.removeprefix(HARNESS)
+    manager = TaskManager(include_defaults=called != name)
+    if called != name and called not in manager.all_tasks:
+        near = difflib.get_close_matches(called, manager.all_tasks, n=3)
+        guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise CalibPruneError(f"lm-eval {version('lm_eval')} has no task {called!r}.{guess}")
+    return manager.load([called])["tasks"]
 
-_Names.add_constructor("!function", lambda loader, node: "")
-
-def _task_name(path: Path) -> str:
-    "The name that a YAML file gives to its task."
-    try: about = yaml.load(path.read_text(encoding="utf-8"), _Names)  # noqa: S506, a safe loader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise CalibPruneError(f"Cannot read the task in {path}: {e}.") from e
-    name = about.get("task") if isinstance(about, dict) else None
-    if isinstance(name, str): return name
-    raise CalibPruneError(f'{path} has no field "task" with the name of a task of lm-eval.')
-
-# %% ../../nbs/data/06_harness_items.ipynb #cf94389b
+# %% ../../nbs/data/06_harness_items.ipynb #d95a48b4
 def _requests(task: Any, document: Any) -> list[Any]:
     "Prompts and answers, as lm-eval would send them to a model."
-    prompt = task.fewshot_context(document, task.config.num_fewshot or 0)
+    prompt = task.fewshot_context(document, task.config.num_fewshot or 0,
+                                  gen_prefix=task.doc_to_prefix(document))
     if not isinstance(prompt, str):
         raise CalibPruneError(f"Task {task.config.task} of lm-eval has several prompts per item, "
                               "which are not supported.")
     made = task.construct_requests(doc=document, ctx=prompt, metadata=(task.config.task, 0, 1))
     return made if isinstance(made, list) else [made]
 
-def _right(task: Any, document: Any) -> Any:
+def _target(task: Any, document: Any) -> Any:
     "The right answer: its text, or the position of a choice; the first of several."
     target = task.doc_to_target(document)
-    return target[0] if isinstance(target, list) and target else target
+    return next(iter(target), None) if isinstance(target, list) else target
 
-# %% ../../nbs/data/06_harness_items.ipynb #75d81da7
+# %% ../../nbs/data/06_harness_items.ipynb #d47cba4b
+def _written_target(task: Any, document: Any) -> str:
+    "The right answer of a generation task."
+    config, target = task.config, _target(task, document)
+    if isinstance(target, int) and config.doc_to_choice is not None:
+        target = task.doc_to_choice(document)[target]
+    if isinstance(target, str) and not config.unsafe_code and not callable(config.process_results):
+        return f"{config.target_delimiter}{target}"
+    raise CalibPruneError(f"Task {config.task} of lm-eval checks written answers with a function "
+                          "of its own, and has no text that is the right answer.")
+
 def _record(task: Any, document: Any) -> dict[str, Any]:  # as in a user's file
     kind, requests = task.config.output_type, _requests(task, document)
-    prompt, right = requests[0].args[0], _right(task, document)
+    prompt = requests[0].args[0]
     if kind == "multiple_choice":
-        choices = task.doc_to_choice(document)
-        gold = choices.index(right) if right in choices else right
-        return dict(prompt=prompt, choices=[r.args[1] for r in requests[:len(choices)]],
-                    answer=gold)
+        choices, target = task.doc_to_choice(document), _target(task, document)
+        gold = choices.index(target) if target in choices else target
+        answers = [request.args[1] for request in requests[:len(choices)]]
+        return dict(prompt=prompt, choices=answers, answer=gold)
     if kind == "loglikelihood": return dict(prompt=prompt, answer=requests[0].args[1])
-    if kind == "generate_until":
-        return dict(prompt=prompt, answer=f"{task.config.target_delimiter}{right}")
+    if kind == "generate_until": return dict(prompt=prompt, answer=_written_target(task, document))
     raise CalibPruneError(f"Task {task.config.task} of lm-eval has no answers to prompts ({kind}).")
 
+# %% ../../nbs/data/06_harness_items.ipynb #bf0fad1c
+def _is_whole(record: dict[str, Any]) -> bool:
+    "Whether an item has a prompt and an answer, or different choices."
+    texts = [record["prompt"], *record.get("choices", [record["answer"]])]
+    return all(isinstance(text, str) and text.strip() for text in texts) and len(
+        {*texts[1:]}) == len(texts[1:])
+
 def _records(tasks: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    "The items of one task or a group of tasks, each once."
-    seen = set()
+    "The items of one task or of a group of tasks, each once."
+    seen, left_out = set(), 0
     for task in tasks.values():
         task.set_fewshot_seed(1234)  # lm-eval's own default
         for document in task.eval_docs:
             record = _record(task, document)
-            if (key := content_hash(record)) not in seen: yield record
+            key, whole = content_hash(record), _is_whole(record)
+            left_out += not whole
+            if whole and key not in seen: yield record
             seen.add(key)
+    if left_out:
+        warnings.warn(f"{', '.join(tasks)}: {left_out} items are left out, because an answer is "
+                      "empty or a choice is there twice.", stacklevel=2)
 
-# %% ../../nbs/data/06_harness_items.ipynb #4934fa56
+# %% ../../nbs/data/06_harness_items.ipynb #362ced48
 @contextmanager
 def quiet():
     "Inside, lm-eval and datasets draw no progress bars and give no advice."
@@ -100,38 +119,44 @@ def quiet():
         building.tqdm = tqdm
         if bars: datasets.enable_progress_bars()
 
-# %% ../../nbs/data/06_harness_items.ipynb #972ec630
-def _load(name: str, folder: Path | None) -> dict[str, Any]:
-    "A task, or the tasks of a group, with their data."
-    from lm_eval.tasks import TaskManager
-    known = TaskManager(include_path=folder and str(folder), include_defaults=folder is None)
-    if name not in known.all_tasks:
-        raise CalibPruneError(f"lm-eval {version('lm_eval')} has no task {name!r}.")
-    with warnings.catch_warnings(), quiet():
-        warnings.simplefilter("ignore")
-        # a data set of the hub fails in as many ways as there are libraries on the way to it
-        try: return known.load([name])["tasks"]
+# %% ../../nbs/data/06_harness_items.ipynb #69986221
+def _task_and_records(name: str) -> tuple[str, list[dict[str, Any]]]:  # its name, and items
+    with quiet():
+        # a data set of the hub, a template or a function of the file fails in its own way
+        try:
+            tasks = _load(name)
+            records = [*_records(tasks)]
+        except CalibPruneError: raise
         except Exception as e:
             raise CalibPruneError(
-                f"lm-eval cannot load the task {name!r}: {e or type(e).__name__}. Most of its "
-                "tasks need the Hugging Face hub.") from e
+                f"lm-eval cannot load the task {name}: {e or type(e).__name__}. Most of its tasks "
+                "need the Hugging Face hub.") from e
+    if len({"choices" in record for record in records}) > 1:
+        raise CalibPruneError(f"{name} mixes tasks with choices and tasks without: name its tasks, "
+                              f"such as {next(iter(tasks))}.")
+    return name.removeprefix(HARNESS) if name.startswith(HARNESS) else next(iter(tasks)), records
 
-# %% ../../nbs/data/06_harness_items.ipynb #c92c5d19
+# %% ../../nbs/data/06_harness_items.ipynb #28a8918a
 @lru_cache(maxsize=32)
-def _converted(name: str, stamp: float) -> Path:
-    path = None if name.startswith(HARNESS) else as_path(name, "a task of lm-eval").absolute()
-    called = _task_name(path) if path else name.removeprefix(HARNESS)
-    safe = re.sub(r"[^\w-]", "-", called)
-    key = content_hash([version("lm_eval"), str(path)])[:8]
-    file = cache_dir() / "harness" / key / (f"{safe}.jsonl" if path else f"lm-eval-{safe}.jsonl")
-    if path or not file.is_file():
-        write_jsonl(file, _records(_load(called, path and path.parent)))
-    read_own_items(file)
+def _converted(name: str,  # a path is absolute
+               stamp: float) -> Path:
+    named = name.startswith(HARNESS)
+    folder = cache_dir() / "harness" / content_hash([version("lm_eval"), name])[:8]
+    if named and (known := sorted(folder.glob("*.jsonl"))): return known[0]
+    called, records = _task_and_records(name)
+    file = folder / f"{'lm-eval-' * named}{re.sub(r'[^A-Za-z0-9_-]', '-', called)}.jsonl"
+    write_jsonl(file, records)
+    try: read_own_items(file)
+    except CalibPruneError as e:
+        file.unlink()
+        raise CalibPruneError(f"{name}: {str(e).replace(str(file), 'the task')}") from e
     return file
 
 def harness_file(name: str  # lm-eval:NAME, or FILE.yaml
                 ) -> Path:
     """A file of the task's items: prompt and answer, or choices, with the space before an answer
     as part of it."""
-    path = Path(name)
-    return _converted(name, path.stat().st_mtime if path.is_file() else 0.0)
+    if name.startswith(HARNESS): return _converted(name, 0.0)
+    path = as_path(name, "a task of lm-eval").expanduser().absolute()
+    if not path.is_file(): raise CalibPruneError(f"There is no file {path} of a task of lm-eval.")
+    return _converted(str(path), max(file.stat().st_mtime for file in path.parent.iterdir()))

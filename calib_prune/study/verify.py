@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IDENTICAL', 'WITHIN', 'DIFFERS', 'RELATIVE', 'SMALL', 'PIXELS', 'NUMBER', 'TOTAL_POINTS', 'DIMENSION_POINTS',
            'MACHINE', 'Compared', 'compare_texts', 'compare_pictures', 'compare_files', 'studies_with_rows',
-           'chosen_tables', 'verify_tables', 'rows_to_repeat', 'compare_rows', 'verify_row', 'Verified',
-           'verify_studies']
+           'chosen_tables', 'remade_tables', 'verify_tables', 'rows_to_repeat', 'compare_rows', 'verify_row',
+           'Verified', 'verify_studies']
 
 # %% ../../nbs/study/15_verify.ipynb #ebf71c3a
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +27,13 @@ from .plan import Job, Study, model_jobs, study_of, table_jobs
 from .presets import load_preset
 from .results import load_cell
 from .runs import run_job
-from .sums import changed_results
+from .sums import SUMS, changed_results
 
 # %% ../../nbs/study/15_verify.ipynb #cc5daf12
 IDENTICAL, WITHIN, DIFFERS = "identical", "within tolerance", "differs"
 RELATIVE = 1e-6       # of a number (ours)
 SMALL = 1e-9          # a number below counts as 0 (ours)
-PIXELS = 0.02         # share of the pixels that other fonts may change (ours)
+PIXELS = 0.001        # share of the pixels that may differ (ours)
 NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def _unit(number: str) -> float:
 def _is_near(made: str, kept: str, rounded: bool) -> bool:
     """Whether two numbers agree to six digits; of rounded numbers, the last digit may differ by
     one."""
+    if not (_unit(made) or _unit(kept) or "e" in (made + kept).lower()): return made == kept
     unit = min(_unit(made), _unit(kept)) if rounded else 0.0
     one, other = _value(made), _value(kept)
     return abs(one - other) <= max(1.01 * unit, RELATIVE * abs(other), SMALL)
@@ -84,7 +85,9 @@ def compare_texts(name: str, made: str, kept: str) -> Compared:  # name: that of
 def compare_pictures(made: Path, kept: Path) -> Compared:
     "Compare the pixels of two pictures."
     from matplotlib.image import imread
-    one, other = imread(made), imread(kept)
+    try: one, other = imread(made), imread(kept)
+    except (OSError, SyntaxError, ValueError) as e:  # Pillow calls a broken PNG a syntax error
+        return Compared(kept.name, DIFFERS, f"cannot be read: {e}")
     if one.shape != other.shape:
         return Compared(kept.name, DIFFERS, f"{one.shape[1]} × {one.shape[0]} pixels in place of "
                         f"{other.shape[1]} × {other.shape[0]}")
@@ -104,21 +107,22 @@ def compare_files(made: Path, kept: Path) -> Compared:
 
 # %% ../../nbs/study/15_verify.ipynb #e3b1c38e
 def studies_with_rows(root: Path) -> list[Study]:
-    "The studies of a checkout that have rows and tables."
+    "The studies of a checkout that have rows."
     studies = []
     for path in sorted(root.glob("presets/**/*.yaml")):
         if path.parent.name == "base": continue
         preset = load_preset(path)
-        folders = [root / kind / preset["name"] for kind in ("results", "figures")]
-        if (folders[0] / "dense.json").is_file() and folders[1].is_dir():
+        folder = root / "results" / preset["name"]
+        if any((folder / name).is_file() for name in (SUMS, "dense.json")):
             studies.append(study_of(preset, str(path.relative_to(root)), tables_only=True))
     return studies
 
 def chosen_tables(studies: Sequence[Study],
                   asked: Iterable[str]  # studies, tables, figures; none: all
                  ) -> dict[str, list[str]]:  # study → notebooks
-    "The notebooks that make what was asked for."
-    whole = {study.preset["name"]: [*study.preset["tables"]] for study in studies}
+    "The notebooks that make what was asked for; none for a study whose tables were not made."
+    whole = {study.preset["name"]: [*study.preset["tables"]] * Path(study.figures).is_dir()
+             for study in studies}
     chosen: dict[str, list[str]] = {} if (names := [*asked]) else whole
     known = {stem: name for name, books in whole.items() for artefact in made_by(books)
              for stem in (artefact.stem, artefact.number)}
@@ -127,7 +131,8 @@ def chosen_tables(studies: Sequence[Study],
             raise unknown_name("study, table or figure", name, [*whole, *known])
         for study, books in whole.items():
             mine = [a.notebook for a in made_by(books) if name in (study, a.stem, a.number)]
-            if mine: chosen[study] = [*dict.fromkeys([*chosen.get(study, []), *mine])]
+            if mine or name == study:
+                chosen[study] = [*dict.fromkeys([*chosen.get(study, []), *mine])]
     return chosen
 
 # %% ../../nbs/study/15_verify.ipynb #1bda7b4c
@@ -143,8 +148,20 @@ def _moved(job: Job, place: Path) -> Job:
     for folder in (figures, log.parent): folder.mkdir(parents=True, exist_ok=True)
     return replace(job, parameters=job.parameters | dict(figures=figures), log=str(log))
 
-def _in_parallel(calls: Sequence[Callable[[], Any]], cores: int) -> Iterator[Any]:
-    with ThreadPoolExecutor(cores) as pool: yield from pool.map(lambda call: call(), calls)
+def _last_line(job: Job) -> str:
+    "The last line that a run wrote."
+    log = Path(job.log).with_suffix(".log")
+    text = log.read_text(errors="replace").strip() if log.is_file() else ""
+    return text.rpartition("\n")[2] or "no output"
+
+def remade_tables(root: Path, study: Study, job: Job, place: Path) -> list[Compared]:
+    "Run a notebook again, and compare what it makes."
+    moved = _moved(job, place)
+    try: run_job(moved, 1, study)
+    except CalibPruneError:
+        return [Compared(job.notebook, DIFFERS, f"its notebook failed: {_last_line(moved)}")]
+    files = [file for file in job.outputs if not file.endswith(".pdf")]
+    return [compare_files(place / file, root / file) for file in files]
 
 def verify_tables(root: Path, studies: Sequence[Study], chosen: dict[str, list[str]],
                   place: Path,  # an empty folder
@@ -154,15 +171,12 @@ def verify_tables(root: Path, studies: Sequence[Study], chosen: dict[str, list[s
     _copied_ledgers(root, place / "figures")
     runs = [(study, job) for study in studies for job in table_jobs(study)
             if job.notebook in chosen.get(study.preset["name"], [])]
-    found: dict[str, list[Compared]] = {}
-    def again(study: Study, job: Job) -> tuple[str, list[Compared]]:
-        run_job(_moved(job, place), 1, study)
-        files = [file for file in job.outputs if not file.endswith(".pdf")]
-        return study.preset["name"], [compare_files(place / file, root / file) for file in files]
-    calls = [lambda study=study, job=job: again(study, job) for study, job in runs]
-    for done, (name, compared) in enumerate(_in_parallel(calls, cores), 1):
-        found.setdefault(name, []).extend(compared)
-        if progress: progress("tables made again", done, len(runs))
+    found: dict[str, list[Compared]] = {name: [] for name in chosen}
+    with ThreadPoolExecutor(cores) as pool:
+        again = pool.map(lambda run: remade_tables(root, run[0], run[1], place), runs)
+        for done, ((study, _), compared) in enumerate(zip(runs, again), 1):
+            found[study.preset["name"]] += compared
+            if progress: progress("tables made again", done, len(runs))
     return found
 
 # %% ../../nbs/study/15_verify.ipynb #2f85e034
@@ -188,12 +202,13 @@ def _machine(result: Any) -> str:  # see `results.Result`
 # %% ../../nbs/study/15_verify.ipynb #e7700de0
 def compare_rows(name: str, made: Any, kept: Any, dense: Any) -> Compared:  # `results.Result`
     "Compare two rows of one cell: their items, and the retention of each dimension."
-    from calib_prune.evaluation.measures import ANSWER_BITS
+    from calib_prune.evaluation.measures import ANSWER_BITS, PLAIN
     from calib_prune.evaluation.retention import retention
     if made.record["key"] != kept.record["key"]:
         return Compared(name, DIFFERS, "the row was made with other settings or older code")
     if made.items.equals(kept.items): return Compared(name, IDENTICAL)
-    tables = [retention(dense.items, r.items, 1, measure=ANSWER_BITS) for r in (made, kept)]
+    measure = ANSWER_BITS if (dense.items["metric"] == "bits").any() else PLAIN
+    tables = [retention(dense.items, r.items, 1, measure=measure) for r in (made, kept)]
     apart = [100 * (tables[0]["retention"] - tables[1]["retention"]).abs()[tables[0]["level"] == at]
              for at in ("dimension", "total")]
     far, total = (float(values.max()) for values in apart)
@@ -215,7 +230,9 @@ def verify_row(study: Study, cell: str, place: Path, cores: int) -> Compared:
     moved = replace(job, parameters=job.parameters | dict(results=results), progress="",
                     log=str(results / "notebooks" / f"{cell}.ipynb"))
     kept, dense = (load_cell(Path(study.results, f"{name}.json")) for name in (cell, "dense"))
-    run_job(moved, int(kept.record.get("threads", cores)), study)
+    try: run_job(moved, int(kept.record.get("threads", cores)), study)
+    except CalibPruneError:
+        return Compared(f"{study.preset['name']}/{cell}", DIFFERS, f"failed: {_last_line(moved)}")
     made = load_cell(results / f"{cell}.json")
     return compare_rows(f"{study.preset['name']}/{cell}", made, kept, dense)
 

@@ -3,15 +3,26 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.image import imsave
 
+from calib_prune.cli.reproduce import stems_of
+from calib_prune.cli.verify import claims_in
 from calib_prune.core import CalibPruneError
 from calib_prune.study import verify
 from calib_prune.study.plan import study_of
 from calib_prune.study.presets import load_preset
 from calib_prune.study.results import load_cell
-from calib_prune.study.sums import SUMS, changed_results, read_sums, result_names
+from calib_prune.study.sums import (
+    SUMS,
+    add_sums,
+    changed_results,
+    drop_sums,
+    read_sums,
+    result_names,
+)
 from tests import ROOT
 from tests.processes import call, run
 
@@ -36,7 +47,8 @@ def test_committed_results_are_as_they_were_made(study):
 
 
 def test_every_study_with_rows_has_checksums():
-    for dense in ROOT.glob("results/[!.]*/[!.]*/dense.json"): assert read_sums(dense.parent)
+    studies = [dense.parent for dense in ROOT.glob("results/[!.]*/[!.]*/dense.json")]
+    assert len(studies) >= 12 and all(map(read_sums, studies))
 
 
 @pytest.mark.real
@@ -54,6 +66,10 @@ def test_changed_rows_and_tables_are_named(checkout, monkeypatch):
     assert f"{row}: changed after it was made" in bad.stdout
     assert f"{table}: differs (line" in bad.stdout
     assert "T10-pruners.csv: differs" in bad.stdout, "the row is part of the table"
+    row.write_bytes(row.read_bytes()[:-100])
+    broken = run("verify", SMALL, code=1, cwd=checkout)
+    assert "pruners: differs (its notebook failed: " in broken.stdout and "identical." not in (
+        broken.stdout)
 
 
 def test_what_is_not_known_is_refused(checkout, monkeypatch):
@@ -62,6 +78,49 @@ def test_what_is_not_known_is_refused(checkout, monkeypatch):
     assert "Unknown study, table or figure 'T1O'. Did you mean 'T10'" in call(
         "verify", "T1O", code=1).stderr
     assert "the rows hold 8" in call("verify", SMALL, "--rerun", "99", code=1).stderr
+
+
+def test_a_folder_without_rows_has_nothing_to_verify(tmp_path, monkeypatch):
+    for name in ("nbs", "presets", "Snakefile"): (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    assert "has rows to verify" in call("verify", "--all", code=1).stderr
+
+
+def test_a_claim_is_the_line_of_each_ledger(tmp_path):
+    for study in ("claims/a", "claims/b"):
+        (file := tmp_path / "figures" / study / "T7-claims.csv").parent.mkdir(parents=True)
+        file.write_text(f"claim,check,verdict\nC1,rho,{study[-1]}\nC2,lead,no\n")
+    found = claims_in(tmp_path, ["claims/a", "claims/b", "claims/c"])
+    assert [(line["study"], line["verdict"]) for line in found["C1"]] == [
+        ("claims/a", "a"), ("claims/b", "b")]
+
+
+def test_pictures_are_compared_by_their_pixels(tmp_path):
+    kept, made = tmp_path / "kept.png", tmp_path / "made.png"
+    pixels = np.zeros((100, 100, 3))
+    imsave(kept, pixels)
+    states = []
+    for changed in (0, 5, 50):  # of 10,000
+        pixels[0, :changed] = 1
+        imsave(made, pixels, metadata={"Software": str(changed)})
+        states.append(verify.compare_files(made, kept).state)
+    assert states == [verify.IDENTICAL, verify.WITHIN, verify.DIFFERS]
+    made.write_bytes(made.read_bytes()[:60])
+    assert "cannot be read" in verify.compare_files(made, kept).far
+
+
+def test_results_that_a_study_will_make_lose_their_checksums_first(tmp_path):
+    left = dict(models={"c4-s0": "new"}, texts={"results/x/generated/igsp-s0.jsonl": "new"},
+                metrics={"c4": "new"}, audits={})
+    names = ("c4-s0.json", "c4-s0.items.parquet", "c4-s01.json", "generated/igsp-s0.pool.json",
+             "metrics/c4.json", "metrics/c4b.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    add_sums(tmp_path)
+    assert {*read_sums(tmp_path)} == {*names}
+    drop_sums(tmp_path, stems_of(left))
+    assert {*read_sums(tmp_path)} == {"c4-s01.json", "metrics/c4b.json"}
 
 
 def test_models_are_compared_by_their_items_and_keys():

@@ -20,8 +20,8 @@ CHOICE = dict(output_type="multiple_choice", doc_to_text="Question: {{q}}\nAnswe
 @pytest.fixture
 def task(tmp_path):
     "Writes a YAML file of lm-eval next to its data, with some fields changed."
-    def write(name="courts", more="", **fields):
-        data, path = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.yaml"
+    def write(name="courts", more="", ending="yaml", **fields):
+        data, path = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.{ending}"
         data.write_text("\n".join(map(json.dumps, ASKED)))
         files = dict(data_files=dict(test=str(data)), cache_dir=str(tmp_path / "arrow"))
         config = dict(task=name, dataset_path="json", test_split="test", dataset_kwargs=files)
@@ -31,7 +31,8 @@ def task(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [
-    {}, dict(num_fewshot=2, fewshot_split="test", description="Cases.\n\n"),
+    {}, dict(gen_prefix="It was"),
+    dict(num_fewshot=2, fewshot_split="test", description="Cases.\n\n"),
     dict(target_delimiter="", doc_to_text="{{q}}\n"), dict(target_delimiter="\n")])
 def test_scores_are_those_of_lm_eval(task, fields):
     from lm_eval.evaluator import evaluate as run
@@ -57,7 +58,8 @@ def test_scores_are_those_of_lm_eval(task, fields):
 @pytest.mark.parametrize("fields, answer", [
     (dict(output_type="loglikelihood", doc_to_target="{{' ' + courts[right]}}"), " the jury"),
     (dict(output_type="generate_until", doc_to_target="{{courts[right]}}", target_delimiter="\n"),
-     "\nthe jury")])
+     "\nthe jury"),
+    (dict(output_type="generate_until"), " the jury")])  # a position among the choices
 def test_one_right_answer_is_scored_in_bits(task, fields, answer):
     path = task(**fields)
     assert read_own_items(harness_file(path))[1]["answer"] == answer
@@ -73,7 +75,10 @@ def test_functions_of_the_file_are_run(task, tmp_path):
 
 @pytest.mark.parametrize("fields, said", [
     (dict(output_type="loglikelihood_rolling"), "no answers to prompts"),
-    (dict(task=None), 'no field "task"'),
+    (dict(output_type="generate_until", doc_to_choice=None), "no text that is the right answer"),
+    (dict(output_type="generate_until", unsafe_code=True), "a function of its own"),
+    (dict(task=None), "cannot load the task"), (dict(doc_to_text="{{q"), "cannot load the task"),
+    (dict(num_fewshot=9, fewshot_split="test"), "cannot load the task"),
     (dict(dataset_path="no/such-set"), "cannot load the task")])
 def test_tasks_that_cannot_be_scored_are_refused(task, fields, said):
     with pytest.raises(CalibPruneError, match=said): harness_file(task(**fields))
@@ -83,6 +88,23 @@ def test_a_changed_file_is_read_again(task):
     first = read_own_items(harness_file(task()))[0]["prompt"]
     again = read_own_items(harness_file(task(doc_to_text="{{q}} Say:")))[0]["prompt"]
     assert first.endswith("Answer:") and again.endswith("Say:")
+
+
+def test_the_named_file_is_read_whatever_lies_beside_it(task, tmp_path):
+    for name in ("courts-old", "a"): task(name, doc_to_text="another")
+    for name in ("courts-old", "a"):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(file.read_text().replace(f"task: {name}", "task: courts"))
+    for ending in ("yaml", "yml"):
+        assert read_own_items(harness_file(task(ending=ending)))[0]["prompt"].startswith("Question")
+
+
+def test_items_that_cannot_be_scored_are_left_out_and_counted(task, tmp_path):
+    path = task()
+    rows = [*ASKED, ASKED[0] | dict(courts=["the jury", "the jury"]), ASKED[0]]
+    (tmp_path / "courts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="courts: 1 items are left out"):
+        assert len(read_own_items(harness_file(path))) == len(ASKED), "and a repeated one once"
 
 
 def test_names():
