@@ -114,8 +114,8 @@ RULE_REASONS = {
     ALL_ALIKE: "Equal shares of the four kinds of text have the lowest regret on both studied "
                "models (table T18).",
     WORST_OF_ALL: "Code loses most where calibration text has little of it; this mix is half "
-                  "code. It was tested at 60 % (table T15), not among the sets of the table of "
-                  "regrets."}
+                  "code. At 60 %, it retains more of the worst ability than equal kinds of text "
+                  "(table T15)."}
 
 def quick_reason(need: Need, distances: pd.DataFrame) -> tuple[str, str, str]:
     "The calibration mix, its policy and the reason."

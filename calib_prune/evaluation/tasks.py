@@ -315,7 +315,8 @@ def own_task(text: str  # FILE.jsonl, FILE.yaml or lm-eval:NAME, also after DIME
                 "{prompt}", f"items of {file.name}", answer="" if choice else "{answer}",
                 metric="acc" if choice else "bits", delimiter="" if other else " ")
     if TASKS.get(name, task) != task or name in TASK_SETS:
-        raise CalibPruneError(f"{text}: there is another task {name!r}. Rename the file.")
+        raise CalibPruneError(f"{text}: there is another task {name!r}. Rename the "
+                              f"{'field `task`' if other else 'file'}.")
     TASKS[name] = task
     return task
 

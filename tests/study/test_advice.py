@@ -137,7 +137,7 @@ def test_text_that_holds_the_need_is_named(made_up, tmp_path):
     text.write_text("\n\n".join([*prompts[:6], "something else " * 40]))
     advice = made_up(need=str(need), minutes=15, sources=[str(text)])
     [warning] = advice.warnings
-    assert "notes.txt gives away 6 of 40 items of law" in warning
+    assert "notes.txt shares word sequences with 6 of 40 items of law" in warning
     page = {file.name: file for file in save_advice(advice, tmp_path / "out")}["advice.md"]
     assert warning in page.read_text()
 
