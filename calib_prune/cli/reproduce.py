@@ -638,6 +638,7 @@ def reproduce(
     from calib_prune.study.plan import study_of
     from calib_prune.study.presets import cells
     from calib_prune.study.provenance import note_provenance
+    from calib_prune.study.rows import renew_rows
     from calib_prune.study.sums import add_sums, drop_sums
     check_number("--jobs", jobs, 0, 2**20, whole=True)
     check_packages()
@@ -674,6 +675,7 @@ def reproduce(
     began = time.time()
     def note() -> None:
         if not tables_only: add_sums(results)
+        renew_rows(root)
         note_provenance(study_of(study, str(path), tables_only=True), root, began)
     try:
         run_workflow(command, root, results, names, missing, cluster is not None,

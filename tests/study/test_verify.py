@@ -15,6 +15,7 @@ from calib_prune.study import verify
 from calib_prune.study.plan import study_of
 from calib_prune.study.presets import load_preset
 from calib_prune.study.results import load_cell
+from calib_prune.study.rows import ROWS_FILE, all_rows
 from calib_prune.study.sums import (
     SUMS,
     add_sums,
@@ -147,3 +148,15 @@ def test_the_same_seed_draws_the_same_models():
     assert drawn[0] == drawn[1] != drawn[2] and "dense" not in drawn[0]
     with pytest.raises(CalibPruneError, match="99 models cannot be made again"):
         verify.rows_to_repeat([study], [SMALL], 99, 0)
+
+
+def test_the_table_of_all_rows_is_in_step():
+    rows, kept = all_rows(ROOT), pd.read_parquet(ROOT / ROWS_FILE)
+    assert rows.equals(kept), "calib-prune reproduce --tables-only renews it"
+    models = kept.drop_duplicates(["study", "cell"])
+    assert len(models) > 800 and not kept.duplicated(["study", "cell", "task", "metric"]).any()
+
+
+def test_the_data_sheet_names_every_column():
+    text = (ROOT / "docs/data-sheet.md").read_text()
+    assert [name for name in pd.read_parquet(ROOT / ROWS_FILE) if f"`{name}`" not in text] == []
