@@ -7,7 +7,9 @@ from pathlib import Path
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"README.md": "nbs/index.ipynb", "docs/results.md": "nbs/results.ipynb"} | {
+PAPER = "docs/paper/paper.md"
+PAGES = {"README.md": "nbs/index.ipynb", "docs/results.md": "nbs/results.ipynb",
+         PAPER: "nbs/joss.ipynb"} | {
     f"docs/questions/{o.stem}.md": f"nbs/pages/{o.name}"
     for o in sorted((ROOT / "nbs" / "pages").glob("*.ipynb"))}
 MARKDOWN = MarkdownExporter(exclude_input=True)
@@ -18,6 +20,8 @@ def render(page: str) -> str:
     deeper than the page."""
     text, _ = MARKDOWN.from_filename(str(ROOT / PAGES[page]))
     if page == "README.md": text = text.replace("](../", "](")
+    if page == PAPER:  # its title is in the header that the journal reads
+        text = (ROOT / PAPER).with_name("header.yaml").read_text() + text[text.index("# Summary"):]
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

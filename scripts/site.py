@@ -133,7 +133,8 @@ def add_notebooks() -> list[str]:
         names = []
         for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb")):
             page = path.relative_to(ROOT).as_posix()
-            if page in ("nbs/index.ipynb", "nbs/results.ipynb"): continue  # they are pages already
+            # they are pages already, or for a journal
+            if page in ("nbs/index.ipynb", "nbs/results.ipynb", "nbs/joss.ipynb"): continue
             write(page, json.dumps(reader_notebook(path, page)))
             names.append(path.stem)
         about = "\n".join(
