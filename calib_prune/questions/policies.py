@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALL_ALIKE', 'WORST_OF_ALL', 'POLICY_NEEDS', 'OUTCOME_OF', 'TRUTHS', 'FIXED', 'NEAREST', 'SEARCHED', 'FEWEST_SETS',
            'POLICY_ROWS', 'need_values', 'possible_truths', 'chosen_set', 'nearest_sources', 'same_shares',
-           'searched_sets', 'policy_rows', 'policy_text']
+           'searched_sets', 'policy_rows', 'among_note', 'policy_text']
 
 # %% ../../nbs/questions/19_policies.ipynb #0570f98f
 import math
@@ -88,29 +88,34 @@ def same_shares(first: str, second: str) -> bool:
 def searched_sets(folder: Path,                   # of records of `advise`, named by their needs
                   strategies: Mapping[str, str],  # of the study: name → mix
                   at: float                       # sparsity
-                 ) -> dict[str, str]:             # need → strategy
-    "The strategies that runs of `advise` with SparseGPT recommended."
+                 ) -> dict[str, list[str]]:       # need → strategies, the recommended one first
+    """The strategies that runs of `advise` with SparseGPT recommended, and those that they called
+    not distinguishable."""
     found = {}
     mixes = {name: mix for name, mix in strategies.items() if not protocol_of(mix)}
     for need in POLICY_NEEDS:
         if not (file := folder / f"{need.lower()}.json").is_file(): continue
-        record = load_json(file, calibration=str, settings=dict)
-        how = record["settings"]["method"], float(record["settings"]["sparsity"])
-        names = [name for name, mix in mixes.items() if same_shares(mix, record["calibration"])]
-        if how == ("sparsegpt", at) and names: found[need] = names[0]
+        record = load_json(file, calibration=str, settings=dict, lead=list)
+        if record["settings"]["method"] != "sparsegpt": continue
+        if float(record["settings"]["sparsity"]) != at: continue
+        near = [row["over"] for row in record["lead"] if row["ci_low"] <= 0]
+        names = [[name for name, mix in mixes.items() if same_shares(mix, other)]
+                 for other in (record["calibration"], *near)]
+        if names[0]: found[need] = [same[0] for same in names if same]
     return found
 
 # %% ../../nbs/questions/19_policies.ipynb #2fe265e7
 FEWEST_SETS = 3  # two sets have no spread beyond their noise
-POLICY_ROWS = ["need", "policy", "set", "regret", "ci_low", "ci_high", "sets"]
+POLICY_ROWS = ["need", "policy", "set", "regret", "ci_low", "ci_high", "best", "sets"]
 
 def policy_rows(replicates: Replicates,
                 metrics: pd.DataFrame,  # from `metric_rows.load_metrics`
                 at: float,              # sparsity
-                searched: Mapping[str, str] | None = None  # see `searched_sets`
+                searched: Mapping[str, list[str]] | None = None  # see `searched_sets`
                ) -> pd.DataFrame:       # columns `POLICY_ROWS`; points
     """Each policy's expected regret for each need, with SparseGPT, over all sets with two draws or
-    more; the interval is the posterior's."""
+    more; the interval is the posterior's. `best`: the probability that the set is the best one, of
+    a search that the best one is among the sets that it calls not distinguishable."""
     try: here = setting(replicates, "sparsegpt", at)
     except Untestable: return pd.DataFrame(columns=POLICY_ROWS)
     here = here.rows((here.cells["draws"] >= 2).to_numpy())
@@ -118,7 +123,8 @@ def policy_rows(replicates: Replicates,
     if len(known) < FEWEST_SETS: return pd.DataFrame(columns=POLICY_ROWS)
     nearest = nearest_sources(metrics, here.cells.loc[here.cells["source_dimension"] != "",
                                                       "strategy"].tolist())
-    named = {NEAREST: nearest, SEARCHED: searched or {}}
+    searched = searched or {}
+    named = {NEAREST: nearest, SEARCHED: {need: sets[0] for need, sets in searched.items()}}
     rows = []
     for need in POLICY_NEEDS:
         truths = possible_truths(100 * need_values(here, need))
@@ -126,10 +132,19 @@ def policy_rows(replicates: Replicates,
             if (name := chosen_set(policy, need, known, named)) is None: continue
             regret = truths.max(1) - truths[:, known.index(name)]
             ends = np.quantile(regret, [0.025, 0.975])
-            rows.append((need, policy, name, regret.mean(), *ends, len(known)))
+            sets = searched[need] if policy == SEARCHED else [name]
+            best = np.isin(truths.argmax(1), [known.index(o) for o in sets if o in known]).mean()
+            rows.append((need, policy, name, regret.mean(), *ends, best, len(known)))
     return pd.DataFrame(rows, columns=POLICY_ROWS)
 
 # %% ../../nbs/questions/19_policies.ipynb #7c1c9eee
+def among_note(rows: pd.DataFrame) -> str:  # from `policy_rows`
+    "How often the best set is among those that `advise` calls not distinguishable."
+    mine = rows[rows["policy"] == SEARCHED]
+    if mine.empty: return ""
+    each = ", ".join(f"{row.need} {100 * row.best:.0f} %" for row in mine.itertuples())
+    return f"The best set is one that `advise` recommends or calls not distinguishable: {each}."
+
 def policy_text(rows: pd.DataFrame  # from `policy_rows`
                ) -> pd.DataFrame:   # one line per policy
     "The regrets as a table to read."
