@@ -160,12 +160,15 @@ class StageBar:
 # %% ../nbs/core/02_progress.ipynb #f74a4cd9
 @contextmanager
 def terminal_bars(console: Console | None = None) -> Iterator[ProgressFn]:
-    "Bars on the terminal, one per stage. What it yields is the `progress` function to pass on."
+    """Bars on the terminal, one per stage; what follows ` · ` in a stage's name may change. What it
+    yields is the `progress` function to pass on."""
     with new_bars(console) as bars:
         stages: dict[str, StageBar] = {}
         def show(stage: str, done: int, total: int) -> None:
-            if stage not in stages: stages[stage] = StageBar(bars, stage, total)
-            stages[stage].show(done, total)
+            name = stage.partition(" · ")[0]
+            if name not in stages: stages[name] = StageBar(bars, name, total)
+            stages[name].show(done, total)
+            bars.update(stages[name].task, description=stage)
         yield show
 
 # %% ../nbs/core/02_progress.ipynb #e1701d84

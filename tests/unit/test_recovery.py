@@ -1,0 +1,191 @@
+"Recovery: the kept weights are trained, the zeros stay, an interruption changes nothing."
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from calib_prune.core import CalibPruneError
+from calib_prune.model.loading import save_model
+from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
+from calib_prune.pipeline import recover
+from calib_prune.pipeline.prune import prune_model
+from calib_prune.pipeline.recover import lost_zeros, recover_model
+from calib_prune.pruning import recovery
+from calib_prune.pruning.layers import decoder_layers, prunable
+from calib_prune.pruning.recovery import Trainer, Training, masks_of, train, window_loss
+from tests.processes import call
+
+WINDOWS = torch.randint(1, 200, (6, 24), generator=torch.Generator().manual_seed(0))
+QUICK = dict(length=32, batch=2, rate=1e-3)
+
+
+def halved(model):
+    for layer in decoder_layers(model):
+        for linear in prunable(layer).values():
+            weight = linear.weight.data
+            weight[weight.abs() < weight.abs().median()] = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    "A dense model, its text, and the model pruned in 2:4."
+    folder = tmp_path_factory.mktemp("models")
+    save_model(tiny_llama(0), tiny_tokenizer(), folder / "dense", {})
+    (folder / "notes.txt").write_text(" ".join(f"word {i}" for i in range(900)))
+    prune_model(folder / "dense", folder / "pruned", calibration=str(folder / "notes.txt"),
+                windows=4, length=32, method="magnitude", sparsity="2:4")
+    return folder
+
+
+def recovered(models, out, **how):
+    return recover_model(models / "pruned", models / "dense", out,
+                         **dict(text=str(models / "notes.txt"), tokens=20 * 2 * 32) | QUICK | how)
+
+
+def test_the_loss_is_that_of_its_definition():
+    student, teacher, window = tiny_llama(1), tiny_llama(0), WINDOWS[0]
+    with torch.no_grad():
+        mine, theirs = (model(window[None]).logits[0].float() for model in (student, teacher))
+        p, q = ((logits / 2).softmax(-1) for logits in (theirs, mine))
+        wanted = 4 * (p * (p.log() - q.log())).sum(-1).mean()
+        mine_loss = float(window_loss(student, teacher, window, 2.0))
+        assert mine_loss == pytest.approx(float(wanted), 1e-4)
+        crossed = F.cross_entropy(mine[:-1], window[1:])
+        assert float(window_loss(student, None, window)) == pytest.approx(float(crossed), 1e-6)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_only_kept_weights_of_the_layers_change(family, tmp_path):
+    model, dense = halved(tiny_model(family)), tiny_model(family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = Trainer(model, dense, Training(steps=3, batch=2, rate=1e-3))
+    assert train(trainer, WINDOWS, tmp_path, "a")
+    for name, p in model.named_parameters():
+        if name in trainer.masks: assert (p[~trainer.masks[name]] == 0).all(), name
+        assert torch.equal(p, before[name]) != (name in trainer.parameters), name
+
+
+def test_steps_are_plain_adamw_on_the_kept_weights():
+    "Against torch's own optimiser on a copy; the first step of the schedule has the rate 0."
+    dense, copy = tiny_llama(0), halved(tiny_llama(0))
+    trainer = Trainer(halved(tiny_llama(0)), dense, Training(steps=10, batch=2, rate=1e-3))
+    theirs = {name: p for name, p in copy.named_parameters() if name in trainer.parameters}
+    optimiser = torch.optim.AdamW(theirs.values(), lr=0.0, weight_decay=0.0)
+    for step, rate in enumerate((0.0, 1e-3)):
+        recovery.take_step(trainer, WINDOWS)
+        optimiser.zero_grad()
+        part = WINDOWS[2 * step:2 * step + 2]
+        (sum(window_loss(copy, dense, window) for window in part) / 2).backward()
+        for name, kept in trainer.masks.items(): theirs[name].grad *= kept
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.step()
+        for name, kept in trainer.masks.items(): theirs[name].data *= kept
+    fresh, moved = dict(halved(tiny_llama(0)).named_parameters()), 0
+    for name, p in trainer.parameters.items():
+        torch.testing.assert_close(p.data, theirs[name].data)
+        moved += not torch.equal(p, fresh[name])
+    assert moved == len(theirs)
+
+
+def test_an_interruption_changes_no_bit(models, tmp_path, monkeypatch):
+    whole = recovered(models, tmp_path / "whole", tokens=50 * 2 * 32)
+    steps = recovery.take_step
+
+    def cut(trainer, windows):
+        if trainer.done == 31: raise KeyboardInterrupt
+        return steps(trainer, windows)
+    monkeypatch.setattr(recovery, "take_step", cut)
+    with pytest.raises(KeyboardInterrupt): recovered(models, tmp_path / "cut", tokens=50 * 2 * 32)
+    assert (tmp_path / "cut.state").is_dir() and not (tmp_path / "cut").exists()
+    state = json.loads((tmp_path / "cut.state/state.json").read_text())
+    assert state["done"] == 20
+    monkeypatch.setattr(recovery, "take_step", steps)
+    again = recovered(models, tmp_path / "cut", tokens=50 * 2 * 32)
+    assert not (tmp_path / "cut.state").exists()
+    assert again.record["weights"] == whole.record["weights"] != json.loads(
+        (models / "pruned/calib_prune.json").read_text())["weights"]
+    assert again.record["recovery"]["steps"] == 50
+
+
+def test_zeros_of_the_files_stay_zeros(models, tmp_path):
+    done = recovered(models, tmp_path / "out")
+    assert done.whole and lost_zeros(models / "pruned", tmp_path / "out") == 0
+    made = done.record["recovery"]
+    assert made["tokens"] == 20 * 2 * 32 and made["last_loss"] < made["first_loss"]
+    assert made["before"] and made["text"]["seed"] == 1000
+    weights = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    name = next(name for name in weights if "q_proj.weight" in name)
+    assert ((weights[name].reshape(-1, 4) == 0).sum(1) >= 2).all(), "2:4"
+    weights[name] = torch.ones_like(weights[name])
+    (tmp_path / "other").mkdir()
+    save_file(weights, tmp_path / "other/model.safetensors")
+    assert lost_zeros(models / "pruned", tmp_path / "other") == weights[name].numel() // 2
+
+
+def test_numbers_that_are_not_finite_halve_the_rate_and_then_stop(tmp_path, monkeypatch):
+    trainer = Trainer(halved(tiny_llama(0)), tiny_llama(0), Training(steps=60, batch=2, rate=1e-3))
+    calls, plain = [], recovery.gradients
+
+    def broken(trainer, windows, step):
+        loss = plain(trainer, windows, step)
+        calls.append(step)
+        return math.nan if step == 25 else loss
+    monkeypatch.setattr(recovery, "gradients", broken)
+    said = []
+    assert not train(trainer, WINDOWS, tmp_path, "a", warn=said.append)
+    assert calls.count(25) == 4 and trainer.done == 20 and trainer.halvings == 4
+    assert "half the rate" in said[0] and "training stops" in said[-1]
+    assert all(p.isfinite().all() for p in trainer.student.parameters())
+
+
+def test_minutes_become_steps(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(recover, "steps_within", lambda trainer, windows, minutes: int(minutes * 4))
+    done = recovered(models, tmp_path / "out", tokens=0, minutes=2)
+    assert done.record["recovery"]["steps"] == 8
+
+
+@pytest.mark.parametrize("what, said", [
+    (dict(loss="hinge"), "Unknown loss 'hinge'"), (dict(rate=0), "rate must be positive"),
+    (dict(minutes=0, tokens=0), "Say how long"), (dict(text="c44"), "Unknown source 'c44'"),
+    (dict(speed=1), "Unknown setting 'speed'")])
+def test_wrong_settings_are_refused_before_training(models, tmp_path, what, said):
+    with pytest.raises(CalibPruneError, match=said): recovered(models, tmp_path / "out", **what)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_fit_are_refused(models, tmp_path):
+    other = tmp_path / "other"
+    save_model(tiny_llama(0, num_hidden_layers=3), tiny_tokenizer(), other, {})
+    text = dict(text=str(models / "notes.txt"), tokens=64, **QUICK)
+    with pytest.raises(CalibPruneError, match="no zeros that could be a mask"):
+        recover_model(models / "dense", models / "dense", tmp_path / "a", **text)
+    with pytest.raises(CalibPruneError, match="The models differ in"):
+        recover_model(models / "pruned", other, tmp_path / "b", **text)
+
+
+def test_too_little_memory_is_said_before_training(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(recover, "total_memory", lambda device: 0.0001)
+    with pytest.raises(CalibPruneError, match="gradients and moments, and there are 0.0 GiB"):
+        recovered(models, tmp_path / "out")
+
+
+def test_a_state_of_another_run_is_refused(models, tmp_path, monkeypatch):
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(recovery, "take_step", stop)
+    with pytest.raises(KeyboardInterrupt): recovered(models, tmp_path / "out")
+    with pytest.raises(CalibPruneError, match="other models, text or settings"):
+        recovered(models, tmp_path / "out", rate=2e-3)
+
+
+def test_the_command(models, tmp_path):
+    done = call("recover", "--model", models / "pruned", "--dense", models / "dense", "--text",
+                models / "notes.txt", "--tokens", 640, "--length", 32, "--output", tmp_path / "out",
+                "--json")
+    said = json.loads(done.stdout)
+    assert said["recovery"]["steps"] == 5 and said["method"] == "magnitude"
+    assert masks_of(recover.load_model(str(tmp_path / "out"))[0])
