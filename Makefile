@@ -1,5 +1,5 @@
-# make reproduce    everything from nothing to tables and figures (PRESET=smoke; default: hours, goes on where it was cut off)
-# make figures      tables and figures from committed rows alone (PRESET=claims/smollm2-135m): no model is run
+# make reproduce    everything from nothing to tables and figures (PRESET=claims/smollm2-135m takes hours and goes on where it was cut off)
+# make figures      tables and figures from existing rows alone (PRESET=claims/smollm2-135m): no model is run
 # make setup        the virtual environment .venv with the package and its tools (PYTHON=python3.12; LOCK=: newest versions); every target needs it
 # make check        style, types and the tests of tests/unit, in about two minutes
 # make test         everything that must hold: style, types, notebooks, export, pages, tests

@@ -16,8 +16,8 @@ from ..core import as_path
 # %% ../../nbs/cli/13_recover.ipynb #014ed38d
 def left_by_recover(output: str) -> str:
     "The files that an interrupted `recover` leaves, and the way to continue."
-    folder = as_path(output, "an output folder")
-    state = folder.with_name(f"{folder.name}.state")
+    from calib_prune.pipeline.recover import state_folder
+    state = state_folder(as_path(output, "an output folder"))
     if not state.is_dir(): return "Nothing was written; run the same command again."
     return f"No model was written. {state} holds the training so far; the same command goes on."
 
@@ -25,11 +25,13 @@ def left_by_recover(output: str) -> str:
 def recovery_lines(record: dict[str, Any]) -> list[dict[str, Any]]:
     "What was trained on, how long, and how the loss fell."
     made = record["recovery"]
-    unit = "KL divergence from the dense model" if made["loss"] == "distil" else "cross-entropy"
-    first, last = (f"{made[name]:.3f}" for name in ("first_loss", "last_loss"))
-    return [{"text": made["text"]["mix"], "windows": sum(made["text"]["counts"].values()),
-             "steps": made["steps"], "tokens": f"{made['tokens']:,}",
-             f"{unit}, nats per token": f"{first} → {last}"}]
+    loss = "KL divergence from the dense model" if made["loss"] == "distil" else "cross-entropy"
+    ends = [made[name] for name in ("first_loss", "last_loss")]
+    shown = "not measured" if None in ends else f"{ends[0]:.3f} → {ends[1]:.3f}"
+    scale = f", T = {made['temperature']:g}" if made["temperature"] != 1 else ""
+    return [{"text": made["text"]["mix"], "windows": made["windows_read"],
+             "steps": f"{made['steps']} of {made['planned']}", "tokens": f"{made['tokens']:,}",
+             f"{loss}{scale}, nats per token": shown}]
 
 # %% ../../nbs/cli/13_recover.ipynb #54be1c2b
 def recover_command(
@@ -39,7 +41,7 @@ def recover_command(
     text: Annotated[
         str, typer.Option(help="Text to train on: a mix or files, as `prune --calibration` takes.")
     ] = "uniform-dimensions",
-    minutes: Annotated[float, typer.Option(help="How long to train.")] = 15,
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 15,
     tokens: Annotated[
         int, typer.Option(help="How many tokens to train on, in place of --minutes.")
     ] = 0,
@@ -50,18 +52,18 @@ def recover_command(
         str, typer.Option(help="`distil`: the dense model's distribution; `next`: the next token.")
     ] = "distil",
     temperature: Annotated[float, typer.Option(help="Temperature of distillation.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draw of windows.")] = 1000,
-    dtype: Annotated[str, typer.Option(help="Number type to train in.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 1000,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     "Train the kept weights of a pruned model towards the dense model; zeros stay zeros."
     from calib_prune.pipeline.recover import recover_model
     settings = dict(text=text, minutes=minutes, tokens=tokens, length=length, batch=batch,
-                    rate=rate, loss=loss, temperature=temperature, seed=seed, dtype=dtype,
-                    device=device)
+                    rate=rate, loss=loss, temperature=temperature, seed=seed, device=device)
     with bars(as_json) as progress:
         done = recover_model(model, dense, output, progress, **settings)
-    if as_json: return print_json({k: v for k, v in done.record.items() if k != "layers"})
-    show_table(recovery_lines(done.record), f"{done.folder}: the zeros are those of {model}")
+    if as_json: print_json({k: v for k, v in done.record.items() if k != "layers"})
+    else:
+        show_table(recovery_lines(done.record), f"{done.folder}: the zeros are those of {model}")
+        print(f"\nWhat came back: calib-prune compare {model} {done.folder} --dense {dense}")
     if not done.whole: raise typer.Exit(1)

@@ -378,7 +378,7 @@ def reproduce_model(record: str, output: str | None) -> None:
     from calib_prune.pipeline.again import prune_again
     with bars(as_json=False) as progress: again = prune_again(record, output, progress)
     Console().print(again.verdict, highlight=False, soft_wrap=True)
-    if not (again.same_text and again.same_weights is not False): raise typer.Exit(1)
+    if again.differs: raise typer.Exit(1)
 
 # %% ../../nbs/cli/08_reproduce.ipynb #526a4f39
 def snakemake_command(path: Path,  # of the preset
@@ -445,7 +445,8 @@ def stems_of(left: dict[str, dict[str, str]]  # see `keys.left_to_do`
     "The results that a study will make, below its folder and without their endings."
     rows = [name for kind in ("models", "audits") for name in left.get(kind, ())]
     texts = [f"generated/{Path(text).stem}" for text in left.get("texts", ())]
-    return [*rows, *texts, *(f"metrics/{name}" for name in left.get("metrics", ()))]
+    metrics = [f"metrics/{name.replace(' ', '-')}" for name in left.get("metrics", ())]
+    return [*rows, *texts, *metrics]
 
 @contextmanager
 def named_user() -> Iterator[None]:

@@ -36,6 +36,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
 # %% ../../nbs/pipeline/04_again.ipynb #1f270024
 def check_record(record: dict[str, Any]) -> None:
     "Refuse a record of which this program cannot make the model again."
+    if "recovery" in record:
+        raise CalibPruneError("The model was trained after pruning (`calib-prune recover`). The "
+                              "record of the pruned model can be made again, this one cannot.")
     now = versions()
     older = [f"{stage} {version} (here {now.get(stage, 'none')})"
              for stage, version in record["versions"].items() if now.get(stage) != version]
@@ -73,9 +76,15 @@ class Again:
                      if one["error"] != other["error"]), "")
 
     @property
+    def differs(self) -> bool:
+        "Whether text, weights or, without a hash of the weights, an error is another one."
+        known = self.same_weights
+        return not self.same_text or (bool(self.first_difference) if known is None else not known)
+
+    @property
     def other_machine(self) -> list[str]:
         "Entries of the machine that differ: other kinds of processor round in other ways."
-        names = ("processor", "instructions", "torch", "threads", "device")
+        names = ("processor", "instructions", "gpu", "torch", "threads", "device")
         return [f"{name} {self.before.get(name)}, here {self.after.get(name)}" for name in names
                 if self.before.get(name) != self.after.get(name)]
 

@@ -62,8 +62,8 @@ def cluster_job() -> dict[str, str]:
 def _required(name: str) -> tuple[str, list[str]]:  # version, names of required packages
     about = distribution(name)
     needed = [Requirement(text) for text in about.requires or ()]
-    return about.version, [o.name for o in needed
-                           if o.marker is None or o.marker.evaluate({"extra": ""})]
+    return about.version, [required.name for required in needed
+                           if required.marker is None or required.marker.evaluate({"extra": ""})]
 
 @cache
 def core_packages() -> dict[str, str]:  # name → version
@@ -97,6 +97,7 @@ def environment() -> dict[str, str]:
         processor=processor_name(),
         instructions=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}),
         **cluster_job(),
     )
 

@@ -14,8 +14,9 @@ from typing import Any
 import calib_prune
 from ..core import CalibPruneError, content_hash, file_sha256, load_json, write_atomic
 from ..pipeline.records import packages_digest
-from .artefacts import needed_by
+from .artefacts import MEASURES_LEDGER, needed_by
 from .plan import Job, Study, table_jobs
+from .sums import result_names
 
 # %% ../../nbs/study/16_provenance.ipynb #c2854f06
 def commit_of(root: Path) -> str:
@@ -23,8 +24,9 @@ def commit_of(root: Path) -> str:
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
-    try: commit = git("rev-parse", "HEAD")
+    try: inside = Path(git("rev-parse", "--show-toplevel") or "/").resolve() == root.resolve()
     except OSError: return ""  # no git
+    commit = git("rev-parse", "HEAD") if inside else ""
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "calib_prune", "nbs")
     return commit[:12] + ("+" if commit and changed else "")
 
@@ -33,12 +35,14 @@ FROM_FILE = "made-from.json"
 FROM_VERSION = 1
 
 def _files_read(job: Job) -> dict[str, str]:  # file → SHA-256
-    "The results and ledgers that a notebook read; with the rows, the items behind them."
-    files = [Path(file) for file in job.inputs if file.startswith(("results/", "figures/"))]
-    if "audits" in needed_by([job.notebook]):
-        files += Path(job.parameters["results"]).glob("contamination*.json")
-    items = [file.with_name(f"{file.stem}.items.parquet") for file in files]
-    return {str(file): file_sha256(file) for file in sorted({*files, *items}) if file.is_file()}
+    """All results of the study, and what a notebook reads of other studies: rows, records of
+    advice, ledgers."""
+    own = Path(job.parameters["results"])
+    files = {own / name for name in result_names(own)}
+    files |= {Path(file) for file in job.inputs if file.startswith("results/")}
+    if "ledger" in needed_by([job.notebook]):
+        files |= {*Path(job.parameters["figures"]).parent.glob(f"*/{MEASURES_LEDGER}")}
+    return {str(file): file_sha256(file) for file in sorted(files) if file.is_file()}
 
 def made_by_job(job: Job, root: Path) -> dict[str, Any]:
     "What one notebook made, from what."

@@ -25,8 +25,8 @@ SCORE = ("dimension", "task", "metric", "score", "standard_error", "n", "bits_pe
 
 def rows_of(file: Path, study: str) -> list[dict[str, Any]]:
     "The rows of one model; empty for a file that is no model's."
-    if "\"rows\"" not in (text := file.read_text(encoding="utf-8")): return []
-    done = json.loads(text)
+    done = json.loads(file.read_text(encoding="utf-8"))
+    if "rows" not in done or "record" not in done: return []
     record = done["record"]
     about = {name: record.get(name) for name in ABOUT}
     where = dict(study=study, cell=record["cell"], key=content_hash(record.get("key")))

@@ -112,9 +112,9 @@ def test_pictures_are_compared_by_their_pixels(tmp_path):
 
 def test_results_that_a_study_will_make_lose_their_checksums_first(tmp_path):
     left = dict(models={"c4-s0": "new"}, texts={"results/x/generated/igsp-s0.jsonl": "new"},
-                metrics={"c4": "new"}, audits={})
+                metrics={"c4": "new", "own text": "new"}, audits={})
     names = ("c4-s0.json", "c4-s0.items.parquet", "c4-s01.json", "generated/igsp-s0.pool.json",
-             "metrics/c4.json", "metrics/c4b.json")
+             "metrics/own-text.jsonl", "metrics/c4.json", "metrics/c4b.json")
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)

@@ -7,13 +7,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from calib_prune.calibration.sets import build_calibration
 from calib_prune.core import CalibPruneError
 from calib_prune.model.loading import save_model
-from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
+from calib_prune.model.tiny import (
+    MIXTURES,
+    TINY_FAMILIES,
+    tiny_llama,
+    tiny_model,
+    tiny_tokenizer,
+)
 from calib_prune.pipeline import recover
 from calib_prune.pipeline.prune import prune_model
-from calib_prune.pipeline.recover import lost_zeros, recover_model
+from calib_prune.pipeline.recover import RecoverSettings, lost_zeros, recover_model, shuffled
 from calib_prune.pruning import recovery
+from calib_prune.pruning.experts import one_by_one
 from calib_prune.pruning.layers import decoder_layers, prunable
 from calib_prune.pruning.recovery import Trainer, Training, masks_of, train, window_loss
 from tests.processes import call
@@ -23,10 +31,12 @@ QUICK = dict(length=32, batch=2, rate=1e-3)
 
 
 def halved(model):
+    "A model without the smaller half of each weight, experts included."
     for layer in decoder_layers(model):
-        for linear in prunable(layer).values():
-            weight = linear.weight.data
-            weight[weight.abs() < weight.abs().median()] = 0
+        with one_by_one(layer):
+            for linear in prunable(layer).values():
+                weight = linear.weight.data
+                weight[weight.abs() < weight.abs().median()] = 0
     return model
 
 
@@ -58,24 +68,26 @@ def test_the_loss_is_that_of_its_definition():
         assert float(window_loss(student, None, window)) == pytest.approx(float(crossed), 1e-6)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", [*TINY_FAMILIES, *MIXTURES])
 def test_only_kept_weights_of_the_layers_change(family, tmp_path):
     model, dense = halved(tiny_model(family)), tiny_model(family)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = Trainer(model, dense, Training(steps=3, batch=2, rate=1e-3))
     assert train(trainer, WINDOWS, tmp_path, "a")
+    assert len(trainer.masks) >= len(decoder_layers(model))
     for name, p in model.named_parameters():
         if name in trainer.masks: assert (p[~trainer.masks[name]] == 0).all(), name
         assert torch.equal(p, before[name]) != (name in trainer.parameters), name
 
 
 def test_steps_are_plain_adamw_on_the_kept_weights():
-    "Against torch's own optimiser on a copy; the first step of the schedule has the rate 0."
+    "Against torch's own optimiser on a copy."
     dense, copy = tiny_llama(0), halved(tiny_llama(0))
     trainer = Trainer(halved(tiny_llama(0)), dense, Training(steps=10, batch=2, rate=1e-3))
     theirs = {name: p for name, p in copy.named_parameters() if name in trainer.parameters}
     optimiser = torch.optim.AdamW(theirs.values(), lr=0.0, weight_decay=0.0)
-    for step, rate in enumerate((0.0, 1e-3)):
+    for step in range(2):
+        rate = trainer.schedule.get_last_lr()[0]
         recovery.take_step(trainer, WINDOWS)
         optimiser.zero_grad()
         part = WINDOWS[2 * step:2 * step + 2]
@@ -85,6 +97,7 @@ def test_steps_are_plain_adamw_on_the_kept_weights():
         optimiser.param_groups[0]["lr"] = rate
         optimiser.step()
         for name, kept in trainer.masks.items(): theirs[name].data *= kept
+    assert rate > 0.9e-3
     fresh, moved = dict(halved(tiny_llama(0)).named_parameters()), 0
     for name, p in trainer.parameters.items():
         torch.testing.assert_close(p.data, theirs[name].data)
@@ -104,8 +117,11 @@ def test_an_interruption_changes_no_bit(models, tmp_path, monkeypatch):
     assert (tmp_path / "cut.state").is_dir() and not (tmp_path / "cut").exists()
     state = json.loads((tmp_path / "cut.state/state.json").read_text())
     assert state["done"] == 20
-    monkeypatch.setattr(recovery, "take_step", steps)
+    taken = []
+    monkeypatch.setattr(recovery, "take_step", lambda trainer, windows: (
+        taken.append(trainer.done), steps(trainer, windows))[1])
     again = recovered(models, tmp_path / "cut", tokens=50 * 2 * 32)
+    assert taken == [*range(20, 50)], "from the stored state on"
     assert not (tmp_path / "cut.state").exists()
     assert again.record["weights"] == whole.record["weights"] != json.loads(
         (models / "pruned/calib_prune.json").read_text())["weights"]
@@ -114,20 +130,45 @@ def test_an_interruption_changes_no_bit(models, tmp_path, monkeypatch):
 
 def test_zeros_of_the_files_stay_zeros(models, tmp_path):
     done = recovered(models, tmp_path / "out")
-    assert done.whole and lost_zeros(models / "pruned", tmp_path / "out") == 0
+    masks = masks_of(recover.load_model(str(models / "pruned"))[0])
+    assert done.whole and masks and lost_zeros(masks, tmp_path / "out") == 0
     made = done.record["recovery"]
     assert made["tokens"] == 20 * 2 * 32 and made["last_loss"] < made["first_loss"]
     assert made["before"] and made["text"]["seed"] == 1000
-    weights = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    file = next((tmp_path / "out").glob("*.safetensors"))
+    weights = load_file(file)
     name = next(name for name in weights if "q_proj.weight" in name)
     assert ((weights[name].reshape(-1, 4) == 0).sum(1) >= 2).all(), "2:4"
     weights[name] = torch.ones_like(weights[name])
-    (tmp_path / "other").mkdir()
-    save_file(weights, tmp_path / "other/model.safetensors")
-    assert lost_zeros(models / "pruned", tmp_path / "other") == weights[name].numel() // 2
+    save_file(weights, file, {"format": "pt"})
+    assert lost_zeros(masks, tmp_path / "out") == weights[name].numel() // 2
 
 
-def test_numbers_that_are_not_finite_halve_the_rate_and_then_stop(tmp_path, monkeypatch):
+def test_every_step_sees_text_of_all_kinds(models):
+    text = build_calibration("c4,codeio", tiny_tokenizer(), 16, 32, 0)
+    mixed = shuffled(text, 0)
+    assert not torch.equal(mixed, text.tokens) and torch.equal(mixed, shuffled(text, 0))
+    assert {*map(tuple, mixed.tolist())} == {*map(tuple, text.tokens.tolist())}
+
+
+def test_a_rate_that_is_too_high_is_halved(tmp_path, monkeypatch):
+    "Steps at the full rate break the weights; at half the rate they do not."
+    plain, rates = torch.optim.AdamW.step, []
+
+    def step(self, *more):
+        rates.append(self.param_groups[0]["lr"])
+        plain(self, *more)
+        if 25 < len(rates) and rates[-1] > 0.5e-3:
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    trainer = Trainer(halved(tiny_llama(0)), tiny_llama(0), Training(steps=60, batch=2, rate=1e-3))
+    said = []
+    assert train(trainer, WINDOWS, tmp_path, "a", warn=said.append)
+    assert trainer.done == 60 and trainer.halvings == len(said) == 1 and "half the rate" in said[0]
+    assert max(rates[26:]) <= 0.5e-3 < max(rates)
+
+
+def test_after_three_halvings_the_last_good_state_is_kept(tmp_path, monkeypatch):
     trainer = Trainer(halved(tiny_llama(0)), tiny_llama(0), Training(steps=60, batch=2, rate=1e-3))
     calls, plain = [], recovery.gradients
 
@@ -138,20 +179,24 @@ def test_numbers_that_are_not_finite_halve_the_rate_and_then_stop(tmp_path, monk
     monkeypatch.setattr(recovery, "gradients", broken)
     said = []
     assert not train(trainer, WINDOWS, tmp_path, "a", warn=said.append)
-    assert calls.count(25) == 4 and trainer.done == 20 and trainer.halvings == 4
-    assert "half the rate" in said[0] and "training stops" in said[-1]
+    assert calls.count(25) == 4 and trainer.done == 20 and "training stops" in said[-1]
     assert all(p.isfinite().all() for p in trainer.student.parameters())
 
 
 def test_minutes_become_steps(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(recover, "steps_within", lambda trainer, windows, minutes: int(minutes * 4))
+    "By the time of two steps, on a clock by which a step takes 15 seconds."
+    ticks = iter((0.0, 30.0))
+    monkeypatch.setattr(recover.time, "perf_counter", lambda: next(ticks))
     done = recovered(models, tmp_path / "out", tokens=0, minutes=2)
     assert done.record["recovery"]["steps"] == 8
 
 
 @pytest.mark.parametrize("what, said", [
-    (dict(loss="hinge"), "Unknown loss 'hinge'"), (dict(rate=0), "rate must be positive"),
-    (dict(minutes=0, tokens=0), "Say how long"), (dict(text="c44"), "Unknown source 'c44'"),
+    (dict(loss="hinge"), "Unknown loss 'hinge'"), (dict(rate=0), "--rate is 0, but must be"),
+    (dict(minutes=0, tokens=0), "--minutes is 0"), (dict(tokens=-5), "--tokens is -5"),
+    (dict(length=0), "--length is 0"), (dict(minutes=math.inf, tokens=0), "--minutes is inf"),
+    (dict(batch=1.5), "--batch is 1.5"), (dict(text="c44"), "Unknown source 'c44'"),
+    (dict(length=4096), "longer than the model's context"),
     (dict(speed=1), "Unknown setting 'speed'")])
 def test_wrong_settings_are_refused_before_training(models, tmp_path, what, said):
     with pytest.raises(CalibPruneError, match=said): recovered(models, tmp_path / "out", **what)
@@ -170,8 +215,17 @@ def test_models_that_do_not_fit_are_refused(models, tmp_path):
 
 def test_too_little_memory_is_said_before_training(models, tmp_path, monkeypatch):
     monkeypatch.setattr(recover, "total_memory", lambda device: 0.0001)
+    monkeypatch.setattr(recover, "load_model", pytest.fail)
     with pytest.raises(CalibPruneError, match="gradients and moments, and there are 0.0 GiB"):
         recovered(models, tmp_path / "out")
+
+
+def test_files_of_the_user_are_never_removed(models, tmp_path):
+    (tmp_path / "out.state").mkdir()
+    (tmp_path / "out.state/thesis.txt").write_text("mine")
+    with pytest.raises(CalibPruneError, match="holds thesis.txt"):
+        recovered(models, tmp_path / "out")
+    assert (tmp_path / "out.state/thesis.txt").read_text() == "mine"
 
 
 def test_a_state_of_another_run_is_refused(models, tmp_path, monkeypatch):
@@ -187,5 +241,7 @@ def test_the_command(models, tmp_path):
                 models / "notes.txt", "--tokens", 640, "--length", 32, "--output", tmp_path / "out",
                 "--json")
     said = json.loads(done.stdout)
-    assert said["recovery"]["steps"] == 5 and said["method"] == "magnitude"
-    assert masks_of(recover.load_model(str(tmp_path / "out"))[0])
+    assert said["recovery"]["steps"] == said["recovery"]["planned"] == 5
+    assert said["method"] == "magnitude" and RecoverSettings().seed == said["recovery"]["text"][
+        "seed"]
+    assert "trained after pruning" in call("reproduce", "--from", tmp_path / "out", code=1).stderr
