@@ -108,7 +108,8 @@ def nearest_mix(need: Need, distances: pd.DataFrame) -> str:
 # %% ../../nbs/advice/03_nearest.ipynb #56c19048
 RULE_REASONS = {
     "one": "{source} is the source whose vocabulary is nearest to the prompts of this need "
-           "({bits:.3f} bits; the next is {next_source}, {next_bits:.3f}).",
+           "({bits:.3f} bits; the next is {next_source}, {next_bits:.3f}). Other abilities do not "
+           "count in this choice.",
     "several": "Each ability gets its nearest source, in shares that are the weights of the need. "
                "This rule was not tested with several abilities.",
     ALL_ALIKE: "Equal shares of the four kinds of text have the lowest regret on both studied "

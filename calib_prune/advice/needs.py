@@ -52,13 +52,18 @@ FEWEST_PROMPTS = 10  # a vocabulary of fewer is mostly chance (ours)
 def _prompt_of(line: str, place: str) -> str:
     try: record = json.loads(line)
     except ValueError as e: raise CalibPruneError(f"{place} is not JSON: {e}.") from None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+    fields = record if isinstance(record, dict) else {}
+    prompt = fields.get("prompt")
     if isinstance(prompt, str) and prompt.strip(): return prompt
-    raise CalibPruneError(f'{place} has no text in a field "prompt".')
+    has = f", but {', '.join(map(repr, fields))}" if fields else ""
+    raise CalibPruneError(f'{place} has no text in a field "prompt"{has}. Write '
+                          '{"prompt": "…", "answer": "…"}.')
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
     "The prompts of a JSON-lines file, each once."
     try: lines = Path(path).read_text(encoding="utf-8").split("\n")  # text may hold other breaks
+    except FileNotFoundError:
+        raise CalibPruneError(f"There is no file {path} of prompts.") from None
     except (OSError, UnicodeDecodeError) as e:
         raise CalibPruneError(f"Cannot read the prompts in {path}: {e}.") from e
     texts = [_prompt_of(line, f"Line {i} of {path}") for i, line in enumerate(lines, 1)
@@ -99,6 +104,9 @@ def _weight(text: str, part: str) -> float:
 def _dimension(name: str) -> str:
     known = {dimension.lower(): dimension for dimension in DIMENSIONS}
     if name.lower() in known: return known[name.lower()]
+    if Path(name).is_file():
+        raise CalibPruneError(f"{name} does not end in .jsonl: a file of prompts has one JSON "
+                              "object per line, and this ending.")
     raise CalibPruneError(
         f"Unknown need {name!r}. A need is {', '.join(known)}, {ALL_ALIKE}, {WORST_OF_ALL}, "
         "weights such as code=2,math=1, FILE.jsonl with prompts of your own, best with answers, "

@@ -8,6 +8,7 @@ __all__ = ['SHOWN', 'DEMO', 'distance_lines', 'show_quick', 'finalist_lines', 's
 # %% ../../nbs/cli/11_advise.ipynb #0613ebec
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -39,14 +40,17 @@ def distance_lines(quick: Any) -> list[dict[str, Any]]:  # from `nearest.advise_
 def show_quick(quick: Any, model: str, settings: Any) -> None:  # settings: `PruneSettings`
     "Advice without pruning, for people."
     from calib_prune.advice.pages import prune_command_line, regret_lines
-    show_table(distance_lines(quick), "distance of the vocabulary from the need's prompts "
-               "(Jensen-Shannon divergence)")
+    show_table(distance_lines(quick), f"mismatch: distance of the {SHOWN} nearest sources' "
+               "vocabulary from the need's prompts")
     print_lines(["", f"Take {quick.calibration}. {quick.reason}", ""])
     if len(quick.regrets):
         show_table(regret_lines(quick), "regret on the studied models: points of retention below "
                    "the best set [95 % interval]; SparseGPT at 50 %")
     else: print_lines(["The regret of this rule for this need was not measured."])
-    print_lines(["", prune_command_line(model, quick.calibration, settings)])
+    again = shlex.join(["calib-prune", "advise", "--model", model, "--need", quick.need.asked,
+                        "--minutes", "15"])
+    print_lines(["", prune_command_line(model, quick.calibration, settings), "",
+                 f"To choose by pruning: {again}"])
 
 # %% ../../nbs/cli/11_advise.ipynb #258de395
 def finalist_lines(advice: Any) -> list[dict[str, Any]]:  # from `measured.advise`

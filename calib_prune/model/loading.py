@@ -172,7 +172,9 @@ def locate_model(name: str) -> str | Path:
             f"{path} is a file, but not a GGUF file: give a .gguf file or a folder with"
             " safetensors."
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."): return name
+    if name.startswith((".", "/", "~")):
+        raise CalibPruneError(f"There is no model at {name}: no folder and no .gguf file.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name): return name
     raise unknown_name("model", name, NAMED_MODELS,
                        "Or give a local folder, a .gguf file, or a hub id 'owner/name'.")
 
