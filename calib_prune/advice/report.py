@@ -215,7 +215,7 @@ CARD_MARK = "<!-- written by calib-prune report -->"
 def _base_line(model: str) -> str:
     "The line of a card that names the dense model; empty where the hub does not have it."
     name = model.removeprefix("hub:")
-    known = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(model).exists()
+    known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(model).exists()
     return f"base_model: {json.dumps(name)}\n" if known else ""
 
 def model_card(report: Report) -> str:
