@@ -613,7 +613,7 @@ def test_a_model_on_request_is_fetched_by_name_only():
 @pytest.mark.parametrize("name, said", [("qwen2.5-coder-0.5", "Did you mean 'qwen2.5-coder-0.5b'"),
                                         ("", "Unknown model ''"),
                                         ("c4", "1.5b, smollm2-135m, smollm2-135m-rounded"),
-                                        ("../models/x", "There is no model at ../models/x")])
+                                        ("../models/x", "Unknown model")])
 def test_a_name_that_is_no_model_is_an_error(name, said):
     from calib_prune.cli.fetch import fetch_command as command
     with pytest.raises(CalibPruneError) as e: command(["smollm2-135m", name])
