@@ -79,7 +79,7 @@ def show_verified(done: Any,  # `verify.Verified`
 # %% ../../nbs/cli/14_verify.ipynb #082d01d4
 @contextmanager
 def kept_folder(keep: str | None) -> Iterator[str]:
-    "A temporary folder, or an absent or empty one of the user's."
+    "A temporary folder, or an absent or empty folder of the user's."
     if keep is None:
         with temporary_folder() as folder: yield folder
         return
@@ -116,6 +116,7 @@ def verify(
     check_number("--rerun", rerun, 0, 2**20, whole=True)
     check_packages("verify")
     if bool(what) == everything: raise CalibPruneError("Say what to verify, or --all.")
+    keep = keep and os.path.abspath(os.path.expanduser(keep))  # from the user's folder
     os.chdir(root := repository())
     studies = studies_with_rows(root)
     if not studies: raise CalibPruneError(f"No study in {root} has rows to verify.")

@@ -159,5 +159,6 @@ def harness_file(name: str  # lm-eval:NAME, or FILE.yaml
     if name.startswith(HARNESS): return _converted(name, 0.0)
     path = as_path(name, "a task of lm-eval").expanduser().absolute()
     if not path.is_file(): raise CalibPruneError(f"There is no file {path} of a task of lm-eval.")
-    beside = [file for file in path.parent.iterdir() if file.is_file()]
-    return _converted(str(path), max(file.stat().st_mtime for file in beside))
+    files = [file for file in path.parent.iterdir() if file.is_file()]
+    newest = max(file.stat().st_mtime for file in files)
+    return _converted(str(path), newest)

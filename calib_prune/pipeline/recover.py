@@ -133,7 +133,7 @@ def check_training_memory(pruned: str, device: str) -> float:  # GiB
 # %% ../../nbs/pipeline/05_recover.ipynb #57664f48
 def recovery_text(tokenizer: Any, how: RecoverSettings, most: int  # windows
                  ) -> CalibrationSet:
-    "As many windows as asked for, or as many as the text has."
+    "Draw the requested number of windows, or fewer if the text is too short."
     windows, found = most, build_calibration(how.text, tokenizer, 1, how.length, how.seed)
     while windows > 1:
         try: return build_calibration(how.text, tokenizer, windows, how.length, how.seed)
@@ -188,7 +188,8 @@ def _state_folder(output: Path) -> Iterator[Path]:
     folder.rmdir()
 
 # %% ../../nbs/pipeline/05_recover.ipynb #fed7a0c1
-AVERAGED = 10  # steps whose mean loss a record names
+AVERAGED = 10        # steps whose mean loss a record names
+MOST_WINDOWS = 1024  # drawn where the minutes give the steps; they are read again if needed (ours)
 
 def _identity(pruned: PreTrainedModel, revision: str, text: CalibrationSet,
               how: RecoverSettings) -> str:
@@ -260,5 +261,3 @@ def recover_model(pruned: str | Path, dense: str | Path, output: str | Path,
             lost = lost_zeros(trainer.masks, out)
     if lost: raise CalibPruneError(f"{out}: {lost:,} zeros of {names[0]} are not zeros.")
     return Recovered(record, out, whole)
-
-MOST_WINDOWS = 1024  # that are drawn where the minutes decide; then they are read again (ours)

@@ -102,8 +102,8 @@ class Trainer:
         self.begin()
 
     def begin(self) -> None:
-        "A fresh optimiser and schedule, at the rate that is left after halving."
-        rate = self.how.rate / 2 ** self.halvings
+        "A new optimiser and schedule."
+        rate = self.how.rate
         group = dict(params=[*self.parameters.values()], initial_lr=rate)
         self.optimiser = torch.optim.AdamW([group], lr=rate, weight_decay=0.0)
         warm = max(1, round(self.how.warmup * self.how.steps))
@@ -214,7 +214,7 @@ def train(trainer: Trainer, windows: Tensor,  # int64 [N, L]
           folder: Path, run: str,             # of the state
           progress: ProgressFn | None = None,
           warn: Callable[[str], None] = lambda text: None) -> bool:  # whether all steps were taken
-    "Take all steps that are left."
+    "Take the remaining steps."
     trainer.student.train(False)  # no dropout: the state would lack its random numbers
     if trainer.done == 0: store_state(trainer, folder, run)
     while trainer.done < trainer.how.steps:
