@@ -23,7 +23,7 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     echo "Installing Debian's venv package for it ..."
     $sudo apt-get update -qq
     version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
-    $sudo apt-get install -y -qq --no-install-recommends "$version-venv"
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$version-venv" >/dev/null
 fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"

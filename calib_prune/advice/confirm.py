@@ -60,6 +60,7 @@ class Confirmed:
     values: Mapping[str, np.ndarray]            # outcome → [1 + B, mixes], mean over the draws
     variances: Mapping[str, tuple[float, int]]  # outcome → variance of one draw, freedom
     draws: int                                  # of each finalist
+    rule: str = ""                              # the mix that the rule without pruning names
 
     def interval(self, outcome: str, values: np.ndarray,  # [1 + B]
                  sets: int,                    # 1, or 2 for a difference: the noise of both
@@ -85,17 +86,24 @@ class Confirmed:
                                            "all_low", "all_high"])
 
     def order(self) -> list[int]:
-        "Positions of the mixes, the best for the need first."
-        return np.argsort(-self.values[COUNTED][0], kind="stable").tolist()
+        """Positions of the mixes, the recommended one first: the rule's mix, unless the best mix's
+        lead over it is significant."""
+        counted = self.values[COUNTED]
+        best, *others = np.argsort(-counted[0], kind="stable").tolist()
+        if self.rule not in self.names or self.rule == self.names[best]: return [best, *others]
+        rule = self.names.index(self.rule)
+        lead = self.interval(COUNTED, counted[:, best] - counted[:, rule], 2, len(others))
+        if lead[1] > 0: return [best, *others]
+        return [rule, best, *(i for i in others if i != rule)]
 
     def counted(self) -> pd.DataFrame:
-        "What the need counts, the best mix first: calibration, value, ci_low, ci_high."
+        "What the need counts, as in `order`: calibration, value, ci_low, ci_high."
         rows = [(self.names[i], *self.interval(COUNTED, self.values[COUNTED][:, i], 1))
                 for i in self.order()]
         return pd.DataFrame(rows, columns=["calibration", "value", "ci_low", "ci_high"])
 
     def lead(self) -> pd.DataFrame:
-        "The best mix less every other, in what the need counts: over, value, ci_low, ci_high."
+        "The recommended mix less every other: over, value, ci_low, ci_high."
         best, *others = self.order()
         counted = self.values[COUNTED]
         rows = [(self.names[i], *self.interval(COUNTED, counted[:, best] - counted[:, i], 2,
@@ -108,7 +116,8 @@ RESAMPLES = 4000
 def confirm(need: Need, dense: pd.DataFrame,        # the dense model's fresh items
             trials: Mapping[str, Sequence[pd.DataFrame]],  # mix → items of each fresh draw
             # outcome → trials of the rounds, see `Halving.scatter`
-            rounds: Mapping[str, Sequence[tuple[str, int, float]]]
+            rounds: Mapping[str, Sequence[tuple[str, int, float]]],
+            rule: str = ""  # the mix that the rule without pruning names
            ) -> Confirmed:
     "Put the fresh trials and the noise of the rounds together."
     each = {mix: [outcome_values(need, dense, items, RESAMPLES) for items in draws]
@@ -120,4 +129,4 @@ def confirm(need: Need, dense: pd.DataFrame,        # the dense model's fresh it
         values[outcome] = np.stack([draws.mean(0) for draws in mine], axis=1)
         fresh = within_squares([draws[:, 0].tolist() for draws in mine])
         variances[outcome] = pooled_variance(fresh, additive_squares(rounds.get(outcome, [])))
-    return Confirmed(tuple(each), values, variances, min(map(len, each.values())))
+    return Confirmed(tuple(each), values, variances, min(map(len, each.values())), rule)

@@ -109,12 +109,12 @@ class Advice:
 
     @cached_property
     def counted(self) -> pd.DataFrame:
-        "What the need counts of every finalist, the best first."
+        "What the need counts of every finalist, the recommended one first."
         return self.confirmed.counted()
 
     @property
     def finalists(self) -> list[str]:
-        "Mixes, the best on fresh items first."
+        "Mixes, the recommended one first."
         return self.counted["calibration"].tolist()
 
     @property
@@ -137,7 +137,10 @@ class Advice:
         "What is distinguishable."
         near = self.lead[self.lead["ci_low"] <= 0]["over"].tolist()
         if not near: return "Its lead over the other finalists is significant."
-        return f"Not distinguishable from {', '.join(near)}: the 95 % interval includes 0."
+        if not (self.lead["value"] < 0).any():
+            return f"Not distinguishable from {', '.join(near)}: the 95 % interval includes 0."
+        return (f"It is the rule's mix. {near[0]} has a higher score, but the difference is not "
+                "significant.")
 
     @property
     def warnings(self) -> list[str]:
@@ -209,7 +212,8 @@ def _trials(model: str, folder: Path, need: Need, settings: PruneSettings,
 
 MOST_DRAWS = 8  # of a finalist
 
-def _confirm(search: Halving, dense: pd.DataFrame, finalists: Sequence[str]) -> Confirmed:
+def _confirm(search: Halving, dense: pd.DataFrame, finalists: Sequence[str], rule: str
+            ) -> Confirmed:
     "Two fresh draws of each finalist, and more as long as the time allows."
     fresh: dict[str, list[pd.DataFrame]] = {mix: [] for mix in finalists}
     for seed in range(FRESH_DRAWS[0], FRESH_DRAWS[0] + MOST_DRAWS):
@@ -219,7 +223,7 @@ def _confirm(search: Halving, dense: pd.DataFrame, finalists: Sequence[str]) -> 
         if seed not in FRESH_DRAWS and late and not known: break
         for mix in finalists:
             fresh[mix].append(timed_items(search, mix, seed, CONFIRMING))
-    return confirm(search.need, dense, fresh, search.scatter())
+    return confirm(search.need, dense, fresh, search.scatter(), rule)
 
 # %% ../../nbs/advice/07_measured.ipynb #4afb618a
 def pruning_seconds(trials: Trials, mixes: Sequence[str]) -> float:
@@ -269,7 +273,7 @@ def advise(model: str | Path,                  # the dense model
         after_next = dense_items(trials, CONFIRMING, floor=True)
         floor = floor_retention(dense, after_next, wanted.task)
         check_need(wanted, floor)
-        confirmed = _confirm(search, dense, halve(search))
+        confirmed = _confirm(search, dense, halve(search), quick.calibration)
         shared = shared_items(wanted, trials, confirmed.names, sources)
         keep_plan(search)
     return Advice(quick, search, confirmed, floor, shared, search.used)

@@ -23,7 +23,7 @@ from ..core import CalibPruneError
 from ..model.loading import load_tokenizer
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
-from ..questions.policies import ALL_ALIKE, FIXED, NEAREST, WORST_OF_ALL
+from ..questions.policies import ALL_ALIKE, FIXED, NEAREST, TUNED_SHARES, WORST_OF_ALL
 
 # %% ../../nbs/advice/03_nearest.ipynb #1954fd1b
 FEWEST_TOKENS = 500  # of a source (ours)
@@ -112,18 +112,15 @@ RULE_REASONS = {
            "count in this choice.",
     "several": "Each ability gets its nearest source, in shares that are the weights of the need. "
                "This rule was not tested with several abilities.",
-    ALL_ALIKE: "Equal shares of the four kinds of text have the lowest regret on both studied "
-               "models (table T18).",
-    WORST_OF_ALL: "Code loses most where calibration text has little of it; this mix is half "
-                  "code. At 60 %, it retains more of the worst ability than equal kinds of text "
-                  "(table T15)."}
+    ALL_ALIKE: "This mix, two thirds code, has the lowest regret on both studied models "
+               "(table T18). Its shares were tuned on held-out text of one of them.",
+    WORST_OF_ALL: "Code loses most where calibration text has little of it; two thirds of this "
+                  "mix are code. It has the lowest regret on both studied models (table T18)."}
 
 def quick_reason(need: Need, distances: pd.DataFrame) -> tuple[str, str, str]:
     "The calibration mix, its policy and the reason."
-    if need.policy_need == WORST_OF_ALL:
-        return FIXED["half code"], "half code", RULE_REASONS[WORST_OF_ALL]
-    if need.policy_need == ALL_ALIKE:
-        return FIXED["equal dimensions"], "equal dimensions", RULE_REASONS[ALL_ALIKE]
+    if need.policy_need in (ALL_ALIKE, WORST_OF_ALL):
+        return FIXED[TUNED_SHARES], TUNED_SHARES, RULE_REASONS[need.policy_need]
     mix = nearest_mix(need, distances)
     if not need.single: return mix, NEAREST, RULE_REASONS["several"]
     first, second = (row for row in distances.head(2).itertuples())

@@ -10,10 +10,11 @@ from matplotlib.image import imsave
 
 from calib_prune.cli.reproduce import stems_of
 from calib_prune.cli.verify import claims_in
-from calib_prune.core import CalibPruneError
+from calib_prune.core import CalibPruneError, file_sha256
 from calib_prune.study import verify
-from calib_prune.study.plan import study_of
+from calib_prune.study.plan import study_of, table_jobs
 from calib_prune.study.presets import load_preset
+from calib_prune.study.provenance import FROM_FILE, read_provenance, sources_of_job
 from calib_prune.study.results import load_cell
 from calib_prune.study.rows import ROWS_FILE, all_rows
 from calib_prune.study.sums import (
@@ -50,6 +51,29 @@ def test_committed_results_are_as_they_were_made(study):
 def test_every_study_with_rows_has_checksums():
     studies = [dense.parent for dense in ROOT.glob("results/[!.]*/[!.]*/dense.json")]
     assert len(studies) >= 12 and all(map(read_sums, studies))
+
+
+WITH_TABLES = [path.parent for path in sorted(ROOT.glob(f"figures/*/*/{FROM_FILE}"))]
+
+
+@pytest.mark.parametrize("study", [str(path.relative_to(ROOT / "figures")) for path in WITH_TABLES])
+def test_committed_tables_are_in_step_with_rows_and_notebooks(study, monkeypatch):
+    "Without running them: `verify --all` runs them, and takes minutes."
+    monkeypatch.chdir(ROOT)
+    made = read_provenance(ROOT / "figures" / study)
+    plan = study_of(load_preset(f"presets/{study}.yaml"), f"presets/{study}.yaml", tables_only=True)
+    jobs = {job.notebook: job for job in table_jobs(plan)}
+    assert made.keys() == jobs.keys()
+    for notebook, about in made.items():
+        now = sources_of_job(jobs[notebook], ROOT)
+        for name in ("results_sha256", "notebook_sha256"):
+            assert about[name] == now[name], f"{notebook}: reproduce --preset {study} --tables-only"
+        for file, digest in about["files"].items():
+            assert file_sha256(ROOT / "figures" / study / file) == digest, file
+
+
+def test_every_study_with_tables_says_what_they_are_made_from():
+    assert {path.parent for path in ROOT.glob("figures/*/*/T*.csv")} == {*WITH_TABLES}
 
 
 @pytest.mark.real

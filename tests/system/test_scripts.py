@@ -2,15 +2,28 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
+import sys
+import zipfile
+from urllib.parse import unquote
 
 import pytest
+from rocrate.rocrate import ROCrate
 
+from calib_prune.core import CalibPruneError
 from tests import ROOT
 
 
 def say(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"scripts/{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def test_every_target_is_listed_in_the_makefile():
@@ -59,9 +72,60 @@ def test_setup_without_arguments_takes_the_usual_ones(tmp_path):
 
 
 def test_the_intro_of_a_study_is_a_sentence():
-    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "scripts/site.py")
-    site = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(site)
+    site = load_script("site")
     for preset in (ROOT / "presets").glob("*.yaml"):
         assert site.first_sentence(preset.read_text())[-1] in ".?", preset.name
     assert site.first_sentence("# One 3.1\n# two. Three.\nname: x\n# four") == "One 3.1 two."
+
+
+def test_the_container_and_the_bare_debian_have_the_same_packages():
+    container = (ROOT / "Containerfile").read_text()
+    bare = (ROOT / "scripts/bare.sh").read_text()
+    packages = set(re.search(r"--no-install-recommends (.+?) *\\\n", container)[1].split())
+    included = set(re.search(r"--include=(\S+)", bare)[1].split(","))
+    assert packages - included == {"python3-venv"}, "setup.sh installs it where it is missing"
+    assert included <= packages
+
+
+def test_bare_says_what_is_missing(tmp_path):
+    assert "an absent folder" in say("bash", "scripts/bare.sh", "--help").stdout
+    done = say("bash", "scripts/bare.sh", tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith(
+        ("A Debian in a folder is made as root", "There is no debootstrap", f"{tmp_path} exists"))
+
+
+STUDY = "pruners/qwen-0.5b"
+
+
+def test_a_study_is_a_crate(tmp_path):
+    done = say(sys.executable, "scripts/crate.py", STUDY, tmp_path / "study.zip")
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "study.zip") as archive: archive.extractall(tmp_path / "crate")
+    crate = ROCrate(tmp_path / "crate")
+    for entity in crate.data_entities:
+        assert (tmp_path / "crate" / unquote(entity.id)).is_file()
+    assert crate.mainEntity.id == "Snakefile" and "ComputationalWorkflow" in crate.mainEntity.type
+    notebook, study = (action for action in crate.contextual_entities
+                       if action.type == "CreateAction")
+    assert notebook["instrument"].id == "nbs/paper/pruners.ipynb"
+    tables = {entity.id for entity in notebook["result"]}
+    assert f"figures/{STUDY}/T10-pruners.csv" in tables <= {e.id for e in study["result"]}
+    assert {entity.id for entity in study["object"]} >= {f"presets/{STUDY}.yaml"}
+    _, results = load_script("crate").read_study(STUDY)
+    rows = {unquote(entity.id) for entity in notebook["object"]}
+    assert rows == {str(path.relative_to(ROOT)) for path in results}
+
+
+def test_a_crate_needs_whole_results(tmp_path, monkeypatch):
+    script = load_script("crate")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    for part in ("figures", "results"):
+        shutil.copytree(ROOT / part / STUDY, tmp_path / part / STUDY)
+    row = tmp_path / "results" / STUDY / "dense.json"
+    row.write_text(row.read_text() + " ")
+    with pytest.raises(CalibPruneError, match="dense.json: changed after it was made"):
+        script.study_crate(STUDY)
+    (tmp_path / "figures" / STUDY / "made-from.json").unlink()
+    with pytest.raises(CalibPruneError, match=f"reproduce --preset {STUDY} --tables-only"):
+        script.study_crate(STUDY)
+    assert say(sys.executable, "scripts/crate.py", "a").returncode == 1

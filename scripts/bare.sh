@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# bare.sh [FOLDER [TARGET …]]: do the README's commands suffice on a fresh machine? Make a bare Debian in an absent folder and run them there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case ${1:-} in -*)
+    echo "usage: sudo scripts/bare.sh [FOLDER [TARGET …]]: an absent folder for a Debian 13 (default: /tmp/calib-prune-bare; 8 GB),"\
+         "and what make makes in it (default: reproduce test). Needs debootstrap and root; takes about an hour. The Debian has make,"\
+         "python3 and certificates; the project is a clone of HEAD. Settings of apt, pip and the network are this machine's."
+    exit
+esac
+root=${1:-/tmp/calib-prune-bare}
+targets=("${@:2}")
+[ ${#targets[@]} -gt 0 ] || targets=(reproduce test)
+
+[ "$(id -u)" = 0 ] || { echo "A Debian in a folder is made as root: sudo scripts/bare.sh …" >&2; exit 1; }
+command -v debootstrap >/dev/null || { echo "There is no debootstrap: apt-get install debootstrap" >&2; exit 1; }
+[ ! -e "$root" ] || { echo "$root exists: choose an absent folder, or remove this one." >&2; exit 1; }
+
+echo "Making a bare Debian in $root ..."
+debootstrap --variant=minbase --include=ca-certificates,make,python3 trixie "$root" >/dev/null
+cp -L /etc/resolv.conf "$root/etc/resolv.conf"
+cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
+for settings in /etc/pip.conf /etc/apt/apt.conf.d/*proxy*; do
+    [ ! -f "$settings" ] || cp "$settings" "$root$settings"
+done
+git clone --quiet --no-hardlinks . "$root/calib-prune"
+
+# Names that begin so are settings of the network and of pip; nothing else of this environment goes in.
+mapfile -t network < <(env | grep -E '^(https?_proxy|no_proxy|HTTPS?_PROXY|NO_PROXY|PIP_(INDEX_URL|EXTRA_INDEX_URL|CERT|PROXY|DEFAULT_TIMEOUT)|SSL_CERT_)' || true)
+echo "make ${targets[*]} in it ..."
+# pivot_root and not chroot: inside of a chroot, the sandbox of written programs may not make its namespaces.
+exec unshare --mount --pid --fork bash -c '
+    root=$1; shift
+    mount --make-rprivate /
+    mount --bind "$root" "$root"
+    cd "$root"
+    mount -t proc proc proc
+    mount --rbind /sys sys
+    mount --rbind /dev dev
+    mkdir -p .outside
+    pivot_root . .outside
+    umount --lazy /.outside
+    exec env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 "$@"
+' bash "$root" "${network[@]}" make -C /calib-prune "${targets[@]}"
