@@ -35,6 +35,7 @@ from calib_prune.model.perplexity import perplexity
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.pipeline.records import environment, versions
 from calib_prune.pruning.methods import METHODS
+from calib_prune.pruning.recovery import Trainer, Training, train
 from calib_prune.pruning.walk import prune
 
 FILE = Path(__file__).with_name("golden.json")
@@ -45,7 +46,7 @@ Numbers = dict[str, Any]  # real numbers are compared within a tolerance, all el
 # four hundred times as far.
 # A step of Adam has the same size for a gradient of any size, and ALPS runs for a hundred rounds:
 # both carry rounding further.
-TOLERANCE = dict.fromkeys([*METHODS, "refine", "allocation"], 1e-3) | dict(
+TOLERANCE = dict.fromkeys([*METHODS, "refine", "allocation", "recover"], 1e-3) | dict(
     alps=2e-2, reconstruct=2e-2
 )
 ELSEWHERE = 2e-5
@@ -171,6 +172,22 @@ def real_step(step: str) -> Numbers:
     found = pruned(real_model(2), tokens, "wanda", sparsity=0.6, batch_tokens=512, **STEPS[step])
     return {k: o for k, o in found.items() if k != "sums"}
 
+def recovered(dense, tokens, steps: int) -> Numbers:
+    "The loss of each step of training after a prune."
+    student = deepcopy(dense)
+    prune(student, tokens, "wanda", sparsity=0.6)
+    trainer = Trainer(student, dense, Training(steps, batch=2, rate=1e-3))
+    with TemporaryDirectory() as folder: assert train(trainer, tokens, Path(folder), "golden")
+    return dict(losses=trainer.losses)
+
+def tiny_recovery() -> Numbers:
+    tokens = torch.randint(1, 264, (8, 32), generator=torch.Generator().manual_seed(0))
+    return recovered(tiny_llama(), tokens, 8)
+
+def real_recovery() -> Numbers:
+    tokens = build_calibration("c4,codeio", real_tokenizer(), 4, 64).tokens
+    return recovered(real_model(2), tokens, 3)
+
 def tiny_scoring() -> Numbers:
     answers = ["#### 12", "The answer is 7, or 1,200.", "none"]
     docs = [
@@ -240,6 +257,7 @@ STAGES: dict[str, list[Callable[[], Numbers]]] = {
 STAGES |= {k: [lambda k=k: tiny_text(k), lambda k=k: real_text(k)] for k in PROTOCOLS}
 STAGES |= {k: [lambda k=k: tiny_pruning(k), lambda k=k: real_pruning(k)] for k in METHODS}
 STAGES |= {k: [lambda k=k: tiny_step(k), lambda k=k: real_step(k)] for k in STEPS}
+STAGES["recover"] = [tiny_recovery, real_recovery]
 
 
 # --- comparing

@@ -68,7 +68,7 @@ def project_file(name: str) -> Path:
     return next((place for place in places if place.is_file()), places[0])
 
 def policy_regrets() -> pd.DataFrame:  # model and `questions.policies.POLICY_ROWS`
-    "The regret of every policy on the studied models."
+    "The regret of every policy on the studied models, with SparseGPT."
     tables = []
     for model, label in STUDIED.items():
         file = project_file(REGRET_FILE.format(model))
@@ -76,7 +76,8 @@ def policy_regrets() -> pd.DataFrame:  # model and `questions.policies.POLICY_RO
             raise CalibPruneError(f"There is no table {file}: in a checkout `calib-prune "
                                   f"reproduce --preset claims/{model} --tables-only` makes it.")
         tables.append(pd.read_csv(file).assign(model=label))
-    return pd.concat(tables, ignore_index=True)
+    whole = pd.concat(tables, ignore_index=True)
+    return whole[whole["method"] == "sparsegpt"].reset_index(drop=True)
 
 # %% ../../nbs/advice/03_nearest.ipynb #2dc832e6
 @dataclass(frozen=True)
@@ -112,10 +113,11 @@ RULE_REASONS = {
            "count in this choice.",
     "several": "Each ability gets its nearest source, in shares that are the weights of the need. "
                "This rule was not tested with several abilities.",
-    ALL_ALIKE: "This mix, two thirds code, has the lowest regret on both studied models "
-               "(table T18). Its shares were tuned on held-out text of one of them.",
+    ALL_ALIKE: "This mix, two thirds code, has the lowest regret on both studied models with "
+               "SparseGPT (table T18). Its shares were tuned on held-out text of one of them.",
     WORST_OF_ALL: "Code loses most where calibration text has little of it; two thirds of this "
-                  "mix are code. It has the lowest regret on both studied models (table T18)."}
+                  "mix are code. Its regret is below 1 point on both studied models with "
+                  "SparseGPT (table T18)."}
 
 def quick_reason(need: Need, distances: pd.DataFrame) -> tuple[str, str, str]:
     "The calibration mix, its policy and the reason."

@@ -126,7 +126,7 @@ def solve_all(method: str,                     # see `METHODS`
 ALLOCATIONS = "uniform", "owl"  # of a sparsity over layers: see `pruning/17_allocation`
 STEPS = dict(refine=10, reconstruct=5)  # their size if no number is given
 # raised when the pruned weights change: see `keys`
-STEP_VERSIONS = dict(refine=1, reconstruct=2, allocation=1)
+STEP_VERSIONS = dict(refine=1, reconstruct=2, allocation=1, recover=1)
 
 # %% ../../nbs/pruning/12_methods.ipynb #64f98336
 def check_method(method: str) -> None:
@@ -162,20 +162,24 @@ def check_refine(method: str, steps: int) -> None:
 def _step_label(step: str, value: Any) -> str:
     "A step in words; a number other than the usual one in brackets."
     if step == "allocation": return value.upper()
+    if step == "recover": return f"recovered on {value}"
     words = dict(refine="refined", reconstruct="reconstructed")
     return words[step] if value == STEPS[step] else f"{words[step]} ({value})"
 
 # %% ../../nbs/pruning/12_methods.ipynb #6908c847
 @dataclass(frozen=True)
 class MethodSteps:
-    "A method and the steps that follow it: arguments of `prune`."
+    "A method and the steps that follow it."
     method: str
     refine: int = 0
     reconstruct: int = 0
     allocation: str = "uniform"
+    recover: str = ""  # a strategy of the study, whose text the pruned model is trained on
 
     @property
-    def arguments(self) -> dict[str, Any]: return asdict(self)
+    def arguments(self) -> dict[str, Any]:
+        "Arguments of `prune`; recovery comes after it."
+        return {name: value for name, value in asdict(self).items() if name != "recover"}
 
     @property
     def extras(self) -> dict[str, Any]:
@@ -186,7 +190,7 @@ class MethodSteps:
 
     @property
     def passes(self) -> float:
-        "Time of a prune, in forward passes of the calibration set, for `cost`."
+        "Time of a prune, in forward passes of the calibration set, for `cost`; without recovery."
         return METHODS[self.method].passes + 0.04 * self.refine + 6.4 * self.reconstruct + (
             self.allocation != "uniform")
 
@@ -198,7 +202,7 @@ class MethodSteps:
 
 # %% ../../nbs/pruning/12_methods.ipynb #a45fdd67
 @cache
-def read_recipe(text: str  # "admm", "sparsegpt+refine", "wanda+refine=20+reconstruct=3+owl"
+def read_recipe(text: str  # "admm", "sparsegpt+refine=20+owl", "admm+reconstruct=3+recover=c4"
                ) -> MethodSteps:
     "A method and its steps as a study names them."
     method, *parts = text.split("+")
@@ -211,11 +215,12 @@ def read_recipe(text: str  # "admm", "sparsegpt+refine", "wanda+refine=20+recons
         if name in STEPS and name not in steps and (other or not equals):
             steps[name] = int(number) if equals else STEPS[name]
         elif part in ALLOCATIONS[1:] and "allocation" not in steps: steps["allocation"] = part
+        elif name == "recover" and number and name not in steps: steps[name] = number
         else:
             raise CalibPruneError(
                 f"{part!r} in the recipe {text!r} is not known: after the method come refine, "
-                "reconstruct (or with a number, such as reconstruct=3) and owl, once each, joined "
-                "by +.")
+                "reconstruct (or with a number, such as reconstruct=3), owl and recover=STRATEGY, "
+                "once each, joined by +.")
     recipe = MethodSteps(method, **steps)
     check_refine(method, recipe.refine)
     check_reconstruct(recipe.reconstruct)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALL_ALIKE', 'WORST_OF_ALL', 'POLICY_NEEDS', 'OUTCOME_OF', 'TRUTHS', 'TUNED_SHARES', 'FIXED', 'NEAREST', 'SEARCHED',
-           'FEWEST_SETS', 'POLICY_ROWS', 'need_values', 'possible_truths', 'chosen_set', 'nearest_sources',
-           'same_shares', 'searched_sets', 'policy_rows', 'among_note', 'policy_text']
+           'FEWEST_SETS', 'POLICY_ROWS', 'POLICY_METHODS', 'need_values', 'possible_truths', 'chosen_set',
+           'nearest_sources', 'same_shares', 'searched_sets', 'policy_rows', 'among_note', 'policy_text']
 
 # %% ../../nbs/questions/19_policies.ipynb #0570f98f
 import math
@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..calibration.sets import parse_mix
 from ..core import DIMENSIONS, load_json
+from ..pruning.methods import METHODS
 from .estimates import Untestable, setting
 from ..statistics.replicates import OUTCOMES, Replicates
 from ..statistics.tables import interval_text
@@ -107,17 +108,19 @@ def searched_sets(folder: Path,                   # of records of `advise`, name
 
 # %% ../../nbs/questions/19_policies.ipynb #2fe265e7
 FEWEST_SETS = 3  # two sets have no spread beyond their noise
-POLICY_ROWS = ["need", "policy", "set", "regret", "ci_low", "ci_high", "best", "sets"]
+POLICY_ROWS = ["method", "need", "policy", "set", "regret", "ci_low", "ci_high", "best", "sets"]
+POLICY_METHODS = "sparsegpt", "admm"  # the paper's, and the default of `prune`
 
 def policy_rows(replicates: Replicates,
                 metrics: pd.DataFrame,  # from `metric_rows.load_metrics`
                 at: float,              # sparsity
-                searched: Mapping[str, list[str]] | None = None  # see `searched_sets`
+                searched: Mapping[str, list[str]] | None = None,  # see `searched_sets`
+                method: str = "sparsegpt"
                ) -> pd.DataFrame:       # columns `POLICY_ROWS`; points
-    """Each policy's expected regret for each need, with SparseGPT, over all sets with two draws or
+    """Each policy's expected regret for each need, with one method, over all sets with two draws or
     more; the interval is the posterior's. `best`: the probability that the set is the best one, of
     a search that the best one is among the sets that it calls not distinguishable."""
-    try: here = setting(replicates, "sparsegpt", at)
+    try: here = setting(replicates, method, at)
     except Untestable: return pd.DataFrame(columns=POLICY_ROWS)
     here = here.rows((here.cells["draws"] >= 2).to_numpy())
     known = here.cells["strategy"].tolist()
@@ -135,7 +138,7 @@ def policy_rows(replicates: Replicates,
             ends = np.quantile(regret, [0.025, 0.975])
             sets = searched[need] if policy == SEARCHED else [name]
             best = np.isin(truths.argmax(1), [known.index(o) for o in sets if o in known]).mean()
-            rows.append((need, policy, name, regret.mean(), *ends, best, len(known)))
+            rows.append((method, need, policy, name, regret.mean(), *ends, best, len(known)))
     return pd.DataFrame(rows, columns=POLICY_ROWS)
 
 # %% ../../nbs/questions/19_policies.ipynb #7c1c9eee
@@ -147,12 +150,14 @@ def among_note(rows: pd.DataFrame) -> str:  # from `policy_rows`
     return f"The best set is one that `advise` recommends or calls not distinguishable: {each}."
 
 def policy_text(rows: pd.DataFrame  # from `policy_rows`
-               ) -> pd.DataFrame:   # one line per policy
+               ) -> pd.DataFrame:   # one line per method and policy
     "The regrets as a table to read."
-    cells: dict[str, dict[str, Any]] = {}
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows.itertuples(index=False):
         points = interval_text(row.regret, row.ci_low, row.ci_high, scale=1, digits=1)
-        cells.setdefault(row.policy, {})[row.need] = points + (
+        line = cells.setdefault((METHODS[row.method].label, row.policy), {})
+        line[row.need] = points + (
             f" `{row.set}`" if row.policy in (NEAREST, SEARCHED) else "")
-    table = pd.DataFrame.from_dict(cells, orient="index").reindex(columns=list(POLICY_NEEDS))
-    return table.fillna("").rename_axis("policy").reset_index()
+    lines = [dict(method=method, policy=policy) | line for (method, policy), line in cells.items()]
+    table = pd.DataFrame(lines, columns=["method", "policy", *POLICY_NEEDS])
+    return table.fillna("")

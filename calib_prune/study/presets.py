@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'StudyName', 'Mix', 'Sparsity', 'Seed', 'protocol_of', 'CalibrationForm', 'PruningForm', 'ScoringForm',
-           'HeldoutForm', 'HardwareForm', 'BlockForm', 'PresetForm', 'Cell', 'mix_of', 'grid_cells', 'cells',
-           'merge_presets', 'load_preset', 'at_root', 'find_cell', 'seeds_of', 'measured_strategies']
+           'HeldoutForm', 'HardwareForm', 'RecoveryForm', 'BlockForm', 'PresetForm', 'Cell', 'mix_of', 'grid_cells',
+           'cells', 'merge_presets', 'load_preset', 'at_root', 'find_cell', 'seeds_of', 'measured_strategies']
 
 # %% ../../nbs/study/03_presets.ipynb #72bfea6f
 import os
@@ -134,6 +134,14 @@ class HardwareForm(Form):
     cell_gib: Positive | None = None   # memory of one running cell; None: one cell at a time
 
 # %% ../../nbs/study/03_presets.ipynb #9be6e02a
+class RecoveryForm(Form):
+    tokens: Count                        # to train on
+    length: Count = 512                  # of a window
+    batch: Count = 4                     # windows of a step
+    rate: Positive = 1e-4                # of AdamW, the highest of the schedule
+    loss: Literal["distil", "next"] = "distil"
+    temperature: Positive = 1.0          # of distillation
+
 class BlockForm(Form):
     strategies: Annotated[list[Name], Field(min_length=1)] | Literal["all"]
     methods: Annotated[list[Text], Field(min_length=1)]
@@ -156,6 +164,7 @@ class PresetForm(Form):
     strategies: Annotated[dict[Name, Mix], Field(min_length=1)]
     grid: Annotated[list[BlockForm], Field(min_length=1)]
     ablations: list[BlockForm] | None = None
+    recovery: RecoveryForm | None = None  # of methods with `+recover=STRATEGY`
     # computed from `ARTEFACTS`
     tables: Annotated[list[Literal[NOTEBOOKS]],  # type: ignore[valid-type]
                       Field(min_length=1), AfterValidator(_each_once)]
@@ -179,6 +188,23 @@ class PresetForm(Form):
                         raise ValueError(
                             str(unknown_name(f"strategy in {part}.{i}", name, self.strategies))
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _recovery_has_settings_and_text(self):
+        blocks = [*self.grid, *(self.ablations or ())]
+        methods = {method for block in blocks for method in block.methods}
+        for method in sorted(methods):
+            text = method.partition("+recover=")[2].partition("+")[0]
+            if not text: continue
+            if self.recovery is None: raise ValueError(f"{method} needs `recovery:` with `tokens`")
+            if text not in self.strategies:
+                raise ValueError(str(unknown_name(f"strategy in {method}", text, self.strategies)))
+            if protocol_of(self.strategies[text]):
+                raise ValueError(f"{method}: text that is written for calibration is too short to "
+                                 "train on; name files as a strategy")
+            if self.dtype not in ("float32", "fp32"):
+                raise ValueError(f"{method} needs dtype float32")
         return self
 
     @model_validator(mode="after")

@@ -87,9 +87,9 @@ pytestmark = pytest.mark.real
 def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):
     advice = made_up(need="code", minutes=15)
     assert advice.calibration == "codeio" and advice.search.plan.rounds == (5, 2)
-    assert advice.search.plan.screened == 19, "the first model corrects the estimate"
+    assert advice.search.plan.screened == 20, "the first model corrects the estimate"
     assert advice.confirmed.draws == 3, "the time allows one more than two"
-    assert made_up.models == advice.search.plan.models + 2 == 32
+    assert made_up.models == advice.search.plan.models + 2 == 33
     assert made_up.now <= 15 * 60
     assert advice.lead["ci_low"].iloc[0] > 0 and "significant" in advice.verdict
     kept = advice.retention.set_index(["strategy", "dimension"])["value"]
@@ -99,7 +99,7 @@ def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):
     files = {file.name: file for file in save_advice(advice, tmp_path / "out")}
     record = json.loads(files["advice.json"].read_text())
     assert record["advice"] == 1 and record["calibration"] == "codeio"
-    assert record["models"] == 32 and len(record["rounds"]) == 26
+    assert record["models"] == 33 and len(record["rounds"]) == 27
     page = files["advice.html"].read_text()
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", "").replace("http://creativecommons.org", "").replace(
@@ -172,12 +172,12 @@ def test_a_search_goes_on_where_it_was(made_up, monkeypatch, tmp_path, cut):
     monkeypatch.setattr(halving, "run_trial", cut_off)
     with pytest.raises(KeyboardInterrupt): made_up(need="code", minutes=15)
     plan = json.loads((tmp_path / "out" / PLAN_FILE).read_text())
-    tried = max(0, cut - 19)
+    tried = max(0, cut - 20)
     assert plan["spent"] == pytest.approx((cut - tried) * SCREENED + (1 + tried) * SECONDS)
     assert (plan["plan"] or {}).get("rounds") == ([5, 2] if tried else None)
     monkeypatch.setattr(halving, "run_trial", whole)
     advice = made_up(need="code", minutes=15)
-    assert made_up.models == 32 and advice.search.plan.rounds == (5, 2)
+    assert made_up.models == 33 and advice.search.plan.rounds == (5, 2)
 
 
 def test_too_few_minutes_name_the_minutes_it_takes(made_up):

@@ -77,7 +77,7 @@ def test_every_committed_result_is_finished_but_for_raised_versions(monkeypatch)
         if not o.name.startswith(".") and "notebooks" not in o.parts
     }
     assert (
-        len(CELLS) == 358
+        len(CELLS) == 364
         and {f"{c.name}.json" for c in CELLS} | {f"metrics/{k}.json" for k in STRATEGIES} <= kept
     )
 

@@ -1,6 +1,7 @@
 "Recovery: the kept weights are trained, the zeros stay, an interruption changes nothing."
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,7 +121,8 @@ def test_an_interruption_changes_no_bit(models, tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr(recovery, "take_step", lambda trainer, windows: (
         taken.append(trainer.done), steps(trainer, windows))[1])
-    again = recovered(models, tmp_path / "cut", tokens=50 * 2 * 32)
+    with pytest.warns(UserWarning, match="Goes on after step 20 of 50"):
+        again = recovered(models, tmp_path / "cut", tokens=50 * 2 * 32)
     assert taken == [*range(20, 50)], "from the stored state on"
     assert not (tmp_path / "cut.state").exists()
     assert again.record["weights"] == whole.record["weights"] != json.loads(
@@ -217,6 +219,13 @@ def test_too_little_memory_is_said_before_training(models, tmp_path, monkeypatch
     monkeypatch.setattr(recover, "total_memory", lambda device: 0.0001)
     monkeypatch.setattr(recover, "load_model", pytest.fail)
     with pytest.raises(CalibPruneError, match="gradients and moments, and there are 0.0 GiB"):
+        recovered(models, tmp_path / "out")
+
+
+def test_too_little_disk_is_said_before_training(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(recover.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(recover, "load_model", pytest.fail)
+    with pytest.raises(CalibPruneError, match="states of the training need up to 0.0 GiB"):
         recovered(models, tmp_path / "out")
 
 

@@ -1,0 +1,73 @@
+"A study whose models are recovered after pruning: the method `…+recover=STRATEGY` of a preset."
+import json
+
+import pytest
+import yaml
+
+from calib_prune.core import CalibPruneError
+from calib_prune.model.loading import save_model
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.study.cost import cell_seconds
+from calib_prune.study.keys import cell_key
+from calib_prune.study.presets import cells, load_preset
+from tests.processes import finish, start
+from tests.tiny_study import tiny_study
+
+METHODS = ["wanda", "wanda+recover=own"]
+TOKENS = 12 * 4 * 32  # twelve steps
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkout")
+    save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
+    (root / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(500)))
+    tiny_study(root, root / "tiny", dict(own=str(root / "a.txt")), 4, 64, tasks="sciq", limit=4)
+    preset = yaml.safe_load((root / "tiny.yaml").read_text())
+    preset["grid"][0]["methods"] = METHODS
+    preset["recovery"] = dict(tokens=TOKENS, length=32, rate=1e-3)
+    (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
+    return root
+
+
+def changed(checkout, tmp_path, **entries):
+    preset = yaml.safe_load((checkout / "tiny.yaml").read_text()) | entries
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(preset))
+    return load_preset(tmp_path / "changed.yaml")
+
+
+@pytest.mark.real
+def test_models_are_pruned_recovered_and_scored(checkout):
+    finish(start("reproduce", "--preset", "tiny.yaml", "--jobs", "1", cwd=checkout, session=True,
+                 PYTHONPATH=str(checkout)), 0)
+    plain, trained = (json.loads((checkout / f"results/tiny/own-{method}-2of4-n4-s0.json")
+                                 .read_text()) for method in METHODS)
+    made = trained["record"]["recovery"]
+    assert made["tokens"] == TOKENS and made["last_loss"] < made["first_loss"]
+    assert "recovery" not in plain["record"] and plain["rows"] != trained["rows"]
+    assert plain["record"]["mean_error"] == trained["record"]["mean_error"], "the same prune"
+    assert trained["record"]["key"]["versions"]["recover"] == 1
+    assert not [*(checkout / "results/tiny").glob(".*.recovery")]
+
+
+def test_keys_and_hours_count_the_training(checkout, tmp_path):
+    def key(**entries):
+        preset = changed(checkout, tmp_path, **entries)
+        return [cell_key(preset, cell) for cell in cells(preset) if cell.method]
+    plain, trained = key()
+    longer = key(recovery=dict(tokens=2 * TOKENS, length=32, rate=1e-3))
+    assert longer[0] == plain and longer[1] != trained
+    assert {*trained} - {*plain} == {"recovery"} and trained["pruning"] == plain["pruning"]
+    seconds = cell_seconds(load_preset(checkout / "tiny.yaml"))
+    assert seconds["own-wanda+recover=own-2:4-n4-s0".replace(":", "of")] > seconds[
+        "own-wanda-2of4-n4-s0"]
+
+
+@pytest.mark.parametrize("entries, says", [
+    (dict(recovery=None), "needs `recovery:` with `tokens`"),
+    (dict(strategies=dict(own="generated:igsp")), "too short to train on"),
+    (dict(strategies=dict(other="c4")), "strategy in wanda.recover=own"),
+    (dict(dtype="bfloat16"), "needs dtype float32"),
+    (dict(recovery=dict(tokens=0)), "recovery.tokens")])
+def test_a_preset_that_cannot_recover_is_refused(checkout, tmp_path, entries, says):
+    with pytest.raises(CalibPruneError, match=says): changed(checkout, tmp_path, **entries)
