@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # bare.sh [FOLDER [TARGET …]]: do the README's commands suffice on a fresh machine? Make a bare Debian in an absent folder and run them there.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 case ${1:-} in -*)
-    echo "usage: sudo scripts/bare.sh [FOLDER [TARGET …]]: an absent folder for a Debian 13 (default: /tmp/calib-prune-bare; 8 GB),"\
+    echo "usage: sudo --preserve-env scripts/bare.sh [FOLDER [TARGET …]]: an absent folder for a Debian 13 (default: /tmp/calib-prune-bare; 8 GB),"\
          "and what make makes in it (default: reproduce test). Needs debootstrap and root; takes about an hour. The Debian has make,"\
          "python3 and certificates; the project is a clone of HEAD. Settings of apt, pip and the network are this machine's."
     exit
 esac
-root=${1:-/tmp/calib-prune-bare}
+root=$(realpath --canonicalize-missing "${1:-/tmp/calib-prune-bare}")
+cd "$(dirname "$0")/.."
 targets=("${@:2}")
 [ ${#targets[@]} -gt 0 ] || targets=(reproduce test)
 
-[ "$(id -u)" = 0 ] || { echo "A Debian in a folder is made as root: sudo scripts/bare.sh …" >&2; exit 1; }
+[ "$(id -u)" = 0 ] || { echo "A Debian in a folder is made as root: sudo --preserve-env scripts/bare.sh …" >&2; exit 1; }
 command -v debootstrap >/dev/null || { echo "There is no debootstrap: apt-get install debootstrap" >&2; exit 1; }
 [ ! -e "$root" ] || { echo "$root exists: choose an absent folder, or remove this one." >&2; exit 1; }
 
@@ -29,7 +29,7 @@ git clone --quiet --no-hardlinks . "$root/calib-prune"
 mapfile -t network < <(env | grep -E '^(https?_proxy|no_proxy|HTTPS?_PROXY|NO_PROXY|PIP_(INDEX_URL|EXTRA_INDEX_URL|CERT|PROXY|DEFAULT_TIMEOUT)|SSL_CERT_)' || true)
 echo "make ${targets[*]} in it ..."
 # pivot_root and not chroot: inside of a chroot, the sandbox of written programs may not make its namespaces.
-exec unshare --mount --pid --fork bash -c '
+exec unshare --mount --pid --fork bash -euc '
     root=$1; shift
     mount --make-rprivate /
     mount --bind "$root" "$root"

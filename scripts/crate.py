@@ -1,5 +1,6 @@
 """A study as a Workflow Run RO-Crate: preset, workflow, results, notebooks, tables and figures,
 and which notebook made which table: crate.py STUDY FILE.zip (STUDY such as claims/qwen-0.5b)."""
+import contextlib
 import re
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from rocrate.model.contextentity import ContextEntity
 from rocrate.rocrate import ROCrate
 
 from calib_prune import __version__
-from calib_prune.core import CalibPruneError
-from calib_prune.study.provenance import FROM_FILE, read_provenance
+from calib_prune.core import CalibPruneError, file_sha256
+from calib_prune.study.plan import study_of, table_jobs
+from calib_prune.study.presets import load_preset
+from calib_prune.study.provenance import FROM_FILE, files_read, read_provenance
 from calib_prune.study.sums import SUMS, changed_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,8 +45,10 @@ def add_file(crate: ROCrate, path: Path, **about: Any) -> Any:
 
 def committed(path: Path) -> str:
     "When a file was last committed; empty outside of a checkout."
-    done = subprocess.run(["git", "-C", str(ROOT), "log", "-1", "--format=%cI", "--", str(path)],
-                          capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), "log", "-1", "--format=%cI", "--", path],
+                              capture_output=True, text=True)
+    except OSError: return ""  # no git
     return done.stdout.strip()
 
 
@@ -60,8 +65,8 @@ def add_action(crate: ROCrate, name: str, ended: str, **about: Any) -> Any:
     return action
 
 
-def read_study(name: str) -> tuple[dict[str, Any], list[Path]]:
-    "What made the tables of a study, and its results; an error if they are not whole."
+def read_study(name: str) -> dict[str, Any]:  # notebook → see `read_provenance`, and "read"
+    "What made the tables of a study; an error if results or tables are not whole."
     figures, results = ROOT / "figures" / name, ROOT / "results" / name
     made = read_provenance(figures)
     if not made:
@@ -70,13 +75,26 @@ def read_study(name: str) -> tuple[dict[str, Any], list[Path]]:
     if wrong := changed_results(results):
         file, fault = next(iter(wrong.items()))
         raise CalibPruneError(f"{results / file}: {fault}.")
-    lines = (results / SUMS).read_text().splitlines()
-    return made, [results / line.partition("  ")[2] for line in lines]
+    for about in made.values():
+        for file, digest in about["files"].items():
+            if file_sha256(figures / file) == digest: continue
+            raise CalibPruneError(f"{figures / file} was changed after it was made.")
+    preset = f"presets/{name}.yaml"
+    with contextlib.chdir(ROOT):
+        for job in table_jobs(study_of(load_preset(preset), preset, tables_only=True)):
+            made[job.notebook]["read"] = [ROOT / file for file in files_read(job)]
+    return made
 
 
 def study_crate(name: str) -> ROCrate:
     "The crate of a study."
-    made, rows = read_study(name)
+    made = read_study(name)
+    known: dict[Path, Any] = {}
+
+    def file_of(path: Path) -> Any:  # each file once
+        if path not in known: known[path] = add_file(crate, path)
+        return known[path]
+
     crate = ROCrate(version="1.1")  # the version of the profiles
     crate.name = f"calib-prune {name}"
     crate.description = (f"The study {name} of calib-prune {__version__}: scores of pruned models, "
@@ -98,7 +116,6 @@ def study_crate(name: str) -> ROCrate:
     add_file(crate, ROOT / "README.md")["about"] = crate.root_dataset
 
     presets = [add_file(crate, path) for path in presets_of(name)]
-    results = [add_file(crate, path) for path in rows]
     add_file(crate, ROOT / "results" / name / SUMS)
     add_file(crate, ROOT / "docs" / "data-sheet.md")
     outputs = []
@@ -107,13 +124,15 @@ def study_crate(name: str) -> ROCrate:
         notebook = add_file(crate, ROOT / about["notebook"], **code)
         tables = [add_file(crate, ROOT / "figures" / name / file, sha256=digest)
                   for file, digest in about["files"].items()]
+        read = [file_of(path) for path in about["read"]]
         add_action(crate, f"tables and figures of {about['notebook']}",
                    committed(ROOT / "figures" / name / FROM_FILE), instrument=notebook,
-                   object=results, result=tables,
+                   object=read, result=tables,
                    description=f"Commit {about['commit']}, packages {about['packages']}.")
         outputs += tables
+    own = [file for path, file in known.items() if path.is_relative_to(ROOT / "results" / name)]
     add_action(crate, f"study {name}", committed(ROOT / "results" / name / SUMS),
-               instrument=workflow, object=presets, result=[*results, *outputs],
+               instrument=workflow, object=presets, result=[*own, *outputs],
                description=f"calib-prune reproduce --preset {name}")
     return crate
 

@@ -94,7 +94,7 @@ class RecoverSettings:
         return Training(steps, self.batch, self.rate, self.temperature, loss=self.loss)
 
 # %% ../../nbs/pipeline/05_recover.ipynb #75176818
-LEAST_ZEROS = 0.01  # share of the linear maps' weights; with fewer a model is dense
+LEAST_ZEROS = 0.01  # share, in the linear maps that have zeros; with fewer a model is dense
 
 def check_pair(pruned: PreTrainedModel, dense: PreTrainedModel) -> None:
     "Refuse a pruned model without a mask, and models of different shapes."
@@ -138,7 +138,8 @@ STATES = 2                   # the stored one, and the next one while it is writ
 def check_training_disk(pruned: str, output: Path) -> None:
     "Refuse a disk without room for the states of the training, before anything is loaded."
     size = FLOAT_BYTES * weight_count(locate_model(pruned))
-    needs = STATES * STATE_NUMBERS_OF_WEIGHT * size
+    stored = state_folder(output).is_dir()  # an earlier run's state is replaced
+    needs = (STATES - stored) * STATE_NUMBERS_OF_WEIGHT * size
     place = next(folder for folder in output.parents if folder.is_dir())
     free = shutil.disk_usage(place).free
     if needs <= free: return
@@ -217,8 +218,8 @@ AVERAGED = 10  # steps whose mean loss a record names
 
 def _identity(pruned: PreTrainedModel, revision: str, text: CalibrationSet,
               how: RecoverSettings) -> str:
-    "A hash of all that the recovered weights depend on, except for the number of steps."
-    settings = asdict(how) | dict(minutes=0)
+    "A hash of all that the recovered weights depend on; minutes give another number of steps."
+    settings = asdict(how) | dict(minutes=0, device=str(pruned.device))
     return content_hash([weights_hash(pruned), revision, text.record(), settings,
                          STEP_VERSIONS["recover"]])
 
@@ -229,7 +230,7 @@ def _begin(trainer: Trainer, text: CalibrationSet, how: RecoverSettings, folder:
         trainer.how = Training(**numbers["how"])
         trainer.halvings = numbers["halvings"]
         warnings.warn(f"Goes on after step {numbers['done']} of {trainer.how.steps}, as the first "
-                      "run planned; --minutes gives no new plan.", stacklevel=2)
+                      "run planned.", stacklevel=2)
         return restore_state(trainer, folder, numbers)
     per_step = how.batch * how.length
     steps = (math.ceil(how.tokens / per_step) if how.tokens
@@ -305,5 +306,7 @@ def recover_model(pruned: str | Path, dense: str | Path, output: str | Path,
             check_zeros(changed_zeros(trainer.masks, student), names[0])
             record = _record_of(*names, trainer, text, how)
             place.save(student, tokenizer, record)
-    check_zeros(lost_zeros(trainer.masks, out), names[0])
+    masks = trainer.masks
+    del student, teacher, models, trainer  # the saved model takes their place in memory
+    check_zeros(lost_zeros(masks, out), names[0])
     return Recovered(record, out, whole)

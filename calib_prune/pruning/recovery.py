@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from ..core import CalibPruneError, check_number, load_json, write_atomic
+from ..core import CalibPruneError, check_number, load_json, parts_of, write_atomic
 from ..model.loading import is_finite
 from ..progress import ProgressFn
 from .layers import decoder_layers
@@ -149,7 +149,8 @@ STATE_TENSORS, STATE_NUMBERS = "state.safetensors", "state.json"
 def state_files(folder: Path) -> list[Path]:
     "The files of states in a folder."
     ours = re.compile(rf"\d+-{re.escape(STATE_TENSORS)}(\.part)?|{re.escape(STATE_NUMBERS)}")
-    return [file for file in folder.iterdir() if ours.fullmatch(file.name)]
+    whole = [file for file in folder.iterdir() if ours.fullmatch(file.name)]
+    return [*whole, *parts_of(folder / STATE_NUMBERS)]  # a kill while it is written leaves a part
 
 def store_state(trainer: Trainer, folder: Path, run: str  # a hash of all that the run depends on
                ) -> None:

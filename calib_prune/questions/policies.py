@@ -118,8 +118,8 @@ def policy_rows(replicates: Replicates,
                 method: str = "sparsegpt"
                ) -> pd.DataFrame:       # columns `POLICY_ROWS`; points
     """Each policy's expected regret for each need, with one method, over all sets with two draws or
-    more; the interval is the posterior's. `best`: the probability that the set is the best one, of
-    a search that the best one is among the sets that it calls not distinguishable."""
+    more; the interval is the posterior's. `best`: the probability that the named set (of a search:
+    any set of its answer) has the highest true retention."""
     try: here = setting(replicates, method, at)
     except Untestable: return pd.DataFrame(columns=POLICY_ROWS)
     here = here.rows((here.cells["draws"] >= 2).to_numpy())
@@ -147,7 +147,8 @@ def among_note(rows: pd.DataFrame) -> str:  # from `policy_rows`
     mine = rows[rows["policy"] == SEARCHED]
     if mine.empty: return ""
     each = ", ".join(f"{row.need} {100 * row.best:.0f} %" for row in mine.itertuples())
-    return f"The best set is one that `advise` recommends or calls not distinguishable: {each}."
+    return ("Probability that the best set is the one that `advise` recommends, or one that it "
+            f"calls not distinguishable: {each}.")
 
 def policy_text(rows: pd.DataFrame  # from `policy_rows`
                ) -> pd.DataFrame:   # one line per method and policy

@@ -12,6 +12,7 @@ import pytest
 from rocrate.rocrate import ROCrate
 
 from calib_prune.core import CalibPruneError
+from calib_prune.study.sums import read_sums
 from tests import ROOT
 
 
@@ -111,9 +112,8 @@ def test_a_study_is_a_crate(tmp_path):
     tables = {entity.id for entity in notebook["result"]}
     assert f"figures/{STUDY}/T10-pruners.csv" in tables <= {e.id for e in study["result"]}
     assert {entity.id for entity in study["object"]} >= {f"presets/{STUDY}.yaml"}
-    _, results = load_script("crate").read_study(STUDY)
     rows = {unquote(entity.id) for entity in notebook["object"]}
-    assert rows == {str(path.relative_to(ROOT)) for path in results}
+    assert rows == {f"results/{STUDY}/{file}" for file in read_sums(ROOT / "results" / STUDY)}
 
 
 def test_a_crate_needs_whole_results(tmp_path, monkeypatch):
@@ -124,6 +124,10 @@ def test_a_crate_needs_whole_results(tmp_path, monkeypatch):
     row = tmp_path / "results" / STUDY / "dense.json"
     row.write_text(row.read_text() + " ")
     with pytest.raises(CalibPruneError, match="dense.json: changed after it was made"):
+        script.study_crate(STUDY)
+    shutil.copy(ROOT / "results" / STUDY / "dense.json", row)
+    (tmp_path / "figures" / STUDY / "T10-gains.csv").write_text("mine")
+    with pytest.raises(CalibPruneError, match="T10-gains.csv was changed after it was made"):
         script.study_crate(STUDY)
     (tmp_path / "figures" / STUDY / "made-from.json").unlink()
     with pytest.raises(CalibPruneError, match=f"reproduce --preset {STUDY} --tables-only"):
