@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def _furthest(made: str, kept: str, rounded: bool) -> float | None:  # None: the
     if not all(_is_near(one, other, rounded) for one, other in pairs): return None
     return max((abs(_value(one) - _value(other)) for one, other in pairs), default=0.0)
 
+def _where(made: str, kept: str) -> str:
+    "Two lines from shortly before the place where they differ."
+    start = max(0, len(commonprefix([made, kept])) - 20)
+    return f"{made[start:start + 50]!r} was {kept[start:start + 50]!r}"
+
 def compare_texts(name: str, made: str, kept: str) -> Compared:  # name: that of the file
     "Compare two texts and the numbers in them; those of a CSV file are not rounded."
     if made == kept: return Compared(name, IDENTICAL)
@@ -75,7 +81,7 @@ def compare_texts(name: str, made: str, kept: str) -> Compared:  # name: that of
     for number, (one, other) in enumerate(zip(*lines), 1):
         far = _furthest(one, other, rounded=not name.endswith(".csv"))
         if far is None:
-            return Compared(name, DIFFERS, f"line {number}: {one[:50]!r} was {other[:50]!r}")
+            return Compared(name, DIFFERS, f"line {number}: {_where(one, other)}")
         furthest = max(furthest, far)
     return Compared(name, WITHIN, f"at most {furthest:.2g}")
 
@@ -261,6 +267,6 @@ def verify_studies(root: Path, studies: Sequence[Study], asked: Iterable[str],  
             if (wrong := changed_results(root / "results" / study))}
     tables, models = verify_tables(root, studies, chosen, place, cores, progress), []
     for study, cell in drawn:
-        models.append(verify_row(study, cell, place, cores))
-        if progress: progress("models made again", len(models), rerun)
+        models.append(again := verify_row(study, cell, place, cores))
+        if progress: progress(f"models made again · {again.state}", len(models), rerun)
     return Verified(tables, rows, models)
