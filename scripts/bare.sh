@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# bare.sh [FOLDER [TARGET …]]: do the README's commands suffice on a fresh machine? Make a bare Debian in an absent folder and run them there.
+# bare.sh [FOLDER [TARGET …]]: do the README's commands suffice on a fresh machine?
+# Make a bare Debian in an absent folder and run them there.
 set -euo pipefail
 case ${1:-} in -*)
-    echo "usage: sudo --preserve-env scripts/bare.sh [FOLDER [TARGET …]]: an absent folder for a Debian 13 (default: /tmp/calib-prune-bare; 8 GB),"\
-         "and what make makes in it (default: reproduce test). Needs debootstrap and root; takes about an hour. The Debian has make,"\
-         "python3 and certificates; the project is a clone of HEAD. Settings of apt, pip and the network are this machine's."
+    echo "usage: sudo --preserve-env scripts/bare.sh [FOLDER [TARGET …]]: an absent folder for a"\
+         "Debian 13 (default: /tmp/calib-prune-bare), and what make makes in it (default: reproduce"\
+         "test, about an hour). Needs debootstrap and root. The Debian has make, python3 and"\
+         "certificates; the project is a clone of HEAD. Settings of apt, pip and the network are"\
+         "this machine's."
     exit
 esac
 root=$(realpath --canonicalize-missing "${1:-/tmp/calib-prune-bare}")
@@ -12,9 +15,10 @@ cd "$(dirname "$0")/.."
 targets=("${@:2}")
 [ ${#targets[@]} -gt 0 ] || targets=(reproduce test)
 
-[ "$(id -u)" = 0 ] || { echo "A Debian in a folder is made as root: sudo --preserve-env scripts/bare.sh …" >&2; exit 1; }
-command -v debootstrap >/dev/null || { echo "There is no debootstrap: apt-get install debootstrap" >&2; exit 1; }
-[ ! -e "$root" ] || { echo "$root exists: choose an absent folder, or remove this one." >&2; exit 1; }
+refuse() { echo "$1" >&2; exit 1; }
+[ "$(id -u)" = 0 ] || refuse "A Debian in a folder is made as root: sudo --preserve-env scripts/bare.sh …"
+command -v debootstrap >/dev/null || refuse "There is no debootstrap: apt-get install debootstrap"
+[ ! -e "$root" ] || refuse "$root exists: choose an absent folder, or remove this one."
 
 echo "Making a bare Debian in $root ..."
 debootstrap --variant=minbase --include=ca-certificates,make,python3 trixie "$root" >/dev/null
@@ -25,11 +29,12 @@ for settings in /etc/pip.conf /etc/apt/apt.conf.d/*proxy*; do
 done
 git clone --quiet --no-hardlinks . "$root/calib-prune"
 
-# Names that begin so are settings of the network and of pip; nothing else of this environment goes in.
-mapfile -t network < <(env | grep -E '^(https?_proxy|no_proxy|HTTPS?_PROXY|NO_PROXY|PIP_(INDEX_URL|EXTRA_INDEX_URL|CERT|PROXY|DEFAULT_TIMEOUT)|SSL_CERT_)' || true)
+# Settings of the network and of pip; nothing else of this environment goes in.
+pip='PIP_(INDEX_URL|EXTRA_INDEX_URL|CERT|PROXY|DEFAULT_TIMEOUT)'
+mapfile -t network < <(env | grep -iE "^((https?|no)_proxy|$pip|SSL_CERT_)" || true)
 echo "make ${targets[*]} in it ..."
-# pivot_root and not chroot: inside of a chroot, the sandbox of written programs may not make its namespaces.
-exec unshare --mount --pid --fork bash -euc '
+# pivot_root and not chroot: in a chroot, the sandbox of written programs may not make namespaces.
+exec unshare --mount --pid --kill-child bash -euc '
     root=$1; shift
     mount --make-rprivate /
     mount --bind "$root" "$root"

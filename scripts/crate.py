@@ -77,24 +77,20 @@ def read_study(name: str) -> dict[str, Any]:  # notebook → see `read_provenanc
         raise CalibPruneError(f"{results / file}: {fault}.")
     for about in made.values():
         for file, digest in about["files"].items():
-            if file_sha256(figures / file) == digest: continue
-            raise CalibPruneError(f"{figures / file} was changed after it was made.")
+            if (figures / file).is_file() and file_sha256(figures / file) == digest: continue
+            raise CalibPruneError(f"{figures / file} was changed or removed after it was made.")
     preset = f"presets/{name}.yaml"
     with contextlib.chdir(ROOT):
         for job in table_jobs(study_of(load_preset(preset), preset, tables_only=True)):
+            if job.notebook not in made:
+                raise CalibPruneError(f"{figures} has no tables of {job.notebook}: `calib-prune "
+                                      f"reproduce --preset {name} --tables-only` makes them.")
             made[job.notebook]["read"] = [ROOT / file for file in files_read(job)]
     return made
 
 
-def study_crate(name: str) -> ROCrate:
-    "The crate of a study."
-    made = read_study(name)
-    known: dict[Path, Any] = {}
-
-    def file_of(path: Path) -> Any:  # each file once
-        if path not in known: known[path] = add_file(crate, path)
-        return known[path]
-
+def described_crate(name: str) -> ROCrate:
+    "A crate with licence, author and profiles, and no files."
     crate = ROCrate(version="1.1")  # the version of the profiles
     crate.name = f"calib-prune {name}"
     crate.description = (f"The study {name} of calib-prune {__version__}: scores of pruned models, "
@@ -108,6 +104,18 @@ def study_crate(name: str) -> ROCrate:
         crate.add(ContextEntity(crate, profile, properties={
             "@type": "CreativeWork", "name": profile.split("/")[-2],
             "version": profile.split("/")[-1]})) for profile in PROFILES]
+    return crate
+
+
+def study_crate(name: str) -> ROCrate:
+    "The crate of a study."
+    made, crate = read_study(name), described_crate(name)
+    known: dict[Path, Any] = {}
+
+    def file_of(path: Path) -> Any:  # each file once
+        if path not in known: known[path] = add_file(crate, path)
+        return known[path]
+
     workflow = crate.add_workflow(
         ROOT / "Snakefile", "Snakefile", main=True, lang="snakemake",
         properties=dict(name="calib-prune reproduce", version=__version__,
@@ -140,5 +148,6 @@ def study_crate(name: str) -> ROCrate:
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not re.fullmatch(r"[\w.-]+/[\w.-]+", sys.argv[1]):
         sys.exit(__doc__)
+    if Path(sys.argv[2]).exists(): sys.exit(f"Error: {sys.argv[2]} exists: choose another file.")
     try: study_crate(sys.argv[1]).write_zip(sys.argv[2])
     except CalibPruneError as e: sys.exit(f"Error: {e}")

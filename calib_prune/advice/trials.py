@@ -33,7 +33,6 @@ from ..pipeline.prune import PruneSettings, draw_calibration, prune_loaded
 from ..pipeline.records import versions_of
 from ..progress import ProgressFn
 from ..pruning.masks import parse_sparsity
-from ..pruning.methods import MethodSteps
 from ..pruning.one_shot import input_squares, mixed_squares, prune_one_shot
 
 # %% ../../nbs/advice/04_trials.ipynb #41ced774
@@ -110,16 +109,14 @@ class Trials:
         "What the trials of a folder have in common."
         how = {k: v for k, v in asdict(self.settings).items() if k not in ("calibration", "seed")}
         tasks = {part: [*names] for part, names in self.tasks.items()}
-        settings = self.settings
-        extras = MethodSteps(settings.method, settings.refine, settings.reconstruct,
-                             settings.allocation).extras
         own = {task: content_hash(task_items(TASKS[task]))
                for task in tasks.get(CONFIRMING.name, ()) if is_own(task)}
         return dict(version=STATE_VERSION, model=self.model, weights=self.weights, tasks=tasks,
                     own_items=own,
                     settings=how,
                     slices=[asdict(part) for part in (SCREEN, TUNING, CONFIRMING)],
-                    stages=versions_of("calibration set", settings.method, *extras, "scoring"))
+                    stages=versions_of("calibration set", self.settings.method,
+                                       *self.settings.steps, "scoring"))
 
     def _path(self, name: str, part: Slice) -> Path:
         return self.folder / part.name / f"{name}.parquet"

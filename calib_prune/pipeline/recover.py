@@ -54,7 +54,7 @@ from ..model.stored_types import as_stored, saved_type
 from .records import environment
 from ..progress import ProgressFn
 from ..pruning.checkpoint import weights_hash
-from ..pruning.methods import STEP_VERSIONS
+from ..pruning.methods import RECOVERY_SEED, STEP_VERSIONS
 from calib_prune.pruning.recovery import (
     Trainer,
     Training,
@@ -78,7 +78,7 @@ class RecoverSettings:
     rate: float = 1e-4                # of AdamW, the highest of the schedule
     loss: str = "distil"              # or "next": see `pruning.recovery`
     temperature: float = 1.0          # of distillation
-    seed: int = 1000                  # of the draw of windows (ours: not a draw of calibration)
+    seed: int = RECOVERY_SEED         # of the draw of windows
     device: str = AUTO
 
     def check(self) -> None:
@@ -186,9 +186,9 @@ def changed_zeros(masks: dict[str, torch.Tensor], model: PreTrainedModel) -> int
     return sum(int((weights[name].data[~kept.to(weights[name].device)] != 0).sum())
                for name, kept in masks.items())
 
-def check_zeros(lost: int, pruned: str) -> None:
+def check_zeros(lost: int) -> None:
     "An error if any zero was lost."
-    if lost: raise CalibPruneError(f"{lost:,} zeros of {pruned} are not zeros after training.")
+    if lost: raise CalibPruneError(f"{lost:,} zeros of the mask are not zeros after training.")
 
 # %% ../../nbs/pipeline/05_recover.ipynb #1fad7e27
 @dataclass(frozen=True)
@@ -276,6 +276,7 @@ def recover_loaded(student: PreTrainedModel, teacher: PreTrainedModel,  # float3
     _begin(trainer, text, how, folder, run)
     whole = train(trainer, shuffled(text, how.seed), folder, run, progress,
                   lambda message: warnings.warn(message, stacklevel=2))
+    check_zeros(changed_zeros(trainer.masks, student))
     return trainer, whole
 
 # %% ../../nbs/pipeline/05_recover.ipynb #7bb6b46d
@@ -303,10 +304,9 @@ def recover_model(pruned: str | Path, dense: str | Path, output: str | Path,
             trainer, whole = recover_loaded(student, teacher, text, how, folder,
                                             model_revision(names[1]), progress)
             as_stored(student, *saved_type("same", names[0]))
-            check_zeros(changed_zeros(trainer.masks, student), names[0])
             record = _record_of(*names, trainer, text, how)
             place.save(student, tokenizer, record)
     masks = trainer.masks
     del student, teacher, models, trainer  # the saved model takes their place in memory
-    check_zeros(lost_zeros(masks, out), names[0])
+    check_zeros(lost_zeros(masks, out))
     return Recovered(record, out, whole)

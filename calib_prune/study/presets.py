@@ -136,11 +136,11 @@ class HardwareForm(Form):
 # %% ../../nbs/study/03_presets.ipynb #9be6e02a
 class RecoveryForm(Form):
     tokens: Count                        # to train on
-    length: Count = 512                  # of a window
-    batch: Count = 4                     # windows of a step
-    rate: Positive = 1e-4                # of AdamW, the highest of the schedule
-    loss: Literal["distil", "next"] = "distil"
-    temperature: Positive = 1.0          # of distillation
+    length: Count                        # of a window
+    batch: Count                         # windows of a step
+    rate: Positive                       # of AdamW, the highest of the schedule
+    loss: Literal["distil", "next"]
+    temperature: Positive                # of distillation
 
 class BlockForm(Form):
     strategies: Annotated[list[Name], Field(min_length=1)] | Literal["all"]
@@ -197,7 +197,7 @@ class PresetForm(Form):
         for method in sorted(methods):
             text = method.partition("+recover=")[2].partition("+")[0]
             if not text: continue
-            if self.recovery is None: raise ValueError(f"{method} needs `recovery:` with `tokens`")
+            if self.recovery is None: raise ValueError(f"{method} needs the section `recovery`")
             if text not in self.strategies:
                 raise ValueError(str(unknown_name(f"strategy in {method}", text, self.strategies)))
             if protocol_of(self.strategies[text]):

@@ -15,6 +15,7 @@ from tests.tiny_study import tiny_study
 
 METHODS = ["wanda", "wanda+recover=own"]
 TOKENS = 12 * 4 * 32  # twelve steps
+RECOVERY = dict(tokens=TOKENS, length=32, batch=4, rate=1e-3, loss="distil", temperature=1)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def checkout(tmp_path_factory):
     tiny_study(root, root / "tiny", dict(own=str(root / "a.txt")), 4, 64, tasks="sciq", limit=4)
     preset = yaml.safe_load((root / "tiny.yaml").read_text())
     preset["grid"][0]["methods"] = METHODS
-    preset["recovery"] = dict(tokens=TOKENS, length=32, rate=1e-3)
+    preset["recovery"] = RECOVERY
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     return root
 
@@ -55,7 +56,7 @@ def test_keys_and_hours_count_the_training(checkout, tmp_path):
         preset = changed(checkout, tmp_path, **entries)
         return [cell_key(preset, cell) for cell in cells(preset) if cell.method]
     plain, trained = key()
-    longer = key(recovery=dict(tokens=2 * TOKENS, length=32, rate=1e-3))
+    longer = key(recovery=RECOVERY | dict(tokens=2 * TOKENS))
     assert longer[0] == plain and longer[1] != trained
     assert {*trained} - {*plain} == {"recovery"} and trained["pruning"] == plain["pruning"]
     seconds = cell_seconds(load_preset(checkout / "tiny.yaml"))
@@ -64,10 +65,11 @@ def test_keys_and_hours_count_the_training(checkout, tmp_path):
 
 
 @pytest.mark.parametrize("entries, says", [
-    (dict(recovery=None), "needs `recovery:` with `tokens`"),
+    (dict(recovery=None), "needs the section `recovery`"),
     (dict(strategies=dict(own="generated:igsp")), "too short to train on"),
     (dict(strategies=dict(other="c4")), "strategy in wanda.recover=own"),
     (dict(dtype="bfloat16"), "needs dtype float32"),
-    (dict(recovery=dict(tokens=0)), "recovery.tokens")])
+    (dict(recovery=RECOVERY | dict(tokens=0)), "recovery.tokens"),
+    (dict(recovery=dict(tokens=TOKENS)), "recovery.rate")])
 def test_a_preset_that_cannot_recover_is_refused(checkout, tmp_path, entries, says):
     with pytest.raises(CalibPruneError, match=says): changed(checkout, tmp_path, **entries)

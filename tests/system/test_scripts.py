@@ -101,6 +101,8 @@ STUDY = "pruners/qwen-0.5b"
 def test_a_study_is_a_crate(tmp_path):
     done = say(sys.executable, "scripts/crate.py", STUDY, tmp_path / "study.zip")
     assert done.returncode == 0, done.stderr
+    again = say(sys.executable, "scripts/crate.py", STUDY, tmp_path / "study.zip")
+    assert again.returncode == 1 and "study.zip exists" in again.stderr
     with zipfile.ZipFile(tmp_path / "study.zip") as archive: archive.extractall(tmp_path / "crate")
     crate = ROCrate(tmp_path / "crate")
     for entity in crate.data_entities:
@@ -127,7 +129,7 @@ def test_a_crate_needs_whole_results(tmp_path, monkeypatch):
         script.study_crate(STUDY)
     shutil.copy(ROOT / "results" / STUDY / "dense.json", row)
     (tmp_path / "figures" / STUDY / "T10-gains.csv").write_text("mine")
-    with pytest.raises(CalibPruneError, match="T10-gains.csv was changed after it was made"):
+    with pytest.raises(CalibPruneError, match="T10-gains.csv was changed or removed"):
         script.study_crate(STUDY)
     (tmp_path / "figures" / STUDY / "made-from.json").unlink()
     with pytest.raises(CalibPruneError, match=f"reproduce --preset {STUDY} --tables-only"):
