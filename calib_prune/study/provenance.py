@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pypdf import PdfReader, PdfWriter
 
 import calib_prune
 from ..core import CalibPruneError, content_hash, file_sha256, load_json, write_atomic
@@ -59,16 +60,28 @@ def sources_of_job(job: Job, root: Path) -> dict[str, Any]:
                 packages=packages_digest())
 
 # %% ../../nbs/study/16_provenance.ipynb #67cf2c70
-PICTURE_SOURCE = "Source"  # the entry of a PNG's metadata
+PICTURE_SOURCE = "Source"  # the entry of a figure's metadata
 
-def stamp_picture(path: Path, about: dict[str, Any]) -> None:  # from `sources_of_job`
-    "Write into a PNG picture what it was made from; other files stay as they are."
-    if path.suffix != ".png": return
+def _stamped_png(path: Path, source: str) -> bytes:
     entries = PngInfo()
-    entries.add_text(PICTURE_SOURCE, json.dumps({k: v for k, v in about.items() if k != "commit"}))
+    entries.add_text(PICTURE_SOURCE, source)
     with Image.open(path) as picture:
         picture.save(buffer := io.BytesIO(), "PNG", pnginfo=entries, dpi=picture.info["dpi"])
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
+
+def _stamped_pdf(path: Path, source: str) -> bytes:
+    writer = PdfWriter(clone_from=path)
+    writer.pdf_header = PdfReader(path).pdf_header  # pypdf's own is older
+    writer.add_metadata({f"/{PICTURE_SOURCE}": source})
+    writer.write(buffer := io.BytesIO())
+    return buffer.getvalue()
+
+def stamp_picture(path: Path, about: dict[str, Any]) -> None:  # from `sources_of_job`
+    "Write into a PNG or PDF figure what it was made from; other files stay as they are."
+    stamped = {".png": _stamped_png, ".pdf": _stamped_pdf}.get(path.suffix)
+    if stamped is None: return
+    source = json.dumps({k: v for k, v in about.items() if k != "commit"})
+    write_atomic(path, stamped(path, source))
 
 # %% ../../nbs/study/16_provenance.ipynb #4bd8a3e9
 def read_provenance(figures: Path) -> dict[str, Any]:  # notebook → see `sources_of_job`, and files
