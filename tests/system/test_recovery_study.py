@@ -26,7 +26,7 @@ def checkout(tmp_path_factory):
     tiny_study(root, root / "tiny", dict(own=str(root / "a.txt")), 4, 64, tasks="sciq", limit=4)
     preset = yaml.safe_load((root / "tiny.yaml").read_text())
     preset["grid"][0]["methods"] = METHODS
-    preset["recovery"] = RECOVERY
+    preset["recovery"], preset["tables"] = RECOVERY, ["recovery"]
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     return root
 
@@ -49,6 +49,9 @@ def test_models_are_pruned_recovered_and_scored(checkout):
     assert plain["record"]["mean_error"] == trained["record"]["mean_error"], "the same prune"
     assert trained["record"]["key"]["versions"]["recover"] == 1
     assert not [*(checkout / "results/tiny").glob(".*.recovery")]
+    lines = (checkout / "figures/tiny/T19-recovery.md").read_text().splitlines()
+    assert "| before " in lines[0] and "| after own " in lines[0]
+    assert (checkout / "figures/tiny/F16-recovery.png").is_file()
 
 
 def test_keys_and_hours_count_the_training(checkout, tmp_path):
