@@ -6,7 +6,7 @@
 __all__ = ['RECOVERED', 'Trained', 'TRAINED_ON', 'EQUAL', 'WEB', 'PROGRAMS', 'HYPOTHESES_OF_RECOVERY', 'QUANTITY_ROWS',
            'SUPPORTED', 'REFUTED', 'OPEN', 'SHOWN_OUTCOMES', 'RECOVERY_ROWS', 'trained_models', 'Quantity',
            'regained_share', 'v1_quantities', 'quantities_of', 'v5_quantity', 'all_quantities', 'range_verdict',
-           'quantity_rows', 'recovery_verdicts', 'quantity_text', 'recovery_notes', 'recovery_rows', 'recovery_text',
+           'quantity_rows', 'recovery_verdicts', 'quantity_text', 'recovery_notes', 'recovery_rows', 'recovery_table',
            'recovery_message', 'recovery_figure']
 
 # %% ../../nbs/questions/20_recovery.ipynb #4a7d7de9
@@ -201,7 +201,7 @@ def recovery_rows(whole: Measured) -> pd.DataFrame:  # columns `RECOVERY_ROWS`; 
     table = table.assign(method=[first for first, *_ in parts], text=[last for *_, last in parts])
     return table[RECOVERY_ROWS]
 
-def recovery_text(rows: pd.DataFrame  # from `recovery_rows`
+def recovery_table(rows: pd.DataFrame  # from `recovery_rows`
                  ) -> pd.DataFrame:
     "One line per pruned model and outcome, one column per recovery text."
     lines: dict[tuple, dict[str, str]] = {}
