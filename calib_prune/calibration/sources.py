@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NOT_CODE', 'SOURCES', 'HELDOUT', 'FURTHER', 'SUITE', 'MAX_DOCUMENTS', 'PAPER_SOURCES', 'READERS', 'STANDARD_INPUT',
            'HUB', 'Source', 'ChatTemplate', 'chat_template', 'PackagedSource', 'packaged', 'library_files',
-           'LibrarySource', 'render', 'HubSource', 'say_hellaswag_hub', 'say_csqa_hub', 'say_siqa_hub', 'say_gsm8k_hub',
-           'paper_hub_source', 'enough_memory', 'judged_sha256', 'FileSource', 'file_source', 'FilesSource',
-           'is_pattern', 'found_files', 'files_source', 'piped_file', 'piped_source', 'hub_source', 'get_source']
+           'is_library_revision', 'LibrarySource', 'render', 'HubSource', 'say_hellaswag_hub', 'say_csqa_hub',
+           'say_siqa_hub', 'say_gsm8k_hub', 'paper_hub_source', 'enough_memory', 'judged_sha256', 'FileSource',
+           'file_source', 'FilesSource', 'is_pattern', 'found_files', 'files_source', 'piped_file', 'piped_source',
+           'hub_source', 'get_source']
 
 # %% ../../nbs/calibration/02_sources.ipynb #3852d6ab
 import codecs
@@ -179,6 +180,12 @@ def library_files(root: str | Path | None = None  # default: the running Python'
     return files
 
 # %% ../../nbs/calibration/02_sources.ipynb #25387ff9
+_LIBRARY_REVISION = re.compile(r"Python \S+#[0-9a-f]{12}")
+
+def is_library_revision(revision: object) -> bool:
+    "Whether a revision names the standard library of a Python."
+    return isinstance(revision, str) and bool(_LIBRARY_REVISION.fullmatch(revision))
+
 @dataclass(frozen=True)
 class LibrarySource(Source):
     "The source code of the running Python's standard library."

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..calibration.sets import allocate, parse_mix
-from ..calibration.sources import get_source
+from ..calibration.sources import get_source, is_library_revision
 from ..core import CalibPruneError, cache_dir, content_hash, file_sha256, load_json
 from ..data.fetch import read_manifest
 from ..evaluation.contamination import DEFAULT_RULE, OverlapRule
@@ -173,14 +173,18 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     }
 
 # %% ../../nbs/study/05_keys.ipynb #8d517fbc
-def changes(made: dict[str, Any],   # the key that a result has
-            wanted: dict[str, Any]  # the key that it should have
-           ) -> str:                # empty if they agree
+def changes(made: dict[str, Any],    # the key that a result has
+            wanted: dict[str, Any],  # the key that it should have
+            any_python: bool = False  # may the text of `stdlib` be another Python's?
+           ) -> str:                 # empty if they agree
     "The differences between two keys, in words."
     old, new = _flat(made), _flat(wanted)
-    names = [
-        k for k in dict.fromkeys([*old, *new]) if k not in new or k not in old or old[k] != new[k]
-    ]
+    def agrees(k):
+        if k not in new or k not in old: return False
+        both = is_library_revision(old[k]) and is_library_revision(new[k])
+        return old[k] == new[k] or (any_python and both)
+
+    names = [k for k in dict.fromkeys([*old, *new]) if not agrees(k)]
     counts = Counter(k.partition(".")[0] for k in names)
     def describe(k):
         part = k.partition(".")[0]
@@ -355,7 +359,8 @@ MISSING, OLDER = "not made yet", "its key is of an older scheme"
 def _why_left(made: dict[str, Any] | None, wanted: dict[str, Any]
              ) -> str:  # empty if it is finished
     "Why an existing result has to be made again."
-    if isinstance(made, dict) and made.get("scheme") == SCHEME: return changes(made, wanted)
+    if isinstance(made, dict) and made.get("scheme") == SCHEME:
+        return changes(made, wanted, any_python=True)
     return OLDER
 
 # %% ../../nbs/study/05_keys.ipynb #5b8bf5f0

@@ -22,6 +22,7 @@ from typing import Any
 from ..core import CalibPruneError, unknown_name
 from ..progress import ProgressFn
 from .artefacts import MEASURES_LEDGER, made_by
+from .keys import changes
 from .plan import Job, Study, model_jobs, study_of, table_jobs
 from .presets import load_preset
 from .results import load_cell
@@ -209,8 +210,11 @@ def compare_rows(name: str, made: Any, kept: Any, dense: Any) -> Compared:  # `r
     "Compare two rows of one cell: their items, and the retention of each dimension."
     from calib_prune.evaluation.measures import ANSWER_BITS, PLAIN
     from calib_prune.evaluation.retention import retention
-    if made.record["key"] != kept.record["key"]:
-        return Compared(name, DIFFERS, "the row was made with other settings or older code")
+    if changed := changes(kept.record["key"], made.record["key"]):
+        other = not changes(kept.record["key"], made.record["key"], any_python=True)
+        why = ("the text of `stdlib` is another Python's" if other else
+               "the row was made with other settings or older code")
+        return Compared(name, DIFFERS, f"{why}: {changed}")
     if made.items.equals(kept.items) and made.rows.equals(kept.rows):
         return Compared(name, IDENTICAL)
     measure = ANSWER_BITS if (dense.items["metric"] == "bits").any() else PLAIN

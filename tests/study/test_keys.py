@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from calib_prune.calibration.sources import SOURCES, LibrarySource
+from calib_prune.calibration.sources import SOURCES
 from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.pipeline import records
@@ -22,8 +22,6 @@ PRESET = load_preset(ROOT / "presets/claims/smollm2-135m.yaml")
 PLANNED = cells(PRESET, ablations=True)
 # a study may still be growing
 CELLS = [c for c in PLANNED if (RESULTS / f"{c.name}.json").is_file()]
-# the standard library that the committed results were calibrated on
-RECORDED = "Python 3.11.7#2044b1208251"
 pytestmark = pytest.mark.real  # keys name the fetched text
 
 
@@ -43,7 +41,6 @@ THEN = versions_recorded()
 @pytest.fixture(autouse=True)
 def as_the_committed_results_were_made(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(LibrarySource, "revision", RECORDED)
     monkeypatch.setattr(records, "versions", lambda: dict(THEN))
 
 
@@ -80,6 +77,14 @@ def test_every_committed_result_is_finished_but_for_raised_versions(monkeypatch)
         len(CELLS) == 364
         and {f"{c.name}.json" for c in CELLS} | {f"metrics/{k}.json" for k in STRATEGIES} <= kept
     )
+
+
+def test_another_python_leaves_everything_finished(monkeypatch):
+    library = vars(SOURCES["stdlib"])
+    monkeypatch.setitem(library, "revision", "Python 3.13.5#0123456789ab")
+    assert not any(left().values()), "its library is another text, which made no committed result"
+    monkeypatch.setitem(library, "revision", "another text")
+    assert "stdlib-sparsegpt-0.5-n32-s0" in left()["models"]
 
 
 def test_more_entries_in_the_registries_leave_everything_finished(monkeypatch):
