@@ -117,6 +117,8 @@ ARTEFACTS: dict[str, Artefact] = {
         Artefact("T19", "recovery", "Retention before and after recovery", "recovery"),
         Artefact("T19", "hypotheses", "Verdicts on the hypotheses of recovery", "recovery"),
         Artefact("F16", "recovery", "Retention before and after recovery", "recovery"),
+        Artefact("T20", "hypotheses", "Verdicts on the hypotheses on the third model",
+                 "third_model"),
         Artefact("T10", "pruners", "Retention and cost of pruning methods", "pruners"),
         Artefact("T10", "gains", "Gain over SparseGPT by dimension and calibration set", "pruners"),
         Artefact("F9", "pruners", "Gain and time of pruning methods", "pruners"),
