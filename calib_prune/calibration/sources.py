@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_CODE', 'SOURCES', 'HELDOUT', 'FURTHER', 'SUITE', 'MAX_DOCUMENTS', 'PAPER_SOURCES', 'READERS', 'STANDARD_INPUT',
-           'HUB', 'Source', 'ChatTemplate', 'chat_template', 'PackagedSource', 'packaged', 'library_files',
-           'is_library_revision', 'LibrarySource', 'render', 'HubSource', 'say_hellaswag_hub', 'say_csqa_hub',
+           'HUB', 'Source', 'ChatTemplate', 'chat_template', 'PackagedSource', 'packaged', 'library_files', 'python_of',
+           'are_of_two_pythons', 'LibrarySource', 'render', 'HubSource', 'say_hellaswag_hub', 'say_csqa_hub',
            'say_siqa_hub', 'say_gsm8k_hub', 'paper_hub_source', 'enough_memory', 'judged_sha256', 'FileSource',
            'file_source', 'FilesSource', 'is_pattern', 'found_files', 'files_source', 'piped_file', 'piped_source',
            'hub_source', 'get_source']
@@ -180,11 +180,17 @@ def library_files(root: str | Path | None = None  # default: the running Python'
     return files
 
 # %% ../../nbs/calibration/02_sources.ipynb #25387ff9
-_LIBRARY_REVISION = re.compile(r"Python \S+#[0-9a-f]{12}")
+_LIBRARY_REVISION = re.compile(r"(Python \S+)#[0-9a-f]{12}")
 
-def is_library_revision(revision: object) -> bool:
-    "Whether a revision names the standard library of a Python."
-    return isinstance(revision, str) and bool(_LIBRARY_REVISION.fullmatch(revision))
+def python_of(revision: object) -> str:
+    "The version of Python whose standard library a revision names; empty for other revisions."
+    found = _LIBRARY_REVISION.fullmatch(str(revision))
+    return found[1] if found else ""
+
+def are_of_two_pythons(revision: object, other: object) -> bool:
+    "Whether two revisions name the standard libraries of two versions of Python."
+    versions = {python_of(revision), python_of(other)}
+    return len(versions - {""}) == 2
 
 @dataclass(frozen=True)
 class LibrarySource(Source):

@@ -45,6 +45,9 @@ def recover_command(
     tokens: Annotated[
         int, typer.Option(help="How many tokens to train on, in place of --minutes.")
     ] = 0,
+    windows: Annotated[
+        int, typer.Option(help="Different windows; 0: as the tokens need, or as the text has.")
+    ] = 0,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows of a step.")] = 4,
     rate: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 1e-4,
@@ -58,8 +61,9 @@ def recover_command(
 ) -> None:
     "Train the kept weights of a pruned model towards the dense model; zeros stay zeros."
     from calib_prune.pipeline.recover import recover_model
-    settings = dict(text=text, minutes=minutes, tokens=tokens, length=length, batch=batch,
-                    rate=rate, loss=loss, temperature=temperature, seed=seed, device=device)
+    settings = dict(text=text, minutes=minutes, tokens=tokens, windows=windows, length=length,
+                    batch=batch, rate=rate, loss=loss, temperature=temperature, seed=seed,
+                    device=device)
     with bars(as_json) as progress:
         done = recover_model(model, dense, output, progress, **settings)
     if as_json: print_json({k: v for k, v in done.record.items() if k != "layers"})

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class RecoverSettings:
     text: str = "uniform-dimensions"  # a calibration mix, see `calibration.sets.parse_mix`
     minutes: float = 15               # of training; the pace of this machine gives the steps
     tokens: int = 0                   # to train on, in place of the minutes
+    windows: int = 0  # different ones; 0: as many as the tokens need, or as the text has
     length: int = 512                 # tokens of a window
     batch: int = 4                    # windows of a step
     rate: float = 1e-4                # of AdamW, the highest of the schedule
@@ -84,6 +86,7 @@ class RecoverSettings:
     def check(self) -> None:
         "Refuse wrong settings before anything is loaded."
         check_number("--tokens", self.tokens, 0, 2 ** 40, whole=True)
+        check_number("--windows", self.windows, 0, 2 ** 40, whole=True)
         check_number("--length", self.length, 2, 2 ** 20, whole=True)
         if not self.tokens: check_number("--minutes", self.minutes, 0.01, 1e6)
         self.training(1).check()
@@ -150,11 +153,13 @@ def check_training_disk(pruned: str, output: Path) -> None:
 MOST_WINDOWS = 1024  # drawn where the minutes give the steps; they are read again if needed (ours)
 
 def recovery_text(tokenizer: Any, how: RecoverSettings) -> CalibrationSet:
-    "Draw the windows of all tokens, or fewer if the text is too short."
+    "Draw the windows of all tokens, or fewer if the text is too short; or the windows asked for."
+    draw = partial(build_calibration, how.text, tokenizer, length=how.length, seed=how.seed)
+    if how.windows: return draw(how.windows)
     windows = math.ceil(how.tokens / how.length) if how.tokens else MOST_WINDOWS
-    found = build_calibration(how.text, tokenizer, 1, how.length, how.seed)
+    found = draw(1)
     while windows > 1:
-        try: return build_calibration(how.text, tokenizer, windows, how.length, how.seed)
+        try: return draw(windows)
         except CalibPruneError: windows = math.floor(windows * 0.7)
     return found
 

@@ -154,11 +154,11 @@ def check_weight(weight: Tensor) -> None:
     "Refuse what is not a finite float matrix."
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise CalibPruneError(
-            f"A weight of shape {list(weight.shape)} and type {weight.dtype} cannot be pruned: "
-            "a float matrix [d_out, d_in] is needed."
+            f"A weight of shape {list(weight.shape)} and type {weight.dtype} is no matrix of a "
+            "linear map: a float matrix [d_out, d_in] is needed."
         )
     if not all_finite(weight):
-        raise CalibPruneError("The weight to prune holds NaN or infinite values.")
+        raise CalibPruneError("The weight holds NaN or infinite values.")
 
 # %% ../../nbs/pruning/02_masks.ipynb #650e48e7
 def check_hessian(hessian: Tensor,  # [d_in, d_in], see the notebook on the Hessian

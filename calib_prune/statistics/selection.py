@@ -37,6 +37,7 @@ from calib_prune.statistics.replicates import (
 )
 from calib_prune.statistics.tables import (
     caption_text,
+    library_note,
     listed,
     mix_note,
     overlap_note,
@@ -432,7 +433,8 @@ def detail_notes(part: Part) -> list[str]:
     if not len(part.replicates.cells): return []
     floor = "A retention at the floor does not show that a model uses the question."
     return [interval_note(part.replicates), scoring_note(part), f"{floor_note(part)} {floor}",
-            weak_note(part), endings_note(part), mix_note(part.study), overlap_note(part.study)]
+            weak_note(part), endings_note(part), mix_note(part.study), library_note(part.study),
+            overlap_note(part.study)]
 
 # %% ../../nbs/statistics/07_selection.ipynb #7953c30c
 def caption(part: Part, what: str,      # one sentence

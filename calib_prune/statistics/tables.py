@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_WORDS', 'MATH', 'LATEX', 'LONG', 'interval_text', 'wide_table', 'listed', 'overlaps', 'overlap_note', 'mix_note',
-           'caption_text', 'caption_words', 'latex_text', 'latex_table', 'save_table', 'status']
+           'caption_text', 'caption_words', 'latex_text', 'latex_table', 'save_table', 'status', 'library_note']
 
 # %% ../../nbs/statistics/05_tables.ipynb #d6298e6e
 import re
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..calibration.sources import SOURCES
+from ..calibration.sources import SOURCES, python_of
 from ..core import DIMENSIONS, write_atomic
 from ..evaluation.tasks import TASKS
 from ..study.results import Result
@@ -212,3 +212,15 @@ def save_table(shown: pd.DataFrame,  # for people
 def status(note: str) -> pd.DataFrame:
     "A one-cell table that states why no data can be shown."
     return pd.DataFrame({"status": [note]})
+
+# %% ../../nbs/statistics/05_tables.ipynb #71db6421
+def library_note(study: dict[str, Result]) -> str:
+    "The versions of Python whose libraries are in calibration sets, if there are several."
+    used = set()
+    for result in study.values():
+        key = result.record.get("key") or {}
+        for _, revision, *_ in (key.get("calibration") or {}).get("sources", []):
+            used.add(python_of(revision))
+    versions = sorted(used - {""})
+    if len(versions) < 2: return ""
+    return f"`stdlib` is another text in each Python: {listed(versions)}."

@@ -90,7 +90,8 @@ def _audit_written(preset: dict[str, Any], folder: Path) -> None:
 # %% ../../nbs/study/08_audit_rows.ipynb #2bf9825c
 def _holds(path: Path, key: dict[str, Any]) -> bool:
     "Whether the file of an audit exists and has this key."
-    return path.is_file() and not changes(load_json(path).get("key") or {}, key)
+    return path.is_file() and not changes(
+        load_json(path).get("key") or {}, key, any_python=True)
 
 # %% ../../nbs/study/08_audit_rows.ipynb #4f0ad897
 def make_audits(preset: dict[str, Any],

@@ -10,7 +10,6 @@ __all__ = ['SCHEME', 'SELF_GENERATED_SETTINGS', 'MISSING', 'OLDER', 'model_key',
 
 # %% ../../nbs/study/05_keys.ipynb #24121db6
 import inspect
-import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from ..calibration.sets import allocate, parse_mix
-from ..calibration.sources import get_source, is_library_revision
+from ..calibration.sources import are_of_two_pythons, get_source
 from ..core import CalibPruneError, cache_dir, content_hash, file_sha256, load_json
 from ..data.fetch import read_manifest
 from ..evaluation.contamination import DEFAULT_RULE, OverlapRule
@@ -131,11 +130,10 @@ def floor_key(preset: dict[str, Any]) -> dict[str, Any]:
     )
 
 # %% ../../nbs/study/05_keys.ipynb #481d700c
-def _recovery_key(preset: dict[str, Any], strategy: str) -> dict[str, Any]:
+def _recovery_key(preset: dict[str, Any], strategy: str, seed: int) -> dict[str, Any]:
     "Everything that the training after pruning depends on, except for the model."
-    how = preset["recovery"]
-    windows = math.ceil(how["tokens"] / how["length"])
-    text = calibration_key(preset["strategies"][strategy], windows, how["length"], RECOVERY_SEED)
+    how, mix = preset["recovery"], preset["strategies"][strategy]
+    text = calibration_key(mix, how["windows"], how["length"], RECOVERY_SEED + seed)
     return how | dict(text=text)
 
 # %% ../../nbs/study/05_keys.ipynb #0de963eb
@@ -152,7 +150,7 @@ def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
     method = METHODS[recipe.method]
     extras = {name: value for name, value in recipe.extras.items() if name != "recover"}
     settings = {k: pruning[k] for k in ("batch_tokens", *method.settings)} | extras
-    if recipe.recover: key["recovery"] = _recovery_key(preset, recipe.recover)
+    if recipe.recover: key["recovery"] = _recovery_key(preset, recipe.recover, cell.seed)
     return key | dict(
         calibration=calibration_key(
             cell.mix, cell.windows, preset["calibration"]["length"], cell.seed, method.by_group
@@ -165,7 +163,7 @@ def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     "The values in nested dictionaries and lists by path, such as `model.dtype`."
     if isinstance(value, (list, tuple)): value = dict(enumerate(value))
-    if not isinstance(value, dict): return {name: value}
+    if not isinstance(value, dict) or not value: return {name: value}
     return {
         k: v
         for key, inner in value.items()
@@ -181,8 +179,9 @@ def changes(made: dict[str, Any],    # the key that a result has
     old, new = _flat(made), _flat(wanted)
     def agrees(k):
         if k not in new or k not in old: return False
-        both = is_library_revision(old[k]) and is_library_revision(new[k])
-        return old[k] == new[k] or (any_python and both)
+        if any_python and k.partition(".")[0] != "heldout" and are_of_two_pythons(old[k], new[k]):
+            return True
+        return old[k] == new[k]
 
     names = [k for k in dict.fromkeys([*old, *new]) if not agrees(k)]
     counts = Counter(k.partition(".")[0] for k in names)

@@ -136,6 +136,7 @@ class HardwareForm(Form):
 # %% ../../nbs/study/03_presets.ipynb #9be6e02a
 class RecoveryForm(Form):
     tokens: Count                        # to train on
+    windows: Count                       # different ones, equally many of each text
     length: Count                        # of a window
     batch: Count                         # windows of a step
     rate: Positive                       # of AdamW, the highest of the schedule

@@ -1,6 +1,7 @@
 """What a finished result survives: every committed one, under more entries in the registries,
 raised versions, and other settings."""
 import json
+import platform
 import shutil
 from dataclasses import replace
 
@@ -85,6 +86,12 @@ def test_another_python_leaves_everything_finished(monkeypatch):
     assert not any(left().values()), "its library is another text, which made no committed result"
     monkeypatch.setitem(library, "revision", "another text")
     assert "stdlib-sparsegpt-0.5-n32-s0" in left()["models"]
+
+
+@pytest.mark.skipif(platform.python_version() != "3.11.7", reason="another Python, another text")
+def test_the_library_of_one_python_is_one_text():
+    recorded = json.loads((RESULTS / "stdlib-sparsegpt-0.5-n32-s0.json").read_text())["record"]
+    assert recorded["key"]["calibration"]["sources"] == [["stdlib", SOURCES["stdlib"].revision, 32]]
 
 
 def test_more_entries_in_the_registries_leave_everything_finished(monkeypatch):

@@ -155,6 +155,10 @@ def test_models_are_compared_by_their_items_and_keys():
         "dense", "uniform-wanda-0.6-n32-s0", "uniform-sparsegpt-0.6-n32-s0"))
     assert verify.compare_rows("x", kept, kept, dense).state == verify.IDENTICAL
     assert "other settings" in verify.compare_rows("x", other, kept, dense).far
+    key = kept.record["key"]
+    moved = key | dict(calibration=[["stdlib", "Python 3.11.7#0123456789ab"]])
+    here = key | dict(calibration=[["stdlib", "Python 3.13.5#0123456789ab"]])
+    assert verify.compare_keys("x", here, moved).state == verify.OTHER_TEXT
     near, far = load_cell(folder / "uniform-wanda-0.6-n32-s0.json"), load_cell(
         folder / "uniform-wanda-0.6-n32-s0.json")
     near.items["value"] *= 1.0001

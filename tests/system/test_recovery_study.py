@@ -1,5 +1,6 @@
 "A study whose models are recovered after pruning: the method `…+recover=STRATEGY` of a preset."
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -15,7 +16,8 @@ from tests.tiny_study import tiny_study
 
 METHODS = ["wanda", "wanda+recover=own"]
 TOKENS = 12 * 4 * 32  # twelve steps
-RECOVERY = dict(tokens=TOKENS, length=32, batch=4, rate=1e-3, loss="distil", temperature=1)
+RECOVERY = dict(tokens=TOKENS, windows=24, length=32, batch=4, rate=1e-3, loss="distil",
+                temperature=1)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,7 @@ def test_models_are_pruned_recovered_and_scored(checkout):
                                  .read_text()) for method in METHODS)
     made = trained["record"]["recovery"]
     assert made["tokens"] == TOKENS and made["last_loss"] < made["first_loss"]
+    assert made["windows_read"] == 24, "read twice"
     assert "recovery" not in plain["record"] and plain["rows"] != trained["rows"]
     assert plain["record"]["mean_error"] == trained["record"]["mean_error"], "the same prune"
     assert trained["record"]["key"]["versions"]["recover"] == 1
@@ -62,6 +65,11 @@ def test_keys_and_hours_count_the_training(checkout, tmp_path):
     longer = key(recovery=RECOVERY | dict(tokens=2 * TOKENS))
     assert longer[0] == plain and longer[1] != trained
     assert {*trained} - {*plain} == {"recovery"} and trained["pruning"] == plain["pruning"]
+    preset = changed(checkout, tmp_path)
+    [cell] = [cell for cell in cells(preset) if "recover" in cell.method]
+    of_draw = [cell_key(preset, replace(cell, seed=seed))["recovery"]["text"]["seed"]
+               for seed in (0, 1)]
+    assert of_draw == [1000, 1001], "each draw has its own windows"
     seconds = cell_seconds(load_preset(checkout / "tiny.yaml"))
     assert seconds["own-wanda+recover=own-2:4-n4-s0".replace(":", "of")] > seconds[
         "own-wanda-2of4-n4-s0"]
