@@ -241,6 +241,10 @@ def _begin(trainer: Trainer, text: CalibrationSet, how: RecoverSettings, folder:
     steps = (math.ceil(how.tokens / per_step) if how.tokens
              else steps_within(trainer, shuffled(text, how.seed), how.minutes))
     trainer.how = how.training(steps)
+    rounds = steps * how.batch / len(text.tokens)
+    if rounds > 1 and not how.windows:
+        warnings.warn(f"{how.text} gives {len(text.tokens)} windows of {how.length} tokens, which "
+                      f"are read {rounds:.1f} times.", stacklevel=2)
     trainer.begin()
 
 def recovery_record(trainer: Trainer, text: CalibrationSet, how: RecoverSettings

@@ -1,6 +1,7 @@
 "Recovery: the kept weights are trained, the zeros stay, an interruption changes nothing."
 import json
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +204,18 @@ def test_minutes_become_steps(models, tmp_path, monkeypatch):
 def test_wrong_settings_are_refused_before_training(models, tmp_path, what, said):
     with pytest.raises(CalibPruneError, match=said): recovered(models, tmp_path / "out", **what)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_read_again_is_said_and_equal_windows_are_not(models, tmp_path):
+    long = dict(tokens=200 * 2 * 32)
+    with pytest.warns(UserWarning, match=r"windows of 32 tokens, which are read \d+\.\d times"):
+        recovered(models, tmp_path / "short", **long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        done = recovered(models, tmp_path / "asked", windows=5)
+    assert done.record["recovery"]["windows_read"] == 5
+    with pytest.raises(CalibPruneError, match="windows"):
+        recovered(models, tmp_path / "more", windows=5000)
 
 
 def test_models_that_do_not_fit_are_refused(models, tmp_path):
