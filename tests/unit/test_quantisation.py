@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_prune.core import CalibPruneError
-from calib_prune.pruning.factor import factorise
 from calib_prune.pruning.hessian import SecondMoment
-from calib_prune.quantisation.gptq import gptq
+from calib_prune.quantisation.gptq import gptq, sweep_order
 from calib_prune.quantisation.grids import BITS, Grid, imatrix, on_grid, rtn, scale_and_zero
 
 
@@ -63,10 +62,45 @@ def test_activation_order_is_the_sweep_of_sorted_inputs(block):
     assert torch.equal(made.weight[:, order], sorted_first.weight)
 
 
-def test_a_known_factor_gives_the_same_bits():
-    shared = factorise(HESSIAN)
-    pair = (gptq(WEIGHT, Grid(4, 32), HESSIAN, factor=factor) for factor in (None, shared))
-    assert torch.equal(*(made.weight for made in pair))
+@pytest.mark.parametrize("by_activation", [True, False])
+def test_a_shared_order_gives_the_same_bits(by_activation):
+    shared = sweep_order(HESSIAN, by_activation, block=32)
+    alone = gptq(WEIGHT, Grid(4, 32), HESSIAN, by_activation, block=32)
+    assert torch.equal(gptq(WEIGHT, Grid(4, 32), HESSIAN, order=shared).weight, alone.weight)
+    with pytest.raises(CalibPruneError, match="does not fit"):
+        gptq(WEIGHT, Grid(4, 32), HESSIAN, order=sweep_order(layer(d_in=32)[1]))
+
+
+def test_two_of_four_stay():
+    made = gptq(WEIGHT, Grid(4, 32), HESSIAN, pattern="2:4")
+    assert int((made.weight != 0).view(24, -1, 4).sum(-1).max()) == 2
+
+
+@pytest.mark.parametrize("way", ["imatrix", "fitted"])
+def test_importance_lowers_the_error_where_it_is_large(way):
+    scales = torch.ones(64)
+    scales[::8] = 8  # an eighth of the inputs, some in every group
+    hessian = HESSIAN * scales * scales[:, None]
+    made, plain = (WAYS[way](WEIGHT, Grid(2, 32), moment) for moment in (
+        hessian, torch.eye(64)))
+    def error(values): return (values - WEIGHT)[:, ::8].square().sum()
+    assert error(made.weight) < 0.8 * error(plain.weight)
+
+
+def test_dead_inputs_do_not_stretch_the_scales():
+    weight, hessian = layer(dead=1)
+    weight[:, 0] = 50
+    for way in ("imatrix", "gptq", "fitted", "activation"):
+        for group in (0, 32):
+            assert WAYS[way](weight, Grid(3, group), hessian).error < 0.2
+
+
+def test_a_scale_is_held_in_16_bits_and_may_be_negative():
+    weight = torch.zeros(1, 32)
+    weight[0, 3], weight[0, 9] = 1.0, 0.5  # above 0, where codes are one step short
+    made = rtn(weight, Grid(2, 0), fitted=True)
+    assert made.scales.item() < 0 and torch.equal(made.weight, weight)
+    assert torch.equal(made.scales, made.scales.bfloat16().float())
 
 
 def test_dead_inputs_become_zero_and_pruned_weights_stay_zero():
@@ -86,9 +120,10 @@ def test_half_precision_comes_back_in_its_own_type(way):
 
 @pytest.mark.parametrize("wrong, says", [
     (lambda: rtn(WEIGHT, Grid(5)), "5 bits cannot be packed"),
-    (lambda: rtn(WEIGHT, Grid(4, 48)), "Groups of 48 do not divide 64 inputs"),
+    (lambda: rtn(WEIGHT, Grid(4, 48)), "Groups of 48 do not divide 64 inputs: use 32"),
     (lambda: gptq(WEIGHT, Grid(4, 32), HESSIAN, block=48), "splits a group of 32"),
     (lambda: gptq(WEIGHT, Grid(4, 32), HESSIAN, pattern="2:4", by_activation=True), "neighbours"),
+    (lambda: gptq(WEIGHT, Grid(4, 32), HESSIAN, pattern="2:4", sparsity=0.9), "contradict"),
     (lambda: imatrix(WEIGHT, Grid(4, 32), HESSIAN * float("nan")), "NaN"),
     (lambda: gptq(WEIGHT * float("inf"), Grid(4, 32), HESSIAN), "NaN or infinite")])
 def test_wrong_requests_are_refused(wrong, says):
