@@ -29,8 +29,7 @@ from calib_prune.questions.hypotheses import (
     total_of,
     verdicts_of,
 )
-from ..resampling import interval
-from ..statistics.effects import effects
+from ..statistics.effects import effects, estimate
 from calib_prune.statistics.plots import (
     WIDTH,
     annotate,
@@ -101,7 +100,7 @@ def _left(*values: np.ndarray, outcome: Callable) -> np.ndarray:
     the second."""
     first, second, third, fourth = (outcome(one) for one in values)
     before = first - second
-    if not interval(before[1:])[0] > 0: return np.r_[np.nan, np.full(len(before) - 1, np.nan)]
+    if not estimate(before)[1] > 0: return np.full(len(before), np.nan)
     return (third - fourth) / before
 
 def _code_left(*values: np.ndarray) -> np.ndarray: return _left(*values, outcome=code_of)
