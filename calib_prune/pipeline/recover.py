@@ -74,7 +74,7 @@ class RecoverSettings:
     text: str = "uniform-dimensions"  # a calibration mix, see `calibration.sets.parse_mix`
     minutes: float = 15               # of training; the pace of this machine gives the steps
     tokens: int = 0                   # to train on, in place of the minutes
-    windows: int = 0  # different ones; 0: as many as the tokens need, or as the text has
+    windows: int = 0  # number of distinct windows; 0: what the tokens need, at most the text
     length: int = 512                 # tokens of a window
     batch: int = 4                    # windows of a step
     rate: float = 1e-4                # of AdamW, the highest of the schedule

@@ -162,7 +162,8 @@ def fitted_scale(groups: Tensor,      # [lines, n] float32
     "The scale with the least weighted error, of several spans; both ends shrink alike."
     full_scale, zero = scale_and_zero(groups, grid)
     best_scale, least = _fitted(groups, importance, full_scale, zero, grid)
-    for span in [sign * span for sign in (1, -1)[:1 + grid.symmetric] for span in SPANS]:
+    others = SPANS[1:] + (tuple(-span for span in SPANS) if grid.symmetric else ())
+    for span in others:
         scale, error = _fitted(groups, importance, full_scale * span, zero, grid)
         best_scale = torch.where(error < least, scale, best_scale)
         least = torch.minimum(error, least)

@@ -72,16 +72,16 @@ BOTH_ROLES = "c4", "uniform-dimensions", "codeio"  # calibration sets and recove
 EQUAL, WEB, PROGRAMS = "uniform-dimensions", "c4", "codeio"
 HYPOTHESES_OF_RECOVERY = {
     "V1": "training recovers at least half of the lost total retention, with every recovery text",
-    "V2": "a quarter to three quarters of the Code difference codeio − c4 is left after training on"
-          " uniform-dimensions",
+    "V2": "after training on uniform-dimensions, between a quarter and three quarters of the Code"
+          " difference codeio − c4 remain",
     "V3": "the recovery text matters more for Code than the calibration text",
     "V4": "training on c4 does not reach the Code retention of uniform-dimensions without training",
-    "V5": "less than half of the lead of L-ADMM over SparseGPT in total is left after training"}
+    "V5": "after training, less than half of the difference L-ADMM − SparseGPT in total remains"}
 
 # %% ../../nbs/questions/21_recovery.ipynb #14e01ab0
 def regained_share(*values: np.ndarray  # before of all calibration sets, then after
                   ) -> np.ndarray:
-    "The share of the loss of the total that training brings back."
+    "The share of the lost total retention that training recovers."
     half = len(values) // 2
     before, after = (np.mean([total_of(one) for one in part], 0)
                      for part in (values[:half], values[half:]))
@@ -95,7 +95,7 @@ def v1_quantities(method: str, texts: Iterable[str]) -> list[Quantity]:
                      0.5, unit="% of the loss") for text, mine in after.items()]
 
 # %% ../../nbs/questions/21_recovery.ipynb #04b0fa57
-def _left(*values: np.ndarray, outcome: Callable) -> np.ndarray:
+def _remaining(*values: np.ndarray, outcome: Callable) -> np.ndarray:
     """(third − fourth) / (first − second). No interval unless the first is significantly above
     the second."""
     first, second, third, fourth = (outcome(one) for one in values)
@@ -103,8 +103,9 @@ def _left(*values: np.ndarray, outcome: Callable) -> np.ndarray:
     if not estimate(before)[1] > 0: return np.full(len(before), np.nan)
     return (third - fourth) / before
 
-def _code_left(*values: np.ndarray) -> np.ndarray: return _left(*values, outcome=code_of)
-def _total_left(*values: np.ndarray) -> np.ndarray: return _left(*values, outcome=total_of)
+def _code_remaining(*values: np.ndarray) -> np.ndarray: return _remaining(*values, outcome=code_of)
+def _total_remaining(*values: np.ndarray) -> np.ndarray:
+    return _remaining(*values, outcome=total_of)
 
 def _text_range_lead(*values: np.ndarray) -> np.ndarray:
     """Range of Code of the first half of the models, minus the range of the second half; both
@@ -122,18 +123,18 @@ def v2_to_v4_quantities(method: str) -> list[Quantity]:  # the pruning method
           *((name, method, WEB) for name in BOTH_ROLES))
     v4 = (EQUAL, method, ""), (WEB, method, WEB)
     return [
-        Quantity("V2", f"trained on {EQUAL}", method, v2, _code_left, 0.25, 0.75,
+        Quantity("V2", f"trained on {EQUAL}", method, v2, _code_remaining, 0.25, 0.75,
                  "% of the difference"),
         Quantity("V3", "range over recovery texts − range over calibration sets", method, v3,
                  _text_range_lead),
         Quantity("V4", f"{EQUAL} before − {WEB} after training on {WEB}", method, v4, code_lead)]
 
 def v5_quantity() -> Quantity:
-    "The lead of L-ADMM that is left; both models are calibrated and trained on one mix."
+    "The remaining share of L-ADMM − SparseGPT; calibration set and recovery text are one mix."
     models = tuple((EQUAL, method, text)
                    for text in ("", EQUAL) for method in ("admm", "sparsegpt"))
-    return Quantity("V5", f"calibrated and trained on {EQUAL}", "admm", models, _total_left,
-                    -np.inf, 0.5, unit="% of the lead")
+    return Quantity("V5", f"calibrated and trained on {EQUAL}", "admm", models, _total_remaining,
+                    -np.inf, 0.5, unit="% of the difference")
 
 def all_quantities(preset: dict[str, Any]) -> list[Quantity]:
     "The quantities of all hypotheses, for the pruning methods and recovery texts of a preset."
@@ -146,15 +147,16 @@ def all_quantities(preset: dict[str, Any]) -> list[Quantity]:
 
 # %% ../../nbs/questions/21_recovery.ipynb #bf1ab4df
 def recovery_quantities(whole: Measured) -> pd.DataFrame:  # as `quantity_rows`
-    "The quantities of V1 to V5 whose models are all there."
+    "The quantities of V1 to V5 whose models have all been measured."
     here = recovery_retention(whole)
     return quantity_rows(trained_models(here), all_quantities(whole.preset), "draws" in here.noise)
 
 # %% ../../nbs/questions/21_recovery.ipynb #fbc73d30
-def recovery_verdicts(whole: Measured) -> dict[str, str]:  # hypothesis → verdict
+def recovery_verdicts(rows: pd.DataFrame,  # from `recovery_quantities`
+                      preset: dict[str, Any]
+                     ) -> dict[str, str]:  # hypothesis → verdict
     "The verdicts on V1 to V5."
-    planned = all_quantities(whole.preset)
-    return verdicts_of(recovery_quantities(whole), HYPOTHESES_OF_RECOVERY, planned)
+    return verdicts_of(rows, HYPOTHESES_OF_RECOVERY, all_quantities(preset))
 
 # %% ../../nbs/questions/21_recovery.ipynb #8e59fb3f
 SHOWN_OUTCOMES = "Total", "Code"
@@ -188,7 +190,7 @@ def recovery_table(rows: pd.DataFrame  # from `recovery_rows`
 
 # %% ../../nbs/questions/21_recovery.ipynb #2b85833c
 def recovery_message(rows: pd.DataFrame) -> str:  # from `recovery_quantities`
-    "A title: whether the Code difference between two calibration sets is left."
+    "A title: whether Code retention depends on the calibration text after training."
     left = rows[(rows["hypothesis"] == "V2") & rows["ci_low"].notna()]
     if len(left) and (left["ci_low"] > 0).all():
         return "After recovery, Code retention still depends on the calibration text"

@@ -94,7 +94,7 @@ def named_models(replicates: Replicates  # one row per strategy and setting
 def third_model_rows(bits: Measured,   # the study in answer bits
                      ratios: Measured  # and in plain ratios
                     ) -> pd.DataFrame:  # as `quantity_rows`
-    "The quantities of H1 to H9 whose models are all there."
+    "The quantities of H1 to H9 whose models have all been measured."
     parts = []
     for whole, quantities in ((bits, third_quantities()), (ratios, accuracy_quantities())):
         here = grid_part(whole).replicates
