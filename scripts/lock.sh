@@ -15,7 +15,7 @@ cat >> "$place/pyproject.toml" <<'TOML'
 environments = ["sys_platform == 'linux' and platform_machine == 'x86_64' and python_full_version >= '3.11.5' and python_full_version < '3.14'"]
 TOML
 [ ! -f "$lock" ] || cp "$lock" "$place"
-(cd "$place" && venv/bin/uv pip compile pyproject.toml --extra study --extra dev --extra docs --extra cluster --universal \
+(cd "$place" && venv/bin/uv pip compile pyproject.toml --extra study --extra packed --extra dev --extra docs --extra cluster --universal \
     --python-version 3.11.5 --generate-hashes --no-annotate --no-header --quiet "$@" --output-file "$lock")
 
 # The CPU build of torch for Python 3.11 has the same version and another hash: pip takes it where it finds it.

@@ -47,6 +47,6 @@ if locked; then
     fi
     pip install --no-deps --no-build-isolation --editable .
 else
-    pip install --editable ".[study,dev,docs,cluster]"
+    pip install --editable ".[study,packed,dev,docs,cluster]"
 fi
 touch "$venv/installed"  # what `make` looks at

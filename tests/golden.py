@@ -34,6 +34,7 @@ from calib_prune.model.loading import load_model
 from calib_prune.model.perplexity import perplexity
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.pipeline.records import environment, versions
+from calib_prune.pruning.grids import Quantisation
 from calib_prune.pruning.methods import METHODS
 from calib_prune.pruning.recovery import Trainer, Training, train
 from calib_prune.pruning.walk import prune
@@ -47,7 +48,7 @@ Numbers = dict[str, Any]  # real numbers are compared within a tolerance, all el
 # A step of Adam has the same size for a gradient of any size, and ALPS runs for a hundred rounds:
 # both carry rounding further.
 TOLERANCE = dict.fromkeys([*METHODS, "refine", "allocation", "recover"], 1e-3) | dict(
-    alps=2e-2, reconstruct=2e-2
+    alps=2e-2, reconstruct=2e-2, gptq=5e-3
 )
 ELSEWHERE = 2e-5
 PROSE = [
@@ -139,25 +140,35 @@ def pruned(model, tokens, method: str, **how) -> Numbers:
     sums = [
         float((p.detach().double() * (torch.rand(p.shape, generator=signs) - 0.5)).sum() /
               p.detach().double().norm()) for p in weights]
-    found = dict(
-        zeros=[int((p == 0).sum()) for p in weights], errors=report["error"].tolist(), sums=sums
-    )
+    found = dict(errors=report["error"].tolist(), sums=sums)
+    # of a grid's values, rounding decides which are 0
+    if not METHODS[method].quantises: found["zeros"] = [int((p == 0).sum()) for p in weights]
     return found | (
         dict(trained=report["trained"].tolist()) if report["trained"].notna().any() else {}
     )
 
+QUANTISED = [  # bits, symmetric, fitted
+    dict(sparsity=0, quantise=Quantisation(bits, 16, symmetric, fitted))
+    for bits, symmetric, fitted in ((3, True, True), (4, False, False))
+]
+
+def ways(method: str) -> list[dict[str, Any]]:
+    "Arguments of prunes that show what a method does."
+    if not METHODS[method].quantises: return [dict(sparsity=0.6, block=16), dict(pattern=(2, 4))]
+    if method == "imatrix": return [dict(sparsity=0, quantise=Quantisation(3, 16))]
+    return QUANTISED
+
 def tiny_pruning(method: str) -> Numbers:
     tokens = torch.randint(1, 264, (8, 32), generator=torch.Generator().manual_seed(0))
-    return {
-        str(how): pruned(tiny_llama(), tokens, method, **how)
-        for how in (dict(sparsity=0.6, block=16), dict(pattern=(2, 4)))
-    }
+    return {str(how): pruned(tiny_llama(), tokens, method, **how) for how in ways(method)}
 
 def real_pruning(method: str) -> Numbers:
     tokens = build_calibration("c4,codeio", real_tokenizer(), 64, 128).tokens
-    found = pruned(real_model(1), tokens, method, sparsity=0.6)
+    how = dict(sparsity=0, quantise=Quantisation(3, 64)) if METHODS[method].quantises else dict(
+        sparsity=0.6)
+    found = pruned(real_model(1), tokens, method, **how)
     # of millions of weights, some are on the edge: the sums move with rounding
-    return {k: found[k] for k in ("zeros", "errors")}
+    return {k: found[k] for k in ("zeros", "errors") if k in found}
 
 STEPS = dict(
     refine=dict(refine=4), reconstruct=dict(reconstruct=2), allocation=dict(allocation="owl")

@@ -51,7 +51,7 @@ def tasks(as_json: JsonOption = False) -> None:
 
 # %% ../../nbs/cli/03_lists.ipynb #30fb196f
 def methods(as_json: JsonOption = False) -> None:
-    "List the pruning methods, and the recipes: a calibration mix with a method."
+    "List the methods, and the recipes for `prune`: a calibration mix with a method."
     from dataclasses import asdict
 
     from calib_prune.pipeline.prune import RECIPES
@@ -60,6 +60,7 @@ def methods(as_json: JsonOption = False) -> None:
         dict(
             method=method.name,
             label=method.label,
+            command="quantize" if method.quantises else "prune",
             needs=method.needs,
             settings=", ".join(method.settings),
         )

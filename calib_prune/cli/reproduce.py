@@ -265,10 +265,12 @@ def check_names(study: dict[str, Any]) -> None:
     from calib_prune.generation.igsp import protocol_with
     from calib_prune.model.loading import locate_model
     from calib_prune.pruning.masks import parse_sparsity
-    from calib_prune.pruning.methods import check_allocation, read_recipe
+    from calib_prune.pruning.methods import check_allocation, check_quantisation, read_recipe
     from calib_prune.study.presets import grid_cells, protocol_of
     for cell in grid_cells(study, ablations=True):
-        check_allocation(read_recipe(cell.method).allocation, parse_sparsity(cell.sparsity)[1])
+        recipe, (sparsity, pattern) = read_recipe(cell.method), parse_sparsity(cell.sparsity)
+        check_allocation(recipe.allocation, pattern)
+        check_quantisation(recipe, sparsity, pattern)
     for name, mix in study["strategies"].items():
         try:
             if generated := protocol_of(mix): protocol_with(*generated)

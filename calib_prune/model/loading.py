@@ -24,6 +24,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import is_compressed_tensors_available
 
 from calib_prune.core import (
                               NAME_BYTES,
@@ -241,6 +242,16 @@ def _check_found(info: dict[str, Any]) -> None:  # what transformers tells about
         raise ValueError(f"{name} is {list(has)} in its files, but config.json asks for "
                          f"{list(needs)}")
 
+# %% ../../nbs/model/04_loading.ipynb #879c1fec
+def _unpack(config: Any, where: str | Path) -> None:
+    "Let packed weights of compressed-tensors be loaded as plain weights."
+    packed = getattr(config, "quantization_config", None)
+    if not isinstance(packed, dict) or packed.get("quant_method") != "compressed-tensors": return
+    if not is_compressed_tensors_available():
+        raise CalibPruneError(f"Cannot load {where}: its weights are packed, and the package"
+                              " compressed-tensors is missing. pip install 'calib-prune[packed]'.")
+    config.quantization_config = packed | dict(dequantize=True)
+
 # %% ../../nbs/model/04_loading.ipynb #acbdc057
 def _load_folder(where: str | Path, dtype: torch.dtype,
                  safe: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
@@ -249,6 +260,7 @@ def _load_folder(where: str | Path, dtype: torch.dtype,
     sizes = _check_weights(where) if isinstance(where, Path) else None
     with _reading(of("config.json")): config = AutoConfig.from_pretrained(where, **safe)
     _check_config(config, of("config.json"))
+    _unpack(config, where)
     if sizes: check_bounded(config.to_dict(), *sizes, where, "config.json, or by default,")
     with _reading(where):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -523,6 +535,15 @@ def _check_templates(tokenizer) -> None:
             " name. Rename the template in tokenizer_config.json."
         )
 
+# %% ../../nbs/model/04_loading.ipynb #eecb268c
+def _write_weights(model: PreTrainedModel, folder: Path, tensors: dict[str, torch.Tensor] | None,
+                   settings: dict[str, Any] | None) -> None:  # see `OutputFolder.save`
+    "Save a model; afterwards its configuration is as before."
+    if settings: model.config.quantization_config = settings
+    try: model.save_pretrained(folder, **({} if tensors is None else dict(state_dict=tensors)))
+    finally:
+        if settings: del model.config.quantization_config
+
 # %% ../../nbs/model/04_loading.ipynb #1f1ca294
 class OutputFolder:
     "A folder that only this run may write to. Use it as a context around all the work for a model."
@@ -565,12 +586,15 @@ class OutputFolder:
                 " the files of its tokenizer or its generation_config.json.") from e
         _clear(self.part)
 
-    def save(self, model: PreTrainedModel, tokenizer, record: dict[str, Any]) -> Path:
+    def save(self, model: PreTrainedModel, tokenizer, record: dict[str, Any],
+             tensors: dict[str, torch.Tensor] | None = None,  # of the file; None: the model's
+             settings: dict[str, Any] | None = None           # `quantization_config` of the file
+            ) -> Path:
         "Save model, tokenizer and record: everything or nothing."
         try:
             self.part.mkdir()
             (self.part / PART).touch()
-            model.save_pretrained(self.part)
+            _write_weights(model, self.part, tensors, settings)
             tokenizer.save_pretrained(self.part)
             write_atomic(self.part / RECORD_FILE,
                          json.dumps(record, indent=2, sort_keys=True) + "\n")
@@ -607,11 +631,12 @@ def finished_output(folder: str | Path) -> Iterator[None]:
 # %% ../../nbs/model/04_loading.ipynb #565d94a2
 def save_model(model: PreTrainedModel, tokenizer,
                folder: str | Path,     # must be absent or empty
-               record: dict[str, Any]  # how the model was made; saved as `calib_prune.json`
+               record: dict[str, Any], # how the model was made; saved as `calib_prune.json`
+               *packed                 # see `OutputFolder.save`
               ) -> Path:
     """Save model, tokenizer and record as a folder that plain transformers loads: everything or
     nothing."""
-    with OutputFolder(folder) as out: return out.save(model, tokenizer, record)
+    with OutputFolder(folder) as out: return out.save(model, tokenizer, record, *packed)
 
 # %% ../../nbs/model/04_loading.ipynb #ef484428
 def load_tokenizer(name: str  # see `load_model`

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ContextManager, Iterable
 
 import pandas as pd
+from torch import Tensor
 
 from ..calibration.sets import CalibrationSet, build_calibration
 from ..core import CalibPruneError, content_hash, unknown_name
@@ -38,14 +39,29 @@ from .records import environment, json_rows, versions_of
 from ..progress import ProgressFn
 from ..pruning.checkpoint import check_checkpoint, remove_checkpoint, weights_hash
 from ..pruning.experts import one_by_one
-from ..pruning.layers import Scope, decoder_layers, get_weight, prunable
+from ..pruning.grids import Quantisation
+from calib_prune.pruning.layers import (
+    Scope,
+    decoder_layers,
+    detach_scales,
+    get_weight,
+    prunable,
+)
 from ..pruning.masks import parse_sparsity
 from calib_prune.pruning.methods import (
     MethodSteps,
     check_allocation,
     check_method,
+    check_quantisation,
     check_reconstruct,
     check_refine,
+)
+from calib_prune.pruning.packed import (
+    check_form,
+    check_packable,
+    packed_settings,
+    packed_tensors,
+    tensor_bytes,
 )
 from ..pruning.walk import check_sizes, prune
 
@@ -54,7 +70,7 @@ from ..pruning.walk import check_sizes, prune
 class PruneSettings:
     "How a model is pruned. The command `prune` has the same options and defaults."
     calibration: str = "half-code" # `c4`, `c4=0.5,math=0.5`, `uniform`, or text files
-    method: str = "admm"           # see `METHODS` (`pruning/12_methods`)
+    method: str = "admm"           # see `METHODS` (`pruning/14_methods`)
     sparsity: float | str = "0.5"  # fraction of weights to remove, in [0, 1), or n:m
     windows: int = 32              # calibration windows
     length: int = 512              # tokens per window
@@ -76,6 +92,10 @@ class PruneSettings:
     layers: str = ""               # numbers of layers, such as `4-20,25`; empty: all
     exclude: str = ""              # patterns of names that stay dense, such as `*.down_proj`
 
+    # of methods that quantise: see `pruning.grids.Quantisation` and `pruning.packed.FILE_FORMS`
+    quantise: Quantisation | None = None
+    form: str = "dense"            # of the saved weights: dense or packed
+
     def placed(self, model: str) -> "PruneSettings":
         "The settings with `auto` decided for a model."
         place = "cpu" if self.offload else self.device
@@ -85,7 +105,13 @@ class PruneSettings:
     @property
     def steps(self) -> dict[str, Any]:
         "What is done besides the method."
-        return MethodSteps(self.method, self.refine, self.reconstruct, self.allocation).extras
+        return self.recipe.extras
+
+    @property
+    def recipe(self) -> MethodSteps:
+        "The method, its steps and its quantisation."
+        return MethodSteps(self.method, self.refine, self.reconstruct, self.allocation,
+                           quantise=self.quantise)
 
     @property
     def walk(self) -> dict[str, Any]:
@@ -100,12 +126,14 @@ class PruneSettings:
 
     def check(self) -> None:
         "Refuse wrong settings before anything is loaded."
-        pattern = parse_sparsity(self.sparsity)[1]
+        sparsity, pattern = parse_sparsity(self.sparsity)
         check_method(self.method)
         check_refine(self.method, self.refine)
         check_allocation(self.allocation, pattern)
         check_reconstruct(self.reconstruct)
         check_sizes(self.batch_tokens, self.block, self.damping)
+        check_quantisation(self.recipe, sparsity, pattern)
+        check_form(self.form, self.quantise)
         as_device(self.device)
         if self.dtype != AUTO: as_dtype(self.dtype)
         if self.save_dtype != "same": as_dtype(self.save_dtype)
@@ -173,6 +201,7 @@ def prune_loaded(model,                        # pruned in place
         progress=progress,
         layers=settings.layers,
         exclude=settings.exclude,
+        quantise=settings.quantise,
         **settings.walk
     )
 
@@ -233,10 +262,12 @@ def _describe(model: str, calibration: CalibrationSet, settings: PruneSettings) 
         dtype=settings.dtype,
         device=settings.device,
         **settings.walk,
-        **({} if settings.scope.everything else dict(scope=asdict(settings.scope)))
+        **({} if settings.scope.everything else dict(scope=asdict(settings.scope))),
+        **(dict(quantise=settings.quantise.record) if settings.quantise else {})
     )
     stages = [*versions_of("calibration set", settings.method, *settings.steps).values()]
-    run = content_hash([about, settings.save_dtype, settings.offload, stages])
+    form = [settings.form] if settings.quantise else []
+    run = content_hash([about, settings.save_dtype, settings.offload, stages, *form])
     return about | dict(run=run, quantised_type=quantised_type(model))
 
 # %% ../../nbs/pipeline/02_prune.ipynb #cd392a95
@@ -294,21 +325,35 @@ def _check_start(settings: PruneSettings, output: str | None, checkpoint: str | 
     check_checkpoint(checkpoint)
     if output is not None: check_apart(output, checkpoint)
 
+# %% ../../nbs/pipeline/02_prune.ipynb #1e72c109
+def _packed(net, scales: dict[str, Tensor], settings: PruneSettings) -> tuple:
+    "The packed file as `OutputFolder.save` takes it; empty for a dense one."
+    how = settings.quantise
+    if settings.form != "packed" or not how: return ()
+    return packed_tensors(net, scales, how), packed_settings(net, scales, how)
+
 # %% ../../nbs/pipeline/02_prune.ipynb #43e03daa
 def _prune_and_record(net, calibration: CalibrationSet, about: dict[str, Any], types: tuple,
                       settings: PruneSettings, checkpoint: str | None,
-                      progress: ProgressFn | None) -> dict[str, Any]:
+                      progress: ProgressFn | None
+                      # record, and the packed file as `OutputFolder.save` takes it
+                     ) -> tuple[dict[str, Any], tuple]:
     "Prune a loaded model, give its weights the types to save, and describe the result."
     report = prune_loaded(net, calibration, settings, checkpoint, progress)
+    scales = detach_scales(net)
     stored = as_stored(net, *types, asked=settings.save_dtype != "same")
+    packed = _packed(net, scales, settings)
+    sizes = dict(dense=tensor_bytes(net.state_dict()))
+    if packed: sizes["packed"] = tensor_bytes(packed[0])
     return about | dict(
+        bytes=sizes,
         checkpoint=report.attrs["checkpoint"],
         weights=weights_hash(net),
         **{name: getattr(settings, name) for name in ("save_dtype", "offload", "revision")},
         saved_dtype=stored.dtype,
         rounded_to_zero=stored.rounded_to_zero,
         **_summary(_held(net, report), settings.method, settings.steps, settings.scope)
-    )
+    ), packed
 
 # %% ../../nbs/pipeline/02_prune.ipynb #a52b9f4d
 def _read_settings(given: dict[str, Any]) -> PruneSettings:
@@ -344,11 +389,15 @@ def prune_model(
         if out: out.rehearse(net, tokenizer)
         types = saved_type(how.save_dtype, name, how.revision)
         check_saved_type(net, *types, changing=_changing(net))
+        if how.form == "packed": check_packable(net)
         calibration = draw_calibration(tokenizer, how)
         about = _describe(name, calibration, how)
+        packed: tuple = ()
         if finished and out_name:
             net, record = None, _finished_record(out_name, layers, about["run"])
-        else: record = _prune_and_record(net, calibration, about, types, how, layers, progress)
-        if out: out.save(net, tokenizer, record)
+        else:
+            record, packed = _prune_and_record(net, calibration, about, types, how, layers,
+                                               progress)
+        if out: out.save(net, tokenizer, record, *packed)
         if layers is not None: remove_checkpoint(layers)
     return PrunedModel(record, net, tokenizer, finished)

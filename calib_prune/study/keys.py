@@ -150,6 +150,7 @@ def cell_key(preset: dict[str, Any], cell: Cell) -> dict[str, Any]:
     method = METHODS[recipe.method]
     extras = {name: value for name, value in recipe.extras.items() if name != "recover"}
     settings = {k: pruning[k] for k in ("batch_tokens", *method.settings)} | extras
+    if recipe.quantise: settings["quantise"] = recipe.quantise.record
     if recipe.recover: key["recovery"] = _recovery_key(preset, recipe.recover, cell.seed)
     return key | dict(
         calibration=calibration_key(

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_prune.core import CalibPruneError
+from calib_prune.pruning.gptq import gptq, sweep_order
+from calib_prune.pruning.grids import BITS, Grid, imatrix, on_grid, rtn, scale_and_zero
 from calib_prune.pruning.hessian import SecondMoment
-from calib_prune.quantisation.gptq import gptq, sweep_order
-from calib_prune.quantisation.grids import BITS, Grid, imatrix, on_grid, rtn, scale_and_zero
 
 
 def layer(d_out=24, d_in=64, seed=0, dead=0):
@@ -120,7 +120,7 @@ def test_half_precision_comes_back_in_its_own_type(way):
 
 @pytest.mark.parametrize("wrong, says", [
     (lambda: rtn(WEIGHT, Grid(5)), "5 bits cannot be packed"),
-    (lambda: rtn(WEIGHT, Grid(4, 48)), "Groups of 48 do not divide 64 inputs: use 32"),
+    (lambda: rtn(WEIGHT, Grid(4, 48)), "Groups of 48 do not divide 64 inputs: use 64"),
     (lambda: gptq(WEIGHT, Grid(4, 32), HESSIAN, block=48), "splits a group of 32"),
     (lambda: gptq(WEIGHT, Grid(4, 32), HESSIAN, pattern="2:4", by_activation=True), "neighbours"),
     (lambda: gptq(WEIGHT, Grid(4, 32), HESSIAN, pattern="2:4", sparsity=0.9), "contradict"),

@@ -1,0 +1,147 @@
+"""Quantised models from the walk to the files: any family, resumed to the same bits, packed so that
+plain transformers loads the same weights."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from calib_prune.cli.app import app
+from calib_prune.core import CalibPruneError
+from calib_prune.model.loading import load_model, save_model
+from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
+from calib_prune.pipeline.prune import prune_model
+from calib_prune.pruning.grids import Quantisation
+from calib_prune.pruning.layers import detach_scales, get_weight, linear_names, scales_in
+from calib_prune.pruning.walk import prune
+
+HOW = Quantisation(3, 16, fitted=True)
+OWN = dict(windows=6, length=16, sparsity=0, quantise=HOW, dtype="float32")
+
+
+def windows(n=7, length=24):
+    return torch.randint(1, 264, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    "A folder with a tiny model, and text to calibrate on."
+    folder = tmp_path_factory.mktemp("dense")
+    save_model(tiny_llama(num_hidden_layers=3), tiny_tokenizer(), folder / "model", {})
+    text = folder / "own.txt"
+    text.write_text("\n\n".join(f"The {n} boys walked across the river, and sat." * 4
+                                for n in range(40)))
+    return folder / "model", text
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "imatrix"])
+@pytest.mark.parametrize("family", [*TINY_FAMILIES, *MIXTURES])
+def test_every_group_of_every_family_is_on_its_grid(family, method):
+    model = tiny_model(family)
+    report = prune(model, windows(), method, sparsity=0, quantise=Quantisation(2, 8))
+    assert len(report) == len(linear_names(model)) and report["error"].between(0, 1).all()
+    modules = dict(model.named_modules())
+    for name in {name.rpartition(".")[0] for name in scales_in(model)}:
+        groups = get_weight(modules[name]).reshape(-1, 8)
+        assert max(len(group.unique()) for group in groups) <= 4, name
+
+
+def test_a_resumed_run_has_the_same_weights_and_scales(tmp_path):
+    def stop(stage, done, total):
+        if done == 2: raise KeyboardInterrupt
+    how = dict(method="gptq", sparsity=0, quantise=HOW)
+    whole, halves = tiny_llama(num_hidden_layers=3), tiny_llama(num_hidden_layers=3)
+    prune(whole, windows(), **how)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tiny_llama(num_hidden_layers=3), windows(), checkpoint=tmp_path, progress=stop, **how)
+    report = prune(halves, windows(), checkpoint=tmp_path, **how)
+    assert report.attrs["restored_layers"] == 2
+    ours, theirs = detach_scales(halves), detach_scales(whole)
+    assert [*ours] == [*theirs] and len(ours) == 2 * 21
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for mine, other in zip(halves.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    with pytest.raises(CalibPruneError, match="quantise"):
+        prune(tiny_llama(num_hidden_layers=3), windows(), checkpoint=tmp_path,
+              **how | dict(quantise=Quantisation(4, 16)))
+
+
+@pytest.mark.parametrize("sparsity", [0, "2:4"])
+def test_a_packed_folder_holds_the_weights_of_the_dense_one(dense, tmp_path, sparsity):
+    model, text = dense
+    how = OWN | dict(calibration=str(text), method="gptq", sparsity=sparsity)
+    made = prune_model(model, tmp_path / "packed", form="packed", save_dtype="bfloat16", **how)
+    prune_model(model, tmp_path / "dense", save_dtype="bfloat16", **how)
+    values, _ = load_model(str(tmp_path / "dense"))
+    ours, _ = load_model(str(tmp_path / "packed"))
+    for (name, mine), other in zip(ours.named_parameters(), values.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "packed")("The river", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**ids).logits, values(**ids).logits, rtol=0.03, atol=0.03)
+
+    size = (tmp_path / "packed/model.safetensors").stat().st_size
+    assert made.record["bytes"]["packed"] < made.record["bytes"]["dense"]
+    assert made.record["bytes"]["packed"] == pytest.approx(size, rel=0.2)  # and its header
+    assert made.record["quantise"] == HOW.record
+
+
+def test_a_packed_folder_is_a_model_for_every_command(dense, tmp_path):
+    model, text = dense
+    prune_model(model, tmp_path / "packed", form="packed", calibration=str(text), method="gptq",
+                **OWN)
+    prune_model(tmp_path / "packed", tmp_path / "again", calibration=str(text), method="wanda",
+                windows=6, length=16)
+    again, _ = load_model(str(tmp_path / "again"))
+    assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text())
+    assert (again.model.layers[0].mlp.up_proj.weight == 0).float().mean() >= 0.5
+
+
+def quantize(*args): return CliRunner().invoke(app, ["quantize", *map(str, args)])
+
+
+def test_the_command_says_the_sizes(dense, tmp_path):
+    model, text = dense
+    given = ["--model", model, "--output", tmp_path / "q", "--calibration", text, "--windows", 6,
+             "--length", 16, "--group", 16, "--bits", 4, "--sparsity", "2:4"]
+    shown = quantize(*given)
+    assert shown.exit_code == 0 and "MB" in shown.output, shown.output
+    record = json.loads((tmp_path / "q/calib_prune.json").read_text())
+    assert record["achieved_sparsity"] >= 0.5 and record["quantise"]["bits"] == 4
+    assert not Path(f"{tmp_path}/q.layers").exists()
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (["--bits", 5], "5 bits cannot be packed"),
+    (["--group", 10], "Groups of 10 do not divide 32 inputs"),
+    (["--group", 24, "--format", "dense"], "do not divide"),
+    (["--method", "sparsegpt"], "does not quantise"),
+    (["--method", "rtn", "--sparsity", 0.5], "does not prune"),
+    (["--asymmetric"], "--format dense"),
+    (["--activation-order", "--sparsity", "2:4"], "neighbours"),
+    (["--scales", "best"], "use fitted or range"),
+    (["--format", "gguf"], "use dense or packed")])
+def test_contradicting_settings_are_refused_and_nothing_is_written(dense, tmp_path, wrong, says):
+    model, text = dense
+    run = quantize("--model", model, "--output", tmp_path / "q", "--calibration", text, "--windows",
+                   6, "--length", 16, *(["--group", 16] if "--group" not in wrong else []), *wrong)
+    assert isinstance(run.exception, CalibPruneError) and says in str(run.exception)
+    assert not (tmp_path / "q").exists()
+
+
+def test_prune_points_to_quantize(dense, tmp_path):
+    model, text = dense
+    with pytest.raises(CalibPruneError, match="calib-prune quantize --method gptq"):
+        prune_model(model, tmp_path / "p", method="gptq", calibration=str(text))
+
+
+def test_fused_experts_cannot_be_packed_and_are_refused_before_any_work(dense, tmp_path):
+    _, text = dense
+    save_model(tiny_model("mixtral"), tiny_tokenizer(), tmp_path / "mixtral", {})
+    with pytest.raises(CalibPruneError, match="--format dense"):
+        prune_model(tmp_path / "mixtral", tmp_path / "p", form="packed", calibration=str(text),
+                    method="rtn", **OWN | dict(quantise=Quantisation(4, 8)))
+    assert not (tmp_path / "p").exists()
