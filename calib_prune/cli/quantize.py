@@ -83,6 +83,13 @@ def quantize_command(
     calibration: Annotated[
         str, typer.Option(help="Calibration mix or your own text, as `prune --calibration`.")
     ] = "uniform-dimensions",
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="imatrix: an importance matrix of `calib-prune imatrix` or of llama.cpp, in place "
+            "of --calibration."
+        ),
+    ] = "",
     form: Annotated[
         str,
         typer.Option(
@@ -125,6 +132,7 @@ def quantize_command(
         done = prune_model(
             model, output, checkpoint_of(output) if checkpoint is None else checkpoint, progress,
             calibration=calibration, method=method, sparsity=sparsity, quantise=how, form=form,
+            statistics=statistics,
             windows=windows, length=length, seed=seed, dtype=dtype, save_dtype=save_dtype,
             block=whole_groups(group), device=device, damping=damping, layers=layers,
             exclude=exclude, revision=revision)

@@ -140,14 +140,16 @@ def _parse(head: _Cursor) -> Head:
 # %% ../../nbs/data/02_gguf.ipynb #a1c7e006
 NEEDED = "block_count", "embedding_length", "attention.head_count"  # sizes of any model
 
-def _check_head(head: Head, size: int) -> None:  # size: of the file
-    "Refuse a head that does not describe a model, or not the rest of the file."
+def _check_extent(head: Head, size: int) -> None:  # size: of the file
+    "Refuse a head that does not describe the rest of the file."
     if not head.tensors: raise ValueError("it holds no tensors")
     if head.end > size:
         raise ValueError(f"its tensors end at byte {head.end:,}, the file at {size:,}")
     if head.end + SLACK < size:
         raise ValueError(f"its tensors end at byte {head.end:,}, but the file has {size:,} bytes")
 
+def _check_head(head: Head) -> None:
+    "Refuse a head that does not describe a model."
     lacking = [key for key in NEEDED if f"{head.kind}.{key}" not in head.values]
     if not any(key.endswith(("norm_epsilon", "rms_epsilon")) for key in head.values):
         lacking.append("attention.layer_norm_rms_epsilon")
@@ -157,14 +159,17 @@ def _check_head(head: Head, size: int) -> None:  # size: of the file
         raise ValueError(f"block_count is {layers:,}, but it holds {len(head.tensors):,} tensors")
 
 # %% ../../nbs/data/02_gguf.ipynb #91d64484
-def read_head(path: Path) -> Head:
+def read_head(path: Path,
+              of_model: bool = True  # False: of other tensors, such as an importance matrix
+             ) -> Head:
     "Read the head of a GGUF file, and check that the file is what it says."
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             with mmap.mmap(file.fileno(), min(size, MOST_BYTES), access=mmap.ACCESS_READ) as data:
                 head = _parse(_Cursor(data))
-        _check_head(head, size)
+        _check_extent(head, size)
+        if of_model: _check_head(head)
     except struct.error: wrong = "it ends within its head"
     except (OSError, ValueError, KeyError, TypeError) as e: wrong = str(e)
     else: return head

@@ -16,7 +16,7 @@ import pandas as pd
 from torch import Tensor
 
 from ..calibration.sets import CalibrationSet, build_calibration
-from ..core import CalibPruneError, content_hash, unknown_name
+from ..core import CalibPruneError, content_hash, file_sha256, unknown_name
 from calib_prune.model.loading import (
     AUTO,
     OutputFolder,
@@ -40,9 +40,11 @@ from ..progress import ProgressFn
 from ..pruning.checkpoint import check_checkpoint, remove_checkpoint, weights_hash
 from ..pruning.experts import one_by_one
 from ..pruning.grids import Quantisation
+from ..pruning.importance import Importance, quantise_from, read_imatrix
 from calib_prune.pruning.layers import (
     Scope,
     decoder_layers,
+    dense_names,
     detach_scales,
     get_weight,
     prunable,
@@ -95,6 +97,7 @@ class PruneSettings:
     # of methods that quantise: see `pruning.grids.Quantisation` and `pruning.packed.FILE_FORMS`
     quantise: Quantisation | None = None
     form: str = "dense"            # of the saved weights: dense or packed
+    statistics: str = ""           # an importance matrix in place of calibration text
 
     def placed(self, model: str) -> "PruneSettings":
         "The settings with `auto` decided for a model."
@@ -134,6 +137,9 @@ class PruneSettings:
         check_sizes(self.batch_tokens, self.block, self.damping)
         check_quantisation(self.recipe, sparsity, pattern)
         check_form(self.form, self.quantise)
+        if self.statistics and self.method != "imatrix":
+            raise CalibPruneError(f"Method {self.method} needs more than the mean squares that"
+                                  " --statistics holds: use imatrix, or leave --statistics out.")
         as_device(self.device)
         if self.dtype != AUTO: as_dtype(self.dtype)
         if self.save_dtype != "same": as_dtype(self.save_dtype)
@@ -182,11 +188,17 @@ def draw_calibration(tokenizer, settings: PruneSettings) -> CalibrationSet:
 
 # %% ../../nbs/pipeline/02_prune.ipynb #0d95712b
 def prune_loaded(model,                        # pruned in place
-                 calibration: CalibrationSet, settings: PruneSettings,
+                 # an importance matrix: of the method imatrix alone
+                 calibration: CalibrationSet | Importance, settings: PruneSettings,
                  checkpoint: str | None = None,  # folder for finished layers; the caller removes it
                  progress: ProgressFn | None = None
                 ) -> pd.DataFrame:             # one row per linear map, see `pruning.walk.prune`
-    "Prune a loaded model on a calibration set."
+    "Prune or quantise a loaded model."
+    if isinstance(calibration, Importance):
+        calibration.check_model(weights_hash(model))
+        assert settings.quantise
+        return quantise_from(model, calibration, settings.quantise,
+                             dense_names(model, settings.scope))
     sparsity, pattern = parse_sparsity(settings.sparsity)
     return prune(
         model,
@@ -250,15 +262,25 @@ def _changing(model) -> set[str]:
     inside = {id(p) for p in decoder_layers(model).parameters() if p.ndim > 1}
     return {name for name, p in model.named_parameters() if id(p) in inside}
 
+# %% ../../nbs/pipeline/02_prune.ipynb #b6b19d80
+def _calibration_record(calibration: CalibrationSet | Importance, settings: PruneSettings
+                       ) -> dict[str, Any]:
+    "What a record says about the text."
+    if isinstance(calibration, CalibrationSet):
+        return dict(mix=settings.calibration, **calibration.record())
+    return dict(mix=" + ".join(calibration.texts), windows=calibration.windows,
+                length=calibration.length, statistics=file_sha256(Path(settings.statistics)))
+
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0014
-def _describe(model: str, calibration: CalibrationSet, settings: PruneSettings) -> dict[str, Any]:
+def _describe(model: str, calibration: CalibrationSet | Importance, settings: PruneSettings
+             ) -> dict[str, Any]:
     "What a record says before the work: the model, the calibration set and the settings."
     about = dict(
         model=model,
         model_revision=model_revision(model, settings.revision),
         method=settings.method,
         sparsity=str(settings.sparsity),
-        calibration=dict(mix=settings.calibration, **calibration.record()),
+        calibration=_calibration_record(calibration, settings),
         dtype=settings.dtype,
         device=settings.device,
         **settings.walk,
@@ -333,8 +355,8 @@ def _packed(net, scales: dict[str, Tensor], settings: PruneSettings) -> tuple:
     return packed_tensors(net, scales, how), packed_settings(net, scales, how)
 
 # %% ../../nbs/pipeline/02_prune.ipynb #43e03daa
-def _prune_and_record(net, calibration: CalibrationSet, about: dict[str, Any], types: tuple,
-                      settings: PruneSettings, checkpoint: str | None,
+def _prune_and_record(net, calibration: CalibrationSet | Importance, about: dict[str, Any],
+                      types: tuple, settings: PruneSettings, checkpoint: str | None,
                       progress: ProgressFn | None
                       # record, and the packed file as `OutputFolder.save` takes it
                      ) -> tuple[dict[str, Any], tuple]:
@@ -347,7 +369,7 @@ def _prune_and_record(net, calibration: CalibrationSet, about: dict[str, Any], t
     if packed: sizes["packed"] = tensor_bytes(packed[0])
     return about | dict(
         bytes=sizes,
-        checkpoint=report.attrs["checkpoint"],
+        checkpoint=report.attrs.get("checkpoint"),
         weights=weights_hash(net),
         **{name: getattr(settings, name) for name in ("save_dtype", "offload", "revision")},
         saved_dtype=stored.dtype,
@@ -383,6 +405,7 @@ def prune_model(
     _check_start(asked, out_name, layers)
     how = asked.placed(name)
     finished = _may_be_finished(out_name, layers)
+    matrix = read_imatrix(how.statistics) if how.statistics else None
     with _place(out_name, finished) as out:
         device = "cpu" if how.offload else how.device
         net, tokenizer = load_model(name, how.dtype, device, how.revision)
@@ -390,7 +413,7 @@ def prune_model(
         types = saved_type(how.save_dtype, name, how.revision)
         check_saved_type(net, *types, changing=_changing(net))
         if how.form == "packed": check_packable(net)
-        calibration = draw_calibration(tokenizer, how)
+        calibration = matrix or draw_calibration(tokenizer, how)
         about = _describe(name, calibration, how)
         packed: tuple = ()
         if finished and out_name:

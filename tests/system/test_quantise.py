@@ -14,6 +14,7 @@ from calib_prune.model.loading import load_model, save_model
 from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
 from calib_prune.pipeline.prune import prune_model
 from calib_prune.pruning.grids import Quantisation
+from calib_prune.pruning.importance import read_imatrix
 from calib_prune.pruning.layers import detach_scales, get_weight, linear_names, scales_in
 from calib_prune.pruning.walk import prune
 
@@ -145,3 +146,42 @@ def test_fused_experts_cannot_be_packed_and_are_refused_before_any_work(dense, t
         prune_model(tmp_path / "mixtral", tmp_path / "p", form="packed", calibration=str(text),
                     method="rtn", **OWN | dict(quantise=Quantisation(4, 8)))
     assert not (tmp_path / "p").exists()
+
+
+def imatrix(*args): return CliRunner().invoke(app, ["imatrix", *map(str, args)])
+
+
+def test_an_importance_matrix_serves_many_settings(dense, tmp_path):
+    model, text = dense
+    small = ["--windows", 6, "--length", 16]
+    files = [tmp_path / f"{n}.imatrix.gguf" for n in range(2)]
+    for seed, file in enumerate(files):
+        more = ["--merge", files[0]] if seed else []
+        made = imatrix("--model", model, "--calibration", text, "--output", file, "--seed", seed,
+                       *small, *more)
+        assert made.exit_code == 0 and "llama-quantize" in made.output, made.output
+    assert set(read_imatrix(files[1]).counts.values()) == {2 * 6 * 16}
+    for bits in (2, 4):
+        shown = quantize("--model", model, "--output", tmp_path / f"q{bits}", "--bits", bits,
+                         "--method", "imatrix", "--group", 16, "--statistics", files[1])
+        assert shown.exit_code == 0, shown.output
+        record = json.loads((tmp_path / f"q{bits}/calib_prune.json").read_text())
+        assert record["calibration"]["statistics"] and record["bytes"]["packed"]
+        load_model(str(tmp_path / f"q{bits}"))
+
+
+def test_statistics_of_another_model_are_refused(dense, tmp_path):
+    model, text = dense
+    save_model(tiny_llama(seed=5, num_hidden_layers=3), tiny_tokenizer(), tmp_path / "other", {})
+    file = tmp_path / "x.imatrix.gguf"
+    given = ["--calibration", text, "--windows", 6, "--length", 16]
+    assert imatrix("--model", model, "--output", file, *given).exit_code == 0
+    again = imatrix("--model", model, "--output", file, *given)
+    assert "exists" in str(again.exception)
+    merged = imatrix("--model", tmp_path / "other", "--output", tmp_path / "y.gguf", "--merge",
+                     file, *given)
+    assert "another model" in str(merged.exception) and not (tmp_path / "y.gguf").exists()
+    for how, says in ((["--method", "imatrix"], "another hash"), ([], "use imatrix")):
+        run = quantize("--model", tmp_path / "other", "--output", tmp_path / "q", "--group", 16,
+                       "--statistics", file, *how)
+        assert says in str(run.exception) and not (tmp_path / "q").exists()
