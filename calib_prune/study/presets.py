@@ -124,6 +124,7 @@ class HeldoutForm(Form):
     source: Text
     documents: Count
     window: Annotated[int, Field(ge=2, le=2**40)]  # tokens: the first one is not predicted
+    divergence: bool = False  # also measured there: KL divergence from the dense model
 
 # %% ../../nbs/study/03_presets.ipynb #79a7e0b4
 class HardwareForm(Form):

@@ -1,14 +1,17 @@
 """Quantised models from the walk to the files: any family, resumed to the same bits, packed so that
 plain transformers loads the same weights."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from calib_prune.cli.app import app
+from calib_prune.cli.reproduce import check_names
 from calib_prune.core import CalibPruneError
 from calib_prune.model.loading import load_model, save_model
 from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
@@ -17,6 +20,10 @@ from calib_prune.pruning.grids import Quantisation
 from calib_prune.pruning.importance import read_imatrix
 from calib_prune.pruning.layers import detach_scales, get_weight, linear_names, scales_in
 from calib_prune.pruning.walk import prune
+from calib_prune.study.keys import cell_key
+from calib_prune.study.presets import cells, load_preset
+from tests.processes import finish, start
+from tests.tiny_study import tiny_study
 
 HOW = Quantisation(3, 16, fitted=True)
 OWN = dict(windows=6, length=16, sparsity=0, quantise=HOW, dtype="float32")
@@ -185,3 +192,45 @@ def test_statistics_of_another_model_are_refused(dense, tmp_path):
         run = quantize("--model", tmp_path / "other", "--output", tmp_path / "q", "--group", 16,
                        "--statistics", file, *how)
         assert says in str(run.exception) and not (tmp_path / "q").exists()
+
+
+METHODS = ["sparsegpt", "gptq+bits=3+group=16+fitted"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkout")
+    save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
+    (root / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(500)))
+    tiny_study(root, root / "tiny", dict(own=str(root / "a.txt")), 4, 64, tasks="sciq", limit=4)
+    preset = yaml.safe_load((root / "tiny.yaml").read_text())
+    preset["grid"][0] |= dict(methods=METHODS[1:], sparsities=["0"])
+    preset["heldout"]["divergence"], preset["tables"] = True, ["quantisation"]
+    (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
+    return root
+
+
+@pytest.mark.real
+def test_a_study_quantises_and_measures_the_divergence(checkout):
+    finish(start("reproduce", "--preset", "tiny.yaml", "--jobs", "1", cwd=checkout, session=True,
+                 PYTHONPATH=str(checkout)), 0)
+    made = json.loads((checkout / f"results/tiny/own-{METHODS[1]}-0-n4-s0.json").read_text())
+    scores = {row["metric"]: row["score"] for row in made["rows"]}
+    assert scores["KL divergence, bits per token"] > 0
+    key = made["record"]["key"]
+    assert key["pruning"]["quantise"] == HOW.record and key["versions"]["gptq"] == 1
+    assert key["heldout"]["divergence"] is True
+    table = (checkout / "figures/tiny/T21-quantisation.md").read_text()
+    assert "GPTQ, 3 bits, groups of 16, fitted" in table and "KL, bits per token" in table
+    assert (checkout / "figures/tiny/F17-quantisation.png").is_file()
+
+
+def test_keys_hold_bits_and_groups(checkout):
+    preset = load_preset(checkout / "tiny.yaml")
+    (cell,) = [cell for cell in cells(preset) if cell.method]
+    keys = [cell_key(preset, replace(cell, method=f"gptq+bits={bits}+group=16"))["pruning"]
+            for bits in (2, 3)]
+    assert keys[0] != keys[1] and keys[0]["quantise"]["bits"] == 2
+    with pytest.raises(CalibPruneError, match="does not prune"):
+        check_names(preset | dict(grid=[preset["grid"][0] | dict(
+            methods=["rtn+bits=3"], sparsities=[0.5])]))
