@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['GPTQ_3', 'IMATRIX_3', 'RTN_3', 'SPARSE_4', 'EQUAL_KINDS', 'WEB_TEXT', 'CODE_TEXT', 'HYPOTHESES_OF_QUANTISATION',
-           'bits_per_weight', 'quantisation_quantities', 'quantisation_rows', 'quantisation_verdicts', 'turned_share',
-           'change_rows', 'compressed_rows', 'compressed_table', 'quantisation_message', 'quantisation_figure']
+           'DODGE', 'bits_per_weight', 'quantisation_quantities', 'quantisation_rows', 'quantisation_verdicts',
+           'turned_share', 'change_rows', 'compressed_rows', 'compressed_table', 'quantisation_message',
+           'quantisation_figure']
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1cb20872
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,16 +174,35 @@ def compressed_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `compressed_ro
 # %% ../../nbs/questions/23_quantisation.ipynb #d28f59bb
 _METHOD_LOOKS = {"sparsegpt": ("C0", "o"), "gptq": ("C1", "s"), "imatrix": ("C2", "D"),
                  "rtn": ("0.4", "X")}
+DODGE = 0.035  # of the logarithm of the bits, between models of equal size
 
-def _look(method: str) -> dict[str, Any]:
+def _look(method: str, sparsity: str) -> dict[str, Any]:
+    "Colour and shape of a method; hollow: also a pattern of zeros, or scales of the range."
     colour, marker = _METHOD_LOOKS.get(method.partition("+")[0], ("C5", "v"))
-    return dict(color=colour, fmt=marker, markersize=5, linewidth=1.1)
+    how = read_recipe(method).quantise
+    usual = how.fitted or method.startswith("imatrix") if how else True
+    hollow = ":" in sparsity or not usual
+    return dict(color=colour, fmt=marker, markersize=5, linewidth=1.1,
+                markerfacecolor="white" if hollow else colour)
+
+def _short(method: str, sparsity: str) -> str:
+    "A name without the settings that all models share."
+    how, base = read_recipe(method).quantise, method_label(method).partition(",")[0]
+    if not how: return _with_sparsity(method, sparsity)
+    words = [base, f"{how.bits} bits"]
+    if ":" in sparsity: words.append(sparsity)
+    if not how.fitted and not method.startswith("imatrix"): words.append("scales of the range")
+    return ", ".join(words)
 
 def _size_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of the total
     "Total retention against bits per weight; round to nearest has no text."
     shown = rows[(rows["strategy"] == EQUAL_KINDS) | rows["method"].str.startswith("rtn")]
+    beside: Counter[float] = Counter()
     for (method, sparsity), mine in shown.groupby(["method", "sparsity"], sort=False):
-        error_bars(ax, mine["bits"], mine, label=_with_sparsity(method, sparsity), **_look(method))
+        bits = mine["bits"].iloc[0]
+        at = mine["bits"] * np.exp(DODGE * beside[bits])
+        beside[bits] += 1
+        error_bars(ax, at, mine, label=_short(method, sparsity), **_look(method, sparsity))
     ax.set(xscale="log", xticks=[2, 3, 4, 8, 16], xticklabels=[2, 3, 4, 8, 16],
            xlabel="bits per weight of the linear maps", ylabel="total retention, %")
     ax.minorticks_off()
@@ -195,7 +216,7 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
         mine = rows[(rows["method"] == method) & (rows["sparsity"] == sparsity)]
         shift = 0.35 - 0.7 * number / max(1, len(settings) - 1)
         places = mine["strategy"].map({name: -at for at, name in enumerate(texts)}) + shift
-        error_bars(ax, places, mine, horizontal=True, **_look(method))
+        error_bars(ax, places, mine, horizontal=True, **_look(method, sparsity))
     ax.set(yticks=[-at for at in range(len(texts))], yticklabels=texts,
            xlabel="Code retention, %")
 
