@@ -22,7 +22,7 @@ from .measured import Advice
 from .nearest import QuickAdvice
 from ..core import as_path, write_atomic
 from ..pipeline.prune import PruneSettings
-from ..statistics.plots import forest_figure, method_label, sparsity_label
+from ..statistics.plots import forest_figure, sparsity_label
 from ..statistics.tables import interval_text
 from ..style import paper_style, save_figure
 
@@ -81,14 +81,16 @@ def round_lines(advice: Advice) -> list[dict[str, Any]]:
 
 # %% ../../nbs/advice/08_pages.ipynb #41189b63
 def prune_command_line(model: str, calibration: str, settings: PruneSettings) -> str:
-    "The command that prunes with a mix, with every setting that is not the default."
+    "The command that prunes or quantises with a mix, with all settings that are not the default."
+    how, packs = settings.quantise, ("quantise", "form", "block") if settings.quantise else ()
     given = {"calibration": calibration, "method": settings.method,
-             "sparsity": str(settings.sparsity)}
+             "sparsity": str(settings.sparsity)} | ({} if how is None else {
+                 "bits": how.bits, "group": how.group})
     for setting in fields(settings):
         value = getattr(settings, setting.name)
-        if setting.name not in ("seed", *given) and value != setting.default:
+        if setting.name not in ("seed", *packs, *given) and value != setting.default:
             given[setting.name.replace("_", "-")] = value
-    parts = ["calib-prune", "prune", "--model", model]
+    parts = ["calib-prune", "quantize" if how else "prune", "--model", model]
     for name, value in given.items():
         parts += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join([*parts, "--output", "pruned"])
@@ -120,7 +122,7 @@ def advice_page(advice: Advice) -> str:  # Markdown
     search, how = advice.search, advice.search.trials.settings
     command = prune_command_line(search.trials.model, advice.calibration, how)
     at = how.sparsity if ":" in str(how.sparsity) else float(how.sparsity)
-    method = f"{method_label(how.method)} at {sparsity_label(at)}"
+    method = how.recipe.label + (f" at {sparsity_label(at)}" if at else "")
     parts = [
         f"# Calibration data for {search.trials.model}",
         f"Need: {advice.need.asked}. **Take `{advice.calibration}`.** {advice.verdict}",

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHOWN_TASKS', 'UNUSED', 'ANSWER_TOKENS', 'LAYERS_STEM', 'REPORT_FILES', 'REPORT_VERSION', 'HELDOUT_NAME',
            'HELDOUT_DOCUMENTS', 'DIVERGENCE_WINDOWS', 'CARD_MARK', 'written_answer', 'example_answers',
-           'check_report_files', 'Report', 'report_on', 'settings_lines', 'retention_lines_of', 'flip_lines',
-           'report_page', 'model_card', 'save_report']
+           'check_report_files', 'Report', 'report_on', 'recipe_of', 'report_title', 'settings_lines',
+           'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
 
 # %% ../../nbs/advice/09_report.ipynb #f20ef76f
 import json
@@ -32,7 +32,10 @@ from ..model.perplexity import Perplexity, perplexity
 from ..pipeline.evaluate import Evaluation, evaluate_model
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
-from ..statistics.plots import error_by_layer, method_label
+from ..pruning.grids import Quantisation
+from ..pruning.masks import parse_sparsity
+from ..pruning.methods import MethodSteps
+from ..statistics.plots import error_by_layer
 from ..style import paper_style, save_figure
 
 # %% ../../nbs/advice/09_report.ipynb #edcaf16b
@@ -133,18 +136,32 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
                   example_answers(whole, part, tokenizer))
 
 # %% ../../nbs/advice/09_report.ipynb #3ee96ed4
+def recipe_of(record: dict[str, Any]) -> MethodSteps:
+    "The method of a record, with its quantisation."
+    how = record.get("quantise")
+    return MethodSteps(record["method"], quantise=Quantisation(**how) if how else None)
+
+def report_title(record: dict[str, Any]) -> str:
+    "The dense model, and what was done to it."
+    zeros = f" at {record['sparsity']} sparsity"
+    if not record.get("quantise"): return record["model"] + zeros
+    return f"{record['model']}: {recipe_of(record).label}" + (
+        zeros if float(parse_sparsity(record["sparsity"])[0]) else "")
+
 def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
-    "How the model was pruned."
+    "How the model was made."
     mix = record["calibration"]
     shown = {"dense model": record["model"], "revision": record["model_revision"],
-             "method": method_label(record["method"]),
+             "method": recipe_of(record).label,
              "sparsity asked for": record["sparsity"],
              "zeros in the decoder layers": f"{100 * record['achieved_sparsity']:.2f} %",
              "calibration": mix["mix"], "seed": mix["seed"],
              "calibration windows": f"{mix['windows']} of {mix['length']} tokens",
              "mean error of the layers": f"{record['mean_error']:.4f}",
              "type of the weights": record["saved_dtype"],
-             "quantised before pruning": record.get("quantised_type") or "no"}
+             "quantised before": record.get("quantised_type") or "no"}
+    sizes = [f"{name} {size / 1e6:,.1f} MB" for name, size in record.get("bytes", {}).items()]
+    if sizes: shown["size of the weights"] = ", ".join(sizes)
     return [{"setting": name, "value": str(value)} for name, value in shown.items()]
 
 # %% ../../nbs/advice/09_report.ipynb #b1d21b2c
@@ -186,7 +203,7 @@ def report_page(report: Report) -> str:  # Markdown
     "The report in words, tables and a figure."
     evaluation, far = report.evaluation, report.divergence
     surprise = {name: found.per("token") for name, found in report.perplexities.items()}
-    parts = [f"# {report.record['model']} at {report.record['sparsity']} sparsity",
+    parts = [f"# {report_title(report.record)}",
              evaluation.verdict or "", *evaluation.floor_notes,
              "## How it was pruned", markdown_table(settings_lines(report.record)),
              "## Retention", markdown_table(retention_lines_of(evaluation)),

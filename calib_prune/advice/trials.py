@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCREEN', 'TUNING', 'CONFIRMING', 'SLICE_ITEMS', 'ENOUGH', 'FEWEST_OF_TASK', 'STATE_FILE', 'STATE_VERSION',
-           'FOLDER_LOCK', 'TIMES_FILE', 'SCREEN_SHARE', 'SCREEN_SEED', 'Slice', 'is_own', 'most_items', 'own_skip',
-           'item_limits', 'Trials', 'hold_folder', 'dense_items', 'longest_seconds', 'trial_items', 'is_kept',
-           'source_squares', 'measure_sources', 'screen_items', 'usable_mixes']
+           'FOLDER_LOCK', 'TIMES_FILE', 'SCREEN_SHARE', 'SCREEN_SEED', 'SCREEN_SPARSITY', 'Slice', 'is_own',
+           'most_items', 'own_skip', 'item_limits', 'Trials', 'hold_folder', 'dense_items', 'longest_seconds',
+           'trial_items', 'is_kept', 'source_squares', 'measure_sources', 'screen_items', 'usable_mixes']
 
 # %% ../../nbs/advice/04_trials.ipynb #0e1d731d
 import io
@@ -108,6 +108,8 @@ class Trials:
     def identity(self) -> dict[str, Any]:
         "What the trials of a folder have in common."
         how = {k: v for k, v in asdict(self.settings).items() if k not in ("calibration", "seed")}
+        if not self.settings.quantise:  # folders that are older than quantisation go on
+            for name in ("quantise", "form", "statistics"): how.pop(name)
         tasks = {part: [*names] for part, names in self.tasks.items()}
         own = {task: content_hash(task_items(TASKS[task]))
                for task in tasks.get(CONFIRMING.name, ()) if is_own(task)}
@@ -228,6 +230,8 @@ def measure_sources(trials: Trials, mixes: Sequence[str]) -> float:  # seconds p
     return longest_seconds(trials, "sources", measure) / (len(sources) * windows)
 
 # %% ../../nbs/advice/04_trials.ipynb #deca1159
+SCREEN_SPARSITY = 0.5  # of the screening of a method that quantises
+
 def screen_items(trials: Trials, mix: str) -> pd.DataFrame:
     "The answers of the model that was pruned with a mix in one shot."
     how = trials.settings
@@ -235,7 +239,8 @@ def screen_items(trials: Trials, mix: str) -> pd.DataFrame:
         net, tokenizer = trials.load()
         shares = parse_mix(mix)
         squares = {name: source_squares(trials, name, net, tokenizer) for name in shares}
-        sparsity, pattern = parse_sparsity(how.sparsity)
+        # with codes instead of zeros too: a mask shows which inputs a text makes important (ours)
+        sparsity, pattern = parse_sparsity(SCREEN_SPARSITY if how.quantise else how.sparsity)
         prune_one_shot(net, mixed_squares(squares, shares), sparsity, pattern,
                        how.scope)
         return _score(trials, net, tokenizer, SCREEN)

@@ -15,6 +15,7 @@ from ..model.loading import RECORD_FILE, model_revision
 from .prune import prune_model
 from .records import versions
 from ..progress import ProgressFn
+from ..pruning.grids import Quantisation
 
 # %% ../../nbs/pipeline/04_again.ipynb #f7570b07
 COPIED = ("method", "sparsity", "dtype", "device", "batch_tokens", "block", "damping", "refine",
@@ -25,6 +26,7 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     text = record["calibration"]
     drawn = {name: text[name] for name in ("windows", "length", "seed")}
     kept = {name: record[name] for name in COPIED if name in record}
+    if "quantise" in record: kept["quantise"] = Quantisation(**record["quantise"])
     return dict(calibration=text["mix"], **drawn, **kept, **record.get("scope", {}))
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -39,6 +41,9 @@ def check_record(record: dict[str, Any]) -> None:
     if "recovery" in record:
         raise CalibPruneError("The model was trained after pruning (`calib-prune recover`). The "
                               "record of the pruned model can be made again, this one cannot.")
+    if "statistics" in record["calibration"]:
+        raise CalibPruneError("The model was made from an importance matrix, and the record does"
+                              " not hold it: repeat `calib-prune quantize --statistics`.")
     now = versions()
     older = [f"{stage} {version} (here {now.get(stage, 'none')})"
              for stage, version in record["versions"].items() if now.get(stage) != version]

@@ -64,6 +64,11 @@ class Quantisation:
     def grid(self) -> Grid: return Grid(self.bits, self.group, self.symmetric)
 
     @property
+    def block(self) -> int:
+        "Inputs of a block of the sweep: about 128, and no block splits a group."
+        return -(-128 // self.group) * self.group if self.group > 0 else 128
+
+    @property
     def record(self) -> dict[str, Any]: return asdict(self)
 
     @property

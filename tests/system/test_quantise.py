@@ -10,12 +10,16 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from calib_prune.advice.pages import prune_command_line
+from calib_prune.advice.report import report_title
+from calib_prune.cli.advise import method_settings
 from calib_prune.cli.app import app
 from calib_prune.cli.reproduce import check_names
 from calib_prune.core import CalibPruneError
 from calib_prune.model.loading import load_model, save_model
 from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
-from calib_prune.pipeline.prune import prune_model
+from calib_prune.pipeline.again import prune_again
+from calib_prune.pipeline.prune import PruneSettings, prune_model
 from calib_prune.pruning.grids import Quantisation
 from calib_prune.pruning.importance import read_imatrix
 from calib_prune.pruning.layers import detach_scales, get_weight, linear_names, scales_in
@@ -234,3 +238,24 @@ def test_keys_hold_bits_and_groups(checkout):
     with pytest.raises(CalibPruneError, match="does not prune"):
         check_names(preset | dict(grid=[preset["grid"][0] | dict(
             methods=["rtn+bits=3"], sparsities=[0.5])]))
+
+
+@pytest.mark.parametrize("method, bits, line", [
+    ("gptq", 3, "calib-prune quantize --model m --calibration codeio --method gptq --sparsity 0"
+                " --bits 3 --group 64 --output pruned"),
+    ("admm", None, "calib-prune prune --model m --calibration codeio --method admm --sparsity 0.5"
+                   " --output pruned")])
+def test_advice_ends_in_the_command_of_its_method(method, bits, line):
+    settings = PruneSettings(**method_settings(method, None, bits, 64))
+    settings.check()
+    assert prune_command_line("m", "codeio", settings) == line
+    with pytest.raises(CalibPruneError, match="quantize --method gptq"):
+        PruneSettings(**method_settings("gptq", None, None, 64)).check()
+
+
+def test_a_record_makes_the_quantised_model_again(dense, tmp_path):
+    model, text = dense
+    prune_model(model, tmp_path / "q", form="packed", calibration=str(text), method="gptq", **OWN)
+    again = prune_again(tmp_path / "q")
+    assert again.same_weights and again.after["quantise"] == HOW.record
+    assert report_title(again.after) == f"{model}: GPTQ, 3 bits, groups of 16, fitted"
