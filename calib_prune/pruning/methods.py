@@ -99,9 +99,9 @@ METHODS: dict[str, Method] = {method.name: method for method in (
            partial(_minimax, rounds=1), 3, 2.5, ("block", "damping"), by_group=True),
     Method("minimax", "SparseGPT, minimax", "second moments of each dimension",
            partial(_minimax, rounds=8), 3, 2.5, ("block", "damping"), by_group=True),
-    Method("rtn", "Round to nearest", "nothing", _rtn, 1, 2.0, quantises=True, prunes=False),
+    Method("rtn", "Round to nearest", "nothing", _rtn, 1, 2.3, quantises=True, prunes=False),
     Method("gptq", "GPTQ", "second moments", _gptq, 1, 3.0, ("block", "damping"), quantises=True),
-    Method("imatrix", "Importance matrix", "input norms", _imatrix, 1, 2.0, quantises=True,
+    Method("imatrix", "Importance matrix", "input norms", _imatrix, 1, 2.3, quantises=True,
            prunes=False),
 )}
 

@@ -123,6 +123,8 @@ ARTEFACTS: dict[str, Artefact] = {
                  "quantisation"),
         Artefact("F17", "quantisation", "Retention against bits per weight, and by text",
                  "quantisation"),
+        Artefact("T22", "scale", "Differences in retention on models of three sizes", "scale"),
+        Artefact("F18", "scale", "Differences in retention on models of three sizes", "scale"),
         Artefact("T20", "hypotheses", "Verdicts on the hypotheses on the third model",
                  "third_model"),
         Artefact("T10", "pruners", "Retention and cost of pruning methods", "pruners"),
