@@ -82,7 +82,7 @@ def round_lines(advice: Advice) -> list[dict[str, Any]]:
 # %% ../../nbs/advice/08_pages.ipynb #41189b63
 def prune_command_line(model: str, calibration: str, settings: PruneSettings) -> str:
     "The command that prunes or quantises with a mix, with all settings that are not the default."
-    how, packs = settings.quantise, ("quantise", "form", "block") if settings.quantise else ()
+    how, packs = settings.quantise, ("quantise", "block") if settings.quantise else ()
     given = {"calibration": calibration, "method": settings.method,
              "sparsity": str(settings.sparsity)} | ({} if how is None else {
                  "bits": how.bits, "group": how.group})
@@ -134,7 +134,9 @@ def advice_page(advice: Advice) -> str:  # Markdown
         "floor is the dense model after another item's prompt.",
         "## What is distinguishable", markdown_table(lead_lines(advice)), advice.more,
         "## All candidates", markdown_table(round_lines(advice)),
-        "Screening: pruned with Wanda and the inputs of the dense model. Score: pruned as asked, "
+        "Screening: pruned with Wanda and the inputs of the dense model"
+        f"{' at 50 %' if how.quantise else ''}. Score: {'quantised' if how.quantise else 'pruned'}"
+        " as asked, "
         "mean of the draws. Both are on tuning items, so they are not comparable with the table "
         "above, which has other items.",
         "## Without pruning",

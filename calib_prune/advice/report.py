@@ -155,13 +155,15 @@ def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
              "method": recipe_of(record).label,
              "sparsity asked for": record["sparsity"],
              "zeros in the decoder layers": f"{100 * record['achieved_sparsity']:.2f} %",
-             "calibration": mix["mix"], "seed": mix["seed"],
+             "calibration": mix["mix"], "seed": mix.get("seed", "–"),
              "calibration windows": f"{mix['windows']} of {mix['length']} tokens",
              "mean error of the layers": f"{record['mean_error']:.4f}",
              "type of the weights": record["saved_dtype"],
              "quantised before": record.get("quantised_type") or "no"}
-    sizes = [f"{name} {size / 1e6:,.1f} MB" for name, size in record.get("bytes", {}).items()]
-    if sizes: shown["size of the weights"] = ", ".join(sizes)
+    sizes = {name: f"{size / 1e6:,.1f} MB" for name, size in record.get("bytes", {}).items()}
+    if sizes:
+        packed = f", {sizes['packed']} in the file" if "packed" in sizes else ""
+        shown["size of the weights"] = f"{sizes['dense']} in {record['saved_dtype']}{packed}"
     return [{"setting": name, "value": str(value)} for name, value in shown.items()]
 
 # %% ../../nbs/advice/09_report.ipynb #b1d21b2c
@@ -196,7 +198,7 @@ def _answer_parts(answers: list[dict[str, str]]) -> list[str]:
 # %% ../../nbs/advice/09_report.ipynb #bc8a5c9b
 def _seen_note(record: dict[str, Any]) -> str:
     "Says that the articles were calibration text, if they were."
-    seen = HELDOUT_NAME in record["calibration"]["sources"]
+    seen = HELDOUT_NAME in record["calibration"].get("sources", ())
     return ", **a source of the calibration text**" if seen else ""
 
 def report_page(report: Report) -> str:  # Markdown
@@ -205,7 +207,7 @@ def report_page(report: Report) -> str:  # Markdown
     surprise = {name: found.per("token") for name, found in report.perplexities.items()}
     parts = [f"# {report_title(report.record)}",
              evaluation.verdict or "", *evaluation.floor_notes,
-             "## How it was pruned", markdown_table(settings_lines(report.record)),
+             "## How it was made", markdown_table(settings_lines(report.record)),
              "## Retention", markdown_table(retention_lines_of(evaluation)),
              f"{evaluation.measure.label}: {evaluation.measure.about}. The floor is the dense "
              "model after another item's prompt. Intervals cover the items, not the draw of the "
@@ -237,8 +239,9 @@ def _base_line(model: str) -> str:
 
 def model_card(report: Report) -> str:
     "A README for the folder: the hub reads its first lines."
+    made = "quantised" if report.record.get("quantise") else "pruned"
     head = (f"---\n{_base_line(report.record['model'])}library_name: transformers\n"
-            "tags: [pruned, calib-prune]\n---\n")
+            f"tags: [{made}, calib-prune]\n---\n")
     return f"{head}{CARD_MARK}\n\n{report_page(report)}\nThe licence is the dense model's.\n"
 
 def save_report(report: Report, folder: str | Path) -> list[Path]:

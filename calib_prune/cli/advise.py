@@ -48,8 +48,11 @@ def show_quick(quick: Any, model: str, settings: Any) -> None:  # settings: `Pru
         show_table(regret_lines(quick), "regret on the studied models: points of retention below "
                    "the best set [95 % interval]; SparseGPT at 50 %")
     else: print_lines(["The regret of this rule for this need was not measured."])
+    how = settings.quantise
+    more = ["--method", settings.method, "--bits", str(how.bits), "--group", str(how.group)]
     again = shlex.join(["calib-prune", "advise", "--model", model, "--need", quick.need.asked,
-                        "--minutes", "15"])
+                        "--minutes", "15", *(more if how else [])])
+    if how: print_lines(["The rule was measured with pruning, not with quantisation."])
     print_lines(["", prune_command_line(model, quick.calibration, settings), "",
                  f"To choose by pruning: {again}"])
 
@@ -73,7 +76,7 @@ def show_advice(advice: Any, files: list[Path]) -> None:
     trials = advice.search.trials
     command = prune_command_line(trials.model, advice.calibration, trials.settings)
     show_table(round_lines(advice), "candidates: scores on the tuning items; screening prunes with "
-               "Wanda in one shot")
+               "Wanda in one shot" + (" at 50 %" if trials.settings.quantise else ""))
     show_table(finalist_lines(advice), f"finalists, on what the need counts ({advice.need.asked}), "
                "fresh items and fresh draws")
     show_table(retention_cells(advice), "retention in %, simultaneous 95 % intervals")
@@ -101,11 +104,14 @@ def method_settings(method: str, sparsity: str | None, bits: int | None, group: 
     from calib_prune.pruning.methods import METHODS, check_method
     check_method(method)
     quantises = METHODS[method].quantises
+    if METHODS[method].needs == "nothing":
+        raise CalibPruneError(f"Method {method} uses no calibration text, so there is nothing to"
+                              " choose: use gptq, imatrix or a pruning method.")
     usual = "0" if quantises else "0.5"
     settings: dict[str, Any] = dict(method=method, sparsity=sparsity or usual)
     if bits is None: return settings
     how = Quantisation(bits, group, fitted=method != "imatrix")
-    return settings | dict(quantise=how, form="packed", block=how.block)
+    return settings | dict(quantise=how, block=how.block)
 
 # %% ../../nbs/cli/11_advise.ipynb #9cd09c00
 def _check_minutes(minutes: float) -> None:

@@ -6,12 +6,19 @@
 __all__ = ['imatrix_command']
 
 # %% ../../nbs/cli/16_imatrix.ipynb #93abc148
+import shlex
 import time
 from typing import Annotated, Optional
 
 import typer
 
-from .output import DeviceOption, JsonOption, print_json, show_table
+from calib_prune.cli.output import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    print_json,
+    show_table,
+)
 from ..core import CalibPruneError, as_path
 
 # %% ../../nbs/cli/16_imatrix.ipynb #ecb79e88
@@ -30,7 +37,11 @@ def imatrix_command(
     windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 0,
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    revision: Annotated[
+        Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")
+    ] = None,
     batch_tokens: Annotated[
         int, typer.Option(help="Tokens that pass through the model at a time.")
     ] = 2048,
@@ -38,14 +49,15 @@ def imatrix_command(
 ) -> None:
     "Write the importance matrix of a calibration mix, for `llama-quantize --imatrix`."
     from calib_prune.calibration.sets import build_calibration
-    from calib_prune.model.loading import load_model
+    from calib_prune.model.loading import load_model, model_revision
     from calib_prune.pruning.importance import importance_of, read_imatrix, write_imatrix
     file = as_path(output, "an importance matrix")
     if file.exists(): raise CalibPruneError(f"Output {file} exists: choose another name.")
     others, began = [read_imatrix(name) for name in merge or ()], time.perf_counter()
-    net, tokenizer = load_model(model, device=device)
+    net, tokenizer = load_model(model, dtype, device, revision)
     text = build_calibration(calibration, tokenizer, windows, length, seed)
-    matrix = importance_of(net, text.tokens, calibration, batch_tokens)
+    matrix = importance_of(net, text.tokens, calibration, batch_tokens,
+                           model_revision(model, revision))
     for other in others: matrix = matrix.plus(other)
     write_imatrix(matrix, file)
     brief = dict(output=str(file), texts=" + ".join(matrix.texts), maps=len(matrix.sums),
@@ -53,4 +65,5 @@ def imatrix_command(
                  seconds=round(time.perf_counter() - began, 1))
     if as_json: return print_json(brief | dict(calibration=text.record()))
     show_table([brief])
-    print(f"\nFor llama.cpp: llama-quantize --imatrix {file} MODEL.gguf SMALL.gguf Q4_K_M")
+    use = shlex.join(["llama-quantize", "--imatrix", str(file), "MODEL.gguf", "SMALL.gguf"])
+    print(f"\nFor llama.cpp: {use} Q4_K_M")

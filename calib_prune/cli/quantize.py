@@ -6,6 +6,7 @@
 __all__ = ['megabytes', 'quantised_line', 'quantize_command']
 
 # %% ../../nbs/cli/15_quantize.ipynb #38059ed1
+import shlex
 import time
 from typing import Annotated, Any, Optional
 
@@ -27,12 +28,14 @@ def megabytes(size: int) -> str: return f"{size / 1e6:,.1f} MB"
 
 def quantised_line(record: dict[str, Any]) -> dict[str, Any]:
     "What was quantised, and the size before and after."
-    sizes = record["bytes"]
-    after = megabytes(sizes["packed"]) if "packed" in sizes else "as before: --format packed"
-    return dict(method=record["method"], bits=record["quantise"]["bits"],
-                group=record["quantise"]["group"], mix=record["calibration"]["mix"],
-                sparsity=record["achieved_sparsity"], mean_error=record["mean_error"],
-                **{f"size in {record['saved_dtype']}": megabytes(sizes["dense"]), "size": after})
+    sizes, how = record["bytes"], record["quantise"]
+    shown = dict(method=record["method"], bits=how["bits"], group=how["group"],
+                 mix="none" if record["method"] == "rtn" else record["calibration"]["mix"])
+    if str(record["sparsity"]) != "0": shown["zeros"] = record["achieved_sparsity"]
+    before = f"size in {record['saved_dtype']}"
+    after = megabytes(sizes["packed"]) if "packed" in sizes else "unchanged"
+    return shown | {"mean error": record["mean_error"], before: megabytes(sizes["dense"]),
+                    "size now": after}
 
 # %% ../../nbs/cli/15_quantize.ipynb #84f0fb44
 def _fitted(method: str, scales: str) -> bool:
@@ -51,7 +54,7 @@ def quantize_command(
         str,
         typer.Option(
             help="`gptq`; `imatrix` (scales of least error at the important inputs); `rtn` (round "
-            "to nearest, no calibration text)."
+            "to nearest: text only measures the error)."
         ),
     ] = "gptq",
     bits: Annotated[int, typer.Option(help="Bits of a code: 2, 3, 4 or 8.")] = 4,
@@ -77,8 +80,12 @@ def quantize_command(
         typer.Option(help="GPTQ: also prune, in the same sweep; a fraction, or `2:4`."),
     ] = "0",
     calibration: Annotated[
-        str, typer.Option(help="Calibration mix or your own text, as `prune --calibration`.")
-    ] = "uniform-dimensions",
+        Optional[str],
+        typer.Option(
+            help="Calibration mix or your own text, as `prune --calibration`. By default "
+            "`uniform-dimensions`."
+        ),
+    ] = None,
     statistics: Annotated[
         str,
         typer.Option(
@@ -90,8 +97,8 @@ def quantize_command(
         str,
         typer.Option(
             "--format",
-            help="`packed`: a small file of compressed-tensors, for transformers and vLLM (4 and "
-            "8 bits). `dense`: the rounded weights at their full size, for any program.",
+            help="`packed`: a small file of compressed-tensors, for transformers. `dense`: the "
+            "rounded weights at their full size, for any program.",
         ),
     ] = "packed",
     windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
@@ -102,6 +109,12 @@ def quantize_command(
         str, typer.Option(help="Type of the weights that stay dense, as `prune --save-dtype`.")
     ] = "same",
     device: DeviceOption = "auto",
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep the model on the CPU, as `prune --offload`.")
+    ] = False,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens that pass through a layer at a time.")
+    ] = 2048,
     damping: Annotated[
         float, typer.Option(help="GPTQ: share of the Hessian's mean diagonal that is added.")
     ] = 0.01,
@@ -123,18 +136,22 @@ def quantize_command(
     from calib_prune.pipeline.prune import prune_model
     from calib_prune.pruning.grids import Quantisation
     how = Quantisation(bits, group, not asymmetric, _fitted(method, scales), activation_order)
+    if statistics and calibration:
+        raise CalibPruneError("--statistics takes the place of --calibration: give one of both.")
     began = time.perf_counter()
     with bars(as_json) as progress:
         done = prune_model(
             model, output, checkpoint_of(output) if checkpoint is None else checkpoint, progress,
-            calibration=calibration, method=method, sparsity=sparsity, quantise=how, form=form,
-            statistics=statistics,
+            calibration=calibration or "uniform-dimensions", statistics=statistics, method=method,
+            sparsity=sparsity, quantise=how, form=form,
             windows=windows, length=length, seed=seed, dtype=dtype, save_dtype=save_dtype,
-            block=how.block, device=device, damping=damping, layers=layers,
-            exclude=exclude, revision=revision)
+            block=how.block, device=device, offload=offload, batch_tokens=batch_tokens,
+            damping=damping, layers=layers, exclude=exclude, revision=revision)
     seconds = round(time.perf_counter() - began, 1)
     if as_json:
         return print_json({k: v for k, v in done.record.items() if k != "layers"} | dict(
             output=output, seconds=seconds, finished_before=done.finished_before))
+    if done.finished_before: print(f"{output} was finished already by a run that was killed.")
     show_table([quantised_line(done.record) | dict(seconds=seconds)], output)
-    print(f"\nWhat it costs: calib-prune evaluate --model {output} --dense {model}")
+    loss = shlex.join(["calib-prune", "evaluate", "--model", output, "--dense", model])
+    print(f"\nTo measure the loss: {loss}")

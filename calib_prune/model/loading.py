@@ -215,6 +215,19 @@ def _weight_shapes(folder: Path) -> list[list[int]]:
             shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]
     return shapes
 
+def _packed_count(folder: Path) -> int:
+    "The weights of packed files beyond the numbers in which they are stored."
+    more = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with _reading(file), safe_open(file, "pt") as weights:
+            names = [*weights.keys()]
+            for name in names:
+                if not name.endswith(".weight_packed"): continue
+                shape = f"{name.removesuffix('packed')}shape"
+                stored = math.prod(weights.get_slice(name).get_shape())
+                if shape in names: more += math.prod(weights.get_tensor(shape).tolist()) - stored
+    return more
+
 # %% ../../nbs/model/04_loading.ipynb #8c7ac91f
 def _check_weights(folder: Path) -> tuple[int, int]:  # the largest dimension of a tensor; tensors
     "Name the file of weights that cannot be read; refuse sizes that they cannot have."
@@ -291,7 +304,7 @@ def weight_count(where: str | Path,       # from `locate_model`
         with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
         return sum(parameter.numel() for parameter in model.parameters())
     if where.is_file(): return sum(math.prod(shape) for shape in read_head(where).tensors.values())
-    return sum(math.prod(shape) for shape in _weight_shapes(where))
+    return sum(math.prod(shape) for shape in _weight_shapes(where)) + _packed_count(where)
 
 # %% ../../nbs/model/04_loading.ipynb #96665082
 def check_weights_fit(count: int,             # of weights

@@ -16,7 +16,7 @@ import pandas as pd
 from torch import Tensor
 
 from ..calibration.sets import CalibrationSet, build_calibration
-from ..core import CalibPruneError, content_hash, file_sha256, unknown_name
+from ..core import CalibPruneError, as_path, content_hash, file_sha256, unknown_name
 from calib_prune.model.loading import (
     AUTO,
     OutputFolder,
@@ -65,7 +65,7 @@ from calib_prune.pruning.packed import (
     packed_tensors,
     tensor_bytes,
 )
-from ..pruning.walk import check_sizes, prune
+from ..pruning.walk import check_sizes, check_widths, prune
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be000c
 @dataclass(frozen=True)
@@ -195,7 +195,6 @@ def prune_loaded(model,                        # pruned in place
                 ) -> pd.DataFrame:             # one row per linear map, see `pruning.walk.prune`
     "Prune or quantise a loaded model."
     if isinstance(calibration, Importance):
-        calibration.check_model(weights_hash(model))
         assert settings.quantise
         return quantise_from(model, calibration, settings.quantise,
                              dense_names(model, settings.scope))
@@ -268,8 +267,9 @@ def _calibration_record(calibration: CalibrationSet | Importance, settings: Prun
     "What a record says about the text."
     if isinstance(calibration, CalibrationSet):
         return dict(mix=settings.calibration, **calibration.record())
+    file = as_path(settings.statistics, "an importance matrix")
     return dict(mix=" + ".join(calibration.texts), windows=calibration.windows,
-                length=calibration.length, statistics=file_sha256(Path(settings.statistics)))
+                length=calibration.length, statistics=file_sha256(file))
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0014
 def _describe(model: str, calibration: CalibrationSet | Importance, settings: PruneSettings
@@ -383,7 +383,8 @@ def _read_settings(given: dict[str, Any]) -> PruneSettings:
     known = [field.name for field in fields(PruneSettings)]
     for name in given:
         if name not in known: raise unknown_name("setting", name, known)
-    return PruneSettings(**given)
+    usual = dict(sparsity="0") if given.get("quantise") else {}  # codes alone, unless asked for
+    return PruneSettings(**usual | given)
 
 # %% ../../nbs/pipeline/02_prune.ipynb #63c2074d
 def _as_text(path: str | Path | None) -> str | None: return None if path is None else str(path)
@@ -406,6 +407,7 @@ def prune_model(
     how = asked.placed(name)
     finished = _may_be_finished(out_name, layers)
     matrix = read_imatrix(how.statistics) if how.statistics else None
+    if matrix: matrix.check_model(model_revision(name, how.revision))
     with _place(out_name, finished) as out:
         device = "cpu" if how.offload else how.device
         net, tokenizer = load_model(name, how.dtype, device, how.revision)
@@ -413,6 +415,7 @@ def prune_model(
         types = saved_type(how.save_dtype, name, how.revision)
         check_saved_type(net, *types, changing=_changing(net))
         if how.form == "packed": check_packable(net)
+        if how.quantise: check_widths(net, how.recipe, how.scope, how.block)
         calibration = matrix or draw_calibration(tokenizer, how)
         about = _describe(name, calibration, how)
         packed: tuple = ()

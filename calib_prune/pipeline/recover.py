@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_ZEROS', 'FLOAT_BYTES', 'TRAINING_NUMBERS', 'STATE_NUMBERS_OF_WEIGHT', 'STATES', 'MOST_WINDOWS', 'TIMED',
-           'AVERAGED', 'RecoverSettings', 'check_pair', 'check_same_tokenizer', 'check_training_memory',
-           'check_training_disk', 'recovery_text', 'shuffled', 'steps_within', 'lost_zeros', 'changed_zeros',
-           'check_zeros', 'Recovered', 'state_folder', 'hold_state', 'recovery_record', 'recover_loaded',
-           'recover_model']
+           'AVERAGED', 'RecoverSettings', 'check_not_quantised', 'check_pair', 'check_same_tokenizer',
+           'check_training_memory', 'check_training_disk', 'recovery_text', 'shuffled', 'steps_within', 'lost_zeros',
+           'changed_zeros', 'check_zeros', 'Recovered', 'state_folder', 'hold_state', 'recovery_record',
+           'recover_loaded', 'recover_model']
 
 # %% ../../nbs/pipeline/05_recover.ipynb #af64ac4e
 import math
@@ -51,7 +51,7 @@ from calib_prune.model.loading import (
     own_record,
     weight_count,
 )
-from ..model.stored_types import as_stored, saved_type
+from ..model.stored_types import as_stored, quantised_in_files, saved_type
 from .records import environment
 from ..progress import ProgressFn
 from ..pruning.checkpoint import weights_hash
@@ -97,6 +97,13 @@ class RecoverSettings:
         return Training(steps, self.batch, self.rate, self.temperature, loss=self.loss)
 
 # %% ../../nbs/pipeline/05_recover.ipynb #75176818
+def check_not_quantised(pruned: str) -> None:
+    "Refuse a quantised model: training would move its weights off the grid."
+    record = own_record(pruned) if Path(pruned).is_dir() else None
+    if (record or {}).get("quantise") or quantised_in_files(pruned):
+        raise CalibPruneError(f"{pruned} is quantised, and training would move its weights off the"
+                              " grid: recover the pruned model first, then quantise.")
+
 LEAST_ZEROS = 0.01  # share, in the linear maps that have zeros; with fewer a model is dense
 
 def check_pair(pruned: PreTrainedModel, dense: PreTrainedModel) -> None:
@@ -300,6 +307,7 @@ def recover_model(pruned: str | Path, dense: str | Path, output: str | Path,
     how = RecoverSettings(**settings)
     how.check()
     names, out = (str(pruned), str(dense)), as_path(output, "an output folder").absolute()
+    check_not_quantised(names[0])
     check_training_memory(names[0], how.device)
     check_training_disk(names[0], out)
     check_same_tokenizer(*names)

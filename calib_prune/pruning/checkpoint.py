@@ -44,7 +44,9 @@ class LinearReport:
     d_in: int
     tokens: int      # that its statistics saw
     sparsity: float  # zeros / weights, counted on the result
-    error: float | None    # ‖(W−W′)X‖² / ‖WX‖² on the calibration set; with groups, of the worst
+    # ‖(W−W′)X‖² / ‖WX‖² on the calibration set; with groups, of the worst; from an importance
+    # matrix, of the diagonal of XXᵀ alone
+    error: float | None
     damping: float | None  # used, as a fraction of the mean diagonal
     dead: int | None       # inputs that were always zero
     # error of the layer's output after reconstruction; None without it

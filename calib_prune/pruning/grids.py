@@ -44,7 +44,8 @@ class Grid:
         "Refuse bits that no format packs, and groups that do not divide the inputs."
         if self.bits not in BITS:
             raise CalibPruneError(f"{self.bits} bits cannot be packed: use 2, 3, 4 or 8.")
-        if self.group < 0 or d_in % self.width(d_in):
+        if self.group < 0: raise CalibPruneError(f"Groups of {self.group}: use 0 or more inputs.")
+        if d_in % self.width(d_in):
             near = next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if d_in % n == 0)
             raise CalibPruneError(
                 f"Groups of {self.group} do not divide {d_in} inputs: use {near} or another divisor"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..core import CalibPruneError, as_path, temporary_folder, write_atomic
 from ..data.gguf import read_head
-from .checkpoint import LinearReport, weights_hash
+from .checkpoint import LinearReport
 from .experts import routers
 from .grids import Quantisation, rounded
 from .layers import attach_scales, decoder_layers, get_weight, prunable
@@ -58,13 +58,13 @@ class Importance:
     texts: tuple[str, ...]    # that were read
     windows: int
     length: int               # tokens of a window
-    model: str = ""           # `weights_hash` of the dense model; empty if the file does not say
+    model: str = ""           # `model_revision` of the dense model; empty if the file does not say
 
     def check_model(self, other: str) -> None:
         "Refuse another model than the one that read the texts."
         if self.model and other and self.model != other:
-            raise CalibPruneError("The importance matrix is of another model: its weights have"
-                                  " another hash.")
+            raise CalibPruneError("The importance matrix is of another model: the files of its"
+                                  " weights are others.")
 
     def plus(self, other: "Importance") -> "Importance":
         "The matrix of the texts of both."
@@ -81,14 +81,15 @@ class Importance:
 def importance_of(model: PreTrainedModel,  # dense
                   tokens: Tensor,          # int64 [N, L]
                   text: str,               # the calibration mix
-                  batch_tokens: int = 2048
+                  batch_tokens: int = 2048,
+                  revision: str = ""       # `model_revision` of the model
                  ) -> Importance:
     "The importance matrix of a model on calibration windows."
     names = gguf_names(model)
     squares = input_squares(model, tokens, batch_tokens)
     sums = {names[name]: row * tokens.numel() for name, row in squares.items()}
     counts, (n_windows, length) = dict.fromkeys(sums, float(tokens.numel())), tokens.shape
-    return Importance(sums, counts, (text,), n_windows, length, weights_hash(model))
+    return Importance(sums, counts, (text,), n_windows, length, revision)
 
 # %% ../../nbs/pruning/24_importance.ipynb #bdc9e318
 MODEL_KEY = "calib_prune.model"
@@ -132,8 +133,10 @@ def read_imatrix(file: str | Path) -> Importance:
     for name, row in sums.items():
         if not (row.isfinite().all() and (row >= 0).all() and counts[name] > 0):
             raise CalibPruneError(f"{path}: the sums of {name} are not sums of squares.")
-    texts, read, length = (reader.fields[f"imatrix.{name}"].contents()
-                           for name in ("datasets", "chunk_count", "chunk_size"))
+    keys = [f"imatrix.{name}" for name in ("datasets", "chunk_count", "chunk_size")]
+    if lacking := [key for key in keys if key not in reader.fields]:
+        raise CalibPruneError(f"{path} lacks {lacking[0]}: it is no whole importance matrix.")
+    texts, read, length = (reader.fields[key].contents() for key in keys)
     return Importance({name: row.view(-1).float() for name, row in sums.items()},
                       {name: float(count) for name, count in counts.items()},
                       tuple(texts), int(read), int(length), str(head.values.get(MODEL_KEY, "")))
@@ -157,7 +160,11 @@ def quantise_from(model: PreTrainedModel,  # dense; quantised in place
     names, reports, found = gguf_names(model), [], {}
     for i, layer in enumerate(decoder_layers(model)):
         for name, linear in prunable(layer).items():
-            if (i, name) in dense: continue
+            if (i, name) in dense:
+                (d_out, d_in), weight = get_weight(linear).shape, get_weight(linear)
+                zeros = int((weight == 0).sum()) / weight.numel()
+                reports.append(LinearReport(i, name, d_out, d_in, 0, zeros, 0.0, None, None))
+                continue
             how.grid.check(get_weight(linear).shape[1])
             gguf = names[f"{i}.{name}"]
             found[i, name, gguf] = linear, _squares_for(matrix, gguf, get_weight(linear))

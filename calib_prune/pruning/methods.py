@@ -200,7 +200,7 @@ def check_quantisation(recipe: "MethodSteps", sparsity: float = 0.0,
         raise CalibPruneError(f"Method {method.name} quantises: use `calib-prune quantize"
                               f" --method {method.name} --bits 3`, for example; in a study"
                               f" {method.name}+bits=3.")
-    how.grid.check(how.group or 1)
+    how.grid.check(max(how.group, 1))
     if recipe.extras:
         raise CalibPruneError(f"{', '.join(recipe.extras)} would move weights off the grid: leave"
                               f" that out after {method.name}.")

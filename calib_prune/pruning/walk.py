@@ -108,18 +108,20 @@ def check_sizes(batch_tokens: int, block: int, damping: float) -> None:
     check_number("damping", damping, 0, 1)
 
 # %% ../../nbs/pruning/20_walk.ipynb #18d843f1
-def check_widths(model: PreTrainedModel,
-                 dense: set[tuple[int, str]],  # linears that stay as they are
-                 how: Quantisation, block: int) -> None:
-    "Refuse groups that do not divide the inputs of a linear map, or that blocks would split."
+def check_widths(model: PreTrainedModel, recipe: MethodSteps, scope: Scope, block: int) -> None:
+    "Refuse groups that do not divide the inputs of a linear map, or that GPTQ's blocks split."
+    how, dense = recipe.quantise, dense_names(model, scope)
+    if how is None: return
     for i, layer in enumerate(decoder_layers(model)):
         with one_by_one(layer):
-            for name, linear in prunable(layer).items():
-                if (i, name) in dense: continue
-                try: how.grid.check(get_weight(linear).shape[1])
-                except CalibPruneError as e:
-                    raise CalibPruneError(f"Layer {i}, {name}: {e}") from e
-    if not how.by_activation: check_blocks(block, how.group, "inputs with one scale")
+            widths = {name: get_weight(linear).shape[1] for name, linear in prunable(layer).items()
+                      if (i, name) not in dense}
+        for name, width in widths.items():
+            try:
+                how.grid.check(width)
+                if recipe.method == "gptq" and not how.by_activation and width > block:
+                    check_blocks(block, how.group, "inputs with one scale")
+            except CalibPruneError as e: raise CalibPruneError(f"Layer {i}, {name}: {e}") from e
 
 # %% ../../nbs/pruning/20_walk.ipynb #573781a8
 def check_groups(method: str, groups: Sequence[str] | None, windows: int) -> None:
@@ -299,7 +301,8 @@ def _table(reports: list[LinearReport], saved: Checkpoint | None) -> pd.DataFram
 def prune(model: PreTrainedModel,              # pruned in place
           tokens: torch.Tensor,                # calibration windows, int64 [N, L]
           method: str = "sparsegpt",           # see `METHODS`
-          sparsity: float = 0.6,               # in [0, 1); ignored where a pattern is given
+          # in [0, 1), by default 0.6, with `quantise` 0; ignored where a pattern is given
+          sparsity: float | None = None,
           pattern: tuple[int, int] | None = None,  # n:m keeps n of every m weights along the input
           # of the sparsity over layers: see `ALLOCATIONS` (`pruning/19_allocation`)
           allocation: str = "uniform",
@@ -337,9 +340,10 @@ def prune(model: PreTrainedModel,              # pruned in place
     scope = Scope(layers, exclude)
     scope.check_allocation(allocation)
     dense = dense_names(model, scope)
+    if sparsity is None: sparsity = 0.0 if quantise else 0.6
     recipe = MethodSteps(method, refine, reconstruct, allocation, quantise=quantise)
     check_quantisation(recipe, sparsity, pattern)
-    if quantise: check_widths(model, dense, quantise, block)
+    check_widths(model, recipe, scope, block)
 
     by_group = groups is not None and METHODS[method].by_group
     names = [*groups] if groups is not None and by_group else [""] * len(tokens)

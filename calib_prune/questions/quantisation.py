@@ -32,7 +32,7 @@ from calib_prune.questions.hypotheses import (
     verdicts_of,
 )
 from .third_model import named_models
-from ..statistics.effects import effects
+from ..statistics.effects import effects, estimate
 from calib_prune.statistics.plots import (
     WIDTH,
     annotate,
@@ -41,7 +41,7 @@ from calib_prune.statistics.plots import (
     headline,
     method_label,
 )
-from ..statistics.replicates import DIMENSIONS
+from ..statistics.replicates import DIMENSIONS, reads_no_text
 from ..statistics.selection import Measured, grid_part
 from ..statistics.tables import interval_text
 from ..study.results import Result
@@ -50,11 +50,11 @@ from ..study.results import Result
 def bits_per_weight(method: str, sparsity: str) -> float:  # as a cell has them
     "Bits of a stored weight of the linear maps."
     how, (_, pattern) = read_recipe(method).quantise, parse_sparsity(sparsity)
-    if not how: return 16.0
-    scales = 16 / how.group if how.group else 0.0
-    if not pattern: return how.bits + scales
+    code = how.bits if how else 16
+    scales = 16 / how.group if how and how.group else 0.0
+    if not pattern: return code + scales
     n, m = pattern
-    return n / m * (how.bits + np.ceil(np.log2(m))) + scales
+    return n / m * (code + np.ceil(np.log2(m))) + scales
 
 # %% ../../nbs/questions/23_quantisation.ipynb #906f5f7b
 GPTQ_3, IMATRIX_3, RTN_3 = (f"{name}+bits=3+group=64{fit}" for name, fit in (
@@ -63,18 +63,21 @@ SPARSE_4 = "gptq+bits=4+group=64+fitted"
 EQUAL_KINDS, WEB_TEXT, CODE_TEXT = "uniform-dimensions", "c4", "codeio"
 HYPOTHESES_OF_QUANTISATION = {
     "Q1": "GPTQ on equal kinds has higher total retention than rounding to nearest",
-    "Q2": "with GPTQ, codeio has higher Code retention than c4, as with SparseGPT",
-    "Q3": "with GPTQ, the Code difference codeio − c4 per loss is smaller than with SparseGPT",
+    "Q2": "with GPTQ, codeio has higher Code retention than c4",
+    "Q3": "the size of the Code difference codeio − c4, per loss, is smaller with GPTQ than with"
+          " SparseGPT",
     "Q4": "with GPTQ, equal kinds have higher total retention than c4",
     "Q5": "with an importance matrix, the Code difference codeio − c4 is between −3 and 3 points",
-    "Q6": "with GPTQ, IGSP − equal kinds is between −2 and 2 points of total retention",
+    "Q6": "with GPTQ, IGSP − equal kinds is between −3 and 3 points of total retention",
     "Q7": "random tokens have lower total retention than c4 with GPTQ; with an importance matrix"
-          " the difference is between −2 and 2 points",
+          " the difference is between −3 and 3 points",
     "Q8": "3 bits without zeros have higher total retention than 4 bits with 2:4"}
 
 def _code_per_loss(programs: np.ndarray, web: np.ndarray, equal: np.ndarray) -> np.ndarray:
-    "Code difference of two texts per lost total retention of a third."
-    return (code_of(programs) - code_of(web)) / (1 - total_of(equal))
+    "Size of the Code difference of two texts per lost total retention of a third."
+    loss = 1 - total_of(equal)
+    if not estimate(loss)[1] > 0: return np.full(len(loss), np.nan)  # no loss to divide by
+    return np.abs(code_of(programs) - code_of(web)) / loss
 
 def _per_loss_lead(*values: np.ndarray) -> np.ndarray:  # three of SparseGPT, three of GPTQ
     "SparseGPT's Code difference per loss minus GPTQ's."
@@ -105,9 +108,9 @@ def quantisation_quantities() -> list[Quantity]:
                  _per_loss_lead, unit="% of the loss"),
         _of_texts("Q4", EQUAL_KINDS, WEB_TEXT, GPTQ_3),
         _of_texts("Q5", CODE_TEXT, WEB_TEXT, IMATRIX_3, -0.03, 0.03, _code_difference),
-        _of_texts("Q6", "igsp", EQUAL_KINDS, GPTQ_3, -0.02, 0.02),
+        _of_texts("Q6", "igsp", EQUAL_KINDS, GPTQ_3, -0.03, 0.03),
         _of_texts("Q7", WEB_TEXT, "random", GPTQ_3),
-        _of_texts("Q7", WEB_TEXT, "random", IMATRIX_3, -0.02, 0.02),
+        _of_texts("Q7", WEB_TEXT, "random", IMATRIX_3, -0.03, 0.03),
         Quantity("Q8", "3 bits − 4 bits with 2:4, total", GPTQ_3,
                  (equal, (EQUAL_KINDS, SPARSE_4, "2:4")), total_lead)]
 
@@ -166,7 +169,8 @@ def compressed_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `compressed_ro
         key = row.bits, row.method, row.sparsity, row.strategy
         line = lines.setdefault(key, {
             "method": _with_sparsity(row.method, row.sparsity), "bits per weight": f"{row.bits:g}",
-            "calibration": row.strategy, "KL, bits per token": f"{row.divergence:.3f}",
+            "calibration": "none" if reads_no_text(row.method) else row.strategy,
+            "KL, bits per token": "–" if np.isnan(row.divergence) else f"{row.divergence:.3f}",
             "answers changed, %": f"{100 * row.turned:.1f}"})
         line[row.dimension] = interval_text(row.value, row.ci_low, row.ci_high)
     return pd.DataFrame([*lines.values()])
@@ -224,8 +228,8 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
 def quantisation_message(rows: pd.DataFrame) -> str:  # from `quantisation_rows`
     "A title: whether text matters less than in pruning."
     verdict = quantisation_verdicts(rows)["Q3"]
-    word = {"supported": "less", "refuted": "more"}.get(verdict)
-    if word: return f"Per lost point, calibration text matters {word} in GPTQ than in pruning"
+    word = {"supported": "smaller", "refuted": "larger"}.get(verdict)
+    if word: return f"Code: the effect of codeio per lost point is {word} with GPTQ than SparseGPT"
     return "Retention of quantised and pruned models"
 
 def quantisation_figure(rows: pd.DataFrame, message: str,  # from `compressed_rows`

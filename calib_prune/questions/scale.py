@@ -58,7 +58,7 @@ SCALE_QUANTITIES = [
              _at_half(COMMON_SETS, "wanda") + _at_half(COMMON_SETS), _mean_difference)]
 
 # %% ../../nbs/questions/24_scale.ipynb #93cca0db
-SCALE_ROWS = ["model", "parameters", "quantity", "value", "ci_low", "ci_high"]
+SCALE_ROWS = ["model", "parameters", "quantity", "value", "ci_low", "ci_high", "draws"]
 
 def scale_rows(studies: list[Measured]) -> pd.DataFrame:  # columns `SCALE_ROWS`; fractions
     "The quantities of every study whose models have all been measured, the smallest model first."
@@ -68,8 +68,10 @@ def scale_rows(studies: list[Measured]) -> pd.DataFrame:  # columns `SCALE_ROWS`
         usual = here.cells["windows"] == preset["calibration"]["windows"]
         here = here.rows(usual.to_numpy(bool))
         if not len(here.cells): continue
-        rows = quantity_rows(named_models(here), SCALE_QUANTITIES, "draws" in here.noise)
-        parts.append(rows.assign(model=preset["model"],
+        rows = quantity_rows(named_models(here), SCALE_QUANTITIES)
+        if "draws" not in here.noise: rows[["ci_low", "ci_high"]] = np.nan
+        draws = "–".join(map(str, sorted({here.cells["draws"].min(), here.cells["draws"].max()})))
+        parts.append(rows.assign(model=preset["model"], draws=draws,
                                  parameters=preset["hardware"]["parameters"]))
     if not parts: return pd.DataFrame(columns=SCALE_ROWS)
     return pd.concat(parts, ignore_index=True).sort_values("parameters", kind="stable")[SCALE_ROWS]
@@ -79,10 +81,9 @@ def scale_table(rows: pd.DataFrame) -> pd.DataFrame:
     lines: dict[str, dict[str, Any]] = {}
     for row in rows.itertuples(index=False):
         line = lines.setdefault(row.quantity, {"quantity": row.quantity})
-        line[row.model] = interval_text(row.value, row.ci_low, row.ci_high)
+        line[f"{row.model} ({row.draws} draws)"] = interval_text(row.value, row.ci_low, row.ci_high)
     order = [one.label for one in SCALE_QUANTITIES if one.label in lines]
-    columns = ["quantity", *dict.fromkeys(rows["model"])]
-    return pd.DataFrame([lines[name] for name in order], columns=columns).fillna("–")
+    return pd.DataFrame([lines[name] for name in order]).fillna("–")
 
 # %% ../../nbs/questions/24_scale.ipynb #a36ec1e4
 def _scale_panel(ax: Axes, rows: pd.DataFrame, names: list[str]) -> None:  # of one quantity
@@ -116,5 +117,5 @@ def scale_message(rows: pd.DataFrame) -> str:  # from `scale_rows`
     mix = rows[rows["quantity"] == SCALE_QUANTITIES[0].label]
     ahead = int((mix["ci_low"] > 0).sum())
     if not len(mix): return "Differences by model"
-    if ahead == len(mix): return f"The equal-source mix leads C4 on all {ahead} models"
+    if ahead == len(mix) > 1: return f"The equal-source mix leads C4 on all {ahead} models"
     return f"The equal-source mix significantly leads C4 on {ahead} of {len(mix)} models"

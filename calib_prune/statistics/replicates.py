@@ -7,7 +7,8 @@ __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'ADDITIVE', 'GOALS', 'BLOCK', 'SP
            'source_dimension', 'as_strategy', 'pruned_cells', 'same_rows', 'item_values', 'task_replicates',
            'in_accuracy', 'outcome_replicates', 'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups',
            'setting_groups', 'deviations', 'pooled_spread', 'draw_spread', 'draw_variances', 'DrawNoise', 'draw_pool',
-           'draw_noise', 'strategy_retention', 'noise_variance', 'without_noise', 'spread', 'prompt_gain_replicates']
+           'draw_noise', 'reads_no_text', 'strategy_retention', 'noise_variance', 'without_noise', 'spread',
+           'prompt_gain_replicates']
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c5d8abc9
 import math
@@ -389,6 +390,11 @@ def draw_noise(cells: Replicates, seed: int,
     return noise
 
 # %% ../../nbs/statistics/02_replicates.ipynb #029bc0f2
+def reads_no_text(method: str) -> bool:
+    "Whether a method uses no calibration text, so that draws do not differ."
+    base = method.partition("+")[0]
+    return base in METHODS and METHODS[base].needs == "nothing"
+
 def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_retention`
                        seed: int = 0,
                        # strategy → draws that count; the spread is of all
@@ -406,6 +412,7 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
     values = np.empty((len(cells.values), len(groups), len(OUTCOMES)))
     for k, ((strategy, *where), index) in enumerate(groups.items()):
         mean, here = cells.values[:, index].mean(1), noise.get(tuple(where))
+        if reads_no_text(cells.cells["method"][index[0]]): here = None
         if here is not None:
             rng = np.random.default_rng([seed, zlib.crc32(f"{strategy} {where}".encode())])
             mean[1:] += here.of_mean(len(index), rng)

@@ -16,13 +16,22 @@ from calib_prune.cli.advise import method_settings
 from calib_prune.cli.app import app
 from calib_prune.cli.reproduce import check_names
 from calib_prune.core import CalibPruneError
-from calib_prune.model.loading import load_model, save_model
+from calib_prune.model.loading import load_model, save_model, weight_count
+from calib_prune.model.stored_types import quantised_type, stored_types
 from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
 from calib_prune.pipeline.again import prune_again
 from calib_prune.pipeline.prune import PruneSettings, prune_model
+from calib_prune.pipeline.recover import recover_model
+from calib_prune.pruning.experts import one_by_one
 from calib_prune.pruning.grids import Quantisation
 from calib_prune.pruning.importance import read_imatrix
-from calib_prune.pruning.layers import detach_scales, get_weight, linear_names, scales_in
+from calib_prune.pruning.layers import (
+    decoder_layers,
+    detach_scales,
+    get_weight,
+    linear_names,
+    prunable,
+)
 from calib_prune.pruning.walk import prune
 from calib_prune.study.keys import cell_key
 from calib_prune.study.presets import cells, load_preset
@@ -54,10 +63,11 @@ def test_every_group_of_every_family_is_on_its_grid(family, method):
     model = tiny_model(family)
     report = prune(model, windows(), method, sparsity=0, quantise=Quantisation(2, 8))
     assert len(report) == len(linear_names(model)) and report["error"].between(0, 1).all()
-    modules = dict(model.named_modules())
-    for name in {name.rpartition(".")[0] for name in scales_in(model)}:
-        groups = get_weight(modules[name]).reshape(-1, 8)
-        assert max(len(group.unique()) for group in groups) <= 4, name
+    for layer in decoder_layers(model):
+        with one_by_one(layer):  # experts as well
+            for name, linear in prunable(layer).items():
+                groups = get_weight(linear).reshape(-1, 8)
+                assert max(len(group.unique()) for group in groups) <= 4, name
 
 
 def test_a_resumed_run_has_the_same_weights_and_scales(tmp_path):
@@ -144,6 +154,27 @@ def test_contradicting_settings_are_refused_and_nothing_is_written(dense, tmp_pa
     assert not (tmp_path / "q").exists()
 
 
+def test_codes_have_no_zeros_unless_asked_for(dense):
+    model, text = dense
+    small = dict(calibration=str(text), windows=6, length=16, quantise=Quantisation(8, 16))
+    made = prune_model(model, method="gptq", **small)
+    assert made.record["sparsity"] == "0" and made.record["achieved_sparsity"] < 0.2
+    assert prune(tiny_llama(), windows(), "rtn", quantise=HOW)["sparsity"].mean() < 0.5
+
+
+def test_a_quantised_model_is_not_trained_and_says_what_it_is(dense, tmp_path):
+    model, text = dense
+    made = prune_model(model, tmp_path / "q", form="packed", calibration=str(text), method="gptq",
+                       **OWN)
+    with pytest.raises(CalibPruneError, match="off the grid"):
+        recover_model(tmp_path / "q", model, tmp_path / "r", text=str(text), tokens=64)
+    assert quantised_type(str(tmp_path / "q")) == "3 bits, packed"
+    count = weight_count(tmp_path / "q")
+    assert count == pytest.approx(weight_count(model), rel=0.2), "not the words of a packed file"
+    assert made.record["quantised_type"] is None
+    assert stored_types(str(tmp_path / "q"))[0] in (torch.float32, torch.bfloat16)
+
+
 def test_prune_points_to_quantize(dense, tmp_path):
     model, text = dense
     with pytest.raises(CalibPruneError, match="calib-prune quantize --method gptq"):
@@ -192,7 +223,7 @@ def test_statistics_of_another_model_are_refused(dense, tmp_path):
     merged = imatrix("--model", tmp_path / "other", "--output", tmp_path / "y.gguf", "--merge",
                      file, *given)
     assert "another model" in str(merged.exception) and not (tmp_path / "y.gguf").exists()
-    for how, says in ((["--method", "imatrix"], "another hash"), ([], "use imatrix")):
+    for how, says in ((["--method", "imatrix"], "another model"), ([], "use imatrix")):
         run = quantize("--model", tmp_path / "other", "--output", tmp_path / "q", "--group", 16,
                        "--statistics", file, *how)
         assert says in str(run.exception) and not (tmp_path / "q").exists()
