@@ -48,10 +48,10 @@ def show_quick(quick: Any, model: str, settings: Any) -> None:  # settings: `Pru
         show_table(regret_lines(quick), "regret on the studied models: points of retention below "
                    "the best set [95 % interval]; SparseGPT at 50 %")
     else: print_lines(["The regret of this rule for this need was not measured."])
-    how = settings.quantise
-    more = ["--method", settings.method, "--bits", str(how.bits), "--group", str(how.group)]
+    how, more = settings.quantise, []
+    if how: more = ["--method", settings.method, "--bits", str(how.bits), "--group", str(how.group)]
     again = shlex.join(["calib-prune", "advise", "--model", model, "--need", quick.need.asked,
-                        "--minutes", "15", *(more if how else [])])
+                        "--minutes", "15", *more])
     if how: print_lines(["The rule was measured with pruning, not with quantisation."])
     print_lines(["", prune_command_line(model, quick.calibration, settings), "",
                  f"To choose by pruning: {again}"])
