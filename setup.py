@@ -11,7 +11,8 @@ FOUND = [
     ROOT / "Snakefile", *sorted(ROOT.glob("presets/**/*.yaml")),
     *sorted(ROOT.glob("nbs/paper/*.ipynb")), *sorted(ROOT.glob("profiles/*/config.yaml")),
     ROOT / "figures/mixing/smollm2-135m/T12-law.json",
-    *sorted(ROOT.glob("figures/claims/*/T18-policies.csv")),
+    # of the models whose studies are complete: `advice.nearest.STUDIED`
+    *(ROOT / f"figures/claims/{model}/T18-policies.csv" for model in ("smollm2-135m", "qwen-0.5b")),
     *(ROOT / f"results/advice/smollm2-135m/advice.{ending}" for ending in ("md", "json"))]
 STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb"]
 

@@ -50,6 +50,7 @@ from calib_prune.statistics.selection import (
     interval_note,
     lacking,
     scope_text,
+    short_list,
     size_text,
     span,
 )
@@ -144,7 +145,7 @@ def unmeasured_note(preset: dict[str, Any], metrics: pd.DataFrame) -> str:
         for strategy in preset["strategies"]
         if seeds_of(preset, strategy) and strategy not in set(metrics["strategy"])
     ]
-    return f"Not measured yet: {', '.join(left)}." if left else ""
+    return f"Not measured yet: {short_list(left, 'strategies')}." if left else ""
 
 # %% ../../nbs/questions/02_correlations.ipynb #67dacac2
 def missing_cells_note(

@@ -289,10 +289,7 @@ def missing_note(part: Part) -> str:  # empty if nothing is missing
     "What has not been run yet."
     run = sum(c.name in part.study for c in part.wanted)
     if run == len(part.wanted): return ""
-    return (
-        f"Not complete: {run} of {len(part.wanted)} cells have been run; draws:"
-        f" {', '.join(draws_so_far(part))}."
-    )
+    return f"Incomplete: {run} of {len(part.wanted)} cells."
 
 # %% ../../nbs/statistics/07_selection.ipynb #a8df5905
 def interval_note(replicates: Replicates) -> str:
@@ -331,12 +328,11 @@ def scope_text(replicates: Replicates) -> str:  # empty if nothing has been run
 def setting_note(part: Part) -> str:
     "Model, method, sparsity, windows × tokens, draws, items, intervals, and missing cells."
     if not part.wanted: return "The preset plans no cell for this."
-    methods = [method_label(as_strategy(c.strategy, c.method)[1]) for c in part.wanted]
-    levels = [
-        sparsity_label(sparsity) for sparsity in sorted({c.sparsity for c in part.wanted}, key=str)
-    ]
+    run = [c for c in part.wanted if c.name in part.study] or part.wanted
+    methods = [method_label(as_strategy(c.strategy, c.method)[1]) for c in run]
+    levels = [sparsity_label(sparsity) for sparsity in sorted({c.sparsity for c in run}, key=str)]
     at = short_list(levels, f"sparsities from {levels[0]} to {levels[-1]}")
-    size = size_text((c.windows for c in part.wanted), part.preset)
+    size = size_text((c.windows for c in run), part.preset)
     how = f"{short_list(methods, 'methods')} at {at}"
     fields = [part.preset["model"], how, size, scope_text(part.replicates)]
     return f"{'; '.join(filter(None, fields))}. {missing_note(part)}".strip()
@@ -432,9 +428,10 @@ def detail_notes(part: Part) -> list[str]:
     "Notes below one table of a study: intervals, scoring, weak tasks, mixes, overlaps."
     if not len(part.replicates.cells): return []
     floor = "A retention at the floor does not show that a model uses the question."
-    return [interval_note(part.replicates), scoring_note(part), f"{floor_note(part)} {floor}",
-            weak_note(part), endings_note(part), mix_note(part.study), library_note(part.study),
-            overlap_note(part.study)]
+    draws = f"Draws so far: {', '.join(draws_so_far(part))}." if missing_note(part) else ""
+    return [draws, interval_note(part.replicates), scoring_note(part),
+            f"{floor_note(part)} {floor}", weak_note(part), endings_note(part),
+            mix_note(part.study), library_note(part.study), overlap_note(part.study)]
 
 # %% ../../nbs/statistics/07_selection.ipynb #7953c30c
 def caption(part: Part, what: str,      # one sentence

@@ -219,8 +219,9 @@ def test_a_ledger_that_is_not_there_or_is_none_is_named(tmp_path):
         read_ledgers(tmp_path / "T7-measures.csv")
 
 
-@pytest.mark.parametrize("old, new, said", [("\nbeside: [qwen-0.5b]", "\n#", "needs `beside`"),
-                                            ("measures, claims,", "measures,", "name `claims`")])
+@pytest.mark.parametrize("old, new, said", [
+    ("\nbeside: [qwen-0.5b, qwen-1.5b]", "\n#", "needs `beside`"),
+    ("measures, claims,", "measures,", "name `claims`")])
 def test_models_are_set_beside_what_a_preset_names(old, new, said, tmp_path):
     text = (ROOT / "presets/claims/smollm2-135m.yaml").read_text()
     text = text.replace("../base", str(ROOT / "presets/base"))
@@ -247,7 +248,8 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     table.to_csv(begun, index=False)
     run()
     alone = (tmp_path / "smollm2-135m/T7-models.md").read_text()
-    assert "not run yet: qwen2.5-coder-0.5b." in alone and "smollm2-135m" in alone
+    assert "not run yet: qwen2.5-coder-0.5b, qwen2.5-coder-1.5b" in alone
+    assert "smollm2-135m" in alone
     (tmp_path / "qwen-0.5b").mkdir()
     table.to_csv(tmp_path / "qwen-0.5b/T7-measures.csv", index=False)
     with pytest.raises(
@@ -268,7 +270,7 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     run()
     said = (tmp_path / "smollm2-135m/T7-models.md").read_text()
     assert (
-        "not run yet" not in said and
+        "not run yet: qwen2.5-coder-1.5b" in said and
         "smollm2-135m: 50%, growth from 30% to 60%; qwen2.5-coder-0.5b: 50%, growth from 50% to 60%"
         in said)
     assert "not run to the end, so verdicts may change: qwen2.5-coder-0.5b." in said

@@ -190,9 +190,9 @@ def test_what_is_measured_is_known_by_what_it_does(tmp_path, monkeypatch):
     def state(text):
         (tmp_path / "a.py").write_text(text)
         return run.state_of(("a.py",), ("wanda",))["code"]
-    first = state("# %% ../nbs/07_wanda.ipynb\nx = 1\n")
+    first = state("# %% ../nbs/08_wanda.ipynb\nx = 1\n")
     assert (
-        state("# %% ../nbs/pruning/07_wanda.ipynb\nx = 1  # moved\n") == first != state("x = 2\n")
+        state("# %% ../nbs/pruning/02_wanda.ipynb\nx = 1  # moved\n") == first != state("x = 2\n")
     )
 
 

@@ -160,7 +160,7 @@ def test_a_notebook_writes_its_files_and_writes_them_again(name, tmp_path):
     assert set(files) == {f"{o}.{end}" for o in stems(name) for end in FILE_ENDINGS[o[0]]}
     again = run_notebook(name, tmp_path, lambda o: True)
     for file in files: assert files[file] == again[file], file
-    assert "Not complete" not in "".join(v.decode() for k, v in files.items() if k.endswith(".md"))
+    assert "Incomplete" not in "".join(v.decode() for k, v in files.items() if k.endswith(".md"))
 
 
 def test_a_study_of_two_dimensions_has_its_tables_and_no_total(tmp_path):
@@ -182,7 +182,7 @@ def test_a_study_that_has_just_begun_says_so(name, keep, tmp_path):
     said = {"ablations": "The preset plans no cell", "T8-tuning": "Nothing was tuned"}
     for file, text in files.items():
         if file.endswith(".md"):
-            assert said.get(name, said.get(file[:-3], "Not complete")) in text.decode(), file
+            assert said.get(name, said.get(file[:-3], "Incomplete")) in text.decode(), file
 
 
 # --- which cells
