@@ -67,6 +67,7 @@ from calib_prune.statistics.replicates import OUTCOMES, Replicates
 from calib_prune.statistics.selection import (
     bootstrap_study,
     caption,
+    detail_notes,
     endings_note,
     example_results,
     footnote,
@@ -296,11 +297,12 @@ def test_captions_say_what_is_missing_and_which_noise_intervals_have():
     said = "smollm2-135m; SparseGPT and Wanda at 60%; 32 windows × 512 tokens; 2 draws"
     assert caption(full, "x").startswith(f"x. Setting: {said}")
     assert "intervals over items and draws" in caption(full, "x")
-    assert "8 of 16 cells" in footnote(one_draw) and "SparseGPT 1 of 2" in footnote(
-        one_draw) and "only" in interval_note(one_draw.replicates)
+    assert "8 of 16 cells" in footnote(one_draw)
+    assert "SparseGPT 1 of 2" in detail_notes(one_draw)[0]
+    assert "only" in interval_note(one_draw.replicates)
     assert interval_note(one_method.replicates).endswith(
         "Sets with one draw have the draw variance of the other sets."
-    ) and "Wanda 1 of 2" in footnote(one_method)
+    ) and "Wanda 1 of 2" in detail_notes(one_method)[0]
 
 
 def test_captions_of_a_sweep_count_only_what_is_swept():
