@@ -30,3 +30,18 @@ def tiny_study(root: Path, model: Path, strategies: dict[str, str], windows: int
         hardware=smoke["hardware"] | dict(cell_gib=1),
     )
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
+
+
+def text_study(root: Path, methods: list[str], **changes) -> Path:
+    "A tiny study on text of its own, with other methods and other sections; the root."
+    import yaml
+
+    from calib_prune.model.loading import save_model
+    from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+    save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
+    (root / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(500)))
+    tiny_study(root, root / "tiny", dict(own=str(root / "a.txt")), 4, 64, tasks="sciq", limit=4)
+    preset = yaml.safe_load((root / "tiny.yaml").read_text())
+    preset["grid"][0]["methods"] = methods
+    (root / "tiny.yaml").write_text(yaml.safe_dump(preset | changes))
+    return root

@@ -104,7 +104,7 @@ def method_settings(method: str, sparsity: str | None, bits: int | None, group: 
     from calib_prune.pruning.methods import METHODS, check_method
     check_method(method)
     quantises = METHODS[method].quantises
-    if METHODS[method].needs == "nothing":
+    if not METHODS[method].reads_text:
         raise CalibPruneError(f"Method {method} uses no calibration text, so there is nothing to"
                               " choose: use gptq, imatrix or a pruning method.")
     usual = "0" if quantises else "0.5"

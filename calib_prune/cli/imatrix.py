@@ -8,6 +8,7 @@ __all__ = ['imatrix_command']
 # %% ../../nbs/cli/16_imatrix.ipynb #93abc148
 import shlex
 import time
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -22,6 +23,10 @@ from calib_prune.cli.output import (
 from ..core import CalibPruneError, as_path
 
 # %% ../../nbs/cli/16_imatrix.ipynb #ecb79e88
+def _check_absent(file: Path) -> None:
+    "Refuse to replace a file."
+    if file.exists(): raise CalibPruneError(f"Output {file} exists: choose another name.")
+
 def imatrix_command(
     model: Annotated[str, typer.Option(help="The dense model, as `prune --model`.")],
     output: Annotated[
@@ -52,13 +57,14 @@ def imatrix_command(
     from calib_prune.model.loading import load_model, model_revision
     from calib_prune.pruning.importance import importance_of, read_imatrix, write_imatrix
     file = as_path(output, "an importance matrix")
-    if file.exists(): raise CalibPruneError(f"Output {file} exists: choose another name.")
+    _check_absent(file)
     others, began = [read_imatrix(name) for name in merge or ()], time.perf_counter()
     net, tokenizer = load_model(model, dtype, device, revision)
     text = build_calibration(calibration, tokenizer, windows, length, seed)
     matrix = importance_of(net, text.tokens, calibration, batch_tokens,
                            model_revision(model, revision))
     for other in others: matrix = matrix.plus(other)
+    _check_absent(file)  # another run may have made it meanwhile
     write_imatrix(matrix, file)
     brief = dict(output=str(file), texts=" + ".join(matrix.texts), maps=len(matrix.sums),
                  tokens=int(max(matrix.counts.values())),

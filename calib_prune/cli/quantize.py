@@ -28,9 +28,10 @@ def megabytes(size: int) -> str: return f"{size / 1e6:,.1f} MB"
 
 def quantised_line(record: dict[str, Any]) -> dict[str, Any]:
     "What was quantised, and the size before and after."
+    from calib_prune.pruning.methods import METHODS
     sizes, how = record["bytes"], record["quantise"]
-    shown = dict(method=record["method"], bits=how["bits"], group=how["group"],
-                 mix="none" if record["method"] == "rtn" else record["calibration"]["mix"])
+    mix = record["calibration"]["mix"] if METHODS[record["method"]].reads_text else "none"
+    shown = dict(method=record["method"], bits=how["bits"], group=how["group"], mix=mix)
     if str(record["sparsity"]) != "0": shown["zeros"] = record["achieved_sparsity"]
     before = f"size in {record['saved_dtype']}"
     after = megabytes(sizes["packed"]) if "packed" in sizes else "unchanged"

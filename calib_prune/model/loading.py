@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'AUTO', 'END_OF_TEXT', 'SIZES', 'ROOM_ON_GPU', 'RARE', 'RECORD_FILE', 'PART', 'ROOM', 'as_dtype',
-           'as_device', 'end_of_text_id', 'locate_model', 'weight_count', 'check_weights_fit', 'best_dtype',
-           'placement', 'is_finite', 'not_finite', 'fitting', 'load_model', 'model_revision', 'check_place',
-           'check_output', 'OutputFolder', 'own_record', 'finished_output', 'save_model', 'load_tokenizer',
-           'check_window', 'check_tokens']
+           'as_device', 'end_of_text_id', 'locate_model', 'is_packed', 'weight_count', 'check_weights_fit',
+           'best_dtype', 'placement', 'is_finite', 'not_finite', 'fitting', 'load_model', 'model_revision',
+           'check_place', 'check_output', 'OutputFolder', 'own_record', 'finished_output', 'save_model',
+           'load_tokenizer', 'check_window', 'check_tokens']
 
 # %% ../../nbs/model/04_loading.ipynb #0bf41b35
 import json
@@ -256,10 +256,14 @@ def _check_found(info: dict[str, Any]) -> None:  # what transformers tells about
                          f"{list(needs)}")
 
 # %% ../../nbs/model/04_loading.ipynb #879c1fec
+def is_packed(entry: Any) -> bool:
+    "Whether `quantization_config` of a config.json says that weights are compressed-tensors'."
+    return isinstance(entry, dict) and entry.get("quant_method") == "compressed-tensors"
+
 def _unpack(config: Any, where: str | Path) -> None:
     "Let packed weights of compressed-tensors be loaded as plain weights."
-    packed = getattr(config, "quantization_config", None)
-    if not isinstance(packed, dict) or packed.get("quant_method") != "compressed-tensors": return
+    packed: Any = getattr(config, "quantization_config", None)
+    if not is_packed(packed): return
     if not is_compressed_tensors_available():
         raise CalibPruneError(f"Cannot load {where}: its weights are packed, and the package"
                               " compressed-tensors is missing. pip install 'calib-prune[packed]'.")

@@ -7,6 +7,8 @@ __all__ = ['Types', 'GGUF_SAVED', 'stored_types', 'quantised_in_files', 'quantis
            'as_stored', 'saved_type']
 
 # %% ../../nbs/model/07_stored_types.ipynb #cd151605
+import json
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +26,14 @@ from transformers import PreTrainedModel
 from ..core import CalibPruneError, load_json
 from ..data.gguf import read_head
 from ..data.wheels import NAMED_MODELS
-from .loading import as_dtype, fitting, is_finite, locate_model, not_finite
+from calib_prune.model.loading import (
+    as_dtype,
+    fitting,
+    is_finite,
+    is_packed,
+    locate_model,
+    not_finite,
+)
 
 # %% ../../nbs/model/07_stored_types.ipynb #c7272c5a
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -63,10 +72,9 @@ def quantised_in_files(model: str) -> str | None:  # such as "4 bits, packed"
     if model in NAMED_MODELS or not Path(model).is_dir(): return None
     file = Path(model, "config.json")
     packed = load_json(file).get("quantization_config") if file.is_file() else None
-    if not isinstance(packed, dict): return None
-    groups = packed.get("config_groups") or {}
-    bits = {(group.get("weights") or {}).get("num_bits") for group in groups.values()}
-    return f"{' and '.join(map(str, sorted(filter(None, bits))))} bits, packed"
+    if not is_packed(packed): return None
+    bits = re.findall(r'"num_bits": (\d+)', json.dumps(packed))
+    return f"{' and '.join(dict.fromkeys(bits)) or 'some'} bits, packed"
 
 def quantised_type(model: str) -> str | None:  # such as "Q4_K_M"
     "The type of quantised weights in a model's GGUF or packed file; None for other models."

@@ -73,7 +73,8 @@ class PruneSettings:
     "How a model is pruned. The command `prune` has the same options and defaults."
     calibration: str = "half-code" # `c4`, `c4=0.5,math=0.5`, `uniform`, or text files
     method: str = "admm"           # see `METHODS` (`pruning/14_methods`)
-    sparsity: float | str = "0.5"  # fraction of weights to remove, in [0, 1), or n:m
+    # fraction of weights to remove, in [0, 1), or n:m; `prune_model` takes 0 with `quantise`
+    sparsity: float | str = "0.5"
     windows: int = 32              # calibration windows
     length: int = 512              # tokens per window
     seed: int = 0                  # of the draw of windows

@@ -296,8 +296,8 @@ def fitted_scale(groups: Tensor,      # [lines, n] float32
                 ) -> tuple[Tensor, Tensor]:  # scale and zero, [lines, 1] each
     "The scale with the least weighted error, of several spans; both ends shrink alike."
     full_scale, zero = scale_and_zero(groups, grid)
-    compiled = groups.device.type == "cpu" and grid.scales == torch.bfloat16
-    fit = _fitted_on_cpu if compiled else fitted_torch
+    on_cpu = groups.device.type == "cpu" and grid.scales == torch.bfloat16
+    fit = _fitted_on_cpu if on_cpu else fitted_torch
     return fit(groups, importance, full_scale, zero, grid), zero
 
 # %% ../../nbs/pruning/12_grids.ipynb #5de62e17

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..core import CalibPruneError, as_path, temporary_folder, write_atomic
 from ..data.gguf import read_head
-from .checkpoint import LinearReport
+from .checkpoint import LinearReport, dense_report
 from .experts import routers
 from .grids import Quantisation, rounded
 from .layers import attach_scales, decoder_layers, get_weight, prunable
@@ -75,8 +75,9 @@ class Importance:
             raise CalibPruneError("Two importance matrices of different models cannot be merged.")
         sums = {name: row + other.sums[name] for name, row in self.sums.items()}
         counts = {name: n + other.counts[name] for name, n in self.counts.items()}
-        return Importance(sums, counts, self.texts + other.texts, self.windows + other.windows,
-                          self.length, self.model or other.model)
+        windows = self.windows + other.windows * other.length // self.length  # of our length
+        return Importance(sums, counts, self.texts + other.texts, windows, self.length,
+                          self.model or other.model)
 
 def importance_of(model: PreTrainedModel,  # dense
                   tokens: Tensor,          # int64 [N, L]
@@ -161,9 +162,7 @@ def quantise_from(model: PreTrainedModel,  # dense; quantised in place
     for i, layer in enumerate(decoder_layers(model)):
         for name, linear in prunable(layer).items():
             if (i, name) in dense:
-                (d_out, d_in), weight = get_weight(linear).shape, get_weight(linear)
-                zeros = int((weight == 0).sum()) / weight.numel()
-                reports.append(LinearReport(i, name, d_out, d_in, 0, zeros, 0.0, None, None))
+                reports.append(dense_report(i, name, linear))
                 continue
             how.grid.check(get_weight(linear).shape[1])
             gguf = names[f"{i}.{name}"]

@@ -88,6 +88,11 @@ class Method:
     quantises: bool = False
     prunes: bool = True
 
+    @property
+    def reads_text(self) -> bool:
+        "Whether the result depends on the calibration text."
+        return self.needs != "nothing"
+
 # %% ../../nbs/pruning/14_methods.ipynb #8baa5826
 METHODS: dict[str, Method] = {method.name: method for method in (
     Method("sparsegpt", "SparseGPT", "second moments", _sparsegpt, 3, 2.5, ("block", "damping")),

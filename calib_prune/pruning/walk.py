@@ -24,7 +24,7 @@ from ..model.fused import fused_layers
 from ..model.loading import as_device, check_tokens
 from ..progress import ProgressFn
 from .allocation import outlier_shares, spread_out
-from .checkpoint import Checkpoint, LinearReport
+from .checkpoint import Checkpoint, LinearReport, dense_report
 from .experts import one_by_one
 from .gptq import check_blocks
 from .grids import Quantisation, QuantisedWeight
@@ -161,13 +161,8 @@ def _reconstructed(index: int, layer: nn.Module, calls: list[Call], hidden: list
 # %% ../../nbs/pruning/20_walk.ipynb #26260fbb
 def _left_dense(index: int, layer: nn.Module, names: set[str]) -> list[LinearReport]:
     "The reports of linears that are not pruned."
-    reports = []
-    for name, linear in prunable(layer).items():
-        if name not in names: continue
-        weight = get_weight(linear)
-        (d_out, d_in), zeros = weight.shape, int((weight == 0).sum()) / weight.numel()
-        reports.append(LinearReport(index, name, d_out, d_in, 0, zeros, 0.0, None, None))
-    return reports
+    return [dense_report(index, name, linear) for name, linear in prunable(layer).items()
+            if name in names]
 
 # %% ../../nbs/pruning/20_walk.ipynb #6edbc69e
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ModelName', 'QUANTITY_ROWS', 'SUPPORTED', 'REFUTED', 'NOT_MEASURED', 'Quantity', 'code_of', 'total_of', 'code_lead',
-           'total_lead', 'named_once', 'range_verdict', 'quantity_rows', 'verdicts_of', 'quantity_text',
-           'hypothesis_notes']
+           'total_lead', 'mean_total_lead', 'named_once', 'range_verdict', 'quantity_rows', 'verdicts_of',
+           'quantity_text', 'hypothesis_notes']
 
 # %% ../../nbs/questions/20_hypotheses.ipynb #c3672deb
 from collections import Counter
@@ -43,6 +43,11 @@ def code_lead(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return code_of(first) - code_of(second)
 def total_lead(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return total_of(first) - total_of(second)
+def mean_total_lead(*values: np.ndarray) -> np.ndarray:
+    "Mean total of the first half of the models minus the mean of the second half."
+    totals = np.stack([total_of(one) for one in values], 1)
+    half = len(values) // 2
+    return totals[:, :half].mean(1) - totals[:, half:].mean(1)
 
 def named_once(names: Iterable[ModelName], values: np.ndarray  # [1 + B, models, outcomes]
               ) -> dict[ModelName, np.ndarray]:

@@ -25,6 +25,7 @@ from ..pruning.masks import parse_sparsity
 from ..pruning.methods import read_recipe
 from calib_prune.questions.hypotheses import (
     Quantity,
+    code_lead,
     code_of,
     quantity_rows,
     total_lead,
@@ -83,9 +84,6 @@ def _per_loss_lead(*values: np.ndarray) -> np.ndarray:  # three of SparseGPT, th
     "SparseGPT's Code difference per loss minus GPTQ's."
     return _code_per_loss(*values[:3]) - _code_per_loss(*values[3:])
 
-def _code_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return code_of(first) - code_of(second)
-
 # %% ../../nbs/questions/23_quantisation.ipynb #6ebf8875
 def _of_texts(hypothesis: str, first: str, second: str, method: str, low: float = 0.0,
               high: float = np.inf, contrast=total_lead) -> Quantity:
@@ -103,11 +101,11 @@ def quantisation_quantities() -> list[Quantity]:
     return [
         Quantity("Q1", f"{EQUAL_KINDS} − round to nearest, total", GPTQ_3,
                  (equal, (WEB_TEXT, RTN_3, "0")), total_lead),
-        _of_texts("Q2", CODE_TEXT, WEB_TEXT, GPTQ_3, contrast=_code_difference),
+        _of_texts("Q2", CODE_TEXT, WEB_TEXT, GPTQ_3, contrast=code_lead),
         Quantity("Q3", "SparseGPT 50 % − GPTQ, Code difference per loss", GPTQ_3, sparse + coded,
                  _per_loss_lead, unit="% of the loss"),
         _of_texts("Q4", EQUAL_KINDS, WEB_TEXT, GPTQ_3),
-        _of_texts("Q5", CODE_TEXT, WEB_TEXT, IMATRIX_3, -0.03, 0.03, _code_difference),
+        _of_texts("Q5", CODE_TEXT, WEB_TEXT, IMATRIX_3, -0.03, 0.03, code_lead),
         _of_texts("Q6", "igsp", EQUAL_KINDS, GPTQ_3, -0.03, 0.03),
         _of_texts("Q7", WEB_TEXT, "random", GPTQ_3),
         _of_texts("Q7", WEB_TEXT, "random", IMATRIX_3, -0.03, 0.03),
@@ -201,11 +199,11 @@ def _short(method: str, sparsity: str) -> str:
 def _size_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of the total
     "Total retention against bits per weight; round to nearest has no text."
     shown = rows[(rows["strategy"] == EQUAL_KINDS) | rows["method"].str.startswith("rtn")]
-    beside: Counter[float] = Counter()
+    drawn: Counter[float] = Counter()  # models of a size
     for (method, sparsity), mine in shown.groupby(["method", "sparsity"], sort=False):
         bits = mine["bits"].iloc[0]
-        at = mine["bits"] * np.exp(DODGE * beside[bits])
-        beside[bits] += 1
+        at = mine["bits"] * np.exp(DODGE * drawn[bits])
+        drawn[bits] += 1
         error_bars(ax, at, mine, label=_short(method, sparsity), **_look(method, sparsity))
     ax.set(xscale="log", xticks=[2, 3, 4, 8, 16], xticklabels=[2, 3, 4, 8, 16],
            xlabel="bits per weight of the linear maps", ylabel="total retention, %")

@@ -19,6 +19,7 @@ from calib_prune.questions.hypotheses import (
     ModelName,
     Quantity,
     code_lead,
+    mean_total_lead,
     quantity_rows,
     total_lead,
     total_of,
@@ -38,12 +39,6 @@ def _source_range(*values: np.ndarray) -> np.ndarray:
     totals = np.stack([total_of(one) for one in values], 1)[..., None]
     return without_noise(totals)[:, 0]
 
-def _mean_difference(*values: np.ndarray) -> np.ndarray:
-    "Mean total of the first half of the models minus the mean of the second half."
-    totals = np.stack([total_of(one) for one in values], 1)
-    half = len(values) // 2
-    return totals[:, :half].mean(1) - totals[:, half:].mean(1)
-
 def _at_half(names: tuple[str, ...], method: str = "sparsegpt") -> tuple[ModelName, ...]:
     return tuple((name, method, "0.5") for name in names)
 
@@ -55,7 +50,7 @@ SCALE_QUANTITIES = [
     Quantity("igsp", "IGSP − uniform, total", "sparsegpt", _at_half(("igsp", "uniform")),
              total_lead),
     Quantity("pruner", "Wanda − SparseGPT, total", "wanda",
-             _at_half(COMMON_SETS, "wanda") + _at_half(COMMON_SETS), _mean_difference)]
+             _at_half(COMMON_SETS, "wanda") + _at_half(COMMON_SETS), mean_total_lead)]
 
 # %% ../../nbs/questions/24_scale.ipynb #93cca0db
 SCALE_ROWS = ["model", "parameters", "quantity", "value", "ci_low", "ci_high", "draws"]

@@ -14,6 +14,7 @@ from calib_prune.questions.hypotheses import (
     ModelName,
     Quantity,
     code_lead,
+    mean_total_lead,
     named_once,
     quantity_rows,
     total_lead,
@@ -37,12 +38,6 @@ THIRD_MODEL_HYPOTHESES = {
 
 SETS_WITH_BOTH_PRUNERS = "c4", "codeio", "math", "uniform", "uniform-dimensions", "igsp"
 QWEN_HALF_B_TOTAL = dict(c4=0.739, uniform=0.780)  # total retention, in the preset's head
-
-def _mean_lead(*values: np.ndarray) -> np.ndarray:
-    "Mean total of the first half of the models minus that of the second half."
-    totals = np.stack([total_of(one) for one in values], 1)
-    half = len(values) // 2
-    return totals[:, :half].mean(1) - totals[:, half:].mean(1)
 
 def _growth(*values: np.ndarray) -> np.ndarray:
     "(first − second) − (third − fourth), total."
@@ -73,7 +68,7 @@ def third_quantities() -> list[Quantity]:
         _pair("H5", "half-code", "uniform", code=True),
         _pair("H5", "half-code", "uniform", -0.02, 0.02),
         Quantity("H6", "Wanda − SparseGPT, total, mean over six sets", "wanda",
-                 wanda + sparsegpt, _mean_lead),
+                 wanda + sparsegpt, mean_total_lead),
         *(Quantity("H7", f"{name}, total", "sparsegpt", ((name, "sparsegpt", "0.5"),), total_of,
                    least, unit="%") for name, least in QWEN_HALF_B_TOTAL.items()),
         Quantity("H8", "(uniform − c4 at 60 %) − (uniform − c4 at 50 %), total", "sparsegpt", grown,

@@ -393,7 +393,7 @@ def draw_noise(cells: Replicates, seed: int,
 def reads_no_text(method: str) -> bool:
     "Whether a method uses no calibration text, so that draws do not differ."
     base = method.partition("+")[0]
-    return base in METHODS and METHODS[base].needs == "nothing"
+    return base in METHODS and not METHODS[base].reads_text
 
 def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_retention`
                        seed: int = 0,

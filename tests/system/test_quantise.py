@@ -17,14 +17,14 @@ from calib_prune.cli.app import app
 from calib_prune.cli.reproduce import check_names
 from calib_prune.core import CalibPruneError
 from calib_prune.model.loading import load_model, save_model, weight_count
-from calib_prune.model.stored_types import quantised_type, stored_types
+from calib_prune.model.stored_types import quantised_in_files, quantised_type, stored_types
 from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
 from calib_prune.pipeline.again import prune_again
 from calib_prune.pipeline.prune import PruneSettings, prune_model
 from calib_prune.pipeline.recover import recover_model
 from calib_prune.pruning.experts import one_by_one
 from calib_prune.pruning.grids import Quantisation
-from calib_prune.pruning.importance import read_imatrix
+from calib_prune.pruning.importance import importance_of, read_imatrix
 from calib_prune.pruning.layers import (
     decoder_layers,
     detach_scales,
@@ -36,7 +36,7 @@ from calib_prune.pruning.walk import prune
 from calib_prune.study.keys import cell_key
 from calib_prune.study.presets import cells, load_preset
 from tests.processes import finish, start
-from tests.tiny_study import tiny_study
+from tests.tiny_study import text_study
 
 HOW = Quantisation(3, 16, fitted=True)
 OWN = dict(windows=6, length=16, sparsity=0, quantise=HOW, dtype="float32")
@@ -175,6 +175,14 @@ def test_a_quantised_model_is_not_trained_and_says_what_it_is(dense, tmp_path):
     assert stored_types(str(tmp_path / "q"))[0] in (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize("entry, bits", [
+    (dict(quant_method="gptq", bits=4), None), ("packed", None), (None, None),
+    (dict(quant_method="compressed-tensors", config_groups=[]), "some bits, packed")])
+def test_quantised_files_of_other_tools_are_not_called_packed(tmp_path, entry, bits):
+    (tmp_path / "config.json").write_text(json.dumps(dict(quantization_config=entry)))
+    assert quantised_in_files(str(tmp_path)) == bits
+
+
 def test_prune_points_to_quantize(dense, tmp_path):
     model, text = dense
     with pytest.raises(CalibPruneError, match="calib-prune quantize --method gptq"):
@@ -212,6 +220,14 @@ def test_an_importance_matrix_serves_many_settings(dense, tmp_path):
         load_model(str(tmp_path / f"q{bits}"))
 
 
+def test_merged_windows_are_counted_in_one_length(dense):
+    model, _ = load_model(str(dense[0]))
+    short, long = (importance_of(model, windows(6, length), "own") for length in (8, 24))
+    merged = short.plus(long)
+    assert merged.windows * merged.length == 6 * 8 + 6 * 24
+    assert set(merged.counts.values()) == {float(6 * 8 + 6 * 24)}
+
+
 def test_statistics_of_another_model_are_refused(dense, tmp_path):
     model, text = dense
     save_model(tiny_llama(seed=5, num_hidden_layers=3), tiny_tokenizer(), tmp_path / "other", {})
@@ -229,18 +245,14 @@ def test_statistics_of_another_model_are_refused(dense, tmp_path):
         assert says in str(run.exception) and not (tmp_path / "q").exists()
 
 
-METHODS = ["sparsegpt", "gptq+bits=3+group=16+fitted"]
+METHOD = "gptq+bits=3+group=16+fitted"
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkout")
-    save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
-    (root / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(500)))
-    tiny_study(root, root / "tiny", dict(own=str(root / "a.txt")), 4, 64, tasks="sciq", limit=4)
+    root = text_study(tmp_path_factory.mktemp("checkout"), [METHOD], tables=["quantisation"])
     preset = yaml.safe_load((root / "tiny.yaml").read_text())
-    preset["grid"][0] |= dict(methods=METHODS[1:], sparsities=["0"])
-    preset["heldout"]["divergence"], preset["tables"] = True, ["quantisation"]
+    preset["grid"][0]["sparsities"], preset["heldout"]["divergence"] = ["0"], True
     (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
     return root
 
@@ -249,7 +261,7 @@ def checkout(tmp_path_factory):
 def test_a_study_quantises_and_measures_the_divergence(checkout):
     finish(start("reproduce", "--preset", "tiny.yaml", "--jobs", "1", cwd=checkout, session=True,
                  PYTHONPATH=str(checkout)), 0)
-    made = json.loads((checkout / f"results/tiny/own-{METHODS[1]}-0-n4-s0.json").read_text())
+    made = json.loads((checkout / f"results/tiny/own-{METHOD}-0-n4-s0.json").read_text())
     scores = {row["metric"]: row["score"] for row in made["rows"]}
     assert scores["KL divergence, bits per token"] > 0
     key = made["record"]["key"]

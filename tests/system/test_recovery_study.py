@@ -6,13 +6,11 @@ import pytest
 import yaml
 
 from calib_prune.core import CalibPruneError
-from calib_prune.model.loading import save_model
-from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.study.cost import cell_seconds
 from calib_prune.study.keys import cell_key
 from calib_prune.study.presets import cells, load_preset
 from tests.processes import finish, start
-from tests.tiny_study import tiny_study
+from tests.tiny_study import text_study
 
 METHODS = ["wanda", "wanda+recover=own"]
 TOKENS = 12 * 4 * 32  # twelve steps
@@ -23,14 +21,7 @@ RECOVERY = dict(tokens=TOKENS, windows=24, length=32, batch=4, rate=1e-3, loss="
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
-    save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), root / "tiny", {})
-    (root / "a.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(500)))
-    tiny_study(root, root / "tiny", dict(own=str(root / "a.txt")), 4, 64, tasks="sciq", limit=4)
-    preset = yaml.safe_load((root / "tiny.yaml").read_text())
-    preset["grid"][0]["methods"] = METHODS
-    preset["recovery"], preset["tables"] = RECOVERY, ["recovery"]
-    (root / "tiny.yaml").write_text(yaml.safe_dump(preset))
-    return root
+    return text_study(root, METHODS, recovery=RECOVERY, tables=["recovery"])
 
 
 def changed(checkout, tmp_path, **entries):
