@@ -8,6 +8,22 @@ from pathlib import Path
 from bench.machine import peak, versions
 
 
+def modifier(method: str, sparsity: float):  # "gptq-4-64": 4 bits, groups of 64
+    "llm-compressor's modifier, with the settings of ours."
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    where = dict(targets=["Linear"], ignore=["lm_head"])
+    if method.startswith("gptq"):
+        _, bits, group = method.split("-")
+        weights = dict(num_bits=int(bits), type="int", symmetric=True, strategy="group",
+                       group_size=int(group), observer="minmax")
+        scheme = dict(targets=["Linear"], weights=weights)
+        return GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"], block_size=128,
+                            dampening_frac=0.01, actorder=None)
+    return {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method](
+        sparsity=sparsity, **where)
+
+
 def main(
     model: str, tokens: str, method: str, sparsity: float, batch: int, layers: int, out: str
 ) -> dict:
@@ -15,7 +31,6 @@ def main(
     import numpy as np
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32", num_hidden_layers=layers)
@@ -24,7 +39,6 @@ def main(
     dataset = Dataset.from_dict(
         {"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()}
     )
-    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
     start = time.perf_counter()
     oneshot(
         model=loaded,
@@ -32,7 +46,7 @@ def main(
         dataset=dataset,
         pipeline="sequential",
         batch_size=batch,
-        recipe=modifier(sparsity=sparsity, targets=["Linear"], ignore=["lm_head"]),
+        recipe=modifier(method, sparsity),
         num_calibration_samples=len(windows),
         max_seq_length=windows.shape[1],
         shuffle_calibration_samples=False,

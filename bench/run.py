@@ -244,21 +244,11 @@ def prune(
     put(dict(seconds=seconds, peak_bytes=peak()))
 
 
-@app.command()
-def errors(
-    source: str = "c4",
-    windows: int = 32,
-    length: int = 512,
-    layers: Layers = 30,
-    model: Model = MODEL,
-) -> None:
-    """Reconstruction error of every saved result, ‖(W−W′)X‖² / ‖WX‖² with the dense model's inputs
-    X: one check for all."""
+def dense_moments(loaded, ids) -> tuple[dict, dict]:
+    "The linear maps of a dense model's layers, and the second moments of their inputs, by name."
     import torch
-    from safetensors.torch import load_file
 
-    from calib_prune.pruning.hessian import SecondMoment, energy
-    loaded, _ = load(model, layers)
+    from calib_prune.pruning.hessian import SecondMoment
     linears = {
         f"{k}.weight": m
         for k, m in loaded.named_modules()
@@ -268,28 +258,52 @@ def errors(
     for k, m in linears.items():
         m.register_forward_pre_hook(lambda _, args, k=k: moments[k].update(args[0]))
     with torch.no_grad():
-        ids = load_tokens(window_file(source, windows, length))
-        for batch in ids.split(max(1, BATCH_TOKENS // length)): loaded.model(batch, use_cache=False)
-        hessians = {k: o.matrix() for k, o in moments.items()}
-        dense = {k: energy(m.weight, hessians[k]) for k, m in linears.items()}
-        rows = []
-        for method in METHODS:
-            for who in WHO:
-                new = load_file(weight_file(method, who))
-                found = [
-                    energy(m.weight - new[k], hessians[k]) / dense[k] for k, m in linears.items()
-                ]
-                zeros = sum(int((new[k] == 0).sum()) for k in linears) / sum(
-                    m.weight.numel() for m in linears.values()
-                )
-                rows.append(
-                    dict(who=who,
-                         method=method,
-                         sparsity=zeros,
-                         linears=len(found),
-                         mean=statistics.mean(found),
-                         median=statistics.median(found),
-                         largest=max(found)))
+        for batch in ids.split(max(1, BATCH_TOKENS // ids.shape[1])):
+            loaded.model(batch, use_cache=False)
+    return linears, {k: o.matrix() for k, o in moments.items()}
+
+
+def relative_errors(linears: dict, hessians: dict, file: Path) -> list[float]:
+    "‖(W−W′)X‖² / ‖WX‖² of the weights in a file, for each linear map."
+    from safetensors.torch import load_file
+
+    from calib_prune.pruning.hessian import energy
+    new = load_file(file)
+    return [
+        energy(m.weight.data - new[k].float(), hessians[k]) / energy(m.weight.data, hessians[k])
+        for k, m in linears.items()
+    ]
+
+
+@app.command()
+def errors(
+    source: str = "c4",
+    windows: int = 32,
+    length: int = 512,
+    layers: Layers = 30,
+    model: Model = MODEL,
+) -> None:
+    """Reconstruction error of every saved result with the dense model's inputs: one check for
+    all."""
+    from safetensors.torch import load_file
+    loaded, _ = load(model, layers)
+    linears, hessians = dense_moments(loaded, load_tokens(window_file(source, windows, length)))
+    rows = []
+    for method in METHODS:
+        for who in WHO:
+            file = weight_file(method, who)
+            found, new = relative_errors(linears, hessians, file), load_file(file)
+            zeros = sum(int((new[k] == 0).sum()) for k in linears) / sum(
+                m.weight.numel() for m in linears.values()
+            )
+            rows.append(
+                dict(who=who,
+                     method=method,
+                     sparsity=zeros,
+                     linears=len(found),
+                     mean=statistics.mean(found),
+                     median=statistics.median(found),
+                     largest=max(found)))
     put(rows)
 
 

@@ -19,6 +19,7 @@ from .evaluate import print_lines
 from calib_prune.cli.output import (
     DeviceOption,
     DtypeOption,
+    GroupOption,
     JsonOption,
     bars,
     forest_column,
@@ -97,9 +98,10 @@ def show_demo(as_json: bool) -> None:
     Console().print(Markdown(project_file(f"{DEMO}.md").read_text(encoding="utf-8")))
 
 # %% ../../nbs/cli/11_advise.ipynb #4a47f91b
-def method_settings(method: str, sparsity: str | None, bits: int | None, group: int
-                   ) -> dict[str, Any]:
+def method_settings(model: str, method: str, sparsity: str | None, bits: int | None,
+                    group: int | None) -> dict[str, Any]:
     "The settings of the candidates' method; `gptq` and the others that quantise have no zeros."
+    from calib_prune.pipeline.prune import usual_group
     from calib_prune.pruning.grids import Quantisation
     from calib_prune.pruning.methods import METHODS, check_method
     check_method(method)
@@ -110,6 +112,7 @@ def method_settings(method: str, sparsity: str | None, bits: int | None, group: 
     usual = "0" if quantises else "0.5"
     settings: dict[str, Any] = dict(method=method, sparsity=sparsity or usual)
     if bits is None: return settings
+    if group is None: group = usual_group(model)
     how = Quantisation(bits, group, fitted=method != "imatrix")
     return settings | dict(quantise=how, block=how.block)
 
@@ -157,9 +160,7 @@ def advise_command(
     bits: Annotated[
         Optional[int], typer.Option(help="Of methods that quantise: bits of a code.")
     ] = None,
-    group: Annotated[
-        int, typer.Option(help="Of methods that quantise: inputs with one scale.")
-    ] = 128,
+    group: GroupOption = None,
     windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     dtype: DtypeOption = "auto",
@@ -176,7 +177,7 @@ def advise_command(
     if demo: return show_demo(as_json)
     if model is None: raise CalibPruneError("For which model? Give --model, or --demo.")
     _check_minutes(minutes)
-    how: dict[str, Any] = method_settings(method, sparsity, bits, group) | dict(
+    how: dict[str, Any] = method_settings(model, method, sparsity, bits, group) | dict(
         windows=windows, length=length, dtype=dtype, device=device)
     if minutes == 0:
         from calib_prune.advice.nearest import advise_quickly

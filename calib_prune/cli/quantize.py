@@ -15,6 +15,7 @@ import typer
 from calib_prune.cli.output import (
     DeviceOption,
     DtypeOption,
+    GroupOption,
     JsonOption,
     bars,
     print_json,
@@ -59,9 +60,7 @@ def quantize_command(
         ),
     ] = "gptq",
     bits: Annotated[int, typer.Option(help="Bits of a code: 2, 3, 4 or 8.")] = 4,
-    group: Annotated[
-        int, typer.Option(help="Consecutive inputs with one scale; 0: all inputs of a row.")
-    ] = 128,
+    group: GroupOption = None,
     scales: Annotated[
         str,
         typer.Option(
@@ -134,9 +133,12 @@ def quantize_command(
     as_json: JsonOption = False,
 ) -> None:
     "Store a model's weights in a few bits; save a folder that the transformers library loads."
-    from calib_prune.pipeline.prune import prune_model
+    from calib_prune.pipeline.prune import prune_model, usual_group
     from calib_prune.pruning.grids import Quantisation
-    how = Quantisation(bits, group, not asymmetric, _fitted(method, scales), activation_order)
+    from calib_prune.pruning.layers import Scope
+    fitted = _fitted(method, scales)
+    if group is None: group = usual_group(model, Scope(layers, exclude), revision)
+    how = Quantisation(bits, group, not asymmetric, fitted, activation_order)
     if statistics and calibration:
         raise CalibPruneError("--statistics takes the place of --calibration: give one of both.")
     began = time.perf_counter()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'AUTO', 'END_OF_TEXT', 'SIZES', 'ROOM_ON_GPU', 'RARE', 'RECORD_FILE', 'PART', 'ROOM', 'as_dtype',
-           'as_device', 'end_of_text_id', 'locate_model', 'is_packed', 'weight_count', 'check_weights_fit',
-           'best_dtype', 'placement', 'is_finite', 'not_finite', 'fitting', 'load_model', 'model_revision',
-           'check_place', 'check_output', 'OutputFolder', 'own_record', 'finished_output', 'save_model',
-           'load_tokenizer', 'check_window', 'check_tokens']
+           'as_device', 'end_of_text_id', 'locate_model', 'is_packed', 'empty_model', 'weight_count',
+           'check_weights_fit', 'best_dtype', 'placement', 'is_finite', 'not_finite', 'fitting', 'load_model',
+           'model_revision', 'check_place', 'check_output', 'OutputFolder', 'own_record', 'finished_output',
+           'save_model', 'load_tokenizer', 'check_window', 'check_tokens']
 
 # %% ../../nbs/model/04_loading.ipynb #0bf41b35
 import json
@@ -298,15 +298,23 @@ def _load(where: str | Path, dtype: torch.dtype, safe: dict[str, Any]
     return model, tokenizer
 
 # %% ../../nbs/model/04_loading.ipynb #7272e1bf
+def empty_model(where: str | Path,       # from `locate_model`
+                revision: str | None = None  # of a hub id
+               ) -> PreTrainedModel:
+    "A model's layers and shapes on the meta device, without its weights."
+    file = where if isinstance(where, Path) and where.is_file() else None
+    with _reading(where if isinstance(where, Path) else f"config.json of {where}"):
+        config = AutoConfig.from_pretrained(
+            file.parent if file else where, gguf_file=file.name if file else None,
+            revision=revision, trust_remote_code=False)
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(config)
+
 def weight_count(where: str | Path,       # from `locate_model`
                  revision: str | None = None  # of a hub id
                 ) -> int:
     "How many weights a model has, without loading them."
     if isinstance(where, str):
-        with _reading(f"config.json of {where}"):
-            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
-        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in empty_model(where, revision).parameters())
     if where.is_file(): return sum(math.prod(shape) for shape in read_head(where).tensors.values())
     return sum(math.prod(shape) for shape in _weight_shapes(where)) + _packed_count(where)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_RECIPE', 'RECIPES', 'EVERYTHING', 'PruneSettings', 'PruneRecipe', 'recipe_settings', 'draw_calibration',
-           'prune_loaded', 'mean_sparsity', 'check_apart', 'PrunedModel', 'prune_model']
+           'prune_loaded', 'mean_sparsity', 'check_apart', 'PrunedModel', 'prune_model', 'usual_group']
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0009
 from contextlib import nullcontext
@@ -23,8 +23,10 @@ from calib_prune.model.loading import (
     as_device,
     as_dtype,
     check_output,
+    empty_model,
     finished_output,
     load_model,
+    locate_model,
     model_revision,
     own_record,
     placement,
@@ -65,7 +67,7 @@ from calib_prune.pruning.packed import (
     packed_tensors,
     tensor_bytes,
 )
-from ..pruning.walk import check_sizes, check_widths, prune
+from ..pruning.walk import check_sizes, check_widths, input_widths, prune
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be000c
 @dataclass(frozen=True)
@@ -428,3 +430,11 @@ def prune_model(
         if out: out.save(net, tokenizer, record, *packed)
         if layers is not None: remove_checkpoint(layers)
     return PrunedModel(record, net, tokenizer, finished)
+
+# %% ../../nbs/pipeline/02_prune.ipynb #fa3f39bb
+def usual_group(model: str,  # as `load_model` takes it
+                scope: Scope = EVERYTHING, revision: str | None = None) -> int:
+    "Inputs with one scale: 128, or the largest of 64, 32 and 16 that divides all; else 0, a row."
+    widths = {*input_widths(empty_model(locate_model(model), revision), scope).values()}
+    fitting = [size for size in (128, 64, 32, 16) if not any(width % size for width in widths)]
+    return fitting[0] if fitting else 0

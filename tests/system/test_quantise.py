@@ -128,10 +128,11 @@ def quantize(*args): return CliRunner().invoke(app, ["quantize", *map(str, args)
 def test_the_command_says_the_sizes(dense, tmp_path):
     model, text = dense
     given = ["--model", model, "--output", tmp_path / "q", "--calibration", text, "--windows", 6,
-             "--length", 16, "--group", 16, "--bits", 4, "--sparsity", "2:4"]
+             "--length", 16, "--bits", 4, "--sparsity", "2:4"]
     shown = quantize(*given)
     assert shown.exit_code == 0 and "MB" in shown.output, shown.output
     record = json.loads((tmp_path / "q/calib_prune.json").read_text())
+    assert record["quantise"]["group"] == 16, "128, 64 and 32 do not divide the 48 inputs of a map"
     assert record["achieved_sparsity"] >= 0.5 and record["quantise"]["bits"] == 4
     assert not Path(f"{tmp_path}/q.layers").exists()
 
@@ -289,11 +290,11 @@ def test_keys_hold_bits_and_groups(checkout):
     ("admm", None, "calib-prune prune --model m --calibration codeio --method admm --sparsity 0.5"
                    " --output pruned")])
 def test_advice_ends_in_the_command_of_its_method(method, bits, line):
-    settings = PruneSettings(**method_settings(method, None, bits, 64))
+    settings = PruneSettings(**method_settings("m", method, None, bits, 64))
     settings.check()
     assert prune_command_line("m", "codeio", settings) == line
     with pytest.raises(CalibPruneError, match="quantize --method gptq"):
-        PruneSettings(**method_settings("gptq", None, None, 64)).check()
+        PruneSettings(**method_settings("m", "gptq", None, None, 64)).check()
 
 
 def test_a_record_makes_the_quantised_model_again(dense, tmp_path):
