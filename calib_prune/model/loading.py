@@ -40,7 +40,13 @@ from calib_prune.core import (
                               write_atomic,
 )
 from ..data.fetch import cached
-from ..data.gguf import _dequantised, alone, as_the_umask_says, check_bounded, read_head
+from calib_prune.data.gguf import (
+    _dequantised,
+    as_the_umask_says,
+    check_bounded,
+    gguf_tokenizer,
+    read_head,
+)
 from ..data.wheels import NAMED_MODELS
 from ..kernels.compiled import limit_threads
 from ..kernels.memory import total_memory
@@ -671,8 +677,7 @@ def load_tokenizer(name: str  # see `load_model`
     try:
         if not (isinstance(where, Path) and where.is_file()):
             return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        read_head(where)
-        with alone(where) as place: return AutoTokenizer.from_pretrained(**place)
+        return gguf_tokenizer(where, read_head(where))
     except (OSError, ValueError, KeyError) as e:
         why = (str(e).strip() or repr(e)).splitlines()[0]
         raise CalibPruneError(f"Cannot load the tokenizer of {name!r}: {why}") from e

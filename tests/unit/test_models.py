@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def write_gguf(path, model, file_type=gguf.LlamaFileType.ALL_F32, **more):
+def write_gguf(path, model, file_type=gguf.LlamaFileType.ALL_F32, splitting="", **more):
     "A LLaMA as llama.cpp writes it: rotary rows of q and k interleaved, tensors renamed, a byte-level vocabulary."  # noqa: E501
     config, out = model.config, gguf.GGUFWriter(path, "llama")
     out.add_file_type(file_type), out.add_context_length(512), out.add_embedding_length(32)
@@ -308,6 +308,7 @@ def write_gguf(path, model, file_type=gguf.LlamaFileType.ALL_F32, **more):
     vocab = sorted(tiny_tokenizer().get_vocab().items(), key=lambda kv: kv[1])
     tokens = [t for t, _ in vocab] + ["ab"] + [f"<unused{i}>" for i in range(263 - len(vocab))]
     out.add_tokenizer_model("gpt2"), out.add_token_list(tokens), out.add_token_merges(["a b"])
+    if splitting: out.add_tokenizer_pre(splitting)
     out.add_token_types([3] + [1] * 263), out.add_bos_token_id(0), out.add_eos_token_id(
         0
     ), out.add_unk_token_id(0)
@@ -334,6 +335,20 @@ def test_gguf_loads_and_converts_to_the_same_model(tmp_path):
     folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "converted")
     again, _ = load_model(str(folder))
     assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize("splitting, pieces", [
+    ("smollm", ["ĊĊ", "5", "8", "Ġcm", "ĠĠ", "1"]), ("gpt-2", ["Ċ", "Ċ", "58", "Ġcm", "Ġ", "Ġ1"])])
+def test_a_gguf_file_splits_text_as_it_says(tmp_path, splitting, pieces):
+    write_gguf(tmp_path / "m.gguf", tiny_llama(), splitting=splitting)
+    file = str(tmp_path / "m.gguf")
+    for tokenizer in (load_tokenizer(file), load_model(file)[1],
+                      load_tokenizer(str(convert_gguf(file, tmp_path / "converted")))):
+        split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("\n\n58 cm  1")
+        assert [piece for piece, _ in split] == pieces
+    folder = convert_gguf(file, tmp_path / "as-studied", digits=False)
+    split = load_tokenizer(str(folder)).backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in split.pre_tokenize_str("58 1")] == ["58", "Ġ1"]
 
 
 def other_gguf(folder, change):
