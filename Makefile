@@ -55,6 +55,7 @@ bench: .venv/installed bench/.venv/installed
 	$(BIN)/calib-prune fetch qwen2.5-coder-0.5b
 	$(BIN)/python -m bench.run all $(FRESH)
 	$(BIN)/python -m bench.writing all $(FRESH)
+	$(BIN)/python -m bench.quantising all $(FRESH)
 	mkdir -p build/bench
 	$(BIN)/python -m papermill --no-progress-bar nbs/paper/bench.ipynb build/bench/bench.ipynb
 

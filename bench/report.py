@@ -34,9 +34,9 @@ def load_results(folder: str | Path) -> dict[str, pd.DataFrame]:
     return {o: pd.DataFrame(rows(o)) for o in (*FILES, WRITING, ABILITY)}
 
 
-def describe_machine(folder: str | Path) -> str:
-    "One sentence about what everything ran on."
-    o = json.loads((Path(folder) / "prune.json").read_text())["machine"]
+def describe_machine(folder: str | Path, name: str = "prune") -> str:
+    "One sentence about what a file of measurements, or all but a few, ran on."
+    o = json.loads((Path(folder) / f"{name}.json").read_text())["machine"]
     return (
         f"{o['cpu']}, {o['cores']} cores ({', '.join(o['vectors'])}), {o['memory_gib']} GiB,"
         f" {o['threads']} threads per measurement; Python {o['python']}, torch {o['torch']},"
@@ -266,6 +266,23 @@ def target_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["target", "sense", "wanted", "measured"])
     return table.assign(reached=np.where(table["sense"] == ">=", table["measured"] >=
                                          table["wanted"], table["measured"] <= table["wanted"]))
+
+
+def quantising_table(folder: str | Path) -> pd.DataFrame:
+    "GPTQ of the whole model beside SparseGPT: medians of the rounds, and of the ratios within one."
+    file = json.loads((Path(folder) / "quantising.json").read_text())
+    rows, plan = pd.DataFrame(file["rows"]), file["plan"]
+    names = {"SparseGPT": "SparseGPT, 50 %", "GPTQ": f"GPTQ, {plan['bits']} bits",
+             "GPTQ fitted": f"GPTQ, {plan['bits']} bits, fitted scales",
+             "llm-compressor": f"llm-compressor's GPTQ, {plan['bits']} bits"}
+    rounds, errors = rows[rows["turn"] > 0], rows[rows["turn"] == 0].set_index("who")["mean"]
+    seconds = rounds.pivot(index="turn", columns="who", values="seconds")
+    return pd.DataFrame([{
+        "run": shown, "seconds": seconds[who].median(),
+        "of SparseGPT's time": (seconds[who] / seconds["SparseGPT"]).median(),
+        "mean error %": 100 * errors[who],
+        "peak MB": rounds[rounds["who"] == who]["peak_bytes"].median() / 1e6}
+        for who, shown in names.items()])
 
 
 def growth_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:  # axis, value, seconds, power
