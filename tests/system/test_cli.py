@@ -232,15 +232,15 @@ def test_a_model_has_the_retention_100_of_itself(model):
 
 def test_an_unknown_measure_is_refused_before_the_model_is_loaded(tmp_path):
     done = call(
-        "evaluate", "--model", tmp_path / "none", "--measure", "answer-bit", "--json", code=1
+        "evaluate", "--model", "owner/none", "--measure", "answer-bit", "--json", code=1
     )
     assert "Did you mean 'answer-bits'" in json.loads(done.stdout)["error"]
     done = call(
         "evaluate",
         "--model",
-        tmp_path / "none",
+        "owner/none",
         "--dense",
-        tmp_path / "no",
+        "owner/no",
         "--measure",
         "above-chance",
         "--tasks",
@@ -334,7 +334,7 @@ def test_an_occupied_output_is_refused_before_the_work(model, text, tmp_path):
 
 
 def test_unknown_task_is_refused_before_the_model_is_loaded(tmp_path):
-    done = call("evaluate", "--model", tmp_path / "none", "--tasks", "helaswag", "--json", code=1)
+    done = call("evaluate", "--model", "owner/none", "--tasks", "helaswag", "--json", code=1)
     assert "Did you mean 'hellaswag'" in json.loads(done.stdout)["error"]
 
 
@@ -443,7 +443,7 @@ def test_what_cannot_be_written_leaves_no_file(
 def test_written_text_is_never_overwritten(tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text("mine")
-    done = call("generate", "--model", tmp_path / "none", "--output", own, *WRITE, code=1)
+    done = call("generate", "--model", "owner/none", "--output", own, *WRITE, code=1)
     assert (
         "exists: choose another name" in done.stderr.replace("\n", " ")
         and own.read_text() == "mine"
@@ -493,7 +493,7 @@ def test_mismatch_to_what_the_model_wrote(model, text, tmp_path):
         "--calibration",
         text,
         "--model",
-        tmp_path / "none",
+        "owner/none",
         "--own-text",
         tmp_path / "gone.txt",
         code=1,

