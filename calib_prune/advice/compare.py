@@ -198,8 +198,8 @@ def compare_models(models: Sequence[str | Path],     # two or more, made from on
                    dense: str | Path,                # the model before pruning
                    tasks: str = "default",           # a task set, or task names, see `get_tasks`
                    limit: int | None = 100,          # items per task; None for all
-                   # of retention; None: the one that discriminates between the dense model and
-                   # the first model
+                   # of retention; None: the one that discriminates best between the dense model
+                   # and the others
                    measure: str | None = None,
                    dtype: str = AUTO, device: str = AUTO,
                    batch_tokens: int = 1024,         # tokens that pass through the model at a time
@@ -219,5 +219,5 @@ def compare_models(models: Sequence[str | Path],     # two or more, made from on
     known, after_next = score_model(whole, names, dtype, device, settings, floor)
     items = {label: score_model(model, names, dtype, device, settings, floor=False)[0]
              for label, model in zip(labels, folders)}
-    scored_by = measure or discriminating_measure(known, items[labels[0]], after_next)
+    scored_by = measure or discriminating_measure(known, [*items.values()], after_next)
     return Comparison(known, items, after_next, get_measure(scored_by))

@@ -8,7 +8,7 @@ __all__ = ['FEWEST', 'paired_values', 'left_aside', 'counted_dimensions', 'left_
            'discrimination', 'discriminating_measure', 'commonsense_accuracy']
 
 # %% ../../nbs/evaluation/07_retention.ipynb #d33c6e99
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -345,18 +345,21 @@ def _covering(tasks: list[Task]) -> list[Measure]:
     return [measure for measure in MEASURES.values() if of(measure) == dimensions]
 
 # %% ../../nbs/evaluation/07_retention.ipynb #872f720e
-def discriminating_measure(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
+def discriminating_measure(dense: pd.DataFrame,        # from `evaluate`
+                           pruned: Sequence[pd.DataFrame], # of one model or more
                            floor: pd.DataFrame | None,  # None: not scored
                            n_boot: int = 2000           # few: an order, not an interval, is needed
                           ) -> Measure:
-    "The measure with the best `discrimination`; answer bits without a floor, where there are bits."
+    """The measure with the best `discrimination`, in the mean over the models; answer bits without
+    a floor, where there are bits."""
     tasks, known = [TASKS[name] for name in dense["task"].unique()], {}
     for measure in _covering(tasks) if floor is not None else []:
         try:
-            table = retention(dense, pruned, n_boot, measure=measure)
-            next_to = floor_comparison(dense, pruned, floor, n_boot, measure=measure)
+            tables = [(retention(dense, items, n_boot, measure=measure),
+                       floor_comparison(dense, items, floor, n_boot, measure=measure))
+                      for items in pruned]
         except CalibPruneError: continue  # the dense model has nothing to lose
-        value = discrimination(table, next_to)
+        value = float(np.mean([discrimination(table, next_to) for table, next_to in tables]))
         if value == value: known[measure] = value
     if known: return max(known, key=known.__getitem__)
     return ANSWER_BITS if all(ANSWER_BITS.metric(task) for task in tasks) else PLAIN

@@ -144,5 +144,5 @@ def evaluate_model(
     items = score_model(str(model), names, dtype, device, settings, floor=False)[0]
     if dense is None: return Evaluation(items, None, None, get_measure(measure or PLAIN))
     known, after_next = score_model(str(dense), names, dtype, device, settings, floor)
-    scored_by = get_measure(measure or discriminating_measure(known, items, after_next))
+    scored_by = get_measure(measure or discriminating_measure(known, [items], after_next))
     return Evaluation(items, known, after_next, scored_by)

@@ -687,7 +687,7 @@ def test_tasks_without_a_floor_do_not_count_in_it():
 @pytest.mark.parametrize("floor", [18, None])
 def test_bits_alone_are_judged_by_bits(floor):
     floor = None if floor is None else coded(floor)
-    assert discriminating_measure(coded(10), coded(12), floor).name == "answer-bits"
+    assert discriminating_measure(coded(10), [coded(12)], floor).name == "answer-bits"
 
 
 def chosen(right, bits, seed):
@@ -699,13 +699,25 @@ def chosen(right, bits, seed):
 
 
 def test_accuracies_discriminate_where_bits_scatter():
-    found = discriminating_measure(chosen(395, 10, 0), chosen(300, 12, 1), chosen(200, 11, 2))
+    found = discriminating_measure(chosen(395, 10, 0), [chosen(300, 12, 1)],
+                                   chosen(200, 11, 2))
     assert found.name in ("above-chance", "plain")  # one is a stretched copy of the other
+
+
+def test_the_order_of_the_models_chooses_no_measure():
+    def tight(right, bits):  # bits that hardly scatter
+        items = chosen(right, bits, 0)
+        low = np.where(items.metric == "bits", bits + np.arange(len(items)) % 3, items.value)
+        return items.assign(value=low)
+    dense, floor, models = tight(395, 10), tight(200, 18), [chosen(300, 12, 1), tight(300, 12)]
+    alone = [discriminating_measure(dense, [model], floor) for model in models]
+    found = {discriminating_measure(dense, mine, floor) for mine in (models, models[::-1])}
+    assert len(set(alone)) == 2 and len(found) == 1
 
 
 def test_written_answers_alone_are_judged_by_their_own_score():
     written = coded(1, "mbpp_generate").assign(metric="pass@1", value=1.0)
-    assert discriminating_measure(written, written, None).name == "plain"
+    assert discriminating_measure(written, [written], None).name == "plain"
 
 
 def test_tasks_of_ones_own_make_dimensions_of_their_own(tmp_path):
