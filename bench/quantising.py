@@ -1,9 +1,9 @@
-"""Speed of GPTQ: ours beside our SparseGPT and llm-compressor's GPTQ, with the error of each.
+"""Speed of GPTQ: ours compared with our SparseGPT and llm-compressor's GPTQ, with their errors.
 `python -m bench.quantising all`."""
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Iterator
 
@@ -33,7 +33,7 @@ from bench.run import (
 )
 
 MEASURED, STAGES = code_of("kernels", "model", "pruning",
-                           bench=("machine", "peer", "quantising")), ("gptq", "sparsegpt")
+                           bench=("machine", "peer", "quantising", "run")), ("gptq", "sparsegpt")
 WHO, NAME = ("SparseGPT", "GPTQ", "GPTQ fitted", "llm-compressor"), "quantising"
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -73,10 +73,12 @@ def one(who: str, layers: int = 30, save: bool = True) -> None:
     from calib_prune.pruning.layers import detach_scales
     from calib_prune.pruning.walk import prune
     plan = Plan(layers=layers)
-    warm_up("sparsegpt")
+    asked = settings(who, plan)
+    tiny = dict(quantise=replace(asked["quantise"], group=16)) if "quantise" in asked else {}
+    warm_up(**dict(sparsity=0) | asked | tiny)
     loaded, _ = load(plan.model, plan.layers)
     start = time.perf_counter()
-    prune(loaded, load_tokens(plan.tokens), batch_tokens=BATCH_TOKENS, **settings(who, plan))
+    prune(loaded, load_tokens(plan.tokens), batch_tokens=BATCH_TOKENS, **asked)
     seconds = time.perf_counter() - start
     detach_scales(loaded)
     weights = {k: v for k, v in loaded.state_dict().items() if ".layers." in k and v.ndim == 2}
@@ -87,11 +89,12 @@ def one(who: str, layers: int = 30, save: bool = True) -> None:
 @app.command()
 def errors(layers: int = 30) -> None:
     "Reconstruction error of each result with the dense model's inputs: one check for all."
+    from safetensors.torch import load_file
     plan = Plan(layers=layers)
     loaded, _ = load(plan.model, plan.layers)
     linears, hessians = dense_moments(loaded, load_tokens(plan.tokens))
     put([dict(who=who, turn=0, mean=statistics.mean(
-        relative_errors(linears, hessians, weight_file(NAME, who)))) for who in WHO])
+        relative_errors(linears, hessians, load_file(weight_file(NAME, who))))) for who in WHO])
 
 
 def steps(plan: Plan) -> Iterator[Step]:

@@ -35,7 +35,7 @@ def load_results(folder: str | Path) -> dict[str, pd.DataFrame]:
 
 
 def describe_machine(folder: str | Path, name: str = "prune") -> str:
-    "One sentence about what a file of measurements, or all but a few, ran on."
+    "One sentence about the machine of a file of measurements; most files have that of `prune`."
     o = json.loads((Path(folder) / f"{name}.json").read_text())["machine"]
     return (
         f"{o['cpu']}, {o['cores']} cores ({', '.join(o['vectors'])}), {o['memory_gib']} GiB,"
@@ -269,7 +269,7 @@ def target_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def quantising_table(folder: str | Path) -> pd.DataFrame:
-    "GPTQ of the whole model beside SparseGPT: medians of the rounds, and of the ratios within one."
+    "GPTQ of the whole model compared with SparseGPT: medians of the rounds and of their ratios."
     file = json.loads((Path(folder) / "quantising.json").read_text())
     rows, plan = pd.DataFrame(file["rows"]), file["plan"]
     names = {"SparseGPT": "SparseGPT, 50 %", "GPTQ": f"GPTQ, {plan['bits']} bits",
@@ -279,10 +279,30 @@ def quantising_table(folder: str | Path) -> pd.DataFrame:
     seconds = rounds.pivot(index="turn", columns="who", values="seconds")
     return pd.DataFrame([{
         "run": shown, "seconds": seconds[who].median(),
-        "of SparseGPT's time": (seconds[who] / seconds["SparseGPT"]).median(),
+        "ratio to SparseGPT": (ratio := seconds[who] / seconds["SparseGPT"]).median(),
+        "lowest": ratio.min(), "highest": ratio.max(),
         "mean error %": 100 * errors[who],
         "peak MB": rounds[rounds["who"] == who]["peak_bytes"].median() / 1e6}
         for who, shown in names.items()])
+
+
+def splitting_table(folder: str | Path) -> pd.DataFrame:
+    "Bits of the dense model and retention of pruned ones, with both tokenizers of SmolLM2."
+    rows = json.loads((Path(folder) / "splitting.json").read_text())["rows"]
+    bits = {(row["calibration"], row["digits"]): pd.Series(row["bits"]) for row in rows}
+    dimension = pd.Series(rows[0]["dimensions"])
+    columns = {"the studies' tokenizer": False, "the makers' tokenizer": True}
+    changed = bits["", False].index[(bits["", False] - bits["", True]).abs() >= 0.0005]
+    lines = [{"what": f"dense, {task}, bits per byte"} | {
+        name: f"{bits['', digits][task]:.3f}" for name, digits in columns.items()}
+        for task in changed]
+    def total(calibration: str, digits: bool) -> float:
+        kept = bits["", digits] / bits[calibration, digits]
+        return 100 * kept.groupby(dimension).mean().mean()
+    lines += [{"what": f"{calibration}, total retention, %"} | {
+        name: f"{total(calibration, digits):.2f}" for name, digits in columns.items()}
+        for calibration in dict.fromkeys(name for name, _ in bits) if calibration]
+    return pd.DataFrame(lines)
 
 
 def growth_table(results: dict[str, pd.DataFrame]) -> pd.DataFrame:  # axis, value, seconds, power

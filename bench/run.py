@@ -83,13 +83,14 @@ def load_tokens(path: Path):
     return torch.from_numpy(np.load(path))
 
 
-def warm_up(method: str) -> None:
+def warm_up(method: str, **how) -> None:
     "Prune a tiny model, so that all that is loaded or compiled once is there."
     import torch
 
     from calib_prune.model.tiny import tiny_llama
     from calib_prune.pruning.walk import prune as our_prune
-    our_prune(tiny_llama(), torch.ones(2, 16, dtype=torch.int64), method, SPARSITY)
+    our_prune(tiny_llama(), torch.ones(2, 16, dtype=torch.int64), method,
+              **dict(sparsity=SPARSITY) | how)
 
 
 @contextmanager
@@ -263,12 +264,9 @@ def dense_moments(loaded, ids) -> tuple[dict, dict]:
     return linears, {k: o.matrix() for k, o in moments.items()}
 
 
-def relative_errors(linears: dict, hessians: dict, file: Path) -> list[float]:
-    "‖(W−W′)X‖² / ‖WX‖² of the weights in a file, for each linear map."
-    from safetensors.torch import load_file
-
+def relative_errors(linears: dict, hessians: dict, new: dict) -> list[float]:
+    "‖(W−W′)X‖² / ‖WX‖² of new weights, for each linear map."
     from calib_prune.pruning.hessian import energy
-    new = load_file(file)
     return [
         energy(m.weight.data - new[k].float(), hessians[k]) / energy(m.weight.data, hessians[k])
         for k, m in linears.items()
@@ -291,8 +289,8 @@ def errors(
     rows = []
     for method in METHODS:
         for who in WHO:
-            file = weight_file(method, who)
-            found, new = relative_errors(linears, hessians, file), load_file(file)
+            new = load_file(weight_file(method, who))
+            found = relative_errors(linears, hessians, new)
             zeros = sum(int((new[k] == 0).sum()) for k in linears) / sum(
                 m.weight.numel() for m in linears.values()
             )

@@ -198,8 +198,7 @@ def compare_models(models: Sequence[str | Path],     # two or more, made from on
                    dense: str | Path,                # the model before pruning
                    tasks: str = "default",           # a task set, or task names, see `get_tasks`
                    limit: int | None = 100,          # items per task; None for all
-                   # of retention; None: the one that discriminates best between the dense model
-                   # and the others
+                   # of retention; None: see `evaluation.retention.discriminating_measure`
                    measure: str | None = None,
                    dtype: str = AUTO, device: str = AUTO,
                    batch_tokens: int = 1024,         # tokens that pass through the model at a time

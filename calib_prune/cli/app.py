@@ -85,8 +85,9 @@ def command_name(command: Callable) -> str:
 
 # %% ../../nbs/cli/17_app.ipynb #2fb6626c
 def _check_models(given: dict[str, Any]) -> None:  # the options of a command
-    "Refuse the names of models that stand for nothing."
-    named = [given.get("model"), given.get("dense"), *(given.get("models") or ())]
+    "Refuse a name that is no named model, path or hub id."
+    options = "model", "dense", "pruned", "tokenizer"
+    named = [*map(given.get, options), *(given.get("models") or ())]
     for name in named:
         if isinstance(name, str): check_model_name(name)
 
@@ -96,7 +97,7 @@ def stoppable(command: Callable) -> Callable:
     @wraps(command)
     def run(*args, **given):
         try:
-            if command is not fetch_command: _check_models(given)
+            if command_name(command) != "fetch": _check_models(given)
             return command(*args, **given)
         except KeyboardInterrupt:
             left = LEFT.get(command_name(command), lambda given: f"To finish, {AGAIN}.")

@@ -34,7 +34,7 @@ GroupOption = Annotated[
     Optional[int],
     typer.Option(
         help="Of methods that quantise: consecutive inputs with one scale; 0: all inputs of a row. "
-        "By default 128, or the largest of 64, 32 and 16 that divides the inputs of every map."
+        "By default the largest of 128, 64, 32 and 16 that divides the inputs of every map, or 0."
     ),
 ]
 DeviceOption = Annotated[

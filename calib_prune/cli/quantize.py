@@ -133,23 +133,22 @@ def quantize_command(
     as_json: JsonOption = False,
 ) -> None:
     "Store a model's weights in a few bits; save a folder that the transformers library loads."
-    from calib_prune.pipeline.prune import prune_model, usual_group
+    from calib_prune.pipeline.prune import PruneSettings, grouped, prune_model
     from calib_prune.pruning.grids import Quantisation
-    from calib_prune.pruning.layers import Scope
-    fitted = _fitted(method, scales)
-    if group is None: group = usual_group(model, Scope(layers, exclude), revision)
-    how = Quantisation(bits, group, not asymmetric, fitted, activation_order)
+    how = Quantisation(bits, group or 0, not asymmetric, _fitted(method, scales), activation_order)
     if statistics and calibration:
         raise CalibPruneError("--statistics takes the place of --calibration: give one of both.")
+    settings = grouped(PruneSettings(
+        calibration=calibration or "uniform-dimensions", statistics=statistics, method=method,
+        sparsity=sparsity, quantise=how, form=form, windows=windows, length=length, seed=seed,
+        dtype=dtype, save_dtype=save_dtype, device=device, offload=offload,
+        batch_tokens=batch_tokens, damping=damping, layers=layers, exclude=exclude,
+        revision=revision), model, group)
     began = time.perf_counter()
     with bars(as_json) as progress:
         done = prune_model(
             model, output, checkpoint_of(output) if checkpoint is None else checkpoint, progress,
-            calibration=calibration or "uniform-dimensions", statistics=statistics, method=method,
-            sparsity=sparsity, quantise=how, form=form,
-            windows=windows, length=length, seed=seed, dtype=dtype, save_dtype=save_dtype,
-            block=how.block, device=device, offload=offload, batch_tokens=batch_tokens,
-            damping=damping, layers=layers, exclude=exclude, revision=revision)
+            **vars(settings))
     seconds = round(time.perf_counter() - began, 1)
     if as_json:
         return print_json({k: v for k, v in done.record.items() if k != "layers"} | dict(

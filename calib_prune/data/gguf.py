@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MOST_ITEMS', 'SLACK', 'NEEDED', 'BOUNDED', 'LEFT_OUT', 'DIGIT_SPLITS', 'SECOND_TYPE', 'Head',
-           'read_head', 'check_bounded', 'alone', 'gguf_tokenizer', 'as_the_umask_says', 'round_again', 'convert_gguf']
+           'read_head', 'check_bounded', 'alone', 'gguf_config', 'gguf_tokenizer', 'as_the_umask_says', 'round_again',
+           'convert_gguf']
 
 # %% ../../nbs/data/02_gguf.ipynb #f78e34cd
 import math
@@ -230,16 +231,26 @@ def alone(path: Path  # a GGUF file
         yield dict(pretrained_model_name_or_path=folder, gguf_file=path.name,
                    trust_remote_code=False)
 
+# %% ../../nbs/data/02_gguf.ipynb #92e9af29
+def gguf_config(path: Path,  # a GGUF file
+                head: Head) -> Any:
+    "The configuration in a GGUF file; an error if its sizes are beyond the head's."
+    with alone(path) as where: config = AutoConfig.from_pretrained(**where)
+    check_bounded(config.to_dict(), *head.sizes, path, "its head")
+    return config
+
 # %% ../../nbs/data/02_gguf.ipynb #51644803
 # splittings that take each digit alone, then split like GPT-2 (llama.cpp, llama-vocab.cpp)
-DIGIT_SPLITS = "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"
+DIGIT_SPLITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b",
+                "mellum2")
 
 def gguf_tokenizer(path: Path,  # a GGUF file
-                   head: Head, digits: bool = True  # False: split like GPT-2 all the same
+                   head: Head, digits: bool = True  # False: leave out that digits are split first
                   ) -> Any:
     "The tokenizer in a GGUF file."
     with alone(path) as where: tokenizer = AutoTokenizer.from_pretrained(**where)
-    if head.values.get("tokenizer.ggml.pre") in DIGIT_SPLITS:
+    kind, split_by = (head.values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if kind == "gpt2" and split_by in DIGIT_SPLITS:
         words = pre_tokenizers.ByteLevel(add_prefix_space=False)
         each = pre_tokenizers.Digits(individual_digits=True)
         split = pre_tokenizers.Sequence([each, words]) if digits else words
@@ -252,9 +263,8 @@ def _dequantised(path: Path,  # a GGUF file
                 ) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer from a GGUF file, without marks of quantisation, which prevent saving."
     head = read_head(path)
+    config = gguf_config(path, head)
     with alone(path) as where:
-        config = AutoConfig.from_pretrained(**where)
-        check_bounded(config.to_dict(), *head.sizes, path, "its head")
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             **where, config=config, dtype=dtype, output_loading_info=True)
     tokenizer = gguf_tokenizer(path, head, digits)

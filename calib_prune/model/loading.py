@@ -43,6 +43,7 @@ from calib_prune.data.gguf import (
     _dequantised,
     as_the_umask_says,
     check_bounded,
+    gguf_config,
     gguf_tokenizer,
     read_head,
 )
@@ -270,22 +271,36 @@ def _unpack(config: Any, where: str | Path) -> None:
                               " compressed-tensors is missing. pip install 'calib-prune[packed]'.")
     config.quantization_config = packed | dict(dequantize=True)
 
+# %% ../../nbs/model/04_loading.ipynb #d80a4f7b
+def _file_of(where: str | Path, name: str) -> str | Path:
+    "A file of a folder or a hub id, as errors name it."
+    return where / name if isinstance(where, Path) else f"{name} of {where}"
+
+def _read_config(where: str | Path, safe: dict[str, Any]) -> Any:
+    "The checked configuration of a folder, a hub id or a GGUF file."
+    if isinstance(where, Path) and where.is_file():
+        with _reading(where): config = gguf_config(where, read_head(where))
+        _check_config(config, where)
+        return config
+    file, sizes = _file_of(where, "config.json"), None
+    if isinstance(where, Path): sizes = _check_weights(where)
+    with _reading(file): config = AutoConfig.from_pretrained(where, **safe)
+    _check_config(config, file)
+    if sizes: check_bounded(config.to_dict(), *sizes, where, "config.json, or by default,")
+    return config
+
 # %% ../../nbs/model/04_loading.ipynb #acbdc057
 def _load_folder(where: str | Path, dtype: torch.dtype,
                  safe: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     "Model and tokenizer of a local folder or a hub id."
-    of = lambda name: where / name if isinstance(where, Path) else f"{name} of {where}"
-    sizes = _check_weights(where) if isinstance(where, Path) else None
-    with _reading(of("config.json")): config = AutoConfig.from_pretrained(where, **safe)
-    _check_config(config, of("config.json"))
+    config = _read_config(where, safe)
     _unpack(config, where)
-    if sizes: check_bounded(config.to_dict(), *sizes, where, "config.json, or by default,")
     with _reading(where):
         model, info = AutoModelForCausalLM.from_pretrained(
             where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **safe)
         _check_found(info)
-    with _reading(of("tokenizer.json")):
+    with _reading(_file_of(where, "tokenizer.json")):
         tokenizer = AutoTokenizer.from_pretrained(where, **safe)
     return model, tokenizer
 
@@ -303,12 +318,8 @@ def empty_model(where: str | Path,       # from `locate_model`
                 revision: str | None = None  # of a hub id
                ) -> PreTrainedModel:
     "A model's layers and shapes on the meta device, without its weights."
-    file = where if isinstance(where, Path) and where.is_file() else None
-    with _reading(where if isinstance(where, Path) else f"config.json of {where}"):
-        config = AutoConfig.from_pretrained(
-            file.parent if file else where, gguf_file=file.name if file else None,
-            revision=revision, trust_remote_code=False)
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(config)
+    config = _read_config(where, dict(revision=revision, trust_remote_code=False))
+    with _reading(where), torch.device("meta"): return AutoModelForCausalLM.from_config(config)
 
 def weight_count(where: str | Path,       # from `locate_model`
                  revision: str | None = None  # of a hub id

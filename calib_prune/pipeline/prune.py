@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_RECIPE', 'RECIPES', 'EVERYTHING', 'PruneSettings', 'PruneRecipe', 'recipe_settings', 'draw_calibration',
-           'prune_loaded', 'mean_sparsity', 'check_apart', 'PrunedModel', 'prune_model', 'usual_group']
+           'prune_loaded', 'mean_sparsity', 'check_apart', 'PrunedModel', 'prune_model', 'usual_group', 'grouped']
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0009
 from contextlib import nullcontext
@@ -434,7 +434,18 @@ def prune_model(
 # %% ../../nbs/pipeline/02_prune.ipynb #fa3f39bb
 def usual_group(model: str,  # as `load_model` takes it
                 scope: Scope = EVERYTHING, revision: str | None = None) -> int:
-    "Inputs with one scale: 128, or the largest of 64, 32 and 16 that divides all; else 0, a row."
+    """The largest of 128, 64, 32 and 16 that divides the inputs of every map; 0, one scale per
+    row, if none does."""
     widths = {*input_widths(empty_model(locate_model(model), revision), scope).values()}
     fitting = [size for size in (128, 64, 32, 16) if not any(width % size for width in widths)]
     return fitting[0] if fitting else 0
+
+def grouped(settings: PruneSettings, model: str,
+            group: int | None  # inputs with one scale; None: the usual number
+           ) -> PruneSettings:
+    "The settings with a size of groups; wrong settings are refused before the model is read."
+    settings.check()
+    if settings.quantise is None: return settings
+    if group is None: group = usual_group(model, settings.scope, settings.revision)
+    how = replace(settings.quantise, group=group)
+    return replace(settings, quantise=how, block=how.block)

@@ -1,6 +1,8 @@
 "The command line as a user calls it: its output and its exit code, in a process or in this one."
 import importlib.metadata
 import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -228,6 +230,24 @@ def test_a_model_has_the_retention_100_of_itself(model):
     ]["General"]
     said = call(*asked, 1).stdout
     assert "nan" not in said and "cannot be judged: fewer than 10 items" in said
+
+
+@pytest.mark.parametrize("given", [
+    ["prune", "--model", "smolm2", "--output", "x"], ["report", "x", "--dense", "smolm2"],
+    ["compare", "smollm2-135m", "smolm2", "--dense", "smollm2-135m"], ["fetch", "smolm2"]])
+def test_a_wrong_name_of_a_model_takes_no_import_of_torch(given):
+    code = f"""
+import os, sys
+os.environ.pop("TQDM_DISABLE", None)
+sys.argv = ["calib-prune", *{given}]
+from calib_prune.cli.app import main
+try: main()
+finally: print("torch" in sys.modules, os.environ["TQDM_DISABLE"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.split() == ["False", "1"]
+    assert "Unknown model 'smolm2'" in done.stderr
+    assert ("local folder" in done.stderr) == (given[0] != "fetch")
 
 
 def test_an_unknown_measure_is_refused_before_the_model_is_loaded(tmp_path):

@@ -1,6 +1,7 @@
 """Quantised models from the walk to the files: any family, resumed to the same bits, packed so that
 plain transformers loads the same weights."""
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,15 @@ def test_contradicting_settings_are_refused_and_nothing_is_written(dense, tmp_pa
                    6, "--length", 16, *(["--group", 16] if "--group" not in wrong else []), *wrong)
     assert isinstance(run.exception, CalibPruneError) and says in str(run.exception)
     assert not (tmp_path / "q").exists()
+
+
+def test_a_damaged_configuration_is_refused_before_its_layers_are_made(dense, tmp_path):
+    copy = shutil.copytree(dense[0], tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | dict(num_hidden_layers=10**12)))
+    shown = quantize("--model", copy, "--output", tmp_path / "q")
+    assert isinstance(shown.exception, CalibPruneError) and "num_hidden_layers" in str(
+        shown.exception)
 
 
 def test_codes_have_no_zeros_unless_asked_for(dense):

@@ -713,6 +713,8 @@ def test_the_order_of_the_models_chooses_no_measure():
     alone = [discriminating_measure(dense, [model], floor) for model in models]
     found = {discriminating_measure(dense, mine, floor) for mine in (models, models[::-1])}
     assert len(set(alone)) == 2 and len(found) == 1
+    same = dense, models[0]  # a copy of the dense model has no interval, and decides nothing
+    assert discriminating_measure(dense, same, floor) == alone[0]
 
 
 def test_written_answers_alone_are_judged_by_their_own_score():

@@ -1,0 +1,81 @@
+"""What the tokenizer of SmolLM2's makers changes: the dense model and models pruned on four sets,
+with the studies' tokenizer and with digits split off first. `python -m bench.splitting all`."""
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated, Iterator
+
+import typer
+import yaml
+
+from bench.machine import describe
+from bench.run import RESULTS, ROOT, Step, add, code_of, put, read, run_child, state_of
+
+NAME = "splitting"
+MEASURED, STAGES = code_of("data", "model", "pruning", "evaluation", bench=(NAME,)), ("sparsegpt",)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    "What is pruned and scored."
+    model: str = "smollm2-135m"
+    calibrations: tuple[str, ...] = ("", "c4", "codeio", "math", "uniform")  # empty: dense
+    method: str = "sparsegpt"
+    sparsity: str = "0.5"
+    seed: int = 0
+
+
+def splits_digits(tokenizer) -> None:
+    "Let a tokenizer split off each digit first, as `data.gguf.gguf_tokenizer` does."
+    from tokenizers import pre_tokenizers
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    each = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([each, words])
+
+
+@app.command()
+def one(calibration: str = "", digits: bool = False) -> None:
+    "The bits per byte of one model on each task, with the items of the studies."
+    from calib_prune.evaluation.scoring import evaluate, scores
+    from calib_prune.model.loading import load_model
+    from calib_prune.pipeline.prune import PruneSettings, draw_calibration, prune_loaded
+    plan = Plan()
+    asked = yaml.safe_load((ROOT / f"presets/base/{plan.model}.yaml").read_text())["scoring"]
+    net, tokenizer = load_model(plan.model, "float32", "cpu")
+    if digits: splits_digits(tokenizer)
+    if calibration:
+        how = PruneSettings(calibration=calibration, method=plan.method, sparsity=plan.sparsity,
+                            seed=plan.seed)
+        prune_loaded(net, draw_calibration(tokenizer, how), how)
+    table = scores(evaluate(net, tokenizer, asked["tasks"], asked["limit"], asked["batch_tokens"]))
+    put(dict(dimensions=dict(zip(table["task"], table["dimension"])),
+             bits=dict(zip(table["task"], table["bits_per_byte"]))))
+
+
+def steps(plan: Plan) -> Iterator[Step]:
+    "Every model with both tokenizers."
+    for calibration in plan.calibrations:
+        for digits in (False, True):
+            about = dict(calibration=calibration, digits=digits)
+            option = "--digits" if digits else "--no-digits"
+            yield Step(NAME, about,
+                       ["-m", "bench.splitting", "one", "--calibration", calibration, option])
+
+
+@app.command(name="all")
+def run_all(
+    threads: Annotated[int, typer.Option(help="threads of each measurement")] = 1,
+    fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False,
+) -> None:
+    "Run what is missing."
+    plan, path, state = Plan(), RESULTS / f"{NAME}.json", state_of(MEASURED, STAGES)
+    file = read(path, dict(machine=describe(threads), plan=asdict(plan)), state, fresh)
+    for step in steps(plan):
+        if any(step.about.items() <= row.items() for row in file["rows"]): continue
+        print(f"{NAME} {step.about}", file=sys.stderr, flush=True)
+        add(path, file, state, [step.about | run_child(step, threads)])
+
+
+if __name__ == "__main__": app()
