@@ -88,7 +88,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--sets", default=",".join([*SUITE, "uniform", "uniform-dimensions",
-                                                    "half-code"]),
+                                                    "half-code", "tuned"]),
                         help="mixes, separated by commas; + joins sources, as in codeio+polyglot")
     asked = parser.parse_args()
     if asked.what == "items": write_items(asked.folder)

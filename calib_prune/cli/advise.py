@@ -101,7 +101,7 @@ def show_demo(as_json: bool) -> None:
 def method_settings(model: str, method: str, sparsity: str | None, bits: int | None,
                     group: int | None) -> dict[str, Any]:
     "The settings of the candidates' method; `gptq` and the others that quantise have no zeros."
-    from calib_prune.pipeline.prune import PruneSettings, grouped
+    from calib_prune.pipeline.prune import PruneSettings, suited
     from calib_prune.pruning.grids import Quantisation
     from calib_prune.pruning.methods import METHODS, check_method
     check_method(method)
@@ -113,7 +113,7 @@ def method_settings(model: str, method: str, sparsity: str | None, bits: int | N
     settings: dict[str, Any] = dict(method=method, sparsity=sparsity or usual)
     if bits is None: return settings
     how = Quantisation(bits, group or 0, fitted=method != "imatrix")
-    found = grouped(PruneSettings(**settings, quantise=how), model, group)
+    found = suited(PruneSettings(**settings, quantise=how), model, group)
     return settings | dict(quantise=found.quantise, block=found.block)
 
 # %% ../../nbs/cli/11_advise.ipynb #9cd09c00

@@ -33,7 +33,8 @@ def quantised_line(record: dict[str, Any]) -> dict[str, Any]:
     sizes, how = record["bytes"], record["quantise"]
     mix = record["calibration"]["mix"] if METHODS[record["method"]].reads_text else "none"
     shown = dict(method=record["method"], bits=how["bits"], group=how["group"], mix=mix)
-    if str(record["sparsity"]) != "0": shown["zeros"] = record["achieved_sparsity"]
+    if str(record["sparsity"]) != "0" or how.get("keep_zeros"):
+        shown["zeros"] = record["achieved_sparsity"]
     before = f"size in {record['saved_dtype']}"
     after = megabytes(sizes["packed"]) if "packed" in sizes else "unchanged"
     return shown | {"mean error": record["mean_error"], before: megabytes(sizes["dense"]),
@@ -79,6 +80,13 @@ def quantize_command(
         str,
         typer.Option(help="GPTQ: also prune, in the same sweep; a fraction, or `2:4`."),
     ] = "0",
+    keep_zeros: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--keep-zeros/--no-keep-zeros",
+            help="GPTQ: weights that are 0 stay 0. By default in models of `prune` and `recover`.",
+        ),
+    ] = None,
     calibration: Annotated[
         Optional[str],
         typer.Option(
@@ -133,17 +141,17 @@ def quantize_command(
     as_json: JsonOption = False,
 ) -> None:
     "Store a model's weights in a few bits; save a folder that the transformers library loads."
-    from calib_prune.pipeline.prune import PruneSettings, grouped, prune_model
+    from calib_prune.pipeline.prune import PruneSettings, prune_model, suited
     from calib_prune.pruning.grids import Quantisation
     how = Quantisation(bits, group or 0, not asymmetric, _fitted(method, scales), activation_order)
     if statistics and calibration:
         raise CalibPruneError("--statistics takes the place of --calibration: give one of both.")
-    settings = grouped(PruneSettings(
+    settings = suited(PruneSettings(
         calibration=calibration or "uniform-dimensions", statistics=statistics, method=method,
         sparsity=sparsity, quantise=how, form=form, windows=windows, length=length, seed=seed,
         dtype=dtype, save_dtype=save_dtype, device=device, offload=offload,
         batch_tokens=batch_tokens, damping=damping, layers=layers, exclude=exclude,
-        revision=revision), model, group)
+        revision=revision), model, group, keep_zeros)
     began = time.perf_counter()
     with bars(as_json) as progress:
         done = prune_model(

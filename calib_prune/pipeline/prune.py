@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_RECIPE', 'RECIPES', 'EVERYTHING', 'PruneSettings', 'PruneRecipe', 'recipe_settings', 'draw_calibration',
-           'prune_loaded', 'mean_sparsity', 'check_apart', 'PrunedModel', 'prune_model', 'usual_group', 'grouped']
+           'prune_loaded', 'mean_sparsity', 'check_apart', 'PrunedModel', 'prune_model', 'usual_group',
+           'has_pruned_zeros', 'suited']
 
 # %% ../../nbs/pipeline/02_prune.ipynb #b1be0009
 from contextlib import nullcontext
@@ -440,12 +441,22 @@ def usual_group(model: str,  # as `load_model` takes it
     fitting = [size for size in (128, 64, 32, 16) if not any(width % size for width in widths)]
     return fitting[0] if fitting else 0
 
-def grouped(settings: PruneSettings, model: str,
-            group: int | None  # inputs with one scale; None: the usual number
-           ) -> PruneSettings:
-    "The settings with a size of groups; wrong settings are refused before the model is read."
+def has_pruned_zeros(model: str) -> bool:
+    "Whether a model is a folder whose record says that it was pruned."
+    record = own_record(model) if Path(model).expanduser().is_dir() else None
+    return parse_sparsity((record or {}).get("sparsity", "0"))[0] > 0
+
+def suited(settings: PruneSettings, model: str,
+           group: int | None,              # inputs with one scale; None: the usual number
+           keep_zeros: bool | None = None  # None: if the model was pruned and no sparsity is asked
+          ) -> PruneSettings:
+    "Settings of a quantisation that suit a model; wrong ones are refused before it is read."
     settings.check()
     if settings.quantise is None: return settings
+    if keep_zeros is None:
+        keep_zeros = parse_sparsity(settings.sparsity)[0] == 0 and has_pruned_zeros(model)
     if group is None: group = usual_group(model, settings.scope, settings.revision)
-    how = replace(settings.quantise, group=group)
-    return replace(settings, quantise=how, block=how.block)
+    how = replace(settings.quantise, group=group, keep_zeros=keep_zeros)
+    asked = replace(settings, quantise=how, block=how.block)
+    asked.check()
+    return asked

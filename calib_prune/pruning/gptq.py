@@ -50,8 +50,12 @@ def check_blocks(block: int, size: int, what: str) -> None:
         raise CalibPruneError(f"A block of {block} inputs splits a group of {size} {what}: use"
                               f" blocks of a multiple of {size}.")
 
-def _check_sparse(sparsity: float, pattern: str | tuple[int, int] | None) -> None:
-    "Refuse two sparsities."
+def _check_sparse(sparsity: float, pattern: str | tuple[int, int] | None, keep_zeros: bool
+                 ) -> None:
+    "Refuse two sparsities, and one for a model that keeps its zeros."
+    if keep_zeros and (sparsity or pattern):
+        raise CalibPruneError("The zeros of the model are kept, so no others can be made: use"
+                              " sparsity 0, or do not keep the zeros.")
     if sparsity and pattern:
         raise CalibPruneError(f"Sparsity {sparsity} and pattern {pattern} contradict each other:"
                               " give one of both.")
@@ -146,7 +150,7 @@ def quantise_compiled(current: Tensor, codes: Tensor, mask: Tensor, upper: Tenso
 # %% ../../nbs/pruning/13_gptq.ipynb #327e975e
 def _sweep(weight: Tensor,  # [d_in, d_out] float32, in the order of the sweep
            factor: Factor, scales: _Scales, counts: list[int],  # weights to prune in each block
-           pattern: tuple[int, int] | None) -> Tensor:  # codes, [d_in, d_out]
+           pattern: tuple[int, int] | None, keep_zeros: bool) -> Tensor:  # codes, [d_in, d_out]
     "Quantise block after block, each after the effect of the blocks before."
     codes, change = torch.empty_like(weight), torch.zeros_like(weight)
     quantise = quantise_compiled if weight.device.type == "cpu" else quantise_torch
@@ -155,7 +159,8 @@ def _sweep(weight: Tensor,  # [d_in, d_out] float32, in the order of the sweep
         current = torch.addmm(weight[rows], factor.carry[rows, :i], change[:i])
         scores = current.abs() / upper.diagonal()[:, None]
         mask = torch.zeros_like(scores, dtype=torch.bool)
-        if not pattern: mask = smallest(scores.view(1, -1), counts[number]).view_as(mask)
+        if keep_zeros: mask = weight[rows] == 0
+        elif not pattern: mask = smallest(scores.view(1, -1), counts[number]).view_as(mask)
         if not scales.static: scales.find(i, current)
         groups = scales.groups[rows]
         quantise(current, codes[rows], mask, upper, scales.scale[groups], scales.zero[groups],
@@ -202,6 +207,7 @@ def gptq(weight: Tensor,         # [d_out, d_in], any float type; left as it is
          fitted: bool = False,   # scales by importance, as in `imatrix`
          sparsity: float = 0.0,  # share of weights that become zero; an n:m pattern has its own
          pattern: str | tuple[int, int] | None = None,  # "2:4" or (2, 4)
+         keep_zeros: bool = False,  # weights that are 0 stay 0: without sparsity and pattern
          block: int = 128, damping: float = 0.01,  # see `sweep_order`
          order: Order | None = None  # of this very Hessian, in place of the three others
         ) -> QuantisedWeight:
@@ -209,7 +215,7 @@ def gptq(weight: Tensor,         # [d_out, d_in], any float type; left as it is
     moved = live(weight, hessian).T.contiguous()
     d_in, d_out = moved.shape
     grid.check(d_in)
-    _check_sparse(sparsity, pattern)
+    _check_sparse(sparsity, pattern, keep_zeros)
     sparsity, pattern = check_sparsity(sparsity), as_pattern(pattern, d_in)
     hessian = hessian.to(weight.device, torch.float32)
     order = order or sweep_order(hessian, by_activation, block, damping)
@@ -220,7 +226,8 @@ def gptq(weight: Tensor,         # [d_out, d_in], any float type; left as it is
     with exact_float32():
         counts = block_counts(sparsity, d_out, d_in, order.factor.block)
         codes = torch.empty_like(moved)
-        codes[order.inputs] = _sweep(moved[order.inputs], order.factor, scales, counts, pattern)
+        codes[order.inputs] = _sweep(moved[order.inputs], order.factor, scales, counts, pattern,
+                                     keep_zeros)
     result = assembled(codes.T.contiguous(), scales.scale.T.contiguous(),
                        scales.zero.T.contiguous(), grid, weight.dtype, damping=order.factor.damping)
     return with_error(result, weight, hessian)

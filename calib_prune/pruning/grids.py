@@ -60,6 +60,7 @@ class Quantisation:
     symmetric: bool = True
     fitted: bool = False        # scales of least error: see `fitted_scale`
     by_activation: bool = False # GPTQ: see `gptq.input_order`
+    keep_zeros: bool = False    # GPTQ: weights that are 0 stay 0; with the other methods they do
 
     @property
     def grid(self) -> Grid: return Grid(self.bits, self.group, self.symmetric)
@@ -70,7 +71,10 @@ class Quantisation:
         return -(-128 // self.group) * self.group if self.group > 0 else 128
 
     @property
-    def record(self) -> dict[str, Any]: return asdict(self)
+    def record(self) -> dict[str, Any]:
+        "As records and keys have it; zeros are named only if they are kept."
+        return {name: value for name, value in asdict(self).items()
+                if name != "keep_zeros" or value}
 
     @property
     def label(self) -> str:
@@ -79,7 +83,7 @@ class Quantisation:
         if self.group != 128: words.append(f"groups of {self.group}" if self.group else "by row")
         words += [word for word, holds in (
             ("asymmetric", not self.symmetric), ("fitted", self.fitted),
-            ("activation order", self.by_activation)) if holds]
+            ("activation order", self.by_activation), ("zeros kept", self.keep_zeros)) if holds]
         return ", ".join(words)
 
 # %% ../../nbs/pruning/12_grids.ipynb #97e43718

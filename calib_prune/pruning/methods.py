@@ -64,7 +64,7 @@ def _rtn(weights, hessians, *how):
 def _gptq(weights, hessians, sparsity, pattern, block, damping, how):
     order = sweep_order(hessians[0], how.by_activation, block, damping)
     return [gptq(w, how.grid, hessians[0], fitted=how.fitted, sparsity=0 if pattern else sparsity,
-                 pattern=pattern, order=order) for w in weights]
+                 pattern=pattern, order=order, keep_zeros=how.keep_zeros) for w in weights]
 
 # %% ../../nbs/pruning/14_methods.ipynb #5f175a66
 def _imatrix(weights, hessians, *how):
@@ -211,6 +211,9 @@ def check_quantisation(recipe: "MethodSteps", sparsity: float = 0.0,
                               f" that out after {method.name}.")
     if sparsity and not method.prunes:
         raise CalibPruneError(f"Method {method.name} does not prune: use gptq, or sparsity 0.")
+    if how.keep_zeros and (sparsity or pattern):
+        raise CalibPruneError("The zeros of the model are kept, so no others can be made: use"
+                              " --sparsity 0, or --no-keep-zeros.")
     if how.by_activation and method.name != "gptq":
         raise CalibPruneError(f"Method {method.name} has no order of inputs: leave activation order"
                               " out, or use gptq.")

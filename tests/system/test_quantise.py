@@ -165,6 +165,30 @@ def test_a_damaged_configuration_is_refused_before_its_layers_are_made(dense, tm
         shown.exception)
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn", "imatrix"])
+def test_a_pruned_model_keeps_its_zeros(dense, tmp_path, method):
+    model, text = dense
+    small = dict(calibration=str(text), windows=6, length=16)
+    prune_model(model, tmp_path / "pruned", method="sparsegpt", sparsity=0.5, **small)
+    given = ["--model", tmp_path / "pruned", "--calibration", text, "--windows", 6, "--length", 16,
+             "--method", method, "--format", "dense"]
+    zeros = {}
+    for name, more in (("kept", []), ("free", ["--no-keep-zeros"])):
+        shown = quantize(*given, *more, "--output", tmp_path / name)
+        assert shown.exit_code == 0, shown.output
+        nets = [load_model(str(tmp_path / folder))[0] for folder in ("pruned", name)]
+        before, after = ([get_weight(linear) for layer in decoder_layers(net)
+                          for linear in prunable(layer).values()] for net in nets)
+        same = [(new[old == 0] == 0).float().mean() for old, new in zip(before, after, strict=True)]
+        zeros[name] = min(map(float, same))
+    assert zeros["kept"] == 1 and (zeros["free"] < 1) == (method == "gptq")
+    record = json.loads((tmp_path / "kept/calib_prune.json").read_text())
+    assert record["quantise"]["keep_zeros"] and record["achieved_sparsity"] >= 0.5
+    assert prune_again(tmp_path / "kept").same_weights
+    shown = quantize(*given, "--keep-zeros", "--sparsity", 0.5, "--output", tmp_path / "x")
+    assert "zeros of the model are kept" in str(shown.exception) or method != "gptq"
+
+
 def test_codes_have_no_zeros_unless_asked_for(dense):
     model, text = dense
     small = dict(calibration=str(text), windows=6, length=16, quantise=Quantisation(8, 16))
