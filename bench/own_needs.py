@@ -1,5 +1,5 @@
 """Two needs of own items, medicine and law, and what each calibration set retains of them: the
-study that the advice for these needs is compared with (docs/questions/advice).
+study that the advice for these needs is compared with.
 
 python bench/own_needs.py items FOLDER      # writes the needs, and fresh items of the same kind
 python bench/own_needs.py study FOLDER      # SmolLM2-135M, two draws per set, about an hour
