@@ -1,32 +1,28 @@
 """Speed of GPTQ: ours compared with our SparseGPT and llm-compressor's GPTQ, with their errors.
 `python -m bench.quantising all`."""
 import statistics
-import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Iterator
 
 import typer
 
-from bench.machine import describe, peak
+from bench.machine import peak
 from bench.run import (
     BATCH_TOKENS,
     PEER_BATCH_TOKENS,
     PEERS,
-    RESULTS,
     Step,
-    add,
     code_of,
     dense_moments,
     load,
     load_tokens,
     own,
     put,
-    read,
     relative_errors,
     run_child,
-    state_of,
+    run_missing,
     warm_up,
     weight_file,
     window_file,
@@ -117,16 +113,11 @@ def run_all(
     fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False,
 ) -> None:
     "Run what is missing."
-    plan, path, state = Plan(), RESULTS / f"{NAME}.json", state_of(MEASURED, STAGES)
-    file = read(path, dict(machine=describe(threads), plan=asdict(plan)), state, fresh)
+    plan = Plan()
     if not plan.tokens.is_file():
         run_child(own("", {}, "tokens", plan.source, plan.windows, plan.length, "--model",
                       plan.model), threads)
-    for step in steps(plan):
-        if any(step.about.items() <= row.items() for row in file["rows"]): continue
-        print(f"{NAME} {step.about}", file=sys.stderr, flush=True)
-        found = run_child(step, threads)
-        add(path, file, state, found if isinstance(found, list) else [step.about | found])
+    run_missing(NAME, plan, steps(plan), MEASURED, STAGES, threads, fresh)
 
 
 if __name__ == "__main__": app()

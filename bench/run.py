@@ -744,6 +744,18 @@ def run_child(step: Step, threads: int) -> dict | list[dict]:
     return row if isinstance(row, list) else row | dict(process_seconds=seconds)
 
 
+def run_missing(name: str, plan, todo: Iterator[Step], measured: tuple[str, ...],
+                stages: tuple[str, ...], threads: int, fresh: bool) -> None:
+    "Run what a file of results lacks, one step after another; what is finished stays."
+    path, state = RESULTS / f"{name}.json", state_of(measured, stages)
+    file = read(path, dict(machine=describe(threads), plan=asdict(plan)), state, fresh)
+    for step in todo:
+        if any(step.about.items() <= o.items() for o in file["rows"]): continue
+        print(f"{name} {step.about}", file=sys.stderr, flush=True)
+        found = run_child(step, threads)
+        add(path, file, state, found if isinstance(found, list) else [step.about | found])
+
+
 @app.command(name="all")
 def run_all(
     threads: Annotated[int, typer.Option(help="threads of each measurement")] = 2,

@@ -1,14 +1,12 @@
 """What the tokenizer of SmolLM2's makers changes: the dense model and models pruned on four sets,
 with the studies' tokenizer and with digits split off first. `python -m bench.splitting all`."""
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Iterator
 
 import typer
 import yaml
 
-from bench.machine import describe
-from bench.run import RESULTS, ROOT, Step, add, code_of, put, read, run_child, state_of
+from bench.run import ROOT, Step, code_of, put, run_missing
 
 NAME = "splitting"
 MEASURED, STAGES = code_of("data", "model", "pruning", "evaluation", bench=(NAME,)), ("sparsegpt",)
@@ -70,12 +68,7 @@ def run_all(
     fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False,
 ) -> None:
     "Run what is missing."
-    plan, path, state = Plan(), RESULTS / f"{NAME}.json", state_of(MEASURED, STAGES)
-    file = read(path, dict(machine=describe(threads), plan=asdict(plan)), state, fresh)
-    for step in steps(plan):
-        if any(step.about.items() <= row.items() for row in file["rows"]): continue
-        print(f"{NAME} {step.about}", file=sys.stderr, flush=True)
-        add(path, file, state, [step.about | run_child(step, threads)])
+    run_missing(NAME, Plan(), steps(Plan()), MEASURED, STAGES, threads, fresh)
 
 
 if __name__ == "__main__": app()

@@ -1,14 +1,13 @@
 """Speed of writing text: ours beside transformers' `generate`, one by one and in batches. `python
 -m bench.writing all`."""
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Iterator
 
 import typer
 
-from bench.machine import describe, peak
-from bench.run import RESULTS, Step, add, code_of, put, read, run_child, state_of
+from bench.machine import peak
+from bench.run import Step, code_of, put, run_missing
 
 MEASURED, STAGES = code_of("kernels", "model", "generation", bench=("machine", "writing")), (
     "self-cal",
@@ -134,13 +133,7 @@ def run_all(
     fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False,
 ) -> None:
     "Run what is missing."
-    plan, path = Plan(), RESULTS / "writing.json"
-    state = state_of(MEASURED, STAGES)
-    file = read(path, dict(machine=describe(threads), plan=asdict(plan)), state, fresh)
-    for step in steps(plan):
-        if any(step.about.items() <= o.items() for o in file["rows"]): continue
-        print(f"writing {step.about}", file=sys.stderr, flush=True)
-        add(path, file, state, [step.about | run_child(step, threads)])
+    run_missing("writing", Plan(), steps(Plan()), MEASURED, STAGES, threads, fresh)
 
 
 if __name__ == "__main__": app()
