@@ -325,15 +325,21 @@ def scope_text(replicates: Replicates) -> str:  # empty if nothing has been run
     )
 
 # %% ../../nbs/statistics/07_selection.ipynb #dfe3fd4e
+def _caption_label(method: str) -> str:
+    "The name of a method; bits and groups are in the table."
+    label = method_label(method)
+    return label.partition(",")[0] if "+bits=" in method else label
+
 def setting_note(part: Part) -> str:
     "Model, method, sparsity, windows × tokens, draws, items, intervals, and missing cells."
     if not part.wanted: return "The preset plans no cell for this."
     run = [c for c in part.wanted if c.name in part.study] or part.wanted
-    methods = [method_label(as_strategy(c.strategy, c.method)[1]) for c in run]
+    methods = [_caption_label(as_strategy(c.strategy, c.method)[1]) for c in run]
     levels = [sparsity_label(sparsity) for sparsity in sorted({c.sparsity for c in run}, key=str)]
-    at = short_list(levels, f"sparsities from {levels[0]} to {levels[-1]}")
+    at = f" at {short_list(levels, f'sparsities from {levels[0]} to {levels[-1]}')}"
+    if any("+bits=" in c.method for c in run): at = ""  # each line of such a table has its own
     size = size_text((c.windows for c in run), part.preset)
-    how = f"{short_list(methods, 'methods')} at {at}"
+    how = f"{short_list(methods, 'methods')}{at}"
     fields = [part.preset["model"], how, size, scope_text(part.replicates)]
     return f"{'; '.join(filter(None, fields))}. {missing_note(part)}".strip()
 
