@@ -12,7 +12,6 @@ def modifier(method: str, sparsity: float):  # "gptq-4-64": 4 bits, groups of 64
     "llm-compressor's modifier, with the settings of ours."
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
-    where = dict(targets=["Linear"], ignore=["lm_head"])
     if method.startswith("gptq"):
         _, bits, group = method.split("-")
         weights = dict(num_bits=int(bits), type="int", symmetric=True, strategy="group",
@@ -21,7 +20,7 @@ def modifier(method: str, sparsity: float):  # "gptq-4-64": 4 bits, groups of 64
         return GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"], block_size=128,
                             dampening_frac=0.01, actorder=None)
     return {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method](
-        sparsity=sparsity, **where)
+        sparsity=sparsity, targets=["Linear"], ignore=["lm_head"])
 
 
 def main(

@@ -62,13 +62,13 @@ def settings(who: str, plan: Plan) -> dict:
 
 
 @app.command()
-def one(who: str, layers: int = 30, save: bool = True) -> None:
+def one(who: str) -> None:
     "Our SparseGPT or GPTQ, once."
     from safetensors.torch import save_file
 
     from calib_prune.pruning.layers import detach_scales
     from calib_prune.pruning.walk import prune
-    plan = Plan(layers=layers)
+    plan = Plan()
     asked = settings(who, plan)
     tiny = dict(quantise=replace(asked["quantise"], group=16)) if "quantise" in asked else {}
     warm_up(**dict(sparsity=0) | asked | tiny)
@@ -78,15 +78,15 @@ def one(who: str, layers: int = 30, save: bool = True) -> None:
     seconds = time.perf_counter() - start
     detach_scales(loaded)
     weights = {k: v for k, v in loaded.state_dict().items() if ".layers." in k and v.ndim == 2}
-    if save: save_file(weights, weight_file(NAME, who))
+    save_file(weights, weight_file(NAME, who))
     put(dict(seconds=seconds, peak_bytes=peak()))
 
 
 @app.command()
-def errors(layers: int = 30) -> None:
+def errors() -> None:
     "Reconstruction error of each result with the dense model's inputs: one check for all."
     from safetensors.torch import load_file
-    plan = Plan(layers=layers)
+    plan = Plan()
     loaded, _ = load(plan.model, plan.layers)
     linears, hessians = dense_moments(loaded, load_tokens(plan.tokens))
     put([dict(who=who, turn=0, mean=statistics.mean(

@@ -25,24 +25,17 @@ class Plan:
     seed: int = 0
 
 
-def splits_digits(tokenizer) -> None:
-    "Let a tokenizer split off each digit first, as `data.gguf.gguf_tokenizer` does."
-    from tokenizers import pre_tokenizers
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    each = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([each, words])
-
-
 @app.command()
 def one(calibration: str = "", digits: bool = False) -> None:
     "The bits per byte of one model on each task, with the items of the studies."
+    from calib_prune.data.gguf import digits_first
     from calib_prune.evaluation.scoring import evaluate, scores
     from calib_prune.model.loading import load_model
     from calib_prune.pipeline.prune import PruneSettings, draw_calibration, prune_loaded
     plan = Plan()
     asked = yaml.safe_load((ROOT / f"presets/base/{plan.model}.yaml").read_text())["scoring"]
     net, tokenizer = load_model(plan.model, "float32", "cpu")
-    if digits: splits_digits(tokenizer)
+    if digits: tokenizer.backend_tokenizer.pre_tokenizer = digits_first()
     if calibration:
         how = PruneSettings(calibration=calibration, method=plan.method, sparsity=plan.sparsity,
                             seed=plan.seed)

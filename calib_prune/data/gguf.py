@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MOST_ITEMS', 'SLACK', 'NEEDED', 'BOUNDED', 'LEFT_OUT', 'DIGIT_SPLITS', 'SECOND_TYPE', 'Head',
-           'read_head', 'check_bounded', 'alone', 'gguf_config', 'gguf_tokenizer', 'as_the_umask_says', 'round_again',
-           'convert_gguf']
+           'read_head', 'check_bounded', 'alone', 'gguf_config', 'digits_first', 'gguf_tokenizer', 'as_the_umask_says',
+           'round_again', 'convert_gguf']
 
 # %% ../../nbs/data/02_gguf.ipynb #f78e34cd
 import math
@@ -244,6 +244,11 @@ def gguf_config(path: Path,  # a GGUF file
 DIGIT_SPLITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b",
                 "mellum2")
 
+def digits_first() -> pre_tokenizers.Sequence:
+    "The splitting that takes each digit alone, then splits like GPT-2."
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+
 def gguf_tokenizer(path: Path,  # a GGUF file
                    head: Head, digits: bool = True  # False: leave out that digits are split first
                   ) -> Any:
@@ -252,9 +257,7 @@ def gguf_tokenizer(path: Path,  # a GGUF file
     kind, split_by = (head.values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind == "gpt2" and split_by in DIGIT_SPLITS:
         words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        each = pre_tokenizers.Digits(individual_digits=True)
-        split = pre_tokenizers.Sequence([each, words]) if digits else words
-        tokenizer.backend_tokenizer.pre_tokenizer = split
+        tokenizer.backend_tokenizer.pre_tokenizer = digits_first() if digits else words
     return tokenizer
 
 # %% ../../nbs/data/02_gguf.ipynb #37b5c6e3

@@ -52,10 +52,9 @@ def check_blocks(block: int, size: int, what: str) -> None:
 
 def _check_sparse(sparsity: float, pattern: str | tuple[int, int] | None, keep_zeros: bool
                  ) -> None:
-    "Refuse two sparsities, and one for a model that keeps its zeros."
+    "Refuse two sparsities, and a sparsity with `keep_zeros`."
     if keep_zeros and (sparsity or pattern):
-        raise CalibPruneError("The zeros of the model are kept, so no others can be made: use"
-                              " sparsity 0, or do not keep the zeros.")
+        raise CalibPruneError("keep_zeros and a sparsity contradict each other: give one of both.")
     if sparsity and pattern:
         raise CalibPruneError(f"Sparsity {sparsity} and pattern {pattern} contradict each other:"
                               " give one of both.")

@@ -72,7 +72,7 @@ class Quantisation:
 
     @property
     def record(self) -> dict[str, Any]:
-        "As records and keys have it; zeros are named only if they are kept."
+        "The settings in records and keys; `keep_zeros` only if it is set."
         return {name: value for name, value in asdict(self).items()
                 if name != "keep_zeros" or value}
 

@@ -212,8 +212,8 @@ def check_quantisation(recipe: "MethodSteps", sparsity: float = 0.0,
     if sparsity and not method.prunes:
         raise CalibPruneError(f"Method {method.name} does not prune: use gptq, or sparsity 0.")
     if how.keep_zeros and (sparsity or pattern):
-        raise CalibPruneError("The zeros of the model are kept, so no others can be made: use"
-                              " --sparsity 0, or --no-keep-zeros.")
+        raise CalibPruneError("--keep-zeros and a sparsity contradict each other: use --sparsity 0,"
+                              " or --no-keep-zeros.")
     if how.by_activation and method.name != "gptq":
         raise CalibPruneError(f"Method {method.name} has no order of inputs: leave activation order"
                               " out, or use gptq.")
