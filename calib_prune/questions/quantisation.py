@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GPTQ_3', 'IMATRIX_3', 'RTN_3', 'SPARSE_4', 'EQUAL_KINDS', 'WEB_TEXT', 'CODE_TEXT', 'HYPOTHESES_OF_QUANTISATION',
-           'DODGE', 'bits_per_weight', 'quantisation_quantities', 'quantisation_rows', 'quantisation_verdicts',
-           'turned_share', 'change_rows', 'compressed_rows', 'compressed_table', 'quantisation_message',
-           'quantisation_figure']
+           'NO_TEXT', 'DODGE', 'bits_per_weight', 'quantisation_quantities', 'quantisation_rows',
+           'quantisation_verdicts', 'turned_share', 'change_rows', 'compressed_rows', 'compressed_table',
+           'quantisation_message', 'quantisation_figure']
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1cb20872
 from collections import Counter
@@ -145,6 +145,8 @@ def change_rows(study: Mapping[str, Result]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).groupby(keys, sort=False).mean().reset_index()
 
 # %% ../../nbs/questions/23_quantisation.ipynb #0a26a1cb
+NO_TEXT = "none"  # the calibration set of a method that reads no text
+
 def compressed_rows(whole: Measured) -> pd.DataFrame:  # as `effects`, with bits; fractions
     "Retention of every calibration set and method, with bits per weight, divergence and flips."
     part = grid_part(whole).replicates
@@ -152,7 +154,10 @@ def compressed_rows(whole: Measured) -> pd.DataFrame:  # as `effects`, with bits
     table = effects(part, ("Total", *DIMENSIONS))
     table["sparsity"] = table["sparsity"].astype(str)
     table["bits"] = [bits_per_weight(row.method, row.sparsity) for row in table.itertuples()]
-    return table.merge(change_rows(whole.study), how="left", on=["strategy", "method", "sparsity"])
+    keys = ["strategy", "method", "sparsity"]
+    table = table.merge(change_rows(whole.study), how="left", on=keys)
+    table.loc[table["method"].map(reads_no_text), "strategy"] = NO_TEXT
+    return table
 
 def _with_sparsity(method: str, sparsity: str) -> str:
     "The name of a method with its sparsity."
@@ -167,7 +172,7 @@ def compressed_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `compressed_ro
         key = row.bits, row.method, row.sparsity, row.strategy
         line = lines.setdefault(key, {
             "method": _with_sparsity(row.method, row.sparsity), "bits per weight": f"{row.bits:g}",
-            "calibration": "none" if reads_no_text(row.method) else row.strategy,
+            "calibration": row.strategy,
             "KL, bits per token": "–" if np.isnan(row.divergence) else f"{row.divergence:.3f}",
             "answers changed, %": f"{100 * row.turned:.1f}"})
         line[row.dimension] = interval_text(row.value, row.ci_low, row.ci_high)
@@ -198,7 +203,7 @@ def _short(method: str, sparsity: str) -> str:
 
 def _size_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of the total
     "Total retention against bits per weight; round to nearest has no text."
-    shown = rows[(rows["strategy"] == EQUAL_KINDS) | rows["method"].str.startswith("rtn")]
+    shown = rows[rows["strategy"].isin([EQUAL_KINDS, NO_TEXT])]
     drawn: Counter[float] = Counter()  # models of a size
     for (method, sparsity), mine in shown.groupby(["method", "sparsity"], sort=False):
         bits = mine["bits"].iloc[0]

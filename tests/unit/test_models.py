@@ -351,6 +351,15 @@ def test_a_gguf_file_splits_text_as_it_says(tmp_path, splitting, pieces):
     assert [piece for piece, _ in split.pre_tokenize_str("58 1")] == ["58", "Ġ1"]
 
 
+def test_a_gguf_file_with_an_unknown_splitting_is_read_with_a_warning(tmp_path, recwarn):
+    write_gguf(tmp_path / "known.gguf", tiny_llama(), splitting="llama-bpe")
+    load_tokenizer(str(tmp_path / "known.gguf"))
+    assert not [one for one in recwarn if "splitting" in str(one.message)]
+    write_gguf(tmp_path / "m.gguf", tiny_llama(), splitting="deepseek-llm")
+    with pytest.warns(UserWarning, match="m.gguf names the text splitting 'deepseek-llm'"):
+        load_tokenizer(str(tmp_path / "m.gguf"))
+
+
 def other_gguf(folder, change):
     "A GGUF file whose bytes were changed, and its name."
     write_gguf(folder / "m.gguf", tiny_llama())
