@@ -33,7 +33,7 @@ MAIN = "claims/smollm2-135m"  # the study of the front page and of the ledger
 QUESTIONS = {  # the navigation: questions by the reader's question, in reading order
     "Which text?": {
         "mixing": "Mixes of sources", "new-sources": "New sources", "recipe": "Mix and method",
-        "answers": "Written answers"},
+        "answers": "Written answers", "quantisation": "Quantisation"},
     "Which pruner?": {"pruners": "Pruning methods"},
     "Which of the paper's claims hold?": {
         "claims": "Claims of the paper", "perplexity": "Perplexity of the text",

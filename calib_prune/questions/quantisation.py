@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GPTQ_3', 'IMATRIX_3', 'RTN_3', 'SPARSE_4', 'EQUAL_KINDS', 'WEB_TEXT', 'CODE_TEXT', 'HYPOTHESES_OF_QUANTISATION',
            'NO_TEXT', 'DODGE', 'bits_per_weight', 'quantisation_quantities', 'quantisation_rows',
-           'quantisation_verdicts', 'turned_share', 'change_rows', 'compressed_rows', 'compressed_table',
-           'quantisation_message', 'quantisation_figure']
+           'quantisation_verdicts', 'method_rows', 'method_table', 'turned_share', 'change_rows', 'compressed_rows',
+           'compressed_table', 'quantisation_message', 'quantisation_figure']
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1cb20872
 from collections import Counter
@@ -122,6 +122,35 @@ def quantisation_verdicts(rows: pd.DataFrame) -> dict[str, str]:  # from `quanti
     "The verdicts on Q1 to Q8."
     return verdicts_of(rows, HYPOTHESES_OF_QUANTISATION, quantisation_quantities())
 
+# %% ../../nbs/questions/23_quantisation.ipynb #c9361e35
+def _difference_of_code(*values: np.ndarray) -> np.ndarray:
+    "The Code difference of two texts minus the difference with another method."
+    return code_lead(*values[:2]) - code_lead(*values[2:])
+
+def _against_gptq(method: str, sparsity: str, name: str) -> list[Quantity]:
+    "The differences between GPTQ and a method: total by text, Code of two texts."
+    texts = WEB_TEXT, EQUAL_KINDS, CODE_TEXT
+    gptq, other = ({text: (text, *how) for text in texts}
+                   for how in ((GPTQ_3, "0"), (method, sparsity)))
+    totals = [Quantity("", f"GPTQ − {name}: {text}, total", GPTQ_3, (gptq[text], other[text]),
+                       total_lead) for text in texts]
+    pairs = tuple(model[text] for model in (gptq, other) for text in (CODE_TEXT, WEB_TEXT))
+    code = f"GPTQ − {name}: {CODE_TEXT} − {WEB_TEXT}, Code"
+    return [*totals, Quantity("", code, GPTQ_3, pairs, _difference_of_code)]
+
+# %% ../../nbs/questions/23_quantisation.ipynb #1ccb404c
+def method_rows(whole: Measured) -> pd.DataFrame:  # columns quantity, value, ci_low, ci_high
+    "The differences between methods whose models have all been measured; fractions."
+    models = named_models(grid_part(whole).replicates)
+    planned = [*_against_gptq(IMATRIX_3, "0", "importance matrix"),
+               *_against_gptq("sparsegpt", "0.5", "SparseGPT 50 %")]
+    return quantity_rows(models, planned)[["quantity", "value", "ci_low", "ci_high"]]
+
+def method_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `method_rows`
+    "One line per difference."
+    shown = [interval_text(row.value, row.ci_low, row.ci_high, "+") for row in rows.itertuples()]
+    return pd.DataFrame({"difference": rows["quantity"], "points": shown})
+
 # %% ../../nbs/questions/23_quantisation.ipynb #d36dc3d0
 def turned_share(dense: Result, pruned: Result) -> float:
     "The share of right-or-wrong answers that are no longer what they were."
@@ -229,10 +258,12 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
 
 # %% ../../nbs/questions/23_quantisation.ipynb #020f4ccb
 def quantisation_message(rows: pd.DataFrame) -> str:  # from `quantisation_rows`
-    "A title: whether text matters less than in pruning."
-    verdict = quantisation_verdicts(rows)["Q3"]
-    word = {"supported": "smaller", "refuted": "larger"}.get(verdict)
+    "A title: whether text matters less than in pruning, or else whether it matters."
+    verdicts = quantisation_verdicts(rows)
+    word = {"supported": "smaller", "refuted": "larger"}.get(verdicts["Q3"])
     if word: return f"Code: the effect of codeio per lost point is {word} with GPTQ than SparseGPT"
+    if verdicts["Q2"] == "supported":
+        return "With GPTQ at 3 bits, codeio has higher Code retention than c4"
     return "Retention of quantised and pruned models"
 
 def quantisation_figure(rows: pd.DataFrame, message: str,  # from `compressed_rows`
