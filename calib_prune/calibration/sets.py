@@ -188,12 +188,12 @@ def named_mixes() -> dict[str, dict[str, float]]:
     return mixes
 
 # %% ../../nbs/calibration/03_sets.ipynb #7054d0fe
-# "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), a name in `named_mixes`, or your own files
+# "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), your own files, names in `named_mixes`
 def parse_mix(text: str
              ) -> dict[str, float]:  # source name or path → relative weight
     "Read a mix of calibration sources."
     if text in (named := named_mixes()): return named[text]
-    mix: dict[str, float] = {}
+    parts: dict[str, float] = {}
     for part in text.split(","):
         name, _, weight = (part.rpartition("=") if "=" in part else (part, "", "1"))
         name = name.strip()
@@ -204,10 +204,15 @@ def parse_mix(text: str
                 f"Cannot read {part!r} in the calibration mix {text!r}: write NAME or NAME=WEIGHT "
                 "with a positive number, for example c4=0.5,math=0.5."
             )
-        if name in mix:
+        if name in parts:
             raise CalibPruneError(f"Source {name!r} stands twice in the calibration mix {text!r}.")
-        mix[name] = value
-    return mix
+        parts[name] = value
+    mix: Counter[str] = Counter()
+    for name, value in parts.items():
+        members = named.get(name, {name: 1.0})
+        total = sum(members.values())
+        for source, weight in members.items(): mix[source] += value * weight / total
+    return dict(mix)
 
 # %% ../../nbs/calibration/03_sets.ipynb #da9749fc
 @dataclass(frozen=True)

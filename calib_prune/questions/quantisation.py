@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['GPTQ_3', 'IMATRIX_3', 'RTN_3', 'SPARSE_4', 'EQUAL_KINDS', 'WEB_TEXT', 'CODE_TEXT', 'HYPOTHESES_OF_QUANTISATION',
-           'NO_TEXT', 'DODGE', 'bits_per_weight', 'quantisation_quantities', 'quantisation_rows',
-           'quantisation_verdicts', 'method_rows', 'method_table', 'turned_share', 'change_rows', 'compressed_rows',
-           'compressed_table', 'quantisation_message', 'quantisation_figure']
+           'NO_TEXT', 'FLOOR', 'DODGE', 'bits_per_weight', 'quantisation_quantities', 'quantised_retention',
+           'quantisation_rows', 'quantisation_verdicts', 'pooling_note', 'method_rows', 'method_table', 'turned_share',
+           'change_rows', 'compressed_rows', 'compressed_table', 'quantisation_message', 'quantisation_figure']
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1cb20872
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -42,8 +44,13 @@ from calib_prune.statistics.plots import (
     headline,
     method_label,
 )
-from ..statistics.replicates import DIMENSIONS, reads_no_text
-from ..statistics.selection import Measured, grid_part
+from calib_prune.statistics.replicates import (
+    DIMENSIONS,
+    Replicates,
+    reads_no_text,
+    retention_of_parts,
+)
+from ..statistics.selection import NOTHING, Measured, grid_part
 from ..statistics.tables import interval_text
 from ..study.results import Result
 
@@ -113,14 +120,28 @@ def quantisation_quantities() -> list[Quantity]:
                  (equal, (EQUAL_KINDS, SPARSE_4, "2:4")), total_lead)]
 
 # %% ../../nbs/questions/23_quantisation.ipynb #26576ebd
-def quantisation_rows(whole: Measured) -> pd.DataFrame:  # as `quantity_rows`
+def quantised_retention(whole: Measured) -> Replicates:  # one row per strategy and setting
+    "Mean retention over draws; the noise of draws is pooled for each method alone."
+    if whole.cells is NOTHING: return NOTHING
+    return retention_of_parts(whole.cells, whole.cells.cells["method"])
+
+def quantisation_rows(whole: Measured, joint: bool = False  # pool the noise over methods
+                     ) -> pd.DataFrame:  # as `quantity_rows`
     "The quantities of Q1 to Q8 whose models have all been measured."
-    here = grid_part(whole).replicates
+    here = grid_part(whole).replicates if joint else quantised_retention(whole)
     return quantity_rows(named_models(here), quantisation_quantities(), "draws" in here.noise)
 
 def quantisation_verdicts(rows: pd.DataFrame) -> dict[str, str]:  # from `quantisation_rows`
     "The verdicts on Q1 to Q8."
     return verdicts_of(rows, HYPOTHESES_OF_QUANTISATION, quantisation_quantities())
+
+def pooling_note(whole: Measured) -> str:
+    "How the noise of draws is pooled, and the verdicts that depend on this choice."
+    ours, joint = (quantisation_verdicts(quantisation_rows(whole, both)) for both in (False, True))
+    other = [f"{name} {verdict}" for name, verdict in joint.items() if verdict != ours[name]]
+    return ("The noise of draws is pooled for each method alone (chosen when 29 models were known:"
+            " draws differ more with GPTQ than with an importance matrix). Verdicts that change if"
+            f" the noise is pooled over methods: {', '.join(other) or 'none'}.")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #c9361e35
 def _difference_of_code(*values: np.ndarray) -> np.ndarray:
@@ -140,10 +161,13 @@ def _against_gptq(method: str, sparsity: str, name: str) -> list[Quantity]:
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1ccb404c
 def method_rows(whole: Measured) -> pd.DataFrame:  # columns quantity, value, ci_low, ci_high
-    "The differences between methods whose models have all been measured; fractions."
-    models = named_models(grid_part(whole).replicates)
+    "The exploratory differences whose models have all been measured; fractions."
+    models = named_models(quantised_retention(whole))
+    of_code = partial(_of_texts, "", CODE_TEXT, EQUAL_KINDS, GPTQ_3)
+    named = (replace(one, label=f"GPTQ: {one.label}")
+             for one in (of_code(contrast=code_lead), of_code()))
     planned = [*_against_gptq(IMATRIX_3, "0", "importance matrix"),
-               *_against_gptq("sparsegpt", "0.5", "SparseGPT 50 %")]
+               *_against_gptq("sparsegpt", "0.5", "SparseGPT 50 %"), *named]
     return quantity_rows(models, planned)[["quantity", "value", "ci_low", "ci_high"]]
 
 def method_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `method_rows`
@@ -175,10 +199,11 @@ def change_rows(study: Mapping[str, Result]) -> pd.DataFrame:
 
 # %% ../../nbs/questions/23_quantisation.ipynb #0a26a1cb
 NO_TEXT = "none"  # the calibration set of a method that reads no text
+FLOOR = "Floor: dense model, another item's prompt"
 
 def compressed_rows(whole: Measured) -> pd.DataFrame:  # as `effects`, with bits; fractions
     "Retention of every calibration set and method, with bits per weight, divergence and flips."
-    part = grid_part(whole).replicates
+    part = quantised_retention(whole)
     if not len(part.cells): return pd.DataFrame()
     table = effects(part, ("Total", *DIMENSIONS))
     table["sparsity"] = table["sparsity"].astype(str)
@@ -194,8 +219,10 @@ def _with_sparsity(method: str, sparsity: str) -> str:
     if not share: return method_label(method)
     return f"{method_label(method)}, {sparsity if pattern else f'{100 * share:g} %'}"
 
-def compressed_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `compressed_rows`
-    "One line per method and calibration set, one column per outcome."
+def compressed_table(rows: pd.DataFrame,  # from `compressed_rows`
+                     floor: Mapping[str, float] = {}  # outcome → retention of the floor
+                    ) -> pd.DataFrame:
+    "One line per method and calibration set, one column per outcome; the floor is the last line."
     lines: dict[tuple, dict[str, Any]] = {}
     for row in rows.itertuples(index=False):
         key = row.bits, row.method, row.sparsity, row.strategy
@@ -205,12 +232,15 @@ def compressed_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `compressed_ro
             "KL, bits per token": "–" if np.isnan(row.divergence) else f"{row.divergence:.3f}",
             "answers changed, %": f"{100 * row.turned:.1f}"})
         line[row.dimension] = interval_text(row.value, row.ci_low, row.ci_high)
-    return pd.DataFrame([*lines.values()])
+    last = {name: f"{100 * value:.0f}" for name, value in floor.items()}
+    if last and lines: lines[FLOOR,] = {"method": FLOOR} | last
+    table = pd.DataFrame([*lines.values()])
+    return table[[*next(iter(lines.values()), {})]].fillna("")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #d28f59bb
 _METHOD_LOOKS = {"sparsegpt": ("C0", "o"), "gptq": ("C1", "s"), "imatrix": ("C2", "D"),
                  "rtn": ("0.4", "X")}
-DODGE = 0.035  # of the logarithm of the bits, between models of equal size
+DODGE = 0.03  # of the logarithm of the bits, between models of equal size
 
 def _look(method: str, sparsity: str) -> dict[str, Any]:
     "Colour and shape of a method; hollow: also a pattern of zeros, or scales of the range."
@@ -231,16 +261,17 @@ def _short(method: str, sparsity: str) -> str:
     return ", ".join(words)
 
 def _size_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of the total
-    "Total retention against bits per weight; round to nearest has no text."
+    "Total retention against bits per weight; models of equal size are next to each other."
     shown = rows[rows["strategy"].isin([EQUAL_KINDS, NO_TEXT])]
-    drawn: Counter[float] = Counter()  # models of a size
+    sizes, drawn = Counter(shown["bits"]), Counter()
     for (method, sparsity), mine in shown.groupby(["method", "sparsity"], sort=False):
         bits = mine["bits"].iloc[0]
-        at = mine["bits"] * np.exp(DODGE * drawn[bits])
+        at = mine["bits"] * np.exp(DODGE * (drawn[bits] - (sizes[bits] - 1) / 2))
         drawn[bits] += 1
         error_bars(ax, at, mine, label=_short(method, sparsity), **_look(method, sparsity))
     ax.set(xscale="log", xticks=[2, 3, 4, 8, 16], xticklabels=[2, 3, 4, 8, 16],
-           xlabel="bits per weight of the linear maps", ylabel="total retention, %")
+           xlabel="bits per weight of the linear maps", ylabel="total retention, %",
+           title="calibrated on equal kinds")
     ax.minorticks_off()
     ax.legend(fontsize=6)
 
@@ -254,26 +285,28 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
         places = mine["strategy"].map({name: -at for at, name in enumerate(texts)}) + shift
         error_bars(ax, places, mine, horizontal=True, **_look(method, sparsity))
     ax.set(yticks=[-at for at in range(len(texts))], yticklabels=texts,
-           xlabel="Code retention, %")
+           xlabel="Code retention, %", title="by calibration set")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #020f4ccb
-def quantisation_message(rows: pd.DataFrame) -> str:  # from `quantisation_rows`
-    "A title: whether text matters less than in pruning, or else whether it matters."
-    verdicts = quantisation_verdicts(rows)
-    word = {"supported": "smaller", "refuted": "larger"}.get(verdicts["Q3"])
-    if word: return f"Code: the effect of codeio per lost point is {word} with GPTQ than SparseGPT"
-    if verdicts["Q2"] == "supported":
-        return "With GPTQ at 3 bits, codeio has higher Code retention than c4"
+def quantisation_message(differences: pd.DataFrame) -> str:  # from `method_rows`
+    "A title: whether text matters more with GPTQ than with an importance matrix."
+    code = differences[differences["quantity"].str.contains("importance matrix.*, Code")]
+    if (code["ci_low"] > 0).any():
+        return "Text changes Code retention more with GPTQ than with an importance matrix"
     return "Retention of quantised and pruned models"
 
 def quantisation_figure(rows: pd.DataFrame, message: str,  # from `compressed_rows`
-                        note: str = "") -> Figure:
-    "Total retention against bits per weight, and Code retention by text."
+                        note: str = "", floor: Mapping[str, float] = {}  # outcome → fraction
+                       ) -> Figure:
+    "Total retention against bits per weight, and Code retention by text; the floor is dashed."
     check_rows(rows, "retention")
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.6), layout="constrained",
                                          width_ratios=[3, 2])
     _size_panel(left, rows[rows["dimension"] == "Total"])
     at_three = rows["bits"].between(3, 4) | rows["bits"].eq(16)
     _text_panel(right, rows[(rows["dimension"] == "Code") & at_three])
+    if floor:
+        left.axhline(100 * floor["Total"], color="0.45", linewidth=1, linestyle="--")
+        right.axvline(100 * floor["Code"], color="0.45", linewidth=1, linestyle="--")
     headline(figure, message)
-    return annotate(figure, f"Bars: 95% intervals. Right: models of 3 to 4 and 16 bits. {note}")
+    return annotate(figure, f"Bars: 95% intervals. Dashed: the floor. {note}")

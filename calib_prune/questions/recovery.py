@@ -10,7 +10,6 @@ __all__ = ['BOTH_ROLES', 'EQUAL', 'WEB', 'PROGRAMS', 'HYPOTHESES_OF_RECOVERY', '
 
 # %% ../../nbs/questions/21_recovery.ipynb #4a7d7de9
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -38,7 +37,7 @@ from calib_prune.statistics.plots import (
     headline,
     method_label,
 )
-from ..statistics.replicates import Replicates, strategy_retention, without_noise
+from ..statistics.replicates import Replicates, retention_of_parts, without_noise
 from ..statistics.selection import NOTHING, Measured
 from ..statistics.tables import interval_text
 from ..study.presets import grid_cells
@@ -60,12 +59,8 @@ def trained_models(replicates: Replicates  # one row per strategy and setting
 def recovery_retention(whole: Measured) -> Replicates:  # one row per strategy and setting
     "Mean retention over draws; the noise of draws is pooled before and after training separately."
     if whole.cells is NOTHING: return NOTHING
-    trained = np.array(["+recover=" in method for method in whole.cells.cells["method"]], bool)
-    parts = [strategy_retention(whole.cells.rows(keep), seed)
-             for seed, keep in enumerate((~trained, trained)) if keep.any()]
-    cells = pd.concat([part.cells for part in parts], ignore_index=True)
-    return replace(whole.cells, cells=cells,
-                   values=np.concatenate([part.values for part in parts], 1))
+    trained = ["+recover=" in method for method in whole.cells.cells["method"]]
+    return retention_of_parts(whole.cells, trained)
 
 # %% ../../nbs/questions/21_recovery.ipynb #db93829f
 BOTH_ROLES = "c4", "uniform-dimensions", "codeio"  # calibration sets and recovery texts

@@ -7,14 +7,14 @@ __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'ADDITIVE', 'GOALS', 'BLOCK', 'SP
            'source_dimension', 'as_strategy', 'pruned_cells', 'same_rows', 'item_values', 'task_replicates',
            'in_accuracy', 'outcome_replicates', 'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups',
            'setting_groups', 'deviations', 'pooled_spread', 'draw_spread', 'draw_variances', 'DrawNoise', 'draw_pool',
-           'draw_noise', 'reads_no_text', 'strategy_retention', 'noise_variance', 'without_noise', 'spread',
-           'prompt_gain_replicates']
+           'draw_noise', 'reads_no_text', 'strategy_retention', 'retention_of_parts', 'noise_variance', 'without_noise',
+           'spread', 'prompt_gain_replicates']
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c5d8abc9
 import math
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any, Collection, Mapping
+from typing import Any, Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -423,6 +423,16 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
         rows.append(cells.cells.iloc[index[0]].drop("seed").to_dict() | about)
         values[:, k] = mean
     return replace(cells, cells=pd.DataFrame(rows, dtype=object), values=values)
+
+# %% ../../nbs/statistics/02_replicates.ipynb #480c67a4
+def retention_of_parts(cells: Replicates, parts: Sequence[Any]  # the part of every cell
+                      ) -> Replicates:  # as `strategy_retention`
+    "Mean over calibration draws; the noise of draws is pooled within each part of the cells."
+    labels = np.asarray(parts)
+    means = [strategy_retention(cells.rows(labels == label), seed)
+             for seed, label in enumerate(np.unique(labels))]
+    table = pd.concat([part.cells for part in means], ignore_index=True)
+    return replace(cells, cells=table, values=np.concatenate([part.values for part in means], 1))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #bbfcfd72
 def noise_variance(values: np.ndarray  # [1 + B, strategies, outcomes]

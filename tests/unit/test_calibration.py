@@ -268,6 +268,14 @@ def test_too_little_text_says_how_much():
         build_calibration(Texts(), TOKENIZER, 39, 16)
 
 
+def test_a_named_mix_is_a_part_of_a_mix():
+    mix, alone = parse_mix("uniform-dimensions=3,notes.txt=1"), named_mixes()["uniform-dimensions"]
+    assert list(mix) == [*alone, "notes.txt"]
+    for source, weight in alone.items():
+        assert mix[source] == pytest.approx(3 * weight / sum(alone.values()))
+    assert parse_mix("c4=1,uniform=1")["c4"] == pytest.approx(1 + 1 / 15)
+
+
 @pytest.mark.parametrize("wrong", ["c4=0", "c4=inf", "=1", "c4,,math", "c4=half"])
 def test_unreadable_mixes(wrong):
     with pytest.raises(CalibPruneError): parse_mix(wrong)
