@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -207,11 +207,11 @@ def parse_mix(text: str
         if name in parts:
             raise CalibPruneError(f"Source {name!r} stands twice in the calibration mix {text!r}.")
         parts[name] = value
-    mix: Counter[str] = Counter()
+    mix: dict[str, float] = defaultdict(float)
     for name, value in parts.items():
         members = named.get(name, {name: 1.0})
         total = sum(members.values())
-        for source, weight in members.items(): mix[source] += value * weight / total
+        for source, share in members.items(): mix[source] += value * share / total
     return dict(mix)
 
 # %% ../../nbs/calibration/03_sets.ipynb #da9749fc

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['GPTQ_3', 'IMATRIX_3', 'RTN_3', 'SPARSE_4', 'EQUAL_KINDS', 'WEB_TEXT', 'CODE_TEXT', 'HYPOTHESES_OF_QUANTISATION',
            'NO_TEXT', 'FLOOR', 'DODGE', 'bits_per_weight', 'quantisation_quantities', 'quantised_retention',
-           'quantisation_rows', 'quantisation_verdicts', 'pooling_note', 'method_rows', 'method_table', 'turned_share',
-           'change_rows', 'compressed_rows', 'compressed_table', 'quantisation_message', 'quantisation_figure']
+           'quantisation_rows', 'quantisation_verdicts', 'pooling_note', 'exploratory_rows', 'exploratory_table',
+           'turned_share', 'change_rows', 'compressed_rows', 'compressed_table', 'quantisation_message',
+           'quantisation_figure']
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1cb20872
 from collections import Counter
@@ -160,7 +161,7 @@ def _against_gptq(method: str, sparsity: str, name: str) -> list[Quantity]:
     return [*totals, Quantity("", code, GPTQ_3, pairs, _difference_of_code)]
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1ccb404c
-def method_rows(whole: Measured) -> pd.DataFrame:  # columns quantity, value, ci_low, ci_high
+def exploratory_rows(whole: Measured) -> pd.DataFrame:  # columns quantity, value, ci_low, ci_high
     "The exploratory differences whose models have all been measured; fractions."
     models = named_models(quantised_retention(whole))
     of_code = partial(_of_texts, "", CODE_TEXT, EQUAL_KINDS, GPTQ_3)
@@ -170,7 +171,7 @@ def method_rows(whole: Measured) -> pd.DataFrame:  # columns quantity, value, ci
                *_against_gptq("sparsegpt", "0.5", "SparseGPT 50 %"), *named]
     return quantity_rows(models, planned)[["quantity", "value", "ci_low", "ci_high"]]
 
-def method_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `method_rows`
+def exploratory_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `exploratory_rows`
     "One line per difference."
     shown = [interval_text(row.value, row.ci_low, row.ci_high, "+") for row in rows.itertuples()]
     return pd.DataFrame({"difference": rows["quantity"], "points": shown})
@@ -288,7 +289,7 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
            xlabel="Code retention, %", title="by calibration set")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #020f4ccb
-def quantisation_message(differences: pd.DataFrame) -> str:  # from `method_rows`
+def quantisation_message(differences: pd.DataFrame) -> str:  # from `exploratory_rows`
     "A title: whether text matters more with GPTQ than with an importance matrix."
     code = differences[differences["quantity"].str.contains("importance matrix.*, Code")]
     if (code["ci_low"] > 0).any():
