@@ -205,6 +205,7 @@ def _retention_panel(ax: Axes, rows: pd.DataFrame,  # of one outcome and method
     "One line per calibration set, one mark per recovery text."
     for number, text in enumerate(texts):
         mine = rows[rows["text"] == text]
+        if mine.empty: continue
         colour, marker, label = _RECOVERY_LOOKS.get(text, ("C5", "v", f"after {text}"))
         shift = 0.3 - 0.6 * number / max(1, len(texts) - 1)
         error_bars(ax, mine["calibration"].map(places) + shift, mine, horizontal=True,
@@ -227,7 +228,8 @@ def recovery_figure(rows: pd.DataFrame, message: str,  # from `recovery_rows`, `
             _retention_panel(ax, mine, places, texts)
             ax.set_title(f"{method_label(method)}: {outcome}", fontsize=9)
     for ax in axes[-1]: ax.set_xlabel("retention, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=3,
-                  fontsize=8)
+    marks = {label: handle for ax in axes.flat
+             for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncol=3, fontsize=8)
     headline(figure, message)
     return annotate(figure, f"Rows: calibration set. Bars: 95% intervals. {note}")
