@@ -34,7 +34,7 @@ QUESTIONS = {  # the navigation: questions by the reader's question, in reading 
     "Which text?": {
         "mixing": "Mixes of sources", "new-sources": "New sources", "recipe": "Mix and method",
         "answers": "Written answers", "quantisation": "Quantisation"},
-    "Which pruner?": {"pruners": "Pruning methods"},
+    "Which pruner?": {"pruners": "Pruning methods", "recovery": "Training after pruning"},
     "Which of the paper's claims hold?": {
         "claims": "Claims of the paper", "perplexity": "Perplexity of the text",
         "rounding": "Weights from a 4-bit file", "fresh-draws": "Fresh draws"}}
