@@ -189,6 +189,7 @@ def named_mixes() -> dict[str, dict[str, float]]:
 
 # %% ../../nbs/calibration/03_sets.ipynb #7054d0fe
 # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), your own files, names in `named_mixes`
+# (write ./tuned for a folder that has the name of a mix)
 def parse_mix(text: str
              ) -> dict[str, float]:  # source name or path → relative weight
     "Read a mix of calibration sources."
@@ -211,7 +212,7 @@ def parse_mix(text: str
     for name, value in parts.items():
         members = named.get(name, {name: 1.0})
         total = sum(members.values())
-        for source, share in members.items(): mix[source] += value * share / total
+        for source, share in members.items(): mix[source] += value * (share / total)
     return dict(mix)
 
 # %% ../../nbs/calibration/03_sets.ipynb #da9749fc

@@ -253,8 +253,9 @@ def digits_first() -> pre_tokenizers.Sequence:
 
 # %% ../../nbs/data/02_gguf.ipynb #b832f460
 # other names for GPT-2's splitting (llama.cpp, llama-vocab.cpp)
-GPT2_SPLITS = ("gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-code", "roberta-bpe", "mpt",
-               "olmo", "jais", "trillion", "granite-docling")
+GPT2_SPLITS = ("gpt-2", "phi-2", "jina-es", "jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de",
+               "jina-v2-code", "roberta-bpe", "modern-bert", "mpt", "olmo", "jais", "trillion",
+               "gigachat", "mellum", "a.x-4.0", "granite-docling")
 
 def is_unknown_split(name: str | None,  # as the file has it
                      read_as: pre_tokenizers.PreTokenizer  # what transformers made of it

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GPTQ_3', 'IMATRIX_3', 'RTN_3', 'SPARSE_4', 'EQUAL_KINDS', 'WEB_TEXT', 'CODE_TEXT', 'HYPOTHESES_OF_QUANTISATION',
-           'NO_TEXT', 'FLOOR', 'DODGE', 'bits_per_weight', 'quantisation_quantities', 'quantised_retention',
-           'quantisation_rows', 'quantisation_verdicts', 'pooling_note', 'exploratory_rows', 'exploratory_table',
-           'turned_share', 'change_rows', 'compressed_rows', 'compressed_table', 'quantisation_message',
-           'quantisation_figure']
+           'OWN_FREEDOM', 'NO_TEXT', 'FLOOR', 'DODGE', 'bits_per_weight', 'quantisation_quantities',
+           'quantised_retention', 'quantisation_rows', 'quantisation_verdicts', 'pooling_note', 'exploratory_rows',
+           'exploratory_table', 'turned_share', 'change_rows', 'compressed_rows', 'compressed_table',
+           'quantisation_message', 'quantisation_figure']
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1cb20872
 from collections import Counter
@@ -49,7 +49,7 @@ from calib_prune.statistics.replicates import (
     DIMENSIONS,
     Replicates,
     reads_no_text,
-    retention_of_parts,
+    strategy_retention,
 )
 from ..statistics.selection import NOTHING, Measured, grid_part
 from ..statistics.tables import interval_text
@@ -121,10 +121,12 @@ def quantisation_quantities() -> list[Quantity]:
                  (equal, (EQUAL_KINDS, SPARSE_4, "2:4")), total_lead)]
 
 # %% ../../nbs/questions/23_quantisation.ipynb #26576ebd
+OWN_FREEDOM = 3  # degrees of freedom: a method with fewer has the noise of all methods (ours)
+
 def quantised_retention(whole: Measured) -> Replicates:  # one row per strategy and setting
     "Mean retention over draws; the noise of draws is pooled for each method alone."
     if whole.cells is NOTHING: return NOTHING
-    return retention_of_parts(whole.cells, whole.cells.cells["method"])
+    return strategy_retention(whole.cells, fewest=(OWN_FREEDOM, OWN_FREEDOM))
 
 def quantisation_rows(whole: Measured, joint: bool = False  # pool the noise over methods
                      ) -> pd.DataFrame:  # as `quantity_rows`
@@ -138,11 +140,13 @@ def quantisation_verdicts(rows: pd.DataFrame) -> dict[str, str]:  # from `quanti
 
 def pooling_note(whole: Measured) -> str:
     "How the noise of draws is pooled, and the verdicts that depend on this choice."
-    ours, joint = (quantisation_verdicts(quantisation_rows(whole, both)) for both in (False, True))
-    other = [f"{name} {verdict}" for name, verdict in joint.items() if verdict != ours[name]]
-    return ("The noise of draws is pooled for each method alone (chosen when 29 models were known:"
-            " draws differ more with GPTQ than with an importance matrix). Verdicts that change if"
-            f" the noise is pooled over methods: {', '.join(other) or 'none'}.")
+    ours, joint = (quantisation_rows(whole, both) for both in (False, True))
+    other = [f"{row.hypothesis} ({method_label(row.method).partition(',')[0]}) {row.verdict}"
+             for row, mine in zip(joint.itertuples(), ours["verdict"]) if row.verdict != mine]
+    return (f"The noise of draws is pooled for each method with at least {OWN_FREEDOM} degrees of"
+            " freedom (chosen when 27 models were known: draws differ more with GPTQ than with an"
+            " importance matrix). If the noise is pooled over methods, the verdicts on these"
+            f" quantities differ: {', '.join(other) or 'none'}.")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #c9361e35
 def _difference_of_code(*values: np.ndarray) -> np.ndarray:

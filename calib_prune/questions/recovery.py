@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BOTH_ROLES', 'EQUAL', 'WEB', 'PROGRAMS', 'HYPOTHESES_OF_RECOVERY', 'SHOWN_OUTCOMES', 'RECOVERY_ROWS', 'trained_name',
            'trained_models', 'recovery_retention', 'regained_share', 'v1_quantities', 'v2_to_v4_quantities',
-           'v5_quantity', 'all_quantities', 'recovery_quantities', 'recovery_verdicts', 'recovery_rows',
-           'recovery_table', 'recovery_message', 'recovery_figure']
+           'v5_quantity', 'all_quantities', 'recovery_quantities', 'recovery_verdicts', 'text_or_training_rows',
+           'text_or_training_table', 'recovery_rows', 'recovery_table', 'recovery_message', 'recovery_figure']
 
 # %% ../../nbs/questions/21_recovery.ipynb #4a7d7de9
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -25,6 +26,7 @@ from calib_prune.questions.hypotheses import (
     code_of,
     named_once,
     quantity_rows,
+    total_lead,
     total_of,
     verdicts_of,
 )
@@ -37,7 +39,7 @@ from calib_prune.statistics.plots import (
     headline,
     method_label,
 )
-from ..statistics.replicates import Replicates, retention_of_parts, without_noise
+from ..statistics.replicates import Replicates, strategy_retention, without_noise
 from ..statistics.selection import NOTHING, Measured
 from ..statistics.tables import interval_text
 from ..study.presets import grid_cells
@@ -59,8 +61,12 @@ def trained_models(replicates: Replicates  # one row per strategy and setting
 def recovery_retention(whole: Measured) -> Replicates:  # one row per strategy and setting
     "Mean retention over draws; the noise of draws is pooled before and after training separately."
     if whole.cells is NOTHING: return NOTHING
-    trained = ["+recover=" in method for method in whole.cells.cells["method"]]
-    return retention_of_parts(whole.cells, trained)
+    trained = np.array(["+recover=" in method for method in whole.cells.cells["method"]], bool)
+    parts = [strategy_retention(whole.cells.rows(keep), seed)
+             for seed, keep in enumerate((~trained, trained)) if keep.any()]
+    cells = pd.concat([part.cells for part in parts], ignore_index=True)
+    return replace(whole.cells, cells=cells,
+                   values=np.concatenate([part.values for part in parts], 1))
 
 # %% ../../nbs/questions/21_recovery.ipynb #db93829f
 BOTH_ROLES = "c4", "uniform-dimensions", "codeio"  # calibration sets and recovery texts
@@ -152,6 +158,35 @@ def recovery_verdicts(rows: pd.DataFrame,  # from `recovery_quantities`
                      ) -> dict[str, str]:  # hypothesis → verdict
     "The verdicts on V1 to V5."
     return verdicts_of(rows, HYPOTHESES_OF_RECOVERY, all_quantities(preset))
+
+# %% ../../nbs/questions/21_recovery.ipynb #c16f3856
+def _text_or_training(method: str) -> list[tuple[str, ModelName, ModelName]]:
+    "The comparisons of a pruning method: a label and two models."
+    web, equal = (WEB, method, ""), (EQUAL, method, "")
+    trained = WEB, method, EQUAL
+    return [(f"calibrated on {EQUAL} − on {WEB}", equal, web),
+            (f"calibrated on {WEB}: after training − before", trained, web),
+            (f"calibrated on {WEB}, trained − on {EQUAL}, not trained", trained, equal)]
+
+def text_or_training_rows(whole: Measured) -> pd.DataFrame:  # as `quantity_rows`; fractions
+    "The gains by calibration text and by training whose models have all been measured."
+    methods = dict.fromkeys(trained_name(cell.strategy, cell.method)[1]
+                            for cell in grid_cells(whole.preset))
+    planned = [Quantity(outcome, label, method, (first, second), lead) for method in methods
+               for label, first, second in _text_or_training(method)
+               for outcome, lead in (("Total", total_lead), ("Code", code_lead))]
+    rows = quantity_rows(trained_models(recovery_retention(whole)), planned)
+    rows = rows.rename(columns={"hypothesis": "outcome", "quantity": "comparison"})
+    return rows[["method", "comparison", "outcome", "value", "ci_low", "ci_high"]]
+
+def text_or_training_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `text_or_training_rows`
+    "One line per comparison, one column per outcome."
+    shown = rows.assign(text=[interval_text(row.value, row.ci_low, row.ci_high, "+")
+                              for row in rows.itertuples()],
+                        method=rows["method"].map(method_label))
+    wide = shown.pivot_table(index=["method", "comparison"], columns="outcome", values="text",
+                             aggfunc="first", sort=False)
+    return wide.reset_index().rename_axis(columns=None)
 
 # %% ../../nbs/questions/21_recovery.ipynb #8e59fb3f
 SHOWN_OUTCOMES = "Total", "Code"

@@ -7,14 +7,14 @@ __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'ADDITIVE', 'GOALS', 'BLOCK', 'SP
            'source_dimension', 'as_strategy', 'pruned_cells', 'same_rows', 'item_values', 'task_replicates',
            'in_accuracy', 'outcome_replicates', 'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups',
            'setting_groups', 'deviations', 'pooled_spread', 'draw_spread', 'draw_variances', 'DrawNoise', 'draw_pool',
-           'draw_noise', 'reads_no_text', 'strategy_retention', 'retention_of_parts', 'noise_variance', 'without_noise',
-           'spread', 'prompt_gain_replicates']
+           'draw_noise', 'reads_no_text', 'strategy_retention', 'noise_variance', 'without_noise', 'spread',
+           'prompt_gain_replicates']
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c5d8abc9
 import math
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any, Collection, Mapping, Sequence
+from typing import Any, Collection, Mapping
 
 import numpy as np
 import pandas as pd
@@ -352,24 +352,26 @@ class DrawNoise:
         return self.shapes[taken].mean(1) * np.sqrt(self.variances)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #f338130b
-FEWEST_FREEDOM = 10
+FEWEST_FREEDOM = 10, 1  # of the draws of a setting, and of all at its sparsity and size
 
 def draw_pool(by_setting: Mapping[tuple, list[list[int]]],  # from `setting_groups`
-              where: tuple                                  # a setting
+              where: tuple,                                 # a setting
+              fewest: tuple[int, int] = FEWEST_FREEDOM
              ) -> list[list[int]]:
     "The strategies whose draws show the noise of a setting."
     def freedom(groups): return sum(len(rows) - 1 for rows in groups)
     own = by_setting.get(where, [])
-    if freedom(own) >= FEWEST_FREEDOM: return own
+    if freedom(own) >= fewest[0]: return own
     _, *level = where
     alike = [groups for (_, *other), groups in by_setting.items() if other == level]
     every = [rows for groups in alike for rows in groups]
-    if freedom(every): return every
+    if freedom(every) >= fewest[1]: return every
     return [rows for groups in by_setting.values() for rows in groups]
 
 # %% ../../nbs/statistics/02_replicates.ipynb #f338130c
 def draw_noise(cells: Replicates, seed: int,
-               pooled: np.ndarray | None = None  # [cells], boolean: in the pool; None: all
+               pooled: np.ndarray | None = None,  # [cells], boolean: in the pool; None: all
+               fewest: tuple[int, int] = FEWEST_FREEDOM  # as in `draw_pool`
               ) -> dict[tuple, DrawNoise]:  # by coordinates; empty if no strategy has two draws
     "The noise of draws in every setting."
     keep = np.ones(len(cells.cells), bool) if pooled is None else np.asarray(pooled, bool)
@@ -379,7 +381,7 @@ def draw_noise(cells: Replicates, seed: int,
     }
     noise, known = {}, {k: [rows for rows in v if rows] for k, v in in_pool.items()}
     for where in in_pool:
-        groups = draw_pool(known, where)
+        groups = draw_pool(known, where, fewest)
         pool = deviations(cells.values[0], groups)
         if not len(pool): continue
         size = np.sqrt((pool**2).mean(0))
@@ -399,10 +401,12 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
                        seed: int = 0,
                        # strategy → draws that count; the spread is of all
                        only: Mapping[str, Collection[int]] | None = None,
-                       pooled: np.ndarray | None = None  # as in `draw_noise`
+                       pooled: np.ndarray | None = None,  # as in `draw_noise`
+                       fewest: tuple[int, int] = FEWEST_FREEDOM  # as in `draw_pool`
                       ) -> Replicates:     # one row per strategy and setting
     "Mean over calibration draws, with replicates over the items and the draws."
-    noise, rows, groups = draw_noise(cells, seed, pooled), [], draw_groups(cells)
+    noise = draw_noise(cells, seed, pooled, fewest)
+    rows, groups = [], draw_groups(cells)
     if only is not None:
         groups = {
             k: [i for i in index if cells.cells["seed"][i] in only.get(k[0], ())]
@@ -423,16 +427,6 @@ def strategy_retention(cells: Replicates,  # one row per cell, from `bootstrap_r
         rows.append(cells.cells.iloc[index[0]].drop("seed").to_dict() | about)
         values[:, k] = mean
     return replace(cells, cells=pd.DataFrame(rows, dtype=object), values=values)
-
-# %% ../../nbs/statistics/02_replicates.ipynb #480c67a4
-def retention_of_parts(cells: Replicates, parts: Sequence[Any]  # the part of every cell
-                      ) -> Replicates:  # as `strategy_retention`
-    "Mean over calibration draws; the noise of draws is pooled within each part of the cells."
-    labels = np.asarray(parts)
-    means = [strategy_retention(cells.rows(labels == label), seed)
-             for seed, label in enumerate(np.unique(labels))]
-    table = pd.concat([part.cells for part in means], ignore_index=True)
-    return replace(cells, cells=table, values=np.concatenate([part.values for part in means], 1))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #bbfcfd72
 def noise_variance(values: np.ndarray  # [1 + B, strategies, outcomes]

@@ -116,6 +116,7 @@ ARTEFACTS: dict[str, Artefact] = {
                  (*METRICS, "ablations", "advised")),
         Artefact("T19", "recovery", "Retention before and after recovery", "recovery"),
         Artefact("T19", "hypotheses", "Verdicts on the hypotheses of recovery", "recovery"),
+        Artefact("T19", "gains", "Retention gained by text and by training", "recovery"),
         Artefact("F16", "recovery", "Retention before and after recovery", "recovery"),
         Artefact("T21", "quantisation", "Retention of quantised models by calibration text",
                  "quantisation"),
