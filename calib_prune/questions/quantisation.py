@@ -310,8 +310,8 @@ def quantisation_figure(rows: pd.DataFrame, message: str,  # from `compressed_ro
     _size_panel(left, rows[rows["dimension"] == "Total"])
     at_three = rows["bits"].between(3, 4) | rows["bits"].eq(16)
     _text_panel(right, rows[(rows["dimension"] == "Code") & at_three])
-    if floor:
-        left.axhline(100 * floor["Total"], color="0.45", linewidth=1, linestyle="--")
-        right.axvline(100 * floor["Code"], color="0.45", linewidth=1, linestyle="--")
+    dashed = dict(color="0.45", linewidth=1, linestyle="--")
+    if "Total" in floor: left.axhline(100 * floor["Total"], **dashed)
+    if "Code" in floor: right.axvline(100 * floor["Code"], **dashed)
     headline(figure, message)
     return annotate(figure, f"Bars: 95% intervals. Dashed: the floor. {note}")
