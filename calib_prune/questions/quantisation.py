@@ -124,7 +124,8 @@ def quantisation_quantities() -> list[Quantity]:
 OWN_FREEDOM = 3  # degrees of freedom: a method with fewer has the noise of all methods (ours)
 
 def quantised_retention(whole: Measured) -> Replicates:  # one row per strategy and setting
-    "Mean retention over draws; the noise of draws is pooled for each method alone."
+    """Mean retention over draws. A method with enough draws has its own noise of draws; other
+    methods have the noise of all."""
     if whole.cells is NOTHING: return NOTHING
     return strategy_retention(whole.cells, fewest=(OWN_FREEDOM, OWN_FREEDOM))
 
