@@ -55,15 +55,24 @@ def recover_command(
         str, typer.Option(help="`distil`: the dense model's distribution; `next`: the next token.")
     ] = "distil",
     temperature: Annotated[float, typer.Option(help="Temperature of distillation.")] = 1.0,
+    dtype: Annotated[
+        str, typer.Option(help="`float32`, or matrix products in `bfloat16`: weights are float32.")
+    ] = "float32",
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory, more time, the same result."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 1000,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     "Train the kept weights of a pruned model towards the dense model; zeros stay zeros."
-    from calib_prune.pipeline.recover import recover_model
+    from calib_prune.pipeline.recover import RecoverSettings, recover_model, training_memory
     settings = dict(text=text, minutes=minutes, tokens=tokens, windows=windows, length=length,
                     batch=batch, rate=rate, loss=loss, temperature=temperature, seed=seed,
-                    device=device)
+                    dtype=dtype, gradient_checkpointing=gradient_checkpointing, device=device)
+    needs = training_memory(model, RecoverSettings(**settings))
+    typer.echo(f"Training takes about {needs:.1f} GiB of memory.", err=True)
     with bars(as_json) as progress:
         done = recover_model(model, dense, output, progress, **settings)
     if as_json: print_json({k: v for k, v in done.record.items() if k != "layers"})

@@ -143,6 +143,7 @@ class RecoveryForm(Form):
     rate: Positive                       # of AdamW, the highest of the schedule
     loss: Literal["distil", "next"]
     temperature: Positive                # of distillation
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
 
 class BlockForm(Form):
     strategies: Annotated[list[Name], Field(min_length=1)] | Literal["all"]

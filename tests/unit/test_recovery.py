@@ -2,6 +2,7 @@
 import json
 import math
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +200,7 @@ def test_minutes_become_steps(models, tmp_path, monkeypatch):
     (dict(minutes=0, tokens=0), "--minutes is 0"), (dict(tokens=-5), "--tokens is -5"),
     (dict(length=0), "--length is 0"), (dict(minutes=math.inf, tokens=0), "--minutes is inf"),
     (dict(batch=1.5), "--batch is 1.5"), (dict(text="c44"), "Unknown source 'c44'"),
+    (dict(dtype="float16"), "use float32 or bfloat16"),
     (dict(length=4096), "longer than the model's context"),
     (dict(speed=1), "Unknown setting 'speed'")])
 def test_wrong_settings_are_refused_before_training(models, tmp_path, what, said):
@@ -231,8 +233,49 @@ def test_models_that_do_not_fit_are_refused(models, tmp_path):
 def test_too_little_memory_is_said_before_training(models, tmp_path, monkeypatch):
     monkeypatch.setattr(recover, "total_memory", lambda device: 0.0001)
     monkeypatch.setattr(recover, "load_model", pytest.fail)
-    with pytest.raises(CalibPruneError, match="gradients and moments, and there are 0.0 GiB"):
+    with pytest.raises(CalibPruneError, match="one window, and there are 0.0 GiB. Use a machine"):
         recovered(models, tmp_path / "out")
+    long = RecoverSettings(length=64)
+    less = recover.training_memory(str(models / "pruned"), replace(
+        long, gradient_checkpointing=True))
+    needs = recover.training_memory(str(models / "pruned"), long)
+    monkeypatch.setattr(recover, "total_memory", lambda device: (needs + less) / 2)
+    with pytest.raises(CalibPruneError, match="With --gradient-checkpointing it needs"):
+        recovered(models, tmp_path / "out", length=64)
+
+
+@pytest.mark.parametrize("family", [*TINY_FAMILIES, *MIXTURES])
+def test_recomputed_layers_give_the_same_bits_and_keep_less(family):
+    dense, found = tiny_model(family), []
+    for on in (False, True):
+        trainer, kept = Trainer(halved(tiny_model(family)), dense, Training(3, batch=2)), []
+
+        def note(tensor): return kept.append(tensor.numel()) or tensor
+        with (recovery.recomputed_layers(trainer.student, on),
+              torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)):
+            loss = recovery.gradients(trainer, WINDOWS, 0)
+        grads = [p.grad for p in trainer.parameters.values() if p.grad is not None]
+        found.append((loss, grads, sum(kept)))
+    (one, grads, whole), (two, again, less) = found
+    assert one == two and less < whole and len(grads) == len(again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again))
+
+
+def test_checkpointing_changes_no_bit_of_a_model(models, tmp_path):
+    plain, less = (recovered(models, tmp_path / str(on), gradient_checkpointing=on)
+                   for on in (False, True))
+    assert plain.record["weights"] == less.record["weights"]
+
+
+def test_products_in_bfloat16_move_the_loss_little_and_weights_stay_float32():
+    dense, losses = tiny_llama(0), {}
+    for dtype in recovery.PRODUCTS:
+        trainer = Trainer(halved(tiny_llama(0)), dense, Training(9, 2, rate=1e-3, dtype=dtype))
+        for _ in range(9): recovery.take_step(trainer, WINDOWS)
+        losses[dtype] = trainer.losses
+        assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
 
 
 def test_too_little_disk_is_said_before_training(models, tmp_path, monkeypatch):
