@@ -55,7 +55,7 @@ def main(model: str, tokens: str, steps: int, batch: int, rate: float, out: str)
         start = time.process_time()
         InOrder(loaded, asked, train_dataset=rows, callbacks=[Hold()]).train()
         seconds = time.process_time() - start
-    weights = {k: p.data.contiguous() for k, p in loaded.named_parameters()}
+    weights = {k: p.data.to(torch.bfloat16).contiguous() for k, p in loaded.named_parameters()}
     save_file(weights, Path(out))
     return dict(processor_seconds=seconds, peak_bytes=peak(), losses=losses,
                 version=versions("llmcompressor")["llmcompressor"])

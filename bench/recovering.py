@@ -2,7 +2,7 @@
 form. `python -m bench.recovering all`."""
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Iterator
@@ -25,7 +25,8 @@ from bench.run import (
 
 MEASURED = code_of("kernels", "model", "pruning", bench=("machine", "recovering", "peer_recovery"))
 NAME, STAGES = "recovering", ("sparsegpt", "recover", "scoring")
-PEER, PRUNED, WINDOWS = "llm-compressor", WORK / "recovering-pruned", WORK / "recovering.npy"
+PEER, WINDOWS = "llm-compressor", WORK / "recovering.npy"
+PRUNED = {bits: WORK / f"recovering-{bits}" for bits in (16, 32)}  # bits of the saved weights
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
@@ -42,14 +43,27 @@ class Plan:
     steps: int = 32
     batch: int = 2
     rate: float = 1e-4
-    low_ranks: tuple[tuple[int, float], ...] = ((32, 3e-4), (32, 1e-3), (32, 3e-3))
-    who: tuple[str, ...] = field(default=("float32", "bfloat16", "recomputed"))
+    low_ranks: tuple[tuple[int, float], ...] = ((32, 1e-3), (32, 3e-3))  # rank, rate
+    # all start from a file of 16 bits, which is what `prune` writes here, except where named
+    who: tuple[str, ...] = ("float32", "bfloat16", "recomputed", "float32 from 32 bits",
+                            "bfloat16 from 32 bits")
     items: tuple[int, int] = (24, 12)  # of each choice and bits task
 
     @property
     def names(self) -> list[str]:
         "All that are compared."
         return [*self.who, *(f"rank {rank}, rate {rate:g}" for rank, rate in self.low_ranks), PEER]
+
+
+def start_of(who: str) -> Path:
+    "The pruned model that a competitor starts from."
+    return PRUNED[32 if who.endswith("32 bits") else 16]
+
+
+def saved_type_of(who: str):
+    "The type of the saved weights: as they came."
+    import torch
+    return torch.float32 if who.endswith("32 bits") else torch.bfloat16
 
 
 @app.command()
@@ -63,9 +77,10 @@ def prepare() -> None:
     from calib_prune.pipeline.recover import RecoverSettings, shuffled
     plan, seed = Plan(), RecoverSettings().seed
     WORK.mkdir(parents=True, exist_ok=True)
-    if not PRUNED.exists():
-        prune_model(plan.model, PRUNED, calibration=plan.calibration, method="sparsegpt",
-                    save_dtype="float32")
+    for bits, dtype in ((16, "bfloat16"), (32, "float32")):
+        if PRUNED[bits].exists(): continue
+        prune_model(plan.model, PRUNED[bits], calibration=plan.calibration, method="sparsegpt",
+                    save_dtype=dtype)
     text = build_calibration(plan.text, load_tokenizer(plan.model), plan.windows, plan.length, seed)
     np.save(WINDOWS, shuffled(text, seed).numpy())
     put({})
@@ -103,12 +118,12 @@ def trainer_of(who: str, plan: Plan):
     "The trainer of one competitor, and its model."
     from calib_prune.model.loading import load_model
     from calib_prune.pruning.recovery import Trainer, Training
-    student, teacher = (load_model(str(m), "float32")[0] for m in (PRUNED, plan.model))
+    student, teacher = (load_model(str(m), "float32")[0] for m in (start_of(who), plan.model))
     narrow = who.startswith("rank")
     rank, rate = (float(word) for word in who.removeprefix("rank ").split(", rate ")
                   ) if narrow else (0, plan.rate)
     how = Training(plan.steps, plan.batch, rate,
-                   dtype="bfloat16" if who == "bfloat16" else "float32")
+                   dtype="bfloat16" if who.startswith("bfloat16") else "float32")
     trainer = Trainer(student, teacher, how)
     if narrow:
         trainer.masks, trainer.parameters = {}, low_rank(student, int(rank))
@@ -119,7 +134,6 @@ def trainer_of(who: str, plan: Plan):
 @app.command()
 def one(who: str) -> None:
     "Train once, and save the weights of the layers."
-    import torch
     from safetensors.torch import save_file
     from torch.nn.utils import parametrize
 
@@ -134,7 +148,7 @@ def one(who: str) -> None:
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
     inside = {id(p) for layer in decoder_layers(trainer.student) for p in layer.parameters()}
-    weights = {name: p.detach().to(torch.float32).contiguous()
+    weights = {name: p.detach().to(saved_type_of(who)).contiguous()
                for name, p in trainer.student.named_parameters() if id(p) in inside}
     save_file(weights, weight_file(NAME, who))
     put(dict(processor_seconds=seconds, peak_bytes=peak(), whole=whole,
@@ -157,7 +171,7 @@ def scores() -> None:
     legal = build_calibration("multilexsum", tokenizer, 16, plan.length).tokens
     limit = dict(zip(("choice", "bpb"), plan.items))
     of_dense = evaluate(dense, tokenizer, "default", limit=limit)
-    student = load_model(str(PRUNED), "float32")[0]
+    student = load_model(str(PRUNED[16]), "float32")[0]
     zeros = {name: p.data == 0 for name, p in student.named_parameters() if p.dim() == 2}
     for who in ("pruned", *plan.names):  # the peer last: it trains embeddings too
         if who != "pruned":
@@ -180,7 +194,7 @@ def steps(plan: Plan) -> Iterator[Step]:
     for who in plan.names:
         command = ["-m", "bench.recovering", "one", who]
         if who == PEER:
-            command = ["-m", "bench.peer_recovery", PRUNED, WINDOWS, plan.steps, plan.batch,
+            command = ["-m", "bench.peer_recovery", start_of(who), WINDOWS, plan.steps, plan.batch,
                        plan.rate, weight_file(NAME, who)]
         yield Step(NAME, dict(who=who, of="training"), [*map(str, command)],
                    *([PEERS] if who == PEER else []))
@@ -193,7 +207,7 @@ def run_all(
     fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False,
 ) -> None:
     "Run what is missing."
-    if not (WINDOWS.is_file() and PRUNED.exists()):
+    if not (WINDOWS.is_file() and all(folder.exists() for folder in PRUNED.values())):
         run_child(Step("", {}, ["-m", "bench.recovering", "prepare"]), threads)
     run_missing(NAME, Plan(), steps(Plan()), MEASURED, STAGES, threads, fresh)
 
