@@ -260,15 +260,15 @@ GPT2_SPLITS = ("gpt-2", "phi-2", "jina-es", "jina-de", "jina-v1-en", "jina-v2-es
 def is_unknown_split(name: str | None,  # as the file has it
                      read_as: pre_tokenizers.PreTokenizer  # what transformers made of it
                     ) -> bool:
-    "Whether text is split like GPT-2's although the file names another splitting."
+    "Whether text is split like GPT-2's although the file does not say so."
     like_gpt2 = str(read_as) == str(pre_tokenizers.ByteLevel(add_prefix_space=False))
-    return like_gpt2 and name is not None and name not in GPT2_SPLITS
+    return like_gpt2 and name not in GPT2_SPLITS
 
 # %% ../../nbs/data/02_gguf.ipynb #76558410
 def gguf_tokenizer(path: Path,  # a GGUF file
                    head: Head, digits: bool = True  # False: leave out that digits are split first
                   ) -> Any:
-    "The tokenizer in a GGUF file; a warning if the file names an unknown splitting."
+    "The tokenizer in a GGUF file; a warning if the file names an unknown splitting, or none."
     with alone(path) as where: tokenizer = AutoTokenizer.from_pretrained(**where)
     kind, split_by = (head.values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2": return tokenizer
@@ -276,9 +276,11 @@ def gguf_tokenizer(path: Path,  # a GGUF file
     if split_by in DIGIT_SPLITS:
         tokenizer.backend_tokenizer.pre_tokenizer = digits_first() if digits else words
     elif is_unknown_split(split_by, tokenizer.backend_tokenizer.pre_tokenizer):
-        warnings.warn(f"{path} names the text splitting {split_by!r}, which transformers does not "
-                      "know; text is split like GPT-2's, so some tokens can differ from the "
-                      "model's. A folder with the model's tokenizer.json is exact.", stacklevel=2)
+        named = (f"the text splitting {split_by!r}, which transformers does not know" if split_by
+                 else "no text splitting")
+        warnings.warn(f"{path} names {named}; text is split like GPT-2's, so some tokens can differ"
+                      " from the model's. A folder with the model's tokenizer.json is exact.",
+                      stacklevel=2)
     return tokenizer
 
 # %% ../../nbs/data/02_gguf.ipynb #37b5c6e3

@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def write_gguf(path, model, file_type=gguf.LlamaFileType.ALL_F32, splitting="", **more):
+def write_gguf(path, model, file_type=gguf.LlamaFileType.ALL_F32, splitting="gpt-2", **more):
     "A LLaMA as llama.cpp writes it: rotary rows of q and k interleaved, tensors renamed, a byte-level vocabulary."  # noqa: E501
     config, out = model.config, gguf.GGUFWriter(path, "llama")
     out.add_file_type(file_type), out.add_context_length(512), out.add_embedding_length(32)
@@ -358,6 +358,9 @@ def test_a_gguf_file_with_an_unknown_splitting_is_read_with_a_warning(tmp_path, 
     write_gguf(tmp_path / "m.gguf", tiny_llama(), splitting="deepseek-llm")
     with pytest.warns(UserWarning, match="m.gguf names the text splitting 'deepseek-llm'"):
         load_tokenizer(str(tmp_path / "m.gguf"))
+    write_gguf(tmp_path / "old.gguf", tiny_llama(), splitting="")
+    with pytest.warns(UserWarning, match="old.gguf names no text splitting"):
+        load_tokenizer(str(tmp_path / "old.gguf"))
 
 
 def other_gguf(folder, change):
