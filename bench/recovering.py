@@ -45,8 +45,8 @@ class Plan:
     rate: float = 1e-4
     low_ranks: tuple[tuple[int, float], ...] = ((32, 1e-3), (32, 3e-3))  # rank, rate
     # all start from a file of 16 bits, which is what `prune` writes here, except where named
-    who: tuple[str, ...] = ("float32", "bfloat16", "recomputed", "float32 from 32 bits",
-                            "bfloat16 from 32 bits")
+    who: tuple[str, ...] = ("float32", "bfloat16", "bfloat16, weights as stored", "recomputed",
+                            "float32 from 32 bits", "bfloat16 from 32 bits")
     items: tuple[int, int] = (24, 12)  # of each choice and bits task
 
     @property
@@ -124,7 +124,10 @@ def trainer_of(who: str, plan: Plan):
                   ) if narrow else (0, plan.rate)
     how = Training(plan.steps, plan.batch, rate,
                    dtype="bfloat16" if who.startswith("bfloat16") else "float32")
+    stored = {name: p.detach().clone() for name, p in student.named_parameters()}
     trainer = Trainer(student, teacher, how)
+    if who.endswith("as stored"):  # without `pruning.recovery.off_grid`
+        for name, p in trainer.parameters.items(): p.data.copy_(stored[name])
     if narrow:
         trainer.masks, trainer.parameters = {}, low_rank(student, int(rank))
         trainer.begin()

@@ -100,7 +100,7 @@ class RecoverSettings:
     def training(self, steps: int) -> Training:
         "The settings of the training itself."
         return Training(steps, self.batch, self.rate, self.temperature, loss=self.loss,
-                        dtype=self.dtype)
+                        dtype=self.dtype, seed=self.seed)
 
 # %% ../../nbs/pipeline/05_recover.ipynb #75176818
 def check_not_quantised(pruned: str) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'PRODUCTS', 'HALVINGS', 'STORE_EVERY', 'STATE_TENSORS', 'STATE_NUMBERS', 'trained_parameters', 'masks_of',
-           'hold_mask', 'logits_of', 'window_loss', 'recomputed_layers', 'Training', 'Trainer', 'batch_of', 'gradients',
-           'take_step', 'state_files', 'store_state', 'read_numbers', 'restore_state', 'back_off', 'train']
+           'hold_mask', 'logits_of', 'window_loss', 'recomputed_layers', 'off_grid', 'Training', 'Trainer', 'batch_of',
+           'gradients', 'take_step', 'state_files', 'store_state', 'read_numbers', 'restore_state', 'back_off', 'train']
 
 # %% ../../nbs/pruning/22_recovery.ipynb #55a36272
 import json
@@ -84,6 +84,16 @@ def recomputed_layers(model: PreTrainedModel, on: bool = True) -> Iterator[None]
     finally:
         for layer in layers: del layer.forward
 
+# %% ../../nbs/pruning/22_recovery.ipynb #f95cfc1a
+def off_grid(weight: Tensor,  # float32
+             rng: torch.Generator) -> Tensor:
+    "Weights that are numbers of bfloat16, moved at random by less than they are rounded."
+    kept, (_, exponent) = weight.bfloat16(), torch.frexp(weight)
+    step = torch.ldexp(torch.ones_like(weight), exponent - 8)  # bfloat16 has 8 bits of mantissa
+    share = torch.rand(weight.shape, generator=rng).to(weight.device) - 0.5
+    moved = weight + share * step
+    return torch.where((kept == weight) & (moved.bfloat16() == kept), moved, weight)
+
 # %% ../../nbs/pruning/22_recovery.ipynb #816ca242
 @dataclass(frozen=True)
 class Training:
@@ -95,6 +105,7 @@ class Training:
     warmup: float = 0.05       # share of the steps
     loss: str = "distil"       # one of `LOSSES`
     dtype: str = "float32"     # of the matrix products, one of `PRODUCTS`
+    seed: int = 0              # of `off_grid`
 
     def check(self) -> None:
         "Refuse settings that cannot be trained with."
@@ -125,9 +136,16 @@ class Trainer:
         self.student.train(False)  # no dropout: a state would lack its random numbers
         self.parameters = trained_parameters(self.student)
         self.masks = masks_of(self.student)
+        if self.how.dtype != "float32": self.leave_grid()
         for p in self.student.parameters(): p.requires_grad_(False)
         for p in self.parameters.values(): p.requires_grad_(True)
         self.begin()
+
+    def leave_grid(self) -> None:
+        "Move the weights of linear maps, see `off_grid`; zeros stay."
+        rng = torch.Generator().manual_seed(self.how.seed)
+        for p in self.parameters.values():
+            if p.dim() >= 2: p.data.copy_(torch.where(p.data != 0, off_grid(p.data, rng), p.data))
 
     def begin(self) -> None:
         "A new optimiser and schedule."

@@ -310,3 +310,17 @@ def test_the_command(models, tmp_path):
     assert said["method"] == "magnitude" and RecoverSettings().seed == said["recovery"]["text"][
         "seed"]
     assert "trained after pruning" in call("reproduce", "--from", tmp_path / "out", code=1).stderr
+
+
+def test_weights_of_16_bits_leave_their_grid_and_zeros_stay():
+    "In bfloat16 products, small changes of weights that are numbers of bfloat16 would be lost."
+    model = halved(tiny_llama(0)).bfloat16().float()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = Trainer(model, tiny_llama(0), Training(3, 2, dtype="bfloat16"))
+    for name, p in trainer.parameters.items():
+        assert torch.equal(p.bfloat16().float(), before[name]), name
+        off = ((p.data != before[name]) & (before[name] != 0)).sum() / (before[name] != 0).sum()
+        assert off > 0.95 if p.dim() >= 2 else off == 0, name
+    for name, kept in trainer.masks.items(): assert (trainer.parameters[name][~kept] == 0).all()
+    same = Trainer(halved(tiny_llama(0)).bfloat16().float(), tiny_llama(0), Training(3, 2))
+    assert all(torch.equal(p, before[name]) for name, p in same.parameters.items())
