@@ -258,10 +258,10 @@ def _look(method: str, sparsity: str) -> dict[str, Any]:
                 markerfacecolor="white" if hollow else colour)
 
 def _short(method: str, sparsity: str) -> str:
-    "A name without the settings that all models share."
+    "A name without the bits, which the axis shows, and without the settings that all share."
     how, base = read_recipe(method).quantise, method_label(method).partition(",")[0]
     if not how: return _with_sparsity(method, sparsity)
-    words = [base, f"{how.bits} bits"]
+    words = [base]
     if ":" in sparsity: words.append(sparsity)
     if not how.fitted and not method.startswith("imatrix"): words.append("scales of the range")
     return ", ".join(words)
@@ -269,12 +269,14 @@ def _short(method: str, sparsity: str) -> str:
 def _size_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of the total
     "Total retention against bits per weight; models of equal size are next to each other."
     shown = rows[rows["strategy"].isin([EQUAL_KINDS, NO_TEXT])]
-    sizes, drawn = Counter(shown["bits"]), Counter()
+    sizes, drawn, named = Counter(shown["bits"]), Counter(), set()
     for (method, sparsity), mine in shown.groupby(["method", "sparsity"], sort=False):
         bits = mine["bits"].iloc[0]
         at = mine["bits"] * np.exp(DODGE * (drawn[bits] - (sizes[bits] - 1) / 2))
         drawn[bits] += 1
-        error_bars(ax, at, mine, label=_short(method, sparsity), **_look(method, sparsity))
+        name = _short(method, sparsity)
+        error_bars(ax, at, mine, label=None if name in named else name, **_look(method, sparsity))
+        named.add(name)
     ax.set(xscale="log", xticks=[2, 3, 4, 8, 16], xticklabels=[2, 3, 4, 8, 16],
            xlabel="bits per weight of the linear maps", ylabel="total retention, %",
            title="calibrated on equal kinds")
@@ -291,7 +293,7 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
         places = mine["strategy"].map({name: -at for at, name in enumerate(texts)}) + shift
         error_bars(ax, places, mine, horizontal=True, **_look(method, sparsity))
     ax.set(yticks=[-at for at in range(len(texts))], yticklabels=texts,
-           xlabel="Code retention, %", title="by calibration set")
+           xlabel="Code retention, %", title="by calibration set, 3.25 or 16 bits")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #020f4ccb
 def quantisation_message(differences: pd.DataFrame) -> str:  # from `exploratory_rows`
