@@ -26,7 +26,7 @@ from bench.run import (
 MEASURED = code_of("kernels", "model", "pruning", bench=("machine", "recovering", "peer_recovery"))
 NAME, STAGES = "recovering", ("sparsegpt", "recover", "scoring")
 PEER, WINDOWS = "llm-compressor", WORK / "recovering.npy"
-PRUNED = {bits: WORK / f"recovering-{bits}" for bits in (16, 32)}  # bits of the saved weights
+PRUNED = WORK / "recovering-16"  # saved in bfloat16, as `prune` does here
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
@@ -44,26 +44,13 @@ class Plan:
     batch: int = 2
     rate: float = 1e-4
     low_ranks: tuple[tuple[int, float], ...] = ((32, 1e-3), (32, 3e-3))  # rank, rate
-    # all start from a file of 16 bits, which is what `prune` writes here, except where named
-    who: tuple[str, ...] = ("float32", "bfloat16", "bfloat16, weights as stored", "recomputed",
-                            "float32 from 32 bits", "bfloat16 from 32 bits")
+    who: tuple[str, ...] = ("float32", "bfloat16", "bfloat16, weights as stored", "recomputed")
     items: tuple[int, int] = (24, 12)  # of each choice and bits task
 
     @property
     def names(self) -> list[str]:
         "All that are compared."
         return [*self.who, *(f"rank {rank}, rate {rate:g}" for rank, rate in self.low_ranks), PEER]
-
-
-def start_of(who: str) -> Path:
-    "The pruned model that a competitor starts from."
-    return PRUNED[32 if who.endswith("32 bits") else 16]
-
-
-def saved_type_of(who: str):
-    "The type of the saved weights: as they came."
-    import torch
-    return torch.float32 if who.endswith("32 bits") else torch.bfloat16
 
 
 @app.command()
@@ -77,10 +64,9 @@ def prepare() -> None:
     from calib_prune.pipeline.recover import RecoverSettings, shuffled
     plan, seed = Plan(), RecoverSettings().seed
     WORK.mkdir(parents=True, exist_ok=True)
-    for bits, dtype in ((16, "bfloat16"), (32, "float32")):
-        if PRUNED[bits].exists(): continue
-        prune_model(plan.model, PRUNED[bits], calibration=plan.calibration, method="sparsegpt",
-                    save_dtype=dtype)
+    if not PRUNED.exists():
+        prune_model(plan.model, PRUNED, calibration=plan.calibration, method="sparsegpt",
+                    save_dtype="bfloat16")
     text = build_calibration(plan.text, load_tokenizer(plan.model), plan.windows, plan.length, seed)
     np.save(WINDOWS, shuffled(text, seed).numpy())
     put({})
@@ -118,7 +104,7 @@ def trainer_of(who: str, plan: Plan):
     "The trainer of one competitor, and its model."
     from calib_prune.model.loading import load_model
     from calib_prune.pruning.recovery import Trainer, Training
-    student, teacher = (load_model(str(m), "float32")[0] for m in (start_of(who), plan.model))
+    student, teacher = (load_model(str(m), "float32")[0] for m in (PRUNED, plan.model))
     narrow = who.startswith("rank")
     rank, rate = (float(word) for word in who.removeprefix("rank ").split(", rate ")
                   ) if narrow else (0, plan.rate)
@@ -137,6 +123,7 @@ def trainer_of(who: str, plan: Plan):
 @app.command()
 def one(who: str) -> None:
     "Train once, and save the weights of the layers."
+    import torch
     from safetensors.torch import save_file
     from torch.nn.utils import parametrize
 
@@ -151,7 +138,7 @@ def one(who: str) -> None:
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
     inside = {id(p) for layer in decoder_layers(trainer.student) for p in layer.parameters()}
-    weights = {name: p.detach().to(saved_type_of(who)).contiguous()
+    weights = {name: p.detach().to(torch.bfloat16).contiguous()
                for name, p in trainer.student.named_parameters() if id(p) in inside}
     save_file(weights, weight_file(NAME, who))
     put(dict(processor_seconds=seconds, peak_bytes=peak(), whole=whole,
@@ -174,7 +161,7 @@ def scores() -> None:
     legal = build_calibration("multilexsum", tokenizer, 16, plan.length).tokens
     limit = dict(zip(("choice", "bpb"), plan.items))
     of_dense = evaluate(dense, tokenizer, "default", limit=limit)
-    student = load_model(str(PRUNED[16]), "float32")[0]
+    student = load_model(str(PRUNED), "float32")[0]
     zeros = {name: p.data == 0 for name, p in student.named_parameters() if p.dim() == 2}
     for who in ("pruned", *plan.names):  # the peer last: it trains embeddings too
         if who != "pruned":
@@ -197,7 +184,7 @@ def steps(plan: Plan) -> Iterator[Step]:
     for who in plan.names:
         command = ["-m", "bench.recovering", "one", who]
         if who == PEER:
-            command = ["-m", "bench.peer_recovery", start_of(who), WINDOWS, plan.steps, plan.batch,
+            command = ["-m", "bench.peer_recovery", PRUNED, WINDOWS, plan.steps, plan.batch,
                        plan.rate, weight_file(NAME, who)]
         yield Step(NAME, dict(who=who, of="training"), [*map(str, command)],
                    *([PEERS] if who == PEER else []))
@@ -210,7 +197,7 @@ def run_all(
     fresh: Annotated[bool, typer.Option(help="forget the results that are there")] = False,
 ) -> None:
     "Run what is missing."
-    if not (WINDOWS.is_file() and all(folder.exists() for folder in PRUNED.values())):
+    if not (WINDOWS.is_file() and PRUNED.exists()):
         run_child(Step("", {}, ["-m", "bench.recovering", "prepare"]), threads)
     run_missing(NAME, Plan(), steps(Plan()), MEASURED, STAGES, threads, fresh)
 

@@ -71,13 +71,13 @@ GPTQ_3, IMATRIX_3, RTN_3 = (f"{name}+bits=3+group=64{fit}" for name, fit in (
 SPARSE_4 = "gptq+bits=4+group=64+fitted"
 EQUAL_KINDS, WEB_TEXT, CODE_TEXT = "uniform-dimensions", "c4", "codeio"
 HYPOTHESES_OF_QUANTISATION = {
-    "Q1": "GPTQ on equal kinds has higher total retention than rounding to nearest",
+    "Q1": "GPTQ on uniform-dimensions has higher total retention than rounding to nearest",
     "Q2": "with GPTQ, codeio has higher Code retention than c4",
-    "Q3": "the size of the Code difference codeio − c4, per loss, is smaller with GPTQ than with"
-          " SparseGPT",
-    "Q4": "with GPTQ, equal kinds have higher total retention than c4",
+    "Q3": "the Code difference codeio − c4, in % of the total retention that uniform-dimensions"
+          " loses, is smaller with GPTQ than with SparseGPT",
+    "Q4": "with GPTQ, uniform-dimensions has higher total retention than c4",
     "Q5": "with an importance matrix, the Code difference codeio − c4 is between −3 and 3 points",
-    "Q6": "with GPTQ, IGSP − equal kinds is between −3 and 3 points of total retention",
+    "Q6": "with GPTQ, IGSP − uniform-dimensions is between −3 and 3 points of total retention",
     "Q7": "random tokens have lower total retention than c4 with GPTQ; with an importance matrix"
           " the difference is between −3 and 3 points",
     "Q8": "3 bits without zeros have higher total retention than 4 bits with 2:4"}
@@ -170,10 +170,13 @@ def exploratory_rows(whole: Measured) -> pd.DataFrame:  # columns quantity, valu
     "The exploratory differences whose models have all been measured; fractions."
     models = named_models(quantised_retention(whole))
     of_code = partial(_of_texts, "", CODE_TEXT, EQUAL_KINDS, GPTQ_3)
-    named = (replace(one, label=f"GPTQ: {one.label}")
-             for one in (of_code(contrast=code_lead), of_code()))
+    named = [replace(one, label=f"GPTQ: {one.label}")
+             for one in (of_code(contrast=code_lead), of_code())]
+    sparse = tuple((text, "sparsegpt", "0.5") for text in (CODE_TEXT, WEB_TEXT))
+    pruned = Quantity("", f"SparseGPT 50 %: {CODE_TEXT} − {WEB_TEXT}, Code", "sparsegpt", sparse,
+                      code_lead)
     planned = [*_against_gptq(IMATRIX_3, "0", "importance matrix"),
-               *_against_gptq("sparsegpt", "0.5", "SparseGPT 50 %"), *named]
+               *_against_gptq("sparsegpt", "0.5", "SparseGPT 50 %"), *named, pruned]
     return quantity_rows(models, planned)[["quantity", "value", "ci_low", "ci_high"]]
 
 def exploratory_table(rows: pd.DataFrame) -> pd.DataFrame:  # from `exploratory_rows`
@@ -279,7 +282,7 @@ def _size_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of the total
         named.add(name)
     ax.set(xscale="log", xticks=[2, 3, 4, 8, 16], xticklabels=[2, 3, 4, 8, 16],
            xlabel="bits per weight of the linear maps", ylabel="total retention, %",
-           title="calibrated on equal kinds")
+           title="calibrated on uniform-dimensions")
     ax.minorticks_off()
     ax.legend(fontsize=6)
 
@@ -300,7 +303,7 @@ def quantisation_message(differences: pd.DataFrame) -> str:  # from `exploratory
     "A title: whether text matters more with GPTQ than with an importance matrix."
     code = differences[differences["quantity"].str.contains("importance matrix.*, Code")]
     if (code["ci_low"] > 0).any():
-        return "Text changes Code retention more with GPTQ than with an importance matrix"
+        return "Calibration text changes Code more with GPTQ than with an importance matrix"
     return "Retention of quantised and pruned models"
 
 def quantisation_figure(rows: pd.DataFrame, message: str,  # from `compressed_rows`
@@ -317,4 +320,5 @@ def quantisation_figure(rows: pd.DataFrame, message: str,  # from `compressed_ro
     if "Total" in floor: left.axhline(100 * floor["Total"], **dashed)
     if "Code" in floor: right.axvline(100 * floor["Code"], **dashed)
     headline(figure, message)
-    return annotate(figure, f"Bars: 95% intervals. Dashed: the floor. {note}")
+    return annotate(figure, "Bars: 95% intervals. Dashed: the floor. Marks of equal bits are moved "
+                            f"apart. {note}")
