@@ -6,6 +6,7 @@
 __all__ = ['left_by_recover', 'recovery_lines', 'recover_command']
 
 # %% ../../nbs/cli/13_recover.ipynb #b2fd0c54
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -56,25 +57,28 @@ def recover_command(
     ] = "distil",
     temperature: Annotated[float, typer.Option(help="Temperature of distillation.")] = 1.0,
     dtype: Annotated[
-        str, typer.Option(help="`float32`, or matrix products in `bfloat16`: weights are float32.")
+        str,
+        typer.Option(
+            help="Type of the matrix products: `float32` or `bfloat16` (mixed precision: the "
+            "weights stay float32; faster on processors with bfloat16 instructions)."
+        ),
     ] = "float32",
     gradient_checkpointing: Annotated[
         bool,
-        typer.Option("--gradient-checkpointing", help="Less memory, more time, the same result."),
+        typer.Option("--gradient-checkpointing", help="Less memory, more time."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 1000,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     "Train the kept weights of a pruned model towards the dense model; zeros stay zeros."
-    from calib_prune.pipeline.recover import RecoverSettings, recover_model, training_memory
+    from calib_prune.pipeline.recover import recover_model
     settings = dict(text=text, minutes=minutes, tokens=tokens, windows=windows, length=length,
                     batch=batch, rate=rate, loss=loss, temperature=temperature, seed=seed,
                     dtype=dtype, gradient_checkpointing=gradient_checkpointing, device=device)
-    needs = training_memory(model, RecoverSettings(**settings))
-    typer.echo(f"Training takes about {needs:.1f} GiB of memory.", err=True)
+    note = partial(typer.echo, err=True)
     with bars(as_json) as progress:
-        done = recover_model(model, dense, output, progress, **settings)
+        done = recover_model(model, dense, output, progress, note, **settings)
     if as_json: print_json({k: v for k, v in done.record.items() if k != "layers"})
     else:
         show_table(recovery_lines(done.record), f"{done.folder}: the zeros are those of {model}")

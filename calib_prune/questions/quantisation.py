@@ -144,10 +144,10 @@ def pooling_note(whole: Measured) -> str:
     ours, joint = (quantisation_rows(whole, both) for both in (False, True))
     other = [f"{row.hypothesis} ({method_label(row.method).partition(',')[0]}) {row.verdict}"
              for row, mine in zip(joint.itertuples(), ours["verdict"]) if row.verdict != mine]
+    changed = f"these verdicts differ: {', '.join(other)}" if other else "no verdict differs"
     return (f"The noise of draws is pooled for each method with at least {OWN_FREEDOM} degrees of"
-            " freedom (chosen when 27 models were known: draws differ more with GPTQ than with an"
-            " importance matrix). If the noise is pooled over methods, the verdicts on these"
-            f" quantities differ: {', '.join(other) or 'none'}.")
+            " freedom; other methods have the noise of all. If the noise of all methods"
+            f" is pooled, {changed}.")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #c9361e35
 def _difference_of_code(*values: np.ndarray) -> np.ndarray:
