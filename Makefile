@@ -56,6 +56,7 @@ bench: .venv/installed bench/.venv/installed
 	$(BIN)/python -m bench.run all $(FRESH)
 	$(BIN)/python -m bench.writing all $(FRESH)
 	$(BIN)/python -m bench.quantising all $(FRESH)
+	$(BIN)/python -m bench.recovering all $(FRESH)
 	$(BIN)/python -m bench.splitting all $(FRESH)
 	mkdir -p build/bench
 	$(BIN)/python -m papermill --no-progress-bar nbs/paper/bench.ipynb build/bench/bench.ipynb

@@ -1,5 +1,6 @@
 """Training of a pruned model with llm-compressor's constant mask and the trainer of transformers;
-runs in bench/.venv, where calib_prune is not installed."""
+runs in bench/.venv, where calib_prune is not installed. Unlike ours, it learns the next token, from
+one model, trains embeddings too, and its first step has rate 0."""
 import json
 import sys
 import time

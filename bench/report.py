@@ -286,6 +286,30 @@ def quantising_table(folder: str | Path) -> pd.DataFrame:
         for who, shown in names.items()])
 
 
+RECOVERIES = {"float32": "float32", "bfloat16": "mixed precision (bfloat16)",
+              "bfloat16, weights as stored": "mixed precision without dither",
+              "recomputed": "float32, gradient checkpointing"}
+
+
+def recovering_table(folder: str | Path) -> pd.DataFrame:
+    "Training of one pruned model in several ways, at equal tokens; retention once it is scored."
+    rows = json.loads((Path(folder) / "recovering.json").read_text())["rows"]
+    trained = {row["who"]: row for row in rows if row["of"] == "training"}
+    scores = {row["who"]: row for row in rows if row["of"] == "scores"}
+    lines = []
+    for who, row in trained.items():
+        whole, distils = trained["float32"], "trained" in row  # the peer predicts the next token
+        line = {"run": RECOVERIES.get(who, who), "processor minutes": row["processor_seconds"] / 60,
+                "ratio to float32": row["processor_seconds"] / whole["processor_seconds"],
+                "loss": np.mean(row["losses"][-8:]) if distils else np.nan,
+                "peak GiB": row["peak_bytes"] / 2**30}
+        if who in scores:
+            line |= {"total retention %": 100 * scores[who]["total"],
+                     "KL, bits per token": scores[who]["divergence"]}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def splitting_table(folder: str | Path) -> pd.DataFrame:
     "Bits of the dense model and retention of pruned ones, with both tokenizers of SmolLM2."
     rows = json.loads((Path(folder) / "splitting.json").read_text())["rows"]

@@ -155,7 +155,7 @@ def _saved_activations(model: PreTrainedModel,  # on the meta device
                 for layer in layers]
     inside = [SAVED_PER_OUTPUT * sum(p.shape[-2] * (active if p.dim() == 3 else 1) for p in mine)
               for mine in matrices]
-    if getattr(config, "_attn_implementation", None) == "eager":  # scores and weights of every pair of tokens
+    if getattr(config, "_attn_implementation", None) == "eager":  # two numbers per pair of tokens
         inside = [size + 2 * config.num_attention_heads * how.length for size in inside]
     layers_saved = (max(inside) + len(layers) * config.hidden_size if how.gradient_checkpointing
                     else sum(inside))
