@@ -166,7 +166,8 @@ def _text_or_training(method: str) -> list[tuple[str, ModelName, ModelName]]:
     trained = WEB, method, EQUAL
     return [(f"calibrated on {EQUAL} − on {WEB}", equal, web),
             (f"calibrated on {WEB}: after training − before", trained, web),
-            (f"calibrated on {WEB}, trained − on {EQUAL}, not trained", trained, equal)]
+            (f"calibrated on {WEB}, trained − on {EQUAL}, not trained", trained, equal),
+            (f"calibrated on {EQUAL}: after training − before", (EQUAL, method, EQUAL), equal)]
 
 def text_or_training_rows(whole: Measured) -> pd.DataFrame:  # as `quantity_rows`; fractions
     "The gains by calibration text and by training whose models have all been measured."
