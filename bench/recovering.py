@@ -44,7 +44,8 @@ class Plan:
     batch: int = 2
     rate: float = 1e-4
     low_ranks: tuple[tuple[int, float], ...] = ((32, 1e-3), (32, 3e-3))  # rank, rate
-    who: tuple[str, ...] = ("float32", "bfloat16", "bfloat16, weights as stored", "recomputed")
+    who: tuple[str, ...] = ("float32", "bfloat16", "bfloat16, weights as stored", "recomputed",
+                            "bfloat16, rate 0.0003", "bfloat16, rate 0.001")
     items: tuple[int, int] = (24, 12)  # of each choice and bits task
 
     @property
@@ -105,17 +106,16 @@ def trainer_of(who: str, plan: Plan):
     from calib_prune.model.loading import load_model
     from calib_prune.pruning.recovery import Trainer, Training
     student, teacher = (load_model(str(m), "float32")[0] for m in (PRUNED, plan.model))
-    narrow = who.startswith("rank")
-    rank, rate = (float(word) for word in who.removeprefix("rank ").split(", rate ")
-                  ) if narrow else (0, plan.rate)
-    how = Training(plan.steps, plan.batch, rate,
+    kind, _, rate = who.partition(", rate ")
+    rank = int(kind.removeprefix("rank ")) if kind.startswith("rank") else 0
+    how = Training(plan.steps, plan.batch, float(rate or plan.rate),
                    dtype="bfloat16" if who.startswith("bfloat16") else "float32")
     stored = {name: p.detach().clone() for name, p in student.named_parameters()}
     trainer = Trainer(student, teacher, how)
-    if who.endswith("as stored"):  # without `pruning.recovery.off_grid`
+    if who.endswith("as stored"):  # without `pruning.recovery.dithered`
         for name, p in trainer.parameters.items(): p.data.copy_(stored[name])
-    if narrow:
-        trainer.masks, trainer.parameters = {}, low_rank(student, int(rank))
+    if rank:
+        trainer.masks, trainer.parameters = {}, low_rank(student, rank)
         trainer.begin()
     return trainer
 

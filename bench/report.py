@@ -288,7 +288,10 @@ def quantising_table(folder: str | Path) -> pd.DataFrame:
 
 RECOVERIES = {"float32": "float32", "bfloat16": "mixed precision (bfloat16)",
               "bfloat16, weights as stored": "mixed precision without dither",
-              "recomputed": "float32, gradient checkpointing"}
+              "recomputed": "float32, gradient checkpointing",
+              "bfloat16, rate 0.0003": "mixed precision, rate 0.0003",
+              "bfloat16, rate 0.001": "mixed precision, rate 0.001",
+              "llm-compressor": "llm-compressor's mask, next token"}
 
 
 def recovering_table(folder: str | Path) -> pd.DataFrame:
