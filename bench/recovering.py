@@ -188,7 +188,7 @@ def steps(plan: Plan) -> Iterator[Step]:
                        plan.rate, weight_file(NAME, who)]
         yield Step(NAME, dict(who=who, of="training"), [*map(str, command)],
                    *([PEERS] if who == PEER else []))
-    yield Step(NAME, {}, ["-m", "bench.recovering", "scores"])
+    yield Step(NAME, dict(of="scores"), ["-m", "bench.recovering", "scores"])
 
 
 @app.command(name="all")

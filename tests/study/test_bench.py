@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import limit, run, writing
+from bench import limit, recovering, run, writing
 from bench.plain import plain_prune, plain_sparsegpt
 from bench.report import (
     FILES,
@@ -183,6 +183,12 @@ def test_rows_of_other_code_are_kept_with_a_warning_and_those_of_another_machine
     with pytest.raises(SystemExit):
         run.read(path, head | dict(machine=dict(cpu="b")), now)
     assert not run.read(path, head, now, fresh=True)["rows"] and path.is_file()
+
+
+def test_no_step_is_taken_for_a_row_of_another():
+    steps = [step.about.items() for step in recovering.steps(recovering.Plan())]
+    for at, step in enumerate(steps):
+        assert not any(step <= other for other in steps[:at] + steps[at + 1:]), step
 
 
 def test_what_is_measured_is_known_by_what_it_does(tmp_path, monkeypatch):
