@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE', 'GAINS', 'COSTS', 'AFFORDABLE', 'LEAD', 'TIMES', 'FAMILIES', 'gains', 'method_effects', 'gain_rows',
-           'method_rows', 'cost_rows', 'pruner_text', 'gain_text', 'total_gains', 'totals', 'chosen', 'gain_message',
-           'pruner_figure']
+           'method_rows', 'costs_of_models', 'cost_rows', 'pruner_text', 'gain_text', 'total_gains', 'totals', 'chosen',
+           'gain_message', 'pruner_figure']
 
 # %% ../../nbs/questions/07_pruners.ipynb #ba6ded23
 from typing import Any, Iterable
@@ -75,16 +75,17 @@ def method_rows(whole: Measured) -> pd.DataFrame:  # columns `GAINS`
 # %% ../../nbs/questions/07_pruners.ipynb #9699d72b
 COSTS = ["sparsity", "method", "seconds", "times", "peak_gib", "error", "perplexity"]
 
-def _of_study(study: dict[str, Result]) -> pd.DataFrame:
-    "Time, memory, error and perplexity of pruned models, from their records."
+def costs_of_models(study: dict[str, Result]) -> pd.DataFrame:
+    "Time (of pruning and training), memory, error and perplexity, from the models' records."
     rows = []
     for result in study.values():
         if not result.record["method"]: continue
-        perplexities = result.rows[result.rows["metric"] == "perplexity per token"]["score"]
+        scores = result.rows.reindex(columns=["metric", "score"])
+        perplexities = scores["score"][scores["metric"] == "perplexity per token"]
         rows.append({k: result.record[k] for k in ("strategy", "seed", "sparsity", "method")}
                     | dict(processor=result.record.get("processor", ""),
                            threads=result.record.get("threads", 0),
-                           seconds=result.seconds["pruning"],
+                           seconds=result.seconds["pruning"] + result.seconds.get("recovery", 0),
                            peak_gib=result.record.get("peak_gib", np.nan),
                            error=result.record.get("mean_error", np.nan),
                            perplexity=perplexities.iloc[0] if len(perplexities) else np.nan))
@@ -94,7 +95,7 @@ def _of_study(study: dict[str, Result]) -> pd.DataFrame:
 def cost_rows(study: dict[str, Result], base: str = BASE) -> pd.DataFrame:  # columns `COSTS`
     """Medians by sparsity and method. `times` is the ratio to the base method's seconds, pair by
     pair, on processors of one kind (NaN without pairs); perplexity is a geometric mean."""
-    costs, on = _of_study(study), ["strategy", "seed", "sparsity", "processor", "threads"]
+    costs, on = costs_of_models(study), ["strategy", "seed", "sparsity", "processor", "threads"]
     if costs.empty: return pd.DataFrame(columns=COSTS)
     bases = costs[costs["method"] == base].set_index(on)["seconds"]
     costs["times"] = (

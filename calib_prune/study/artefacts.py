@@ -105,6 +105,7 @@ ARTEFACTS: dict[str, Artefact] = {
                  "Predicted and measured retention at unseen sources", "new_sources", METRICS),
         Artefact("T15", "recipes", "Retention with each calibration mix and method", "recipe"),
         Artefact("T15", "leads", "Recipes compared with today's use", "recipe"),
+        Artefact("T15", "target", "Recipes compared with a target", "recipe"),
         Artefact("F14", "recipes",
                  "Retention with each recipe, total and worst dimension", "recipe"),
         Artefact("T16", "rounding",
