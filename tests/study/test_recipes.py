@@ -19,7 +19,11 @@ from calib_prune.questions.recipe import (
     recipe_message,
     recipe_rows,
     recipe_text,
+    recipe_times,
     recipe_verdict,
+    target_rows,
+    target_text,
+    target_verdicts,
     without_shared,
 )
 from calib_prune.statistics.examples import example_preset, example_study
@@ -120,6 +124,55 @@ def test_tables_hold_every_recipe_and_the_figure_names_the_best_if_its_lead_is_s
 def test_a_question_that_nothing_answers_leaves_numbers_numbers():
     leads = leads_of(GOOD) | {"ALPS against L-ADMM": lead_rows(GOOD, [(("law", "alps"), RECIPE)])}
     pd.testing.assert_frame_equal(all_leads(leads), all_leads(leads_of(GOOD)))
+
+
+def leads_like(low, high, total=(16, 20)):
+    ends = [total, *[(low, high)] * 4]
+    return pd.DataFrame([dict(goal=goal, all_low=a / 100, all_high=b / 100)
+                         for goal, (a, b) in zip(("Total", *DIMENSIONS), ends)])
+
+
+@pytest.mark.parametrize("low, high, total, x1, x2", [
+    (10, 14, (15, 19), "supported", "supported"),
+    (9, 14, (14, 16), "undecided", "undecided"),
+    (2, 9, (10, 14.9), "refuted", "refuted")])
+def test_a_target_is_judged_by_simultaneous_intervals(low, high, total, x1, x2):
+    assert target_verdicts(leads_like(low, high, total)) == {"X1": x1, "X2": x2}
+
+
+def test_one_dimension_below_the_target_refutes_the_target():
+    leads = leads_like(12, 15)
+    leads.loc[leads["goal"] == "Code", ["all_low", "all_high"]] = 0.05, 0.09
+    assert target_verdicts(leads) == {"X1": "supported", "X2": "refuted"}
+
+
+def timed(pruning, recovery=0.0, threads=1, **about):
+    record = dict(processor="kind", threads=threads, sparsity=0.6) | about
+    seconds = {"pruning": pruning} | ({"recovery": recovery} if recovery else {})
+    return Result(record, pd.DataFrame(), pd.DataFrame(), seconds)
+
+
+def test_times_are_medians_of_draws_and_contain_the_training():
+    base = dict(strategy="uniform", method="sparsegpt")
+    chain = dict(strategy="law", method="admm+recover=c4")
+    study = {"dense": timed(0.0, strategy="dense", method=None, seed=0)}
+    for seed, (alone, pruned, trained) in enumerate([(10, 20, 60), (20, 40, 80), (10, 30, 900)]):
+        study[f"b{seed}"] = timed(alone, seed=seed, **base)
+        study[f"c{seed}"] = timed(pruned, trained, seed=seed, **chain)
+    study["b3"], study["c3"] = timed(1, seed=3, threads=2, **base), timed(500, seed=3, **chain)
+    assert recipe_times(study, ("uniform", "sparsegpt")) == {
+        ("law", "admm+recover=c4"): 8.0, ("uniform", "sparsegpt"): 1.0}
+    assert recipe_times({}, ("uniform", "sparsegpt")) == {}
+
+
+def test_the_target_is_asked_of_one_reference_and_leads_over_others_have_no_verdict():
+    rows = target_rows(GOOD, {}, ("uniform", "sparsegpt"), [("igsp", "sparsegpt"), ("c4", "wanda")])
+    assert set(rows["over"]) == {"uniform, SparseGPT", "igsp, SparseGPT"}
+    assert rows["X1"].notna().equals(rows["over"] == "uniform, SparseGPT")
+    assert rows["X3"].isna().all() and rows["times"].isna().all()
+    text = target_text(rows)
+    assert len(text) == 2 * 4 and set(text["times a prune"]) == {""}
+    assert set(text["X1"]) <= {"", "supported", "undecided", "refuted"}
 
 
 def test_shared_problems_are_left_out_where_a_source_shares_them():
