@@ -170,8 +170,9 @@ def exploratory_rows(whole: Measured) -> pd.DataFrame:  # columns quantity, valu
     "The exploratory differences whose models have all been measured; fractions."
     models = named_models(quantised_retention(whole))
     of_code = partial(_of_texts, "", CODE_TEXT, EQUAL_KINDS, GPTQ_3)
+    of_equal = [_of_texts("", EQUAL_KINDS, text, GPTQ_3) for text in ("uniform", "math")]
     named = [replace(one, label=f"GPTQ: {one.label}")
-             for one in (of_code(contrast=code_lead), of_code())]
+             for one in (of_code(contrast=code_lead), of_code(), *of_equal)]
     sparse = tuple((text, "sparsegpt", "0.5") for text in (CODE_TEXT, WEB_TEXT))
     pruned = Quantity("", f"SparseGPT 50 %: {CODE_TEXT} − {WEB_TEXT}, Code", "sparsegpt", sparse,
                       code_lead)
