@@ -50,3 +50,4 @@ else
     pip install --editable ".[study,packed,dev,docs,cluster]"
 fi
 touch "$venv/installed"  # what `make` looks at
+echo "Installed. Next: source $venv/bin/activate; calib-prune advise --demo"

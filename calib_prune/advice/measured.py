@@ -183,10 +183,11 @@ def hour_note(search: Halving) -> str:
     candidates, tried = len(search.mixes), max(FINALISTS, *search.plan.rounds, 0)
     if tried == candidates: return f"All {candidates} candidates were pruned."
     screened = f"{search.plan.screened} of {candidates} candidates were screened"
+    pruned = f"{tried} were then pruned with the method asked for"
     seconds = search.seconds_of(search.plan) + 3600
     most = max([tried, *(n for n in range(tried, candidates + 1)
                          if search.seconds_of(Plan(candidates, rounds_from(n))) <= seconds)])
-    return f"{screened}, {tried} of them pruned; with another hour, about {most} would be."
+    return f"{screened}; {pruned}. Another hour is enough to prune about {most}."
 
 # %% ../../nbs/advice/07_measured.ipynb #4bc15ee1
 def shared_items(need: Need, trials: Trials, finalists: Sequence[str],

@@ -63,7 +63,7 @@ def retention_cells(advice: Advice) -> list[dict[str, Any]]:
 # %% ../../nbs/advice/08_pages.ipynb #5bc9def1
 def lead_lines(advice: Advice) -> list[dict[str, Any]]:
     "The recommended mix less the other finalists."
-    return [{"recommended less": row.over,
+    return [{"recommended −": row.over,
              "points": _points(row.value, row.ci_low, row.ci_high, "+")}
             for row in advice.lead.itertuples(index=False)]
 
@@ -74,10 +74,12 @@ def round_lines(advice: Advice) -> list[dict[str, Any]]:
     screened = table[~is_trial].set_index("calibration")["score"]
     by = table[is_trial].groupby("calibration")["score"]
     means, draws = by.mean(), by.size()
-    return [{"calibration": mix, "screening": f"{100 * screened[mix]:.1f}",
-             "draws": int(draws.get(mix, 0)),
-             "score": f"{100 * means[mix]:.1f}" if mix in means else "–"}
+    rows = [{"calibration": mix, "screening": f"{100 * screened[mix]:.1f}"}
             for mix in advice.search.ranking()]
+    if means.empty: return rows  # no rounds: the screening named the finalists
+    return [row | {"draws": int(draws.get(row["calibration"], 0)),
+                   "score": f"{100 * means[row['calibration']]:.1f}"
+                   if row["calibration"] in means else "–"} for row in rows]
 
 # %% ../../nbs/advice/08_pages.ipynb #41189b63
 def prune_command_line(model: str, calibration: str, settings: PruneSettings) -> str:
@@ -132,13 +134,14 @@ def advice_page(advice: Advice) -> str:  # Markdown
         "## Expected retention, %", markdown_table(retention_cells(advice)),
         f"{method}; answer bits; fresh items and fresh draws; simultaneous 95 % intervals. The "
         "floor is the dense model after another item's prompt.",
-        "## What is distinguishable", markdown_table(lead_lines(advice)), advice.more,
+        "## Difference between the finalists", markdown_table(lead_lines(advice)),
+        "Points, with 95 % intervals. An interval that includes 0 does not distinguish the two.",
+        advice.more,
         "## All candidates", markdown_table(round_lines(advice)),
         "Screening: pruned with Wanda and the inputs of the dense model"
         f"{' at 50 %' if how.quantise else ''}. Score: {'quantised' if how.quantise else 'pruned'}"
-        " as asked, "
-        "mean of the draws. Both are on tuning items, so they are not comparable with the table "
-        "above, which has other items.",
+        " as asked, mean of the draws, if there was time for rounds. Both are on tuning items, so"
+        " they are not comparable with the first table, which has other items.",
         "## Without pruning",
         f"The rule without pruning names `{advice.quick.calibration}`: {advice.quick.reason}"]
     if len(advice.quick.regrets):

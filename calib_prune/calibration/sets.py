@@ -332,7 +332,8 @@ def _windows_of(label: str,               # what the user calls the source
         raise CalibPruneError(
             f"Source {label!r} has {len(stream):,} tokens, but {n} windows of {length} tokens need "
             f"{n * length:,}: ask for at most {len(stream) // length} windows, shorter ones, or a "
-            "smaller share of this source. Text is never repeated."
+            "smaller share of this source. A pattern such as 'notes/*.txt' joins files. Text is "
+            "never repeated."
         )
     start = window_starts(len(stream), length, seed, getattr(source, "draw_key", source.name))[:n]
     first = np.searchsorted(documents, start, side="right") - 1

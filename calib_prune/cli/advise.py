@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, Sequence
 
 import typer
 
@@ -31,19 +31,24 @@ from ..core import CalibPruneError
 # %% ../../nbs/cli/11_advise.ipynb #3f52e307
 SHOWN = 8  # sources in the table of distances
 
-def distance_lines(quick: Any) -> list[dict[str, Any]]:  # from `nearest.advise_quickly`
-    "The nearest sources to each ability, with bars."
-    rows = quick.distances.groupby("ability", sort=False).head(SHOWN)
+def distance_lines(quick: Any,  # from `nearest.advise_quickly`
+                   own: Sequence[str] = ()  # sources that are always shown
+                  ) -> list[dict[str, Any]]:
+    "The nearest sources to each ability and the user's own, with bars."
+    rank = quick.distances.groupby("ability", sort=False).cumcount()
+    rows = quick.distances[(rank < SHOWN) | quick.distances["source"].isin(own)]
     rows = rows.sort_values(["ability", "bits"])
     drawn = forest_column([(bits, 0.0, bits) for bits in rows["bits"]], width=24)
     return [{"need": row.ability, "source": row.source, "bits": f"{row.bits:.3f}",
              "distance": bar} for row, bar in zip(rows.itertuples(index=False), drawn)]
 
-def show_quick(quick: Any, model: str, settings: Any) -> None:  # settings: `PruneSettings`
+def show_quick(quick: Any, model: str, settings: Any,  # settings: `PruneSettings`
+               own: Sequence[str] = ()  # the user's sources
+              ) -> None:
     "Advice without pruning, for people."
     from calib_prune.advice.pages import prune_command_line, regret_lines
-    show_table(distance_lines(quick), f"mismatch: distance of the {SHOWN} nearest sources' "
-               "vocabulary from the need's prompts")
+    show_table(distance_lines(quick, own), f"mismatch: distance of the {SHOWN} nearest sources' "
+               f"{'and your own ' if own else ''}vocabulary from the need's prompts")
     print_lines(["", f"Take {quick.calibration}. {quick.reason}", ""])
     if len(quick.regrets):
         show_table(regret_lines(quick), "regret on the studied models: points of retention below "
@@ -52,6 +57,7 @@ def show_quick(quick: Any, model: str, settings: Any) -> None:  # settings: `Pru
     how, more = settings.quantise, []
     if how: more = ["--method", settings.method, "--bits", str(how.bits), "--group", str(how.group)]
     again = shlex.join(["calib-prune", "advise", "--model", model, "--need", quick.need.asked,
+                        *(part for source in own for part in ("--source", source)),
                         "--minutes", "15", *more])
     if how: print_lines(["The rule was measured with pruning, not with quantisation."])
     print_lines(["", prune_command_line(model, quick.calibration, settings), "",
@@ -135,7 +141,10 @@ def advise_command(
     ] = "all",
     source: Annotated[
         Optional[list[str]],
-        typer.Option(help="Text of your own to try as well; may be given several times."),
+        typer.Option(
+            help="Text of your own to try as well: a file, a folder, or a pattern such as "
+            "'notes/*.txt'; may be given several times."
+        ),
     ] = None,
     minutes: Annotated[
         float,
@@ -187,7 +196,7 @@ def advise_command(
         with bars(as_json) as progress:
             quick = advise_quickly(need, model, source or (), progress)
         if as_json: return print_json(dict(advice=1) | quick.record())
-        return show_quick(quick, model, settings)
+        return show_quick(quick, model, settings, source or ())
     from calib_prune.advice.measured import advise
     from calib_prune.advice.pages import save_advice
     with bars(as_json) as progress:

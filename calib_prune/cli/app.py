@@ -70,7 +70,7 @@ LEFT: dict[str, Callable[[dict[str, Any]], str]] = {
     "generate": lambda given: left_by_generate(given["output"]),
     "recover": lambda given: left_by_recover(given["output"]),
     "evaluate": lambda given: f"No scores were kept; {AGAIN}.",
-    "advise": lambda given: f"Finished trials are stored in {given['output']}; {AGAIN}.",
+    "advise": lambda given: f"Finished trials, if any, are stored in {given['output']}; {AGAIN}.",
     "report": lambda given: f"No report was written; {AGAIN}.",
     "compare": lambda given: f"No scores were stored; {AGAIN}.",
     "measure": lambda given: f"No metrics were kept; {AGAIN}.",
