@@ -336,6 +336,12 @@ def test_advice_without_pruning_takes_own_text(text, tmp_path):
         out = strict(call(*asked, "--need", need, "--source", text).stdout)
         assert out["advice"] == 1 and str(text) in {row["source"] for row in out["distances"]}
     assert out["regrets"] == [] and out["weights"] == {"own": 1.0}
+    far = tmp_path / "far.txt"
+    far.write_text("zzzz qqqq xxxx " * 3000)
+    said = call(*asked[:-1], "--need", "code", "--source", far).stdout
+    table, command = said.split("Take ")[0], said.split("To choose by pruning:")[1]
+    assert "far.txt" in "".join(table.split()), "the user's own, although 15 are nearer"
+    assert f"--source {far}" in " ".join(command.split())
     done = call(*asked, "--need", "cod", code=1)
     assert "Unknown need 'cod'" in json.loads(done.stdout)["error"]
 
