@@ -187,7 +187,8 @@ def hour_note(search: Halving) -> str:
     seconds = search.seconds_of(search.plan) + 3600
     most = max([tried, *(n for n in range(tried, candidates + 1)
                          if search.seconds_of(Plan(candidates, rounds_from(n))) <= seconds)])
-    return f"{screened}; {pruned}. Another hour is enough to prune about {most}."
+    hour = f"enough to prune about {most}" if most > tried else "not enough for more"
+    return f"{screened}; {pruned}. Another hour is {hour}."
 
 # %% ../../nbs/advice/07_measured.ipynb #4bc15ee1
 def shared_items(need: Need, trials: Trials, finalists: Sequence[str],

@@ -143,8 +143,8 @@ def _field(path: Path,
         is_record = isinstance(record, dict)
         has = f"the fields {', '.join(record)[:200]}" if is_record else f"a {type(record).__name__}"
         raise CalibPruneError(f"{path}, line {n}, has no field {field!r}, but {has}. "
-                              f"Name the right one: {path.name}:FIELD. Leave a file that is no "
-                              "calibration text out of the folder.")
+                              f"Name the right one: {path.name}:FIELD. In a folder, leave out "
+                              "files that are no calibration text.")
     text = record[field]
     if field == MESSAGES: return checked_messages(text, f"{path}, line {n}")
     if not _is_text(text):

@@ -329,11 +329,11 @@ def _windows_of(label: str,               # what the user calls the source
     "The first n windows of one source's seeded order, int64 [n, L], and where they came from."
     stream, documents = source_stream(source, tokenizer, identity)
     if len(stream) < n * length:
+        joined = "A pattern such as 'notes/*.txt' joins files. " if Path(label).is_file() else ""
         raise CalibPruneError(
             f"Source {label!r} has {len(stream):,} tokens, but {n} windows of {length} tokens need "
             f"{n * length:,}: ask for at most {len(stream) // length} windows, shorter ones, or a "
-            "smaller share of this source. A pattern such as 'notes/*.txt' joins files. Text is "
-            "never repeated."
+            f"smaller share of this source. {joined}Text is never repeated."
         )
     start = window_starts(len(stream), length, seed, getattr(source, "draw_key", source.name))[:n]
     first = np.searchsorted(documents, start, side="right") - 1

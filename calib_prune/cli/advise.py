@@ -42,24 +42,33 @@ def distance_lines(quick: Any,  # from `nearest.advise_quickly`
     return [{"need": row.ability, "source": row.source, "bits": f"{row.bits:.3f}",
              "distance": bar} for row, bar in zip(rows.itertuples(index=False), drawn)]
 
+def _other_settings(settings: Any) -> list[str]:  # of `PruneSettings`
+    "The options of `advise` for settings that are not its defaults."
+    how = settings.quantise
+    usual = dict(method="admm", sparsity="0" if how else "0.5", windows=32, length=512,
+                 dtype="auto", device="auto")
+    given = {name: str(getattr(settings, name)) for name in usual}
+    given = {name: value for name, value in given.items() if value != str(usual[name])}
+    if how: given |= dict(bits=str(how.bits), group=str(how.group))
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
 def show_quick(quick: Any, model: str, settings: Any,  # settings: `PruneSettings`
                own: Sequence[str] = ()  # the user's sources
               ) -> None:
     "Advice without pruning, for people."
     from calib_prune.advice.pages import prune_command_line, regret_lines
-    show_table(distance_lines(quick, own), f"mismatch: distance of the {SHOWN} nearest sources' "
-               f"{'and your own ' if own else ''}vocabulary from the need's prompts")
+    show_table(distance_lines(quick, own), f"mismatch of the prompts with the {SHOWN} nearest "
+               f"sources{' and with your own' if own else ''}: distance of the vocabularies")
     print_lines(["", f"Take {quick.calibration}. {quick.reason}", ""])
     if len(quick.regrets):
         show_table(regret_lines(quick), "regret on the studied models: points of retention below "
                    "the best set [95 % interval]; SparseGPT at 50 %")
     else: print_lines(["The regret of this rule for this need was not measured."])
-    how, more = settings.quantise, []
-    if how: more = ["--method", settings.method, "--bits", str(how.bits), "--group", str(how.group)]
     again = shlex.join(["calib-prune", "advise", "--model", model, "--need", quick.need.asked,
                         *(part for source in own for part in ("--source", source)),
-                        "--minutes", "15", *more])
-    if how: print_lines(["The rule was measured with pruning, not with quantisation."])
+                        "--minutes", "15", *_other_settings(settings)])
+    if settings.quantise:
+        print_lines(["The rule was measured with pruning, not with quantisation."])
     print_lines(["", prune_command_line(model, quick.calibration, settings), "",
                  f"To choose by pruning: {again}"])
 

@@ -85,7 +85,8 @@ def costs_of_models(study: dict[str, Result]) -> pd.DataFrame:
         rows.append({k: result.record[k] for k in ("strategy", "seed", "sparsity", "method")}
                     | dict(processor=result.record.get("processor", ""),
                            threads=result.record.get("threads", 0),
-                           seconds=result.seconds["pruning"] + result.seconds.get("recovery", 0),
+                           seconds=sum(result.seconds[k] for k in ("pruning", "recovery")
+                                       if k == "pruning" or k in result.record),
                            peak_gib=result.record.get("peak_gib", np.nan),
                            error=result.record.get("mean_error", np.nan),
                            perplexity=perplexities.iloc[0] if len(perplexities) else np.nan))

@@ -77,11 +77,12 @@ def families(
 
 # %% ../../nbs/questions/14_recipe.ipynb #cfdd3d65
 def shared_tasks(study: dict[str, Result]) -> list[str]:
-    "Tasks whose problems, or their wording, a source of the study's calibration text shares."
+    "Tasks whose problems, or their wording, a source of the calibration or training text shares."
     used = {
         source
         for r in study.values()
-        for source in (r.record.get("calibration") or {}).get("counts", {})
+        for text in (r.record.get("calibration"), r.record.get("recovery", {}).get("text"))
+        for source in (text or {}).get("counts", {})
     }
     scored = dict.fromkeys(t for r in study.values() for t in r.items["task"].unique())
     return [t for t in scored if used & set(TASKS[t].overlaps)]
@@ -272,6 +273,7 @@ TARGET_TIMES = 10  # seconds of pruning and training, by the seconds of the base
 def target_verdicts(leads: pd.DataFrame,  # of one recipe, from `lead_rows`
                    ) -> dict[str, str]:   # X1, X2 → verdict
     "X1 and X2, by simultaneous intervals."
+    if {*leads["goal"]} != {*TARGET_LEADS}: return dict.fromkeys(("X1", "X2"), "undecided")
     bound = leads["goal"].map(TARGET_LEADS)
     reached, missed = leads["all_low"] >= bound, leads["all_high"] < bound
     total = leads["goal"] == "Total"
@@ -293,31 +295,42 @@ def recipe_times(study: dict[str, Result], base: Recipe
 # %% ../../nbs/questions/14_recipe.ipynb #dd5c3b1e
 TARGET_ROWS = [*LEADS, "times", "X1", "X2", "X3"]
 
+def _untrained(recipe: Recipe) -> Recipe:
+    "The recipe without the training after pruning."
+    return recipe[0], recipe[1].partition("+recover=")[0]
+
 def target_rows(replicates: Replicates, study: dict[str, Result], base: Recipe,
                 others: Sequence[Recipe] = ()  # references without a target
                ) -> pd.DataFrame:  # columns `TARGET_ROWS`; fractions
-    """Each recipe's leads over the base recipe in total and in every dimension, with intervals
-    that are simultaneous for the recipe; time and verdicts. Other references have leads alone."""
+    """Each recipe's leads over the base recipe, over other references and over the recipe without
+    training; intervals are simultaneous for a recipe and a reference. Trained recipes have a time
+    and verdicts."""
     known, times, rows = known_recipes(replicates), recipe_times(study, base), []
-    for over in (base, *others):
-        for recipe in (one for one in known if over in known and one not in (base, *others)):
-            leads = lead_rows(replicates, [(recipe, over)], [*TARGET_LEADS])
-            took = times.get(recipe, float("nan")) if over == base else float("nan")
-            said = target_verdicts(leads) if over == base else {}
-            if took == took: said["X3"] = "supported" if took <= TARGET_TIMES else "refuted"
-            rows.append(leads.assign(times=took, **said))
+    references = [one for one in (base, *others) if one in known]
+    recipes = [one for one in known if one not in references]
+    trained = [one for one in recipes if _untrained(one) != one]
+    own = [(one, _untrained(one)) for one in trained if _untrained(one) in recipes]
+    for recipe, over in [*((one, over) for over in references for one in recipes), *own]:
+        leads, verdicts, ratio = lead_rows(replicates, [(recipe, over)], [*TARGET_LEADS]), {}, None
+        if over == base and recipe in trained:
+            verdicts, ratio = target_verdicts(leads), times.get(recipe)
+            if ratio: verdicts["X3"] = "supported" if ratio <= TARGET_TIMES else "refuted"
+        rows.append(leads.assign(times=ratio, **verdicts))
     return pd.concat([pd.DataFrame(columns=TARGET_ROWS), *rows])[TARGET_ROWS]
+
 
 # %% ../../nbs/questions/14_recipe.ipynb #25ea3384
 def target_text(rows: pd.DataFrame  # from `target_rows`
                 ) -> pd.DataFrame:
-    "One line per recipe and reference, in points."
+    "One line per recipe and reference, in points; without the columns that are empty."
     lines = []
     for (recipe, over), mine in rows.groupby(["recipe", "over"], sort=False):
         leads = {row.goal: interval_text(row.value, row.all_low, row.all_high, "+")
                  for row in mine.itertuples()}
         about = mine.iloc[0]
-        took = "" if pd.isna(about.times) else f"{about.times:.1f}"
-        said = {name: "" if pd.isna(about[name]) else about[name] for name in ("X1", "X2", "X3")}
-        lines.append(dict(recipe=recipe, over=over) | leads | {"times a prune": took} | said)
-    return pd.DataFrame(lines)
+        ratio = "" if pd.isna(about.times) else f"{about.times:.1f}"
+        verdicts = {name: "" if pd.isna(about[name]) else about[name]
+                    for name in ("X1", "X2", "X3")}
+        lines.append(dict(recipe=recipe, over=over) | leads | {"times a prune": ratio} | verdicts)
+    table = pd.DataFrame(lines)
+    return table.loc[:, (table != "").any()]

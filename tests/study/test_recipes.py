@@ -1,5 +1,7 @@
 "Recipes: leads that hold at once, verdicts, and what the presets of the question `recipe` promise."
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -146,33 +148,56 @@ def test_one_dimension_below_the_target_refutes_the_target():
     assert target_verdicts(leads) == {"X1": "supported", "X2": "refuted"}
 
 
-def timed(pruning, recovery=0.0, threads=1, **about):
+def timed(pruning, recovery=None, threads=1, **about):
     record = dict(processor="kind", threads=threads, sparsity=0.6) | about
-    seconds = {"pruning": pruning} | ({"recovery": recovery} if recovery else {})
+    if recovery: record["recovery"] = {}
+    seconds = {"pruning": pruning, "recovery": recovery or 0.3}  # a skipped stage takes some time
     return Result(record, pd.DataFrame(), pd.DataFrame(), seconds)
 
 
+TRAINED = ("law", "admm+recover=c4")
+
+
 def test_times_are_medians_of_draws_and_contain_the_training():
-    base = dict(strategy="uniform", method="sparsegpt")
-    chain = dict(strategy="law", method="admm+recover=c4")
+    base, chain = (dict(zip(("strategy", "method"), one))
+                   for one in (("uniform", "sparsegpt"), TRAINED))
     study = {"dense": timed(0.0, strategy="dense", method=None, seed=0)}
     for seed, (alone, pruned, trained) in enumerate([(10, 20, 60), (20, 40, 80), (10, 30, 900)]):
         study[f"b{seed}"] = timed(alone, seed=seed, **base)
         study[f"c{seed}"] = timed(pruned, trained, seed=seed, **chain)
     study["b3"], study["c3"] = timed(1, seed=3, threads=2, **base), timed(500, seed=3, **chain)
-    assert recipe_times(study, ("uniform", "sparsegpt")) == {
-        ("law", "admm+recover=c4"): 8.0, ("uniform", "sparsegpt"): 1.0}
+    times = recipe_times(study, ("uniform", "sparsegpt"))
+    assert times == {TRAINED: 8.0, ("uniform", "sparsegpt"): 1.0}
     assert recipe_times({}, ("uniform", "sparsegpt")) == {}
 
 
-def test_the_target_is_asked_of_one_reference_and_leads_over_others_have_no_verdict():
-    rows = target_rows(GOOD, {}, ("uniform", "sparsegpt"), [("igsp", "sparsegpt"), ("c4", "wanda")])
-    assert set(rows["over"]) == {"uniform, SparseGPT", "igsp, SparseGPT"}
-    assert rows["X1"].notna().equals(rows["over"] == "uniform, SparseGPT")
+def test_the_target_is_asked_of_trained_recipes_over_one_reference():
+    cells = GOOD.cells.assign(method=GOOD.cells["method"].where(
+        GOOD.cells["strategy"] != "igsp", GOOD.cells["method"] + "+recover=c4"))
+    cells = cells.assign(strategy=cells["strategy"].replace("igsp", "law"))
+    rows = target_rows(replace(GOOD, cells=cells), {}, ("uniform", "sparsegpt"),
+                       [("law", "sparsegpt"), ("c4", "wanda")])
+    asked = rows["recipe"].str.contains("recovered") & (rows["over"] == "uniform, SparseGPT")
+    assert rows["X1"].notna().equals(asked) and asked.sum() == 2 * 5
+    before = rows[rows["over"] == "law, L-ADMM"]
+    assert set(before["recipe"]) == {"law, L-ADMM + recovered on c4"}, "before and after training"
     assert rows["X3"].isna().all() and rows["times"].isna().all()
     text = target_text(rows)
-    assert len(text) == 2 * 4 and set(text["times a prune"]) == {""}
+    assert not {"times a prune", "X3"} & {*text}, "empty columns are left out"
     assert set(text["X1"]) <= {"", "supported", "undecided", "refuted"}
+
+
+@pytest.mark.parametrize("leads", [
+    leads_like(12, 15)[:1], leads_like(12, 15)[:0], leads_like(np.nan, np.nan)])
+def test_a_target_without_all_intervals_is_undecided(leads):
+    assert target_verdicts(leads)["X2"] == "undecided"
+
+
+def test_text_that_was_trained_on_counts_as_used():
+    items = pd.DataFrame(dict(task=["mbpp", "sciq"]))
+    record = dict(calibration=None, recovery=dict(text=dict(counts={"polyglot": 3})))
+    study = {"x": Result(record, pd.DataFrame(), items, {})}
+    assert [*without_shared(study)["x"].items.task] == ["sciq"]
 
 
 def test_shared_problems_are_left_out_where_a_source_shares_them():
