@@ -80,13 +80,13 @@ def costs_of_models(study: dict[str, Result]) -> pd.DataFrame:
     rows = []
     for result in study.values():
         if not result.record["method"]: continue
+        trained = result.seconds["recovery"] if "recovery" in result.record else 0
         scores = result.rows.reindex(columns=["metric", "score"])
         perplexities = scores["score"][scores["metric"] == "perplexity per token"]
         rows.append({k: result.record[k] for k in ("strategy", "seed", "sparsity", "method")}
                     | dict(processor=result.record.get("processor", ""),
                            threads=result.record.get("threads", 0),
-                           seconds=sum(result.seconds[k] for k in ("pruning", "recovery")
-                                       if k == "pruning" or k in result.record),
+                           seconds=result.seconds["pruning"] + trained,
                            peak_gib=result.record.get("peak_gib", np.nan),
                            error=result.record.get("mean_error", np.nan),
                            perplexity=perplexities.iloc[0] if len(perplexities) else np.nan))

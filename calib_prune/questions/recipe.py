@@ -69,7 +69,7 @@ def families(
     """The two questions: against today's use of the reference texts, and against them under the
     recipe's own method."""
     return {
-        "beside today's use": [(recipe, (reference, base)) for reference in references],
+        "compared with today's use": [(recipe, (reference, base)) for reference in references],
         "what the text adds": [
             (recipe, (reference, recipe[1])) for reference in references if reference != recipe[0]
         ],

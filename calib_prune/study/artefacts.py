@@ -104,7 +104,7 @@ ARTEFACTS: dict[str, Artefact] = {
         Artefact("F13", "unseen",
                  "Predicted and measured retention at unseen sources", "new_sources", METRICS),
         Artefact("T15", "recipes", "Retention with each calibration mix and method", "target"),
-        Artefact("T15", "target", "Recipes compared with a target", "target"),
+        Artefact("T15", "target", "Leads of recipes, total and by dimension", "target"),
         Artefact("T15", "leads", "Recipes compared with today's use", "recipe"),
         Artefact("F14", "recipes",
                  "Retention with each recipe, total and worst dimension", "target"),

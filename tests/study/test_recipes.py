@@ -77,7 +77,7 @@ def test_better_is_said_of_what_is_better_alone():
     )
     alike = made_up({"uniform": 0.12, "igsp": 0.0, "law": 0.12})
     same, said = leads_of(alike), said_of(alike)
-    assert holds(same["beside today's use"]) and not holds(same["what the text adds"])
+    assert holds(same["compared with today's use"]) and not holds(same["what the text adds"])
     assert "what the text adds" in said and "over uniform, L-ADMM" in said and "igsp" not in said
 
 
@@ -107,7 +107,7 @@ def test_tables_hold_every_recipe_and_the_figure_names_the_best_if_its_lead_is_s
     ) == {"mix", "self-generated"}
     pooled = lead_text(all_leads(leads_of(GOOD)))
     assert pooled.question.value_counts().to_dict() == {
-        "beside today's use": 2,
+        "compared with today's use": 2,
         "what the text adds": 2,
     }
     base = ("uniform", "sparsegpt")
