@@ -24,15 +24,15 @@ def left_by_recover(output: str) -> str:
 
 # %% ../../nbs/cli/13_recover.ipynb #07dc053a
 def recovery_lines(record: dict[str, Any]) -> list[dict[str, Any]]:
-    "What was trained on, how long, and how the loss fell."
+    "What was trained on, how long, and how the loss fell from the pruned model's."
     made = record["recovery"]
     loss = "KL divergence from the dense model" if made["loss"] == "distil" else "cross-entropy"
-    ends = [made[name] for name in ("first_loss", "last_loss")]
+    ends = [made[name] for name in ("start_loss", "last_loss")]
     shown = "not measured" if None in ends else f"{ends[0]:.3f} → {ends[1]:.3f}"
     scale = f", T = {made['temperature']:g}" if made["temperature"] != 1 else ""
     return [{"text": made["text"]["mix"], "windows": made["windows_read"],
              "steps": f"{made['steps']} of {made['planned']}", "tokens": f"{made['tokens']:,}",
-             f"{loss}{scale}, nats per token": shown}]
+             "rate": f"{made['rate']:g}", f"{loss}{scale}, nats per token": shown}]
 
 # %% ../../nbs/cli/13_recover.ipynb #54be1c2b
 def recover_command(
@@ -51,7 +51,13 @@ def recover_command(
     ] = 0,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows of a step.")] = 4,
-    rate: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 1e-4,
+    rate: Annotated[
+        float,
+        typer.Option(
+            help="Highest learning rate of AdamW; 0: 0.15 % of the typical weight of the dense "
+            "model."
+        ),
+    ] = 0.0,
     loss: Annotated[
         str, typer.Option(help="`distil`: the dense model's distribution; `next`: the next token.")
     ] = "distil",

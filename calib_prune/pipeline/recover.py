@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_ZEROS', 'FLOAT_BYTES', 'OF_EACH_WEIGHT', 'OF_EACH_TRAINED', 'OF_EACH_ROUNDED', 'SAVED_PER_OUTPUT',
-           'SAVED_PER_LOGIT', 'STATE_NUMBERS_OF_WEIGHT', 'STATES', 'MOST_WINDOWS', 'TIMED', 'AVERAGED',
+           'SAVED_PER_LOGIT', 'STATE_NUMBERS_OF_WEIGHT', 'STATES', 'MOST_WINDOWS', 'TIMED', 'AVERAGED', 'RISEN',
            'RecoverSettings', 'check_not_quantised', 'check_pair', 'check_same_tokenizer', 'training_memory',
            'check_training_memory', 'check_training_disk', 'recovery_text', 'shuffled', 'steps_within', 'lost_zeros',
-           'changed_zeros', 'check_zeros', 'Recovered', 'state_folder', 'hold_state', 'recovery_record',
+           'changed_zeros', 'check_zeros', 'Recovered', 'state_folder', 'hold_state', 'warn_of_rise', 'recovery_record',
            'recover_loaded', 'recover_model']
 
 # %% ../../nbs/pipeline/05_recover.ipynb #af64ac4e
@@ -63,6 +63,7 @@ from ..pruning.methods import RECOVERY_SEED, STEP_VERSIONS
 from calib_prune.pruning.recovery import (
     Trainer,
     Training,
+    default_rate,
     gradients,
     masks_of,
     read_numbers,
@@ -83,7 +84,7 @@ class RecoverSettings:
     windows: int = 0  # number of distinct windows; 0: what the tokens need, at most the text
     length: int = 512                 # tokens of a window
     batch: int = 4                    # windows of a step
-    rate: float = 1e-4                # of AdamW, the highest of the schedule
+    rate: float = 0.0  # of AdamW, the highest of the schedule; 0: see `default_rate`
     loss: str = "distil"              # or "next": see `pruning.recovery`
     temperature: float = 1.0          # of distillation
     seed: int = RECOVERY_SEED         # of the draw of windows
@@ -97,7 +98,8 @@ class RecoverSettings:
         check_number("--windows", self.windows, 0, 2 ** 40, whole=True)
         check_number("--length", self.length, 2, 2 ** 20, whole=True)
         if not self.tokens: check_number("--minutes", self.minutes, 0.01, 1e6)
-        self.training(1).check()
+        check_number("--rate", self.rate, 0, 2.0 ** 40)
+        replace(self, rate=self.rate or 1.0).training(1).check()
         for source in parse_mix(self.text): get_source(source)
 
     def training(self, steps: int) -> Training:
@@ -266,6 +268,7 @@ def hold_state(folder: Path) -> Iterator[Path]:
 
 # %% ../../nbs/pipeline/05_recover.ipynb #fed7a0c1
 AVERAGED = 10  # steps whose mean loss a record names
+RISEN = 1.3    # such a mean over the loss of the first step: the rate is too high (ours)
 
 def _identity(pruned: PreTrainedModel, revision: str, text: CalibrationSet,
               how: RecoverSettings) -> str:
@@ -294,16 +297,30 @@ def _begin(trainer: Trainer, text: CalibrationSet, how: RecoverSettings, folder:
                       f"are read {rounds:.1f} times.", stacklevel=2)
     trainer.begin()
 
+def _mean_losses(losses: list[float]) -> list[float]:
+    "The mean loss of all runs of successive steps, the first steps first."
+    size = min(AVERAGED, len(losses))
+    return [sum(losses[i:i + size]) / size for i in range(len(losses) - size + 1)] if size else []
+
+def warn_of_rise(losses: list[float], rate: float) -> None:
+    "Warn if the loss was far above the loss of the pruned model."
+    highest = max(_mean_losses(losses), default=0.0)
+    if not losses or highest <= RISEN * losses[0]: return
+    warnings.warn(f"The loss rose from {losses[0]:.3f} in the first step to {highest:.3f}, mean of "
+                  f"{min(AVERAGED, len(losses))} steps: --rate {rate:g} is too high for this model"
+                  ". Train the pruned model again with a lower rate.", stacklevel=3)
+
 def recovery_record(trainer: Trainer, text: CalibrationSet, how: RecoverSettings
                    ) -> dict[str, Any]:
     "What a model was trained on, how long, and how the loss fell."
     losses = trainer.losses
-    mean = lambda some: sum(some) / len(some) if some else None
+    means: list[float | None] = [*_mean_losses(losses)] or [None]
     return dict(
         planned=trainer.how.steps, steps=trainer.done,
         tokens=trainer.done * how.batch * how.length, text=dict(mix=how.text, **text.record()),
         windows_read=min(len(text.tokens), trainer.done * how.batch),
-        first_loss=mean(losses[:AVERAGED]), last_loss=mean(losses[-AVERAGED:]),
+        # the weights of the first step are those of the pruned model
+        start_loss=losses[0] if losses else None, first_loss=means[0], last_loss=means[-1],
         halvings=trainer.halvings, version=STEP_VERSIONS["recover"],
         **{name: getattr(trainer.how, name)
            for name in ("batch", "rate", "loss", "temperature", "dtype")}, length=how.length)
@@ -328,6 +345,7 @@ def recover_loaded(student: PreTrainedModel, teacher: PreTrainedModel,  # float3
     "Train a pruned model that is in memory, towards its dense model."
     check_pair(student, teacher)
     check_tokens(student, text.tokens)
+    how = replace(how, rate=how.rate or default_rate(teacher))
     run = _identity(student, revision, text, how)
     trainer = Trainer(student, teacher if how.loss == "distil" else None, how.training(1))
     with recomputed_layers(student, how.gradient_checkpointing):
@@ -335,6 +353,7 @@ def recover_loaded(student: PreTrainedModel, teacher: PreTrainedModel,  # float3
         whole = train(trainer, shuffled(text, how.seed), folder, run, progress,
                       lambda message: warnings.warn(message, stacklevel=2))
     check_zeros(changed_zeros(trainer.masks, student))
+    warn_of_rise(trainer.losses, trainer.how.rate)
     return trainer, whole
 
 # %% ../../nbs/pipeline/05_recover.ipynb #7bb6b46d

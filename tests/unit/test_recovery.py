@@ -27,7 +27,15 @@ from calib_prune.pipeline.recover import RecoverSettings, lost_zeros, recover_mo
 from calib_prune.pruning import recovery
 from calib_prune.pruning.experts import one_by_one
 from calib_prune.pruning.layers import decoder_layers, prunable
-from calib_prune.pruning.recovery import Trainer, Training, masks_of, train, window_loss
+from calib_prune.pruning.recovery import (
+    Trainer,
+    Training,
+    default_rate,
+    masks_of,
+    train,
+    trained_matrices,
+    window_loss,
+)
 from tests.processes import call
 
 WINDOWS = torch.randint(1, 200, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -176,6 +184,26 @@ def test_a_rate_that_is_too_high_is_halved(tmp_path, monkeypatch):
     assert max(rates[26:]) <= 0.5e-3 < max(rates)
 
 
+def test_without_a_rate_the_weights_give_it(models, tmp_path):
+    "A model with weights of eight times the size gets eight times the rate, in two digits."
+    dense = recover.load_model(str(models / "dense"))[0]
+    made = recovered(models, tmp_path / "out", rate=0).record["recovery"]
+    sizes = [p.data.square().mean().sqrt() for p in trained_matrices(dense).values()]
+    assert made["rate"] == default_rate(dense)
+    assert made["rate"] == pytest.approx(0.0015 * float(torch.stack(sizes).median()), rel=0.05)
+    for p in trained_matrices(dense).values(): p.data *= 8
+    assert default_rate(dense) == pytest.approx(8 * made["rate"], rel=0.05)
+    assert made["start_loss"] > made["last_loss"]
+
+
+def test_a_loss_that_rises_is_said(models, tmp_path, recwarn):
+    recovered(models, tmp_path / "good", rate=0)
+    assert not [w for w in recwarn if "The loss rose" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"The loss rose .*--rate 30 is too high"):
+        made = recovered(models, tmp_path / "bad", rate=30).record["recovery"]
+    assert made["first_loss"] > 1.3 * made["start_loss"]
+
+
 def test_after_three_halvings_the_last_good_state_is_kept(tmp_path, monkeypatch):
     trainer = Trainer(halved(tiny_llama(0)), tiny_llama(0), Training(steps=60, batch=2, rate=1e-3))
     calls, plain = [], recovery.gradients
@@ -200,7 +228,7 @@ def test_minutes_become_steps(models, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what, said", [
-    (dict(loss="hinge"), "Unknown loss 'hinge'"), (dict(rate=0), "--rate is 0, but must be"),
+    (dict(loss="hinge"), "Unknown loss 'hinge'"), (dict(rate=-1), "--rate is -1, but must be"),
     (dict(minutes=0, tokens=0), "--minutes is 0"), (dict(tokens=-5), "--tokens is -5"),
     (dict(length=0), "--length is 0"), (dict(minutes=math.inf, tokens=0), "--minutes is inf"),
     (dict(batch=1.5), "--batch is 1.5"), (dict(text="c44"), "Unknown source 'c44'"),
