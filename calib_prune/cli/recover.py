@@ -24,7 +24,7 @@ def left_by_recover(output: str) -> str:
 
 # %% ../../nbs/cli/13_recover.ipynb #07dc053a
 def recovery_lines(record: dict[str, Any]) -> list[dict[str, Any]]:
-    "What was trained on, how long, and how the loss fell from the pruned model's."
+    "The training text, the steps, and the loss of the first step and of the last ten."
     made = record["recovery"]
     loss = "KL divergence from the dense model" if made["loss"] == "distil" else "cross-entropy"
     ends = [made[name] for name in ("start_loss", "last_loss")]
@@ -32,7 +32,8 @@ def recovery_lines(record: dict[str, Any]) -> list[dict[str, Any]]:
     scale = f", T = {made['temperature']:g}" if made["temperature"] != 1 else ""
     return [{"text": made["text"]["mix"], "windows": made["windows_read"],
              "steps": f"{made['steps']} of {made['planned']}", "tokens": f"{made['tokens']:,}",
-             "rate": f"{made['rate']:g}", f"{loss}{scale}, nats per token": shown}]
+             "rate": f"{made['rate']:g}",
+             f"{loss}{scale}, nats per token, first step → last ten": shown}]
 
 # %% ../../nbs/cli/13_recover.ipynb #54be1c2b
 def recover_command(
@@ -54,8 +55,8 @@ def recover_command(
     rate: Annotated[
         float,
         typer.Option(
-            help="Highest learning rate of AdamW; 0: 0.15 % of the typical weight of the dense "
-            "model."
+            help="Highest learning rate of AdamW; 0: 0.15 % of the root mean square of a weight "
+            "matrix of the dense model (median over the matrices)."
         ),
     ] = 0.0,
     loss: Annotated[

@@ -268,7 +268,7 @@ def hold_state(folder: Path) -> Iterator[Path]:
 
 # %% ../../nbs/pipeline/05_recover.ipynb #fed7a0c1
 AVERAGED = 10  # steps whose mean loss a record names
-RISEN = 1.3    # such a mean over the loss of the first step: the rate is too high (ours)
+RISEN = 1.3    # a larger ratio of such a mean to the loss of the first step is said (ours)
 
 def _identity(pruned: PreTrainedModel, revision: str, text: CalibrationSet,
               how: RecoverSettings) -> str:
@@ -307,8 +307,8 @@ def warn_of_rise(losses: list[float], rate: float) -> None:
     highest = max(_mean_losses(losses), default=0.0)
     if not losses or highest <= RISEN * losses[0]: return
     warnings.warn(f"The loss rose from {losses[0]:.3f} in the first step to {highest:.3f}, mean of "
-                  f"{min(AVERAGED, len(losses))} steps: --rate {rate:g} is too high for this model"
-                  ". Train the pruned model again with a lower rate.", stacklevel=3)
+                  f"{min(AVERAGED, len(losses))} steps: --rate {rate:g} is probably too high for "
+                  "this model. Train the pruned model again with a lower rate.", stacklevel=3)
 
 def recovery_record(trainer: Trainer, text: CalibrationSet, how: RecoverSettings
                    ) -> dict[str, Any]:
