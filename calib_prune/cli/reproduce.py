@@ -586,8 +586,8 @@ def reproduce(
             help=
             "`smoke`, a question and a model such as `recipe/qwen-0.5b`, or a preset file. With "
             "`smollm2-135m` and `qwen-0.5b`: `claims`, `pruners`, `recipe`, "
-            "`recovery`, `quantisation`, `rounding`; with `smollm2-135m-trained` and "
-            "`qwen-0.5b-trained`: `recipe`; with "
+            "`recovery`, `quantisation`, `rounding`; with `smollm2-135m-trained`, "
+            "`qwen-0.5b-trained` and `qwen-0.5b-lower-rate`: `recipe`; with "
             "`smollm2-135m`: `mixing`, `perplexity`, `new-sources`, `fresh-draws` (also "
             "`smollm2-135m-recipe`); with `qwen-0.5b`: `answers`; with `qwen-1.5b`: `claims`, "
             "`answers`, `quantisation`; with `llama-3.1-8b`: `claims`.")] = "smoke",
