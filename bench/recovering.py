@@ -108,7 +108,7 @@ def trainer_of(who: str, plan: Plan):
     student, teacher = (load_model(str(m), "float32")[0] for m in (PRUNED, plan.model))
     kind, _, rate = who.partition(", rate ")
     rank = int(kind.removeprefix("rank ")) if kind.startswith("rank") else 0
-    how = Training(plan.steps, plan.batch, float(rate or plan.rate),
+    how = Training(plan.steps, float(rate or plan.rate), plan.batch,
                    dtype="bfloat16" if who.startswith("bfloat16") else "float32")
     stored = {name: p.detach().clone() for name, p in student.named_parameters()}
     trainer = Trainer(student, teacher, how)

@@ -104,7 +104,7 @@ class RecoverSettings:
 
     def training(self, steps: int) -> Training:
         "The settings of the training itself."
-        return Training(steps, self.batch, self.rate, self.temperature, loss=self.loss,
+        return Training(steps, self.rate, self.batch, self.temperature, loss=self.loss,
                         dtype=str(as_dtype(self.dtype)).removeprefix("torch."), seed=self.seed)
 
 # %% ../../nbs/pipeline/05_recover.ipynb #75176818

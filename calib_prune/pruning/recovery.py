@@ -117,8 +117,8 @@ def default_rate(dense: PreTrainedModel) -> float:
 class Training:
     "How the kept weights are trained."
     steps: int
+    rate: float                # the highest of the schedule, see `default_rate`
     batch: int = 4             # windows per step
-    rate: float = 1e-4         # the highest of the schedule
     temperature: float = 1.0   # of distillation
     warmup: float = 0.05       # share of the steps
     loss: str = "distil"       # one of `LOSSES`

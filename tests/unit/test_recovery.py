@@ -296,7 +296,7 @@ def test_recomputed_layers_give_the_same_bits_and_save_less(family, dtype):
     dense, results = tiny_model(family), []
     for recomputed in (False, True):
         student = halved(tiny_model(family))
-        trainer = Trainer(student, dense, Training(3, batch=2, dtype=dtype))
+        trainer = Trainer(student, dense, Training(3, 1e-4, batch=2, dtype=dtype))
         with (recovery.recomputed_layers(student, recomputed),
               saved_numbers(student, dense) as sizes):
             loss = recovery.gradients(trainer, WINDOWS, 0)
@@ -310,7 +310,7 @@ def test_recomputed_layers_give_the_same_bits_and_save_less(family, dtype):
 @pytest.mark.parametrize("family", [*TINY_FAMILIES, *MIXTURES])
 def test_the_estimated_memory_of_a_window_is_about_what_is_saved(family):
     student, dense, window = tiny_model(family), tiny_model(family), torch.arange(1, 65)
-    Trainer(student, dense, Training(1))
+    Trainer(student, dense, Training(1, 1e-4))
     with saved_numbers(student, dense) as sizes:
         window_loss(student, dense, window).backward()
     estimate = recover._saved_activations(student, RecoverSettings(length=64))
@@ -319,7 +319,7 @@ def test_the_estimated_memory_of_a_window_is_about_what_is_saved(family):
 
 def test_the_teacher_has_no_second_copy_in_bfloat16():
     student, dense = halved(tiny_llama(0)), tiny_llama(0)
-    trainer = Trainer(student, dense, Training(1, dtype="bfloat16"))
+    trainer = Trainer(student, dense, Training(1, 1e-4, dtype="bfloat16"))
     assert not any(p.requires_grad for p in dense.parameters())
     assert all(p.requires_grad for p in trainer.parameters.values())
 
@@ -344,7 +344,7 @@ def test_mixed_precision_reaches_the_weights_and_the_record(models, tmp_path):
 def test_mixed_precision_moves_the_loss_little_and_weights_stay_float32():
     dense, losses = tiny_llama(0), {}
     for dtype in recovery.MATMUL_DTYPES:
-        trainer = Trainer(halved(tiny_llama(0)), dense, Training(9, 2, rate=1e-3, dtype=dtype))
+        trainer = Trainer(halved(tiny_llama(0)), dense, Training(9, 1e-3, batch=2, dtype=dtype))
         for _ in range(9): recovery.take_step(trainer, WINDOWS)
         losses[dtype] = trainer.losses
         assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
@@ -391,11 +391,11 @@ def test_weights_that_were_saved_in_bfloat16_get_dither_and_zeros_stay():
     "In mixed precision, small changes of weights that are numbers of bfloat16 would be lost."
     model = halved(tiny_llama(0)).bfloat16().float()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = Trainer(model, tiny_llama(0), Training(3, 2, dtype="bfloat16"))
+    trainer = Trainer(model, tiny_llama(0), Training(3, 1e-4, batch=2, dtype="bfloat16"))
     for name, p in trainer.parameters.items():
         assert torch.equal(p.bfloat16().float(), before[name]), name
         off = ((p.data != before[name]) & (before[name] != 0)).sum() / (before[name] != 0).sum()
         assert off > 0.95 if p.dim() >= 2 else off == 0, name
     for name, kept in trainer.masks.items(): assert (trainer.parameters[name][~kept] == 0).all()
-    same = Trainer(halved(tiny_llama(0)).bfloat16().float(), tiny_llama(0), Training(3, 2))
+    same = Trainer(halved(tiny_llama(0)).bfloat16().float(), tiny_llama(0), Training(3, 1e-4, batch=2))
     assert all(torch.equal(p, before[name]) for name, p in same.parameters.items())
