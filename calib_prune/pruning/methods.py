@@ -227,7 +227,7 @@ def check_quantisation(recipe: "MethodSteps", sparsity: float = 0.0,
 def _step_label(step: str, value: Any) -> str:
     "A step in words; a number other than the usual one in brackets."
     if step == "allocation": return value.upper()
-    if step == "recover": return f"recovered on {value}"
+    if step == "recover": return f"trained on {value}"
     words = dict(refine="refined", reconstruct="reconstructed")
     return words[step] if value == STEPS[step] else f"{words[step]} ({value})"
 

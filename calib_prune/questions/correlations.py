@@ -67,6 +67,7 @@ class Correlations:
     replicates: Replicates | None  # measured single sources, and whatever else was pruned
     table: pd.DataFrame       # from `ranks.correlate`; empty if there is a note
     note: str = ""            # why there is nothing to correlate
+    judged_at: float | str | None = None  # the sparsity at which the study judges
 
 # %% ../../nbs/questions/02_correlations.ipynb #6914ac9c
 def unmeasured(replicates: Replicates, metrics: pd.DataFrame) -> list[str]:
@@ -108,14 +109,18 @@ def correlate_study(whole: Measured, metrics: pd.DataFrame,  # from `metric_rows
     table = correlate(metrics, replicates, n_perm, seed, in_full)
     settings = set(table[["method", "sparsity"]].itertuples(index=False, name=None))
     pruned = replicates.cells[["method", "sparsity"]].itertuples(index=False, name=None)
-    return Correlations(replicates.rows([at in settings for at in pruned]), table)
+    return Correlations(replicates.rows([at in settings for at in pruned]), table,
+                        judged_at=whole.preset.get("judged_at"))
 
 # %% ../../nbs/questions/02_correlations.ipynb #facf446d
-def main_settings(table: pd.DataFrame  # rows with method, sparsity and n
+def main_settings(table: pd.DataFrame,  # rows with method, sparsity and n
+                  judged_at: float | str | None = None  # the sparsity at which the study judges
                  ) -> list[dict[str, Any]]:
-    "For each method the setting with the most sources; among equals, the highest sparsity."
+    """For each method the setting with the most sources; among equals `judged_at`, otherwise the
+    highest sparsity."""
     rows = table.groupby(["method", "sparsity"], sort=False)["n"].max().reset_index()
-    rows = rows.assign(text=rows["sparsity"].astype(str)).sort_values(["n", "text"], kind="stable")
+    rows = rows.assign(text=rows["sparsity"].astype(str), judged=rows["sparsity"] == judged_at)
+    rows = rows.sort_values(["n", "judged", "text"], kind="stable")
     best = rows.groupby("method")["sparsity"].last()
     return [dict(method=name, sparsity=best[name]) for name in table["method"].unique()]
 
@@ -343,7 +348,7 @@ def metric_figure(related: Correlations, metrics: pd.DataFrame,  # from `load_me
                  ) -> Figure:
     "A metric against retention: a row of panels for each dimension, a column for each method."
     if related.note or related.replicates is None: return sentence_figure(related.note)
-    settings = main_settings(related.table)
+    settings = main_settings(related.table, related.judged_at)
     points = [source_points(related, metrics, metric, at) for at in settings]
     figure, axes = plt.subplots(len(DIMENSIONS), len(settings), squeeze=False, sharex=True,
                                 figsize=(3.55 * len(settings), 7.6))
@@ -435,7 +440,7 @@ def correlation_heat_map(related: Correlations) -> Figure:
     "ρ of the shown metrics with every dimension, one panel per method."
     if related.note: return sentence_figure(related.note)
     table, metrics = related.table, shown_metrics(related.table)
-    settings = main_settings(table)
+    settings = main_settings(table, related.judged_at)
     size = 1.75 + 2.55 * len(settings), 0.235 * len(metrics) + 1.4
     figure, axes = plt.subplots(1, len(settings), figsize=size, squeeze=False, sharey=True)
     for ax, at in zip(axes[0], settings):

@@ -259,7 +259,8 @@ def recipe_figure(rows: pd.DataFrame,  # from `recipe_rows`
             ax.plot(
                 mine["value"][at], heights[at], MARKERS[kind], color=colour_of(kind), markersize=6
             )
-        ax.set(xlabel="retention, %", yticks=heights, yticklabels=first["recipe"])
+        ax.set(xlabel="retention, %", yticks=heights, yticklabels=first["recipe"],
+               ylim=(heights.min() - 0.6, 0.6))
         ax.set_title(GOALS[goal], fontsize="medium")
     legend_above(figure, first["kind"])
     headline(figure, message)

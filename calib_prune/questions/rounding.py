@@ -353,9 +353,10 @@ def rounding_message(rows: pd.DataFrame  # from `rounding_rows`
         & rows["comparison"].str.contains("−")
     ].dropna(subset="all_low")
     if changes.empty: return "Weights rounded again: no comparison yet"
-    moved = beyond(changes["all_low"], changes["all_high"], 0.0)
-    count = f"{moved.sum()} of {len(changes)}"
-    return f"Weights rounded again: {count} differences in total retention change significantly"
+    moved = [change_class(*ends) == "moves" for ends in
+             changes[["ci_low", "ci_high", "end_error"]].itertuples(index=False)]
+    count = f"{sum(moved)} of {len(moved)}"
+    return f"Weights rounded again: {count} differences in total retention move"
 
 # %% ../../nbs/questions/17_rounding.ipynb #996bd4e4
 _LOOKS = {  # what is drawn: colour, marker, shift

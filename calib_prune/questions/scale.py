@@ -45,8 +45,8 @@ def _at_half(names: tuple[str, ...], method: str = "sparsegpt") -> tuple[ModelNa
 SCALE_QUANTITIES = [
     Quantity("mix", "uniform − c4, total", "sparsegpt", _at_half(("uniform", "c4")), total_lead),
     Quantity("code", "codeio − c4, Code", "sparsegpt", _at_half(("codeio", "c4")), code_lead),
-    Quantity("range", "range of three sources, total", "sparsegpt", _at_half(COMMON_SOURCES),
-             _source_range),
+    Quantity("range", "range of three sources less noise, total", "sparsegpt",
+             _at_half(COMMON_SOURCES), _source_range),
     Quantity("igsp", "IGSP − uniform, total", "sparsegpt", _at_half(("igsp", "uniform")),
              total_lead),
     Quantity("pruner", "Wanda − SparseGPT, total", "wanda",

@@ -180,7 +180,7 @@ def test_the_target_is_asked_of_trained_recipes_over_one_reference():
     asked = rows["recipe"].str.contains("recovered") & (rows["over"] == "uniform, SparseGPT")
     assert rows["X1"].notna().equals(asked) and asked.sum() == 2 * 5
     before = rows[rows["over"] == "law, L-ADMM"]
-    assert set(before["recipe"]) == {"law, L-ADMM + recovered on c4"}, "before and after training"
+    assert set(before["recipe"]) == {"law, L-ADMM + trained on c4"}, "before and after training"
     assert rows["X3"].isna().all() and rows["times"].isna().all()
     text = target_text(rows)
     assert not {"times a prune", "X3"} & {*text}, "empty columns are left out"

@@ -140,6 +140,8 @@ def test_main_settings_have_the_most_sources():
         dict(method="a", sparsity=0.6),
         dict(method="b", sparsity="2:4"),
     ]
+    assert main_settings(table, 0.3)[0] == dict(method="a", sparsity=0.3), "where claims are judged"
+    assert main_settings(table, 0.7)[0] == dict(method="a", sparsity=0.6), "most sources first"
 
 
 def test_names_do_not_cover_each_other():
