@@ -47,7 +47,9 @@ from calib_prune.statistics.plots import (
 )
 from calib_prune.statistics.replicates import (
     DIMENSIONS,
+    FEWEST_FREEDOM,
     Replicates,
+    pool_note,
     reads_no_text,
     strategy_retention,
 )
@@ -145,9 +147,8 @@ def pooling_note(whole: Measured) -> str:
     other = [f"{row.hypothesis} ({method_label(row.method).partition(',')[0]}) {row.verdict}"
              for row, mine in zip(joint.itertuples(), ours["verdict"]) if row.verdict != mine]
     changed = f"these verdicts differ: {', '.join(other)}" if other else "no verdict differs"
-    return (f"The noise of draws is pooled for each method with at least {OWN_FREEDOM} degrees of"
-            " freedom; other methods have the noise of all. If the noise of all methods"
-            f" is pooled, {changed}.")
+    return (f"{pool_note((OWN_FREEDOM, OWN_FREEDOM))} If {FEWEST_FREEDOM[0]} degrees of freedom are"
+            f" required, as in other studies, {changed}.")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #c9361e35
 def _difference_of_code(*values: np.ndarray) -> np.ndarray:

@@ -286,13 +286,16 @@ def target_verdicts(leads: pd.DataFrame,  # of one recipe, from `lead_rows`
 # %% ../../nbs/questions/14_recipe.ipynb #1742687d
 def recipe_times(study: dict[str, Result], base: Recipe
                 ) -> dict[Recipe, float]:  # recipes without a partner are absent
-    "Seconds of pruning and training, as a multiple of the base recipe's prune."
-    costs, on = costs_of_models(study), ["seed", "sparsity", "processor", "threads"]
+    """Median seconds of pruning and training, as a multiple of the median of the base recipe's
+    prune; a single prune next to other work moves a median of three little."""
+    costs, on = costs_of_models(study), ["sparsity", "processor", "threads"]
     if costs.empty: return {}
-    of_base = (costs["strategy"] == base[0]) & (costs["method"] == base[1])
-    both = costs.merge(costs[of_base][[*on, "seconds"]], on=on, suffixes=("", "_base"))
-    times = (both["seconds"] / both["seconds_base"]).groupby([both["strategy"], both["method"]])
-    return {recipe: float(ratio) for recipe, ratio in times.median().items()}
+    recipe = ["strategy", "method"]
+    middle = costs.groupby([*on, *recipe])["seconds"].median().reset_index()
+    of_base = (middle["strategy"] == base[0]) & (middle["method"] == base[1])
+    both = middle.merge(middle[of_base][[*on, "seconds"]], on=on, suffixes=("", "_base"))
+    times = (both["seconds"] / both["seconds_base"]).groupby([both[name] for name in recipe])
+    return {one: float(ratio) for one, ratio in times.median().items()}
 
 # %% ../../nbs/questions/14_recipe.ipynb #dd5c3b1e
 TARGET_ROWS = [*LEADS, "times", "X1", "X2", "X3"]

@@ -6,9 +6,9 @@
 __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'ADDITIVE', 'GOALS', 'BLOCK', 'SPREAD', 'FEWEST_FREEDOM', 'Replicates',
            'source_dimension', 'as_strategy', 'pruned_cells', 'same_rows', 'item_values', 'task_replicates',
            'in_accuracy', 'outcome_replicates', 'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups',
-           'setting_groups', 'deviations', 'pooled_spread', 'draw_spread', 'draw_variances', 'DrawNoise', 'draw_pool',
-           'draw_noise', 'reads_no_text', 'strategy_retention', 'noise_variance', 'without_noise', 'spread',
-           'prompt_gain_replicates']
+           'setting_groups', 'deviations', 'pooled_spread', 'draw_spread', 'draw_variances', 'DrawNoise', 'pool_note',
+           'draw_pool', 'draw_noise', 'reads_no_text', 'strategy_retention', 'noise_variance', 'without_noise',
+           'spread', 'prompt_gain_replicates']
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c5d8abc9
 import math
@@ -353,6 +353,12 @@ class DrawNoise:
 
 # %% ../../nbs/statistics/02_replicates.ipynb #f338130b
 FEWEST_FREEDOM = 10, 1  # of the draws of a setting, and of all at its sparsity and size
+
+def pool_note(fewest: tuple[int, int] = FEWEST_FREEDOM) -> str:
+    "Which draws show the noise of a setting, see `draw_pool`."
+    return (f"The noise of draws is pooled for each method with at least {fewest[0]} degrees of"
+            " freedom; other methods have the noise of all methods at the same sparsity and size of"
+            " the calibration set.")
 
 def draw_pool(by_setting: Mapping[tuple, list[list[int]]],  # from `setting_groups`
               where: tuple,                                 # a setting

@@ -42,6 +42,7 @@ from calib_prune.statistics.tables import (
     mix_note,
     overlap_note,
     overlaps,
+    shared_pairs,
 )
 from ..study.presets import Cell, grid_cells
 from ..study.results import Result
@@ -414,8 +415,10 @@ def endings_note(part: Part) -> str:
 
 # %% ../../nbs/statistics/07_selection.ipynb #ab716b05
 def shared_caveat(part: Part) -> str:  # empty if nothing is shared
-    "Which calibration sets share problems with a scored benchmark."
-    shared = overlaps(part.study)
+    "Which calibration sets, and whether a training text, share problems with a scored benchmark."
+    trained = any(shared_pairs(r.record.get("recovery", {}).get("text"), r.items)
+                  for r in part.study.values())
+    shared = [*overlaps(part.study), *(["the training text"] if trained else [])]
     if not shared: return ""
     verb = "shares" if len(shared) == 1 else "share"
     return f"{short_list(shared, 'calibration sets')} {verb} problems or wording with benchmarks"

@@ -158,16 +158,17 @@ def timed(pruning, recovery=None, threads=1, **about):
 TRAINED = ("law", "admm+recover=c4")
 
 
-def test_times_are_medians_of_draws_and_contain_the_training():
+def test_times_are_ratios_of_medians_and_contain_the_training():
     base, chain = (dict(zip(("strategy", "method"), one))
                    for one in (("uniform", "sparsegpt"), TRAINED))
     study = {"dense": timed(0.0, strategy="dense", method=None, seed=0)}
     for seed, (alone, pruned, trained) in enumerate([(10, 20, 60), (20, 40, 80), (10, 30, 900)]):
         study[f"b{seed}"] = timed(alone, seed=seed, **base)
         study[f"c{seed}"] = timed(pruned, trained, seed=seed, **chain)
-    study["b3"], study["c3"] = timed(1, seed=3, threads=2, **base), timed(500, seed=3, **chain)
+    study["b3"], study["c3"] = timed(1, seed=3, threads=2, **base), timed(
+        500, seed=3, processor="other", **chain)
     times = recipe_times(study, ("uniform", "sparsegpt"))
-    assert times == {TRAINED: 8.0, ("uniform", "sparsegpt"): 1.0}
+    assert times == {TRAINED: 12.0, ("uniform", "sparsegpt"): 1.0}
     assert recipe_times({}, ("uniform", "sparsegpt")) == {}
 
 
@@ -177,7 +178,7 @@ def test_the_target_is_asked_of_trained_recipes_over_one_reference():
     cells = cells.assign(strategy=cells["strategy"].replace("igsp", "law"))
     rows = target_rows(replace(GOOD, cells=cells), {}, ("uniform", "sparsegpt"),
                        [("law", "sparsegpt"), ("c4", "wanda")])
-    asked = rows["recipe"].str.contains("recovered") & (rows["over"] == "uniform, SparseGPT")
+    asked = rows["recipe"].str.contains("trained") & (rows["over"] == "uniform, SparseGPT")
     assert rows["X1"].notna().equals(asked) and asked.sum() == 2 * 5
     before = rows[rows["over"] == "law, L-ADMM"]
     assert set(before["recipe"]) == {"law, L-ADMM + trained on c4"}, "before and after training"
