@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'LEADS', 'RECIPE_ROWS', 'TARGET_LEADS', 'TARGET_TIMES', 'TARGET_ROWS', 'recipe_label', 'known_recipes',
            'lead_rows', 'families', 'shared_tasks', 'without_shared', 'shared_note', 'holds', 'shortfalls',
            'recipe_verdict', 'recipe_rows', 'worst_note', 'recipe_text', 'all_leads', 'lead_text', 'recipe_message',
-           'recipe_figure', 'target_verdicts', 'recipe_times', 'target_rows', 'target_text']
+           'recipe_figure', 'target_verdicts', 'recipe_times', 'target_rows', 'changed_verdicts', 'target_text']
 
 # %% ../../nbs/questions/14_recipe.ipynb #1ced91b3
 from collections.abc import Sequence
@@ -323,6 +323,19 @@ def target_rows(replicates: Replicates, study: dict[str, Result], base: Recipe,
         rows.append(leads.assign(times=ratio, **verdicts))
     return pd.concat([pd.DataFrame(columns=TARGET_ROWS), *rows])[TARGET_ROWS]
 
+
+# %% ../../nbs/questions/14_recipe.ipynb #4140c614
+def changed_verdicts(rows: pd.DataFrame,  # from `target_rows`
+                     other: pd.DataFrame  # the same, with another pool of draws
+                    ) -> str:
+    "The verdicts on the target that differ with another pool of draws."
+    of_total = [one[one["goal"].eq("Total") & one["X1"].notna()] for one in (rows, other)]
+    pairs = zip(*(one.itertuples() for one in of_total))
+    changed = [f"{name} of {there.recipe} is {getattr(there, name)} (total"
+               f" {interval_text(there.value, there.all_low, there.all_high, '+')})"
+               for here, there in pairs for name in ("X1", "X2")
+               if getattr(here, name) != getattr(there, name)]
+    return "; ".join(changed) or "no verdict differs"
 
 # %% ../../nbs/questions/14_recipe.ipynb #25ea3384
 def target_text(rows: pd.DataFrame  # from `target_rows`
