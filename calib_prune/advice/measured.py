@@ -261,7 +261,7 @@ def advise(model: str | Path,                  # the dense model
     wanted = with_answers(parse_need(need))
     how = asked.placed(str(model))
     trials = _trials(str(model), as_path(output, "a folder for the advice"), wanted, how, progress)
-    quick = advise_quickly(need, model, sources, progress)
+    quick = advise_quickly(need, model, sources, progress, asked.method)
     # before the folder is bound to these settings
     mixes = usable_mixes(trials, candidate_mixes(quick, sources), sources)
     if len(mixes) < FINALISTS:

@@ -62,7 +62,7 @@ def show_quick(quick: Any, model: str, settings: Any,  # settings: `PruneSetting
     print_lines(["", f"Take {quick.calibration}. {quick.reason}", ""])
     if len(quick.regrets):
         show_table(regret_lines(quick), "regret on the studied models: points of retention below "
-                   "the best set [95 % interval]; SparseGPT at 50 %")
+                   f"the best set [95 % interval]; {quick.judged_with} at 50 %")
     else: print_lines(["The regret of this rule for this need was not measured."])
     again = shlex.join(["calib-prune", "advise", "--model", model, "--need", quick.need.asked,
                         *(part for source in own for part in ("--source", source)),
@@ -203,7 +203,7 @@ def advise_command(
         settings = PruneSettings(**how)
         settings.check()
         with bars(as_json) as progress:
-            quick = advise_quickly(need, model, source or (), progress)
+            quick = advise_quickly(need, model, source or (), progress, method)
         if as_json: return print_json(dict(advice=1) | quick.record())
         return show_quick(quick, model, settings, source or ())
     from calib_prune.advice.measured import advise
