@@ -75,8 +75,8 @@ EQUAL_KINDS, WEB_TEXT, CODE_TEXT = "uniform-dimensions", "c4", "codeio"
 HYPOTHESES_OF_QUANTISATION = {
     "Q1": "GPTQ on uniform-dimensions has higher total retention than rounding to nearest",
     "Q2": "with GPTQ, codeio has higher Code retention than c4",
-    "Q3": "the Code difference codeio − c4, in % of the total retention that uniform-dimensions"
-          " loses, is smaller with GPTQ than with SparseGPT",
+    "Q3": "the size of the Code difference codeio − c4, in % of what uniform-dimensions loses in"
+          " total, is smaller with GPTQ than with SparseGPT",
     "Q4": "with GPTQ, uniform-dimensions has higher total retention than c4",
     "Q5": "with an importance matrix, the Code difference codeio − c4 is between −3 and 3 points",
     "Q6": "with GPTQ, IGSP − uniform-dimensions is between −3 and 3 points of total retention",

@@ -224,9 +224,9 @@ def recovery_message(rows: pd.DataFrame) -> str:  # from `recovery_quantities`
     "A title: whether Code retention depends on the calibration text after training."
     left = rows[(rows["hypothesis"] == "V2") & rows["ci_low"].notna()]
     if len(left) and (left["ci_low"] > 0).all():
-        return "After recovery, Code retention still depends on the calibration text"
+        return "After training, Code retention still depends on the calibration text"
     if len(left) and (left["ci_low"] <= 0).all():
-        return "After recovery, the Code difference codeio − C4 is not significant"
+        return "After training, the Code difference codeio − C4 is not significant"
     return "Retention before and after recovery"
 
 # %% ../../nbs/questions/21_recovery.ipynb #e4ef86aa
@@ -243,10 +243,11 @@ def _retention_panel(ax: Axes, rows: pd.DataFrame,  # of one outcome and method
         mine = rows[rows["text"] == text]
         if mine.empty: continue
         colour, marker, label = _RECOVERY_LOOKS.get(text, ("C5", "v", f"after {text}"))
-        shift = 0.3 - 0.6 * number / max(1, len(texts) - 1)
+        shift = ((len(texts) - 1) / 2 - number) * min(0.24, 0.7 / len(texts))
         error_bars(ax, mine["calibration"].map(places) + shift, mine, horizontal=True,
                    color=colour, fmt=marker, markersize=5, linewidth=1.1, label=label)
-    ax.set(yticks=[*places.values()], yticklabels=[*places])
+    ax.set(yticks=[*places.values()], yticklabels=[*places],
+           ylim=(min(places.values()) - 0.5, 0.5))
 
 def recovery_figure(rows: pd.DataFrame, message: str,  # from `recovery_rows`, `recovery_message`
                     note: str = "") -> Figure:
