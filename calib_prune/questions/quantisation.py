@@ -294,11 +294,11 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
     settings = [*dict.fromkeys(zip(rows["method"], rows["sparsity"]))]
     for number, (method, sparsity) in enumerate(settings):
         mine = rows[(rows["method"] == method) & (rows["sparsity"] == sparsity)]
-        shift = 0.35 - 0.7 * number / max(1, len(settings) - 1)
+        shift = ((len(settings) - 1) / 2 - number) * min(0.2, 0.7 / len(settings))
         places = mine["strategy"].map({name: -at for at, name in enumerate(texts)}) + shift
         error_bars(ax, places, mine, horizontal=True, **_look(method, sparsity))
     ax.set(yticks=[-at for at in range(len(texts))], yticklabels=texts,
-           xlabel="Code retention, %", title="by calibration set, 3.25 or 16 bits")
+           ylim=(0.5 - len(texts), 0.5), xlabel="Code retention, %", title="by calibration set, 3.25 or 16 bits")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #020f4ccb
 def quantisation_message(differences: pd.DataFrame) -> str:  # from `exploratory_rows`
