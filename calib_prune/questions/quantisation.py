@@ -298,7 +298,8 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
         places = mine["strategy"].map({name: -at for at, name in enumerate(texts)}) + shift
         error_bars(ax, places, mine, horizontal=True, **_look(method, sparsity))
     ax.set(yticks=[-at for at in range(len(texts))], yticklabels=texts,
-           ylim=(0.5 - len(texts), 0.5), xlabel="Code retention, %", title="by calibration set, 3.25 or 16 bits")
+           ylim=(0.5 - len(texts), 0.5), xlabel="Code retention, %",
+           title="by calibration set, 3.25 or 16 bits")
 
 # %% ../../nbs/questions/23_quantisation.ipynb #020f4ccb
 def quantisation_message(differences: pd.DataFrame) -> str:  # from `exploratory_rows`
