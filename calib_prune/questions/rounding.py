@@ -398,6 +398,6 @@ def rounding_figure(rows: pd.DataFrame,  # from `rounding_rows`
     headline(figure, rounding_message(rows))
     return annotate(
         figure,
-        f"{METHOD_LEAD}: mean over the sets. Bars: 95% intervals; the title counts simultaneous"
-        f" intervals over all changes of T16. {note}",
+        f"{METHOD_LEAD}: mean over the sets. Bars: 95% intervals; the title counts the changes"
+        f" that move by the rule of T16. {note}",
     )
