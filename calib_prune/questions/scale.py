@@ -7,6 +7,7 @@ __all__ = ['COMMON_SOURCES', 'COMMON_SETS', 'SCALE_QUANTITIES', 'SCALE_ROWS', 's
            'scale_message']
 
 # %% ../../nbs/questions/24_scale.ipynb #328ef1e8
+import textwrap
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -85,6 +86,9 @@ def _scale_panel(ax: Axes, rows: pd.DataFrame, names: list[str]) -> None:  # of 
     "One mark per model, with its interval."
     places = {name: at for at, name in enumerate(names)}
     error_bars(ax, rows["model"].map(places), rows, color="C0", fmt="o", markersize=4)
+    for name in [name for name in names if name not in set(rows["model"])]:
+        ax.text(places[name], 0.5, "not measured", rotation=90, ha="center", va="center",
+                transform=ax.get_xaxis_transform(), fontsize=7, color="0.4")
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set(xticks=[*places.values()], xlim=(-0.5, len(names) - 0.5))
 
@@ -102,7 +106,8 @@ def scale_figure(rows: pd.DataFrame, note: str = "") -> Figure:  # from `scale_r
     for ax, name in zip(axes[0], shown):
         _scale_panel(ax, rows[rows["quantity"] == name], models)
         ax.set_xticklabels([*map(_size_text, models)], fontsize=8)
-        ax.set_title(name.replace(", ", "\n"), fontsize=8)
+        what, _, outcome = name.rpartition(", ")
+        ax.set_title(f"{textwrap.fill(what, 18)}\n{outcome}", fontsize=8)
     axes[0, 0].set_ylabel("points of retention")
     headline(figure, scale_message(rows))
     return annotate(figure, f"Models: {', '.join(models)}. Bars: 95% intervals. {note}")

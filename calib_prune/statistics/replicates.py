@@ -7,8 +7,8 @@ __all__ = ['COORDINATES', 'OUTCOMES', 'WORST', 'ADDITIVE', 'GOALS', 'BLOCK', 'SP
            'source_dimension', 'as_strategy', 'pruned_cells', 'same_rows', 'item_values', 'task_replicates',
            'in_accuracy', 'outcome_replicates', 'items_behind', 'scored_by', 'bootstrap_retention', 'draw_groups',
            'setting_groups', 'deviations', 'pooled_spread', 'draw_spread', 'draw_variances', 'DrawNoise', 'pool_note',
-           'draw_pool', 'draw_noise', 'reads_no_text', 'strategy_retention', 'noise_variance', 'without_noise',
-           'spread', 'prompt_gain_replicates']
+           'draw_pool', 'pool_noise', 'draw_noise', 'reads_no_text', 'strategy_retention', 'noise_variance',
+           'without_noise', 'spread', 'prompt_gain_replicates']
 
 # %% ../../nbs/statistics/02_replicates.ipynb #c5d8abc9
 import math
@@ -363,16 +363,28 @@ def pool_note(fewest: tuple[int, int] = FEWEST_FREEDOM) -> str:
 def draw_pool(by_setting: Mapping[tuple, list[list[int]]],  # from `setting_groups`
               where: tuple,                                 # a setting
               fewest: tuple[int, int] = FEWEST_FREEDOM
-             ) -> list[list[int]]:
-    "The strategies whose draws show the noise of a setting."
+             ) -> tuple[str, list[list[int]]]:
+    "The name of a setting's pool, and the strategies whose draws show the noise."
     def freedom(groups): return sum(len(rows) - 1 for rows in groups)
     own = by_setting.get(where, [])
-    if freedom(own) >= fewest[0]: return own
+    if freedom(own) >= fewest[0]: return str(where), own
     _, *level = where
     alike = [groups for (_, *other), groups in by_setting.items() if other == level]
     every = [rows for groups in alike for rows in groups]
-    if freedom(every) >= fewest[1]: return every
-    return [rows for groups in by_setting.values() for rows in groups]
+    if freedom(every) >= fewest[1]: return f"every method at {level}", every
+    return "every setting", [rows for groups in by_setting.values() for rows in groups]
+
+# %% ../../nbs/statistics/02_replicates.ipynb #poolnoise
+def pool_noise(cells: Replicates, groups: list[list[int]], seed: int,
+               name: str  # of the pool, see `draw_pool`: another pool has other draws
+              ) -> DrawNoise:
+    "The noise of draws that a pool shows."
+    pool = deviations(cells.values[0], groups)
+    size = np.sqrt((pool**2).mean(0))
+    shapes = np.divide(pool, size, out=np.zeros_like(pool), where=size > 0)
+    rng = np.random.default_rng([seed, zlib.crc32(f"spread {name}".encode())])
+    spread = pooled_spread(cells.values, groups)
+    return DrawNoise(shapes, draw_variances(spread, len(cells.values) - 1, rng))
 
 # %% ../../nbs/statistics/02_replicates.ipynb #f338130c
 def draw_noise(cells: Replicates, seed: int,
@@ -385,16 +397,14 @@ def draw_noise(cells: Replicates, seed: int,
         where: [[row for row in rows if keep[row]] for rows in groups]
         for where, groups in setting_groups(cells).items()
     }
-    noise, known = {}, {k: [rows for rows in v if rows] for k, v in in_pool.items()}
+    noise, made = {}, {}
+    known = {k: [rows for rows in v if rows] for k, v in in_pool.items()}
     for where in in_pool:
-        groups = draw_pool(known, where, fewest)
-        pool = deviations(cells.values[0], groups)
-        if not len(pool): continue
-        size = np.sqrt((pool**2).mean(0))
-        shapes = np.divide(pool, size, out=np.zeros_like(pool), where=size > 0)
-        rng = np.random.default_rng([seed, zlib.crc32(f"spread {where}".encode())])
-        spread = pooled_spread(cells.values, groups)
-        noise[where] = DrawNoise(shapes, draw_variances(spread, len(cells.values) - 1, rng))
+        name, groups = draw_pool(known, where, fewest)
+        if not any(len(rows) > 1 for rows in groups): continue
+        # settings with one pool have one variance: it is uncertain for all of them together
+        if name not in made: made[name] = pool_noise(cells, groups, seed, name)
+        noise[where] = made[name]
     return noise
 
 # %% ../../nbs/statistics/02_replicates.ipynb #029bc0f2

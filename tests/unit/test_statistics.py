@@ -44,6 +44,7 @@ from calib_prune.statistics.replicates import (
     OUTCOMES,
     bootstrap_retention,
     deviations,
+    draw_noise,
     draw_spread,
     draw_variances,
     noise_variance,
@@ -249,6 +250,20 @@ def test_a_number_is_the_same_in_every_part_of_a_study():
     at = dict(method="sparsegpt", sparsity=0.6, windows=32)
     for name in SOME:
         np.testing.assert_allclose(all_of_it.of(name, **at), without.of(name, **at), rtol=1e-12)
+
+
+def test_settings_with_the_same_draws_have_the_same_variance():
+    """Two methods with two degrees of freedom each take the draws of both, and the common variance
+    is one unknown number. Methods that take their own draws have variances of their own."""
+    cells = bootstrap_retention(
+        example_study({"c4": (0.5,) * 4}, ("sparsegpt", "wanda"), (0.6,), (0, 1, 2),
+                      draw_sd=0.05, seed=0), 60)
+    shared, own = draw_noise(cells, 0), draw_noise(cells, 0, fewest=(2, 1))
+    one, other = (noise.variances for noise in shared.values())
+    np.testing.assert_array_equal(one, other)
+    assert (one.std(0) > 0).any(), "the common variance is uncertain"
+    one, other = (noise.variances for noise in own.values())
+    assert abs(np.corrcoef(one[:, 0], other[:, 0])[0, 1]) < 0.5
 
 
 def test_same_seed_same_numbers():
