@@ -17,7 +17,13 @@ import pandas as pd
 
 from ..core import DIMENSIONS, CalibPruneError
 from ..evaluation.measures import MEASURES, PLAIN, Measure
-from .claims import LEDGER, estimate_text, study_evidence, study_ledger
+from calib_prune.questions.claims import (
+    LEDGER,
+    estimate_text,
+    study_evidence,
+    study_ledger,
+    verdict_text,
+)
 from calib_prune.questions.estimates import (
     CHECKS,
     CONTRADICTED,
@@ -188,8 +194,7 @@ def _shown(mine: pd.DataFrame  # of one check and model, from `ledgers`
     "Our number and the verdict with the measure of the study's tables."
     row = mine[mine["headline"]].iloc[0]
     if math.isnan(row["ours"]): return row["verdict"]
-    needed = f" ({row['needed']})" if row["needed"] else ""
-    return f"{estimate_text(row, row['unit'])}: {row['verdict']}{needed}"
+    return f"{estimate_text(row, row['unit'])}: {verdict_text(row)}"
 
 # %% ../../nbs/questions/10_agreement.ipynb #cf90bce9
 def model_difference(rows: Mapping[str, pd.Series]  # model → a check's row with the study's measure

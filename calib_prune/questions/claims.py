@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEDGER', 'LEDGER_TITLE', 'LEDGER_NOTES', 'KNOWN_STUDIES', 'number', 'estimate_text', 'interval_reason', 'because',
            'judge', 'ledger', 'claim_levels', 'levels_text', 'draw_deviations', 'further_correlations',
-           'study_evidence', 'study_ledger', 'ledger_line', 'ledger_text', 'claim_paragraphs', 'rule_note',
-           'save_ledger']
+           'study_evidence', 'study_ledger', 'verdict_text', 'ledger_line', 'ledger_text', 'claim_paragraphs',
+           'rule_note', 'save_ledger']
 
 # %% ../../nbs/questions/06_claims.ipynb #99a2dab5
 import math
@@ -59,15 +59,16 @@ def estimate_text(row: Mapping[str, Any], unit: str) -> str:
 
 # %% ../../nbs/questions/06_claims.ipynb #21d910ea
 def interval_reason(check: Check, row: Mapping[str, Any], judged: str) -> str:
-    "What the interval includes, as a sentence."
-    sized = not math.isnan(row["size"])
-    size = f"the paper's size ({number(row['size'], check.unit)})" if sized else ""
-    says = {REPRODUCED: "excludes 0, on the paper's side" + f", and includes {size}" * sized,
-            OTHER_SIZE: f"excludes 0, on the paper's side, and excludes {size}",
-            UNDECIDED: "includes 0" + f" and {size}" * sized,
-            NO_EFFECT: f"includes 0 and excludes {size}",
-            CONTRADICTED: "excludes 0, on the other side"}
-    return says[judged]
+    "What the intervals of our number, and of its difference from the paper's size, include."
+    says = {REPRODUCED: "excludes 0, on the paper's side",
+            OTHER_SIZE: "excludes 0, on the paper's side", UNDECIDED: "includes 0",
+            NO_EFFECT: "includes 0", CONTRADICTED: "excludes 0, on the other side"}[judged]
+    if math.isnan(row["size"]) or judged == CONTRADICTED: return says
+    gap = estimate_text(dict(ours=row["ours"] - row["size"], ci_low=row["gap_low"],
+                             ci_high=row["gap_high"]), check.unit)
+    word = "excludes" if judged in (OTHER_SIZE, NO_EFFECT) else "includes"
+    size = number(row["size"], check.unit)
+    return f"{says}. The difference from the paper's size ({size}), {gap}, {word} 0"
 
 # %% ../../nbs/questions/06_claims.ipynb #39eb3934
 def because(check: Check, row: Mapping[str, Any], judged: str) -> str:
@@ -190,6 +191,15 @@ def study_ledger(evidence: Evidence,
     "The ledger of a study."
     return ledger(estimates(evidence, complete), evidence.levels)
 
+# %% ../../nbs/questions/06_claims.ipynb #verdicttext
+def verdict_text(row: Mapping[str, Any]  # of `ledger`
+                ) -> str:
+    "A verdict, with what would decide an undecided check, or the direction of another size."
+    more = row["needed"]
+    if row["verdict"] == OTHER_SIZE:
+        more = "larger" if abs(row["ours"]) > abs(row["size"]) else "smaller"
+    return row["verdict"] + (f" ({more})" if more else "")
+
 # %% ../../nbs/questions/06_claims.ipynb #0da5c812
 def ledger_line(row: Mapping[str, Any]) -> dict[str, Any]:
     "One row of the ledger as text; missing numbers are blank."
@@ -200,10 +210,9 @@ def ledger_line(row: Mapping[str, Any]) -> dict[str, Any]:
     size = "" if math.isnan(row["size"]) or unit == "ρ" else (
         f"{number(row['size'], unit)} ({abs(row['paper']) / LEAD:.2f})")
     n = "" if pd.isna(row["n"]) else f"{row['n']} {row['n_of']}"
-    needed = f" ({row['needed']})" if row["needed"] else ""
     return {
         "claim": row["claim"], "check": row["check"], "paper": paper, "paper's size here": size,
-        "here [95%]": ours, "n": n, "verdict": row["verdict"] + needed}
+        "here [95%]": ours, "n": n, "verdict": verdict_text(row)}
 
 # %% ../../nbs/questions/06_claims.ipynb #3a877f55
 def ledger_text(table: pd.DataFrame,        # from `ledger`
@@ -236,8 +245,9 @@ LEDGER_NOTES = (
     "Paper's size here: the paper's number as a share of its own mix − C4 of 18.8 points (in"
     " brackets), times mix − C4 of this study at the judged sparsity (C9: at 60%). † difference of"
     " two of the paper's numbers. *Quotation*: known to us at second hand.",
-    "Differences and ranges are in points: percent of the dense model's score. O1 to O3 are"
-    " questions of this project.",
+    "Differences and ranges are in points: percent of the dense model's score. Added by this"
+    " project: the checks with 30 sources, of q-values and of the last step of sparsity, and O1 to"
+    " O3.",
     "Verdicts follow from the intervals by a fixed rule (nbs/questions/05_estimates).",
 )
 # studies whose rows were known when the rule of the verdicts was written

@@ -85,6 +85,7 @@ class Check:
     unit: str             # "ρ", "points" or "count"
     # whether we took the paper's number as a difference of two of its numbers
     derived: bool = False
+    added: bool = False   # whether this project added the check to the paper's
 
     def wording(self, levels: Levels) -> str:
         "The measured quantity, with the sparsities of a study."
@@ -92,7 +93,7 @@ class Check:
 
     def anywhere(self) -> str:
         "The measured quantity, without sparsities."
-        text = self.what.replace(" from {low} to {high}", " with sparsity")
+        text = self.what.replace(" from {low} to {high}", " with sparsity").replace(", {at}", "")
         text = text.replace(" over the last step to {high}", ", last step of sparsity")
         return text.replace(" {at}", "").replace(" {low}", ", low sparsity")
 
@@ -116,25 +117,25 @@ _RHO = "ρ(perplexity, General) − ρ(perplexity, {})"
 _CODE, _MATH = _RHO.format("Code"), _RHO.format("Math")
 OPPOSITE = {
     "O1 code": (
-        Check("O1", f"{_CODE}, SparseGPT {{at}}", 1.14, 1, "ρ", True),
+        Check("O1", f"{_CODE}, SparseGPT {{at}}", 1.14, 1, "ρ", True, True),
         "sparsegpt",
         "General − Code",
         False,
     ),
     "O1 math": (
-        Check("O1", f"{_MATH}, Wanda {{at}}", 1.24, 1, "ρ", True),
+        Check("O1", f"{_MATH}, Wanda {{at}}", 1.24, 1, "ρ", True, True),
         "wanda",
         "General − Math",
         False,
     ),
     "O2 code": (
-        Check("O2", f"{_CODE} within registers, SparseGPT {{at}}", None, 1, "ρ"),
+        Check("O2", f"{_CODE} within registers, SparseGPT {{at}}", None, 1, "ρ", added=True),
         "sparsegpt",
         "General − Code",
         True,
     ),
     "O2 math": (
-        Check("O2", f"{_MATH} within registers, Wanda {{at}}", None, 1, "ρ"),
+        Check("O2", f"{_MATH} within registers, Wanda {{at}}", None, 1, "ρ", added=True),
         "wanda",
         "General − Math",
         True,
@@ -146,7 +147,8 @@ OPPOSITE = {
 # which is of Wanda, is not asked for its size
 MORE_SOURCES = {
     f"{claim} {kind}": (
-        Check(claim, f"ρ(perplexity, {d}), 30 sources{held}, SparseGPT 50%", paper, sign, "ρ"),
+        Check(claim, f"ρ(perplexity, {d}), 30 sources{held}, SparseGPT 50%", paper, sign, "ρ",
+              added=True),
         d,
         bool(held),
     )
@@ -162,9 +164,10 @@ MORE_SOURCES = {
 CHECKS: dict[str, Check] = {
     **{name: check for name, (check, *_) in CORRELATIONS.items()},
     **{name: check for name, (check, *_) in MORE_SOURCES.items()},
-    "C4": Check("C4", "correlations with the paper's sign and p < 0.05, of four", 4, 1, "count"),
-    "C4 corrected": Check("C4", "those with q < 0.05 (Benjamini–Hochberg over the four; not in the"
-                          " paper)", None, 1, "count"),
+    "C4": Check("C4", "correlations with the paper's sign and p < 0.05, of four, {at}", 4, 1,
+                "count"),
+    "C4 corrected": Check("C4", "those with q < 0.05 (Benjamini–Hochberg over the four), {at}",
+                          None, 1, "count", added=True),
     "C5": Check("C5", "shortfall of the most versatile source, SparseGPT {at}", None, 1, "points"),
     # 60.7 − 0.4
     "C5 c4": Check("C5", "C4: General − Code retention, SparseGPT {at}", 60.3, 1, "points", True),
@@ -189,11 +192,12 @@ CHECKS: dict[str, Check] = {
     "C9": Check("C9", "growth of mix − C4 from {low} to {high}, total, SparseGPT", 14.2, 1,
                 "points", True),
     "C9 step": Check("C9", "growth of mix − C4 over the last step to {high}, total, SparseGPT",
-                     None, 1, "points"),
+                     None, 1, "points", added=True),
     **{name: check for name, (check, *_) in OPPOSITE.items()},
-    "O3 c4": Check("O3", "mix − C4, total without Code, SparseGPT {at}", None, 1, "points"),
+    "O3 c4": Check("O3", "mix − C4, total without Code, SparseGPT {at}", None, 1, "points",
+                   added=True),
     "O3 best": Check("O3", "mix − best single source, total without Code, SparseGPT {at}", None, 1,
-                     "points")}
+                     "points", added=True)}
 
 # %% ../../nbs/questions/05_estimates.ipynb #d4b7d890
 REPRODUCED, OTHER_SIZE, NO_EFFECT, CONTRADICTED, UNDECIDED = (
