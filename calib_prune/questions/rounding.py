@@ -12,6 +12,7 @@ __all__ = ['Group', 'METHOD_LEAD', 'DRAW_SEEDS', 'WEIGHTS', 'LOOKED_AT', 'ROUNDI
 # %% ../../nbs/questions/17_rounding.ipynb #99348c3a
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -49,7 +50,8 @@ METHOD_LEAD = "Wanda − SparseGPT"
 
 def comparison_weights(wanted: Sequence[Cell], base: str = "c4"
                       ) -> dict[Group, dict[Group, float]]:  # comparison and method → weights
-    "The comparisons that a study plans, as weights of its groups."
+    """The comparisons of a study, as weights of its groups. Differences between sets other than
+    the base were added when the rows were known."""
     sets, methods = (list(dict.fromkeys(getattr(cell, k) for cell in wanted))
                      for k in ("strategy", "method"))
     planned: dict[Group, dict[Group, float]] = {}
@@ -57,6 +59,8 @@ def comparison_weights(wanted: Sequence[Cell], base: str = "c4"
         for name in sets:
             if name != base and base in sets:
                 planned[f"{name} − {base}", method] = {(name, method): 1, (base, method): -1}
+        for first, name in combinations([name for name in sets if name != base], 2):
+            planned[f"{name} − {first}", method] = {(name, method): 1, (first, method): -1}
     if {"wanda", "sparsegpt"} <= set(methods):
         share = 1 / len(sets)
         planned[METHOD_LEAD, ""] = {
@@ -247,13 +251,15 @@ HYPOTHESES = {"R1": "differences between calibration sets with SparseGPT do not 
               "R3": "retention of each set changes by less than 3 points"}
 SMALL_CHANGE = 0.03  # of retention: the bound of R3
 
-def hypothesis_changes(rows: pd.DataFrame, name: str  # from `rounding_rows`; of `HYPOTHESES`
+def hypothesis_changes(rows: pd.DataFrame, name: str,  # from `rounding_rows`; of `HYPOTHESES`
+                       base: str = "c4"  # R1 is about differences from this set
                       ) -> pd.DataFrame:
     "The changes in total retention that a hypothesis is about."
     total = rows[(rows["dimension"] == "Total") & (rows["weights"] == WEIGHTS[-1])]
     lead, difference = total["comparison"] == METHOD_LEAD, total["comparison"].str.contains("−")
     with_sparsegpt = total["method"] == "sparsegpt"
-    chosen = dict(R1=difference & ~lead & with_sparsegpt, R2=lead, R3=~difference)
+    from_base = total["comparison"].str.endswith(f"− {base}")
+    chosen = dict(R1=from_base & with_sparsegpt, R2=lead, R3=~difference)
     return total[chosen[name]]
 
 # %% ../../nbs/questions/17_rounding.ipynb #820443c2

@@ -92,7 +92,7 @@ def test_the_lead_of_wanda_is_a_mean_over_the_sets():
     of = {(row.comparison, row.method): changes.values[0, i, TOTAL]
           for i, row in enumerate(changes.cells.itertuples()) if row.weights == "stored"}
     leads = [of[name, "wanda"] - of[name, "sparsegpt"] for name in SETS]
-    assert len(of) == 11 and math.isclose(of[METHOD_LEAD, ""], np.mean(leads))
+    assert len(of) == 13 and math.isclose(of[METHOD_LEAD, ""], np.mean(leads))
 
 
 def test_only_the_draws_of_the_second_study_count_but_the_spread_is_of_all():
@@ -228,9 +228,9 @@ def test_hypotheses_are_judged_by_the_right_rows():
     rows = rounding_rows(measure(made_up()), measure(moved))
     verdicts = hypothesis_rows(rows).set_index("hypothesis")["verdict"]
     assert verdicts.to_dict() == {"R1": "holds", "R2": "does not hold", "R3": "does not hold"}
-    assert "2 of 5 differences" in rounding_message(rows)
+    assert "3 of 7 differences" in rounding_message(rows)
     assert len(rounding_message(rows).split()) <= 12
-    assert changes_note(rows).startswith("22 changes were looked at.")
+    assert changes_note(rows).startswith("26 changes were looked at.")
 
 
 # --- what is missing
@@ -248,7 +248,7 @@ def test_missing_rows_are_named_and_the_rest_is_shown():
     )
     rows = rounding_rows(stored, again)
     known = changes_of(rows)["value"].dropna()
-    assert len(changes_of(rows)) == 11 and set(known.index) == {
+    assert len(changes_of(rows)) == 13 and set(known.index) == {
         ("uniform − c4", "sparsegpt"), ("codeio − c4", "wanda"), ("c4", "sparsegpt"),
         ("uniform", "sparsegpt"), ("c4", "wanda"), ("codeio", "wanda")}
     shown = rounding_text(rows)
@@ -307,5 +307,5 @@ def test_the_presets_name_the_study_of_the_stored_weights(model):
     scoring = [{k: v for k, v in some["scoring"].items() if k != "swapped"}  # rows of the floor
                for some in (preset, other)]
     assert scoring[0] == scoring[1] and preset["resamples"] == other["resamples"]
-    assert len(comparison_weights(grid_cells(preset))) == 11
+    assert len(comparison_weights(grid_cells(preset))) == 13
     assert preset["measure"] == ANSWER_BITS.name
