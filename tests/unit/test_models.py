@@ -1,5 +1,6 @@
 "Loading and saving: nothing from a model folder is executed, nothing half-written stays."
 import json
+import math
 import os
 import pickle
 import re
@@ -304,7 +305,8 @@ def write_gguf(path, model, file_type=gguf.LlamaFileType.ALL_F32, splitting="gpt
     out.add_file_type(file_type), out.add_context_length(512), out.add_embedding_length(32)
     out.add_block_count(2), out.add_feed_forward_length(48)
     out.add_head_count(4), out.add_head_count_kv(2), out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    out.add_rope_freq_base(10000.0), out.add_vocab_size(264), out.add_rope_dimension_count(8)
+    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    out.add_vocab_size(264), out.add_rope_dimension_count(8)
     vocab = sorted(tiny_tokenizer().get_vocab().items(), key=lambda kv: kv[1])
     tokens = [t for t, _ in vocab] + ["ab"] + [f"<unused{i}>" for i in range(263 - len(vocab))]
     out.add_tokenizer_model("gpt2"), out.add_token_list(tokens), out.add_token_merges(["a b"])
@@ -412,6 +414,40 @@ def test_a_gguf_file_may_have_tied_embeddings_and_tables_that_are_computed(tmp_p
     write_gguf(tmp_path / "m.gguf", model, rope_freqs=torch.ones(4))
     loaded, _ = load_model(str(tmp_path / "m.gguf"))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def llama3_factors(theta, factor, dim=8):
+    "The table of factors, as llama.cpp's convert_hf_to_gguf.py computes it."
+    factors = []
+    for i in range(0, dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / dim)
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+        if wavelength < 8192 / 4: factors[-1] = 1
+        elif wavelength > 8192: factors[-1] = factor
+    return torch.tensor(factors)
+
+
+def test_a_gguf_file_of_llama_3_has_its_rotary_scaling(tmp_path):
+    rule = dict(rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0,
+                high_freq_factor=4.0, original_max_position_embeddings=8192)
+    model, ids = tiny_llama(rope_parameters=rule), torch.arange(1, 200)[None] % 200
+    write_gguf(tmp_path / "m.gguf", model, rope_freqs=llama3_factors(500_000.0, 8.0))
+    loaded, _ = load_model(str(tmp_path / "m.gguf"))
+    assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+    again, _ = load_model(str(convert_gguf(tmp_path / "m.gguf", tmp_path / "converted")))
+    assert again.config.rope_parameters["factor"] == 8.0
+    assert torch.equal(again(ids).logits, loaded(ids).logits)
+    write_gguf(tmp_path / "plain.gguf", model)
+    without, _ = load_model(str(tmp_path / "plain.gguf"))
+    assert not torch.allclose(without(ids).logits, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rope_freqs", "rope_factors_long"])
+def test_a_gguf_file_with_another_rotary_table_is_refused(tmp_path, name):
+    write_gguf(tmp_path / "m.gguf", tiny_llama(), **{name: torch.tensor([1.0, 2.0, 3.0, 4.0])})
+    with pytest.raises(CalibPruneError, match=f"m.gguf: its table {name}"):
+        load_model(str(tmp_path / "m.gguf"))
 
 
 def test_a_gguf_file_with_tensors_that_the_model_has_no_place_for_is_refused(tmp_path):
