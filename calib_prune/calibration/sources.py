@@ -161,7 +161,11 @@ class PackagedSource(Source):
 # %% ../../nbs/calibration/02_sources.ipynb #0b8e90e9
 def packaged(name: str, dimension: str, licence: str, description: str) -> PackagedSource:
     "A packaged source; its origin is looked up in the list of what is fetched."
-    wheel = next(e.pin for e in [*SOURCE_TEXT, *HELDOUT_TEXT, *FURTHER_TEXT] if e.name == name)
+    pins = {e.name: e.pin for e in [*SOURCE_TEXT, *HELDOUT_TEXT, *FURTHER_TEXT]}
+    if name not in pins:
+        raise CalibPruneError(f"No entry of `SOURCE_TEXT` (nbs/data/03_wheels.ipynb) is {name!r},"
+                              " so it cannot be packaged. A source of the hub is a `HubSource`.")
+    wheel = pins[name]
     return PackagedSource(name, dimension, licence, f"wheel {WHEELS[wheel]}", description)
 
 # %% ../../nbs/calibration/02_sources.ipynb #5d0a8cb0

@@ -244,7 +244,7 @@ def new_study(
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     items: Annotated[
         Optional[int],
-        typer.Option(help="Items per benchmark. By default 24 to 200, as in `smoke`."),
+        typer.Option(help="Items per benchmark. By default 24 to 64, as in `smoke`."),
     ] = None,
     seed: Annotated[
         Optional[list[int]],

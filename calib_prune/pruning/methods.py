@@ -202,9 +202,9 @@ def check_quantisation(recipe: "MethodSteps", sparsity: float = 0.0,
         raise CalibPruneError(f"Method {method.name} does not quantise: use gptq, imatrix or rtn,"
                               " or `calib-prune prune`.")
     if not how:
-        raise CalibPruneError(f"Method {method.name} quantises: use `calib-prune quantize"
-                              f" --method {method.name} --bits 3`, for example; in a study"
-                              f" {method.name}+bits=3.")
+        raise CalibPruneError(f"Method {method.name} quantises, so it needs bits: use `calib-prune"
+                              f" quantize --method {method.name} --bits 3`, for example; with"
+                              f" `advise`, --bits 3; in a study, {method.name}+bits=3.")
     how.grid.check(max(how.group, 1))
     if recipe.extras:
         raise CalibPruneError(f"{', '.join(recipe.extras)} would move weights off the grid: leave"
