@@ -34,7 +34,7 @@ from ..pipeline.records import json_rows
 from ..progress import ProgressFn
 from ..pruning.grids import Quantisation
 from ..pruning.masks import parse_sparsity
-from ..pruning.methods import MethodSteps
+from ..pruning.methods import MethodSteps, check_method
 from ..statistics.plots import error_by_layer
 from ..style import paper_style, save_figure
 
@@ -119,6 +119,7 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
     if record is None:
         raise CalibPruneError(f"{pruned} is no folder that `calib-prune prune` made: there is no "
                               "record of how it was pruned. `calib-prune compare` takes any model.")
+    check_method(record["method"])
     check_report_files(pruned)
     check_tokenizers(str(dense), [str(pruned)])
     evaluation = evaluate_model(pruned, dense, tasks, limit, measure, dtype, device,

@@ -481,7 +481,7 @@ def estimate_correlation(name: str, e: Evidence) -> Estimate:
 # %% ../../nbs/questions/05_estimates.ipynb #ac3d1337
 def _in_registers(row: pd.Series, paper: float | None, held: bool  # is the register held fixed?
                  ) -> Estimate:
-    registers = " The registers are prose, and code with formulas." if held else ""
+    registers = " The registers are prose; code and problems." if held else ""
     p = p_value_text("p", row["partial_p" if held else "p"])
     return _rho_estimate(row, paper, f"Permutation {p}.{registers}", held)
 

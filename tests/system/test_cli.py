@@ -324,6 +324,10 @@ def test_compare_and_report_on_pruned_models(model, text, tmp_path):
     assert (tmp_path / "half" / "README.md").read_text() == "mine"
     assert (tmp_path / "most" / "README.md").read_text().startswith("---\nlibrary_name:")
     AutoModelForCausalLM.from_pretrained(tmp_path / "most")
+    record = tmp_path / "most" / RECORD_FILE
+    record.write_text(record.read_text().replace('"method": "admm"', '"method": "my-own"'))
+    said = call("report", tmp_path / "most", "--dense", model, code=1)
+    assert "my-own" in said.stderr and "scoring" not in said.stderr, "refused before scoring"
 
 
 @pytest.mark.real
