@@ -242,8 +242,8 @@ LEDGER_TITLE = "Claims of the paper compared with this study, one verdict per ch
 LEDGER_NOTES = (
     "The paper's numbers are at 60%, those of C9 at 30% and from 30% to 60%; where the paper names"
     " no sparsity, 60% is assumed.",
-    "Paper's size here: the paper's number as a share of its own mix − C4 of 18.8 points (in"
-    " brackets), times mix − C4 of this study at the judged sparsity (C9: at 60%). † difference of"
+    "Paper's size here: the paper's number as a share of its own mix − c4 of 18.8 points (in"
+    " brackets), times mix − c4 of this study at the judged sparsity (C9: at 60%). † difference of"
     " two of the paper's numbers. *Quotation*: known to us at second hand.",
     "Differences and ranges are in points: percent of the dense model's score. Added by this"
     " project: the checks with 30 sources, of q-values and of the last step of sparsity, and O1 to"

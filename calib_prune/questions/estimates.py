@@ -47,12 +47,12 @@ CLAIMS = {  # id → (claim, where it stands)
     "C5": ("No source has the highest retention in every dimension.", "quotation"),
     "C6": (
         "A uniform mix has higher total retention than the best single source, and that source"
-        " higher than C4.",
+        " higher than c4.",
         "abstract",
     ),
     "C7": ("IGSP has higher total retention than Self-Cal and than SGS.", "abstract"),
     "C8": ("Averaged commonsense accuracy hides how far strategies differ in Code.", "quotation"),
-    "C9": ("The margin of the mix over C4 grows with sparsity.", "quotation"),
+    "C9": ("The margin of the mix over c4 grows with sparsity.", "quotation"),
     "O1": (
         "General rises with perplexity where Code and Math fall: the opposite signs, as one test.",
         "ours",
@@ -72,7 +72,7 @@ class Levels:
 PAPER = Levels()
 
 # %% ../../nbs/questions/05_estimates.ipynb #b42a011f
-LEAD = 18.8  # the paper's mix − C4 in total retention at 60 %, in points
+LEAD = 18.8  # the paper's mix − c4 in total retention at 60 %, in points
 
 @dataclass(frozen=True)
 class Check:
@@ -170,16 +170,16 @@ CHECKS: dict[str, Check] = {
                           None, 1, "count", added=True),
     "C5": Check("C5", "shortfall of the most versatile source, SparseGPT {at}", None, 1, "points"),
     # 60.7 − 0.4
-    "C5 c4": Check("C5", "C4: General − Code retention, SparseGPT {at}", 60.3, 1, "points", True),
+    "C5 c4": Check("C5", "c4: General − Code retention, SparseGPT {at}", 60.3, 1, "points", True),
     # 52.2 − 46.2
     "C5 math": Check("C5", "math source: Math − General retention, SparseGPT {at}", 6.0, 1,
                      "points", True),
     "C6": Check("C6", "mix − best single source, total, SparseGPT {at}", 8.8, 1, "points"),
-    "C6 c4": Check("C6", "mix − C4, total, SparseGPT {at}", LEAD, 1, "points"),
+    "C6 c4": Check("C6", "mix − c4, total, SparseGPT {at}", LEAD, 1, "points"),
     # the paper's best single source is MetaMath
     "C6 math": Check("C6", "mix − math source, total, SparseGPT {at}", 8.8, 1, "points"),
     # 50.0 − 40.0
-    "C6 single": Check("C6", "best other single source − C4, total, SparseGPT {at}", 10.0, 1,
+    "C6 single": Check("C6", "best other single source − c4, total, SparseGPT {at}", 10.0, 1,
                        "points", True),
     # the setting is ours: the abstract
     "C7 self-cal": Check("C7", "IGSP − Self-Cal, total, SparseGPT {at}", 2.4, 1, "points"),
@@ -187,14 +187,14 @@ CHECKS: dict[str, Check] = {
     "C7 sgs": Check("C7", "IGSP − SGS, total, SparseGPT {at}", 4.8, 1, "points"),
     "C8": Check("C8", "range of Code − range of Commonsense retention, SparseGPT {at}", None, 1,
                 "points"),
-    "C9 low": Check("C9", "mix − C4, total, SparseGPT {low}", 4.6, 1, "points"),
+    "C9 low": Check("C9", "mix − c4, total, SparseGPT {low}", 4.6, 1, "points"),
     # 18.8 − 4.6
-    "C9": Check("C9", "growth of mix − C4 from {low} to {high}, total, SparseGPT", 14.2, 1,
+    "C9": Check("C9", "growth of mix − c4 from {low} to {high}, total, SparseGPT", 14.2, 1,
                 "points", True),
-    "C9 step": Check("C9", "growth of mix − C4 over the last step to {high}, total, SparseGPT",
+    "C9 step": Check("C9", "growth of mix − c4 over the last step to {high}, total, SparseGPT",
                      None, 1, "points", added=True),
     **{name: check for name, (check, *_) in OPPOSITE.items()},
-    "O3 c4": Check("O3", "mix − C4, total without Code, SparseGPT {at}", None, 1, "points",
+    "O3 c4": Check("O3", "mix − c4, total without Code, SparseGPT {at}", None, 1, "points",
                    added=True),
     "O3 best": Check("O3", "mix − best single source, total without Code, SparseGPT {at}", None, 1,
                      "points", added=True)}
@@ -365,9 +365,9 @@ def size_note(name: str, e: Evidence, size: np.ndarray | None, *dimensions: str)
     if not in_bits(e.replicates, *dimensions): return ""
     if check.paper == LEAD: return "It is the unit of sizes, so only its direction is judged."
     if size is None:
-        return "Mix − C4, the unit of sizes, is not significant: the size decides nothing."
+        return "Mix − c4, the unit of sizes, is not significant: the size decides nothing."
     share = check.paper / LEAD
-    return f"The paper's size is {share:.2f} of mix − C4, here {size[0]:+.1f} points."
+    return f"The paper's size is {share:.2f} of mix − c4, here {size[0]:+.1f} points."
 
 # %% ../../nbs/questions/05_estimates.ipynb #60cdf1d7
 Reduce = Callable[[np.ndarray], tuple[float, float, float]]  # replicates → estimate and interval
@@ -652,14 +652,14 @@ def curve_text(margin_at: dict[float, np.ndarray]) -> str:
 def estimate_low(name: str, e: Evidence) -> Estimate:
     "C9: the margin at the lower sparsity."
     if e.levels.low == e.levels.at:
-        raise Untestable(PRESET, "The mix and C4 were not pruned to a lower sparsity than in C6.")
+        raise Untestable(PRESET, "The mix and c4 were not pruned to a lower sparsity than in C6.")
     margin, here = margins(e.replicates).get(e.levels.low), e.replicates.where(method="sparsegpt")
     if margin is None: raise Untestable(PRESET, _both_missing(e.levels.low))
     return sized(name, e, margin, here, "Total")
 
 # %% ../../nbs/questions/05_estimates.ipynb #efe13b67
 def _both_missing(level: float) -> str:
-    return f"The mix and C4 were not both pruned to {100 * level:.0f}%."
+    return f"The mix and c4 were not both pruned to {100 * level:.0f}%."
 
 def estimate_growth(name: str, e: Evidence) -> Estimate:
     "C9: the margin at the higher sparsity minus the margin at the lower, or the last lower one."

@@ -35,7 +35,7 @@ class Decision:
     "A comparison of total retention that was fixed before its draws."
     first: str
     second: str
-    share: float | None = None  # the paper's size in units of mix − C4; None: only the direction
+    share: float | None = None  # the paper's size in units of mix − c4; None: only the direction
     method: str = "sparsegpt"
     of_paper: bool = True       # whether the paper claims that the difference is above 0
 

@@ -226,7 +226,7 @@ def recovery_message(rows: pd.DataFrame) -> str:  # from `recovery_quantities`
     if len(left) and (left["ci_low"] > 0).all():
         return "After training, Code retention still depends on the calibration text"
     if len(left) and (left["ci_low"] <= 0).all():
-        return "After training, the Code difference codeio − C4 is not significant"
+        return "After training, the Code difference codeio − c4 is not significant"
     return "Retention before and after recovery"
 
 # %% ../../nbs/questions/21_recovery.ipynb #e4ef86aa

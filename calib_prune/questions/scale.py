@@ -117,5 +117,5 @@ def scale_message(rows: pd.DataFrame) -> str:  # from `scale_rows`
     mix = rows[rows["quantity"] == SCALE_QUANTITIES[0].label]
     ahead = int((mix["ci_low"] > 0).sum())
     if not len(mix): return "Differences by model"
-    if ahead == len(mix) > 1: return f"The equal-source mix leads C4 on all {ahead} models"
-    return f"The equal-source mix significantly leads C4 on {ahead} of {len(mix)} models"
+    if ahead == len(mix) > 1: return f"The equal-source mix leads c4 on all {ahead} models"
+    return f"The equal-source mix significantly leads c4 on {ahead} of {len(mix)} models"

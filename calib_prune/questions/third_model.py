@@ -26,14 +26,14 @@ from ..statistics.selection import Measured, grid_part
 
 # %% ../../nbs/questions/22_third_model.ipynb #eb278ef5
 THIRD_MODEL_HYPOTHESES = {
-    "H1": "mix − C4, total: above 0, below the paper's 18.8",
-    "H2": "codeio − C4, Code: 10 points or more",
+    "H1": "mix − c4, total: above 0, below the paper's 18.8",
+    "H2": "codeio − c4, Code: 10 points or more",
     "H3": "mix − math source, total: below the paper's 8.8",
     "H4": "IGSP − SGS, total: below the paper's 4.8; IGSP − Self-Cal: between −4 and 4",
     "H5": "half-code − mix: Code above 0, total between −2 and 2",
     "H6": "Wanda − SparseGPT, total, mean over six calibration sets: above 0",
     "H7": "total retention is higher than on the second model (73.9 and 78.0)",
-    "H8": "mix − C4, total: larger at 60 % than at 50 %",
+    "H8": "mix − c4, total: larger at 60 % than at 50 %",
     "H9": "H1 and H2 have the same signs in accuracy"}
 
 SETS_WITH_BOTH_PRUNERS = "c4", "codeio", "math", "uniform", "uniform-dimensions", "igsp"

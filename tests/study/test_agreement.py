@@ -255,7 +255,7 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     table.to_csv(tmp_path / "qwen-0.5b/T7-measures.csv", index=False)
     with pytest.raises(
         Exception,
-        match="judges 'mix − C4, total, SparseGPT 30%', but its preset asks for .* SparseGPT 50%",
+        match="judges 'mix − c4, total, SparseGPT 30%', but its preset asks for .* SparseGPT 50%",
     ):
         run()
     study, metrics = like_paper(at=0.5, low=0.5, high=0.6)
@@ -277,8 +277,8 @@ def test_the_notebook_sets_two_ledgers_side_by_side(tmp_path):
     assert "not run to the end, so verdicts may change: qwen2.5-coder-0.5b." in said
     lines = said.split("\n\n")[0]
     assert (
-        "| mix − C4, total, SparseGPT, low sparsity  " in lines
-        and "| mix − C4, total, SparseGPT 50%  " in lines
+        "| mix − c4, total, SparseGPT, low sparsity  " in lines
+        and "| mix − c4, total, SparseGPT 50%  " in lines
     ), "a check that models judge at different sparsities names none"
     assert set(pd.read_csv(tmp_path / "smollm2-135m/T7-models.csv")["model"]) == {
         "smollm2-135m",

@@ -154,7 +154,7 @@ def test_the_numbers_are_those_of_the_study(right):
     )
     assert (
         np.isclose(right.loc["C5 c4", "ours"], 50, atol=0.3)
-        and "3.21 of mix − C4" in right.loc["C5 c4", "why"]
+        and "3.21 of mix − c4" in right.loc["C5 c4", "why"]
     )
     assert (
         right.loc["C4", "ours"] == 4
@@ -240,7 +240,7 @@ def test_no_unit_no_size():
 
 
 def test_the_size_of_an_effect_is_judged_with_the_noise_of_its_unit():
-    """A mix that leads math by the paper's share of its lead over C4: the interval of the
+    """A mix that leads math by the paper's share of its lead over c4: the interval of the
     difference includes 0 in nearly all studies."""
     included, kept = 0, {"c4": 0.4, "uniform": 0.6, "math": 0.6 - 0.2 * 8.8 / LEAD}
     for seed in range(20):
@@ -368,8 +368,8 @@ def test_wrong_input_is_named():
 def test_a_study_of_another_sparsity_is_judged_there():
     "The same made-up study at 50 instead of 60 %, and 40 instead of 30: the same verdicts."
     found = ledger_of(*like_paper(at=0.5, low=0.4), 300, 999)
-    assert {"ρ(perplexity, General), Wanda 50%", "mix − C4, total, SparseGPT 40%",
-            "growth of mix − C4 from 40% to 50%, total, SparseGPT"} <= set(found["check"])
+    assert {"ρ(perplexity, General), Wanda 50%", "mix − c4, total, SparseGPT 40%",
+            "growth of mix − c4 from 40% to 50%, total, SparseGPT"} <= set(found["check"])
     there = ledger_of(*like_paper(), 300, 999)
     # growth between other sparsities has no size of the paper
     growth = found.index.isin(["C9", "C9 low"])
