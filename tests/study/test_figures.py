@@ -699,8 +699,9 @@ def test_sources_that_cannot_be_told_apart_have_no_winner_and_no_colour(seeds):
 
 
 def test_a_source_that_leads_all_others_is_named_with_its_dimension():
+    many = (0, 1, 2, 3)  # two draws of four sources say little about the noise of draws
     assert (
-        source_message(alone(KEPT, n=400))
+        source_message(alone(KEPT, n=400, seeds=many))
         == "Best source: c4 (General), stdlib (Code), math (Math); otherwise not significant"
     )
     best = {"c4": (0.9,) * 4, "stdlib": (0.3,) * 4, "math": (0.3,) * 4}
