@@ -258,7 +258,7 @@ def _set_llama3(config: Any,        # changed in place
                 table: torch.Tensor # factors, one per frequency
                ) -> bool:           # False: another rule made the table
     plain = dict(getattr(config, "rope_parameters", None) or {})
-    if "rope_theta" not in plain: return False
+    if "rope_theta" not in plain or plain.get("rope_type", "default") != "default": return False
     config.rope_parameters = plain | LLAMA3_ROPE | dict(factor=float(table[-1]))
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
     frequencies = plain["rope_theta"] ** -(torch.arange(len(table)) / len(table))

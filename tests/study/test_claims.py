@@ -18,6 +18,7 @@ from calib_prune.questions.claims import (
     save_ledger,
     study_evidence,
     study_ledger,
+    verdict_text,
 )
 from calib_prune.questions.estimates import (
     CHECKS,
@@ -79,6 +80,15 @@ def test_the_rule(ends, size, sign):
     assert (found in (UNDECIDED, NO_EFFECT)) == (low <= 0 <= high)
     assert (found in (REPRODUCED, UNDECIDED)) == (includes_size and not wrong)
     assert found == verdict(-high, -low, -sign, (-gap[1], -gap[0]))
+
+
+@pytest.mark.parametrize("ours, size, said", [
+    (3, 2, "larger"), (1, 2, "smaller"), (-3, -2, "larger"), (-1, -2, "smaller")])
+def test_another_size_is_larger_or_smaller(ours, size, said):
+    row = dict(verdict=OTHER_SIZE, ours=ours, size=size, needed="")
+    assert verdict_text(row) == f"{OTHER_SIZE} ({said})"
+    assert verdict_text(row | dict(verdict=UNDECIDED, needed="9 draws")) == "undecided (9 draws)"
+    assert verdict_text(row | dict(verdict=REPRODUCED)) == "reproduced"
 
 
 @pytest.mark.parametrize("low,high", [(math.nan, 1), (0, math.nan), (2, 1)])

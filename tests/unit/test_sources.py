@@ -28,6 +28,7 @@ from calib_prune.calibration.sources import (
     get_source,
     hub_source,
     library_files,
+    packaged,
     say_gsm8k_hub,
     say_hellaswag_hub,
     say_siqa_hub,
@@ -577,3 +578,8 @@ def test_real_heldout_text_is_in_no_general_source():
 def test_replace_keeps_a_source_whole():
     s = replace(PAPER_SOURCES["paper:c4"], at="abc")
     assert isinstance(s, HubSource) and (s.name, s.config, s.at) == ("paper:c4", "en", "abc")
+
+
+def test_a_source_without_an_entry_of_what_is_fetched_is_not_packaged():
+    with pytest.raises(CalibPruneError, match="No entry of `SOURCE_TEXT` .* is 'letters'"):
+        packaged("letters", "General", "CC0", "Letters")
