@@ -64,6 +64,15 @@ def resident_mb() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 
+def forget_peak() -> None:
+    """Give back what the allocator holds free, and start this process's peak anew.
+
+    What the allocator gave back later would be taken off the peak of the function that runs next.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def in_fork(act: Callable[[], Any],  # what it returns must be JSON
             seconds: float = 60,
             memory: int | None = 4 << 30  # bytes of address space on top; None: no limit
@@ -75,8 +84,6 @@ def in_fork(act: Callable[[], Any],  # what it returns must be JSON
     if not (pid := os.fork()):
         os.close(read)
         gc.freeze()  # what its parent left to collect would be taken off the peak if it went here
-        # less than its parent's: pages of files are mapped when they are read
-        os.write(write, b"%d\n" % resident_mb())
         with contextlib.suppress(BaseException): _act(act, write, memory)
         os._exit(1)
     os.close(write)
@@ -106,6 +113,9 @@ def _act(act: Callable[[], Any], write: int, memory: int | None) -> None:
         for fd in (0, 1, 2): os.dup2(nothing.fileno(), fd)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     if memory is not None: resource.setrlimit(resource.RLIMIT_AS, (address_space() + memory,) * 2)
+    forget_peak()
+    # less than its parent's: pages of files are mapped when they are read
+    os.write(write, b"%d\n" % resident_mb())
     try: told = {"value": act()}
     except BaseException: told = {"fault": traceback.format_exc()[-1500:]}
     data = json.dumps(told).encode()

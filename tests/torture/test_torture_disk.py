@@ -1,4 +1,5 @@
 "Self-tests of the torture by disks, poison, programs and users: each of its checks can fail."
+import ctypes
 import gc
 import os
 import pickle
@@ -34,6 +35,15 @@ def test_what_a_parent_left_to_collect_does_not_hide_what_a_fork_took():
         del garbage
         assert in_fork(lambda: (gc.collect(), len(b"x" * (200 << 20)))).peak_mb > 150
     finally: gc.enable()
+
+
+def test_what_the_allocator_holds_free_does_not_hide_what_a_fork_took():
+    c = ctypes.CDLL(None)
+    c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [c.malloc(100) for _ in range(2_000_000)]
+    for block in blocks: ctypes.memset(block, 1, 100)
+    for block in blocks: c.free(block)
+    assert in_fork(lambda: len(b"x" * (200 << 20))).peak_mb > 150
 
 
 # --- disks
