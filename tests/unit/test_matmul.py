@@ -17,6 +17,8 @@ from calib_prune.kernels.matmul import (
     linear,
     multiplies_bfloat16,
 )
+from calib_prune.kernels.memory import reused_memory
+from tests.torture.alone import resident_mb
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -98,6 +100,16 @@ def test_laid_out_weights_give_the_same_bits():
     with torch.no_grad(), _ByOneDNN(laid_out=(full := LaidOut(room=w.numel() * 4))):
         for weight in (w, other): assert torch.equal(F.linear(x, weight), linear(x, weight))
     assert len(full.weights) == 1, "what does not fit is left as it is"
+
+
+def test_memory_of_many_laid_out_weights_is_returned():
+    weights, laid_out = [torch.ones(1024, 4096) for _ in range(12)], LaidOut()
+    with reused_memory():  # as in scoring: here freed memory stays in the process
+        before = resident_mb()
+        for w in weights: laid_out.of(w, 64)
+        inside = resident_mb()
+        laid_out.forget(returned=0)
+        assert not laid_out.weights and resident_mb() < before + 40 < inside - 100
 
 
 def test_only_the_types_that_were_asked_for(monkeypatch):
