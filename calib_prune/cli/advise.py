@@ -56,7 +56,7 @@ def show_quick(quick: Any, model: str, settings: Any,  # settings: `PruneSetting
                own: Sequence[str] = ()  # the user's sources
               ) -> None:
     "Advice without pruning, for people."
-    from calib_prune.advice.pages import prune_command_line, regret_lines
+    from calib_prune.advice.pages import command_lines, regret_lines
     show_table(distance_lines(quick, own), f"mismatch of the prompts with the {SHOWN} nearest "
                f"sources{' and with your own' if own else ''}: distance of the vocabularies")
     print_lines(["", f"Take {quick.calibration}. {quick.reason}", ""])
@@ -69,7 +69,7 @@ def show_quick(quick: Any, model: str, settings: Any,  # settings: `PruneSetting
                         "--minutes", "15", *_other_settings(settings)])
     if settings.quantise:
         print_lines(["The rule was measured with pruning, not with quantisation."])
-    print_lines(["", prune_command_line(model, quick.calibration, settings), "",
+    print_lines(["", *command_lines(model, quick.calibration, settings), "",
                  f"To choose by pruning: {again}"])
 
 # %% ../../nbs/cli/11_advise.ipynb #258de395
@@ -84,13 +84,13 @@ def finalist_lines(advice: Any) -> list[dict[str, Any]]:  # from `measured.advis
 def show_advice(advice: Any, files: list[Path]) -> None:
     "Measured advice, for people."
     from calib_prune.advice.pages import (
+        command_lines,
         lead_lines,
-        prune_command_line,
         retention_cells,
         round_lines,
     )
     trials = advice.search.trials
-    command = prune_command_line(trials.model, advice.calibration, trials.settings)
+    commands = command_lines(trials.model, advice.calibration, trials.settings)
     show_table(round_lines(advice), "candidates: scores on the tuning items; screening prunes with "
                "Wanda in one shot" + (" at 50 %" if trials.settings.quantise else ""))
     show_table(finalist_lines(advice), f"finalists, on what the need counts ({advice.need.asked}), "
@@ -98,7 +98,7 @@ def show_advice(advice: Any, files: list[Path]) -> None:
     show_table(retention_cells(advice), "retention in %, simultaneous 95 % intervals")
     show_table(lead_lines(advice), "lead in points, simultaneous 95 % intervals")
     print_lines(["", f"Take {advice.calibration}. {advice.verdict}", advice.more,
-                 *advice.warnings, f"{advice.seconds / 60:.1f} minutes.", "", command, "",
+                 *advice.warnings, f"{advice.seconds / 60:.1f} minutes.", "", *commands, "",
                  f"Page: {files[1]}"])
 
 # %% ../../nbs/cli/11_advise.ipynb #6289bd2d

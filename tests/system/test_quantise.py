@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from calib_prune.advice.pages import prune_command_line
+from calib_prune.advice.pages import command_lines
 from calib_prune.advice.report import report_title
 from calib_prune.cli.advise import method_settings
 from calib_prune.cli.app import app
@@ -318,15 +318,19 @@ def test_keys_hold_bits_and_groups(checkout):
             methods=["rtn+bits=3"], sparsities=[0.5])]))
 
 
-@pytest.mark.parametrize("method, bits, line", [
-    ("gptq", 3, "calib-prune quantize --model m --calibration codeio --method gptq --sparsity 0"
-                " --bits 3 --group 64 --output pruned"),
-    ("admm", None, "calib-prune prune --model m --calibration codeio --method admm --sparsity 0.5"
-                   " --output pruned")])
-def test_advice_ends_in_the_command_of_its_method(method, bits, line):
-    settings = PruneSettings(**method_settings("m", method, None, bits, 64))
+@pytest.mark.parametrize("method, bits, lines", [
+    ("gptq", 3, ["quantize --model m --calibration codeio --method gptq --bits 3 --group 64"
+                 " --windows 16 --output pruned"]),
+    ("imatrix", 3, ["quantize --model m --calibration codeio --method imatrix --bits 3 --group 64"
+                    " --windows 16 --output pruned",
+                    "imatrix --model m --calibration codeio --windows 16"
+                    " --output own.imatrix.gguf"]),
+    ("admm", None, ["prune --model m --calibration codeio --method admm --sparsity 0.5"
+                    " --windows 16 --output pruned"])])
+def test_advice_ends_in_the_commands_of_its_method(method, bits, lines):
+    settings = PruneSettings(**method_settings("m", method, None, bits, 64), windows=16)
     settings.check()
-    assert prune_command_line("m", "codeio", settings) == line
+    assert command_lines("m", "codeio", settings) == [f"calib-prune {line}" for line in lines]
     with pytest.raises(CalibPruneError, match="quantize --method gptq"):
         PruneSettings(**method_settings("m", "gptq", None, None, 64)).check()
 
