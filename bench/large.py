@@ -167,7 +167,8 @@ def prune(
     checkpoint, pruned = work / "checkpoint", work / "pruned"
     command = [
         sys.executable, "-c", "from calib_prune.cli.app import main; main()", "prune", "--model",
-        folder, "--calibration", work / "text.txt", "--sparsity", 0.5, "--windows", windows,
+        folder, "--calibration", work / "text.txt", "--method", "sparsegpt", "--sparsity", 0.5,
+        "--windows", windows,
         "--length", length, "--dtype", "bfloat16", "--checkpoint", checkpoint, "--output", pruned,
         "--json"]
     runs = []

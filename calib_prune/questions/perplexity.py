@@ -127,11 +127,11 @@ def effect_verdict(effects: pd.DataFrame, dimension: str  # from `third_effects`
                   ) -> str:
     "Whether perplexity by itself moves a dimension."
     mine = effects[effects["dimension"] == dimension].set_index("source")
-    if MEAN not in mine.index: return "inconclusive"
+    if MEAN not in mine.index: return "undecided"
     mean, each = mine.loc[MEAN], mine.drop(index=MEAN)["value"]
     if (mean["ci_low"] > 0 or mean["ci_high"] < 0) and len(set(np.sign(each))) == 1: return "moves"
     return (
-        "does not move" if max(abs(mean["ci_low"]), abs(mean["ci_high"])) < NEAR else "inconclusive"
+        "does not move" if max(abs(mean["ci_low"]), abs(mean["ci_high"])) < NEAR else "undecided"
     )
 
 # %% ../../nbs/questions/12_perplexity.ipynb #390749fe

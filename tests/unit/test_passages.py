@@ -228,8 +228,8 @@ def test_verdicts():
             "Code")
     assert verdicts(0.01, 0.05) == "moves" and verdicts(-0.05, -0.001, signs=(-1, -1)) == "moves"
     assert (
-        verdicts(0.01, 0.05, signs=(1, -1)) == "inconclusive"
-        and verdicts(-0.01, 0.03) == "inconclusive"
+        verdicts(0.01, 0.05, signs=(1, -1)) == "undecided"
+        and verdicts(-0.01, 0.03) == "undecided"
     )
     assert (
         verdicts(-0.019, 0.019) == "does not move"
@@ -285,5 +285,5 @@ def test_half_a_study_says_nothing_of_the_other_half():
     )
     effects = effects_of(preset, some)
     assert set(effects["source"]) == {"wikipedia"}
-    assert effect_verdict(effects, "Code") == "inconclusive"
+    assert effect_verdict(effects, "Code") == "undecided"
     assert len(effects_of(preset, cells.rows([False] * len(cells.cells)))) == 0
