@@ -310,16 +310,17 @@ def growth_rows(part: Part) -> pd.DataFrame:  # columns `GROWTH`; fractions
     return table.reindex(columns=GROWTH).dropna(subset="value")
 
 # %% ../../nbs/statistics/08_comparison.ipynb #be0a4e5f
-def sd_interval(sd: float, noise: float,  # without the noise; of the noise
+def sd_interval(seen: float,   # variance, with the noise
+                noise: float,  # standard deviation of the noise
                 freedom: int) -> tuple[float, float]:
     "The 95% interval of a standard deviation that is seen through noise, for normal deviations."
-    ends = freedom * (sd**2 + noise**2) / chi2.ppf((0.975, 0.025), freedom) - noise**2
+    ends = freedom * seen / chi2.ppf((0.975, 0.025), freedom) - noise**2
     low, high = np.sqrt(np.maximum(ends, 0))
     return float(low), float(high)
 
 # %% ../../nbs/statistics/08_comparison.ipynb #1e73c03c
 def source_spread(replicates: Replicates
-                 ) -> pd.DataFrame:  # coordinates, dimension, sd, noise_sd, freedom
+                 ) -> pd.DataFrame:  # coordinates, dimension, seen: variance, sd, noise_sd, freedom
     """Standard deviation between single sources in each setting, without the noise of their items
     and draws."""
     rows = []
@@ -331,11 +332,13 @@ def source_spread(replicates: Replicates
         rows += [
             dict(**at,
                  dimension=outcome,
+                 seen=seen[j],
                  sd=np.sqrt(np.maximum(seen[j] - noise[j], 0)),
                  noise_sd=np.sqrt(noise[j]),
                  freedom=values.shape[1] - 1) for j, outcome in enumerate(OUTCOMES)
             if outcome != "Worst" and not np.isnan(seen[j])]
-    return pd.DataFrame(rows, columns=[*COORDINATES, "dimension", "sd", "noise_sd", "freedom"])
+    columns = [*COORDINATES, "dimension", "seen", "sd", "noise_sd", "freedom"]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/statistics/08_comparison.ipynb #060b96b2
 SPREADS = [
@@ -347,10 +350,10 @@ def spread_rows(part: Part) -> pd.DataFrame:  # columns `SPREADS`; fractions
     draws = draw_spread(part.cells).rename(columns={"items_sd": "noise_sd"}).assign(between="draws",
                                                                                     noise="items")
     sources = source_spread(part.replicates).assign(between="sources", noise=part.replicates.noise)
-    table = stacked([draws, sources], SPREADS).reindex(columns=SPREADS)
-    ends = [sd_interval(row.sd, row.noise_sd, row.freedom) for row in table.itertuples()]
+    table = stacked([draws, sources], [*SPREADS, "seen"])
+    ends = [sd_interval(row.seen, row.noise_sd, row.freedom) for row in table.itertuples()]
     table["ci_low"], table["ci_high"] = [end[0] for end in ends], [end[1] for end in ends]
-    return in_order(table, ["method"], [c.method for c in part.wanted])
+    return in_order(table.reindex(columns=SPREADS), ["method"], [c.method for c in part.wanted])
 
 # %% ../../nbs/statistics/08_comparison.ipynb #59ce41dc
 def spread_text(table: pd.DataFrame  # from `spread_rows`

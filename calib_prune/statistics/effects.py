@@ -80,10 +80,11 @@ def with_means(replicates: Replicates, by: Sequence[str],
 def _standardised(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [k], [B, k]
     """Standard error of each difference, and the deviations of its replicates in standard errors.
     The error is estimated from quantiles, because two or three draws have heavy tails."""
-    missing = np.isnan(delta).any(1)
-    # as in `resampling.interval`
-    if 0 < missing[1:].mean() <= 0.01: delta = delta[~missing | (np.arange(len(delta)) == 0)]
-    standard_error = np.diff(np.quantile(delta[1:], norm.cdf([-1, 1]), axis=0), axis=0)[0] / 2
+    gone = np.isnan(delta[1:])
+    lost = gone.mean(0) > 0.01  # as in `resampling.interval`
+    quantile = np.nanquantile if gone.any() else np.quantile
+    ends = quantile(np.where(lost, 0.0, delta[1:]), norm.cdf([-1, 1]), axis=0)
+    standard_error = np.where(lost, np.nan, np.diff(ends, axis=0)[0] / 2)
     return standard_error, np.divide(
         delta[1:] - delta[0],
         standard_error,
@@ -91,13 +92,19 @@ def _standardised(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [k], [
         where=standard_error != 0,
     )
 
+def _largest(deviations: np.ndarray, level: float) -> float:  # [B, k], NaN: not known
+    "A quantile of the largest deviation of each replicate."
+    largest = np.fmax.reduce(deviations, axis=1)
+    known = largest[~np.isnan(largest)]
+    return float(np.quantile(known, level)) if known.size else np.nan
+
 # %% ../../nbs/statistics/03_effects.ipynb #06feeeb7
 def simultaneous(delta: np.ndarray,       # [1 + B, k]
                  level: float = 0.95
                 ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper ends, [k]
     "Simultaneous intervals of several differences (max-t)."
     standard_error, deviations = _standardised(delta)
-    half_width = np.quantile(np.abs(deviations).max(1), level) * standard_error
+    half_width = _largest(np.abs(deviations), level) * standard_error
     return delta[0] - half_width, delta[0] + half_width
 
 # %% ../../nbs/statistics/03_effects.ipynb #dc948c71
@@ -105,7 +112,7 @@ def best_of(delta: np.ndarray              # [1 + B, candidates], how far each l
            ) -> tuple[float, float, float]:  # estimate, and an interval that allows for the choice
     "The largest of several differences; its interval allows for the choice."
     standard_error, deviations = _standardised(delta)
-    half_width = np.quantile(deviations.max(1), 0.975), np.quantile((-deviations).max(1), 0.975)
+    half_width = _largest(deviations, 0.975), _largest(-deviations, 0.975)
     return float(delta[0].max()), float((delta[0] - half_width[0] * standard_error).max()), float(
         (delta[0] + half_width[1] * standard_error).max())
 

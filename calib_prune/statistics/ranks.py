@@ -339,8 +339,9 @@ def _contrast_p(x: np.ndarray, a: np.ndarray, b: np.ndarray,  # [n]
                 plan: Resampling
                ) -> float:
     """Two-sided p-value of ρ(x, a) − ρ(x, b), the groups held fixed: pairings of the metric with
-    the sources inside them."""
+    the sources inside them; NaN if one retention does not vary inside them."""
     ranks = [_residual_ranks(series, plan.own) for series in (x, a, b)]
+    if not (ranks[1].any() and ranks[2].any()): return math.nan
     weights = ranks[1] / np.linalg.norm(ranks[1]) - ranks[2] / np.linalg.norm(ranks[2])
     taken, extra = plan.pairings[0], 0 if plan.pairings[1] else 1
     null, seen = ranks[0][taken] @ weights, ranks[0] @ weights

@@ -192,6 +192,8 @@ def outcome_replicates(tasks: dict[str, np.ndarray],   # from `item_values`
         t: draws(len((tasks | rights)[t]), n_boot, seed, t)
         for t in dict.fromkeys([*tasks, *counted])
     }
+    for task, rows in weights.items():  # a single item cannot be resampled
+        if rows.shape[1] == 1: weights[task] = np.r_[rows[:1], np.full((n_boot, 1), np.nan)]
     replicates = np.empty((n_boot + 1, next(iter(tasks.values())).shape[1] - 1, len(OUTCOMES)))
     for start in range(0, n_boot + 1, BLOCK):
         rows = np.arange(start, min(start + BLOCK, n_boot + 1))
@@ -303,7 +305,10 @@ def pooled_spread(values: np.ndarray,     # [1 + B, cells, outcomes]
     squares, records = deviations(values, groups) ** 2, []
     if not squares.shape[1]: return pd.DataFrame(columns=SPREAD[len(COORDINATES):])
     seen = squares[0].mean(0)
-    items = np.maximum(squares[1:].mean((0, 1)) - seen, 0)  # what resampling items adds
+    resampled = squares[1:].mean(1)
+    # as in `resampling.interval`
+    mean = np.where(np.isnan(resampled).mean(0) > 0.01, np.nan, pd.DataFrame(resampled).mean())
+    items = np.maximum(mean - seen, 0)  # what resampling items adds
     sizes = [len(rows) for rows in groups if len(rows) > 1]
     about = dict(draws=sum(sizes), freedom=sum(sizes) - len(sizes))
     for outcome, s, i in zip(OUTCOMES, seen, items):
@@ -327,7 +332,8 @@ def draw_spread(cells: Replicates) -> pd.DataFrame:  # columns `SPREAD`
 # %% ../../nbs/statistics/02_replicates.ipynb #e42889ca
 def draw_variances(spread: pd.DataFrame,       # of one setting, from `draw_spread`
                    n_boot: int, rng: np.random.Generator
-                  ) -> np.ndarray:             # [B, outcomes]; 0 where nothing is known
+                  # [B, outcomes]; 0 without draws, NaN where the items' part is not known
+                  ) -> np.ndarray:
     "A draw of the variance between draws for each replicate, from its sampling distribution."
     known = spread.set_index("dimension").reindex(OUTCOMES)
     seen, items, freedom = (known[k].to_numpy(float) for k in ("seen", "items", "freedom"))
@@ -335,9 +341,9 @@ def draw_variances(spread: pd.DataFrame,       # of one setting, from `draw_spre
     with np.errstate(divide="ignore", invalid="ignore"):
         # beyond it the variance between draws would be negative
         most = chi2.cdf(freedom * seen / items, freedom)
-        return np.nan_to_num(
-            freedom * seen / chi2.ppf(u * most, freedom) - items, nan=0.0, posinf=0.0
-        )
+        drawn = freedom * seen / chi2.ppf(u * most, freedom) - items
+    unknown = np.isnan(items) & ~np.isnan(seen)
+    return np.where(np.isfinite(drawn) | unknown, drawn, 0.0)
 
 # %% ../../nbs/statistics/02_replicates.ipynb #6065ae7d
 @dataclass(frozen=True)

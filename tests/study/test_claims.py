@@ -593,6 +593,14 @@ def test_the_partial_p_belongs_to_the_partial_difference():
     assert low > 25 and shown <= 8
 
 
+def test_retention_that_is_the_same_inside_each_register_has_no_p_there():
+    groups, rng = np.repeat([0, 1], (9, 6)), np.random.default_rng(0)
+    free, held = resampling(np.zeros(15, int), 50, 999, 0), resampling(groups, 50, 999, 0)
+    flat, other = np.tile(groups.astype(float), (51, 1)), np.tile(rng.normal(size=15), (51, 1))
+    found = correlation_contrast(rng.normal(size=15), flat, other, free, held)
+    assert np.isnan(found["partial_p"]) and 0 < found["p"] <= 1
+
+
 def test_a_dimension_that_every_source_keeps_alike_has_no_contrast():
     study = example_study(
         {o: (0.5 + 0.02 * i, 0.5, 0.5, 0.5) for i, o in enumerate(SUITE)}, seeds=(0,), n=400

@@ -276,9 +276,9 @@ def test_a_mix_that_is_not_there_has_no_margin():
 
 @given(st.floats(0.001, 1), st.floats(0, 1), st.integers(1, 60))
 def test_an_interval_of_a_spread_holds_it_and_shrinks_with_draws(sd, noise, freedom):
-    low, high = sd_interval(sd, noise, freedom)
+    low, high = sd_interval(sd**2 + noise**2, noise, freedom)
     assert 0 <= low < sd < high or freedom < 3
-    wider = sd_interval(sd, noise, max(freedom // 2, 1))
+    wider = sd_interval(sd**2 + noise**2, noise, max(freedom // 2, 1))
     assert wider[1] >= high * (1 - 1e-9)
 
 

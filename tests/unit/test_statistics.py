@@ -235,6 +235,27 @@ def test_a_variance_between_draws_is_never_cut_to_zero():
     ), "one degree of freedom says little"
 
 
+def test_a_replicate_without_a_number_does_not_remove_the_noise_of_draws():
+    study = example_study(SOME, ("sparsegpt",), (0.5,), (0, 1, 2), n=200, draw_sd=0.1, seed=4)
+    whole = bootstrap_retention(study, 400)
+    few, many = (replace(whole, values=whole.values.copy()) for _ in range(2))
+    few.values[7, 2, DIMENSIONS.index("Code")] = np.nan
+    many.values[1:20, 2, DIMENSIONS.index("Code")] = np.nan
+    sd, of_few, of_many = (
+        draw_spread(cells).set_index("dimension")["sd"] for cells in (whole, few, many)
+    )
+    assert sd["Code"] > 0 and math.isclose(of_few["Code"], sd["Code"], rel_tol=0.05)
+    assert np.isnan(of_many["Code"]) and of_many["Math"] == sd["Math"]
+    table = effects(strategy_retention(many)).set_index(["strategy", "dimension"])["ci_low"]
+    assert table[:, "Code"].isna().all() and table[:, "Math"].notna().all()
+
+
+def test_a_single_item_cannot_be_resampled():
+    study = example_study(SOME, ("sparsegpt",), (0.5,), (0,), n=1)
+    found = bootstrap_retention(study, 20)
+    assert np.isfinite(found.values[0, :, :4]).any() and np.isnan(found.values[1:]).all()
+
+
 def test_a_number_is_the_same_in_every_part_of_a_study():
     """Windows that vary elsewhere, other methods and ablations change nothing: one stream of
     resamples for the whole study."""
@@ -349,7 +370,11 @@ def test_a_replicate_without_a_value_leaves_no_interval_of_zero():
         best_of(one) == pytest.approx(best_of(delta), abs=0.1) and np.isnan(best_of(many)[1:]).all()
     )
     low, high = simultaneous(one)
-    assert np.isfinite([low, high]).all() and np.isnan(simultaneous(many)).all()
+    assert np.isfinite([low, high]).all()
+    assert [*np.flatnonzero(np.isnan(simultaneous(many)).any(0))] == [2]
+    for column in range(6): one[10 * column:10 * column + 8, column] = np.nan
+    one[0] = delta[0]  # together over 1 % of the replicates, none alone
+    assert np.allclose(simultaneous(one), simultaneous(delta), atol=0.1)
     values = np.random.default_rng(1).normal(size=(1001, 3, 4)) * 0.01 + np.eye(4)[:3]
     values[1:30, 1, 2] = np.nan
     estimate, *ends = shortfall(values)
