@@ -27,10 +27,7 @@ from ..progress import ProgressFn
 from ..pruning.methods import METHODS
 from calib_prune.questions.policies import (
     ALL_ALIKE,
-    FIXED,
-    HALF_CODE,
     NEAREST,
-    TUNED_SHARES,
     WORST_OF_ALL,
 )
 
@@ -102,7 +99,7 @@ class QuickAdvice:
     policy: str              # as in `questions.policies`
     reason: str
     distances: pd.DataFrame  # from `source_distances`
-    regrets: pd.DataFrame    # of this policy, C4 and equal shares, for this need; perhaps empty
+    regrets: pd.DataFrame    # of this policy, c4 and equal shares, for this need; perhaps empty
     judged_with: str         # the method whose regrets they are, at 50 %
 
     def record(self) -> dict[str, Any]:
@@ -131,17 +128,17 @@ RULE_REASONS = {
                "This rule was not tested with several abilities."}
 FIXED_RULES = {  # method of the regrets, need → policy, reason
     ("sparsegpt", ALL_ALIKE): (
-        TUNED_SHARES, "This mix, two thirds code, has the lowest regret on both studied models with"
+        "tuned", "This mix, two thirds code, has the lowest regret on both studied models with"
         " SparseGPT (table T18). Its shares were tuned on held-out text of one of them."),
     ("sparsegpt", WORST_OF_ALL): (
-        TUNED_SHARES, "Code loses most where calibration text has little of it; two thirds of this"
+        "tuned", "Code loses most where calibration text has little of it; two thirds of this"
         " mix are code. Its regret is below 1 point on both studied models with SparseGPT"
         " (table T18)."),
     ("admm", ALL_ALIKE): (
-        HALF_CODE, "This mix, half code, has the lowest regret on SmolLM2-135M with L-ADMM"
+        "half-code", "This mix, half code, has the lowest regret on SmolLM2-135M with L-ADMM"
         " (table T18). Its lead over `tuned` is not significant."),
     ("admm", WORST_OF_ALL): (
-        HALF_CODE, "Code loses most where calibration text has little of it; half of this mix is"
+        "half-code", "Code loses most where calibration text has little of it; half of this mix is"
         " code. It has the lowest regret on SmolLM2-135M with L-ADMM (table T18). Its lead over"
         " `tuned` is not significant.")}
 
@@ -150,7 +147,7 @@ def quick_reason(need: Need, distances: pd.DataFrame, method: str = "admm"
     "The calibration mix, its policy and the reason."
     if need.policy_need in (ALL_ALIKE, WORST_OF_ALL):
         policy, reason = FIXED_RULES[judged_with(method), need.policy_need]
-        return FIXED[policy], policy, reason
+        return policy, policy, reason
     mix = nearest_mix(need, distances)
     if not need.single: return mix, NEAREST, RULE_REASONS["several"]
     first, second = (row for row in distances.head(2).itertuples())
@@ -171,7 +168,7 @@ def advise_quickly(need: str,                     # see `needs.parse_need`
     distances = source_distances(wanted, load_tokenizer(str(model)), names, progress=progress)
     mix, policy, reason = quick_reason(wanted, distances, method)
     known = policy_regrets(method)
-    shown = known["policy"].isin([policy, "C4", "equal sources", "equal dimensions"])
+    shown = known["policy"].isin([policy, "c4", "uniform", "uniform-dimensions"])
     regrets = known[shown & (known["need"] == wanted.policy_need)].reset_index(drop=True)
     return QuickAdvice(wanted, mix, policy, reason, distances, regrets,
                        METHODS[judged_with(method)].label)
