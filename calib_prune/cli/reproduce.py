@@ -30,6 +30,7 @@ from rich.markup import escape
 
 from .output import bars, show_table
 from calib_prune.core import (
+    DIMENSIONS,
     CalibPruneError,
     as_path,
     cache_dir,
@@ -255,13 +256,25 @@ def lacking_device(study: dict[str, Any], path: Path  # of the preset
     )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #6cd44f91
+def _check_tasks(scoring: dict[str, Any]) -> None:  # of a preset
+    "Refuse a task that does not exist, or that no table of a study counts."
+    from calib_prune.evaluation.tasks import get_tasks, limit_of
+    names = scoring["tasks"]
+    for name in map(str.strip, names.split(",") if isinstance(names, str) else names):
+        for task in get_tasks([name]):
+            limit_of(task, scoring["limit"])
+            if task.dimension in DIMENSIONS: continue
+            raise CalibPruneError(
+                f"{name}: its dimension is {task.dimension}, and the tables of a study count "
+                f"{', '.join(DIMENSIONS)} only. Name the one that the task adds to: "
+                f"Code={name.rpartition('=')[2]}, for example.")
+
 def check_names(study: dict[str, Any]) -> None:
     """Refuse a preset that names a model, source, method or task that does not exist, before hours
     of work."""
     from calib_prune.calibration.sets import parse_mix
     from calib_prune.calibration.sources import get_source
     from calib_prune.data.wheels import NAMED_MODELS
-    from calib_prune.evaluation.tasks import get_tasks, limit_of
     from calib_prune.generation.igsp import protocol_with
     from calib_prune.model.loading import locate_model
     from calib_prune.pruning.masks import parse_sparsity
@@ -279,7 +292,7 @@ def check_names(study: dict[str, Any]) -> None:
     # a named one may still have to be fetched
     if study["model"] not in NAMED_MODELS: locate_model(study["model"])
     get_source(study["heldout"]["source"])
-    for task in get_tasks(study["scoring"]["tasks"]): limit_of(task, study["scoring"]["limit"])
+    _check_tasks(study["scoring"])
 
 # %% ../../nbs/cli/08_reproduce.ipynb #60f8caf1
 # names until 0.1 → names now
