@@ -269,25 +269,36 @@ def _check_tasks(scoring: dict[str, Any]) -> None:  # of a preset
                 f"{', '.join(DIMENSIONS)} only. Name the one that the task adds to: "
                 f"Code={name.rpartition('=')[2]}, for example.")
 
+def _check_mix(mix: str) -> None:
+    "Refuse a calibration set that a study cannot make."
+    from calib_prune.calibration.sets import parse_mix
+    from calib_prune.calibration.sources import STANDARD_INPUT, get_source
+    from calib_prune.generation.igsp import protocol_with
+    from calib_prune.study.presets import protocol_of
+    if generated := protocol_of(mix):
+        protocol_with(*generated)
+        return
+    for source in parse_mix(mix):
+        if source.partition(":")[0] == STANDARD_INPUT:  # each model is a process of its own
+            raise CalibPruneError(f"A study cannot read standard input ({source}): save the text "
+                                  "in a file, and name the file.")
+        get_source(source)
+
 def check_names(study: dict[str, Any]) -> None:
     """Refuse a preset that names a model, source, method or task that does not exist, before hours
     of work."""
-    from calib_prune.calibration.sets import parse_mix
     from calib_prune.calibration.sources import get_source
     from calib_prune.data.wheels import NAMED_MODELS
-    from calib_prune.generation.igsp import protocol_with
     from calib_prune.model.loading import locate_model
     from calib_prune.pruning.masks import parse_sparsity
     from calib_prune.pruning.methods import check_allocation, check_quantisation, read_recipe
-    from calib_prune.study.presets import grid_cells, protocol_of
+    from calib_prune.study.presets import grid_cells
     for cell in grid_cells(study, ablations=True):
         recipe, (sparsity, pattern) = read_recipe(cell.method), parse_sparsity(cell.sparsity)
         check_allocation(recipe.allocation, pattern)
         check_quantisation(recipe, sparsity, pattern)
     for name, mix in study["strategies"].items():
-        try:
-            if generated := protocol_of(mix): protocol_with(*generated)
-            else: [get_source(source) for source in parse_mix(mix)]
+        try: _check_mix(mix)
         except CalibPruneError as e: raise CalibPruneError(f"Strategy {name}: {e}") from e
     # a named one may still have to be fetched
     if study["model"] not in NAMED_MODELS: locate_model(study["model"])
