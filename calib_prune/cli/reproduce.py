@@ -415,12 +415,13 @@ def snakemake_command(path: Path,  # of the preset
                       gpus: int = 0                    # of this machine that runs may use
                      ) -> list[str]:
     "The command that runs the workflow."
+    from calib_prune.kernels.compiled import cores  # a slow import
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile",
         str(path), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
         "--force-use-threads"]
     if profile: command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
-    else: command += ["--cores", str(jobs or len(os.sched_getaffinity(0)))]
+    else: command += ["--cores", str(jobs or cores())]
     if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
     chosen = dict(
         tables_only=tables_only, again=again and not tables_only, cluster=profile is not None

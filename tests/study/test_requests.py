@@ -1,4 +1,5 @@
 """What runs ask of a cluster and of several GPUs; without a cluster and without a GPU."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_the_command_for_clusters_and_gpus(tmp_path):
     assert here[here.index("--resources") + 1] == "gpu=4" and here[-2:] == ["--config", "gpus=4"]
     assert cli.snakemake_command(path, 1, True, True)[-3:] == [
         "--config", "tables_only=1", "--forceall"]
+
+
+def test_a_machine_that_binds_no_processes_uses_its_cores(monkeypatch):
+    "So it is on macOS."
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    command = cli.snakemake_command(Path("p.yaml"), 0, False, False)
+    assert command[command.index("--cores") + 1] == "7"
 
 
 def test_profiles_are_checked(tmp_path, monkeypatch):
