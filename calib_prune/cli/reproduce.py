@@ -675,9 +675,9 @@ def reproduce(
     path, study, results = _study_of(preset)
     if table: tables_only = True
     root, names = repository(), [c.name for c in cells(study, ablations=True)]
+    cluster = check_profile(profile, root) if profile else None
     os.chdir(root)  # paths in a preset start there
     if not tables_only: check_names(study)
-    cluster = check_profile(profile, root) if profile else None
     command = snakemake_command(path, jobs, tables_only, again, cluster, _gpus(study))
     left: dict[str, dict[str, str]] = {}
     asked = [*context.args, *([table_file(study, table)] if table else [])]

@@ -177,3 +177,14 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         f"a. Finished files are kept. No space left on the disk of {tmp_path}"
         in cli.failure_report(log)
     )
+
+
+def test_a_profile_lies_where_the_user_is_and_not_the_study(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("executor: local\n")
+    monkeypatch.chdir(tmp_path)
+    def command(*given): raise CalibPruneError(f"in {given[4]}")
+    monkeypatch.setattr(cli, "snakemake_command", command)
+    with pytest.raises(CalibPruneError, match=f"in {tmp_path / 'mine'}"):
+        cli.reproduce(SimpleNamespace(args=[]), profile="mine")
+    assert Path.cwd() == ROOT
