@@ -502,6 +502,18 @@ def _sweep(results: Path) -> None:
         if old.is_file(): old.unlink()
 
 # %% ../../nbs/cli/08_reproduce.ipynb #0131d9b6
+def _failure(run: "Guarded", stops: list[int],  # signals that came
+             error: str, bars: _StudyBars, log: Path  # see `_watch`
+            ) -> CalibPruneError | None:
+    "Why a study did not finish; None if it did."
+    if stops:
+        again = shlex.join(["calib-prune", *sys.argv[1:]])
+        made = sum(map(bars.over, bars.names))
+        return Stopped(f"Stopped: {made} of {len(bars.names)} models are finished and kept. "
+                       f"To go on: {again}", stops[0])
+    if error: return CalibPruneError(_common_report(error, log))
+    return CalibPruneError(failure_report(log)) if run.poll() else None
+
 def run_workflow(command: list[str], root: Path,  # the checkout
                  results: Path,
                  names: list[str], left: set[str],  # models: all, and those to be made
@@ -525,18 +537,11 @@ def run_workflow(command: list[str], root: Path,  # the checkout
         try:
             with new_bars(console) as bars:
                 error = _watch(run, stops, shown := _StudyBars(bars, names, left, results), log)
+        finally: run.close()
+        failure = _failure(run, stops, error, shown, log)
+        try: after()
         finally:
-            run.close()
-            after()
-    if stops:
-        again = shlex.join(["calib-prune", *sys.argv[1:]])
-        made = sum(map(shown.over, names))
-        raise Stopped(
-            f"Stopped: {made} of {len(names)} models are finished and kept. To go on: {again}",
-            stops[0],
-        )
-    if error: raise CalibPruneError(_common_report(error, log))
-    if run.poll(): raise CalibPruneError(failure_report(log))
+            if failure: raise failure  # it comes before what may be wrong with the notes
 
 # %% ../../nbs/cli/08_reproduce.ipynb #7560ecbc
 def without_finished(arguments: list[str],  # for Snakemake

@@ -188,3 +188,10 @@ def test_a_profile_lies_where_the_user_is_and_not_the_study(tmp_path, monkeypatc
     with pytest.raises(CalibPruneError, match=f"in {tmp_path / 'mine'}"):
         cli.reproduce(SimpleNamespace(args=[]), profile="mine")
     assert Path.cwd() == ROOT
+
+
+@pytest.mark.parametrize("code, said", [("exit('no model')", "no model"), ("", "notes")])
+def test_wrong_notes_do_not_hide_why_a_study_failed(tmp_path, code, said):
+    def note(): raise CalibPruneError("wrong notes")
+    with pytest.raises(CalibPruneError, match=said):
+        cli.run_workflow([sys.executable, "-c", code], tmp_path, tmp_path, [], set(), after=note)
