@@ -188,10 +188,16 @@ def run_trial(search: Halving, mix: str, stage: int) -> None:
     if show and search.plan: show("models of the plan", len(search.scores), search.plan.models)
     keep_plan(search)
 
+def _is_screened(search: Halving, mix: str) -> bool:
+    return is_kept(search.trials, mix, SCREEN_SEED, SCREEN)
+
 def check_time(search: Halving) -> None:
-    "Refuse too few minutes before anything is pruned."
-    if search.plan or search.fits(Plan(FINALISTS)): return
-    minutes = math.ceil((search.used + search.seconds_of(Plan(FINALISTS))) / 60)
+    "Refuse too few minutes before anything is pruned; a search that has pruned goes on."
+    least = Plan(sum(not _is_screened(search, mix) for mix in search.mixes[:FINALISTS]))
+    if search.plan or search.fits(least): return
+    pruned = is_kept(search.trials, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
+    if search.spent and pruned: return  # it was let through, and a restart takes time as well
+    minutes = math.ceil((search.used + search.seconds_of(least)) / 60)
     raise CalibPruneError(
         f"{search.seconds / 60:g} minutes are too few: to prune and score a model takes about "
         f"{search.pace(TUNING):.0f} seconds here, and the finalists alone take {FRESH_TRIALS}. "
@@ -202,7 +208,8 @@ def screen(search: Halving) -> Plan:
     "Screen candidates as long as the time allows, and plan the rounds of trials."
     known = search.plan.screened if search.plan else FINALISTS
     for n, mix in enumerate(search.mixes):
-        if n >= known and (search.plan or not search.fits(Plan(1))): break
+        free = not search.plan and _is_screened(search, mix)
+        if n >= known and not free and (search.plan or not search.fits(Plan(1))): break
         run_trial(search, mix, SCREENING)
     if search.plan: return search.plan
     tried = len(search.scores)
@@ -219,8 +226,8 @@ def entrants(search: Halving, size: int) -> list[str]:
 
 def halve(search: Halving) -> list[str]:  # finalists, the best first
     "Run all rounds, as far as the time allows."
-    keep_plan(search)
     check_time(search)
+    keep_plan(search)
     timed_items(search, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
     search.plan = screen(search)
     keep_plan(search)

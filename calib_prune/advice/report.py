@@ -27,7 +27,7 @@ from ..core import CalibPruneError, load_json, write_atomic
 from ..evaluation.flips import flips
 from ..evaluation.tasks import choose, fill_prompt, get_tasks, task_items
 from ..model.divergence import Divergence, divergence
-from ..model.loading import AUTO, load_model, own_record
+from ..model.loading import AUTO, REPORT_RECORD, load_model, own_record
 from ..model.perplexity import Perplexity, perplexity
 from ..pipeline.evaluate import Evaluation, evaluate_model
 from ..pipeline.records import json_rows
@@ -65,12 +65,12 @@ def example_answers(dense: Any, pruned: Any, tokenizer: Any) -> list[dict[str, s
 
 # %% ../../nbs/advice/09_report.ipynb #9ffe1b5b
 LAYERS_STEM = "layers"
-REPORT_FILES = "report.html", "report.md", "report.json", f"{LAYERS_STEM}.svg"
+REPORT_FILES = "report.html", "report.md", REPORT_RECORD, f"{LAYERS_STEM}.svg"
 
 def check_report_files(folder: str | Path) -> None:
     "Refuse a folder in which a report would replace a file that is not from `report`."
     place = Path(folder)
-    try: earlier = load_json(place / REPORT_FILES[2]).get("report") == REPORT_VERSION
+    try: earlier = load_json(place / REPORT_RECORD).get("report") == REPORT_VERSION
     except CalibPruneError: earlier = False
     taken = [name for name in REPORT_FILES if (place / name).exists()]
     if earlier or not taken: return

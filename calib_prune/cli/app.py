@@ -76,7 +76,8 @@ LEFT: dict[str, Callable[[dict[str, Any]], str]] = {
     "measure": lambda given: f"No metrics were kept; {AGAIN}.",
     "verify": lambda given: f"Nothing was changed; {AGAIN}.",
     "fetch": lambda given: "Files that are complete are kept; the same command fetches the others.",
-    "reproduce": lambda given: "Finished models are kept; the same command goes on from them."}
+    "reproduce": lambda given: f"Nothing was written; {AGAIN}." if given.get("record") else
+                               "Finished models are kept; the same command goes on from them."}
 
 # %% ../../nbs/cli/17_app.ipynb #c0f1a7c5
 def command_name(command: Callable) -> str:

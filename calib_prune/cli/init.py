@@ -126,12 +126,21 @@ def strategy_name(mix: str  # as `--calibration` takes it
     return re.sub(r"[^\w.-]+", "-", short).strip("-.")[:60] or "text"
 
 # %% ../../nbs/cli/09_init.ipynb #9eb22b5a
+def _is_path(source: str) -> bool:
+    "Whether a source is a file, also with a field after it, a folder or a pattern."
+    from calib_prune.calibration.sources import is_pattern
+    path = re.sub(r"(\.(jsonl|parquet)):\w[^/\\]*$", r"\1", source)
+    return os.path.exists(path) or is_pattern(path) and not path.startswith("hub:")
+
 def whole_paths(mix: str) -> str:
     """A mix whose files have absolute paths, because paths in a preset are relative to the study's
     folder."""
+    from calib_prune.study.presets import protocol_of
+    if protocol_of(mix): return mix
     def whole(part: str) -> str:
         name, mark, weight = part.rpartition("=") if "=" in part else (part, "", "")
-        return (str(Path(name).absolute()) if os.path.exists(name) else name) + mark + weight
+        name = os.path.expanduser(name.strip())
+        return (str(Path(name).absolute()) if _is_path(name) else name) + mark + weight
     return ",".join(map(whole, mix.split(",")))
 
 # %% ../../nbs/cli/09_init.ipynb #0ef2d1de

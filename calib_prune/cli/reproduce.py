@@ -30,6 +30,7 @@ from rich.markup import escape
 
 from .output import bars, show_table
 from calib_prune.core import (
+    DIMENSIONS,
     CalibPruneError,
     as_path,
     cache_dir,
@@ -255,31 +256,54 @@ def lacking_device(study: dict[str, Any], path: Path  # of the preset
     )
 
 # %% ../../nbs/cli/08_reproduce.ipynb #6cd44f91
+def _check_tasks(scoring: dict[str, Any]) -> None:  # of a preset
+    "Refuse a task that does not exist, or that no table of a study counts."
+    from calib_prune.evaluation.tasks import get_tasks, limit_of
+    names = scoring["tasks"]
+    for name in map(str.strip, names.split(",") if isinstance(names, str) else names):
+        for task in get_tasks([name]):
+            limit_of(task, scoring["limit"])
+            if task.dimension in DIMENSIONS: continue
+            raise CalibPruneError(
+                f"{name}: its dimension is {task.dimension}, and the tables of a study count "
+                f"{', '.join(DIMENSIONS)} only. Name the one that the task adds to: "
+                f"Code={name.rpartition('=')[2]}, for example.")
+
+def _check_mix(mix: str) -> None:
+    "Refuse a calibration set that a study cannot make."
+    from calib_prune.calibration.sets import parse_mix
+    from calib_prune.calibration.sources import STANDARD_INPUT, get_source
+    from calib_prune.generation.igsp import protocol_with
+    from calib_prune.study.presets import protocol_of
+    if generated := protocol_of(mix):
+        protocol_with(*generated)
+        return
+    for source in parse_mix(mix):
+        if source.partition(":")[0] == STANDARD_INPUT:  # each model is a process of its own
+            raise CalibPruneError(f"A study cannot read standard input ({source}): save the text "
+                                  "in a file, and name the file.")
+        get_source(source)
+
 def check_names(study: dict[str, Any]) -> None:
     """Refuse a preset that names a model, source, method or task that does not exist, before hours
     of work."""
-    from calib_prune.calibration.sets import parse_mix
     from calib_prune.calibration.sources import get_source
     from calib_prune.data.wheels import NAMED_MODELS
-    from calib_prune.evaluation.tasks import get_tasks, limit_of
-    from calib_prune.generation.igsp import protocol_with
     from calib_prune.model.loading import locate_model
     from calib_prune.pruning.masks import parse_sparsity
     from calib_prune.pruning.methods import check_allocation, check_quantisation, read_recipe
-    from calib_prune.study.presets import grid_cells, protocol_of
+    from calib_prune.study.presets import grid_cells
     for cell in grid_cells(study, ablations=True):
         recipe, (sparsity, pattern) = read_recipe(cell.method), parse_sparsity(cell.sparsity)
         check_allocation(recipe.allocation, pattern)
         check_quantisation(recipe, sparsity, pattern)
     for name, mix in study["strategies"].items():
-        try:
-            if generated := protocol_of(mix): protocol_with(*generated)
-            else: [get_source(source) for source in parse_mix(mix)]
+        try: _check_mix(mix)
         except CalibPruneError as e: raise CalibPruneError(f"Strategy {name}: {e}") from e
     # a named one may still have to be fetched
     if study["model"] not in NAMED_MODELS: locate_model(study["model"])
     get_source(study["heldout"]["source"])
-    for task in get_tasks(study["scoring"]["tasks"]): limit_of(task, study["scoring"]["limit"])
+    _check_tasks(study["scoring"])
 
 # %% ../../nbs/cli/08_reproduce.ipynb #60f8caf1
 # names until 0.1 → names now
@@ -391,12 +415,13 @@ def snakemake_command(path: Path,  # of the preset
                       gpus: int = 0                    # of this machine that runs may use
                      ) -> list[str]:
     "The command that runs the workflow."
+    from calib_prune.kernels.compiled import cores  # a slow import
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile",
         str(path), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
         "--force-use-threads"]
     if profile: command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
-    else: command += ["--cores", str(jobs or len(os.sched_getaffinity(0)))]
+    else: command += ["--cores", str(jobs or cores())]
     if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
     chosen = dict(
         tables_only=tables_only, again=again and not tables_only, cluster=profile is not None
@@ -477,6 +502,18 @@ def _sweep(results: Path) -> None:
         if old.is_file(): old.unlink()
 
 # %% ../../nbs/cli/08_reproduce.ipynb #0131d9b6
+def _failure(run: "Guarded", stops: list[int],  # signals that came
+             error: str, bars: _StudyBars, log: Path  # see `_watch`
+            ) -> CalibPruneError | None:
+    "Why a study did not finish; None if it did."
+    if stops:
+        again = shlex.join(["calib-prune", *sys.argv[1:]])
+        made = sum(map(bars.over, bars.names))
+        return Stopped(f"Stopped: {made} of {len(bars.names)} models are finished and kept. "
+                       f"To go on: {again}", stops[0])
+    if error: return CalibPruneError(_common_report(error, log))
+    return CalibPruneError(failure_report(log)) if run.poll() else None
+
 def run_workflow(command: list[str], root: Path,  # the checkout
                  results: Path,
                  names: list[str], left: set[str],  # models: all, and those to be made
@@ -500,18 +537,11 @@ def run_workflow(command: list[str], root: Path,  # the checkout
         try:
             with new_bars(console) as bars:
                 error = _watch(run, stops, shown := _StudyBars(bars, names, left, results), log)
+        finally: run.close()
+        failure = _failure(run, stops, error, shown, log)
+        try: after()
         finally:
-            run.close()
-            after()
-    if stops:
-        again = shlex.join(["calib-prune", *sys.argv[1:]])
-        made = sum(map(shown.over, names))
-        raise Stopped(
-            f"Stopped: {made} of {len(names)} models are finished and kept. To go on: {again}",
-            stops[0],
-        )
-    if error: raise CalibPruneError(_common_report(error, log))
-    if run.poll(): raise CalibPruneError(failure_report(log))
+            if failure: raise failure  # it comes before what may be wrong with the notes
 
 # %% ../../nbs/cli/08_reproduce.ipynb #7560ecbc
 def without_finished(arguments: list[str],  # for Snakemake
@@ -650,9 +680,9 @@ def reproduce(
     path, study, results = _study_of(preset)
     if table: tables_only = True
     root, names = repository(), [c.name for c in cells(study, ablations=True)]
+    cluster = check_profile(profile, root) if profile else None
     os.chdir(root)  # paths in a preset start there
     if not tables_only: check_names(study)
-    cluster = check_profile(profile, root) if profile else None
     command = snakemake_command(path, jobs, tables_only, again, cluster, _gpus(study))
     left: dict[str, dict[str, str]] = {}
     asked = [*context.args, *([table_file(study, table)] if table else [])]

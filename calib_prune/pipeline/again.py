@@ -27,6 +27,7 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     drawn = {name: text[name] for name in ("windows", "length", "seed")}
     kept = {name: record[name] for name in COPIED if name in record}
     if "quantise" in record: kept["quantise"] = Quantisation(**record["quantise"])
+    if "packed" in record.get("bytes", {}): kept["form"] = "packed"
     return dict(calibration=text["mix"], **drawn, **kept, **record.get("scope", {}))
 
 def read_record(path: str | Path) -> dict[str, Any]:

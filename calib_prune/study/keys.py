@@ -19,7 +19,14 @@ import torch
 
 from ..calibration.sets import allocate, parse_mix
 from ..calibration.sources import are_of_two_pythons, get_source
-from ..core import CalibPruneError, cache_dir, content_hash, file_sha256, load_json
+from calib_prune.core import (
+    CalibPruneError,
+    as_path,
+    cache_dir,
+    content_hash,
+    file_sha256,
+    load_json,
+)
 from ..data.fetch import read_manifest
 from ..evaluation.contamination import DEFAULT_RULE, OverlapRule
 from calib_prune.evaluation.tasks import (
@@ -32,6 +39,7 @@ from calib_prune.evaluation.tasks import (
 )
 from ..generation.igsp import PROTOCOLS
 from ..generation.sampling import Sampling
+from ..model.loading import RECORD_FILE, REPORT_RECORD
 from ..pipeline.records import environment, versions_of
 from ..pruning.methods import METHODS, RECOVERY_SEED, read_recipe
 from .artefacts import needed_by
@@ -57,11 +65,12 @@ def _outline(path: Path) -> list[Any]:
 # %% ../../nbs/study/05_keys.ipynb #c048acd8
 def model_key(preset: dict[str, Any]) -> dict[str, Any]:
     "Identity of the model, its number format and the kind of device."
-    name, path = preset["model"], Path(preset["model"])
+    name, path = preset["model"], as_path(preset["model"], "a model")
     if path.is_dir():
+        ours = RECORD_FILE, REPORT_RECORD  # no result depends on them
         weights = [
             _outline(p) for p in sorted(path.iterdir())
-            if p.suffix in (".safetensors", ".json", ".gguf", ".model")]
+            if p.suffix in (".safetensors", ".json", ".gguf", ".model") and p.name not in ours]
     elif path.is_file(): weights = _outline(path)
     else:
         weights = read_manifest(cache_dir()).get(f"models/{name}", {}).get("sha256") or [

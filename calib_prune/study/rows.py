@@ -7,13 +7,12 @@ __all__ = ['ROWS_FILE', 'ABOUT', 'SCORE', 'WHOLE', 'rows_of', 'all_rows', 'renew
 
 # %% ../../nbs/study/17_rows.ipynb #aee2c33b
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..core import content_hash, write_atomic
+from ..core import content_hash, load_json, write_atomic
 
 # %% ../../nbs/study/17_rows.ipynb #ce302bd4
 ROWS_FILE = "results/rows.parquet"
@@ -25,7 +24,7 @@ SCORE = ("dimension", "task", "metric", "score", "standard_error", "n", "bits_pe
 
 def rows_of(file: Path, study: str) -> list[dict[str, Any]]:
     "The rows of one model; empty for a file that is no model's."
-    done = json.loads(file.read_text(encoding="utf-8"))
+    done = load_json(file)
     if "rows" not in done or "record" not in done: return []
     record = done["record"]
     about = {name: record.get(name) for name in ABOUT}

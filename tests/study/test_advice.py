@@ -180,6 +180,26 @@ def test_a_search_goes_on_where_it_was(made_up, monkeypatch, tmp_path, cut):
     assert made_up.models == 33 and advice.search.plan.rounds == (5, 2)
 
 
+@pytest.mark.parametrize("restart", [0, 30])  # seconds
+def test_a_search_that_used_its_minutes_goes_on_with_what_is_stored(made_up, monkeypatch, restart):
+    whole, minutes = halving.screen, 400 / 60  # as few as are let through
+
+    def cut_off(search):
+        whole(search)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(halving, "screen", cut_off)
+    with pytest.raises(KeyboardInterrupt): made_up(need="code", minutes=minutes)
+
+    def usable(_, mixes, sources):
+        made_up.now += restart
+        return mixes
+    monkeypatch.setattr(measured, "usable_mixes", usable)
+    monkeypatch.setattr(halving, "screen", whole)
+    assert made_up(need="code", minutes=minutes).search.plan.screened == 20
+    for _ in range(2):  # a refused search is none that goes on
+        with pytest.raises(CalibPruneError, match="are too few"): made_up(need="code", minutes=1)
+
+
 def test_too_few_minutes_name_the_minutes_it_takes(made_up):
     with pytest.raises(CalibPruneError, match="Give --minutes 7 or more"):
         made_up(need="code", minutes=1)

@@ -182,6 +182,18 @@ def test_how_many_answers_are_written_at_once_is_part_of_the_key_where_it_is_set
     assert "batch_size" not in usual and larger == usual | dict(batch_size=32)
 
 
+def test_the_key_of_a_folder_is_that_of_its_weights(tmp_path, monkeypatch):
+    (weights := tmp_path / "m/model.safetensors").parent.mkdir()
+    weights.write_bytes(b"weights")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    key = lambda name=str(tmp_path / "m"): keys.model_key(PRESET | dict(model=name))["weights"]
+    first = key()
+    for name in ("report.json", "calib_prune.json"): (tmp_path / "m" / name).write_text("{}")
+    assert key() == key("~/m") == first, "our own notes beside it change no result"
+    weights.write_bytes(b"others")
+    assert key("~/m") != first
+
+
 def test_another_text_in_a_file_is_another_key(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one", "other": "two"}\n')

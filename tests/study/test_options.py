@@ -134,6 +134,19 @@ def test_what_a_preset_may_not_say(wrong, tmp_path):
     with pytest.raises(CalibPruneError): check_names(load_preset(path))
 
 
+def test_a_preset_names_the_dimension_of_its_own_benchmark(tmp_path, monkeypatch):
+    "Another dimension ended every table in a KeyError, after all models."
+    smoke = load_preset(ROOT / "presets/smoke.yaml")
+    monkeypatch.chdir(tmp_path)
+    for name in ("law", "court"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(f'{{"prompt": "{n}", "answer": "b"}}\n' for n in range(9)))
+    scored = lambda *tasks: smoke | dict(scoring=smoke["scoring"] | dict(tasks=[*tasks]))
+    check_names(scored("sciq", "Code=court.jsonl"))
+    with pytest.raises(CalibPruneError, match="is law, .*Math only.*: Code=law.jsonl"):
+        check_names(scored("sciq", "law.jsonl"))
+
+
 @pytest.mark.parametrize("part, wrong", [("scoring", dict(tasks=[])),
                                          ("scoring", dict(tasks=["sciq", "sciq"])),
                                          ("heldout", dict(window=1))])

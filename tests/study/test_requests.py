@@ -1,4 +1,5 @@
 """What runs ask of a cluster and of several GPUs; without a cluster and without a GPU."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,14 @@ def test_the_command_for_clusters_and_gpus(tmp_path):
         "--config", "tables_only=1", "--forceall"]
 
 
+def test_a_machine_that_binds_no_processes_uses_its_cores(monkeypatch):
+    "So it is on macOS."
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    command = cli.snakemake_command(Path("p.yaml"), 0, False, False)
+    assert command[command.index("--cores") + 1] == "7"
+
+
 def test_profiles_are_checked(tmp_path, monkeypatch):
     with pytest.raises(CalibPruneError, match="'slurm'"):
         cli.check_profile("slrm", ROOT)
@@ -168,3 +177,21 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         f"a. Finished files are kept. No space left on the disk of {tmp_path}"
         in cli.failure_report(log)
     )
+
+
+def test_a_profile_lies_where_the_user_is_and_not_the_study(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("executor: local\n")
+    monkeypatch.chdir(tmp_path)
+    def command(*given): raise CalibPruneError(f"in {given[4]}")
+    monkeypatch.setattr(cli, "snakemake_command", command)
+    with pytest.raises(CalibPruneError, match=f"in {tmp_path / 'mine'}"):
+        cli.reproduce(SimpleNamespace(args=[]), profile="mine")
+    assert Path.cwd() == ROOT
+
+
+@pytest.mark.parametrize("code, said", [("exit('no model')", "no model"), ("", "notes")])
+def test_wrong_notes_do_not_hide_why_a_study_failed(tmp_path, code, said):
+    def note(): raise CalibPruneError("wrong notes")
+    with pytest.raises(CalibPruneError, match=said):
+        cli.run_workflow([sys.executable, "-c", code], tmp_path, tmp_path, [], set(), after=note)

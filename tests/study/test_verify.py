@@ -188,3 +188,9 @@ def test_the_table_of_all_rows_is_in_step():
 def test_the_data_sheet_names_every_column():
     text = (ROOT / "docs/data-sheet.md").read_text()
     assert [name for name in pd.read_parquet(ROOT / ROWS_FILE) if f"`{name}`" not in text] == []
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    (file := tmp_path / "results/claims/mine/dense.json").parent.mkdir(parents=True)
+    file.write_text("{")
+    with pytest.raises(CalibPruneError, match=str(file)): all_rows(tmp_path)

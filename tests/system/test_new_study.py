@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from calib_prune.cli.init import new_study, study_files
+from calib_prune.cli.init import new_study, study_files, whole_paths
 from calib_prune.cli.reproduce import (
     MOVED,
     check_layout,
+    check_names,
     check_notebooks,
     check_workflow,
     preset_file,
@@ -39,10 +40,26 @@ def test_a_new_study_holds_only_what_it_runs(tmp_path, capsys):
     [(dict(windows=0), "--windows"), (dict(length=-1), "--length"), (dict(items=0), "--items"),
      (dict(seed=[0, -1]), "--seed"), (dict(measure="plane"), "measure 'plane'"),
      (dict(method=["admn"]), "'admn'"), (dict(calibration=["c5"]), "'c5'"),
+     (dict(calibration=["c4", "-"]), "standard input (-)"),
      (dict(model="no/such/model"), "'no/such/model'"), (dict(sparsity=["2"]), "Sparsity 2")])
 def test_a_wrong_option_is_named_before_anything_is_written(tmp_path, wrong, name):
     with pytest.raises(CalibPruneError) as e: new_study(str(tmp_path / "mine"), **wrong)
     assert name in str(e.value) and not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("text", ["a.jsonl:body", "*.jsonl:body", "~/?.txt", "c4=0.5, a.txt=0.5"])
+def test_a_new_study_finds_its_text_from_its_own_folder(tmp_path, monkeypatch, text):
+    (tmp_path / "a.jsonl").write_text('{"body": "Some text."}\n')
+    (tmp_path / "a.txt").write_text("Some text.")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    new_study("mine", calibration=[text])
+    monkeypatch.chdir(tmp_path / "mine")
+    check_names(load_preset("presets/mine.yaml"))
+
+
+@pytest.mark.parametrize("mix", ["hub:a/b[c]:train#{text}", "generated:igsp warmths=[[1],[2]]"])
+def test_what_is_no_path_stays_as_it_is(mix): assert whole_paths(mix) == mix
 
 
 def test_a_study_without_a_notebook_that_it_runs_is_refused(tmp_path):

@@ -338,6 +338,7 @@ def test_advice_ends_in_the_commands_of_its_method(method, bits, lines):
 def test_a_record_makes_the_quantised_model_again(dense, tmp_path):
     model, text = dense
     prune_model(model, tmp_path / "q", form="packed", calibration=str(text), method="gptq", **OWN)
-    again = prune_again(tmp_path / "q")
+    again = prune_again(tmp_path / "q", tmp_path / "again")
+    assert again.after["run"] == again.before["run"] and quantised_in_files(str(tmp_path / "again"))
     assert again.same_weights and again.after["quantise"] == HOW.record
     assert report_title(again.after) == f"{model}: GPTQ, 3 bits, groups of 16, fitted"

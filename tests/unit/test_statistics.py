@@ -1,6 +1,8 @@
 import ast
 import itertools
 import math
+import tracemalloc
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, false_discovery_control, permutation_test, rankdata, spearmanr
 
+import calib_prune.resampling
 from calib_prune import questions
 from calib_prune.calibration.sources import SUITE
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.evaluation.retention import commonsense_accuracy, difference, retention_draws
 from calib_prune.evaluation.tasks import TASKS
-from calib_prune.resampling import interval
+from calib_prune.resampling import draws, interval
 from calib_prune.statistics.effects import (
     best_of,
     contrasts,
@@ -140,6 +143,24 @@ def test_windows_are_a_coordinate():
 
 
 # --- draws
+
+
+@pytest.mark.parametrize("n, n_boot", [(1, 9), (7, 100), (301, 40)])
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch, n, n_boot):
+    whole = np.random.default_rng([3, zlib.crc32(b"piqa")]).integers(0, n, (n_boot, n))
+    expected = [np.ones(n), *(np.bincount(row, minlength=n) for row in whole)]
+    for numbers in (1, 3 * n, 1 << 20):
+        monkeypatch.setattr(calib_prune.resampling, "DRAWN_AT_ONCE", numbers)
+        found = draws(n, n_boot, 3, "piqa")
+        assert np.array_equal(found, expected) and found.dtype == float
+
+
+def test_resamples_take_little_more_memory_than_their_counts():
+    tracemalloc.start()
+    counts = draws(10_000, 500, 0, "hellaswag")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2 * counts.nbytes
 
 
 def test_means_over_draws():
