@@ -49,7 +49,9 @@ def paired_values(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
                 " Score both with the same tasks and limit."
                 + _does_not_fit(dense, pruned)
             )
-    values = b.value.to_numpy()  # in the order of a
+    # tasks of a user's own can be in another order, as their dimensions are ordered as given
+    at = pd.MultiIndex.from_frame(a[["task", "item"]])
+    values = b.set_index(["task", "item"])["value"].loc[at].to_numpy()
     return {
         task: (items.value.to_numpy(), values[items.index])
         for task, items in a.groupby("task", sort=False)

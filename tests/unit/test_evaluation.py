@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from calib_prune.evaluation.retention import (
     discriminating_measure,
     floor_comparison,
     floor_notes,
+    paired_values,
     retention,
 )
 from calib_prune.evaluation.scoring import evaluate, language_model, last_number, limit_of, scores
@@ -682,6 +684,14 @@ def test_tasks_without_a_floor_do_not_count_in_it():
     both = [pd.concat([coded(bits), written]) for bits in (10, 12)]
     compared = floor_comparison(*both, coded(18))
     assert set(compared.name) == {"mbpp", "Code", "total"} and compared.above[0]
+
+
+def test_models_with_their_own_tasks_in_another_order_are_paired_by_item(monkeypatch):
+    own = {name: replace(TASKS["mbpp"], name=name, dimension=name) for name in ("first", "second")}
+    for name, task in own.items(): monkeypatch.setitem(tasks.TASKS, name, task)
+    parts = [coded(bits).assign(task=name, dimension=name) for name, bits in zip(own, (10, 20))]
+    pairs = paired_values(pd.concat(parts), pd.concat(parts[::-1]))
+    assert all((a == b).all() for a, b in pairs.values())
 
 
 @pytest.mark.parametrize("floor", [18, None])
