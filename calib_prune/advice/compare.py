@@ -42,13 +42,14 @@ DENSE = "dense"  # the dense model in tables
 
 def short_names(models: Sequence[str]) -> list[str]:
     "A short name of each model, different from all others."
-    if repeated := {model for model in models if list(models).count(model) > 1}:
+    places = [Path(model) for model in models]
+    if repeated := {str(place) for place in places if places.count(place) > 1}:
         raise CalibPruneError(f"{sorted(repeated)[0]} is given twice: name each model once.")
-    parts = [[part for part in Path(model).parts if part != "/"] or [model] for model in models]
+    parts = [[part for part in place.parts if part != "/"] or [str(place)] for place in places]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len({*names, DENSE}) == len(names) + 1: return names
-    return [*models]
+    return [f"./{model}" if model == DENSE else model for model in models]
 
 # %% ../../nbs/advice/01_compare.ipynb #e11749ba
 def check_tokenizers(dense: str, models: Sequence[str]) -> None:

@@ -233,9 +233,10 @@ def test_a_changed_text_or_model_is_another_trial(tmp_path):
     assert weights[0] != weights[1]
 
 
-def test_a_model_called_dense_keeps_its_name():
+@pytest.mark.parametrize("folders", [["out/dense", "out/c4"], ["dense", "c4"]])
+def test_a_model_called_dense_keeps_its_name(folders):
     items = {name: items_of({}, ["piqa"], seed=i) for i, name in enumerate(("a", "b"))}
-    names = short_names(["out/dense", "out/c4"])
+    names = short_names(folders)
     table = Comparison(items["a"], dict(zip(names, items.values())), None,
                        get_measure("answer-bits"), 50).flips
     assert len({*zip(table["first"], table["second"])}) == 3
