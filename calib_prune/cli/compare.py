@@ -116,12 +116,13 @@ def compare_command(
     with bars(as_json) as progress:
         comparison = compare_models(models, dense, tasks, limit or None, measure, dtype, device,
                                     batch_tokens, progress, floor)
-    if picture:
-        from calib_prune.style import save_figure
-        save_figure(comparison_figure(comparison), picture.with_suffix(""), [picture.suffix])
-    if as_json: return print_json(comparison.record())
-    show_comparison(comparison)
-    if picture: print_lines([f"Figure: {picture}"])
+    # before the figure, as its file may not be writable and the scores took hours
+    if as_json: print_json(comparison.record())
+    else: show_comparison(comparison)
+    if picture is None: return
+    from calib_prune.style import save_figure
+    save_figure(comparison_figure(comparison), picture.with_suffix(""), [picture.suffix])
+    if not as_json: print_lines([f"Figure: {picture}"])
 
 # %% ../../nbs/cli/10_compare.ipynb #1267c5f6
 def show_comparison(comparison: Any) -> None:

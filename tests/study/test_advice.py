@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calib_prune.advice import halving, measured, trials
+from calib_prune.advice import compare, halving, measured, trials
 from calib_prune.advice.compare import Comparison, short_names
 from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.pages import save_advice
 from calib_prune.advice.trials import Trials, item_limits, own_skip
+from calib_prune.cli.compare import compare_command
 from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
 from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
@@ -240,6 +241,16 @@ def test_a_model_called_dense_keeps_its_name(folders):
     table = Comparison(items["a"], dict(zip(names, items.values())), None,
                        get_measure("answer-bits"), 50).flips
     assert len({*zip(table["first"], table["second"])}) == 3
+
+
+def test_a_comparison_is_shown_although_its_figure_cannot_be_saved(monkeypatch, tmp_path, capsys):
+    items = items_of({}, ["piqa", "mbpp"])
+    found = Comparison(items, dict(a=items, b=items), None, get_measure("answer-bits"), 50)
+    monkeypatch.setattr(compare, "compare_models", lambda *args: found)
+    (tmp_path / "file").touch()
+    with pytest.raises((CalibPruneError, OSError)):
+        compare_command(["a", "b"], "dense", figure=str(tmp_path / "file" / "figure.svg"))
+    assert "differences of retention" in capsys.readouterr().out
 
 
 def test_a_measure_without_likelihoods_has_no_floor():
