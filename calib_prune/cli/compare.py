@@ -45,13 +45,17 @@ def retention_table(comparison: Any  # from `compare_models`
     return rows
 
 # %% ../../nbs/cli/10_compare.ipynb #4d5b1c03
+def _ends_text(low: float, high: float) -> str:
+    "An interval in points."
+    return f"{100 * low:+.1f} to {100 * high:+.1f}" if low == low else "no interval"
+
 def difference_table(comparison: Any) -> list[dict[str, Any]]:
     "Differences of retention, in points, with simultaneous intervals as numbers and as bars."
     table = comparison.differences
     drawn = forest_column([*zip(table["difference"], table["ci_low"], table["ci_high"])])
     return [{"models": f"{row.first} − {row.second}", "in": row.name,
              "points": f"{100 * row.difference:+.1f}",
-             "95 % CI": f"{100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f}",
+             "95 % CI": _ends_text(row.ci_low, row.ci_high),
              "lower | higher": bar}
             for row, bar in zip(table.itertuples(index=False), drawn)]
 

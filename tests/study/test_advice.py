@@ -12,7 +12,7 @@ from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.pages import save_advice
 from calib_prune.advice.trials import Trials, item_limits, own_skip
-from calib_prune.cli.compare import compare_command
+from calib_prune.cli.compare import compare_command, difference_table
 from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
 from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
@@ -251,6 +251,19 @@ def test_a_comparison_is_shown_although_its_figure_cannot_be_saved(monkeypatch, 
     with pytest.raises((CalibPruneError, OSError)):
         compare_command(["a", "b"], "dense", figure=str(tmp_path / "file" / "figure.svg"))
     assert "differences of retention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("few", [1, 5])
+def test_too_few_items_are_not_judged_and_take_no_other_interval(few):
+    """Five items of Code, or one, which has no replicates: Commonsense keeps its interval."""
+    made = [pd.concat([items_of(kept, ["piqa"], 200), items_of({"Code": 0.5}, ["mbpp"], few)])
+            for kept in ({"Commonsense": 1.0}, {"Commonsense": 0.9}, {"Commonsense": 0.6})]
+    found = Comparison(made[0], dict(a=made[1], b=made[2]), None, get_measure("answer-bits"), 200)
+    ends = found.differences.set_index("name")["ci_low"]
+    assert ends["Commonsense"] > 0 and np.isnan(ends["Code"])
+    assert "a has higher retention in Commonsense" in found.verdict[0]
+    assert found.verdict[1] == f"Code cannot be judged: fewer than 10 items: mbpp has {few}."
+    assert [row["95 % CI"] for row in difference_table(found)][1] == "no interval"
 
 
 def test_a_measure_without_likelihoods_has_no_floor():
