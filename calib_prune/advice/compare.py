@@ -26,6 +26,7 @@ from calib_prune.evaluation.retention import (
     floor_comparison,
     has_floor,
     left_out_reasons,
+    missing_floors,
     not_judged,
     retention,
     retention_draws,
@@ -135,8 +136,9 @@ class Comparison:
     @cached_property
     def floor(self) -> pd.DataFrame | None:
         """The floor of each dimension and the total, and whether each model is significantly above;
-        None if the floor was not scored."""
-        if self.floor_items is None or not has_floor(self.floor_items, self.measure): return None
+        None if the floor was not scored, or no task of it counts."""
+        if self.floor_items is None: return None
+        if not has_floor(self.dense_items, self.floor_items, self.measure): return None
         tables = [floor_comparison(self.dense_items, mine, self.floor_items, self.n_boot,
                                    measure=self.measure).assign(model=name)
                   for name, mine in self.items.items()]
@@ -145,12 +147,14 @@ class Comparison:
 
     @property
     def floor_notes(self) -> list[str]:
-        "The models and dimensions that are not significantly above the floor."
-        if self.floor is None: return []
+        "The models and dimensions that are not significantly above the floor, or have none."
+        if self.floor_items is None: return []
+        missing = missing_floors(self.retention, self.floor)
+        if self.floor is None: return missing
         low = self.floor[self.floor["floor"].notna() & ~self.floor["above"].astype(bool)]
         groups: Any = low.groupby("model", sort=False)["name"]
         return [f"{model}: not significantly above the floor in {listed(names)}."
-                for model, names in groups]
+                for model, names in groups] + missing
 
     @property
     def best(self) -> str:

@@ -75,8 +75,8 @@ def comparison_figure(comparison: Any) -> Any:  # a matplotlib figure
     paper_style()
     table = comparison.retention[comparison.retention["level"] != "task"]
     rows = table.rename(columns={"model": "label", "name": "outcome", "retention": "value"})
-    floor = None if comparison.floor is None else dict(
-        zip(comparison.floor["name"], comparison.floor["floor"]))
+    known = None if comparison.floor is None else comparison.floor.dropna(subset="floor")
+    floor = None if known is None else dict(zip(known["name"], known["floor"]))
     note = (f"Retention by {comparison.measure.name}, single 95 % intervals over the items; "
             "differences between models are paired and more precise than these intervals show. "
             "Dashed: the dense model after another item's prompt.")

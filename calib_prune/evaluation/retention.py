@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'paired_values', 'left_aside', 'counted_dimensions', 'left_out_reasons', 'retention_draws', 'not_judged',
-           'retention_verdict', 'retention', 'difference', 'floor_comparison', 'has_floor', 'floor_notes',
-           'discrimination', 'discriminating_measure', 'commonsense_accuracy']
+           'retention_verdict', 'retention', 'difference', 'counted_tasks', 'floor_comparison', 'has_floor',
+           'missing_floors', 'floor_notes', 'discrimination', 'discriminating_measure', 'commonsense_accuracy']
 
 # %% ../../nbs/evaluation/07_retention.ipynb #d33c6e99
 from typing import Any, Iterable, Sequence
@@ -300,13 +300,25 @@ def difference(dense: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame,  # three m
     return table
 
 # %% ../../nbs/evaluation/07_retention.ipynb #d550db81
+def counted_tasks(dense: pd.DataFrame, measure: Measure) -> list[str]:
+    "The tasks whose retention counts in the dimensions."
+    aside = left_aside(dense, measure)
+    out = {*(aside["not_scored"] or []), *(aside["left_aside"] or [])}
+    return [task for task in dense["task"].unique() if task not in out]
+
+def _partly_without(dense: pd.DataFrame, floor: pd.DataFrame, measure: Measure) -> set[str]:
+    "The dimensions, and the total, in whose retention tasks count that have no floor."
+    alone = {*counted_tasks(dense, measure)} - {*floor["task"]}
+    return {TASKS[task].dimension for task in alone} | ({"total"} if alone else set())
+
 def floor_comparison(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`
                      floor: pd.DataFrame,  # the dense model's, with `next_prompt=True`
                      n_boot: int = N_BOOT, seed: int = 0, measure: Measure | str = PLAIN
                     # level, name, floor, floor_low, floor_high, above: fractions; is the pruned
                     # model's retention significantly above the floor?
                     ) -> pd.DataFrame:
-    "The retention of the dense model after another item's prompt, next to a pruned model's."
+    """The retention of the dense model after another item's prompt, next to a pruned model's. NaN
+    for dimensions, and the total, in which tasks without a floor count as well."""
     scored_by = get_measure(measure)
     likelihoods = lambda items: items[items["task"].isin(floor["task"].unique())]
     known, mine = likelihoods(dense), likelihoods(pruned)
@@ -314,30 +326,47 @@ def floor_comparison(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluat
     table = retention(known, floor, n_boot, seed, scored_by).rename(columns=columns)
     lead = difference(known, mine, floor, n_boot, seed, scored_by)
     above = lead.assign(above=lead["ci_low"] > 0)[["level", "name", "above"]]
-    return table[["level", "name", *columns.values()]].merge(above, how="left")
+    rows = table[["level", "name", *columns.values()]].merge(above, how="left")
+    partly = rows["name"].isin(_partly_without(dense, floor, scored_by))
+    numbers = [*columns.values(), "above"]
+    rows[numbers] = rows[numbers].mask(partly & (rows["level"] != "task"))
+    return rows
 
 # %% ../../nbs/evaluation/07_retention.ipynb #a2869f32
-def has_floor(floor: pd.DataFrame, measure: Measure) -> bool:
-    "Whether a measure can score any task of the floor: written answers have none."
-    return any(measure.metric(TASKS[name]) for name in floor["task"].unique())
+def has_floor(dense: pd.DataFrame, floor: pd.DataFrame, measure: Measure) -> bool:
+    "Whether any task of the floor counts: written answers have none, and guesses do not count."
+    return bool({*counted_tasks(dense, measure)} & {*floor["task"]})
+
+def missing_floors(table: pd.DataFrame,        # from `retention`, of one model or more
+                   floor: pd.DataFrame | None  # from `floor_comparison`; None: see `has_floor`
+                  ) -> list[str]:
+    "A note on dimensions, and the total, that have a retention and no floor."
+    if floor is None: return ["No floor: no task that has one counts in the retention."]
+    rows = table[(table["level"] != "task") & table["retention"].notna()].merge(floor, how="left")
+    names = rows.loc[rows["floor"].isna(), "name"].unique()
+    if not len(names): return []
+    return [f"No floor for {', '.join(names)}: tasks that have none count in the retention, too."]
 
 # %% ../../nbs/evaluation/07_retention.ipynb #f5d6ce8d
 def floor_notes(table: pd.DataFrame,  # from `retention`
                 floor: pd.DataFrame   # from `floor_comparison`
                ) -> list[str]:
-    "A warning for each dimension, and the total, that is not significantly above the floor."
+    """A warning for each dimension, and the total, that is not significantly above the floor, and
+    a note on those without a floor."""
     rows = table.merge(floor[floor["level"] != "task"])
     near = rows[rows["retention"].notna() & rows["floor"].notna() & ~rows["above"].astype(bool)]
     return [f"{row.name}: retention {100 * row.retention:.1f} % is not significantly above the "
             f"floor of {100 * row.floor:.1f} %, the dense model's after another item's prompt."
-            for row in near.itertuples(index=False)]
+            for row in near.itertuples(index=False)] + missing_floors(table, floor)
 
 # %% ../../nbs/evaluation/07_retention.ipynb #077f54f3
 def discrimination(table: pd.DataFrame,  # from `retention`
                    floor: pd.DataFrame   # from `floor_comparison`
                   ) -> float:            # NaN where a dimension has no number
-    "The distance from the floor to 100 %, in half widths of the interval, mean over dimensions."
+    """The distance from the floor to 100 %, in half widths of the interval, mean over dimensions
+    that have a floor."""
     rows = table.merge(floor[floor["level"] == "dimension"])
+    rows = rows[rows["floor"].notna() | rows["retention"].isna()]
     half_width = (rows["ci_high"] - rows["ci_low"]) / 2
     return float(((1 - rows["floor"]) / half_width).mean(skipna=False))
 
