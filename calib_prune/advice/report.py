@@ -115,8 +115,8 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
               progress: ProgressFn | None = None
              ) -> Report:
     "Score, compare and measure a pruned model: what the command `report` does."
-    record = own_record(pruned)
-    if record is None:
+    record = own_record(pruned) or {}
+    if "method" not in record:  # `recover` records the training only if another tool pruned
         raise CalibPruneError(f"{pruned} is no folder that `calib-prune prune` made: there is no "
                               "record of how it was pruned. `calib-prune compare` takes any model.")
     check_method(record["method"])

@@ -1,6 +1,7 @@
 "Recovery: the kept weights are trained, the zeros stay, an interruption changes nothing."
 import json
 import math
+import shutil
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from calib_prune.advice.report import report_on
 from calib_prune.calibration.sets import build_calibration
 from calib_prune.core import CalibPruneError
-from calib_prune.model.loading import save_model
+from calib_prune.model.loading import RECORD_FILE, save_model
 from calib_prune.model.tiny import (
     MIXTURES,
     TINY_FAMILIES,
@@ -22,7 +24,7 @@ from calib_prune.model.tiny import (
     tiny_tokenizer,
 )
 from calib_prune.pipeline import recover
-from calib_prune.pipeline.prune import prune_model
+from calib_prune.pipeline.prune import has_pruned_zeros, prune_model
 from calib_prune.pipeline.recover import RecoverSettings, lost_zeros, recover_model, shuffled
 from calib_prune.pruning import recovery
 from calib_prune.pruning.experts import one_by_one
@@ -142,6 +144,18 @@ def test_an_interruption_changes_no_bit(models, tmp_path, monkeypatch, how):
     assert again.record["weights"] == whole.record["weights"] != json.loads(
         (models / "pruned/calib_prune.json").read_text())["weights"]
     assert again.record["recovery"]["steps"] == 50
+
+
+def test_a_model_that_another_tool_pruned_keeps_its_zeros_and_has_no_report(models, tmp_path):
+    """A folder without a record is trained: `quantize` knows that it has zeros, and `report` says
+    what is missing."""
+    shutil.copytree(models / "pruned", tmp_path / "foreign")
+    (tmp_path / "foreign" / RECORD_FILE).unlink()
+    made = str(recover_model(tmp_path / "foreign", models / "dense", tmp_path / "made", tokens=64,
+                             text=str(models / "notes.txt"), **QUICK).folder)
+    assert has_pruned_zeros(made)
+    with pytest.raises(CalibPruneError, match="no record of how it was pruned"):
+        report_on(made, models / "dense")
 
 
 def test_zeros_of_the_files_stay_zeros(models, tmp_path):
