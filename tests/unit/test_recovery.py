@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from calib_prune.advice.report import report_on
+from calib_prune.advice.report import report_on, settings_lines
 from calib_prune.calibration.sets import build_calibration
 from calib_prune.core import CalibPruneError
 from calib_prune.model.loading import RECORD_FILE, save_model
@@ -172,6 +172,14 @@ def test_zeros_of_the_files_stay_zeros(models, tmp_path):
     weights[name] = torch.ones_like(weights[name])
     save_file(weights, file, {"format": "pt"})
     assert lost_zeros(masks, tmp_path / "out") == weights[name].numel() // 2
+
+
+def test_a_report_says_that_the_model_was_trained(models, tmp_path):
+    record = recovered(models, tmp_path / "out").record
+    said = {row["setting"]: row["value"] for row in settings_lines(record)}
+    assert said["training"] == "1,280 tokens in 20 steps" and said["learning rate"] == "0.001"
+    before = f"{record['recovery']['start_loss']:.3f} → "
+    assert said["loss (distil) before and after"].startswith(before)
 
 
 def test_every_step_sees_text_of_all_kinds(models):
