@@ -25,6 +25,9 @@ from calib_prune.evaluation.retention import (
     discriminating_measure,
     floor_comparison,
     has_floor,
+    left_out_reasons,
+    missing_floors,
+    not_judged,
     retention,
     retention_draws,
 )
@@ -42,13 +45,14 @@ DENSE = "dense"  # the dense model in tables
 
 def short_names(models: Sequence[str]) -> list[str]:
     "A short name of each model, different from all others."
-    if repeated := {model for model in models if list(models).count(model) > 1}:
+    places = [Path(model) for model in models]
+    if repeated := {str(place) for place in places if places.count(place) > 1}:
         raise CalibPruneError(f"{sorted(repeated)[0]} is given twice: name each model once.")
-    parts = [[part for part in Path(model).parts if part != "/"] or [model] for model in models]
+    parts = [[part for part in place.parts if part != "/"] or [str(place)] for place in places]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len({*names, DENSE}) == len(names) + 1: return names
-    return [*models]
+    return [f"./{model}" if model == DENSE else model for model in models]
 
 # %% ../../nbs/advice/01_compare.ipynb #e11749ba
 def check_tokenizers(dense: str, models: Sequence[str]) -> None:
@@ -93,14 +97,30 @@ class Comparison:
                          ignore_index=True)
 
     @cached_property
+    def unjudged(self) -> dict[str, str]:  # a dimension or the total → reason
+        "What has no interval, or no reliable one, for some of the models."
+        tasks = self.retention[self.retention["level"] == "task"]
+        sizes = dict(zip(tasks["name"], tasks["n"]))
+        reasons, found = left_out_reasons(self.dense_items, self.measure), {}
+        for of_model in self._draws.values():
+            values = {name: draw for (level, name), draw in of_model.items()
+                      if level == "dimension"}
+            found |= not_judged(values, sizes, reasons)
+        if not found: return found
+        why = f"it is the mean of all dimensions, and {listed([*found])} cannot be judged"
+        return found | {"total": why}
+
+    @cached_property
     def differences(self) -> pd.DataFrame:
         """Differences of retention between every two models, by dimension and in total: first,
         second, level, name, difference, ci_low, ci_high. The intervals are simultaneous over all
-        rows."""
+        rows but those of `unjudged`, which have none."""
         first = next(iter(self._draws.values()))
         keys = [key for key in first if key[0] in OVERALL and np.isfinite(first[key][0])]
         pairs, delta = _paired(self._draws, keys)
-        low, high = simultaneous(delta)
+        judged = np.tile([name not in self.unjudged for _, name in keys], len(pairs))
+        low, high = np.full((2, len(judged)), np.nan)
+        if judged.any(): low[judged], high[judged] = simultaneous(delta[:, judged])
         labels = [(*pair, *key) for pair in pairs for key in keys]
         rows = [(*label, *ends) for label, *ends in zip(labels, delta[0], low, high, strict=True)]
         columns = ["first", "second", "level", "name", "difference", "ci_low", "ci_high"]
@@ -116,8 +136,9 @@ class Comparison:
     @cached_property
     def floor(self) -> pd.DataFrame | None:
         """The floor of each dimension and the total, and whether each model is significantly above;
-        None if the floor was not scored."""
-        if self.floor_items is None or not has_floor(self.floor_items, self.measure): return None
+        None if the floor was not scored, or no task of it counts."""
+        if self.floor_items is None: return None
+        if not has_floor(self.dense_items, self.floor_items, self.measure): return None
         tables = [floor_comparison(self.dense_items, mine, self.floor_items, self.n_boot,
                                    measure=self.measure).assign(model=name)
                   for name, mine in self.items.items()]
@@ -126,12 +147,14 @@ class Comparison:
 
     @property
     def floor_notes(self) -> list[str]:
-        "The models and dimensions that are not significantly above the floor."
-        if self.floor is None: return []
+        "The models and dimensions that are not significantly above the floor, or have none."
+        if self.floor_items is None: return []
+        missing = missing_floors(self.retention, self.floor)
+        if self.floor is None: return missing
         low = self.floor[self.floor["floor"].notna() & ~self.floor["above"].astype(bool)]
         groups: Any = low.groupby("model", sort=False)["name"]
         return [f"{model}: not significantly above the floor in {listed(names)}."
-                for model, names in groups]
+                for model, names in groups] + missing
 
     @property
     def best(self) -> str:
@@ -142,6 +165,7 @@ class Comparison:
         first = overall.loc[overall["retention"].idxmax(), "model"]
         rows = self.differences[self.differences["level"] == "total"]
         mine = rows[(rows["first"] == first) | (rows["second"] == first)]
+        if mine["ci_low"].isna().any(): return f"Highest total retention: {first}, no interval"
         near = mine[significant_sign(mine["ci_low"], mine["ci_high"]) == 0]
         others = [row.second if row.first == first else row.first
                   for row in near.itertuples(index=False)]
@@ -150,9 +174,10 @@ class Comparison:
 
     @property
     def verdict(self) -> list[str]:
-        "One sentence per pair of models."
+        "One sentence per pair of models, and per dimension that cannot be judged."
         groups: Any = self.differences.groupby(["first", "second"], sort=False)
-        return [pair_verdict(first, second, rows) for (first, second), rows in groups]
+        pairs = [pair_verdict(first, second, rows) for (first, second), rows in groups]
+        return pairs + [f"{name} cannot be judged: {why}." for name, why in self.unjudged.items()]
 
     def record(self) -> dict[str, Any]:
         "Everything for programs."
@@ -183,7 +208,8 @@ def _points(row: Any) -> str:
 def pair_verdict(first: str, second: str, rows: pd.DataFrame  # of this pair
                 ) -> str:
     "In what one model has significantly higher retention than another."
-    parts = []
+    rows, parts = rows[rows["ci_low"].notna()], []
+    if rows.empty: return f"{first} and {second}: no difference can be judged."
     for name, sign in ((first, 1), (second, -1)):
         ahead = rows[np.where(sign > 0, rows["ci_low"] > 0, rows["ci_high"] < 0)]
         leads = [f"{row.name} by {_points(row)}" for row in ahead.itertuples(index=False)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN_TASKS', 'UNUSED', 'ANSWER_TOKENS', 'LAYERS_STEM', 'REPORT_FILES', 'REPORT_VERSION', 'HELDOUT_NAME',
            'HELDOUT_DOCUMENTS', 'DIVERGENCE_WINDOWS', 'CARD_MARK', 'written_answer', 'example_answers',
-           'check_report_files', 'Report', 'report_on', 'recipe_of', 'report_title', 'settings_lines',
+           'check_report_files', 'Report', 'report_on', 'recipe_of', 'report_title', 'training_lines', 'settings_lines',
            'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
 
 # %% ../../nbs/advice/09_report.ipynb #f20ef76f
@@ -115,8 +115,8 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
               progress: ProgressFn | None = None
              ) -> Report:
     "Score, compare and measure a pruned model: what the command `report` does."
-    record = own_record(pruned)
-    if record is None:
+    record = own_record(pruned) or {}
+    if "method" not in record:  # `recover` records the training only if another tool pruned
         raise CalibPruneError(f"{pruned} is no folder that `calib-prune prune` made: there is no "
                               "record of how it was pruned. `calib-prune compare` takes any model.")
     check_method(record["method"])
@@ -149,6 +149,16 @@ def report_title(record: dict[str, Any]) -> str:
     return f"{record['model']}: {recipe_of(record).label}" + (
         zeros if float(parse_sparsity(record["sparsity"])[0]) else "")
 
+def training_lines(record: dict[str, Any]) -> dict[str, str]:
+    "How the model was trained after pruning; empty if it was not."
+    if not (made := record.get("recovery")): return {}
+    before, after = ("–" if made[end] is None else f"{made[end]:.3f}"
+                     for end in ("start_loss", "last_loss"))
+    return {"trained after pruning on": made["text"]["mix"],
+            "training": f"{made['tokens']:,} tokens in {made['steps']:,} steps",
+            "learning rate": f"{made['rate']:g}",
+            f"loss ({made['loss']}) before and after": f"{before} → {after}"}
+
 def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
     "How the model was made."
     mix = record["calibration"]
@@ -158,13 +168,14 @@ def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
              "zeros in the decoder layers": f"{100 * record['achieved_sparsity']:.2f} %",
              "calibration": mix["mix"], "seed": mix.get("seed", "–"),
              "calibration windows": f"{mix['windows']} of {mix['length']} tokens",
-             "mean error of the layers": f"{record['mean_error']:.4f}",
+             "mean error of the layers, as pruned": f"{record['mean_error']:.4f}",
              "type of the weights": record["saved_dtype"],
              "quantised before": record.get("quantised_type") or "no"}
     sizes = {name: f"{size / 1e6:,.1f} MB" for name, size in record.get("bytes", {}).items()}
     if sizes:
         packed = f", {sizes['packed']} in the file" if "packed" in sizes else ""
         shown["size of the weights"] = f"{sizes['dense']} in {record['saved_dtype']}{packed}"
+    shown |= training_lines(record)
     return [{"setting": name, "value": str(value)} for name, value in shown.items()]
 
 # %% ../../nbs/advice/09_report.ipynb #b1d21b2c
@@ -225,6 +236,7 @@ def report_page(report: Report) -> str:  # Markdown
               f"token; the likeliest next token is the same at {100 * far.same_choice:.1f} % of "
               f"{far.tokens:,} tokens.",
               "## Layers", f"![Reconstruction error of each layer]({LAYERS_STEM}.svg)",
+              "The errors are those before the training." if "recovery" in report.record else "",
               "## Answers", f"The likeliest tokens, at most {ANSWER_TOKENS}.",
               *_answer_parts(report.answers)]
     return "\n\n".join(part for part in parts if part) + "\n"

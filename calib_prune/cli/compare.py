@@ -45,13 +45,17 @@ def retention_table(comparison: Any  # from `compare_models`
     return rows
 
 # %% ../../nbs/cli/10_compare.ipynb #4d5b1c03
+def _ends_text(low: float, high: float) -> str:
+    "An interval in points."
+    return f"{100 * low:+.1f} to {100 * high:+.1f}" if low == low else "no interval"
+
 def difference_table(comparison: Any) -> list[dict[str, Any]]:
     "Differences of retention, in points, with simultaneous intervals as numbers and as bars."
     table = comparison.differences
     drawn = forest_column([*zip(table["difference"], table["ci_low"], table["ci_high"])])
     return [{"models": f"{row.first} − {row.second}", "in": row.name,
              "points": f"{100 * row.difference:+.1f}",
-             "95 % CI": f"{100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f}",
+             "95 % CI": _ends_text(row.ci_low, row.ci_high),
              "lower | higher": bar}
             for row, bar in zip(table.itertuples(index=False), drawn)]
 
@@ -71,8 +75,8 @@ def comparison_figure(comparison: Any) -> Any:  # a matplotlib figure
     paper_style()
     table = comparison.retention[comparison.retention["level"] != "task"]
     rows = table.rename(columns={"model": "label", "name": "outcome", "retention": "value"})
-    floor = None if comparison.floor is None else dict(
-        zip(comparison.floor["name"], comparison.floor["floor"]))
+    known = None if comparison.floor is None else comparison.floor.dropna(subset="floor")
+    floor = None if known is None else dict(zip(known["name"], known["floor"]))
     note = (f"Retention by {comparison.measure.name}, single 95 % intervals over the items; "
             "differences between models are paired and more precise than these intervals show. "
             "Dashed: the dense model after another item's prompt.")
@@ -116,12 +120,13 @@ def compare_command(
     with bars(as_json) as progress:
         comparison = compare_models(models, dense, tasks, limit or None, measure, dtype, device,
                                     batch_tokens, progress, floor)
-    if picture:
-        from calib_prune.style import save_figure
-        save_figure(comparison_figure(comparison), picture.with_suffix(""), [picture.suffix])
-    if as_json: return print_json(comparison.record())
-    show_comparison(comparison)
-    if picture: print_lines([f"Figure: {picture}"])
+    # before the figure, as its file may not be writable and the scores took hours
+    if as_json: print_json(comparison.record())
+    else: show_comparison(comparison)
+    if picture is None: return
+    from calib_prune.style import save_figure
+    save_figure(comparison_figure(comparison), picture.with_suffix(""), [picture.suffix])
+    if not as_json: print_lines([f"Figure: {picture}"])
 
 # %% ../../nbs/cli/10_compare.ipynb #1267c5f6
 def show_comparison(comparison: Any) -> None:

@@ -20,6 +20,7 @@ from calib_prune.evaluation.retention import (
     floor_comparison,
     floor_notes,
     has_floor,
+    missing_floors,
     retention,
 )
 from ..evaluation.scoring import ending_notes, evaluate, scores
@@ -62,16 +63,17 @@ class Evaluation:
 
     @cached_property
     def floor(self) -> pd.DataFrame | None:
-        "The floor of each row of `retention`; None if the floor was not scored."
+        "The floor of each row of `retention`; None if none was scored, or none counts."
         if self.floor_items is None or self.dense_items is None: return None
-        if not has_floor(self.floor_items, self.measure): return None
+        if not has_floor(self.dense_items, self.floor_items, self.measure): return None
         return floor_comparison(
             self.dense_items, self.items, self.floor_items, measure=self.measure)
 
     @property
     def floor_notes(self) -> list[str]:
-        "Warnings where the model's retention is not significantly above the floor."
-        if self.floor is None or self.retention is None: return []
+        "Warnings where the model's retention is not significantly above the floor, or has none."
+        if self.floor_items is None or self.retention is None: return []
+        if self.floor is None: return missing_floors(self.retention, self.floor)
         return floor_notes(self.retention, self.floor)
 
     @property
@@ -102,8 +104,8 @@ class Evaluation:
         others = {name: json_rows(rows) for name, rows in self.other_retention.items()}
         rows = {"measure": self.measure.name, "retention": json_rows(table),
                 "other_measures": others}
-        if self.floor is not None:
-            rows |= {"floor": json_rows(self.floor), "floor_notes": self.floor_notes}
+        if self.floor is not None: rows |= {"floor": json_rows(self.floor)}
+        if self.floor_items is not None: rows |= {"floor_notes": self.floor_notes}
         return self.scores_record() | rows | table.attrs
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #b1be0020

@@ -442,9 +442,9 @@ def usual_group(model: str,  # as `load_model` takes it
     return fitting[0] if fitting else 0
 
 def has_pruned_zeros(model: str) -> bool:
-    "Whether a model is a folder whose record says that it was pruned."
-    record = own_record(model) if Path(model).expanduser().is_dir() else None
-    return parse_sparsity((record or {}).get("sparsity", "0"))[0] > 0
+    "Whether a model is a folder whose record says that it was pruned, here or by another tool."
+    record = (own_record(model) if Path(model).expanduser().is_dir() else None) or {}
+    return "recovery" in record or parse_sparsity(record.get("sparsity", "0"))[0] > 0
 
 def suited(settings: PruneSettings, model: str,
            group: int | None,              # inputs with one scale; None: the usual number

@@ -148,10 +148,8 @@ def item_values(study: dict[str, Result],
         if same_rows(items, dense):
             columns.append(measure.values(items, rows))
             continue
-        other = measure.table(items)
-        if not of_dense[["task", "item"]].equals(other[["task", "item"]]):
-            paired_values(dense, items, measure)  # says what differs
-        columns.append(other["value"])
+        pairs = paired_values(dense, items, measure).values()
+        columns.append(np.concatenate([theirs for _, theirs in pairs]))
     values = np.column_stack([of_dense["value"], *columns])
     return {task: values[rows.index] for task, rows in of_dense.groupby("task", sort=False)}
 

@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calib_prune.advice import halving, measured, trials
+from calib_prune.advice import compare, halving, measured, trials
 from calib_prune.advice.compare import Comparison, short_names
 from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.pages import save_advice
 from calib_prune.advice.trials import Trials, item_limits, own_skip
+from calib_prune.cli.compare import compare_command, difference_table
 from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
 from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
@@ -253,12 +254,36 @@ def test_a_changed_text_or_model_is_another_trial(tmp_path):
     assert weights[0] != weights[1]
 
 
-def test_a_model_called_dense_keeps_its_name():
+@pytest.mark.parametrize("folders", [["out/dense", "out/c4"], ["dense", "c4"]])
+def test_a_model_called_dense_keeps_its_name(folders):
     items = {name: items_of({}, ["piqa"], seed=i) for i, name in enumerate(("a", "b"))}
-    names = short_names(["out/dense", "out/c4"])
+    names = short_names(folders)
     table = Comparison(items["a"], dict(zip(names, items.values())), None,
                        get_measure("answer-bits"), 50).flips
     assert len({*zip(table["first"], table["second"])}) == 3
+
+
+def test_a_comparison_is_shown_although_its_figure_cannot_be_saved(monkeypatch, tmp_path, capsys):
+    items = items_of({}, ["piqa", "mbpp"])
+    found = Comparison(items, dict(a=items, b=items), None, get_measure("answer-bits"), 50)
+    monkeypatch.setattr(compare, "compare_models", lambda *args: found)
+    (tmp_path / "file").touch()
+    with pytest.raises((CalibPruneError, OSError)):
+        compare_command(["a", "b"], "dense", figure=str(tmp_path / "file" / "figure.svg"))
+    assert "differences of retention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("few", [1, 5])
+def test_too_few_items_are_not_judged_and_take_no_other_interval(few):
+    """Five items of Code, or one, which has no replicates: Commonsense keeps its interval."""
+    made = [pd.concat([items_of(kept, ["piqa"], 200), items_of({"Code": 0.5}, ["mbpp"], few)])
+            for kept in ({"Commonsense": 1.0}, {"Commonsense": 0.9}, {"Commonsense": 0.6})]
+    found = Comparison(made[0], dict(a=made[1], b=made[2]), None, get_measure("answer-bits"), 200)
+    ends = found.differences.set_index("name")["ci_low"]
+    assert ends["Commonsense"] > 0 and np.isnan(ends["Code"])
+    assert "a has higher retention in Commonsense" in found.verdict[0]
+    assert found.verdict[1] == f"Code cannot be judged: fewer than 10 items: mbpp has {few}."
+    assert [row["95 % CI"] for row in difference_table(found)][1] == "no interval"
 
 
 def test_a_measure_without_likelihoods_has_no_floor():
@@ -267,7 +292,7 @@ def test_a_measure_without_likelihoods_has_no_floor():
                                  value=1.0, chance=0.0)
     dense = pd.concat([likelihoods, written], ignore_index=True)
     found = Comparison(dense, dict(a=dense, b=dense), likelihoods, get_measure("above-chance"), 50)
-    assert found.floor is None and found.floor_notes == []
+    assert found.floor is None and len(found.floor_notes) == 1
 
 
 def test_tuning_and_confirming_share_no_item_with_reports():

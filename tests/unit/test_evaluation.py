@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from lm_eval.api.instance import Instance
 from scipy.stats import bootstrap
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calib_prune.advice.compare import Comparison
 from calib_prune.core import CalibPruneError
 from calib_prune.data.files import write_jsonl
 from calib_prune.evaluation import sandbox, scoring, tasks
@@ -22,6 +24,7 @@ from calib_prune.evaluation.retention import (
     discriminating_measure,
     floor_comparison,
     floor_notes,
+    paired_values,
     retention,
 )
 from calib_prune.evaluation.scoring import evaluate, language_model, last_number, limit_of, scores
@@ -30,6 +33,7 @@ from calib_prune.model.likelihood import batches, loglikelihoods, pack, tree_mas
 from calib_prune.model.loading import load_model
 from calib_prune.model.perplexity import perplexity, text_windows
 from calib_prune.model.tiny import TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
+from calib_prune.pipeline.evaluate import Evaluation
 from calib_prune.resampling import draws, interval
 
 TOKENIZER = tiny_tokenizer()
@@ -682,6 +686,30 @@ def test_tasks_without_a_floor_do_not_count_in_it():
     both = [pd.concat([coded(bits), written]) for bits in (10, 12)]
     compared = floor_comparison(*both, coded(18))
     assert set(compared.name) == {"mbpp", "Code", "total"} and compared.above[0]
+    # the retention of Code is about written answers as well
+    assert compared[compared["name"] == "Code"][["floor", "above"]].isna().all(axis=None)
+    assert floor_notes(retention(*both), compared) == [
+        "No floor for Code: tasks that have none count in the retention, too."]
+    assert floor_comparison(*both, coded(18), measure="answer-bits").floor.notna()[1]
+
+
+def test_tasks_at_chance_have_no_floor():
+    """The dense model guesses in the only task with a floor; written answers are judged."""
+    written = coded(1, "gsm8k_cot").assign(metric="exact_match", value=1.0, chance=0.0)
+    guessed = coded(1, "arc_challenge").assign(metric="acc_norm", value=0.0, chance=0.25)
+    dense = pd.concat([written, guessed])
+    found = [Evaluation(dense, dense, guessed, PLAIN),
+             Comparison(dense, dict(a=dense, b=dense), guessed, PLAIN, 50)]
+    for one in found:
+        assert one.floor is None and "No floor" in one.floor_notes[0] and one.record()
+
+
+def test_models_with_their_own_tasks_in_another_order_are_paired_by_item(monkeypatch):
+    own = {name: replace(TASKS["mbpp"], name=name, dimension=name) for name in ("first", "second")}
+    for name, task in own.items(): monkeypatch.setitem(tasks.TASKS, name, task)
+    parts = [coded(bits).assign(task=name, dimension=name) for name, bits in zip(own, (10, 20))]
+    pairs = paired_values(pd.concat(parts), pd.concat(parts[::-1]))
+    assert all((a == b).all() for a, b in pairs.values())
 
 
 @pytest.mark.parametrize("floor", [18, None])

@@ -1,6 +1,7 @@
 "Recovery: the kept weights are trained, the zeros stay, an interruption changes nothing."
 import json
 import math
+import shutil
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from calib_prune.advice.report import report_on, settings_lines
 from calib_prune.calibration.sets import build_calibration
 from calib_prune.core import CalibPruneError
-from calib_prune.model.loading import save_model
+from calib_prune.model.loading import RECORD_FILE, save_model
 from calib_prune.model.tiny import (
     MIXTURES,
     TINY_FAMILIES,
@@ -22,7 +24,7 @@ from calib_prune.model.tiny import (
     tiny_tokenizer,
 )
 from calib_prune.pipeline import recover
-from calib_prune.pipeline.prune import prune_model
+from calib_prune.pipeline.prune import has_pruned_zeros, prune_model
 from calib_prune.pipeline.recover import RecoverSettings, lost_zeros, recover_model, shuffled
 from calib_prune.pruning import recovery
 from calib_prune.pruning.experts import one_by_one
@@ -144,6 +146,18 @@ def test_an_interruption_changes_no_bit(models, tmp_path, monkeypatch, how):
     assert again.record["recovery"]["steps"] == 50
 
 
+def test_a_model_that_another_tool_pruned_keeps_its_zeros_and_has_no_report(models, tmp_path):
+    """A folder without a record is trained: `quantize` knows that it has zeros, and `report` says
+    what is missing."""
+    shutil.copytree(models / "pruned", tmp_path / "foreign")
+    (tmp_path / "foreign" / RECORD_FILE).unlink()
+    made = str(recover_model(tmp_path / "foreign", models / "dense", tmp_path / "made", tokens=64,
+                             text=str(models / "notes.txt"), **QUICK).folder)
+    assert has_pruned_zeros(made)
+    with pytest.raises(CalibPruneError, match="no record of how it was pruned"):
+        report_on(made, models / "dense")
+
+
 def test_zeros_of_the_files_stay_zeros(models, tmp_path):
     done = recovered(models, tmp_path / "out")
     masks = masks_of(recover.load_model(str(models / "pruned"))[0])
@@ -158,6 +172,14 @@ def test_zeros_of_the_files_stay_zeros(models, tmp_path):
     weights[name] = torch.ones_like(weights[name])
     save_file(weights, file, {"format": "pt"})
     assert lost_zeros(masks, tmp_path / "out") == weights[name].numel() // 2
+
+
+def test_a_report_says_that_the_model_was_trained(models, tmp_path):
+    record = recovered(models, tmp_path / "out").record
+    said = {row["setting"]: row["value"] for row in settings_lines(record)}
+    assert said["training"] == "1,280 tokens in 20 steps" and said["learning rate"] == "0.001"
+    before = f"{record['recovery']['start_loss']:.3f} → "
+    assert said["loss (distil) before and after"].startswith(before)
 
 
 def test_every_step_sees_text_of_all_kinds(models):
