@@ -182,7 +182,8 @@ def _text_column(path: Path, table: Any, field: str) -> int:
     kind = schema.field(field).type if n else None
     names = [table.schema.column(i).path for i in range(len(table.schema))]
     # a chat is stored as a column of contents and a column of roles
-    contents = [i for i, name in enumerate(names) if re.fullmatch(rf"{field}\..*content", name)]
+    content = re.compile(rf"{re.escape(field)}\..*content")
+    contents = [i for i, name in enumerate(names) if content.fullmatch(name)]
     is_chat = kind is not None and field == MESSAGES and bool(contents)
     if not is_chat and (kind is None or not (types.is_string(kind) or types.is_large_string(kind))):
         raise CalibPruneError(f"{path} has no text column {field!r}; its columns are {columns}. "

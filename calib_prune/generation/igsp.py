@@ -365,7 +365,8 @@ def _summary(texts: pd.DataFrame) -> dict[str, Any]:
     return dict(texts=len(texts), tokens=int(texts.tokens.sum()),
                 aggregation=1 - distinct / max(1, total),
                 log_perplexity=float(np.average(texts.log_perplexity, weights=texts.tokens)),
-                spread=float(texts.log_perplexity.std()))
+                # one text has no spread
+                spread=float(texts.log_perplexity.std()) if len(texts) > 1 else 0.0)
 
 # %% ../../nbs/generation/06_igsp.ipynb #06b9e769
 def describe(chosen: pd.DataFrame) -> pd.DataFrame:  # one row per dimension
@@ -403,13 +404,15 @@ def frontier(pool: pd.DataFrame, budget: int,  # tokens to take, over all dimens
     "Aggregation against perplexity: the best choice at each of a range of targets."
     groups = [g for _, g in pool.groupby("dimension", sort=False)]
     each = math.ceil(budget / max(1, len(groups)))
-    check_selection(pool, each, "mean", 1, choice)
+    check_selection(pool, each, None, 1, choice)
+    # no more than the smallest pool offers
+    need = min(choice * each, float(min(g.tokens.sum() for g in groups)))
     rows = []
     for g in groups:
         x, cost, grams = g.log_perplexity.to_numpy(), g.tokens.to_numpy(float), list(g.grams)
-        means = runs(x, cost, choice * each)[3]
+        means = runs(x, cost, need)[3]
         for target in np.linspace(means.min(), means.max(), levels):
-            items, _ = nearest_run(x, cost, choice * each, target)
+            items, _ = nearest_run(x, cost, need, target)
             taken = take_candidates([Greedy(list(items), grams, cost)], each, grams, cost, set())
             rows.append(describe(g.iloc[taken]))
     return pd.concat(rows, ignore_index=True)

@@ -252,6 +252,10 @@ def _sequences(requests: list[Request], longest: int  # tokens of the model's co
             f"A continuation of {size:,} tokens does not fit into the model's context of"
             f" {longest:,}."
         )
+    if not all(context and cont for context, cont in requests):
+        raise CalibPruneError(
+            "Every request needs at least one token of context and one to predict."
+        )
     # the last token predicts nothing
     return [(context + cont)[-longest - 1:][:-1] for context, cont in requests]
 

@@ -54,14 +54,14 @@ def _sparsity_of(round: int, sparsity: float, choosing: int) -> float:
 # %% ../../nbs/pruning/09_admm.ipynb #92565a0b
 @torch.no_grad()
 def rounds_of_admm(dense: Tensor,    # [d_out, d_in], for inputs of one size
-                   unfit: Tensor,    # [d_in, d_in]: A, the inverse of H + ρI
+                   hessian_inverse: Tensor,  # [d_in, d_in]: A, the inverse of H + ρI
                    penalty: float,   # ρ
                    sparsity: float, pattern: tuple[int, int] | None,
                    rounds: int, choosing: int
                   ) -> Tensor:       # [d_out, d_in], sparse
     "Choose a mask and the weights that it keeps."
-    constant = dense - penalty * multiply_symmetric(dense, unfit)
-    penalised_inverse = penalty * unfit
+    constant = dense - penalty * multiply_symmetric(dense, hessian_inverse)
+    penalised_inverse = penalty * hessian_inverse
     # 1 where a weight is pruned: products are several times faster than `where`
     v, pruned = dense, torch.zeros_like(dense)
     for t in range(1, rounds + 1):
@@ -77,11 +77,11 @@ def rounds_of_admm(dense: Tensor,    # [d_out, d_in], for inputs of one size
 
 # %% ../../nbs/pruning/09_admm.ipynb #2530205f
 def with_reconstruction_error(weight: Tensor,   # [d_out, d_in], dense
-             found: Tensor,    # [d_out, d_in], pruned, for inputs of one size
+             sparse: Tensor,   # [d_out, d_in], pruned, for inputs of one size
              problem: Scaled, hessian: Tensor  # [d_in, d_in]
             ) -> PrunedWeight: # in the type of `weight`
     "Pruned weights for inputs of the size that they have."
-    pruned = (found / problem.sizes).to(weight.dtype)
+    pruned = (sparse / problem.sizes).to(weight.dtype)
     dense = energy(weight.float(), hessian)
     lost = energy(weight.float() - pruned.float(), hessian)
     error = max(lost, 0.0) / dense if dense > 0 else 0.0
@@ -99,7 +99,8 @@ def admm(weight: Tensor,          # [d_out, d_in], any float type; left as it is
          choosing: int = CHOOSING,
          # from `admm_factor`, of this very Hessian, if it is known already
          shared: tuple[Scaled, Tensor] | None = None
-        # exactly floor(sparsity × weights) pruned, in the type of `weight`
+        # exactly floor(sparsity × weights) pruned, more if dead inputs have more weights; in the
+        # type of `weight`
         ) -> PrunedWeight:
     "Prune a layer with L-ADMM."
     check_weight(weight)

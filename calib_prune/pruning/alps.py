@@ -21,7 +21,8 @@ from .refine import conjugate_gradients, multiply_symmetric, scaled
 # %% ../../nbs/pruning/10_alps.ipynb #59b0085e
 # the first penalty; rounds between two looks at the mask; rounds at most
 FIRST, EVERY, MOST = 0.1, 3, 300
-FACTORS = (0.1, 1.3), (0.005, 1.2)  # from this share of changed weights on, the penalty grows so
+# above this share of changed weights, the penalty grows by this factor
+FACTORS = (0.1, 1.3), (0.005, 1.2)
 SLOWEST = 1.1
 
 # %% ../../nbs/pruning/10_alps.ipynb #36db2fbb
@@ -81,7 +82,8 @@ def alps(
          damping: float = 0.01,   # see `scaled` (ALPS: 0.01)
          most: int = MOST,        # rounds
          steps: int = 10          # conjugate-gradient steps at the end (published: at most 10)
-        # exactly floor(sparsity × weights) pruned in each, in the type of `weights`
+        # exactly floor(sparsity × weights) pruned in each, more if dead inputs have more weights;
+        # in the type of `weights`
         ) -> list[PrunedWeight]:
     "Prune linear maps that share an input with ALPS."
     for w in weights: check_weight(w)

@@ -98,8 +98,9 @@ def scale_and_zero(weight: Tensor,  # [rows, n] float32: a group of each row
     empty = low == high
     low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
     scale = stored((high - low) / (grid.levels - 1), grid)
-    zero = torch.full_like(scale, grid.levels // 2) if grid.symmetric else (-low / scale).round()
-    return scale, zero
+    if grid.symmetric: return scale, torch.full_like(scale, grid.levels // 2)
+    # a scale that was rounded down would put it above the last code, which a byte cannot hold
+    return scale, (-low / scale).round().clamp(max=grid.levels - 1)
 
 def stored(scale: Tensor, grid: Grid) -> Tensor:
     "The scale as a file holds it, and never 0."

@@ -103,7 +103,7 @@ METHODS: dict[str, Method] = {method.name: method for method in (
     Method("balanced", "SparseGPT, balanced", "second moments of each dimension",
            partial(_minimax, rounds=1), 3, 2.5, ("block", "damping"), by_group=True),
     Method("minimax", "SparseGPT, minimax", "second moments of each dimension",
-           partial(_minimax, rounds=8), 3, 2.5, ("block", "damping"), by_group=True),
+           partial(_minimax, rounds=8), 3, 4.5, ("block", "damping"), by_group=True),
     Method("rtn", "Round to nearest", "nothing", _rtn, 1, 2.3, quantises=True, prunes=False),
     Method("gptq", "GPTQ", "second moments", _gptq, 1, 3.0, ("block", "damping"), quantises=True),
     Method("imatrix", "Importance matrix", "input norms", _imatrix, 1, 2.3, quantises=True,
@@ -209,8 +209,9 @@ def check_quantisation(recipe: "MethodSteps", sparsity: float = 0.0,
     if recipe.extras:
         raise CalibPruneError(f"{', '.join(recipe.extras)} would move weights off the grid: leave"
                               f" that out after {method.name}.")
-    if sparsity and not method.prunes:
-        raise CalibPruneError(f"Method {method.name} does not prune: use gptq, or sparsity 0.")
+    if (sparsity or pattern) and not method.prunes:
+        less = "no pattern" if pattern else "sparsity 0"
+        raise CalibPruneError(f"Method {method.name} does not prune: use gptq, or {less}.")
     if how.keep_zeros and (sparsity or pattern):
         raise CalibPruneError("--keep-zeros and a sparsity contradict each other: use --sparsity 0,"
                               " or --no-keep-zeros.")
@@ -244,7 +245,7 @@ def _read_quantisation(text: str, parts: list[str]) -> tuple[Quantisation | None
         name, _, number = part.partition("=")
         key, value = FLAGS.get(part, (name, number))
         if key in ("bits", "group") and number.isdecimal(): value = int(number)
-        usual = key == "group" and value == 128  # written nowhere: one spelling, and so one key
+        usual = key == "group" and value == 128  # written nowhere: one spelling
         if type(value) is str or key in found or usual: others.append(part)
         else: found[key] = value
     if not found: return None, others
@@ -300,7 +301,7 @@ def read_recipe(text: str  # "admm", "sparsegpt+refine=20+owl", "gptq+bits=3+gro
     steps: dict[str, Any] = dict(quantise=how) if how else {}
     for part in parts:
         name, equals, number = part.partition("=")
-        # one way to write a recipe, and so one key
+        # the usual number is left out, so names stay alike
         other = number.isdecimal() and int(number) not in (0, STEPS.get(name))
         if name in STEPS and name not in steps and (other or not equals):
             steps[name] = int(number) if equals else STEPS[name]

@@ -162,6 +162,8 @@ def reconstruct(layer: nn.Module,      # pruned; its kept weights are trained in
     dtypes = [weight.dtype for weight in _weights(layer, frozen)]
     with torch.no_grad(), _trainable(layer, frozen) as weights:
         start, before = [w.clone() for w in weights], _error(layer, calls, hidden, wanted)
+        # nothing to learn; a layer that adds nothing would divide by 0
+        if before == 0: return Reconstruction(before, before, rate)
         def restore():
             for w, old in zip(weights, start, strict=True): w.copy_(old)
 

@@ -174,7 +174,8 @@ def sparsegpt(weight: Tensor,            # [d_out, d_in], any float type; left a
               # share of the mean diagonal added to it (reference code: 0.01)
               damping: float = 0.01,
               factor: Factor | None = None  # of this very Hessian, if it is known already
-             # exactly floor(sparsity × weights) pruned, in the type of `weight`
+             # exactly floor(sparsity × weights) pruned, more if the dead inputs of a block have
+             # more weights than its count; in the type of `weight`
              ) -> PrunedWeight:
     "Prune a layer with SparseGPT."
     check_weight(weight)

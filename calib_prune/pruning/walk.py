@@ -43,6 +43,7 @@ from calib_prune.pruning.layers import (
     prunable,
     share_groups,
 )
+from .masks import check_sparsity
 from calib_prune.pruning.methods import (
     METHODS,
     STEP_VERSIONS,
@@ -343,6 +344,7 @@ def prune(model: PreTrainedModel,              # pruned in place
     scope.check_allocation(allocation)
     dense = dense_names(model, scope)
     if sparsity is None: sparsity = 0.0 if quantise else 0.6
+    check_sparsity(sparsity)
     recipe = MethodSteps(method, refine, reconstruct, allocation, quantise=quantise)
     check_quantisation(recipe, sparsity, pattern)
     check_widths(model, recipe, scope, block)

@@ -142,6 +142,12 @@ def test_greedy_continuations_are_recognised():
     assert [o for _, o in found] == [True, False]
 
 
+@pytest.mark.parametrize("request_", [([], [5, 6]), ([5, 6], [])])
+def test_nothing_to_read_and_nothing_to_predict_are_refused(request_):
+    with pytest.raises(CalibPruneError, match="at least one token of context"):
+        loglikelihoods(tiny_llama(), [([5], [6]), request_])
+
+
 def test_same_budget_same_bits():
     model, asked = tiny_llama(), requests()
     assert loglikelihoods(model, asked, 256) == loglikelihoods(model, asked, 256)

@@ -21,6 +21,7 @@ from calib_prune.generation.igsp import (
     frontier,
     igsp,
     nearest_run,
+    pool_record,
     select,
     shortest_intervals,
     take_candidates,
@@ -246,6 +247,17 @@ def test_the_frontier_stays_within_reach():
         assert len(g) == 5 and g.log_perplexity.is_monotonic_increasing and (g.tokens >= 60).all()
 
 
+def test_a_pool_without_choice_has_a_frontier_too():
+    pool = random_pool(2, n=12)
+    least = int(pool.groupby("dimension").tokens.sum().min())
+    assert (frontier(pool, 3 * least, levels=3).tokens >= least).all()
+    with pytest.raises(CalibPruneError, match="larger pool"): frontier(pool, 3 * (least + 1))
+
+
+def test_one_text_has_no_spread():
+    assert describe(random_pool(0, n=1)).spread.tolist() == [0, 0, 0]
+
+
 def test_shuffled_takes_each_once():
     queue = Shuffled([3, 5, 9], 0, "x")
     assert {queue.pop(set()) for _ in range(3)} == {3, 5, 9} and queue.pop(set()) is None
@@ -303,6 +315,12 @@ def test_the_output_is_calibration_text(tmp_path):
         40,
     )
     assert made.pool.chosen.sum() == len(made.rows)
+
+
+def test_the_smallest_pool_and_choice_end_in_a_record():
+    for least in (dict(pool=1.0, most=1.0, balance=None), dict(pool=1.5, choice=1.2, bins=1)):
+        made = igsp(tiny_llama(), TOK, **(HOW | least))
+        assert len(pool_record(made.pool, HOW["budget"])["frontier"])
 
 
 @pytest.mark.parametrize("wrong, message", [

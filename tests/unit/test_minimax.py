@@ -35,6 +35,10 @@ def test_the_worst_part_never_fares_worse_than_with_equal_weights(groups, maps, 
     assert all(o.sparsity == e.sparsity for o, e in zip(best, equal))
 
 
+def test_more_rounds_are_estimated_to_take_longer():
+    assert METHODS["minimax"].passes > METHODS["balanced"].passes
+
+
 def test_the_loudness_of_a_part_does_not_matter():
     rng = torch.Generator().manual_seed(0)
     weight, a, b = torch.randn(16, 24, generator=rng), moment(24, 60, 1, rng), moment(

@@ -94,6 +94,12 @@ def test_matrices_that_are_not_linear_maps_are_refused_before_any_work():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_sparsity_of_one_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("calib_prune.pruning.walk._first_windows", None)
+    with pytest.raises(CalibPruneError, match=r"outside \[0, 1\)"):
+        prune(tiny_llama(), windows(), sparsity=1.0)
+
+
 def test_windows_longer_than_the_context_are_refused():
     model = tiny_llama(max_position_embeddings=20)
     with pytest.raises(CalibPruneError, match=" 24 .* 20"):

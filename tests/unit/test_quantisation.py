@@ -9,6 +9,7 @@ from calib_prune.core import CalibPruneError
 from calib_prune.pruning.gptq import gptq, sweep_order
 from calib_prune.pruning.grids import BITS, Grid, imatrix, on_grid, rtn, scale_and_zero
 from calib_prune.pruning.hessian import SecondMoment
+from calib_prune.pruning.methods import check_quantisation, read_recipe
 
 
 def layer(d_out=24, d_in=64, seed=0, dead=0):
@@ -101,6 +102,18 @@ def test_a_scale_is_held_in_16_bits_and_may_be_negative():
     made = rtn(weight, Grid(2, 0), fitted=True)
     assert made.scales.item() < 0 and torch.equal(made.weight, weight)
     assert torch.equal(made.scales, made.scales.bfloat16().float())
+
+
+def test_a_zero_point_fits_into_its_byte():
+    weight = torch.tensor([[-255.99, -1.0, -3.0, 0.0]])
+    made = rtn(weight, Grid(8, 0, symmetric=False))
+    assert made.zeros.item() == 255 and (made.weight - weight).abs().max() < 1
+
+
+@pytest.mark.parametrize("method", ["rtn", "imatrix"])
+def test_a_pattern_is_refused_where_nothing_is_pruned(method):
+    with pytest.raises(CalibPruneError, match="use gptq, or no pattern"):
+        check_quantisation(read_recipe(f"{method}+bits=3"), 0.0, (2, 4))
 
 
 def test_dead_inputs_become_zero_and_pruned_weights_stay_zero():

@@ -79,6 +79,17 @@ def test_a_dense_layer_has_nothing_to_learn():
     ), "kept what it had"
 
 
+def test_a_layer_that_adds_nothing_stays_as_it_is():
+    model = tiny_llama()
+    layer = decoder_layers(model)[0]
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj): linear.weight.data.zero_()
+    layer, calls, hidden, wanted = layer_problem(model)
+    before = [m.weight.clone() for m in prunable(layer).values()]
+    done = reconstruct(layer, calls, hidden, wanted)
+    assert done.before == done.after == 0
+    assert all(map(torch.equal, before, [m.weight for m in prunable(layer).values()]))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_the_same_call_gives_the_same_bits_also_after_a_kill(family, tmp_path):
     def stop(stage, done, total):

@@ -156,7 +156,9 @@ def test_the_number_of_hub_documents_is_bounded(folder, monkeypatch):
                          [("[nope]", "'nope' not found"), ("[main]:dev", "dev"),
                           ("[main]#body", "no column 'body'; its columns are question, answer, n"),
                           ("[main]#n", "holds int, not text"), ("[main]#{question", "template"),
-                          ("[main]#{body}", "no column 'body'")])
+                          ("[main]#{body}", "no column 'body'"),
+                          ("[main]#{answer.x}", "template"), ("[main]#{0}", "template"),
+                          ("[main]#{answer[x]}", "template")])
 def test_hub_mistakes(folder, spec, says):
     with pytest.raises(CalibPruneError, match=re.escape(says)):
         get_source(f"hub:{folder}{spec}").documents()
@@ -406,6 +408,15 @@ def test_parquet_columns_that_are_missing_or_not_text(tmp_path):
         with pytest.raises(CalibPruneError, match="body .*, n "):
             get_source(f"{tmp_path}/{name}").documents()
     assert get_source(f"{tmp_path}/a.parquet:body").documents() == ["x"]
+    pd.DataFrame({"a[b(": ["y"]}).to_parquet(tmp_path / "b.parquet")
+    assert list(readers.read_parquet_column(tmp_path / "b.parquet", "a[b(")) == ["y"]
+
+
+def test_a_bracket_in_the_name_of_a_file_with_a_field_is_no_pattern(tmp_path):
+    (tmp_path / "data[1].jsonl").write_text('{"body": "one"}\n')
+    (tmp_path / "data2.jsonl").write_text('{"body": "two"}\n')
+    assert get_source(f"{tmp_path}/data[1].jsonl:body").documents() == ["one"]
+    assert get_source(f"{tmp_path}/data[23].jsonl:body").documents() == ["two"]
 
 
 def test_missing_files_and_folders(tmp_path):
@@ -462,6 +473,21 @@ def test_chats_go_through_the_template_of_the_model(tmp_path):
     table.to_parquet(tmp_path / "chats.parquet")
     parquet = get_source(f"{tmp_path}/chats.parquet").for_tokenizer(WithTemplate())
     assert parquet.documents() == with_template.documents()
+
+
+def test_a_chat_with_a_template_is_of_the_same_revision(tmp_path):
+    "The text is looked at once: another text under its name is refused."
+    file = tmp_path / "chats.jsonl"
+    pd.DataFrame({"messages": [json.loads(CHAT % "a")["messages"]]}).to_parquet(
+        tmp_path / "a.parquet")
+    for name in (str(file), f"hub:{tmp_path}#messages"):
+        file.write_text(CHAT % "a")
+        source = get_source(name)
+        revision = source.revision
+        file.write_text(CHAT % "b")
+        told = source.for_tokenizer(WithTemplate())
+        assert told.revision == revision
+        with pytest.raises(CalibPruneError, match="changed"): told.documents()
 
 
 def test_special_tokens_of_a_template_are_tokens_and_in_other_text_are_not(tmp_path):
