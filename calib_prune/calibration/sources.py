@@ -7,8 +7,8 @@ __all__ = ['NOT_CODE', 'SOURCES', 'HELDOUT', 'FURTHER', 'SUITE', 'MAX_DOCUMENTS'
            'HUB', 'Source', 'ChatTemplate', 'chat_template', 'PackagedSource', 'packaged', 'library_files', 'python_of',
            'are_of_two_pythons', 'LibrarySource', 'render', 'HubSource', 'say_hellaswag_hub', 'say_csqa_hub',
            'say_siqa_hub', 'say_gsm8k_hub', 'paper_hub_source', 'enough_memory', 'judged_sha256', 'FileSource',
-           'file_source', 'FilesSource', 'is_pattern', 'found_files', 'files_source', 'piped_file', 'piped_source',
-           'hub_source', 'get_source']
+           'split_field', 'file_source', 'FilesSource', 'is_pattern', 'found_files', 'files_source', 'piped_file',
+           'piped_source', 'hub_source', 'get_source']
 
 # %% ../../nbs/calibration/02_sources.ipynb #3852d6ab
 import codecs
@@ -524,12 +524,18 @@ class FileSource(Source):
     @property
     def draw_key(self) -> str: return self.revision
 
+# %% ../../nbs/calibration/02_sources.ipynb #5d1f7a3e
+def split_field(name: str               # a path or a pattern
+               ) -> tuple[str, str]:    # without the field; the field, empty if there is none
+    "The parts of FILE:FIELD."
+    match = re.fullmatch(r"(.*\.(?:jsonl|parquet)):(\w[^/\\]*)", name)
+    return (match[1], match[2]) if match else (name, "")
+
 # %% ../../nbs/calibration/02_sources.ipynb #6a279950
 def file_source(name: str              # a path, with ":FIELD" after it if need be
                ) -> FileSource:
     "A user's file as a source; an error if there is no such file or its kind is unknown."
-    with_field = re.search(r"\.(jsonl|parquet):\w[^/\\]*$", name)
-    path, _, field = name.rpartition(":") if with_field else (name, "", "text")
+    path, field = split_field(name)
     file = as_path(path, "a file to calibrate on")
     if not file.exists():
         like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and file.suffix not in READERS
@@ -542,7 +548,7 @@ def file_source(name: str              # a path, with ":FIELD" after it if need 
     if file.suffix not in READERS:
         known = ", ".join(READERS)
         raise CalibPruneError(f"{file}: text comes from {known} files, not {file.suffix!r}.")
-    if not with_field and holds_chats(file): field = MESSAGES
+    if not field: field = MESSAGES if holds_chats(file) else "text"
     return FileSource(name, "Own", "your own", "a file", path=str(file), field=field)
 
 # %% ../../nbs/calibration/02_sources.ipynb #788bfe1b
@@ -581,8 +587,7 @@ class FilesSource(Source):
 # %% ../../nbs/calibration/02_sources.ipynb #f4285fb5
 def is_pattern(name: str) -> bool:
     "Whether a name is a pattern of file names."
-    # a field is no part of the file's name
-    file = re.sub(r"(\.(?:jsonl|parquet)):\w[^/\\]*$", r"\1", os.path.expanduser(name))
+    file, _ = split_field(os.path.expanduser(name))
     return bool(re.search(r"[*?\[]", name)) and not os.path.exists(file)
 
 def found_files(name: str) -> list[str]:  # a folder, or a pattern with ":FIELD" after it if need be
@@ -598,16 +603,15 @@ def found_files(name: str) -> list[str]:  # a folder, or a pattern with ":FIELD"
 # %% ../../nbs/calibration/02_sources.ipynb #f108dbd9
 def files_source(name: str) -> FilesSource:  # see `found_files`
     "The files of a folder or of a pattern as one source; an error if there are none."
-    pattern, field = name, ""
-    if match := re.fullmatch(r"(.*\.(?:jsonl|parquet)):(\w[^/\\]*)", name):
-        pattern, field = match[1], f":{match[2]}"
+    pattern, field = split_field(name)
     paths = found_files(pattern)
     if not paths:
         kinds = ", ".join(READERS)
         hint = (f" For a folder laid out like a data set of the hub, write hub:{name}."
                 if os.path.isdir(name) else "")
         raise CalibPruneError(f"{name}: no file with text ({kinds}) is there.{hint}")
-    files = tuple(file_source(path + ("" if path.endswith(".txt") else field)) for path in paths)
+    files = tuple(file_source(f"{path}:{field}" if field and not path.endswith(".txt") else path)
+                  for path in paths)
     if len({file.field == MESSAGES for file in files}) > 1:
         raise CalibPruneError(f"{name} holds chats and other text: give them as two sources, since "
                               "only chats go through the model's template.")

@@ -128,8 +128,8 @@ def strategy_name(mix: str  # as `--calibration` takes it
 # %% ../../nbs/cli/09_init.ipynb #9eb22b5a
 def _is_path(source: str) -> bool:
     "Whether a source is a file, also with a field after it, a folder or a pattern."
-    from calib_prune.calibration.sources import is_pattern
-    path = re.sub(r"(\.(jsonl|parquet)):\w[^/\\]*$", r"\1", source)
+    from calib_prune.calibration.sources import is_pattern, split_field
+    path, _ = split_field(source)
     return os.path.exists(path) or is_pattern(path) and not path.startswith("hub:")
 
 def whole_paths(mix: str) -> str:
