@@ -77,7 +77,7 @@ LEFT: dict[str, Callable[[dict[str, Any]], str]] = {
     "verify": lambda given: f"Nothing was changed; {AGAIN}.",
     "fetch": lambda given: "Files that are complete are kept; the same command fetches the others.",
     "reproduce": lambda given: f"Nothing was written; {AGAIN}." if given.get("record") else
-                               "Finished models are kept; the same command goes on from them."}
+                               f"Finished models are not made again; {AGAIN}."}
 
 # %% ../../nbs/cli/17_app.ipynb #c0f1a7c5
 def command_name(command: Callable) -> str:

@@ -25,7 +25,7 @@ def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if is_glibc else None
 
 def give_back_memory() -> None:
-    """Return freed memory to the system, also what lies between blocks in use. Does nothing without
+    """Return all freed memory to the system, wherever it lies in the heap. Does nothing without
     glibc."""
     if libc := _glibc(): libc.malloc_trim(0)
 

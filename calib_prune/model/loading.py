@@ -460,7 +460,7 @@ def model_revision(name: str,                    # as given to `load_model`
 
 # %% ../../nbs/model/04_loading.ipynb #8dcd8d00
 RECORD_FILE = "calib_prune.json"  # the file in a saved model's folder that says how it was made
-REPORT_RECORD = "report.json"     # what `report` writes beside it
+REPORT_RECORD = "report.json"     # the results of `report`
 # the file that marks a part folder as ours; in an output folder, it names what is being moved there
 PART = ".calib_prune.part"
 ROOM = 128                   # bytes of a path that the names of files in a folder need

@@ -301,7 +301,7 @@ def read_recipe(text: str  # "admm", "sparsegpt+refine=20+owl", "gptq+bits=3+gro
     steps: dict[str, Any] = dict(quantise=how) if how else {}
     for part in parts:
         name, equals, number = part.partition("=")
-        # the usual number is left out, so names stay alike
+        # the usual number is not written, so names stay short
         other = number.isdecimal() and int(number) not in (0, STEPS.get(name))
         if name in STEPS and name not in steps and (other or not equals):
             steps[name] = int(number) if equals else STEPS[name]

@@ -497,7 +497,7 @@ def interrupted(monkeypatch, where, layers=None):
     ("evaluate", "calib_prune.pipeline.evaluate.load_model", [],
      "No scores were kept; run the same command again."),
     ("reproduce", "calib_prune.cli.reproduce._study_of", [],
-     "Finished models are kept; the same command goes on from them."),
+     "Finished models are not made again; run the same command again."),
     ("reproduce", "calib_prune.pipeline.again.prune_again", ["--from", "out"],
      "Nothing was written; run the same command again.")])
 def test_an_interrupted_command_says_what_it_leaves(
