@@ -314,7 +314,7 @@ def own_task(text: str  # FILE.jsonl, FILE.yaml or lm-eval:NAME, also after DIME
     task = Task(name, dimension or name, "choice" if choice else "bpb", f"{OWN_FILE}{file}",
                 "{prompt}", f"items of {file.name}", answer="" if choice else "{answer}",
                 metric="acc" if choice else "bits", delimiter="" if other else " ")
-    if TASKS.get(name, task).benchmark != task.benchmark or name in TASK_SETS:
+    if TASKS.get(name, task) != task or name in TASK_SETS:
         raise CalibPruneError(f"{text}: there is another task {name!r}. Rename the "
                               f"{'field `task`' if other else 'file'}.")
     TASKS[name] = task

@@ -14,7 +14,6 @@ from calib_prune.evaluation.tasks import (
     choose,
     fill_prompt,
     get_tasks,
-    own_task,
     task_config,
     write_task,
 )
@@ -90,17 +89,6 @@ def test_prompts():
     item = fill_prompt(TASKS["gsm8k_generate"], RECORDS["gsm8k"])
     assert item["target"] == "18" and item["program"] == "" and item["context"].endswith(
         "Question: How many?\nAnswer:")
-
-
-def test_a_file_may_be_a_benchmark_and_a_need(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        lines = [f'{{"prompt": "Case {n} is", "answer": "closed"}}\n' for n in range(9)]
-        (tmp_path / folder / "law.jsonl").write_text("".join(lines))
-    for dimension in ("Code", "own"):
-        task = own_task(f"{dimension}={tmp_path}/a/law.jsonl")
-        assert get_tasks("law") == [task] and task.dimension == dimension
-    with pytest.raises(CalibPruneError, match="another task"): own_task(f"{tmp_path}/b/law.jsonl")
 
 
 def test_a_limit_is_nested_ordered_and_spread():
