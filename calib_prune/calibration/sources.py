@@ -527,7 +527,7 @@ class FileSource(Source):
 # %% ../../nbs/calibration/02_sources.ipynb #5d1f7a3e
 def split_field(name: str               # a path or a pattern
                ) -> tuple[str, str]:    # without the field; the field, empty if there is none
-    "The parts of FILE:FIELD."
+    "A file's name without the field after its colon, and the field."
     match = re.fullmatch(r"(.*\.(?:jsonl|parquet)):(\w[^/\\]*)", name)
     return (match[1], match[2]) if match else (name, "")
 
