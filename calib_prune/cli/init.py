@@ -244,7 +244,8 @@ def new_study(
             "with. By default `c4` and `uniform`.")] = None,
     method: Annotated[Optional[list[str]],
                       typer.Option(
-                          help="A pruning method; once for each. By default `sparsegpt`.")] = None,
+                          help="A pruning method; once for each. By default "
+                               "`admm`, as in `prune`.")] = None,
     sparsity: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -269,6 +270,7 @@ def new_study(
     """Start a study of your own: a preset with your model, text and methods, and a notebook that
     says which calibration set to take."""
     from calib_prune.cli.reproduce import check_names
+    from calib_prune.pipeline.prune import DEFAULT_RECIPE, RECIPES
     from calib_prune.study.presets import load_preset
     check_own(windows, length, items, seeds := seed or [0, 1], measure)
     path = as_path(folder, "a folder for a study")
@@ -278,7 +280,7 @@ def new_study(
         model=str(Path(model).absolute()) if os.path.exists(model) else model,
         calibration=dict(windows=windows, length=length),
         strategies=own_strategies(calibration or ["c4", "uniform"]),
-        grid=own_grid(method or ["sparsegpt"], sparsity or ["0.5"], seeds),
+        grid=own_grid(method or [RECIPES[DEFAULT_RECIPE].method], sparsity or ["0.5"], seeds),
         tables=["main"],
         measure=measure,
     )

@@ -46,7 +46,7 @@ DECISIONS = (
     Decision("uniform", "codeio", 8.8 / LEAD),
     Decision("igsp", "self-cal", 2.4 / LEAD),
     Decision("uniform", "c4"),
-    *(Decision("law", other, method=method, of_paper=False)
+    *(Decision("half-code", other, method=method, of_paper=False)
       for method in ("admm", "admm+reconstruct=3") for other in ("uniform", "igsp")),
 )
 

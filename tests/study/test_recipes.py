@@ -36,7 +36,7 @@ from calib_prune.study.results import Result, load_study
 from calib_prune.study.tuning import mix_of_shares
 from tests import ROOT
 
-RECIPE, REFERENCES = ("law", "admm"), ("uniform", "igsp")
+RECIPE, REFERENCES = ("half-code", "admm"), ("uniform", "igsp")
 
 
 def made_up(more, gain=0.05, sd=0.003, seed=1):
@@ -55,13 +55,14 @@ def leads_of(found, recipe=RECIPE):
     return {k: lead_rows(found, o) for k, o in families(recipe, REFERENCES).items()}
 
 
-TEXTS = dict(strategies={"uniform": "uniform", "igsp": "generated:igsp", "law": "c4=1,codeio=3"})
-GOOD = made_up({"uniform": 0.04, "igsp": 0.0, "law": 0.12})
+TEXTS = dict(strategies={
+    "uniform": "uniform", "igsp": "generated:igsp", "half-code": "c4=1,codeio=3"})
+GOOD = made_up({"uniform": 0.04, "igsp": 0.0, "half-code": 0.12})
 
 
 def test_a_lead_is_a_paired_difference():
     rows = leads_of(GOOD)["what the text adds"].set_index(["over", "goal"])
-    ours, theirs = GOOD.of("law", method="admm"), GOOD.of("igsp", method="admm")
+    ours, theirs = GOOD.of("half-code", method="admm"), GOOD.of("igsp", method="admm")
     assert rows.value["igsp, L-ADMM", "Total"] == pytest.approx(ours[0, 4] - theirs[0, 4])
     np.testing.assert_allclose(
         rows.loc[("igsp, L-ADMM", "Total"), ["ci_low", "ci_high"]].astype(float),
@@ -75,19 +76,19 @@ def test_better_is_said_of_what_is_better_alone():
     assert all(map(holds, leads_of(GOOD).values())) and said_of(GOOD).endswith(
         "better than all references."
     )
-    alike = made_up({"uniform": 0.12, "igsp": 0.0, "law": 0.12})
+    alike = made_up({"uniform": 0.12, "igsp": 0.0, "half-code": 0.12})
     same, said = leads_of(alike), said_of(alike)
     assert holds(same["compared with today's use"]) and not holds(same["what the text adds"])
     assert "what the text adds" in said and "over uniform, L-ADMM" in said and "igsp" not in said
 
 
 def test_a_lead_within_noise_is_none():
-    noisy = made_up({"uniform": 0.04, "igsp": 0.0, "law": 0.05}, gain=0.0, sd=0.05)
+    noisy = made_up({"uniform": 0.04, "igsp": 0.0, "half-code": 0.05}, gain=0.0, sd=0.05)
     assert "is not better everywhere" in said_of(noisy)
 
 
 def test_what_has_not_been_run_decides_nothing():
-    missing = ("law", "alps")
+    missing = ("half-code", "alps")
     found = leads_of(GOOD, missing)
     assert not any(map(len, found.values())) and not holds(found["what the text adds"])
     one_less = GOOD.rows(~((GOOD.cells.strategy == "igsp") & (GOOD.cells.method == "admm")))
@@ -113,9 +114,10 @@ def test_tables_hold_every_recipe_and_the_figure_names_the_best_if_its_lead_is_s
     base = ("uniform", "sparsegpt")
     title = recipe_figure(rows, recipe_message(GOOD, base)).get_suptitle()
     assert (
-        title == recipe_message(GOOD, RECIPE) == "Highest total retention of 6 recipes: law, L-ADMM"
+        title == recipe_message(GOOD, RECIPE)
+        == "Highest total retention of 6 recipes: half-code, L-ADMM"
     )
-    close = made_up({"uniform": 0.0, "igsp": 0.05, "law": 0.05}, gain=0.05, sd=0.004)
+    close = made_up({"uniform": 0.0, "igsp": 0.05, "half-code": 0.05}, gain=0.05, sd=0.004)
     assert (
         recipe_message(close, base)
         == "Total retention: 5 of 5 recipes above uniform, SparseGPT, 0 below"
@@ -124,7 +126,8 @@ def test_tables_hold_every_recipe_and_the_figure_names_the_best_if_its_lead_is_s
 
 
 def test_a_question_that_nothing_answers_leaves_numbers_numbers():
-    leads = leads_of(GOOD) | {"ALPS against L-ADMM": lead_rows(GOOD, [(("law", "alps"), RECIPE)])}
+    leads = leads_of(GOOD) | {
+        "ALPS against L-ADMM": lead_rows(GOOD, [(("half-code", "alps"), RECIPE)])}
     pd.testing.assert_frame_equal(all_leads(leads), all_leads(leads_of(GOOD)))
 
 
@@ -155,7 +158,7 @@ def timed(pruning, recovery=None, threads=1, **about):
     return Result(record, pd.DataFrame(), pd.DataFrame(), seconds)
 
 
-TRAINED = ("law", "admm+recover=c4")
+TRAINED = ("half-code", "admm+recover=c4")
 
 
 def test_times_are_ratios_of_medians_and_contain_the_training():
@@ -175,13 +178,14 @@ def test_times_are_ratios_of_medians_and_contain_the_training():
 def test_the_target_is_asked_of_trained_recipes_over_one_reference():
     cells = GOOD.cells.assign(method=GOOD.cells["method"].where(
         GOOD.cells["strategy"] != "igsp", GOOD.cells["method"] + "+recover=c4"))
-    cells = cells.assign(strategy=cells["strategy"].replace("igsp", "law"))
+    cells = cells.assign(strategy=cells["strategy"].replace("igsp", "half-code"))
     rows = target_rows(replace(GOOD, cells=cells), {}, ("uniform", "sparsegpt"),
-                       [("law", "sparsegpt"), ("c4", "wanda")])
+                       [("half-code", "sparsegpt"), ("c4", "wanda")])
     asked = rows["recipe"].str.contains("trained") & (rows["over"] == "uniform, SparseGPT")
     assert rows["X1"].notna().equals(asked) and asked.sum() == 2 * 5
-    before = rows[rows["over"] == "law, L-ADMM"]
-    assert set(before["recipe"]) == {"law, L-ADMM + trained on c4"}, "before and after training"
+    before = rows[rows["over"] == "half-code, L-ADMM"]
+    trained = {"half-code, L-ADMM + trained on c4"}
+    assert set(before["recipe"]) == trained, "before and after training"
     assert rows["X3"].isna().all() and rows["times"].isna().all()
     text = target_text(rows)
     assert not {"times a prune", "X3"} & {*text}, "empty columns are left out"
@@ -236,11 +240,11 @@ def test_the_recipe_is_the_mix_that_the_law_names_and_is_judged_by_other_items(n
     )
     best = best_mix(first_law, ALIKE | dict(worst=1)).set_index("dimension").share
     n = preset["calibration"]["windows"]
-    assert preset["strategies"]["law"] == "half-code"
+    assert preset["strategies"]["half-code"] == "half-code"
     assert allocate(parse_mix("half-code"), n) == allocate(
         parse_mix(mix_of_shares(best.to_dict())), n
     )
-    taken = shares_of(preset["strategies"]["law"], n)
+    taken = shares_of(preset["strategies"]["half-code"], n)
     assert all(abs(taken[d] - best[d]) <= 1 / n + 1e-9 for d in DIMENSIONS), taken
     assert preset["scoring"]["skip"] >= max(learnt["scoring"]["limit"].values())
     assert preset["calibration"] == learnt["calibration"]

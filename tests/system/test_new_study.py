@@ -16,6 +16,7 @@ from calib_prune.cli.reproduce import (
     preset_file,
 )
 from calib_prune.core import CalibPruneError
+from calib_prune.pipeline.prune import DEFAULT_RECIPE, RECIPES
 from calib_prune.study.plan import notebooks_of
 from calib_prune.study.presets import load_preset
 
@@ -31,6 +32,7 @@ def test_a_new_study_holds_only_what_it_runs(tmp_path, capsys):
     assert preset["calibration"] == dict(windows=4, length=128)
     assert preset["scoring"]["limit"] == 8 and preset["measure"] == "answer-bits"
     assert preset["grid"][0]["seeds"] == [3]
+    assert preset["grid"][0]["methods"] == [RECIPES[DEFAULT_RECIPE].method], "as `prune` does"
     assert "--preset presets/mine.yaml" in capsys.readouterr().out
     check_notebooks(tmp_path / "mine", preset)
 
