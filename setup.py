@@ -12,7 +12,8 @@ FOUND = [
     *sorted(ROOT.glob("nbs/paper/*.ipynb")), *sorted(ROOT.glob("profiles/*/config.yaml")),
     ROOT / "figures/mixing/smollm2-135m/T12-law.json",
     # of the models whose studies are complete: `advice.nearest.STUDIED`
-    *(ROOT / f"figures/claims/{model}/T18-policies.csv" for model in ("smollm2-135m", "qwen-0.5b")),
+    *(ROOT / f"figures/{table}.csv" for model in ("smollm2-135m", "qwen-0.5b")
+      for table in (f"claims/{model}/T18-policies", f"quantisation/{model}/T21-regret")),
     *(ROOT / f"results/advice/smollm2-135m/advice.{ending}" for ending in ("md", "json"))]
 STUDY = [o.relative_to(ROOT).as_posix() for o in FOUND if o.name != "bench.ipynb"]
 

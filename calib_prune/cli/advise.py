@@ -62,13 +62,14 @@ def show_quick(quick: Any, model: str, settings: Any,  # settings: `PruneSetting
     print_lines(["", f"Take {quick.calibration}. {quick.reason}", ""])
     if len(quick.regrets):
         show_table(regret_lines(quick), "regret on the studied models: points of retention below "
-                   f"the best set [95 % interval]; {quick.judged_with} at 50 %")
+                   f"the best set [95 % interval]; {quick.judged_with}")
     else: print_lines(["The regret of this rule for this need was not measured."])
     again = shlex.join(["calib-prune", "advise", "--model", model, "--need", quick.need.asked,
                         *(part for source in own for part in ("--source", source)),
                         "--minutes", "15", *_other_settings(settings)])
-    if settings.quantise:
-        print_lines(["The rule was measured with pruning, not with quantisation."])
+    known = quick.regrets["policy"].isin([quick.policy, quick.calibration])
+    if len(known) and not known.any():
+        print_lines([f"{quick.calibration} was not measured with {quick.judged_with}."])
     print_lines(["", *command_lines(model, quick.calibration, settings), "",
                  f"To choose by pruning: {again}"])
 

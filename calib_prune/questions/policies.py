@@ -9,7 +9,7 @@ __all__ = ['ALL_ALIKE', 'WORST_OF_ALL', 'POLICY_NEEDS', 'OUTCOME_OF', 'TRUTHS', 
 
 # %% ../../nbs/questions/19_policies.ipynb #0570f98f
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..calibration.sets import parse_mix
 from ..core import DIMENSIONS, load_json
-from ..pruning.methods import METHODS
+from ..pruning.methods import read_recipe
 from .estimates import Untestable, setting
 from ..statistics.replicates import OUTCOMES, Replicates
 from ..statistics.tables import interval_text
@@ -106,15 +106,16 @@ def searched_sets(folder: Path,                   # of records of `advise`, name
     return found
 
 # %% ../../nbs/questions/19_policies.ipynb #2fe265e7
-FEWEST_SETS = 3  # two sets have no spread beyond their noise
+FEWEST_SETS = 5  # of fewer, the spread is often estimated as zero, and every regret with it (ours)
 POLICY_ROWS = ["method", "need", "policy", "set", "regret", "ci_low", "ci_high", "best", "sets"]
 POLICY_METHODS = "sparsegpt", "admm"  # the paper's, and the default of `prune`
 
 def policy_rows(replicates: Replicates,
                 metrics: pd.DataFrame,  # from `metric_rows.load_metrics`
-                at: float,              # sparsity
+                at: float | str,        # sparsity
                 searched: Mapping[str, list[str]] | None = None,  # see `searched_sets`
-                method: str = "sparsegpt"
+                method: str = "sparsegpt",
+                fixed: Sequence[str] = FIXED  # sets that are the same for every need
                ) -> pd.DataFrame:       # columns `POLICY_ROWS`; points
     """Each policy's expected regret for each need, with one method, over all sets with two draws or
     more; the interval is the posterior's. `best`: the probability that the named set (of a search:
@@ -131,7 +132,7 @@ def policy_rows(replicates: Replicates,
     rows = []
     for need in POLICY_NEEDS:
         truths = possible_truths(100 * need_values(here, need))
-        for policy in (*named, *FIXED):
+        for policy in (*named, *fixed):
             if (name := chosen_set(policy, need, known, named)) is None: continue
             regret = truths.max(1) - truths[:, known.index(name)]
             ends = np.quantile(regret, [0.025, 0.975])
@@ -155,7 +156,7 @@ def policy_text(rows: pd.DataFrame  # from `policy_rows`
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows.itertuples(index=False):
         points = interval_text(row.regret, row.ci_low, row.ci_high, scale=1, digits=1)
-        line = cells.setdefault((METHODS[row.method].label, row.policy), {})
+        line = cells.setdefault((read_recipe(row.method).label, row.policy), {})
         line[row.need] = points + (
             f" `{row.set}`" if row.policy in (NEAREST, SEARCHED) else "")
     lines = [dict(method=method, policy=policy) | line for (method, policy), line in cells.items()]

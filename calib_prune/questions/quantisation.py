@@ -7,7 +7,7 @@ __all__ = ['GPTQ_3', 'IMATRIX_3', 'RTN_3', 'SPARSE_4', 'EQUAL_KINDS', 'WEB_TEXT'
            'OWN_FREEDOM', 'NO_TEXT', 'FLOOR', 'DODGE', 'bits_per_weight', 'quantisation_quantities',
            'quantised_retention', 'quantisation_rows', 'quantisation_verdicts', 'pooling_note', 'exploratory_rows',
            'exploratory_table', 'turned_share', 'change_rows', 'compressed_rows', 'compressed_table',
-           'quantisation_message', 'quantisation_figure']
+           'quantised_regrets', 'quantisation_message', 'quantisation_figure']
 
 # %% ../../nbs/questions/23_quantisation.ipynb #1cb20872
 from collections import Counter
@@ -35,6 +35,7 @@ from calib_prune.questions.hypotheses import (
     total_of,
     verdicts_of,
 )
+from .policies import POLICY_ROWS, policy_rows
 from .third_model import named_models
 from ..statistics.effects import effects, estimate
 from calib_prune.statistics.plots import (
@@ -247,6 +248,17 @@ def compressed_table(rows: pd.DataFrame,  # from `compressed_rows`
     if last and lines: lines[FLOOR,] = {"method": FLOOR} | last
     table = pd.DataFrame([*lines.values()])
     return table[[*next(iter(lines.values()), {})]].fillna("")
+
+# %% ../../nbs/questions/23_quantisation.ipynb #a41c0f11
+def quantised_regrets(whole: Measured) -> pd.DataFrame:  # columns `POLICY_ROWS`; points
+    "The regret of each calibration text for each need, in 3 bits."
+    here, empty = quantised_retention(whole), pd.DataFrame(columns=["strategy", "metric", "value"])
+    if here is NOTHING: return pd.DataFrame(columns=POLICY_ROWS)
+    texts = [*dict.fromkeys(here.cells["strategy"])]
+    tables = [policy_rows(here, empty, "0", method=method, fixed=texts)
+              for method in (GPTQ_3, IMATRIX_3)]
+    return pd.concat([rows for rows in tables if len(rows)] or tables[:1], ignore_index=True)
+
 
 # %% ../../nbs/questions/23_quantisation.ipynb #d28f59bb
 _METHOD_LOOKS = {"sparsegpt": ("C0", "o"), "gptq": ("C1", "s"), "imatrix": ("C2", "D"),

@@ -124,6 +124,7 @@ ARTEFACTS: dict[str, Artefact] = {
         Artefact("T21", "hypotheses", "Verdicts on the hypotheses of quantisation",
                  "quantisation"),
         Artefact("T21", "methods", "Differences between methods of quantisation", "quantisation"),
+        Artefact("T21", "regret", "Regret of calibration texts in quantisation", "quantisation"),
         Artefact("F17", "quantisation", "Retention against bits per weight, and by text",
                  "quantisation"),
         Artefact("T22", "scale", "Differences in retention on models of three sizes", "scale"),

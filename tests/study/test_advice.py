@@ -10,14 +10,17 @@ from calib_prune.advice import compare, halving, measured, trials
 from calib_prune.advice.compare import Comparison, short_names
 from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
+from calib_prune.advice.nearest import advise_quickly
 from calib_prune.advice.pages import save_advice
 from calib_prune.advice.trials import Trials, item_limits, own_skip
+from calib_prune.cli.advise import method_settings, show_quick
 from calib_prune.cli.compare import compare_command, difference_table
 from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
 from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
 from calib_prune.model.loading import save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pipeline.prune import PruneSettings
 
 SECONDS, SCREENED = 50.0, 10.0  # of a made-up trial, and of a screening
 BEST = {"codeio": 0.9, "uniform-dimensions": 0.8}  # Code retention; others 0.6
@@ -83,6 +86,20 @@ def made_up(monkeypatch, tmp_path):
 
 
 pytestmark = pytest.mark.real
+
+
+@pytest.mark.parametrize("method,bits,need,calibration,said", [
+    ("gptq", 3, "all", "uniform-dimensions", "95 % interval]; GPTQ in 3 bits"),
+    ("imatrix", 3, "code", "codeio", "95 % interval]; Importance matrix in 3 bits"),
+    ("gptq", 3, "general", "openwebtext", "openwebtext was not measured with GPTQ in 3 bits."),
+    ("wanda", None, "all", "tuned", "95 % interval]; SparseGPT at 50 %")])
+def test_a_rule_shows_the_regrets_of_its_method(method, bits, need, calibration, said, capsys):
+    how = method_settings(model := "smollm2-135m", method, None, bits, 64 if bits else None)
+    show_quick(quick := advise_quickly(need, model, method=method), model, PruneSettings(**how))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert quick.calibration == calibration and said in shown
+    rule = quick.regrets["policy"].isin([quick.policy, calibration])
+    assert rule.any() != ("was not measured" in shown)
 
 
 def test_the_best_mix_is_found_within_the_minutes(made_up, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from calib_prune.advice.nearest import REGRET_FILE, STUDIED
+from calib_prune.advice.nearest import PRUNED_REGRETS, QUANTISED_REGRETS, STUDIED
 from calib_prune.cli.advise import DEMO
 from calib_prune.cli.init import lay_out
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
@@ -84,7 +84,8 @@ def test_the_wheel_is_small_and_holds_what_studies_need(wheel, tmp_path):
 
 
 MEASURED = {  # of committed studies, and a stored advice
-    LAW_FILE, *(REGRET_FILE.format(model) for model in STUDIED), f"{DEMO}.md", f"{DEMO}.json"}
+    LAW_FILE, f"{DEMO}.md", f"{DEMO}.json",
+    *(name.format(model) for name in (PRUNED_REGRETS, QUANTISED_REGRETS) for model in STUDIED)}
 STUDY = {
     "snakemake", "papermill", "ipykernel", "ipywidgets", "jupyterlab",
     "nbformat"}
