@@ -96,7 +96,7 @@ def command_lines(model: str, calibration: str, settings: PruneSettings) -> list
     parts = ["calib-prune", "quantize" if how else "prune", "--model", model]
     for name, value in given.items():
         parts += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    lines = [shlex.join([*parts, "--output", "pruned"])]
+    lines = [shlex.join([*parts, "--output", "quantised" if how else "pruned"])]
     if settings.method == "imatrix":
         size = {name: getattr(settings, name) for name in ("windows", "length")}
         options = [f"--{name} {n}" for name, n in size.items() if name in given]

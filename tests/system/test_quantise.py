@@ -320,9 +320,9 @@ def test_keys_hold_bits_and_groups(checkout):
 
 @pytest.mark.parametrize("method, bits, lines", [
     ("gptq", 3, ["quantize --model m --calibration codeio --method gptq --bits 3 --group 64"
-                 " --windows 16 --output pruned"]),
+                 " --windows 16 --output quantised"]),
     ("imatrix", 3, ["quantize --model m --calibration codeio --method imatrix --bits 3 --group 64"
-                    " --windows 16 --output pruned",
+                    " --windows 16 --output quantised",
                     "imatrix --model m --calibration codeio --windows 16"
                     " --output own.imatrix.gguf"]),
     ("admm", None, ["prune --model m --calibration codeio --method admm --sparsity 0.5"
