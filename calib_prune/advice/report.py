@@ -244,16 +244,17 @@ def report_page(report: Report) -> str:  # Markdown
 # %% ../../nbs/advice/09_report.ipynb #cffdd90e
 CARD_MARK = "<!-- written by calib-prune report -->"
 
-def _base_line(model: str) -> str:
-    "The line of a card that names the dense model; empty where the hub does not have it."
+def _base_line(model: str, revision: str) -> str:  # of `model_revision`
+    "The line of a card that names the dense model; empty if its weights are not from the hub."
     name = model.removeprefix("hub:")
-    known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(model).exists()
+    known = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and revision.startswith("commit:")
     return f"base_model: {json.dumps(name)}\n" if known else ""
 
 def model_card(report: Report) -> str:
     "A README for the folder: the hub reads its first lines."
     made = "quantised" if report.record.get("quantise") else "pruned"
-    head = (f"---\n{_base_line(report.record['model'])}library_name: transformers\n"
+    origin = _base_line(report.record["model"], report.record.get("model_revision", ""))
+    head = (f"---\n{origin}library_name: transformers\n"
             f"tags: [{made}, calib-prune]\n---\n")
     return f"{head}{CARD_MARK}\n\n{report_page(report)}\nThe licence is the dense model's.\n"
 

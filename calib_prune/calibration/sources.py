@@ -8,7 +8,7 @@ __all__ = ['NOT_CODE', 'SOURCES', 'HELDOUT', 'FURTHER', 'SUITE', 'MAX_DOCUMENTS'
            'are_of_two_pythons', 'LibrarySource', 'render', 'HubSource', 'say_hellaswag_hub', 'say_csqa_hub',
            'say_siqa_hub', 'say_gsm8k_hub', 'paper_hub_source', 'enough_memory', 'judged_sha256', 'FileSource',
            'split_field', 'file_source', 'FilesSource', 'is_pattern', 'found_files', 'files_source', 'piped_file',
-           'piped_source', 'hub_source', 'get_source']
+           'piped_source', 'hub_source', 'packaged_sources', 'get_source']
 
 # %% ../../nbs/calibration/02_sources.ipynb #3852d6ab
 import codecs
@@ -660,10 +660,14 @@ def hub_source(name: str  # hub:ORG/NAME[CONFIG]:SPLIT#TEXT@REVISION
     )
 
 # %% ../../nbs/calibration/02_sources.ipynb #41d19b66
+def packaged_sources() -> dict[str, Source]:
+    "All sources that have a name of their own."
+    return {**SOURCES, **HELDOUT, **FURTHER, **PAPER_SOURCES}
+
 def get_source(name: str  # a packaged name, paper:NAME, hub:…, a file, folder or pattern, or -
               ) -> Source:
     "The source that a name stands for."
-    known = {**SOURCES, **HELDOUT, **FURTHER, **PAPER_SOURCES}
+    known = packaged_sources()
     if name in known: return known[name]
     base, _, at = name.partition("@")
     if base in PAPER_SOURCES and at: return replace(PAPER_SOURCES[base], at=at)

@@ -127,6 +127,8 @@ def method_settings(model: str, method: str, sparsity: str | None, bits: int | N
                               " choose: use gptq, imatrix or a pruning method.")
     usual = "0" if quantises else "0.5"
     settings: dict[str, Any] = dict(method=method, sparsity=sparsity or usual)
+    if group is not None and not quantises:
+        raise CalibPruneError(f"--group is for methods that quantise; {method} prunes.")
     if bits is None: return settings
     how = Quantisation(bits, group or 0, fitted=method != "imatrix")
     found = suited(PruneSettings(**settings, quantise=how), model, group)

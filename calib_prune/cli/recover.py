@@ -6,6 +6,7 @@
 __all__ = ['left_by_recover', 'recovery_lines', 'recover_command']
 
 # %% ../../nbs/cli/13_recover.ipynb #b2fd0c54
+import shlex
 from functools import partial
 from typing import Annotated, Any
 
@@ -89,5 +90,6 @@ def recover_command(
     if as_json: print_json({k: v for k, v in done.record.items() if k != "layers"})
     else:
         show_table(recovery_lines(done.record), f"{done.folder}: the zeros are those of {model}")
-        print(f"\nWhat came back: calib-prune compare {model} {done.folder} --dense {dense}")
+        names = [model, str(done.folder), "--dense", dense]
+        print(f"\nWhat came back: {shlex.join(['calib-prune', 'compare', *names])}")
     if not done.whole: raise typer.Exit(1)

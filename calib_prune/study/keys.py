@@ -12,6 +12,7 @@ __all__ = ['SCHEME', 'SELF_GENERATED_SETTINGS', 'MISSING', 'OLDER', 'model_key',
 import inspect
 from collections import Counter
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,15 @@ from calib_prune.study.presets import (
 from .results import load_record
 
 # %% ../../nbs/study/05_keys.ipynb #dbad55ba
-def _outline(path: Path) -> list[Any]:
-    "Identity of a large file: name, size, and a hash of its first and last mebibyte."
-    size, chunk = path.stat().st_size, 1 << 20
-    with open(path, "rb") as file:
-        head = file.read(chunk)
-        file.seek(max(0, size - chunk))
-        return [path.name, size, content_hash([head.hex(), file.read(chunk).hex()])]
+@cache
+def _hash_of(path: Path, size: int, changed: int) -> str:  # of one state of the file, in bytes, ns
+    "The SHA-256 of a large file, which is read once."
+    return file_sha256(path)
+
+def _identity(path: Path) -> list[Any]:
+    "Identity of a file of a model: a part of it may change and leave its size as it is."
+    state = path.stat()
+    return [path.name, state.st_size, _hash_of(path, state.st_size, state.st_mtime_ns)]
 
 # %% ../../nbs/study/05_keys.ipynb #c048acd8
 def model_key(preset: dict[str, Any]) -> dict[str, Any]:
@@ -69,9 +72,9 @@ def model_key(preset: dict[str, Any]) -> dict[str, Any]:
     if path.is_dir():
         ours = RECORD_FILE, REPORT_RECORD  # no result depends on them
         weights = [
-            _outline(p) for p in sorted(path.iterdir())
+            _identity(p) for p in sorted(path.iterdir())
             if p.suffix in (".safetensors", ".json", ".gguf", ".model") and p.name not in ours]
-    elif path.is_file(): weights = _outline(path)
+    elif path.is_file(): weights = _identity(path)
     else:
         weights = read_manifest(cache_dir()).get(f"models/{name}", {}).get("sha256") or [
             name, preset["revision"]]

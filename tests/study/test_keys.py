@@ -1,6 +1,7 @@
 """What a finished result survives: every committed one, under more entries in the registries,
 raised versions, and other settings."""
 import json
+import os
 import platform
 import shutil
 from dataclasses import replace
@@ -192,6 +193,13 @@ def test_the_key_of_a_folder_is_that_of_its_weights(tmp_path, monkeypatch):
     assert key() == key("~/m") == first, "our own notes beside it change no result"
     weights.write_bytes(b"others")
     assert key("~/m") != first
+    large = bytearray(3 << 20)
+    weights.write_bytes(large)
+    os.utime(weights, (1, 1))
+    before = key()
+    large[len(large) // 2] = 1
+    weights.write_bytes(large)
+    assert key() != before, "also if only the middle of a large file changed"
 
 
 def test_another_text_in_a_file_is_another_key(tmp_path):

@@ -6,8 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from calib_prune.cli import reproduce as cli
+from calib_prune.cli.app import app
 from calib_prune.core import CalibPruneError
 from calib_prune.pipeline.records import cluster_job, environment
 from calib_prune.study import gpus
@@ -81,11 +83,27 @@ def test_the_command_for_clusters_and_gpus(tmp_path):
     there = cli.snakemake_command(path, 3, False, True, tmp_path, gpus=4)
     assert there[there.index("--profile") +
                  1] == str(tmp_path) and "--cores" not in there and "--resources" not in there
-    assert there[-3:] == ["--config", "again=1", "cluster=1"]
+    assert there[3:6] == ["--config", "again=1", "cluster=1"]
     here = cli.snakemake_command(path, 3, False, False, gpus=4)
-    assert here[here.index("--resources") + 1] == "gpu=4" and here[-2:] == ["--config", "gpus=4"]
-    assert cli.snakemake_command(path, 1, True, True)[-3:] == [
-        "--config", "tables_only=1", "--forceall"]
+    assert here[here.index("--resources") + 1] == "gpu=4" and here[3:5] == ["--config", "gpus=4"]
+    tables = cli.snakemake_command(path, 1, True, True)
+    assert "--forceall" in tables and tables[3:5] == ["--config", "tables_only=1"]
+    from snakemake.cli import parse_args
+    for command in (here, tables):  # a file at the end is what is made, not a further value
+        _, asked = parse_args([*command[3:], "results/x/dense.json"])
+        assert list(asked.targets) == ["results/x/dense.json"]
+
+
+def test_a_model_that_is_made_again_takes_no_option_of_a_study():
+    for given in (["--dry-run"], ["--table", "T3"], ["--jobs", "2"]):
+        told = CliRunner().invoke(app, ["reproduce", "--from", "record.json", *given])
+        assert told.exit_code and given[0] in f"{told.output}{told.exception}"
+    told = CliRunner().invoke(app, ["reproduce", "--output", "here"])
+    assert told.exit_code and "--from" in f"{told.output}{told.exception}"
+
+
+def test_a_preset_with_one_gpu_runs_one_model_there():
+    assert cli._gpus(dict(device="cuda:1")) == 1 and cli._gpus(dict(device="cpu")) == 0
 
 
 def test_a_machine_that_binds_no_processes_uses_its_cores(monkeypatch):

@@ -60,6 +60,15 @@ def test_a_new_study_finds_its_text_from_its_own_folder(tmp_path, monkeypatch, t
     check_names(load_preset("presets/mine.yaml"))
 
 
+def test_a_name_is_no_folder_of_this_name(tmp_path, monkeypatch):
+    for name in ("c4", "uniform", "smollm2-135m"): (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    new_study("my study", calibration=["c4", "uniform=0.5,c4=0.5"])
+    preset = load_preset("my study/presets/my-study.yaml")
+    assert [*preset["strategies"].values()] == ["c4", "uniform=0.5,c4=0.5"]
+    assert preset["model"] == "smollm2-135m"
+
+
 @pytest.mark.parametrize("mix", ["hub:a/b[c]:train#{text}", "generated:igsp warmths=[[1],[2]]"])
 def test_what_is_no_path_stays_as_it_is(mix): assert whole_paths(mix) == mix
 

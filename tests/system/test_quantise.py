@@ -328,11 +328,14 @@ def test_keys_hold_bits_and_groups(checkout):
     ("admm", None, ["prune --model m --calibration codeio --method admm --sparsity 0.5"
                     " --windows 16 --output pruned"])])
 def test_advice_ends_in_the_commands_of_its_method(method, bits, lines):
-    settings = PruneSettings(**method_settings("m", method, None, bits, 64), windows=16)
+    group = 64 if bits else None
+    settings = PruneSettings(**method_settings("m", method, None, bits, group), windows=16)
     settings.check()
     assert command_lines("m", "codeio", settings) == [f"calib-prune {line}" for line in lines]
     with pytest.raises(CalibPruneError, match="quantize --method gptq"):
         PruneSettings(**method_settings("m", "gptq", None, None, 64)).check()
+    with pytest.raises(CalibPruneError, match="--group is for methods that quantise; admm"):
+        method_settings("m", "admm", None, None, 64)
 
 
 def test_a_record_makes_the_quantised_model_again(dense, tmp_path):
