@@ -213,9 +213,15 @@ def describe_run(preset: dict[str, Any], cell: Cell, model_revision: str,
                  calibration: dict[str, Any] | None
                 ) -> dict[str, Any]:
     "Everything needed to make a cell's rows again."
+    key = cell_key(preset, cell)
+    if calibration and (named := key.get("calibration")):
+        now = {revision for _, revision, *_ in named["sources"]}
+        if now != {*calibration["sources"].values()}:
+            raise CalibPruneError(f"The calibration text of {cell.name} has changed while the model"
+                                  " was made, so its rows are not kept: run the command again.")
     return dict(
         preset=preset["name"],
-        key=cell_key(preset, cell),
+        key=key,
         cell=cell.name,
         **asdict(cell),
         model=preset["model"],

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from calib_prune.calibration.sources import SOURCES
+from calib_prune.calibration.sources import SOURCES, get_source
 from calib_prune.core import CalibPruneError
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.pipeline import records
@@ -16,7 +16,13 @@ from calib_prune.pipeline.records import versions
 from calib_prune.pruning.methods import METHODS
 from calib_prune.study import keys
 from calib_prune.study.keys import OLDER, cell_key, changes, left_to_do, scored_items
-from calib_prune.study.presets import cells, load_preset, measured_strategies, protocol_of
+from calib_prune.study.presets import (
+    cells,
+    find_cell,
+    load_preset,
+    measured_strategies,
+    protocol_of,
+)
 from tests import ROOT
 
 RESULTS = ROOT / "results/claims/smollm2-135m"
@@ -211,6 +217,18 @@ def test_another_text_in_a_file_is_another_key(tmp_path):
     assert "other" in changes(first, key(f"{path}:other")), "another field of it"
     path.write_text('{"text": "three"}\n')
     assert key(path) != first
+
+
+def test_text_that_changes_while_a_model_is_made_keeps_no_row(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    preset = PRESET | dict(strategies=dict(own=str(path)))
+    cell = replace(find_cell(PRESET, "c4-sparsegpt-0.5-n32-s0"), strategy="own", mix=str(path))
+    drawn = dict(sources={str(path): get_source(str(path)).revision})
+    assert keys.describe_run(preset, cell, "sha256:0", drawn)["calibration"] == drawn
+    path.write_text("two")
+    with pytest.raises(CalibPruneError, match="has changed while the model was made"):
+        keys.describe_run(preset, cell, "sha256:0", drawn)
 
 
 # --- results of an older scheme, and damaged ones
