@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CALIBRATION_VERSION', 'PIECE', 'HALF_CODE', 'TUNED', 'KEPT_VERSION', 'DocumentSource', 'token_stream', 'seeded_order',
            'window_starts', 'allocate', 'named_mixes', 'parse_mix', 'CalibrationSet', 'tokenizer_identity',
-           'source_stream', 'check_distinct', 'build_calibration', 'save_calibration', 'load_calibration']
+           'source_stream', 'TooShort', 'check_distinct', 'build_calibration', 'save_calibration', 'load_calibration']
 
 # %% ../../nbs/calibration/03_sets.ipynb #9818f9dc
 import hashlib
@@ -323,6 +323,9 @@ def source_stream(source: DocumentSource, tokenizer,
     return tokens, np.asarray(documents, np.int64)
 
 # %% ../../nbs/calibration/03_sets.ipynb #f116e8e8
+class TooShort(CalibPruneError):
+    "A source with fewer tokens than its windows need."
+
 def _windows_of(label: str,               # what the user calls the source
                 source: DocumentSource, tokenizer, identity: str, n: int, length: int, seed: int
                ) -> tuple[np.ndarray, pd.DataFrame]:
@@ -330,7 +333,7 @@ def _windows_of(label: str,               # what the user calls the source
     stream, documents = source_stream(source, tokenizer, identity)
     if len(stream) < n * length:
         joined = "A pattern such as 'notes/*.txt' joins files. " if Path(label).is_file() else ""
-        raise CalibPruneError(
+        raise TooShort(
             f"Source {label!r} has {len(stream):,} tokens, but {n} windows of {length} tokens need "
             f"{n * length:,}: ask for at most {len(stream) // length} windows, shorter ones, or a "
             f"smaller share of this source. {joined}Text is never repeated."

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from calib_prune.calibration.sets import (
     CalibrationSet,
+    TooShort,
     build_calibration,
     parse_mix,
     tokenizer_identity,
@@ -208,7 +209,7 @@ def recovery_text(tokenizer: Any, how: RecoverSettings) -> CalibrationSet:
     found = draw(1)
     while windows > 1:
         try: return draw(windows)
-        except CalibPruneError: windows = math.floor(windows * 0.7)
+        except TooShort: windows = math.floor(windows * 0.7)
     return found
 
 def shuffled(text: CalibrationSet, seed: int) -> torch.Tensor:  # int64 [N, L]

@@ -262,6 +262,13 @@ def test_wrong_settings_are_refused_before_training(models, tmp_path, what, said
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bad_source_is_not_taken_for_a_short_one(models, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"body": "no field text"}\n')
+    mix = f"{models / 'notes.txt'},{tmp_path / 'bad.jsonl'}"
+    with pytest.raises(CalibPruneError, match="text"):
+        recover.recovery_text(tiny_tokenizer(), RecoverSettings(mix, tokens=640, length=32))
+
+
 def test_a_text_that_is_read_again_is_said_and_equal_windows_are_not(models, tmp_path):
     long = dict(tokens=200 * 2 * 32)
     with pytest.warns(UserWarning, match=r"windows of 32 tokens, which are read \d+\.\d times"):
