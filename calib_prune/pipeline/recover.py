@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -258,14 +258,16 @@ def state_folder(output: Path) -> Path:
 
 @contextmanager
 def hold_state(folder: Path) -> Iterator[Path]:
-    "A folder for the state of a training; removed when the work in the context is done."
+    "A folder for the state of a training; removed when the work in the context is done, or empty."
     folder.mkdir(parents=True, exist_ok=True)
     if foreign := {*folder.iterdir()} - {*state_files(folder)}:
         raise CalibPruneError(f"{folder} is for the state of the training, and holds "
                               f"{min(foreign).name}: remove the folder, or choose another output.")
-    yield folder
-    for file in state_files(folder): file.unlink()
-    folder.rmdir()
+    try:
+        yield folder
+        for file in state_files(folder): file.unlink()
+    finally:  # after a refusal it is empty; the state of an interrupted training stays
+        with suppress(OSError): folder.rmdir()
 
 # %% ../../nbs/pipeline/05_recover.ipynb #fed7a0c1
 AVERAGED = 10  # steps whose mean loss a record names
