@@ -18,8 +18,13 @@ from ..core import as_path
 # %% ../../nbs/cli/13_recover.ipynb #014ed38d
 def left_by_recover(output: str) -> str:
     "The files that an interrupted `recover` leaves, and the way to continue."
+    from calib_prune.model.loading import RECORD_FILE
     from calib_prune.pipeline.recover import state_folder
-    state = state_folder(as_path(output, "an output folder"))
+    folder = as_path(output, "an output folder")
+    state = state_folder(folder)
+    if (folder / RECORD_FILE).is_file():  # the state may be left if the stop came right after it
+        rest = f" {state} can be removed." if state.is_dir() else ""
+        return f"{output} already holds a complete model and is unchanged.{rest}"
     if not state.is_dir(): return "Nothing was written; run the same command again."
     return f"No model was written. {state} holds the training so far; the same command goes on."
 

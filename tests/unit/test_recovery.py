@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from calib_prune.advice.report import report_on, settings_lines
 from calib_prune.calibration.sets import build_calibration
+from calib_prune.cli.recover import left_by_recover
 from calib_prune.core import CalibPruneError
 from calib_prune.model.loading import RECORD_FILE, save_model
 from calib_prune.model.tiny import (
@@ -394,6 +395,14 @@ def test_files_of_the_user_are_never_removed(models, tmp_path):
     with pytest.raises(CalibPruneError, match="holds thesis.txt"):
         recovered(models, tmp_path / "out")
     assert (tmp_path / "out.state/thesis.txt").read_text() == "mine"
+
+
+def test_an_interruption_after_the_model_is_saved_says_so(models, tmp_path, monkeypatch):
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(recover, "lost_zeros", stop)
+    with pytest.raises(KeyboardInterrupt): recovered(models, tmp_path / "out", tokens=64)
+    said = left_by_recover(str(tmp_path / "out"))
+    assert said == f"{tmp_path / 'out'} already holds a complete model and is unchanged."
 
 
 def test_a_state_of_another_run_is_refused(models, tmp_path, monkeypatch):
