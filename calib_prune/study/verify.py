@@ -226,11 +226,14 @@ def compare_rows(name: str, made: Any, kept: Any, dense: Any) -> Compared:  # `r
     apart = [100 * (tables[0]["retention"] - tables[1]["retention"]).abs()[tables[0]["level"] == at]
              for at in ("dimension", "total")]
     far, total = (float(values.max()) for values in apart)
-    near = far <= DIMENSION_POINTS and total <= TOTAL_POINTS
+    one, other = (table["retention"].isna() for table in tables)
+    # a study without all four dimensions has no total in either table: nothing is apart there
+    near = far <= DIMENSION_POINTS and not total > TOTAL_POINTS and one.equals(other)
     same = _machine(made) == _machine(kept)
     where = f"here {_machine(made)}, the row {_machine(kept)}"
     return Compared(name, WITHIN if near and not same else DIFFERS,
-                    f"{far:.2g} points of a dimension, {total:.2g} of the total; "
+                    f"{far:.2g} points of a dimension, "
+                    + (f"{total:.2g} of the total; " if total == total else "no total; ")
                     + ("the same kind of machine" if same else where))
 
 def verify_row(study: Study, cell: str, place: Path, cores: int) -> Compared:

@@ -167,6 +167,12 @@ def test_models_are_compared_by_their_items_and_keys():
     for made in (near, far): made.record["processor"] = "another kind"
     found = [verify.compare_rows("x", made, kept, dense) for made in (near, far)]
     assert [one.state for one in found] == [verify.WITHIN, verify.DIFFERS]
+    for part in (near, far, kept, dense):  # a study without all dimensions has no total
+        part.items = part.items[part.items["dimension"] != "Math"].reset_index(drop=True)
+    far.items["value"] *= 1.1  # of a dimension, more may differ than of the total
+    found = [verify.compare_rows("x", made, kept, dense) for made in (near, far)]
+    assert [one.state for one in found] == [verify.WITHIN, verify.DIFFERS]
+    assert "no total; here another kind" in found[0].far
 
 
 def test_the_same_seed_draws_the_same_models():
