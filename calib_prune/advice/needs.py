@@ -51,7 +51,8 @@ FEWEST_PROMPTS = 10  # a vocabulary of fewer is mostly chance (ours)
 
 def _prompt_of(line: str, place: str) -> str:
     try: record = json.loads(line)
-    except ValueError as e: raise CalibPruneError(f"{place} is not JSON: {e}.") from None
+    except (ValueError, RecursionError) as e:  # the latter where it is nested too deeply
+        raise CalibPruneError(f"{place} is not JSON: {e}.") from None
     fields = record if isinstance(record, dict) else {}
     prompt = fields.get("prompt")
     if isinstance(prompt, str) and prompt.strip(): return prompt

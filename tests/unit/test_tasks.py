@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from calib_prune.advice.needs import parse_need
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.data.files import read_jsonl, write_jsonl
 from calib_prune.evaluation import tasks
@@ -215,3 +216,9 @@ def test_the_floor_has_the_prompt_of_the_next_item(tmp_path):
     assert [item["choices"] for item in floor] == [item["choices"] for item in own]
     with pytest.raises(CalibPruneError, match="'sciq' has 1 item.*Take 2 items"):
         write_task(TASKS["sciq"], 1, tmp_path, next_prompt=True)
+
+
+@pytest.mark.parametrize("line, said", [("[" * 100_000, "Line 1 of .* is not JSON")])
+def test_prompts_that_cannot_be_read_are_refused(tmp_path, line, said):
+    (file := tmp_path / "mine.jsonl").write_text(line)
+    with pytest.raises(CalibPruneError, match=said): parse_need(str(file))
