@@ -127,6 +127,9 @@ def parse_need(text: str) -> Need:
             raise CalibPruneError(f"--need {text}: {dimension} is there twice.")
         weights[dimension] = _weight(amount, part) if "=" in part else 1.0
     whole = sum(weights.values())
+    if whole == math.inf:  # every share would be 0
+        raise CalibPruneError(f"--need {text}: the sum of the weights is larger than any number "
+                              "here: write smaller ones, such as code=2,math=1.")
     return Need(text, {name: value / whole for name, value in weights.items()})
 
 # %% ../../nbs/advice/02_needs.ipynb #e651dedb

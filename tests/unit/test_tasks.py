@@ -222,3 +222,9 @@ def test_the_floor_has_the_prompt_of_the_next_item(tmp_path):
 def test_prompts_that_cannot_be_read_are_refused(tmp_path, line, said):
     (file := tmp_path / "mine.jsonl").write_text(line)
     with pytest.raises(CalibPruneError, match=said): parse_need(str(file))
+
+
+def test_weights_of_a_need_have_a_sum():
+    assert dict(parse_need("code=3,math=1").weights) == dict(Code=0.75, Math=0.25)
+    with pytest.raises(CalibPruneError, match="sum of the weights"):
+        parse_need("code=1e308,math=1e308")
