@@ -62,7 +62,8 @@ def _prompt_of(line: str, place: str) -> str:
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
     "The prompts of a JSON-lines file, each once."
-    try: lines = Path(path).read_text(encoding="utf-8").split("\n")  # text may hold other breaks
+    # editors of Windows begin a file with a byte-order mark; text may hold other line breaks
+    try: lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise CalibPruneError(f"There is no file {path} of prompts.") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -85,7 +86,7 @@ def with_answers(need: Need) -> Need:
     "A need whose prompts are a task; an error where they have no answers, or too few."
     if OWN_NEED not in need.weights: return need
     name, prompts = need.asked, len(need.prompts)
-    lines = own_file(name).read_text(encoding="utf-8").split("\n")
+    lines = own_file(name).read_text(encoding="utf-8-sig").split("\n")
     if "answer" not in json.loads(next(line for line in lines if line.strip())):
         raise CalibPruneError(
             f"{name} has prompts without answers, so nothing can be scored. Add a field "

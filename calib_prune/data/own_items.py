@@ -62,7 +62,8 @@ def _check_items(items: list[dict[str, Any]], path: Path) -> None:
 @lru_cache(maxsize=8)
 def _read_own(path: Path, stamp: tuple[int, int]  # size and time of change
              ) -> list[dict[str, Any]]:
-    try: text = path.read_text(encoding="utf-8")
+    # editors of Windows begin a file with a byte-order mark
+    try: text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise CalibPruneError(f"Cannot read the items in {path}: {e}.") from e
     items = [_item(line, i, f"Line {i} of {path}") for i, line in enumerate(text.split("\n"), 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from calib_prune.advice.needs import parse_need
+from calib_prune.advice.needs import parse_need, with_answers
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.data.files import read_jsonl, write_jsonl
 from calib_prune.evaluation import tasks
@@ -228,3 +228,10 @@ def test_weights_of_a_need_have_a_sum():
     assert dict(parse_need("code=3,math=1").weights) == dict(Code=0.75, Math=0.25)
     with pytest.raises(CalibPruneError, match="sum of the weights"):
         parse_need("code=1e308,math=1e308")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (file := tmp_path / "mine.jsonl").write_text("".join(
+        json.dumps(dict(prompt=f"Case {i}?", answer="x")) + "\n" for i in range(20)), "utf-8-sig")
+    need = with_answers(parse_need(str(file)))
+    assert len(tasks.task_items(TASKS[need.task])) == len(need.prompts) == 20
