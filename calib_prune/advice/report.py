@@ -23,7 +23,7 @@ from .compare import check_tokenizers, flip_texts, percent_text
 from .pages import as_html, markdown_table
 from ..calibration.sets import build_calibration
 from ..calibration.sources import HELDOUT
-from ..core import CalibPruneError, load_json, write_atomic
+from ..core import CalibPruneError, as_path, load_json, write_atomic
 from ..evaluation.flips import flips
 from ..evaluation.tasks import choose, fill_prompt, get_tasks, task_items
 from ..model.divergence import Divergence, divergence
@@ -69,7 +69,7 @@ REPORT_FILES = "report.html", "report.md", REPORT_RECORD, f"{LAYERS_STEM}.svg"
 
 def check_report_files(folder: str | Path) -> None:
     "Refuse a folder in which a report would replace a file that is not from `report`."
-    place = Path(folder)
+    place = as_path(folder, "the folder of a report")
     try: earlier = load_json(place / REPORT_RECORD).get("report") == REPORT_VERSION
     except CalibPruneError: earlier = False
     taken = [name for name in REPORT_FILES if (place / name).exists()]
@@ -260,7 +260,7 @@ def model_card(report: Report) -> str:
 
 def save_report(report: Report, folder: str | Path) -> list[Path]:
     "Write report.md, report.html, report.json, the figure, and README.md unless it is not ours."
-    place = Path(folder)
+    place = as_path(folder, "the folder of a report")
     paper_style()
     drawing: Figure = error_by_layer(report.layers, "Reconstruction error by layer")
     drawn = save_figure(drawing, place / LAYERS_STEM, (".svg",))[0]

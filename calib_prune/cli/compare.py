@@ -29,7 +29,7 @@ from calib_prune.cli.output import (
     print_json,
     show_table,
 )
-from ..core import CalibPruneError
+from ..core import CalibPruneError, as_path
 
 # %% ../../nbs/cli/10_compare.ipynb #5c220b32
 def retention_table(comparison: Any  # from `compare_models`
@@ -88,7 +88,8 @@ def check_picture(path: Optional[str]) -> Path | None:
     "The file that a figure goes to; an error for a type that cannot be drawn."
     if path is None: return None
     from calib_prune.style import PICTURES
-    if Path(path).suffix in PICTURES: return Path(path)
+    file = as_path(path, "a figure")
+    if file.suffix in PICTURES: return file
     raise CalibPruneError(f"--figure {path}: the name must end in {', '.join(PICTURES)}.")
 
 # %% ../../nbs/cli/10_compare.ipynb #8405ab59

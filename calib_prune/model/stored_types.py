@@ -23,7 +23,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from ..core import CalibPruneError, load_json
+from ..core import CalibPruneError, as_path, load_json
 from ..data.gguf import read_head
 from ..data.wheels import NAMED_MODELS
 from calib_prune.model.loading import (
@@ -69,8 +69,8 @@ def stored_types(model: str,                   # see `load_model`, which has bee
 # %% ../../nbs/model/07_stored_types.ipynb #61918510
 def quantised_in_files(model: str) -> str | None:  # such as "4 bits, packed"
     "The bits of a folder with packed weights of compressed-tensors; None for other models."
-    if model in NAMED_MODELS or not Path(model).is_dir(): return None
-    file = Path(model, "config.json")
+    if model in NAMED_MODELS or not (folder := as_path(model, "a model")).is_dir(): return None
+    file = folder / "config.json"
     packed = load_json(file).get("quantization_config") if file.is_file() else None
     if not is_packed(packed): return None
     bits = re.findall(r'"num_bits": (\d+)', json.dumps(packed))

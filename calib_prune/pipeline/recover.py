@@ -111,7 +111,7 @@ class RecoverSettings:
 # %% ../../nbs/pipeline/05_recover.ipynb #75176818
 def check_not_quantised(pruned: str) -> None:
     "Refuse a quantised model: training would move its weights off the grid."
-    record = own_record(pruned) if Path(pruned).is_dir() else None
+    record = own_record(pruned) if as_path(pruned, "a model").is_dir() else None
     if (record or {}).get("quantise") or quantised_in_files(pruned):
         raise CalibPruneError(f"{pruned} is quantised, and training would move its weights off the"
                               " grid: recover the pruned model first, then quantise.")

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from calib_prune.advice import report
 from calib_prune.advice.pages import command_lines
-from calib_prune.advice.report import report_title
+from calib_prune.advice.report import check_report_files, report_title
 from calib_prune.cli.advise import method_settings
 from calib_prune.cli.app import app
+from calib_prune.cli.compare import check_picture
 from calib_prune.cli.reproduce import check_names
 from calib_prune.core import CalibPruneError
 from calib_prune.model.loading import load_model, save_model, weight_count
@@ -22,7 +25,7 @@ from calib_prune.model.stored_types import quantised_in_files, quantised_type, s
 from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
 from calib_prune.pipeline.again import prune_again
 from calib_prune.pipeline.prune import PruneSettings, prune_model
-from calib_prune.pipeline.recover import recover_model
+from calib_prune.pipeline.recover import check_not_quantised, recover_model
 from calib_prune.pruning.experts import one_by_one
 from calib_prune.pruning.grids import Quantisation
 from calib_prune.pruning.importance import importance_of, read_imatrix
@@ -231,6 +234,31 @@ def test_fused_experts_cannot_be_packed_and_are_refused_before_any_work(dense, t
         prune_model(tmp_path / "mixtral", tmp_path / "p", form="packed", calibration=str(text),
                     method="rtn", **OWN | dict(quantise=Quantisation(4, 8)))
     assert not (tmp_path / "p").exists()
+
+
+def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch):
+    "As bash leaves it in --model=~/q."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q/config.json").write_text(json.dumps(dict(
+        quantization_config=dict(quant_method="compressed-tensors"))))
+    assert quantised_in_files("~/q") == "some bits, packed"
+    with pytest.raises(CalibPruneError, match="is quantised"): check_not_quantised("~/q")
+    (tmp_path / "q/report.md").touch()
+    with pytest.raises(CalibPruneError, match="report.md is not from"): check_report_files("~/q")
+    assert check_picture("~/a.svg") == tmp_path / "a.svg"
+    drawn = []
+    monkeypatch.setattr(report, "error_by_layer", lambda *_: None)
+    monkeypatch.setattr(report, "save_figure", lambda _, stem, endings: drawn.append(stem) or [])
+    with pytest.raises(IndexError): report.save_report(SimpleNamespace(layers=None), "~/q")
+    assert drawn == [tmp_path / "q/layers"]
+
+
+def test_a_record_tells_a_quantised_model_behind_a_tilde(tmp_path, monkeypatch):
+    record = dict(run="1", quantise=dict(bits=3))
+    save_model(tiny_llama(0), tiny_tokenizer(), tmp_path / "q", record)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(CalibPruneError, match="is quantised"): check_not_quantised("~/q")
 
 
 def imatrix(*args): return CliRunner().invoke(app, ["imatrix", *map(str, args)])
