@@ -664,6 +664,13 @@ def packaged_sources() -> dict[str, Source]:
     "All sources that have a name of their own."
     return {**SOURCES, **HELDOUT, **FURTHER, **PAPER_SOURCES}
 
+def _check_utf8(name: str) -> None:
+    "Refuse a name that a record cannot hold; files inside a folder may have such names."
+    try: name.encode()
+    except UnicodeEncodeError:
+        raise CalibPruneError(f"The name {ascii(name)} of a text to calibrate on is not UTF-8: "
+                              "rename the file or folder.") from None
+
 def get_source(name: str  # a packaged name, paper:NAME, hub:…, a file, folder or pattern, or -
               ) -> Source:
     "The source that a name stands for."
@@ -672,6 +679,7 @@ def get_source(name: str  # a packaged name, paper:NAME, hub:…, a file, folder
     base, _, at = name.partition("@")
     if base in PAPER_SOURCES and at: return replace(PAPER_SOURCES[base], at=at)
     if name.startswith("hub:"): return hub_source(name)
+    _check_utf8(name)
     if name.partition(":")[0] == STANDARD_INPUT: return piped_source(name)
     if os.path.isdir(os.path.expanduser(name)) or is_pattern(name): return files_source(name)
     if os.path.exists(name) or re.search(r"[/\\]|\.(txt|jsonl|parquet)\b", name):

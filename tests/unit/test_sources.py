@@ -1,9 +1,11 @@
 "Sources: one interface over packaged text, the standard library, hub data sets and a user's files."
 import hashlib
 import json
+import os
 import re
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib_prune.calibration import readers
-from calib_prune.calibration.sets import source_stream
+from calib_prune.calibration.sets import build_calibration, source_stream
 from calib_prune.calibration.sources import (
     FURTHER,
     HELDOUT,
@@ -410,6 +412,19 @@ def test_parquet_columns_that_are_missing_or_not_text(tmp_path):
     assert get_source(f"{tmp_path}/a.parquet:body").documents() == ["x"]
     pd.DataFrame({"a[b(": ["y"]}).to_parquet(tmp_path / "b.parquet")
     assert list(readers.read_parquet_column(tmp_path / "b.parquet", "a[b(")) == ["y"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "inside"])
+def test_a_name_that_is_not_utf8_is_refused_unless_it_is_in_a_folder(tmp_path, kind):
+    name = os.fsdecode(b"r\xe9sum\xe9")  # Latin-1
+    folder = tmp_path / (name if kind == "folder" else "notes")
+    folder.mkdir()
+    file = folder / ("a.txt" if kind == "folder" else f"{name}.txt")
+    file.write_text("word " * 100)
+    draw = partial(build_calibration, str(file if kind == "file" else folder), tiny_tokenizer(),
+                   2, 8)
+    if kind == "inside": return draw().record()
+    with pytest.raises(CalibPruneError, match=r"udce9sum.* is not UTF-8: rename"): draw()
 
 
 def test_a_bracket_in_the_name_of_a_file_with_a_field_is_no_pattern(tmp_path):
