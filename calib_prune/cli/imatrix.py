@@ -54,15 +54,24 @@ def imatrix_command(
 ) -> None:
     "Write the importance matrix of a calibration mix, for `llama-quantize --imatrix`."
     from calib_prune.calibration.sets import build_calibration
-    from calib_prune.model.loading import load_model, model_revision
-    from calib_prune.pruning.importance import importance_of, read_imatrix, write_imatrix
+    from calib_prune.model.loading import check_place, load_model, model_revision
+    from calib_prune.pruning.importance import (
+        check_batch,
+        check_merged,
+        importance_of,
+        read_imatrix,
+        write_imatrix,
+    )
+    check_batch(batch_tokens)
     file = as_path(output, "an importance matrix")
     _check_absent(file)
+    check_place(file, "Output", sibling=f".{file.name}.{0:08}.part")  # as it is while written
     others, began = [read_imatrix(name) for name in merge or ()], time.perf_counter()
     net, tokenizer = load_model(model, dtype, device, revision)
+    found = model_revision(model, revision)
+    for other in others: check_merged(other, net, found)  # before the pass, which may take hours
     text = build_calibration(calibration, tokenizer, windows, length, seed)
-    matrix = importance_of(net, text.tokens, calibration, batch_tokens,
-                           model_revision(model, revision))
+    matrix = importance_of(net, text.tokens, calibration, batch_tokens, found)
     for other in others: matrix = matrix.plus(other)
     _check_absent(file)  # another run may have made it meanwhile
     write_imatrix(matrix, file)

@@ -26,9 +26,10 @@ from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_mod
 from calib_prune.pipeline.again import prune_again
 from calib_prune.pipeline.prune import PruneSettings, prune_model
 from calib_prune.pipeline.recover import check_not_quantised, recover_model
+from calib_prune.pruning import importance
 from calib_prune.pruning.experts import one_by_one
 from calib_prune.pruning.grids import Quantisation
-from calib_prune.pruning.importance import importance_of, read_imatrix
+from calib_prune.pruning.importance import check_merged, importance_of, read_imatrix
 from calib_prune.pruning.layers import (
     decoder_layers,
     detach_scales,
@@ -291,7 +292,7 @@ def test_merged_windows_are_counted_in_one_length(dense):
     assert set(merged.counts.values()) == {float(6 * 8 + 6 * 24)}
 
 
-def test_statistics_of_another_model_are_refused(dense, tmp_path):
+def test_statistics_of_another_model_are_refused(dense, tmp_path, monkeypatch):
     model, text = dense
     save_model(tiny_llama(seed=5, num_hidden_layers=3), tiny_tokenizer(), tmp_path / "other", {})
     file = tmp_path / "x.imatrix.gguf"
@@ -299,6 +300,7 @@ def test_statistics_of_another_model_are_refused(dense, tmp_path):
     assert imatrix("--model", model, "--output", file, *given).exit_code == 0
     again = imatrix("--model", model, "--output", file, *given)
     assert "exists" in str(again.exception)
+    monkeypatch.setattr(importance, "input_squares", pytest.fail)  # refused before the pass
     merged = imatrix("--model", tmp_path / "other", "--output", tmp_path / "y.gguf", "--merge",
                      file, *given)
     assert "another model" in str(merged.exception) and not (tmp_path / "y.gguf").exists()
@@ -306,6 +308,37 @@ def test_statistics_of_another_model_are_refused(dense, tmp_path):
         run = quantize("--model", tmp_path / "other", "--output", tmp_path / "q", "--group", 16,
                        "--statistics", file, *how)
         assert says in str(run.exception) and not (tmp_path / "q").exists()
+
+
+def test_a_foreign_matrix_of_another_shape_is_refused_before_the_pass(dense):
+    "As llama.cpp writes it: the file does not say of which model it is."
+    model, other = load_model(str(dense[0]))[0], tiny_llama(num_hidden_layers=2)
+    matrix = importance_of(other, windows(2, 8), "own")
+    check_merged(importance_of(model, windows(2, 8), "own"), model, "")
+    with pytest.raises(CalibPruneError, match="cannot be merged"): check_merged(matrix, model, "")
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--length", 100_000], "longer than the model's context"),
+    (["--batch-tokens", 0], "--batch-tokens is 0, but must be"),
+    (["--output", "{}/file/x.gguf"], "file is not a folder that can be written"),
+    (["--output", "x" * 250], "its name is too long")])
+def test_an_importance_matrix_that_cannot_be_made_is_refused_at_once(
+        dense, tmp_path, monkeypatch, more, says):
+    model, text = dense
+    (tmp_path / "file").touch()
+    (long := tmp_path / "long.txt").write_text(text.read_text() * 200)
+    monkeypatch.setattr(importance, "input_squares", pytest.fail)
+    made = imatrix("--model", model, "--calibration", long, "--windows", 1, "--output",
+                   tmp_path / "x.gguf", *(str(word).format(tmp_path) for word in more))
+    assert says in str(made.exception)
+
+
+def test_tokens_beyond_the_vocabulary_have_no_importance(dense):
+    model, _ = load_model(str(dense[0]))
+    for tokens, how, says in ((windows(2, 8) + 10 ** 6, {}, "vocabulary has"),
+                              (windows(2, 8), dict(batch_tokens=-1), "--batch-tokens is -1")):
+        with pytest.raises(CalibPruneError, match=says): importance_of(model, tokens, "own", **how)
 
 
 METHOD = "gptq+bits=3+group=16+fitted"
