@@ -56,7 +56,7 @@ def source_distances(need: Need, tokenizer: Any,
     size = common_size(sources, tokenizer, windows, length)
     for i, source in enumerate(sources):
         if progress: progress("distances", i, len(sources))
-        drawn = build_calibration(source, tokenizer, *size, seed)
+        drawn = build_calibration({source: 1.0}, tokenizer, *size, seed)  # its name is no mix
         bits = mismatches(drawn, tokenizer, references)
         rows += [(source, ability, bits[f"mismatch:{ability}"]) for ability in references]
     if progress: progress("distances", len(sources), len(sources))

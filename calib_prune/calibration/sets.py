@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 
 from .readers import changed
-from .sources import SUITE, ChatTemplate, get_source
+from .sources import SUITE, ChatTemplate, get_source, split_field
 from calib_prune.core import (
     DIMENSIONS,
     CalibPruneError,
@@ -188,6 +188,11 @@ def named_mixes() -> dict[str, dict[str, float]]:
     return mixes
 
 # %% ../../nbs/calibration/03_sets.ipynb #7054d0fe
+def _is_path(part: str) -> bool:
+    "Whether a part of a mix is a path, whose = gives no weight."
+    path, field = split_field(part.strip())
+    return "=" not in field and os.path.exists(os.path.expanduser(path))  # a.jsonl:body=2
+
 # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), your own files, names in `named_mixes`
 # (write ./tuned for a folder that has the name of a mix)
 def parse_mix(text: str
@@ -196,7 +201,8 @@ def parse_mix(text: str
     if text in (named := named_mixes()): return named[text]
     parts: dict[str, float] = {}
     for part in text.split(","):
-        name, _, weight = (part.rpartition("=") if "=" in part else (part, "", "1"))
+        whole = "=" not in part or _is_path(part)
+        name, _, weight = (part, "", "1") if whole else part.rpartition("=")
         name = name.strip()
         try: value = float(weight)
         except ValueError: value = math.nan

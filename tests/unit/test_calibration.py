@@ -276,6 +276,18 @@ def test_a_named_mix_is_a_part_of_a_mix():
     assert parse_mix("c4=1,uniform=1")["c4"] == pytest.approx(1 + 1 / 15)
 
 
+def test_an_equals_sign_in_a_path_is_no_weight(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("data=2", "data", "lang=en"): (tmp_path / folder).mkdir()
+    for name in ("n.txt", "n.jsonl"): (tmp_path / "lang=en" / name).touch()
+    assert parse_mix("data=2") == {"data=2": 1} and parse_mix("data=3") == {"data": 3}
+    assert parse_mix("lang=en/n.txt") == parse_mix("lang=en/n.txt=1") == {"lang=en/n.txt": 1}
+    assert parse_mix("~/lang=en/n.txt, lang=en/n.jsonl:body=2") == {
+        "~/lang=en/n.txt": 1, "lang=en/n.jsonl:body": 2}
+    assert parse_mix("lang=en/n.jsonl:body") == {"lang=en/n.jsonl:body": 1}
+
+
 @pytest.mark.parametrize("wrong", ["c4=0", "c4=inf", "=1", "c4,,math", "c4=half"])
 def test_unreadable_mixes(wrong):
     with pytest.raises(CalibPruneError): parse_mix(wrong)

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from calib_prune.advice.needs import parse_need, with_answers
+from calib_prune.advice.nearest import source_distances
+from calib_prune.advice.needs import OWN_NEED, Need, parse_need, with_answers
 from calib_prune.core import DIMENSIONS, CalibPruneError
 from calib_prune.data.files import read_jsonl, write_jsonl
 from calib_prune.evaluation import tasks
@@ -18,6 +19,7 @@ from calib_prune.evaluation.tasks import (
     task_config,
     write_task,
 )
+from calib_prune.model.tiny import tiny_tokenizer
 
 RECORDS = {
     "sciq": {"id": "0", "question": "Who {x}?", "choices": ["a", "b'\"", "c", "d"], "gold": 1},
@@ -235,3 +237,26 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         json.dumps(dict(prompt=f"Case {i}?", answer="x")) + "\n" for i in range(20)), "utf-8-sig")
     need = with_answers(parse_need(str(file)))
     assert len(tasks.task_items(TASKS[need.task])) == len(need.prompts) == 20
+
+
+def test_an_equals_sign_in_a_path_names_no_dimension(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lang=en").mkdir()
+    (tmp_path / "lang=en/p.jsonl").write_text("".join(
+        json.dumps(dict(prompt=f"Case {i}?", answer="x")) + "\n" for i in range(20)))
+    assert [task.dimension for task in get_tasks("lang=en/p.jsonl")] == ["p"]
+    del TASKS["p"]
+    assert [task.dimension for task in get_tasks("code=lang=en/p.jsonl")] == ["Code"]
+    del TASKS["p"]
+    assert TASKS[with_answers(parse_need("lang=en/p.jsonl")).task].dimension == "own"
+
+
+def test_a_source_with_an_equals_sign_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lang=en").mkdir()
+    (tmp_path / "lang=en/n.txt").write_text("the high court heard it " * 200)
+    prompts = tuple(f"Which court heard case {i}?" for i in range(10))
+    sources = ["lang=en/n.txt", "lang=en/*.txt"]
+    need = Need("p.jsonl", {OWN_NEED: 1.0}, prompts=prompts)
+    found = source_distances(need, tiny_tokenizer(), sources, windows=2, length=64)
+    assert sorted(found["source"]) == sorted(sources)
