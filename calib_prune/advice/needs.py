@@ -51,7 +51,7 @@ FEWEST_PROMPTS = 10  # a vocabulary of fewer is mostly chance (ours)
 
 def _prompt_of(line: str, place: str) -> str:
     try: record = json.loads(line)
-    except (ValueError, RecursionError) as e:  # the latter where it is nested too deeply
+    except (ValueError, RecursionError) as e:  # RecursionError: brackets nested too deeply
         raise CalibPruneError(f"{place} is not JSON: {e}.") from None
     fields = record if isinstance(record, dict) else {}
     prompt = fields.get("prompt")

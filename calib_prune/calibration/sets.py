@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CALIBRATION_VERSION', 'PIECE', 'HALF_CODE', 'TUNED', 'KEPT_VERSION', 'DocumentSource', 'token_stream', 'seeded_order',
-           'window_starts', 'allocate', 'named_mixes', 'parse_mix', 'CalibrationSet', 'tokenizer_identity',
-           'source_stream', 'TooShort', 'check_distinct', 'build_calibration', 'save_calibration', 'load_calibration']
+           'window_starts', 'allocate', 'named_mixes', 'split_weight', 'parse_mix', 'CalibrationSet',
+           'tokenizer_identity', 'source_stream', 'TooShort', 'check_distinct', 'build_calibration', 'save_calibration',
+           'load_calibration']
 
 # %% ../../nbs/calibration/03_sets.ipynb #9818f9dc
 import hashlib
@@ -188,10 +189,15 @@ def named_mixes() -> dict[str, dict[str, float]]:
     return mixes
 
 # %% ../../nbs/calibration/03_sets.ipynb #7054d0fe
-def _is_path(part: str) -> bool:
-    "Whether a part of a mix is a path, whose = gives no weight."
+def split_weight(part: str  # of a mix
+                ) -> tuple[str, str | None]:  # source, text of its weight
+    "A source and its weight; the = in the name of an existing file or folder is no weight."
     path, field = split_field(part.strip())
-    return "=" not in field and os.path.exists(os.path.expanduser(path))  # a.jsonl:body=2
+    # a.jsonl:body=2 is a file, a field and a weight
+    is_path = "=" not in field and os.path.exists(os.path.expanduser(path))
+    if "=" not in part or is_path: return part.strip(), None
+    name, _, weight = part.rpartition("=")
+    return name.strip(), weight
 
 # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), your own files, names in `named_mixes`
 # (write ./tuned for a folder that has the name of a mix)
@@ -201,10 +207,8 @@ def parse_mix(text: str
     if text in (named := named_mixes()): return named[text]
     parts: dict[str, float] = {}
     for part in text.split(","):
-        whole = "=" not in part or _is_path(part)
-        name, _, weight = (part, "", "1") if whole else part.rpartition("=")
-        name = name.strip()
-        try: value = float(weight)
+        name, weight = split_weight(part)
+        try: value = 1.0 if weight is None else float(weight)
         except ValueError: value = math.nan
         if not name or not (0 < value < math.inf):
             raise CalibPruneError(

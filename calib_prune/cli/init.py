@@ -136,26 +136,28 @@ def _is_path(source: str) -> bool:
     name is none."""
     from calib_prune.calibration.sets import named_mixes
     from calib_prune.calibration.sources import is_pattern, packaged_sources, split_field
-    # whatever lies in this folder
+    # a packaged name counts before a file or folder of the same name
     if source in {**packaged_sources(), **named_mixes()}: return False
     path, _ = split_field(source)
     return os.path.exists(path) or is_pattern(path) and not path.startswith("hub:")
 
 def whole_model(model: str) -> str:
-    "A model with its whole path; a name stays a name, whatever lies in this folder."
+    "A model with its absolute path; the name of a packaged model stays as it is."
     from calib_prune.model.loading import NAMED_MODELS
-    path = Path(os.path.expanduser(model))
+    path = as_path(model, "a model")
     return model if model in NAMED_MODELS or not path.exists() else str(path.absolute())
 
 def whole_paths(mix: str) -> str:
     """A mix whose files have absolute paths, because paths in a preset are relative to the study's
     folder."""
+    from calib_prune.calibration.sets import split_weight
     from calib_prune.study.presets import protocol_of
     if protocol_of(mix): return mix
     def whole(part: str) -> str:
-        name, mark, weight = part.rpartition("=") if "=" in part else (part, "", "")
-        name = os.path.expanduser(name.strip())
-        return (str(Path(name).absolute()) if _is_path(name) else name) + mark + weight
+        name, weight = split_weight(part)
+        name = os.path.expanduser(name)
+        if _is_path(name): name = str(Path(name).absolute())
+        return name if weight is None else f"{name}={weight}"
     return ",".join(map(whole, mix.split(",")))
 
 # %% ../../nbs/cli/09_init.ipynb #0ef2d1de

@@ -302,7 +302,7 @@ def task_items(task: Task) -> list[dict]:
 def own_task(text: str  # FILE.jsonl, FILE.yaml or lm-eval:NAME, also after DIMENSION=
             ) -> Task:
     "A user's file, or a task of lm-eval, as a task; from then on it is known by its name."
-    # a path may hold a =, a dimension not
+    # a path can contain =, the name of a dimension cannot
     head, _, tail = text.partition("=")
     whole = "=" not in text or os.path.exists(os.path.expanduser(text))
     dimension, path = ("", text) if whole else (head, tail)

@@ -73,13 +73,15 @@ class Importance:
             raise CalibPruneError("The importance matrix is of another model: the files of its"
                                   " weights are others.")
 
+    def check_widths(self, widths: dict[str, int]) -> None:  # GGUF's name of a weight → inputs
+        "Refuse a model, or its matrix, with other maps."
+        if widths != {name: len(row) for name, row in self.sums.items()}:
+            raise CalibPruneError("Two importance matrices of different models cannot be merged.")
+
     def plus(self, other: "Importance") -> "Importance":
         "The matrix of the texts of both."
         self.check_model(other.model)
-        mine, theirs = ({name: len(row) for name, row in each.sums.items()}
-                        for each in (self, other))
-        if mine != theirs:
-            raise CalibPruneError("Two importance matrices of different models cannot be merged.")
+        self.check_widths({name: len(row) for name, row in other.sums.items()})
         sums = {name: row + other.sums[name] for name, row in self.sums.items()}
         counts = {name: n + other.counts[name] for name, n in self.counts.items()}
         windows = self.windows + other.windows * other.length // self.length  # of our length
@@ -96,11 +98,9 @@ def check_merged(matrix: Importance, model: PreTrainedModel,
     "Refuse a matrix of another model before the model reads any text."
     matrix.check_model(revision)
     names = gguf_names(model)
-    widths = {names[f"{i}.{name}"]: get_weight(linear).shape[1]
-              for i, layer in enumerate(decoder_layers(model))
-              for name, linear in prunable(layer).items()}
-    if widths != {name: len(row) for name, row in matrix.sums.items()}:
-        raise CalibPruneError("Two importance matrices of different models cannot be merged.")
+    matrix.check_widths({names[f"{i}.{name}"]: get_weight(linear).shape[1]
+                         for i, layer in enumerate(decoder_layers(model))
+                         for name, linear in prunable(layer).items()})
 
 def importance_of(model: PreTrainedModel,  # dense
                   tokens: Tensor,          # int64 [N, L]

@@ -111,7 +111,8 @@ POLICY_ROWS = ["method", "need", "policy", "set", "regret", "ci_low", "ci_high",
 POLICY_METHODS = "sparsegpt", "admm"  # the paper's, and the default of `prune`
 
 def policy_rows(replicates: Replicates,
-                metrics: pd.DataFrame,  # from `metric_rows.load_metrics`
+                # from `metric_rows.load_metrics`; None: no nearest sources
+                metrics: pd.DataFrame | None,
                 at: float | str,        # sparsity
                 searched: Mapping[str, list[str]] | None = None,  # see `searched_sets`
                 method: str = "sparsegpt",
@@ -125,8 +126,8 @@ def policy_rows(replicates: Replicates,
     here = here.rows((here.cells["draws"] >= 2).to_numpy())
     known = here.cells["strategy"].tolist()
     if len(known) < FEWEST_SETS: return pd.DataFrame(columns=POLICY_ROWS)
-    nearest = nearest_sources(metrics, here.cells.loc[here.cells["source_dimension"] != "",
-                                                      "strategy"].tolist())
+    sources = here.cells.loc[here.cells["source_dimension"] != "", "strategy"].tolist()
+    nearest = {} if metrics is None else nearest_sources(metrics, sources)
     searched = searched or {}
     named = {NEAREST: nearest, SEARCHED: {need: sets[0] for need, sets in searched.items()}}
     rows = []

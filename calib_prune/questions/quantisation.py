@@ -254,10 +254,10 @@ def compressed_table(rows: pd.DataFrame,  # from `compressed_rows`
 # %% ../../nbs/questions/23_quantisation.ipynb #a41c0f11
 def quantised_regrets(whole: Measured) -> pd.DataFrame:  # columns `POLICY_ROWS`; points
     "The regret of each calibration text for each need, in 3 bits."
-    here, empty = quantised_retention(whole), pd.DataFrame(columns=["strategy", "metric", "value"])
+    here = quantised_retention(whole)
     if here is NOTHING: return pd.DataFrame(columns=POLICY_ROWS)
     texts = [*dict.fromkeys(here.cells["strategy"])]
-    tables = [policy_rows(here, empty, "0", method=method, fixed=texts)
+    tables = [policy_rows(here, None, "0", method=method, fixed=texts)
               for method in (GPTQ_3, IMATRIX_3)]
     return pd.concat([rows for rows in tables if len(rows)] or tables[:1], ignore_index=True)
 

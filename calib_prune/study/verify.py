@@ -9,6 +9,7 @@ __all__ = ['IDENTICAL', 'WITHIN', 'DIFFERS', 'OTHER_TEXT', 'RELATIVE', 'NEGLIGIB
            'compare_rows', 'verify_row', 'Verified', 'verify_studies']
 
 # %% ../../nbs/study/15_verify.ipynb #ebf71c3a
+import math
 import random
 import re
 import shutil
@@ -233,7 +234,7 @@ def compare_rows(name: str, made: Any, kept: Any, dense: Any) -> Compared:  # `r
     where = f"here {_machine(made)}, the row {_machine(kept)}"
     return Compared(name, WITHIN if near and not same else DIFFERS,
                     f"{far:.2g} points of a dimension, "
-                    + (f"{total:.2g} of the total; " if total == total else "no total; ")
+                    + (f"{total:.2g} of the total; " if not math.isnan(total) else "no total; ")
                     + ("the same kind of machine" if same else where))
 
 def verify_row(study: Study, cell: str, place: Path, cores: int) -> Compared:

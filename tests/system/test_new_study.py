@@ -49,10 +49,13 @@ def test_a_wrong_option_is_named_before_anything_is_written(tmp_path, wrong, nam
     assert name in str(e.value) and not (tmp_path / "mine").exists()
 
 
-@pytest.mark.parametrize("text", ["a.jsonl:body", "*.jsonl:body", "~/?.txt", "c4=0.5, a.txt=0.5"])
+@pytest.mark.parametrize("text", [
+    "a.jsonl:body", "*.jsonl:body", "~/?.txt", "c4=0.5, a.txt=0.5", "lang=en/a.txt",
+    "lang=en/a.txt=2"])
 def test_a_new_study_finds_its_text_from_its_own_folder(tmp_path, monkeypatch, text):
     (tmp_path / "a.jsonl").write_text('{"body": "Some text."}\n')
-    (tmp_path / "a.txt").write_text("Some text.")
+    (tmp_path / "lang=en").mkdir()
+    for name in ("a.txt", "lang=en/a.txt"): (tmp_path / name).write_text("Some text.")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     new_study("mine", calibration=[text])
