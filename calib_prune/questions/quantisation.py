@@ -288,19 +288,16 @@ def _short(method: str, sparsity: str) -> str:
 def _size_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of the total
     "Total retention against bits per weight; models of equal size are next to each other."
     shown = rows[rows["strategy"].isin([EQUAL_KINDS, NO_TEXT])]
-    sizes, drawn, named = Counter(shown["bits"]), Counter(), set()
+    sizes, drawn = Counter(shown["bits"]), Counter()
     for (method, sparsity), mine in shown.groupby(["method", "sparsity"], sort=False):
         bits = mine["bits"].iloc[0]
         at = mine["bits"] * np.exp(DODGE * (drawn[bits] - (sizes[bits] - 1) / 2))
         drawn[bits] += 1
-        name = _short(method, sparsity)
-        error_bars(ax, at, mine, label=None if name in named else name, **_look(method, sparsity))
-        named.add(name)
+        error_bars(ax, at, mine, label=_short(method, sparsity), **_look(method, sparsity))
     ax.set(xscale="log", xticks=[2, 3, 4, 8, 16], xticklabels=[2, 3, 4, 8, 16],
            xlabel="bits per weight of the linear maps", ylabel="total retention, %",
            title="calibrated on uniform-dimensions")
     ax.minorticks_off()
-    ax.legend(fontsize=6)
 
 def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
     "Code retention of every text, a column of marks per method."
@@ -310,7 +307,8 @@ def _text_panel(ax: Axes, rows: pd.DataFrame) -> None:  # of Code
         mine = rows[(rows["method"] == method) & (rows["sparsity"] == sparsity)]
         shift = ((len(settings) - 1) / 2 - number) * min(0.2, 0.7 / len(settings))
         places = mine["strategy"].map({name: -at for at, name in enumerate(texts)}) + shift
-        error_bars(ax, places, mine, horizontal=True, **_look(method, sparsity))
+        error_bars(ax, places, mine, horizontal=True, label=_short(method, sparsity),
+                   **_look(method, sparsity))
     ax.set(yticks=[-at for at in range(len(texts))], yticklabels=texts,
            ylim=(0.5 - len(texts), 0.5), xlabel="Code retention, %",
            title="by calibration set, 3.25 or 16 bits")
@@ -333,6 +331,9 @@ def quantisation_figure(rows: pd.DataFrame, message: str,  # from `compressed_ro
     _size_panel(left, rows[rows["dimension"] == "Total"])
     at_three = rows["bits"].between(3, 4) | rows["bits"].eq(16)
     _text_panel(right, rows[(rows["dimension"] == "Code") & at_three])
+    marks: dict[str, Any] = {}
+    for ax in (left, right): marks |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+    left.legend(marks.values(), marks, fontsize=6)
     dashed = dict(color="0.45", linewidth=1, linestyle="--")
     if "Total" in floor: left.axhline(100 * floor["Total"], **dashed)
     if "Code" in floor: right.axvline(100 * floor["Code"], **dashed)
