@@ -199,9 +199,11 @@ def split_weight(part: str  # of a mix
     name, _, weight = part.rpartition("=")
     return name.strip(), weight
 
-# "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), your own files, names in `named_mixes`
-# (write ./tuned for a folder that has the name of a mix)
-def parse_mix(text: str
+# %% ../../nbs/calibration/03_sets.ipynb #914fd500
+def parse_mix(
+              # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), your own files, names in
+              # `named_mixes` (write ./tuned for a folder that has the name of a mix)
+              text: str
              ) -> dict[str, float]:  # source name or path → relative weight
     "Read a mix of calibration sources."
     if text in (named := named_mixes()): return named[text]
