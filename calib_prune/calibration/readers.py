@@ -237,7 +237,8 @@ def _cells(path: Path, table: Any, field: str) -> Iterator[str | Messages]:
             if (size := size + batch.nbytes) > ENOUGH: _check_packing(path, field, packed, size)
             _check_cells(path, field, batch)
             cells = (cell.as_py() or "" for cell in batch.column(0))
-            if field == MESSAGES: cells = (checked_messages(cell, str(path)) for cell in cells)
+            if field == MESSAGES:
+                cells = (cell and checked_messages(cell, str(path)) for cell in cells)
             yield from cells
 
 # %% ../../nbs/calibration/01_readers.ipynb #dae85d09

@@ -199,9 +199,11 @@ def split_weight(part: str  # of a mix
     name, _, weight = part.rpartition("=")
     return name.strip(), weight
 
-# "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), your own files, names in `named_mixes`
-# (write ./tuned for a folder that has the name of a mix)
-def parse_mix(text: str
+# %% ../../nbs/calibration/03_sets.ipynb #914fd500
+def parse_mix(
+              # "c4", "c4=0.5,math=0.5", "c4,math" (equal shares), your own files, names in
+              # `named_mixes` (write ./tuned for a folder that has the name of a mix)
+              text: str
              ) -> dict[str, float]:  # source name or path → relative weight
     "Read a mix of calibration sources."
     if text in (named := named_mixes()): return named[text]
@@ -225,6 +227,14 @@ def parse_mix(text: str
         for source, share in members.items(): mix[source] += value * (share / total)
     return dict(mix)
 
+# %% ../../nbs/calibration/03_sets.ipynb #5d2e70b4
+def _group_of(name: str  # of a source
+             ) -> str:
+    "The dimension of a source; the name of a source without one, or of an object of your own."
+    try: dimension = get_source(name).dimension
+    except CalibPruneError: return name
+    return dimension if dimension in DIMENSIONS else name
+
 # %% ../../nbs/calibration/03_sets.ipynb #da9749fc
 @dataclass(frozen=True)
 class CalibrationSet:
@@ -246,10 +256,8 @@ class CalibrationSet:
     def groups(self) -> list[str]:
         """The group of each window: the dimension of its source, or the source itself for your own
         text."""
-        dimensions = {source: get_source(source).dimension for source in self.sources}
-        own = {source: source for source, dimension in dimensions.items()
-               if dimension not in DIMENSIONS}
-        return self.provenance["source"].map(dimensions | own).to_list()
+        group_of = {source: _group_of(source) for source in self.sources}
+        return self.provenance["source"].map(group_of).to_list()
 
     @property
     def counts(self) -> dict[str, int]:

@@ -191,11 +191,13 @@ def python_of(revision: object) -> str:
     found = _LIBRARY_REVISION.fullmatch(str(revision))
     return found[1] if found else ""
 
+# %% ../../nbs/calibration/02_sources.ipynb #cdf67744
 def are_of_two_pythons(revision: object, other: object) -> bool:
     "Whether two revisions name the standard libraries of two versions of Python."
     versions = {python_of(revision), python_of(other)}
     return len(versions - {""}) == 2
 
+# %% ../../nbs/calibration/02_sources.ipynb #b23aa343
 @dataclass(frozen=True)
 class LibrarySource(Source):
     "The source code of the running Python's standard library."

@@ -54,6 +54,7 @@ from calib_prune.pruning.layers import (
 )
 from ..pruning.masks import parse_sparsity
 from calib_prune.pruning.methods import (
+    METHODS,
     MethodSteps,
     check_allocation,
     check_method,
@@ -202,6 +203,7 @@ def prune_loaded(model,                        # pruned in place
         assert settings.quantise
         return quantise_from(model, calibration, settings.quantise,
                              dense_names(model, settings.scope))
+    check_method(settings.method)
     sparsity, pattern = parse_sparsity(settings.sparsity)
     return prune(
         model,
@@ -212,7 +214,7 @@ def prune_loaded(model,                        # pruned in place
         device=settings.device,
         offload=settings.offload,
         checkpoint=checkpoint,
-        groups=calibration.groups,
+        groups=calibration.groups if METHODS[settings.method].by_group else None,
         progress=progress,
         layers=settings.layers,
         exclude=settings.exclude,

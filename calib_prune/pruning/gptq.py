@@ -180,6 +180,7 @@ def _check_order(order: "Order", grid: Grid, d_in: int, pattern: tuple[int, int]
         check_blocks(order.factor.block, grid.group, "inputs with one scale")
     if pattern: check_blocks(order.factor.block, pattern[1], "inputs of the pattern")
 
+# %% ../../nbs/pruning/13_gptq.ipynb #c9382e84
 @dataclass(frozen=True)
 class Order:
     "The order of the sweep with the factor of the Hessian in this order; shared by layers."
@@ -187,6 +188,7 @@ class Order:
     factor: Factor
     by_activation: bool
 
+# %% ../../nbs/pruning/13_gptq.ipynb #16f0911b
 @torch.no_grad()
 def sweep_order(hessian: Tensor,         # [d_in, d_in] second moment of the inputs
                 by_activation: bool = False,
@@ -198,6 +200,7 @@ def sweep_order(hessian: Tensor,         # [d_in, d_in] second moment of the inp
     order = input_order(hessian, by_activation)
     return Order(order, factorise(hessian[order][:, order], damping, block), by_activation)
 
+# %% ../../nbs/pruning/13_gptq.ipynb #147b2e5a
 @torch.no_grad()
 def gptq(weight: Tensor,         # [d_out, d_in], any float type; left as it is
          grid: Grid,

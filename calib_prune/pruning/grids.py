@@ -156,6 +156,7 @@ def relative_error(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
     weight, dense = weight.float(), energy(weight.float(), hessian)
     return energy(weight - values.float(), hessian) / dense if dense > 0 else 0.0
 
+# %% ../../nbs/pruning/12_grids.ipynb #702a075e
 def group_scales(weight: Tensor,  # [d_out, d_in] float32
                  grid: Grid,
                  importance: Tensor | None  # [d_in]: fitted scales; None: of the range
@@ -169,6 +170,7 @@ def group_scales(weight: Tensor,  # [d_out, d_in] float32
     scales, zeros = zip(*found)
     return torch.cat(scales, 1), torch.cat(zeros, 1)
 
+# %% ../../nbs/pruning/12_grids.ipynb #7a4e3fdd
 def rounded(weight: Tensor,  # [d_out, d_in], any float type
             grid: Grid,
             importance: Tensor | None  # see `group_scales`
@@ -179,6 +181,7 @@ def rounded(weight: Tensor,  # [d_out, d_in], any float type
     codes = codes_of(groups, scale[..., None], zero[..., None], grid.levels)
     return assembled(codes.view(weight.shape), scale, zero, grid, weight.dtype)
 
+# %% ../../nbs/pruning/12_grids.ipynb #89e9fe4c
 @torch.no_grad()
 def rtn(weight: Tensor,                # [d_out, d_in], any float type; left as it is
         grid: Grid,

@@ -88,10 +88,12 @@ class Importance:
         return Importance(sums, counts, self.texts + other.texts, windows, self.length,
                           self.model or other.model)
 
+# %% ../../nbs/pruning/24_importance.ipynb #285e3060
 def check_batch(batch_tokens: int) -> None:
     "Refuse a number of tokens that cannot pass through a model at a time."
     check_number("--batch-tokens", batch_tokens, 1, 2**40, whole=True)
 
+# %% ../../nbs/pruning/24_importance.ipynb #a738d6bd
 def check_merged(matrix: Importance, model: PreTrainedModel,
                  revision: str  # `model_revision` of the model
                 ) -> None:
@@ -102,6 +104,7 @@ def check_merged(matrix: Importance, model: PreTrainedModel,
                          for i, layer in enumerate(decoder_layers(model))
                          for name, linear in prunable(layer).items()})
 
+# %% ../../nbs/pruning/24_importance.ipynb #f1901a87
 def importance_of(model: PreTrainedModel,  # dense
                   tokens: Tensor,          # int64 [N, L]
                   text: str,               # the calibration mix

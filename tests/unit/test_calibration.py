@@ -25,7 +25,8 @@ from calib_prune.calibration.sets import (
 )
 from calib_prune.calibration.sources import SOURCES, get_source
 from calib_prune.core import CalibPruneError, cache_dir, content_hash
-from calib_prune.model.tiny import tiny_tokenizer
+from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pipeline.prune import PruneSettings, prune_loaded
 
 TOKENIZER = tiny_tokenizer()
 
@@ -207,6 +208,13 @@ def test_a_source_of_ones_own_that_changes_meanwhile_is_refused():
     with pytest.raises(CalibPruneError, match="moving"):
         source_stream(Moving(name="moving"), TOKENIZER)
     assert kept() == before
+
+
+def test_a_source_of_ones_own_is_a_group_of_its_own():
+    cal = build_calibration(Texts(), TOKENIZER, 4, 16)
+    assert cal.groups == ["texts"] * 4
+    report = prune_loaded(tiny_llama(), cal, PruneSettings(method="sparsegpt", sparsity="0.5"))
+    assert report["sparsity"].between(0.49, 0.51).all()
 
 
 def test_a_text_is_hashed_once_and_read_once(tmp_path, monkeypatch):

@@ -292,6 +292,15 @@ def test_the_protocol_is_reproducible_and_goes_on(tmp_path):
     ), "another choice from the same pool costs nothing"
 
 
+def test_the_report_counts_every_text_that_was_written():
+    "With three tokens after an opening, the tiny model repeats texts."
+    openings = {d: ("a",) for d in DIMENSIONS}
+    made = igsp(tiny_llama(), TOK, 64, 4, openings=openings, balance=None,
+                sampling=Sampling(top_k=4))
+    assert made.report["written"] > len(made.pool) and made.report["duplicates"] > 0
+    assert made.report["left_out"] == made.report["written"] - len(made.rows)
+
+
 def test_a_pool_that_cannot_be_balanced_grows(tmp_path):
     few = HOW | dict(pool=1.6, bins=3)
     with pytest.raises(CannotBalance):

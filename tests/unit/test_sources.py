@@ -535,6 +535,12 @@ def test_parquet_messages_without_content_are_refused(tmp_path, column):
         get_source(f"{tmp_path}/a.parquet").documents()
 
 
+def test_an_empty_cell_of_chats_is_left_out(tmp_path):
+    chat = json.loads(CHAT % "a")["messages"]
+    pd.DataFrame({"messages": [chat, None]}).to_parquet(tmp_path / "a.parquet")
+    assert get_source(f"{tmp_path}/a.parquet").documents() == ["a?\n\nYes."]
+
+
 def test_chats_and_text_are_two_sources(tmp_path):
     (tmp_path / "a.jsonl").write_text(CHAT % "a")
     (tmp_path / "b.txt").write_text("text")
