@@ -183,10 +183,11 @@ def retention_lines_of(evaluation: Evaluation) -> list[dict[str, str]]:
     "Retention and floor by dimension and in total, in percent."
     table, floor = evaluation.retention, evaluation.floor
     if table is None: return []
-    low = {} if floor is None else dict(zip(floor["name"], floor["floor"]))
+    low = {} if floor is None else floor.set_index(["level", "name"])["floor"].to_dict()
     return [{"ability": row.name, "retention, %": percent_text(row.retention),
              "95 % interval": f"{percent_text(row.ci_low)} to {percent_text(row.ci_high)}",
-             "floor, %": percent_text(low.get(row.name, float("nan"))), "items": str(row.n)}
+             "floor, %": percent_text(low.get((row.level, row.name), float("nan"))),
+             "items": str(row.n)}
             for row in table[table["level"] != "task"].itertuples(index=False)]
 
 def flip_lines(table: pd.DataFrame) -> list[dict[str, str]]:
@@ -265,7 +266,7 @@ def save_report(report: Report, folder: str | Path) -> list[Path]:
     drawing: Figure = error_by_layer(report.layers, "Reconstruction error by layer")
     drawn = save_figure(drawing, place / LAYERS_STEM, (".svg",))[0]
     text = report_page(report)
-    page = as_html(text, f"{report.record['model']}, pruned",
+    page = as_html(text, report_title(report.record),
                    {drawn.name: drawn.read_text(encoding="utf-8")})
     record = json.dumps(report.as_record(), indent=1, allow_nan=False)
     page_file, text_file, record_file, _ = (place / name for name in REPORT_FILES)
