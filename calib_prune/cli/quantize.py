@@ -109,9 +109,15 @@ def quantize_command(
             "rounded weights at their full size, for any program.",
         ),
     ] = "packed",
-    windows: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of windows.")] = 0,
+    windows: Annotated[
+        Optional[int], typer.Option(help="Number of calibration windows. By default 32.")
+    ] = None,
+    length: Annotated[
+        Optional[int], typer.Option(help="Tokens per window. By default 512.")
+    ] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(help="Seed of the draw of windows. By default 0.")
+    ] = None,
     dtype: DtypeOption = "auto",
     save_dtype: Annotated[
         str, typer.Option(help="Type of the weights that stay dense, as `prune --save-dtype`.")
@@ -144,14 +150,16 @@ def quantize_command(
     from calib_prune.pipeline.prune import PruneSettings, prune_model, suited
     from calib_prune.pruning.grids import Quantisation
     how = Quantisation(bits, group or 0, not asymmetric, _fitted(method, scales), activation_order)
-    if statistics and calibration:
-        raise CalibPruneError("--statistics takes the place of --calibration: give one of both.")
+    text: dict[str, Any] = dict(calibration=calibration, windows=windows, length=length, seed=seed)
+    text = {name: value for name, value in text.items() if value is not None}
+    if statistics and text:
+        raise CalibPruneError("--statistics takes the place of a calibration text: leave out --"
+                              f"{', --'.join(text)}.")
     settings = suited(PruneSettings(
-        calibration=calibration or "uniform-dimensions", statistics=statistics, method=method,
-        sparsity=sparsity, quantise=how, form=form, windows=windows, length=length, seed=seed,
-        dtype=dtype, save_dtype=save_dtype, device=device, offload=offload,
-        batch_tokens=batch_tokens, damping=damping, layers=layers, exclude=exclude,
-        revision=revision), model, group, keep_zeros)
+        **dict(calibration="uniform-dimensions") | text, statistics=statistics, method=method,
+        sparsity=sparsity, quantise=how, form=form, dtype=dtype, save_dtype=save_dtype,
+        device=device, offload=offload, batch_tokens=batch_tokens, damping=damping,
+        layers=layers, exclude=exclude, revision=revision), model, group, keep_zeros)
     began = time.perf_counter()
     with bars(as_json) as progress:
         done = prune_model(

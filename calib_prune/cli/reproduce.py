@@ -6,7 +6,8 @@
 __all__ = ['STUDY_PACKAGES', 'SAME_FAILURES', 'LEAST_ROOM', 'MOVED', 'check_packages', 'repository', 'job_outcomes',
            'common_error', 'failure_report', 'Stopped', 'lacking_device', 'check_names', 'preset_names', 'preset_file',
            'check_layout', 'check_notebooks', 'check_workflow', 'table_file', 'reproduce_model', 'snakemake_command',
-           'check_profile', 'stems_of', 'named_user', 'run_workflow', 'without_finished', 'show_headlines', 'reproduce']
+           'check_profile', 'stems_of', 'named_user', 'run_workflow', 'without_finished', 'show_headlines',
+           'given_options', 'reproduce']
 
 # %% ../../nbs/cli/08_reproduce.ipynb #86a9bbd4
 import getpass
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -562,12 +563,14 @@ def show_headlines(figures: Path) -> None:
     "Print the main table of a study and its ledger of claims, if present."
     import pandas as pd  # a slow import
     if (path := figures / "T2-retention.csv").is_file() and "value" in (table := pd.read_csv(path)):
-        wide = table.pivot_table(
-            index=["method", "strategy"], columns="dimension", values="value", sort=False
-        )
+        # the table holds accuracies too; the dense model and the floor have no method
+        kept = table[table["quantity"] == "retention"].fillna({"method": ""})
+        wide = kept.pivot_table(index=["method", "sparsity", "strategy"], columns="dimension",
+                                values="value", sort=False)
         rows = [
-            dict(method=m, strategy=s) | {k: f"{100 * v:.1f}" for k, v in row.items()}
-            for (m, s), row in wide.iterrows()
+            dict(method=m, sparsity=f"{100 * p:.0f} %" if m else "", strategy=s)
+            | {k: f"{100 * v:.1f}" for k, v in row.items()}
+            for (m, p, s), row in wide.iterrows()
         ]
         show_table(
             rows,
@@ -605,6 +608,16 @@ def _end_after(stopped: Stopped) -> None:
     for number in STOPPING: signal.signal(number, signal.SIG_IGN)  # the process ends now
     Console(stderr=True).print(f"[bold]{escape(str(stopped))}[/]", highlight=False, soft_wrap=True)
     raise typer.Exit(stopped.code) from None
+
+# %% ../../nbs/cli/08_reproduce.ipynb #5d0e7c41
+def given_options(context: typer.Context,
+                  known: Collection[str] = ()  # parameters that are not asked about
+                 ) -> list[str]:
+    "The options that stand on the command line, as they are written there."
+    # typer has its own copy of click, so its sources are known by name
+    origin = {p.name: context.get_parameter_source(str(p.name)) for p in context.command.params}
+    return [p.opts[0] for p in context.command.params if p.name not in known
+            and getattr(origin[p.name], "name", "") == "COMMANDLINE"]
 
 # %% ../../nbs/cli/08_reproduce.ipynb #3b526fed
 def reproduce(
@@ -669,9 +682,7 @@ def reproduce(
     """Run a whole study and make its tables and figures. Arguments after `--` are passed to
     Snakemake; a file there is made alone."""
     if record is not None:
-        options = {"--jobs": jobs, "--dry-run": dry_run, "--tables-only": tables_only,
-                   "--table": table, "--again": again, "--profile": profile}
-        if given := [name for name, value in options.items() if value]:
+        if given := [*given_options(context, {"record", "output"}), *context.args]:
             raise CalibPruneError("--from makes one model again and runs no study: leave out"
                                   f" {', '.join(given)}.")
         return reproduce_model(record, output)
@@ -686,7 +697,10 @@ def reproduce(
     check_number("--jobs", jobs, 0, 2**20, whole=True)
     check_packages()
     path, study, results = _study_of(preset)
-    if table: tables_only = True
+    tables_only = tables_only or table is not None
+    if again and tables_only:
+        raise CalibPruneError("--again runs models, and --tables-only and --table run none: leave"
+                              " out one of both.")
     root, names = repository(), [c.name for c in cells(study, ablations=True)]
     cluster = check_profile(profile, root) if profile else None
     os.chdir(root)  # paths in a preset start there

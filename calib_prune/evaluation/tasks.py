@@ -313,6 +313,9 @@ def own_task(text: str  # FILE.jsonl, FILE.yaml or lm-eval:NAME, also after DIME
     if not re.fullmatch(r"[\w-]+", name) or dimension and not re.fullmatch(r"[\w-]+", dimension):
         raise CalibPruneError(f"{text}: names of tasks and dimensions have letters, digits, _ and "
                               "- only. Rename the file.")
+    if taken := {name.lower(), dimension.lower()} & {"total", "worst", "all"}:
+        raise CalibPruneError(f"{text}: {taken.pop()!r} has a meaning of its own in tables and "
+                              "needs. Give the file or the dimension another name.")
     choice = "choices" in read_own_items(file)[0]
     task = Task(name, dimension or name, "choice" if choice else "bpb", f"{OWN_FILE}{file}",
                 "{prompt}", f"items of {file.name}", answer="" if choice else "{answer}",

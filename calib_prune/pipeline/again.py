@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import CalibPruneError, as_path, load_json
+from ..data.wheels import NAMED_MODELS
 from ..model.loading import RECORD_FILE, model_revision
 from .prune import prune_model
 from .records import versions
@@ -51,9 +52,13 @@ def check_record(record: dict[str, Any]) -> None:
     if older:
         raise CalibPruneError(f"The model was made by other versions of {', '.join(older)}: use "
                               f"calib-prune {record.get('calib_prune', 'of that time')}.")
-    found = model_revision(record["model"], record.get("revision"))
+    model, local = record["model"], record["model_revision"].startswith("sha256:")
+    if local and model not in NAMED_MODELS and not as_path(model, "a model").exists():
+        raise CalibPruneError(f"The dense model {model} of the record is not in {Path.cwd()}. Run "
+                              "the command in the folder in which the model was pruned.")
+    found = model_revision(model, record.get("revision"))
     if found != record["model_revision"]:
-        raise CalibPruneError(f"The dense model {record['model']} is {found} here, and was "
+        raise CalibPruneError(f"The dense model {model} is {found} here, and was "
                               f"{record['model_revision']}.")
 
 # %% ../../nbs/pipeline/04_again.ipynb #cd22376b

@@ -95,9 +95,13 @@ def test_the_command_for_clusters_and_gpus(tmp_path):
 
 
 def test_a_model_that_is_made_again_takes_no_option_of_a_study():
-    for given in (["--dry-run"], ["--table", "T3"], ["--jobs", "2"]):
+    for given in (["--dry-run"], ["--table", "T3"], ["--jobs", "2"], ["--preset", "smoke"],
+                  ["--verbose"], ["--", "x.json"]):
         told = CliRunner().invoke(app, ["reproduce", "--from", "record.json", *given])
-        assert told.exit_code and given[0] in f"{told.output}{told.exception}"
+        assert told.exit_code and f"leave out {[*given, ''][given[0] == '--']}." in str(
+            told.exception)
+    told = CliRunner().invoke(app, ["reproduce", "--again", "--table", "T3"])
+    assert told.exit_code and "leave out one" in str(told.exception)
     told = CliRunner().invoke(app, ["reproduce", "--output", "here"])
     assert told.exit_code and "--from" in f"{told.output}{told.exception}"
 

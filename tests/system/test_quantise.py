@@ -304,7 +304,8 @@ def test_statistics_of_another_model_are_refused(dense, tmp_path, monkeypatch):
     merged = imatrix("--model", tmp_path / "other", "--output", tmp_path / "y.gguf", "--merge",
                      file, *given)
     assert "another model" in str(merged.exception) and not (tmp_path / "y.gguf").exists()
-    for how, says in ((["--method", "imatrix"], "another model"), ([], "use imatrix")):
+    for how, says in ((["--method", "imatrix"], "another model"), ([], "use imatrix"),
+                      (["--windows", 9, "--seed", 0], "leave out --windows, --seed")):
         run = quantize("--model", tmp_path / "other", "--output", tmp_path / "q", "--group", 16,
                        "--statistics", file, *how)
         assert says in str(run.exception) and not (tmp_path / "q").exists()
@@ -406,3 +407,12 @@ def test_a_record_makes_the_quantised_model_again(dense, tmp_path):
     assert again.after["run"] == again.before["run"] and quantised_in_files(str(tmp_path / "again"))
     assert again.same_weights and again.after["quantise"] == HOW.record
     assert report_title(again.after) == f"{model}: GPTQ, 3 bits, groups of 16, fitted"
+
+
+def test_a_dense_model_that_is_elsewhere_is_named(dense, tmp_path, monkeypatch):
+    model, text = dense
+    monkeypatch.chdir(Path(model).parent)
+    prune_model(Path(model).name, tmp_path / "q", calibration=str(text), method="gptq", **OWN)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CalibPruneError, match=f"{Path(model).name} of the record is not in"):
+        prune_again(tmp_path / "q")

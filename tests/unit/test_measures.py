@@ -1,5 +1,6 @@
 "Measures of what is kept: values, formulas, the rule, and what is refused."
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from calib_prune.evaluation.measures import (
     get_measure,
     headline_measure,
 )
-from calib_prune.evaluation.retention import difference, retention
+from calib_prune.evaluation.retention import difference, left_out_reasons, retention
 from calib_prune.evaluation.scoring import scores
 from calib_prune.evaluation.tasks import TASKS
 from calib_prune.statistics.examples import example_study
@@ -309,6 +310,13 @@ def test_a_dimension_at_chance_has_a_row_and_a_reason():
         "Commonsense has no retention"
     )
     assert found.attrs["verdict"].endswith("Commonsense cannot be judged: no task counts (piqa).")
+
+
+def test_a_task_that_is_a_dimension_of_its_own_keeps_its_reason(monkeypatch):
+    own = replace(TASKS["piqa"], name="mine", dimension="mine")
+    monkeypatch.setitem(TASKS, "mine", own)
+    guess = items("mine", np.ones(100), np.arange(100) < 55, 0.5)
+    assert "has 55 of 100 answers right" in left_out_reasons(guess)["mine"]
 
 
 def test_lost_most_is_said_only_if_every_difference_excludes_0():

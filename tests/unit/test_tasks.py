@@ -239,6 +239,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert len(tasks.task_items(TASKS[need.task])) == len(need.prompts) == 20
 
 
+@pytest.mark.parametrize("given", ["Total.jsonl", "worst=p.jsonl", "all=p.jsonl"])
+def test_a_dimension_has_no_name_of_a_table_or_a_need(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    file = given.rpartition("=")[2]
+    Path(file).write_text(json.dumps(dict(prompt="Case?", answer="x")))
+    with pytest.raises(CalibPruneError, match="a meaning of its own"): get_tasks(given)
+
+
 def test_an_equals_sign_in_a_path_names_no_dimension(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lang=en").mkdir()
