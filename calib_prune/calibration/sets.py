@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
+from glob import iglob
 from itertools import chain
 from pathlib import Path
 from tokenize import TokenError
@@ -191,10 +192,12 @@ def named_mixes() -> dict[str, dict[str, float]]:
 # %% ../../nbs/calibration/03_sets.ipynb #7054d0fe
 def split_weight(part: str  # of a mix
                 ) -> tuple[str, str | None]:  # source, text of its weight
-    "A source and its weight; the = in the name of an existing file or folder is no weight."
+    "A source and its weight; the = in the name of existing files or folders is no weight."
     path, field = split_field(part.strip())
     # a.jsonl:body=2 is a file, a field and a weight
-    is_path = "=" not in field and os.path.exists(os.path.expanduser(path))
+    place = os.path.expanduser(path)
+    is_path = "=" not in field and (
+        os.path.exists(place) or any(iglob(place, recursive=True)))
     if "=" not in part or is_path: return part.strip(), None
     name, _, weight = part.rpartition("=")
     return name.strip(), weight

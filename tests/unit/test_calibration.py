@@ -294,6 +294,7 @@ def test_an_equals_sign_in_a_path_is_no_weight(tmp_path, monkeypatch):
     assert parse_mix("~/lang=en/n.txt, lang=en/n.jsonl:body=2") == {
         "~/lang=en/n.txt": 1, "lang=en/n.jsonl:body": 2}
     assert parse_mix("lang=en/n.jsonl:body") == {"lang=en/n.jsonl:body": 1}
+    assert parse_mix("lang=en/*.txt") == parse_mix("lang=en/*.txt=1") == {"lang=en/*.txt": 1}
 
 
 @pytest.mark.parametrize("wrong", ["c4=0", "c4=inf", "=1", "c4,,math", "c4=half"])
