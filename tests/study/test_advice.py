@@ -244,6 +244,22 @@ def test_a_folder_holds_one_advice(made_up, change, named):
         made_up(**dict(need="code", minutes=10) | change)
 
 
+def test_a_plan_is_of_one_need(made_up, tmp_path):
+    "These needs have the same tasks, so the settings of the folder do not tell them apart."
+    path = tmp_path / "out" / PLAN_FILE
+    made_up(need="all", minutes=10)
+    before, models = path.read_bytes(), made_up.models
+    for other in ("worst", "code=2,general,commonsense,math"):
+        with pytest.raises(CalibPruneError, match=f"another need than '{other}': choose another"):
+            made_up(need=other, minutes=10)
+    assert path.read_bytes() == before and made_up.models == models
+    plan = json.loads(before)
+    del plan["need"]
+    path.write_text(json.dumps(plan))  # as earlier versions wrote it
+    made_up(need="all", minutes=10)
+    assert made_up.models == models and json.loads(path.read_text())["need"]["worst"] is False
+
+
 def test_a_need_at_the_floor_cannot_be_measured(made_up, monkeypatch):
     same = lambda self, part, floor=False: items_of({}, item_limits(self.tasks, part),
                                                     seed=int(floor))
