@@ -23,7 +23,13 @@ from .compare import check_tokenizers, flip_texts, percent_text
 from .pages import as_html, markdown_table
 from ..calibration.sets import build_calibration
 from ..calibration.sources import HELDOUT
-from ..core import CalibPruneError, as_path, load_json, write_atomic
+from calib_prune.core import (
+    CalibPruneError,
+    as_path,
+    load_json,
+    temporary_folder,
+    write_atomic,
+)
 from ..evaluation.flips import flips
 from ..evaluation.tasks import choose, fill_prompt, get_tasks, task_items
 from ..model.divergence import Divergence, divergence
@@ -259,19 +265,27 @@ def model_card(report: Report) -> str:
             f"tags: [{made}, calib-prune]\n---\n")
     return f"{head}{CARD_MARK}\n\n{report_page(report)}\nThe licence is the dense model's.\n"
 
+# %% ../../nbs/advice/09_report.ipynb #c359e441
+def _layers_drawn(report: Report) -> str:  # SVG
+    "The figure of the layers."
+    paper_style()
+    drawing: Figure = error_by_layer(report.layers, "Reconstruction error by layer")
+    with temporary_folder() as folder:
+        [file] = save_figure(drawing, Path(folder, LAYERS_STEM), (".svg",))
+        return file.read_text(encoding="utf-8")
+
+# %% ../../nbs/advice/09_report.ipynb #d232249e
 def save_report(report: Report, folder: str | Path) -> list[Path]:
     "Write report.md, report.html, report.json, the figure, and README.md unless it is not ours."
     place = as_path(folder, "the folder of a report")
-    paper_style()
-    drawing: Figure = error_by_layer(report.layers, "Reconstruction error by layer")
-    drawn = save_figure(drawing, place / LAYERS_STEM, (".svg",))[0]
-    text = report_page(report)
-    page = as_html(text, report_title(report.record),
-                   {drawn.name: drawn.read_text(encoding="utf-8")})
+    page_file, text_file, record_file, figure_file = (place / name for name in REPORT_FILES)
+    # whole before the first file, and first the one that `check_report_files` knows: a report that
+    # was interrupted can be repeated
+    text, drawn = report_page(report), _layers_drawn(report)
+    page = as_html(text, report_title(report.record), {figure_file.name: drawn})
     record = json.dumps(report.as_record(), indent=1, allow_nan=False)
-    page_file, text_file, record_file, _ = (place / name for name in REPORT_FILES)
-    files = [write_atomic(page_file, page), write_atomic(text_file, text), drawn,
-             write_atomic(record_file, record + "\n")]
+    parts = {record_file: record + "\n", figure_file: drawn, text_file: text, page_file: page}
+    files = [write_atomic(*part) for part in parts.items()][::-1]
     card = place / "README.md"
     if not card.exists() or CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
         files.append(write_atomic(card, model_card(report)))

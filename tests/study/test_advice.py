@@ -6,20 +6,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calib_prune.advice import compare, halving, measured, trials
+from calib_prune.advice import compare, halving, measured, report, trials
 from calib_prune.advice.compare import Comparison, short_names
 from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.nearest import advise_quickly
 from calib_prune.advice.pages import save_advice
+from calib_prune.advice.report import Report, check_report_files, save_report
 from calib_prune.advice.trials import Trials, item_limits, own_skip
 from calib_prune.cli.advise import method_settings, show_quick
 from calib_prune.cli.compare import compare_command, difference_table
 from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
+from calib_prune.evaluation.flips import flips
 from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
+from calib_prune.model.divergence import Divergence
 from calib_prune.model.loading import save_model
+from calib_prune.model.perplexity import Perplexity
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pipeline.evaluate import Evaluation
 from calib_prune.pipeline.prune import PruneSettings
 
 SECONDS, SCREENED = 50.0, 10.0  # of a made-up trial, and of a screening
@@ -326,6 +331,36 @@ def test_a_measure_without_likelihoods_has_no_floor():
     dense = pd.concat([likelihoods, written], ignore_index=True)
     found = Comparison(dense, dict(a=dense, b=dense), likelihoods, get_measure("above-chance"), 50)
     assert found.floor is None and len(found.floor_notes) == 1
+
+
+def made_report(tasks=("piqa", "mbpp"), **record):
+    "A report on a model that was never made."
+    layers = [dict(name=f"layers.{i}.mlp.up_proj", layer=i, error=0.1) for i in range(3)]
+    about = dict(model="smollm2-135m", model_revision="commit:1", method="admm", sparsity="0.5",
+                 achieved_sparsity=0.5, calibration=dict(mix="c4", windows=8, length=64),
+                 mean_error=0.1, saved_dtype="float32", layers=layers) | record
+    dense, items = items_of({}, tasks), items_of({}, tasks, seed=1)
+    return Report(about, "dense", Evaluation(items, dense, None, get_measure("answer-bits")),
+                  flips(dense, items), dict.fromkeys(("dense", "pruned"),
+                                                     Perplexity(9.0, 9, 9, 9, 9)),
+                  Divergence(0.1, 0.01, 0.9, 99), [])
+
+
+def test_an_interrupted_report_can_be_repeated(monkeypatch, tmp_path):
+    "A folder without a record holds somebody else's files, and a report there is refused."
+    whole = report.write_atomic
+    for files in range(5):  # written before the interruption
+        left, folder = iter(range(files)), tmp_path / str(files)
+
+        def cut_off(path, data):
+            if next(left, None) is None: raise KeyboardInterrupt
+            return whole(path, data)
+        monkeypatch.setattr(report, "write_atomic", cut_off)
+        with pytest.raises(KeyboardInterrupt): save_report(made_report(), folder)
+        check_report_files(folder)
+    monkeypatch.setattr(report, "write_atomic", whole)
+    made = [file.name for file in save_report(made_report(), folder)]
+    assert made == ["report.html", "report.md", "layers.svg", "report.json", "README.md"]
 
 
 def test_tuning_and_confirming_share_no_item_with_reports():
