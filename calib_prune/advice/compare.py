@@ -31,6 +31,7 @@ from calib_prune.evaluation.retention import (
     retention,
     retention_draws,
 )
+from ..evaluation.scoring import scores
 from ..evaluation.tasks import get_tasks
 from ..model.loading import AUTO, load_tokenizer, locate_model
 from ..pipeline.evaluate import score_model
@@ -178,6 +179,16 @@ class Comparison:
         groups: Any = self.differences.groupby(["first", "second"], sort=False)
         pairs = [pair_verdict(first, second, rows) for (first, second), rows in groups]
         return pairs + [f"{name} cannot be judged: {why}." for name, why in self.unjudged.items()]
+
+    @property
+    def scores(self) -> dict[str, pd.DataFrame]:
+        "One table per model, the dense one first: see `evaluation.scoring.scores`."
+        return {name: scores(mine) for name, mine in
+                ({DENSE: self.dense_items} | self.items).items()}
+
+    def scores_record(self) -> dict[str, Any]:
+        "The scores for programs, where retention has no answer."
+        return {"scores": {name: json_rows(table) for name, table in self.scores.items()}}
 
     def record(self) -> dict[str, Any]:
         "Everything for programs."

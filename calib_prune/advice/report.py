@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHOWN_TASKS', 'UNUSED', 'ANSWER_TOKENS', 'LAYERS_STEM', 'REPORT_FILES', 'REPORT_VERSION', 'HELDOUT_NAME',
            'HELDOUT_DOCUMENTS', 'DIVERGENCE_WINDOWS', 'CARD_MARK', 'written_answer', 'example_answers',
-           'check_report_files', 'Report', 'report_on', 'recipe_of', 'report_title', 'training_lines', 'settings_lines',
-           'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
+           'check_report_files', 'Report', 'NoRetention', 'report_on', 'recipe_of', 'report_title', 'training_lines',
+           'settings_lines', 'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
 
 # %% ../../nbs/advice/09_report.ipynb #f20ef76f
 import json
@@ -115,6 +115,13 @@ class Report:
                     answers=self.answers)
 
 # %% ../../nbs/advice/09_report.ipynb #e4b45471
+class NoRetention(CalibPruneError):
+    "Retention has no answer; the scores are in `evaluation`."
+    def __init__(self, why: str, evaluation: Evaluation) -> None:
+        super().__init__(why)
+        self.evaluation = evaluation
+
+# %% ../../nbs/advice/09_report.ipynb #3ed16713
 def report_on(pruned: str | Path,      # a folder that `prune` made
               dense: str | Path, tasks: str = "default", limit: int | None = 100,
               measure: str | None = None, dtype: str = AUTO, device: str = AUTO,
@@ -130,6 +137,8 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
     check_tokenizers(str(dense), [str(pruned)])
     evaluation = evaluate_model(pruned, dense, tasks, limit, measure, dtype, device,
                                 progress=progress)
+    try: evaluation.record()  # now, as the rest takes long
+    except CalibPruneError as e: raise NoRetention(str(e), evaluation) from e
     models = {name: load_model(str(place), dtype, device) for name, place in
               (("dense", dense), ("pruned", pruned))}
     (whole, tokenizer), (part, _) = models.values()

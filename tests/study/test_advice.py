@@ -16,6 +16,7 @@ from calib_prune.advice.report import Report, check_report_files, save_report
 from calib_prune.advice.trials import Trials, item_limits, own_skip
 from calib_prune.cli.advise import method_settings, show_quick
 from calib_prune.cli.compare import compare_command, difference_table
+from calib_prune.cli.report import report_command
 from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
 from calib_prune.evaluation.flips import flips
 from calib_prune.evaluation.measures import get_measure
@@ -309,6 +310,36 @@ def test_a_comparison_is_shown_although_its_figure_cannot_be_saved(monkeypatch, 
     with pytest.raises((CalibPruneError, OSError)):
         compare_command(["a", "b"], "dense", figure=str(tmp_path / "file" / "figure.svg"))
     assert "differences of retention" in capsys.readouterr().out
+
+
+def guessed(*tasks, n=32):
+    "Answers that are right as often as chance has it: nothing is above it."
+    items = items_of({}, tasks, n)
+    right = (items.groupby(["task", "metric"]).cumcount() % 4 == 0).astype(float)
+    return items.assign(value=items["value"].where(items["metric"] == "bits", right))
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_scores_are_shown_although_retention_has_no_answer(monkeypatch, capsys, as_json):
+    "They took hours, and models at chance are met only afterwards."
+    items, measure = guessed("piqa"), get_measure("above-chance")
+    found = Comparison(items, dict(a=items, b=items), None, measure, 50)
+    monkeypatch.setattr(compare, "compare_models", lambda *args: found)
+    for name in ("own_record", "check_method", "check_report_files", "check_tokenizers"):
+        monkeypatch.setattr(report, name, lambda *_: dict(method="admm"), raising=False)
+    monkeypatch.setattr(report, "evaluate_model",
+                        lambda *_, **how: Evaluation(items, items, None, measure))
+    monkeypatch.setattr(report, "load_model", lambda *_: pytest.fail("too late"))
+    for command, given, shown in ((compare_command, ["a", "b"], ["dense", "a", "b"]),
+                                  (report_command, "a", ["dense", "pruned"])):
+        with pytest.raises((CalibPruneError, SystemExit)) as said:
+            command(given, "dense", as_json=as_json)
+        out = capsys.readouterr().out
+        if as_json:
+            record = json.loads(out)
+            scores = record["scores"]["b"] if command is compare_command else record["scores"]
+            assert scores[0]["n"] == 32 and "chance" in record["error"] and said.value.code == 1
+        else: assert "scores: accuracies" in out and all(name in out for name in shown)
 
 
 @pytest.mark.parametrize("few", [1, 5])
