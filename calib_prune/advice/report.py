@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .compare import check_tokenizers, flip_texts, percent_text
+from .compare import flip_texts, percent_text
 from .pages import as_html, markdown_table
 from ..calibration.sets import build_calibration
 from ..calibration.sources import HELDOUT
@@ -134,7 +134,6 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
                               "record of how it was pruned. `calib-prune compare` takes any model.")
     check_method(record["method"])
     check_report_files(pruned)
-    check_tokenizers(str(dense), [str(pruned)])
     evaluation = evaluate_model(pruned, dense, tasks, limit, measure, dtype, device,
                                 progress=progress)
     try: evaluation.record()  # now, as the rest takes long
