@@ -127,7 +127,7 @@ def _share_tokens(first: Any, second: Any) -> bool:
         plain.append({*every[-1]} - {*tokenizer.get_added_vocab().items()})
     return plain[0] <= every[1] or plain[1] <= every[0]
 
-# %% ../../nbs/pipeline/03_evaluate.ipynb #c0ffee41
+# %% ../../nbs/pipeline/03_evaluate.ipynb #307688b9
 def check_tokenizers(dense: str, models: Sequence[str]) -> None:
     "Refuse models whose tokenizer is not the dense model's, before any is scored."
     whole = _tokenizer_of(dense)

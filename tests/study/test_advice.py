@@ -270,6 +270,7 @@ def test_a_need_at_the_floor_cannot_be_measured(made_up, monkeypatch):
     same = lambda self, part, floor=False: items_of({}, item_limits(self.tasks, part),
                                                     seed=int(floor))
     monkeypatch.setattr(measured, "dense_items", same)
+    monkeypatch.setattr(measured, "pruning_seconds", lambda *_: pytest.fail("measures sources"))
     with pytest.raises(CalibPruneError, match="Code cannot be measured on this model"):
         made_up(need="code", minutes=10)
 
