@@ -6,7 +6,7 @@
 __all__ = ['SHOWN_TASKS', 'UNUSED', 'ANSWER_TOKENS', 'LAYERS_STEM', 'REPORT_FILES', 'REPORT_VERSION', 'HELDOUT_NAME',
            'HELDOUT_DOCUMENTS', 'DIVERGENCE_WINDOWS', 'CARD_MARK', 'written_answer', 'example_answers',
            'check_report_files', 'Report', 'NoRetention', 'report_on', 'recipe_of', 'report_title', 'training_lines',
-           'settings_lines', 'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
+           'made_how', 'settings_lines', 'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
 
 # %% ../../nbs/advice/09_report.ipynb #f20ef76f
 import json
@@ -173,6 +173,11 @@ def training_lines(record: dict[str, Any]) -> dict[str, str]:
             "learning rate": f"{made['rate']:g}",
             f"loss ({made['loss']}) before and after": f"{before} → {after}"}
 
+# %% ../../nbs/advice/09_report.ipynb #6d4d868e
+def made_how(record: dict[str, Any]) -> str:
+    "What was done to the model, in one word."
+    return "quantised" if record.get("quantise") else "pruned"
+
 def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
     "How the model was made."
     mix = record["calibration"]
@@ -182,7 +187,7 @@ def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
              "zeros in the decoder layers": f"{100 * record['achieved_sparsity']:.2f} %",
              "calibration": mix["mix"], "seed": mix.get("seed", "–"),
              "calibration windows": f"{mix['windows']} of {mix['length']} tokens",
-             "mean error of the layers, as pruned": f"{record['mean_error']:.4f}",
+             f"mean error of the layers, as {made_how(record)}": f"{record['mean_error']:.4f}",
              "type of the weights": record["saved_dtype"],
              "quantised before": record.get("quantised_type") or "no"}
     sizes = {name: f"{size / 1e6:,.1f} MB" for name, size in record.get("bytes", {}).items()}
@@ -241,9 +246,9 @@ def report_page(report: Report) -> str:  # Markdown
              "windows.",
              "## Answers that turned"]
     turned = flip_lines(report.flips)
-    parts += [markdown_table(turned) if turned else "No task has answers that are right or wrong."]
-    parts += ["p: exact McNemar test of no difference in accuracy.",
-              "## Distance from the dense model",
+    parts += ([markdown_table(turned), "p: exact McNemar test of no difference in accuracy."]
+              if turned else ["No task has answers that are right or wrong."])
+    parts += ["## Distance from the dense model",
               f"Perplexity per token on {HELDOUT_DOCUMENTS} Wikipedia articles"
               f"{_seen_note(report.record)}: "
               f"{surprise['dense']:.2f} dense, {surprise['pruned']:.2f} pruned. Divergence of the "
@@ -267,10 +272,9 @@ def _base_line(model: str, revision: str) -> str:  # of `model_revision`
 
 def model_card(report: Report) -> str:
     "A README for the folder: the hub reads its first lines."
-    made = "quantised" if report.record.get("quantise") else "pruned"
     origin = _base_line(report.record["model"], report.record.get("model_revision", ""))
     head = (f"---\n{origin}library_name: transformers\n"
-            f"tags: [{made}, calib-prune]\n---\n")
+            f"tags: [{made_how(report.record)}, calib-prune]\n---\n")
     return f"{head}{CARD_MARK}\n\n{report_page(report)}\nThe licence is the dense model's.\n"
 
 # %% ../../nbs/advice/09_report.ipynb #c359e441

@@ -12,7 +12,7 @@ from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.nearest import advise_quickly
 from calib_prune.advice.pages import save_advice
-from calib_prune.advice.report import Report, check_report_files, save_report
+from calib_prune.advice.report import Report, check_report_files, report_page, save_report
 from calib_prune.advice.trials import Trials, item_limits, own_skip
 from calib_prune.cli.advise import method_settings, show_quick
 from calib_prune.cli.compare import compare_command, difference_table
@@ -376,6 +376,19 @@ def made_report(tasks=("piqa", "mbpp"), **record):
                   flips(dense, items), dict.fromkeys(("dense", "pruned"),
                                                      Perplexity(9.0, 9, 9, 9, 9)),
                   Divergence(0.1, 0.01, 0.9, 99), [])
+
+
+@pytest.mark.parametrize("quantise, said", [(None, "pruned"), (dict(bits=3), "quantised")])
+def test_a_report_says_what_was_done_to_the_model(quantise, said):
+    page = report_page(made_report(**dict(method="gptq", sparsity="0", quantise=quantise)
+                                   if quantise else {}))
+    assert f"| mean error of the layers, as {said} | 0.1000 |" in page
+
+
+@pytest.mark.parametrize("tasks, there", [(("piqa", "mbpp"), True), (("mbpp",), False)])
+def test_a_report_explains_p_only_next_to_its_column(tasks, there):
+    page = report_page(made_report(tasks))
+    assert ("McNemar" in page) == ("| p |" in page) == there
 
 
 def test_an_interrupted_report_can_be_repeated(monkeypatch, tmp_path):
