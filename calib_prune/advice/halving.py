@@ -143,18 +143,27 @@ class Halving:
 # %% ../../nbs/advice/05_halving.ipynb #93b7b230
 PLAN_FILE = "plan.json"
 
+def _need_of(search: Halving) -> dict[str, Any]:
+    "What the scores of a plan count."
+    return dict(weights=dict(search.need.weights), worst=search.need.worst)
+
 def keep_plan(search: Halving) -> None:
     "Store the plan and the time used; called after every trial."
     about = dict(plan=asdict(search.plan) if search.plan else None, mixes=[*search.mixes],
+                 need=_need_of(search),
                  pace={kind: sum(times) / len(times) for kind, times in search.durations.items()},
                  spent=search.used, seconds=search.seconds)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
 
+# %% ../../nbs/advice/05_halving.ipynb #80385380
 def read_plan(search: Halving) -> None:
-    "Read the plan of an earlier run with the same candidates; the time of that run counts."
+    "Read the plan of an earlier run with the same need; the time of that run counts."
     path = search.trials.folder / PLAN_FILE
     if not path.is_file(): return
     known = load_json(path, mixes=list, pace=dict, spent=float)
+    if known.get("need", mine := _need_of(search)) != mine:  # older plans have none
+        raise CalibPruneError(f"{search.trials.folder} holds advice on another need than "
+                              f"{search.need.asked!r}: choose another folder.")
     if known["mixes"] != [*search.mixes]:
         raise CalibPruneError(f"{search.trials.folder} holds advice on other candidates: choose "
                               "another folder.")

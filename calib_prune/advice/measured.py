@@ -271,10 +271,10 @@ def advise(model: str | Path,                  # the dense model
         scoring, dense = scoring_seconds(trials), dense_items(trials, CONFIRMING)
         search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began, scoring=scoring)
         read_plan(search)
-        if search.plan is None: search.expected = pruning_seconds(trials, mixes)
         after_next = dense_items(trials, CONFIRMING, floor=True)
         floor = floor_retention(dense, after_next, wanted.task)
-        check_need(wanted, floor)
+        check_need(wanted, floor)  # before the sources are measured
+        if search.plan is None: search.expected = pruning_seconds(trials, mixes)
         confirmed = _confirm(search, dense, halve(search), quick.calibration)
         shared = shared_items(wanted, trials, confirmed.names, sources)
         keep_plan(search)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHOWN_TASKS', 'UNUSED', 'ANSWER_TOKENS', 'LAYERS_STEM', 'REPORT_FILES', 'REPORT_VERSION', 'HELDOUT_NAME',
            'HELDOUT_DOCUMENTS', 'DIVERGENCE_WINDOWS', 'CARD_MARK', 'written_answer', 'example_answers',
-           'check_report_files', 'Report', 'report_on', 'recipe_of', 'report_title', 'training_lines', 'settings_lines',
-           'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
+           'check_report_files', 'Report', 'NoRetention', 'report_on', 'recipe_of', 'report_title', 'training_lines',
+           'made_how', 'settings_lines', 'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
 
 # %% ../../nbs/advice/09_report.ipynb #f20ef76f
 import json
@@ -19,11 +19,17 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .compare import check_tokenizers, flip_texts, percent_text
+from .compare import flip_texts, percent_text
 from .pages import as_html, markdown_table
 from ..calibration.sets import build_calibration
 from ..calibration.sources import HELDOUT
-from ..core import CalibPruneError, as_path, load_json, write_atomic
+from calib_prune.core import (
+    CalibPruneError,
+    as_path,
+    load_json,
+    temporary_folder,
+    write_atomic,
+)
 from ..evaluation.flips import flips
 from ..evaluation.tasks import choose, fill_prompt, get_tasks, task_items
 from ..model.divergence import Divergence, divergence
@@ -109,6 +115,13 @@ class Report:
                     answers=self.answers)
 
 # %% ../../nbs/advice/09_report.ipynb #e4b45471
+class NoRetention(CalibPruneError):
+    "Retention has no answer; the scores are in `evaluation`."
+    def __init__(self, why: str, evaluation: Evaluation) -> None:
+        super().__init__(why)
+        self.evaluation = evaluation
+
+# %% ../../nbs/advice/09_report.ipynb #3ed16713
 def report_on(pruned: str | Path,      # a folder that `prune` made
               dense: str | Path, tasks: str = "default", limit: int | None = 100,
               measure: str | None = None, dtype: str = AUTO, device: str = AUTO,
@@ -121,9 +134,10 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
                               "record of how it was pruned. `calib-prune compare` takes any model.")
     check_method(record["method"])
     check_report_files(pruned)
-    check_tokenizers(str(dense), [str(pruned)])
     evaluation = evaluate_model(pruned, dense, tasks, limit, measure, dtype, device,
                                 progress=progress)
+    try: evaluation.record()  # now, as the rest takes long
+    except CalibPruneError as e: raise NoRetention(str(e), evaluation) from e
     models = {name: load_model(str(place), dtype, device) for name, place in
               (("dense", dense), ("pruned", pruned))}
     (whole, tokenizer), (part, _) = models.values()
@@ -159,6 +173,11 @@ def training_lines(record: dict[str, Any]) -> dict[str, str]:
             "learning rate": f"{made['rate']:g}",
             f"loss ({made['loss']}) before and after": f"{before} → {after}"}
 
+# %% ../../nbs/advice/09_report.ipynb #6d4d868e
+def made_how(record: dict[str, Any]) -> str:
+    "What was done to the model, in one word."
+    return "quantised" if record.get("quantise") else "pruned"
+
 def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
     "How the model was made."
     mix = record["calibration"]
@@ -168,7 +187,7 @@ def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
              "zeros in the decoder layers": f"{100 * record['achieved_sparsity']:.2f} %",
              "calibration": mix["mix"], "seed": mix.get("seed", "–"),
              "calibration windows": f"{mix['windows']} of {mix['length']} tokens",
-             "mean error of the layers, as pruned": f"{record['mean_error']:.4f}",
+             f"mean error of the layers, as {made_how(record)}": f"{record['mean_error']:.4f}",
              "type of the weights": record["saved_dtype"],
              "quantised before": record.get("quantised_type") or "no"}
     sizes = {name: f"{size / 1e6:,.1f} MB" for name, size in record.get("bytes", {}).items()}
@@ -227,9 +246,9 @@ def report_page(report: Report) -> str:  # Markdown
              "windows.",
              "## Answers that turned"]
     turned = flip_lines(report.flips)
-    parts += [markdown_table(turned) if turned else "No task has answers that are right or wrong."]
-    parts += ["p: exact McNemar test of no difference in accuracy.",
-              "## Distance from the dense model",
+    parts += ([markdown_table(turned), "p: exact McNemar test of no difference in accuracy."]
+              if turned else ["No task has answers that are right or wrong."])
+    parts += ["## Distance from the dense model",
               f"Perplexity per token on {HELDOUT_DOCUMENTS} Wikipedia articles"
               f"{_seen_note(report.record)}: "
               f"{surprise['dense']:.2f} dense, {surprise['pruned']:.2f} pruned. Divergence of the "
@@ -253,25 +272,32 @@ def _base_line(model: str, revision: str) -> str:  # of `model_revision`
 
 def model_card(report: Report) -> str:
     "A README for the folder: the hub reads its first lines."
-    made = "quantised" if report.record.get("quantise") else "pruned"
     origin = _base_line(report.record["model"], report.record.get("model_revision", ""))
     head = (f"---\n{origin}library_name: transformers\n"
-            f"tags: [{made}, calib-prune]\n---\n")
+            f"tags: [{made_how(report.record)}, calib-prune]\n---\n")
     return f"{head}{CARD_MARK}\n\n{report_page(report)}\nThe licence is the dense model's.\n"
 
+# %% ../../nbs/advice/09_report.ipynb #c359e441
+def _layers_drawn(report: Report) -> str:  # SVG
+    "The figure of the layers."
+    paper_style()
+    drawing: Figure = error_by_layer(report.layers, "Reconstruction error by layer")
+    with temporary_folder() as folder:
+        [file] = save_figure(drawing, Path(folder, LAYERS_STEM), (".svg",))
+        return file.read_text(encoding="utf-8")
+
+# %% ../../nbs/advice/09_report.ipynb #d232249e
 def save_report(report: Report, folder: str | Path) -> list[Path]:
     "Write report.md, report.html, report.json, the figure, and README.md unless it is not ours."
     place = as_path(folder, "the folder of a report")
-    paper_style()
-    drawing: Figure = error_by_layer(report.layers, "Reconstruction error by layer")
-    drawn = save_figure(drawing, place / LAYERS_STEM, (".svg",))[0]
-    text = report_page(report)
-    page = as_html(text, report_title(report.record),
-                   {drawn.name: drawn.read_text(encoding="utf-8")})
+    page_file, text_file, record_file, figure_file = (place / name for name in REPORT_FILES)
+    # whole before the first file, and first the one that `check_report_files` knows: a report that
+    # was interrupted can be repeated
+    text, drawn = report_page(report), _layers_drawn(report)
+    page = as_html(text, report_title(report.record), {figure_file.name: drawn})
     record = json.dumps(report.as_record(), indent=1, allow_nan=False)
-    page_file, text_file, record_file, _ = (place / name for name in REPORT_FILES)
-    files = [write_atomic(page_file, page), write_atomic(text_file, text), drawn,
-             write_atomic(record_file, record + "\n")]
+    parts = {record_file: record + "\n", figure_file: drawn, text_file: text, page_file: page}
+    files = [write_atomic(*part) for part in parts.items()][::-1]
     card = place / "README.md"
     if not card.exists() or CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
         files.append(write_atomic(card, model_card(report)))

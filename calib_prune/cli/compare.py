@@ -19,6 +19,8 @@ from calib_prune.cli.evaluate import (
     MeasureOption,
     TasksOption,
     print_lines,
+    print_record,
+    show_score_table,
 )
 from calib_prune.cli.output import (
     DeviceOption,
@@ -26,7 +28,6 @@ from calib_prune.cli.output import (
     JsonOption,
     bars,
     forest_column,
-    print_json,
     show_table,
 )
 from ..core import CalibPruneError, as_path
@@ -122,7 +123,7 @@ def compare_command(
         comparison = compare_models(models, dense, tasks, limit or None, measure, dtype, device,
                                     batch_tokens, progress, floor)
     # before the figure, as its file may not be writable and the scores took hours
-    if as_json: print_json(comparison.record())
+    if as_json: print_record(comparison)
     else: show_comparison(comparison)
     if picture is None: return
     from calib_prune.style import save_figure
@@ -133,7 +134,11 @@ def compare_command(
 def show_comparison(comparison: Any) -> None:
     "The comparison for people."
     about = f"{comparison.measure.name}: {comparison.measure.about}"
-    show_table(retention_table(comparison), f"retention in % by {about}")
+    try: rows = retention_table(comparison)
+    except CalibPruneError:
+        show_score_table(comparison.scores, comparison.measure.bits)  # they took hours
+        raise
+    show_table(rows, f"retention in % by {about}")
     show_table(difference_table(comparison), "differences of retention in points, simultaneous "
                "95 % intervals; · marks no difference")
     if len(comparison.flips): show_table(flip_table(comparison), "answers that turned")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TasksOption', 'LimitOption', 'MeasureOption', 'FloorOption', 'BatchOption', 'print_lines', 'score_table',
-           'retention_lines', 'retention_notes', 'evaluate_command']
+           'retention_lines', 'retention_notes', 'show_score_table', 'show_scores', 'print_record', 'evaluate_command']
 
 # %% ../../nbs/cli/05_evaluate.ipynb #8b1ef33c
 from typing import Annotated, Any, Optional
@@ -96,14 +96,19 @@ def retention_notes(table: Any  # from `retention`
     return [*notes, f"Verdict: {table.attrs['verdict']}"]
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b08
-def _show_scores(evaluation: Any) -> None:  # from `evaluate_model`
-    "The scores for people."
+def show_score_table(tables: dict[str, Any], bits: bool) -> None:  # see `score_table`
+    "The scores of one model or more for people."
+    unit = "bits per byte of the right answers" if bits else \
+        "accuracies in %, other tasks in bits per byte (lower is better), ± standard error"
+    show_table(score_table(tables, bits), f"scores: {unit}")
+
+# %% ../../nbs/cli/05_evaluate.ipynb #3615a073
+def show_scores(evaluation: Any) -> None:  # from `evaluate_model`
+    "The scores and their notes for people."
     tables = {"score": evaluation.scores}
     if evaluation.dense_items is not None:
         tables = {"dense": evaluation.dense_scores, "pruned": evaluation.scores}
-    unit = "bits per byte of the right answers" if evaluation.measure.bits else \
-        "accuracies in %, other tasks in bits per byte (lower is better), ± standard error"
-    show_table(score_table(tables, evaluation.measure.bits), f"scores: {unit}")
+    show_score_table(tables, evaluation.measure.bits)
     long = "items left out because their answers are longer than the model's context"
     print_lines(
         [f"{task}: {n} {long}." for task, n in evaluation.items.attrs.get("left_out", {}).items()]
@@ -120,7 +125,7 @@ def _show_retention(evaluation: Any) -> None:  # from `evaluate_model`
     print_lines(retention_notes(table))
 
 # %% ../../nbs/cli/05_evaluate.ipynb #60ca36fe
-def _print_record(evaluation: Any) -> None:  # from `evaluate_model`
+def print_record(evaluation: Any) -> None:  # from `evaluate_model` or `compare_models`
     """Scores and retention for programs; the scores, which took hours, also where retention has no
     answer."""
     try: record = evaluation.record()
@@ -196,6 +201,6 @@ def evaluate_command(
             model, dense, tasks, limit or None, measure, dtype, device, batch_tokens, progress,
             floor
         )
-    if as_json: return _print_record(evaluation)
-    _show_scores(evaluation)  # before retention, which may have no answer
+    if as_json: return print_record(evaluation)
+    show_scores(evaluation)  # before retention, which may have no answer
     _show_retention(evaluation)

@@ -15,6 +15,8 @@ from calib_prune.cli.evaluate import (
     MeasureOption,
     TasksOption,
     print_lines,
+    print_record,
+    show_scores,
 )
 from calib_prune.cli.output import (
     DeviceOption,
@@ -42,13 +44,20 @@ def report_command(
     """Report on a pruned model: retention, answers that turned, divergence from the dense model,
     layers, answers side by side; as HTML, Markdown and a model card."""
     from calib_prune.advice.report import (
+        NoRetention,
         flip_lines,
         report_on,
         retention_lines_of,
         save_report,
     )
-    with bars(as_json) as progress:
-        report = report_on(pruned, dense, tasks, limit or None, measure, dtype, device, progress)
+    try:
+        with bars(as_json) as progress:
+            report = report_on(pruned, dense, tasks, limit or None, measure, dtype, device,
+                               progress)
+    except NoRetention as e:  # the scores took hours
+        if as_json: return print_record(e.evaluation)
+        show_scores(e.evaluation)
+        raise
     files = save_report(report, pruned)
     if as_json: return print_json(report.as_record())
     evaluation = report.evaluation

@@ -6,20 +6,26 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calib_prune.advice import compare, halving, measured, trials
+from calib_prune.advice import compare, halving, measured, report, trials
 from calib_prune.advice.compare import Comparison, short_names
 from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.nearest import advise_quickly
 from calib_prune.advice.pages import save_advice
+from calib_prune.advice.report import Report, check_report_files, report_page, save_report
 from calib_prune.advice.trials import Trials, item_limits, own_skip
 from calib_prune.cli.advise import method_settings, show_quick
 from calib_prune.cli.compare import compare_command, difference_table
+from calib_prune.cli.report import report_command
 from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
+from calib_prune.evaluation.flips import flips
 from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
+from calib_prune.model.divergence import Divergence
 from calib_prune.model.loading import save_model
+from calib_prune.model.perplexity import Perplexity
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pipeline.evaluate import Evaluation
 from calib_prune.pipeline.prune import PruneSettings
 
 SECONDS, SCREENED = 50.0, 10.0  # of a made-up trial, and of a screening
@@ -244,10 +250,27 @@ def test_a_folder_holds_one_advice(made_up, change, named):
         made_up(**dict(need="code", minutes=10) | change)
 
 
+def test_a_plan_is_of_one_need(made_up, tmp_path):
+    "These needs have the same tasks, so the settings of the folder do not tell them apart."
+    path = tmp_path / "out" / PLAN_FILE
+    made_up(need="all", minutes=10)
+    before, models = path.read_bytes(), made_up.models
+    for other in ("worst", "code=2,general,commonsense,math"):
+        with pytest.raises(CalibPruneError, match=f"another need than '{other}': choose another"):
+            made_up(need=other, minutes=10)
+    assert path.read_bytes() == before and made_up.models == models
+    plan = json.loads(before)
+    del plan["need"]
+    path.write_text(json.dumps(plan))  # as earlier versions wrote it
+    made_up(need="all", minutes=10)
+    assert made_up.models == models and json.loads(path.read_text())["need"]["worst"] is False
+
+
 def test_a_need_at_the_floor_cannot_be_measured(made_up, monkeypatch):
     same = lambda self, part, floor=False: items_of({}, item_limits(self.tasks, part),
                                                     seed=int(floor))
     monkeypatch.setattr(measured, "dense_items", same)
+    monkeypatch.setattr(measured, "pruning_seconds", lambda *_: pytest.fail("measures sources"))
     with pytest.raises(CalibPruneError, match="Code cannot be measured on this model"):
         made_up(need="code", minutes=10)
 
@@ -290,6 +313,36 @@ def test_a_comparison_is_shown_although_its_figure_cannot_be_saved(monkeypatch, 
     assert "differences of retention" in capsys.readouterr().out
 
 
+def guessed(*tasks, n=32):
+    "Answers that are right as often as chance has it: nothing is above it."
+    items = items_of({}, tasks, n)
+    right = (items.groupby(["task", "metric"]).cumcount() % 4 == 0).astype(float)
+    return items.assign(value=items["value"].where(items["metric"] == "bits", right))
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_scores_are_shown_although_retention_has_no_answer(monkeypatch, capsys, as_json):
+    "They took hours, and models at chance are met only afterwards."
+    items, measure = guessed("piqa"), get_measure("above-chance")
+    found = Comparison(items, dict(a=items, b=items), None, measure, 50)
+    monkeypatch.setattr(compare, "compare_models", lambda *args: found)
+    for name in ("own_record", "check_method", "check_report_files", "check_tokenizers"):
+        monkeypatch.setattr(report, name, lambda *_: dict(method="admm"), raising=False)
+    monkeypatch.setattr(report, "evaluate_model",
+                        lambda *_, **how: Evaluation(items, items, None, measure))
+    monkeypatch.setattr(report, "load_model", lambda *_: pytest.fail("too late"))
+    for command, given, shown in ((compare_command, ["a", "b"], ["dense", "a", "b"]),
+                                  (report_command, "a", ["dense", "pruned"])):
+        with pytest.raises((CalibPruneError, SystemExit)) as said:
+            command(given, "dense", as_json=as_json)
+        out = capsys.readouterr().out
+        if as_json:
+            record = json.loads(out)
+            scores = record["scores"]["b"] if command is compare_command else record["scores"]
+            assert scores[0]["n"] == 32 and "chance" in record["error"] and said.value.code == 1
+        else: assert "scores: accuracies" in out and all(name in out for name in shown)
+
+
 @pytest.mark.parametrize("few", [1, 5])
 def test_too_few_items_are_not_judged_and_take_no_other_interval(few):
     """Five items of Code, or one, which has no replicates: Commonsense keeps its interval."""
@@ -310,6 +363,49 @@ def test_a_measure_without_likelihoods_has_no_floor():
     dense = pd.concat([likelihoods, written], ignore_index=True)
     found = Comparison(dense, dict(a=dense, b=dense), likelihoods, get_measure("above-chance"), 50)
     assert found.floor is None and len(found.floor_notes) == 1
+
+
+def made_report(tasks=("piqa", "mbpp"), **record):
+    "A report on a model that was never made."
+    layers = [dict(name=f"layers.{i}.mlp.up_proj", layer=i, error=0.1) for i in range(3)]
+    about = dict(model="smollm2-135m", model_revision="commit:1", method="admm", sparsity="0.5",
+                 achieved_sparsity=0.5, calibration=dict(mix="c4", windows=8, length=64),
+                 mean_error=0.1, saved_dtype="float32", layers=layers) | record
+    dense, items = items_of({}, tasks), items_of({}, tasks, seed=1)
+    return Report(about, "dense", Evaluation(items, dense, None, get_measure("answer-bits")),
+                  flips(dense, items), dict.fromkeys(("dense", "pruned"),
+                                                     Perplexity(9.0, 9, 9, 9, 9)),
+                  Divergence(0.1, 0.01, 0.9, 99), [])
+
+
+@pytest.mark.parametrize("quantise, said", [(None, "pruned"), (dict(bits=3), "quantised")])
+def test_a_report_says_what_was_done_to_the_model(quantise, said):
+    page = report_page(made_report(**dict(method="gptq", sparsity="0", quantise=quantise)
+                                   if quantise else {}))
+    assert f"| mean error of the layers, as {said} | 0.1000 |" in page
+
+
+@pytest.mark.parametrize("tasks, there", [(("piqa", "mbpp"), True), (("mbpp",), False)])
+def test_a_report_explains_p_only_next_to_its_column(tasks, there):
+    page = report_page(made_report(tasks))
+    assert ("McNemar" in page) == ("| p |" in page) == there
+
+
+def test_an_interrupted_report_can_be_repeated(monkeypatch, tmp_path):
+    "A folder without a record holds somebody else's files, and a report there is refused."
+    whole = report.write_atomic
+    for files in range(5):  # written before the interruption
+        left, folder = iter(range(files)), tmp_path / str(files)
+
+        def cut_off(path, data):
+            if next(left, None) is None: raise KeyboardInterrupt
+            return whole(path, data)
+        monkeypatch.setattr(report, "write_atomic", cut_off)
+        with pytest.raises(KeyboardInterrupt): save_report(made_report(), folder)
+        check_report_files(folder)
+    monkeypatch.setattr(report, "write_atomic", whole)
+    made = [file.name for file in save_report(made_report(), folder)]
+    assert made == ["report.html", "report.md", "layers.svg", "report.json", "README.md"]
 
 
 def test_tuning_and_confirming_share_no_item_with_reports():

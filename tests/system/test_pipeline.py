@@ -1,5 +1,6 @@
 "The command line, studies and user code share one pipeline, which knows no study."
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ import torch
 import calib_prune
 from calib_prune.cli.prune import prune_command as command
 from calib_prune.core import CalibPruneError
-from calib_prune.model.loading import RECORD_FILE, load_model, save_model
+from calib_prune.model.loading import RECORD_FILE, load_model, load_tokenizer, save_model
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pipeline import evaluate
 from tests.processes import run
 
 
@@ -70,6 +72,40 @@ def test_wrong_settings_are_refused_before_the_model_is_looked_for(wrong, said):
 def test_wrong_tasks_are_refused_before_the_model_is_looked_for():
     with pytest.raises(CalibPruneError, match="'piqa'"):
         calib_prune.evaluate_model("none", tasks="piqua")
+
+
+def other_words(folder):
+    "The tokenizer of a folder with two tokens in each other's place."
+    path = folder / "tokenizer.json"
+    words = json.loads(path.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(words))
+
+
+@pytest.mark.parametrize("dense, said", [("other", "has another tokenizer than .*other"),
+                                         ("missing/one", "Cannot load the tokenizer of 'missing")])
+def test_a_dense_model_that_does_not_fit_is_refused_before_any_scoring(
+    inputs, tmp_path, monkeypatch, dense, said
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inputs / "model", "other")
+    other_words(tmp_path / "other")
+    monkeypatch.setattr(evaluate, "score_model", lambda *_, **how: pytest.fail("too late"))
+    with pytest.raises(CalibPruneError, match=said):
+        calib_prune.evaluate_model(inputs / "model", dense, tasks="jeopardy", limit=2)
+
+
+def test_a_longest_text_that_another_tool_stored_makes_no_other_tokenizer(inputs, tmp_path):
+    shutil.copytree(inputs / "model", tmp_path / "cut")
+    words = load_tokenizer(str(tmp_path / "cut")).backend_tokenizer
+    words.enable_truncation(16)
+    words.enable_padding()
+    words.save(str(tmp_path / "cut" / "tokenizer.json"))
+    evaluate.check_tokenizers(str(inputs / "model"), [str(tmp_path / "cut")])
+    other_words(tmp_path / "cut")
+    with pytest.raises(CalibPruneError, match="another tokenizer"):
+        evaluate.check_tokenizers(str(inputs / "model"), [str(tmp_path / "cut")])
 
 
 @pytest.mark.real

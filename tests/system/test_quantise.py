@@ -248,11 +248,12 @@ def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch):
     (tmp_path / "q/report.md").touch()
     with pytest.raises(CalibPruneError, match="report.md is not from"): check_report_files("~/q")
     assert check_picture("~/a.svg") == tmp_path / "a.svg"
-    drawn = []
-    monkeypatch.setattr(report, "error_by_layer", lambda *_: None)
-    monkeypatch.setattr(report, "save_figure", lambda _, stem, endings: drawn.append(stem) or [])
-    with pytest.raises(IndexError): report.save_report(SimpleNamespace(layers=None), "~/q")
-    assert drawn == [tmp_path / "q/layers"]
+    written = []
+    for name in ("report_page", "_layers_drawn", "as_html", "report_title", "model_card"):
+        monkeypatch.setattr(report, name, lambda *_: "")
+    monkeypatch.setattr(report, "write_atomic", lambda path, _: written.append(path) or path)
+    report.save_report(SimpleNamespace(record={}, as_record=dict), "~/q")
+    assert len(written) == 5 and {path.parent for path in written} == {tmp_path / "q"}
 
 
 def test_a_record_tells_a_quantised_model_behind_a_tilde(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from calib_prune.model.loading import (
 )
 from calib_prune.model.stored_types import quantised_type
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
+from calib_prune.pipeline.evaluate import check_tokenizers
 
 
 def test_round_trip_through_plain_transformers(tmp_path):
@@ -351,6 +352,20 @@ def test_a_gguf_file_splits_text_as_it_says(tmp_path, splitting, pieces):
     folder = convert_gguf(file, tmp_path / "as-studied", digits=False)
     split = load_tokenizer(str(folder)).backend_tokenizer.pre_tokenizer
     assert [piece for piece, _ in split.pre_tokenize_str("58 1")] == ["58", "Ġ1"]
+
+
+def test_a_gguf_file_is_compared_with_the_folder_it_was_made_from(tmp_path):
+    "The file has all tokens of the folder, and not the rules of its tokenizer.json."
+    write_gguf(tmp_path / "m.gguf", tiny_llama())
+    file, folder = str(tmp_path / "m.gguf"), save_model(tiny_llama(), tiny_tokenizer(),
+                                                        tmp_path / "m", {})
+    check_tokenizers(str(folder), [file])
+    check_tokenizers(file, [str(folder), str(convert_gguf(file, tmp_path / "converted"))])
+    words = folder / "tokenizer.json"
+    words.write_text(words.read_text().replace('"a":', '"x-":').replace('"b":', '"a":'))
+    for dense, model in ((folder, file), (file, folder)):
+        with pytest.raises(CalibPruneError, match="has another tokenizer"):
+            check_tokenizers(str(dense), [str(model)])
 
 
 def test_a_gguf_file_with_an_unknown_splitting_is_read_with_a_warning(tmp_path, recwarn):
