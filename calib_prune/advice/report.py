@@ -219,12 +219,12 @@ def _quoted(text: str) -> str:
     "Text of a model as a quotation that cannot be markup."
     return "\n".join(f"    {line}" for line in text.strip("\n").splitlines()) or "    (nothing)"
 
-def _answer_parts(answers: list[dict[str, str]]) -> list[str]:
+def _answer_parts(answers: list[dict[str, str]], how: str) -> list[str]:  # how: see `made_how`
     parts = []
     for row in answers:
         parts += [f"### {row['ability']}", "Prompt:", _quoted(row["prompt"]), "Right answer:",
-                  _quoted(row["right"]), "Dense model:", _quoted(row["dense"]), "Pruned model:",
-                  _quoted(row["pruned"])]
+                  _quoted(row["right"]), "Dense model:", _quoted(row["dense"]),
+                  f"{how.capitalize()} model:", _quoted(row["pruned"])]
     return parts
 
 # %% ../../nbs/advice/09_report.ipynb #bc8a5c9b
@@ -251,14 +251,14 @@ def report_page(report: Report) -> str:  # Markdown
     parts += ["## Distance from the dense model",
               f"Perplexity per token on {HELDOUT_DOCUMENTS} Wikipedia articles"
               f"{_seen_note(report.record)}: "
-              f"{surprise['dense']:.2f} dense, {surprise['pruned']:.2f} pruned. Divergence of the "
-              f"next-token distribution (KL): {far.bits:.3f} ± {far.standard_error:.3f} bits per "
-              f"token; the likeliest next token is the same at {100 * far.same_choice:.1f} % of "
-              f"{far.tokens:,} tokens.",
+              f"{surprise['dense']:.2f} dense, {surprise['pruned']:.2f} {made_how(report.record)}. "
+              f"Divergence of the next-token distribution (KL): {far.bits:.3f} ± "
+              f"{far.standard_error:.3f} bits per token; the likeliest next token is the same at "
+              f"{100 * far.same_choice:.1f} % of {far.tokens:,} tokens.",
               "## Layers", f"![Reconstruction error of each layer]({LAYERS_STEM}.svg)",
               "The errors are those before the training." if "recovery" in report.record else "",
               "## Answers", f"The likeliest tokens, at most {ANSWER_TOKENS}.",
-              *_answer_parts(report.answers)]
+              *_answer_parts(report.answers, made_how(report.record))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 # %% ../../nbs/advice/09_report.ipynb #cffdd90e

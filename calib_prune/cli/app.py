@@ -71,7 +71,7 @@ LEFT: dict[str, Callable[[dict[str, Any]], str]] = {
     "recover": lambda given: left_by_recover(given["output"]),
     "evaluate": lambda given: f"No scores were kept; {AGAIN}.",
     "advise": lambda given: f"Finished trials, if any, are stored in {given['output']}; {AGAIN}.",
-    "report": lambda given: f"No report was written; {AGAIN}.",
+    "report": lambda given: f"The report is not complete; {AGAIN}.",
     "compare": lambda given: f"No scores were stored; {AGAIN}.",
     "measure": lambda given: f"No metrics were kept; {AGAIN}.",
     "verify": lambda given: f"Nothing was changed; {AGAIN}.",
