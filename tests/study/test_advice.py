@@ -383,7 +383,7 @@ def test_a_report_says_what_was_done_to_the_model(quantise, said):
     page = report_page(made_report(**dict(method="gptq", sparsity="0", quantise=quantise)
                                    if quantise else {}))
     assert f"| mean error of the layers, as {said} | 0.1000 |" in page
-    assert f"{said.capitalize()} model:" in page and f" {said}. Divergence" in page
+    assert f" {said}. Divergence" in page
 
 
 @pytest.mark.parametrize("tasks, there", [(("piqa", "mbpp"), True), (("mbpp",), False)])
