@@ -144,11 +144,15 @@ class StageBar:
     def __init__(self, bars: Progress, stage: str, total: int,
                  name: str = ""  # shown instead of the stage
                 ):
-        self.bars, self.stage, self.pace = bars, stage, Pace()
+        self.bars, self.stage, self.pace, self.finished = bars, stage, Pace(), False
         self.task = bars.add_task(name or stage, total=total)
 
     def show(self, done: int, total: int) -> None:
-        "Draw what is done."
+        "Draw what is done. A finished stage that begins anew, with another model, has a new clock."
+        if self.finished and done < total:
+            self.pace = Pace()
+            self.bars.reset(self.task)
+        self.finished = done >= total
         self.bars.update(
             self.task,
             completed=done,

@@ -83,6 +83,12 @@ def test_the_time_left_is_plausible_from_the_first_tenth_on(clock):
         )
 
 
+def test_a_stage_that_begins_anew_has_a_new_clock(clock):
+    line = last_state([(0, "scoring", 0, 60), (2, "scoring", 60, 60), (100, "scoring", 0, 60),
+                       (102, "scoring", 20, 60)], clock)
+    assert line.endswith("left 0:00:04 10 tokens/s")
+
+
 def test_off_a_terminal_a_stage_writes_a_line_each_half_minute(clock):
     found = lines([(i, "pruning", i, 100) for i in range(101)], clock)
     assert found == [f"pruning {i}/100" for i in (0, 30, 60, 90, 100)]
