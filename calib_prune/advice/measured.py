@@ -65,10 +65,7 @@ def candidate_mixes(quick: QuickAdvice, sources: Sequence[str]  # the user's
 
 def mixed_half(source: str) -> str:
     "A source for half of the windows, equal shares of the four dimensions for the others."
-    rest = named_mixes()["uniform-dimensions"]
-    whole = sum(rest.values())
-    return ",".join([f"{source}=0.5", *(f"{name}={0.5 * share / whole:.6g}"
-                                        for name, share in rest.items() if name != source)])
+    return f"{source}=0.5,uniform-dimensions=0.5"
 
 # %% ../../nbs/advice/07_measured.ipynb #e85c62fa
 def check_need(need: Need, floor: pd.DataFrame  # retention after another item's prompt
@@ -143,15 +140,26 @@ class Advice:
                 "significant.")
 
     @property
+    def at_floor(self) -> list[str]:
+        "Abilities in which the recommended mix is not significantly above the floor."
+        mine = self.retention[self.retention["strategy"] == self.calibration]
+        low = mine.set_index("dimension")["all_low"]
+        floor = self.floor[self.floor["level"] == "dimension"].set_index("name")["retention"]
+        return [name for name in floor.index if low[name] <= floor[name]]
+
+    @property
     def warnings(self) -> list[str]:
-        "Sources that share words with the need's items, and a rule's mix that took no part."
+        """Abilities at the floor, sources that share words with the need's items, and a rule's mix
+        that took no part."""
         rule = self.quick.calibration
         short = [] if rule in self.search.mixes else [
             f"The rule's mix {rule} has too little text for these windows and was no candidate."]
         known = [f"Warning: {row.source} shares word sequences with {row.overlapping} of "
                  f"{row.checked} items of {row.task}. Its score may be too high."
                  for row in self.shared.itertuples(index=False)]
-        return [*short, *known]
+        floor = [f"Warning: {', '.join(self.at_floor)}: at the floor with {self.calibration}, so "
+                 "the score does not show that the model uses the prompt."] if self.at_floor else []
+        return [*floor, *short, *known]
 
     @property
     def models(self) -> int:

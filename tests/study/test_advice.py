@@ -1,6 +1,7 @@
 "Advice on models whose retention is known: made-up answers in place of pruned models."
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from calib_prune.advice.trials import Trials, item_limits, own_skip
 from calib_prune.cli.advise import method_settings, show_quick
 from calib_prune.cli.compare import compare_command, difference_table
 from calib_prune.cli.report import report_command
-from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash
+from calib_prune.core import DIMENSIONS, CalibPruneError, content_hash, load_json
 from calib_prune.evaluation.flips import flips
 from calib_prune.evaluation.measures import get_measure
 from calib_prune.evaluation.tasks import TASKS, get_tasks, own_task
@@ -27,6 +28,7 @@ from calib_prune.model.perplexity import Perplexity
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.pipeline.evaluate import Evaluation
 from calib_prune.pipeline.prune import PruneSettings
+from tests import ROOT
 
 SECONDS, SCREENED = 50.0, 10.0  # of a made-up trial, and of a screening
 BEST = {"codeio": 0.9, "uniform-dimensions": 0.8}  # Code retention; others 0.6
@@ -148,7 +150,19 @@ def test_own_items_with_answers_are_a_need(made_up, tmp_path):
     floor = advice.floor.set_index("name")["retention"]
     assert floor["total"] == pytest.approx(floor[[*DIMENSIONS]].mean())
     page = {file.name: file for file in save_advice(advice, tmp_path / "out")}["advice.md"]
-    assert "| own |" in page.read_text()
+    assert "| own |" in page.read_text() and not advice.warnings
+    high = floor.where(~floor.index.isin(["own", "Math"]), 0.9)
+    low = replace(advice, floor=advice.floor.assign(retention=high.to_numpy()))
+    assert low.warnings == ["Warning: Math, own: at the floor with codeio, so the score does not "
+                            "show that the model uses the prompt."]
+
+
+def test_the_stored_advice_of_the_demo_has_the_regrets_of_today():
+    stored = load_json(ROOT / "results/advice/smollm2-135m/advice.json")
+    now = advise_quickly("code", method=stored["settings"]["method"]).record()
+    assert stored["quick"]["regrets"] == now["regrets"], (
+        "make it again in its folder: calib-prune advise --model smollm2-135m --need code "
+        "--minutes 15 --output results/advice/smollm2-135m")
 
 
 def test_text_that_holds_the_need_is_named(made_up, tmp_path):
