@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['KEEP', 'FINALISTS', 'FRESH_DRAWS', 'FRESH_TRIALS', 'COUNTED', 'SCORES', 'SCREENING', 'PLAN_FILE', 'Plan',
            'rounds_from', 'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'timed_items', 'run_trial',
-           'check_time', 'screen', 'entrants', 'halve']
+           'check_time', 'screen', 'with_own', 'entrants', 'halve']
 
 # %% ../../nbs/advice/05_halving.ipynb #a3974f5f
 import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from calib_prune.advice.trials import (
 from ..core import DIMENSIONS, CalibPruneError, load_json, write_atomic
 from ..evaluation.measures import ANSWER_BITS
 from ..evaluation.retention import retention_draws
+from ..progress import ProgressFn
 
 # %% ../../nbs/advice/05_halving.ipynb #12f35f21
 KEEP = 0.4            # of the candidates go to the next round (ours)
@@ -91,6 +92,8 @@ class Halving:
     seconds: float                # for all, earlier runs in the same folder included
     scores: list[dict[str, Any]]  # `SCORES`
     plan: Plan | None = None
+    rule: str = ""                # the mix that is named without pruning
+    own: Sequence[str] = ()       # candidates with the user's text: the best one is a finalist
     # "screening" or "pruning" → seconds of each in this run, or the mean of an earlier run
     durations: dict[str, list[float]] = field(default_factory=dict)
     scoring: dict[str, float] = field(default_factory=dict)  # slice → seconds to score a model
@@ -107,9 +110,15 @@ class Halving:
 
     def seconds_of(self, plan: Plan) -> float:
         "Seconds that a plan takes. Without rounds, the first model is one of the finalists'."
-        fresh = FRESH_TRIALS - bool(self.durations.get("pruning") and not plan.rounds)
+        fresh = FRESH_TRIALS + self.own_trials
+        fresh -= bool(self.durations.get("pruning") and not plan.rounds)
         return (plan.screened * self.pace(SCREEN) + sum(plan.rounds) * self.pace(TUNING)
                 + fresh * self.pace(CONFIRMING))
+
+    @property
+    def own_trials(self) -> int:
+        "Trials that are kept for a third finalist, the user's text."
+        return len(FRESH_DRAWS) if self.own else 0
 
     def fits(self, plan: Plan) -> bool:
         "Whether the time allows a plan, in addition to what was done."
@@ -172,12 +181,20 @@ def read_plan(search: Halving) -> None:
     if known["plan"] and known["seconds"] == search.seconds:
         search.plan = Plan(known["plan"]["screened"], tuple(known["plan"]["rounds"]))
 
+# %% ../../nbs/advice/05_halving.ipynb #b81d2f06
+def _with_mix(progress: ProgressFn | None, mix: str) -> ProgressFn | None:
+    "Progress that says which candidate is pruned or scored."
+    if progress is None: return None
+    name = mix if len(mix) <= 30 else f"{mix[:29]}…"
+    return lambda stage, done, total: progress(f"{stage} · {name}", done, total)
+
 # %% ../../nbs/advice/05_halving.ipynb #56cc3980
 def timed_items(search: Halving, mix: str, seed: int, part: Slice) -> pd.DataFrame:
     "The answers of a trial or a screening; its seconds tell the pace of the next ones."
     before, began = is_kept(search.trials, mix, seed, part), time.monotonic()
-    if part == SCREEN: items = screen_items(search.trials, mix)
-    else: items = trial_items(search.trials, mix, seed, part)
+    trials = replace(search.trials, progress=_with_mix(search.trials.progress, mix))
+    if part == SCREEN: items = screen_items(trials, mix)
+    else: items = trial_items(trials, mix, seed, part)
     seconds = time.monotonic() - began
     if before: return items
     if part == SCREEN: search.durations.setdefault("screening", []).append(seconds)
@@ -194,7 +211,8 @@ def run_trial(search: Halving, mix: str, stage: int) -> None:
     score = dict(zip(SCORES, (mix, stage, seed, values[COUNTED])))
     search.scores.append(score | {"values": values})
     show = search.trials.progress
-    if show and search.plan: show("models of the plan", len(search.scores), search.plan.models)
+    if show and search.plan:
+        show("models of the plan", len(search.scores), search.plan.models + search.own_trials)
     keep_plan(search)
 
 def _is_screened(search: Halving, mix: str) -> bool:
@@ -203,14 +221,17 @@ def _is_screened(search: Halving, mix: str) -> bool:
 def check_time(search: Halving) -> None:
     "Refuse too few minutes before anything is pruned; a search that has pruned goes on."
     least = Plan(sum(not _is_screened(search, mix) for mix in search.mixes[:FINALISTS]))
+    if search.own and not search.fits(least): search.own = ()  # no time for a third finalist
     if search.plan or search.fits(least): return
     pruned = is_kept(search.trials, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
     if search.spent and pruned: return  # it was let through, and a restart takes time as well
     minutes = math.ceil((search.used + search.seconds_of(least)) / 60)
     raise CalibPruneError(
         f"{search.seconds / 60:g} minutes are too few: to prune and score a model takes about "
-        f"{search.pace(TUNING):.0f} seconds here, and the finalists alone take {FRESH_TRIALS}. "
-        f"Give --minutes {minutes} or more, or --minutes 0. The dense model's answers are stored.")
+        f"{search.pace(TUNING):.0f} seconds here, and {FINALISTS} finalists with "
+        f"{len(FRESH_DRAWS)} draws take {FRESH_TRIALS} models. Give --minutes {minutes} or more; "
+        "the dense model's answers are stored. Without pruning, the rule names "
+        f"{search.rule or search.mixes[0]}.")
 
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1
 def screen(search: Halving) -> Plan:
@@ -226,6 +247,12 @@ def screen(search: Halving) -> Plan:
     fitting = [rounds for rounds in possible if search.fits(Plan(0, rounds))]
     return Plan(tried, max(fitting, key=sum, default=()))
 
+# %% ../../nbs/advice/05_halving.ipynb #d27c9b38
+def with_own(search: Halving, finalists: list[str]) -> list[str]:
+    "The finalists, and the best candidate with the user's text: the question was about this text."
+    best = [mix for mix in search.ranking() if mix in search.own][:1]
+    return [*dict.fromkeys([*finalists, *best])]
+
 # %% ../../nbs/advice/05_halving.ipynb #24847cd8
 def entrants(search: Halving, size: int) -> list[str]:
     """The best candidates of the screening. The first candidate, which is the rule's mix if its
@@ -233,17 +260,17 @@ def entrants(search: Halving, size: int) -> list[str]:
     mixes, rule = search.ranking()[:size], search.mixes[0]
     return mixes if rule in mixes else [*mixes[:-1], rule]
 
-def halve(search: Halving) -> list[str]:  # finalists, the best first
+def halve(search: Halving) -> list[str]:  # finalists
     "Run all rounds, as far as the time allows."
     check_time(search)
     keep_plan(search)
     timed_items(search, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
     search.plan = screen(search)
     keep_plan(search)
-    if not search.plan.rounds: return entrants(search, FINALISTS)
+    if not search.plan.rounds: return with_own(search, entrants(search, FINALISTS))
     for stage, size in enumerate(search.plan.rounds, 1):
         for mix in entrants(search, size) if stage == 1 else search.ranking()[:size]:
             known = is_kept(search.trials, mix, SCREEN_SEED + stage, TUNING)
             if not known and not search.fits(Plan(0, (1,))): break
             run_trial(search, mix, stage)
-    return search.ranking()[:FINALISTS]
+    return with_own(search, search.ranking()[:FINALISTS])

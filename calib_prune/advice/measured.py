@@ -51,6 +51,7 @@ from ..pipeline.prune import PruneSettings
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
 from ..pruning.methods import METHODS, MethodSteps
+from ..statistics.tables import listed
 
 # %% ../../nbs/advice/07_measured.ipynb #86beb3c5
 def candidate_mixes(quick: QuickAdvice, sources: Sequence[str]  # the user's
@@ -133,11 +134,15 @@ class Advice:
     def verdict(self) -> str:
         "What is distinguishable."
         near = self.lead[self.lead["ci_low"] <= 0]["over"].tolist()
-        if not near: return "Its lead over the other finalists is significant."
-        if not (self.lead["value"] < 0).any():
-            return f"Not distinguishable from {', '.join(near)}: the 95 % interval includes 0."
-        return (f"It is the rule's mix. {near[0]} has a higher score, but the difference is not "
-                "significant.")
+        rule = "It is the rule's mix. " if self.calibration == self.quick.calibration else ""
+        others = len(self.search.mixes) - len(self.finalists)
+        rest = f" The other {others} candidates were not confirmed." if others else ""
+        above = self.lead[self.lead["value"] < 0]["over"].tolist()
+        if not near: said = "Its lead over the other finalists is significant."
+        elif above:
+            said = f"{above[0]} has a higher score, but the difference is not significant."
+        else: said = f"Not distinguishable from {listed(near)}: the 95 % interval includes 0."
+        return f"{rule}{said}{rest}"
 
     @property
     def at_floor(self) -> list[str]:
@@ -165,7 +170,7 @@ class Advice:
     def models(self) -> int:
         "Screened and pruned models, with the first one."
         first = self.search.mixes[0] not in self.finalists
-        return len(self.search.scores) + FINALISTS * self.confirmed.draws + first
+        return len(self.search.scores) + len(self.finalists) * self.confirmed.draws + first
 
     @property
     def more(self) -> str:
@@ -277,7 +282,9 @@ def advise(model: str | Path,                  # the dense model
                               f"{how.windows} windows of {how.length} tokens: take fewer.")
     with hold_folder(trials):
         scoring, dense = scoring_seconds(trials), dense_items(trials, CONFIRMING)
-        search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began, scoring=scoring)
+        mine = {*sources, *map(mixed_half, sources)}
+        search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began, scoring=scoring,
+                         rule=quick.calibration, own=[mix for mix in mixes if mix in mine])
         read_plan(search)
         after_next = dense_items(trials, CONFIRMING, floor=True)
         floor = floor_retention(dense, after_next, wanted.task)

@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from .halving import SCREENING
 from .measured import Advice
 from .nearest import QuickAdvice
+from .needs import OWN_NEED
+from .trials import TUNING, item_limits
 from ..core import as_path, write_atomic
 from ..pipeline.prune import PruneSettings
 from ..statistics.plots import forest_figure, sparsity_label
@@ -126,6 +128,14 @@ def as_html(text: str,      # Markdown
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
             f"<style>{_STYLE}</style>{body}</html>\n")
 
+# %% ../../nbs/advice/08_pages.ipynb #c94a7e15
+def _used_items(advice: Advice) -> str:
+    "Says how many of the user's items are no test of the recommended mix."
+    if not (task := advice.need.task): return ""
+    used = item_limits(advice.search.trials.tasks, TUNING)[task]
+    return (f"*{OWN_NEED}*: {advice.need.asked}. Its first {used} items were used for the choice; "
+            "`evaluate` on all items includes these.")
+
 # %% ../../nbs/advice/08_pages.ipynb #47a8995e
 def advice_page(advice: Advice) -> str:  # Markdown
     "The advice in words, tables and a figure."
@@ -141,7 +151,7 @@ def advice_page(advice: Advice) -> str:  # Markdown
         f"![Retention of the finalists]({FIGURE_STEM}.svg)",
         "## Expected retention, %", markdown_table(retention_cells(advice)),
         f"{method}; answer bits; fresh items and fresh draws; simultaneous 95 % intervals. The "
-        "floor is the dense model after another item's prompt.",
+        "floor is the dense model after another item's prompt. " + _used_items(advice),
         "## Difference between the finalists", markdown_table(lead_lines(advice)),
         "Points, with 95 % intervals. An interval that includes 0 does not distinguish the two.",
         advice.more,
@@ -155,6 +165,7 @@ def advice_page(advice: Advice) -> str:  # Markdown
     if len(advice.quick.regrets):
         parts += ["Its regret on the studied models, in points:",
                   markdown_table(regret_lines(advice.quick))]
+    else: parts += ["The regret of this rule for this need was not measured."]
     return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/advice/08_pages.ipynb #7df36d27

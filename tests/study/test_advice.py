@@ -165,6 +165,24 @@ def test_the_stored_advice_of_the_demo_has_the_regrets_of_today():
         "--minutes 15 --output results/advice/smollm2-135m")
 
 
+def test_own_text_is_a_third_finalist(made_up, tmp_path):
+    (text := tmp_path / "notes.txt").write_text("something else " * 9000)
+    advice = made_up(need="code", minutes=15, sources=[str(text)])
+    assert advice.finalists[0] == advice.quick.calibration == "codeio"
+    mine = {str(text), measured.mixed_half(str(text))}
+    assert len(advice.finalists) == 3 and mine & {*advice.finalists}
+    assert advice.verdict.startswith("It is the rule's mix. ")
+    others = len(advice.search.mixes) - 3
+    assert advice.verdict.endswith(f"The other {others} candidates were not confirmed.")
+    assert advice.seconds <= 900
+
+
+def test_own_text_is_not_confirmed_where_the_minutes_are_too_few(made_up, tmp_path):
+    (text := tmp_path / "notes.txt").write_text("something else " * 9000)
+    advice = made_up(need="code", minutes=440 / 60, sources=[str(text)])
+    assert len(advice.finalists) == 2 and advice.seconds <= 440
+
+
 def test_text_that_holds_the_need_is_named(made_up, tmp_path):
     rng = np.random.default_rng(0)
     letters = np.array([*"abcdefghij"])
@@ -235,7 +253,8 @@ def test_a_search_that_used_its_minutes_goes_on_with_what_is_stored(made_up, mon
     monkeypatch.setattr(halving, "screen", whole)
     assert made_up(need="code", minutes=minutes).search.plan.screened == 20
     for _ in range(2):  # a refused search is none that goes on
-        with pytest.raises(CalibPruneError, match="are too few"): made_up(need="code", minutes=1)
+        with pytest.raises(CalibPruneError, match="are too few.* the rule names codeio"):
+            made_up(need="code", minutes=1)
 
 
 def test_too_few_minutes_name_the_minutes_it_takes(made_up):
