@@ -175,7 +175,7 @@ class Advice:
     @property
     def more(self) -> str:
         "What another hour would add."
-        return hour_note(self.search)
+        return hour_note(self.search, len(self.finalists))
 
     def record(self) -> dict[str, Any]:
         "Everything for programs; the schema is in docs/howto/read-the-json."
@@ -190,10 +190,10 @@ class Advice:
                     seconds=self.seconds, more=self.more)
 
 # %% ../../nbs/advice/07_measured.ipynb #35cbe93d
-def hour_note(search: Halving) -> str:
+def hour_note(search: Halving, finalists: int = FINALISTS) -> str:
     "How many candidates another hour would add."
     if search.plan is None: return ""
-    candidates, tried = len(search.mixes), max(FINALISTS, *search.plan.rounds, 0)
+    candidates, tried = len(search.mixes), max(finalists, *search.plan.rounds, 0)
     if tried == candidates: return f"All {candidates} candidates were pruned."
     screened = f"{search.plan.screened} of {candidates} candidates were screened"
     pruned = f"{tried} were then pruned with the method asked for"

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
@@ -50,9 +51,14 @@ def regret_lines(quick: QuickAdvice) -> list[dict[str, Any]]:
     return [*lines.values()]
 
 # %% ../../nbs/advice/08_pages.ipynb #38f74dbd
+def _counted_first(advice: Advice) -> list[str]:
+    "The abilities, those of the need first, and the total."
+    names, wanted = advice.retention["dimension"].unique(), advice.need.weights
+    return sorted(names, key=lambda name: name not in wanted)  # sorting keeps the order of equals
+
 def retention_cells(advice: Advice) -> list[dict[str, Any]]:
     "Retention of the finalists in percent, one line per mix, and the floor."
-    rows, outcomes = [], advice.retention["dimension"].unique()
+    rows, outcomes = [], _counted_first(advice)
     for name in advice.finalists:
         mine = advice.retention[advice.retention["strategy"] == name].set_index("dimension")
         rows.append({"calibration": name} | {
@@ -133,7 +139,7 @@ def _used_items(advice: Advice) -> str:
     "Says how many of the user's items are no test of the recommended mix."
     if not (task := advice.need.task): return ""
     used = item_limits(advice.search.trials.tasks, TUNING)[task]
-    return (f"*{OWN_NEED}*: {advice.need.asked}. Its first {used} items were used for the choice; "
+    return (f" *{OWN_NEED}*: {advice.need.asked}. Its first {used} items were used for the choice; "
             "`evaluate` on all items includes these.")
 
 # %% ../../nbs/advice/08_pages.ipynb #47a8995e
@@ -151,7 +157,7 @@ def advice_page(advice: Advice) -> str:  # Markdown
         f"![Retention of the finalists]({FIGURE_STEM}.svg)",
         "## Expected retention, %", markdown_table(retention_cells(advice)),
         f"{method}; answer bits; fresh items and fresh draws; simultaneous 95 % intervals. The "
-        "floor is the dense model after another item's prompt. " + _used_items(advice),
+        f"floor is the dense model after another item's prompt.{_used_items(advice)}",
         "## Difference between the finalists", markdown_table(lead_lines(advice)),
         "Points, with 95 % intervals. An interval that includes 0 does not distinguish the two.",
         advice.more,
@@ -172,10 +178,12 @@ def advice_page(advice: Advice) -> str:  # Markdown
 def advice_figure(advice: Advice) -> Figure:
     "Retention of the finalists."
     paper_style()
-    rows = advice.retention.rename(columns={"strategy": "label", "dimension": "outcome"})
+    at = pd.MultiIndex.from_product([advice.finalists, _counted_first(advice)])
+    rows = advice.retention.set_index(["strategy", "dimension"]).loc[at].reset_index(
+        names=["label", "outcome"])
     rows = rows.assign(ci_low=rows["all_low"], ci_high=rows["all_high"])
     floor = dict(zip(advice.floor["name"].replace("total", "Total"), advice.floor["retention"]))
-    return forest_figure(rows, f"Take {advice.calibration} for: {advice.need.asked}",
+    return forest_figure(rows, f"Take {advice.calibration} for {Path(advice.need.asked).name}",
                          "Simultaneous 95 % intervals over items and draws. Dashed: the dense "
                          "model after another item's prompt.", "retention, %", floor)
 
