@@ -113,7 +113,8 @@ def left_out_reasons(dense: pd.DataFrame, measure: Measure = PLAIN, count_at_cha
     if missing:
         lack = f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no retention"
         missing["total"] = f"not given, as the total is the mean of all dimensions, and {lack}"
-    return missing | why  # of a task that is a dimension of its own, the task's reason says more
+    # of a task that is a dimension of its own, the task's reason says more
+    return why | {name: reason for name, reason in missing.items() if name not in why}
 
 # %% ../../nbs/evaluation/07_retention.ipynb #e4e5214f
 def _task_draws(task: str, dense: np.ndarray, pruned: np.ndarray,  # [items]
