@@ -567,10 +567,12 @@ def show_headlines(figures: Path) -> None:
         kept = table[table["quantity"] == "retention"].fillna({"method": ""})
         wide = kept.pivot_table(index=["method", "sparsity", "strategy"], columns="dimension",
                                 values="value", sort=False)
+        # a column with a pattern such as 2:4 is text
+        percent = lambda at: at if ":" in str(at) else f"{100 * float(at):.0f} %"
         rows = [
-            dict(method=m, sparsity=f"{100 * p:.0f} %" if m else "", strategy=s)
+            dict(method=m, sparsity=percent(at) if m else "", strategy=s)
             | {k: f"{100 * v:.1f}" for k, v in row.items()}
-            for (m, p, s), row in wide.iterrows()
+            for (m, at, s), row in wide.iterrows()
         ]
         show_table(
             rows,
