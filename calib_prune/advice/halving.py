@@ -117,7 +117,7 @@ class Halving:
 
     @property
     def own_trials(self) -> int:
-        "Trials that are kept for a third finalist, the user's text."
+        "Trials reserved for the best candidate with the user's text."
         return len(FRESH_DRAWS) if self.own else 0
 
     def fits(self, plan: Plan) -> bool:
@@ -159,7 +159,7 @@ def _need_of(search: Halving) -> dict[str, Any]:
 def keep_plan(search: Halving) -> None:
     "Store the plan and the time used; called after every trial."
     about = dict(plan=asdict(search.plan) if search.plan else None, mixes=[*search.mixes],
-                 need=_need_of(search),
+                 need=_need_of(search), own=[*search.own],
                  pace={kind: sum(times) / len(times) for kind, times in search.durations.items()},
                  spent=search.used, seconds=search.seconds)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
@@ -180,6 +180,7 @@ def read_plan(search: Halving) -> None:
     if known["seconds"] == search.seconds: search.spent = known["spent"]
     if known["plan"] and known["seconds"] == search.seconds:
         search.plan = Plan(known["plan"]["screened"], tuple(known["plan"]["rounds"]))
+        search.own = known.get("own", [])  # what the plan has time for; older plans have none
 
 # %% ../../nbs/advice/05_halving.ipynb #b81d2f06
 def _with_mix(progress: ProgressFn | None, mix: str) -> ProgressFn | None:
@@ -221,8 +222,9 @@ def _is_screened(search: Halving, mix: str) -> bool:
 def check_time(search: Halving) -> None:
     "Refuse too few minutes before anything is pruned; a search that has pruned goes on."
     least = Plan(sum(not _is_screened(search, mix) for mix in search.mixes[:FINALISTS]))
+    if search.plan: return
     if search.own and not search.fits(least): search.own = ()  # no time for a third finalist
-    if search.plan or search.fits(least): return
+    if search.fits(least): return
     pruned = is_kept(search.trials, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
     if search.spent and pruned: return  # it was let through, and a restart takes time as well
     minutes = math.ceil((search.used + search.seconds_of(least)) / 60)
@@ -231,7 +233,7 @@ def check_time(search: Halving) -> None:
         f"{search.pace(TUNING):.0f} seconds here, and {FINALISTS} finalists with "
         f"{len(FRESH_DRAWS)} draws take {FRESH_TRIALS} models. Give --minutes {minutes} or more; "
         "the dense model's answers are stored. Without pruning, the rule names "
-        f"{search.rule or search.mixes[0]}.")
+        f"{search.rule}.")
 
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1
 def screen(search: Halving) -> Plan:

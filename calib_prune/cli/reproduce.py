@@ -613,13 +613,13 @@ def _end_after(stopped: Stopped) -> None:
 
 # %% ../../nbs/cli/08_reproduce.ipynb #5d0e7c41
 def given_options(context: typer.Context,
-                  known: Collection[str] = ()  # parameters that are not asked about
+                  known: Collection[str]  # parameters that are not asked about
                  ) -> list[str]:
     "The options that stand on the command line, as they are written there."
     # typer has its own copy of click, so its sources are known by name
-    origin = {p.name: context.get_parameter_source(str(p.name)) for p in context.command.params}
-    return [p.opts[0] for p in context.command.params if p.name not in known
-            and getattr(origin[p.name], "name", "") == "COMMANDLINE"]
+    origin = lambda name: getattr(context.get_parameter_source(str(name)), "name", "")
+    return [p.opts[0] for p in context.command.params
+            if p.name not in known and origin(p.name) == "COMMANDLINE"]
 
 # %% ../../nbs/cli/08_reproduce.ipynb #3b526fed
 def reproduce(

@@ -175,12 +175,17 @@ def test_own_text_is_a_third_finalist(made_up, tmp_path):
     others = len(advice.search.mixes) - 3
     assert advice.verdict.endswith(f"The other {others} candidates were not confirmed.")
     assert advice.seconds <= 900
+    models = made_up.models
+    again = made_up(need="code", minutes=15, sources=[str(text)])
+    assert again.finalists == advice.finalists and made_up.models == models
 
 
 def test_own_text_is_not_confirmed_where_the_minutes_are_too_few(made_up, tmp_path):
     (text := tmp_path / "notes.txt").write_text("something else " * 9000)
     advice = made_up(need="code", minutes=440 / 60, sources=[str(text)])
     assert len(advice.finalists) == 2 and advice.seconds <= 440
+    made_up.now += 300  # the same command later: the plan, not the time left, says who is confirmed
+    assert made_up(need="code", minutes=440 / 60, sources=[str(text)]).finalists == advice.finalists
 
 
 def test_text_that_holds_the_need_is_named(made_up, tmp_path):
