@@ -24,8 +24,8 @@ settings = ConfigParser()
 settings.read(ROOT / "settings.ini")
 REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
 HOWTOS = [  # in reading order: use, run a study, extend; pages not named here come last
-    "install", "prune-my-model", "choose-my-data", "make-a-small-file", "read-the-json",
-    "run-at-paper-scale",
+    "install", "prune-my-model", "choose-my-data", "how-advise-decides", "make-a-small-file",
+    "read-the-json", "run-at-paper-scale",
     "verify-the-results", "run-on-several-gpus", "run-on-slurm", "add-a-source",
     "add-a-benchmark", "add-a-method"]
 PAGES = ["docs/results.md", "docs/glossary.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md"]

@@ -30,9 +30,8 @@ from calib_prune.evaluation.retention import (
     retention_draws,
 )
 from ..evaluation.scoring import scores
-from ..evaluation.tasks import get_tasks
 from ..model.loading import AUTO, locate_model
-from ..pipeline.evaluate import check_tokenizers, score_model
+from ..pipeline.evaluate import check_request, score_model
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
 from ..resampling import N_BOOT
@@ -234,10 +233,9 @@ def compare_models(models: Sequence[str | Path],     # two or more, made from on
     folders, whole = [str(model) for model in models], str(dense)
     if len(folders) < 2:
         raise CalibPruneError("A comparison needs two models or more, next to the dense model.")
-    labels, names = short_names(folders), [task.name for task in get_tasks(tasks)]
-    if measure: get_measure(measure).check_scorable(names)
+    labels = short_names(folders)
     for model in (whole, *folders): locate_model(model)
-    check_tokenizers(whole, folders)
+    names = check_request(tasks, measure, folders, whole)
 
     settings = dict(limit=limit or None, batch_tokens=batch_tokens, progress=progress)
     known, after_next = score_model(whole, names, dtype, device, settings, floor)

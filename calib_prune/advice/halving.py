@@ -98,6 +98,7 @@ class Halving:
     durations: dict[str, list[float]] = field(default_factory=dict)
     scoring: dict[str, float] = field(default_factory=dict)  # slice → seconds to score a model
     expected: float = 0.0         # seconds of pruning, before the first trial
+    ahead: float = 0.0            # seconds of other work before the first trial
     spent: float = 0.0            # of earlier runs
     began: float = field(default_factory=time.monotonic)
 
@@ -122,7 +123,7 @@ class Halving:
 
     def fits(self, plan: Plan) -> bool:
         "Whether the time allows a plan, in addition to what was done."
-        return self.used + self.seconds_of(plan) <= self.seconds
+        return self.used + self.ahead + self.seconds_of(plan) <= self.seconds
 
     @property
     def used(self) -> float: return self.spent + time.monotonic() - self.began
@@ -227,12 +228,12 @@ def check_time(search: Halving) -> None:
     if search.fits(least): return
     pruned = is_kept(search.trials, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
     if search.spent and pruned: return  # it was let through, and a restart takes time as well
-    minutes = math.ceil((search.used + search.seconds_of(least)) / 60)
+    minutes = math.ceil((search.used + search.ahead + search.seconds_of(least)) / 60)
     raise CalibPruneError(
         f"{search.seconds / 60:g} minutes are too few: to prune and score a model takes about "
-        f"{search.pace(TUNING):.0f} seconds here, and {FINALISTS} finalists with "
+        f"{search.pace(CONFIRMING):.0f} seconds here, and {FINALISTS} finalists with "
         f"{len(FRESH_DRAWS)} draws take {FRESH_TRIALS} models. Give --minutes {minutes} or more; "
-        "the dense model's answers are stored. Without pruning, the rule names "
+        "what was measured is stored. Without pruning, the rule names "
         f"{search.rule}.")
 
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_DRAWS', 'candidate_mixes', 'mixed_half', 'check_need', 'floor_retention', 'Advice', 'hour_note', 'shared_items',
-           'pruning_seconds', 'scoring_seconds', 'advise']
+           'pruning_seconds', 'scoring_seconds', 'sources_of', 'check_early', 'advise']
 
 # %% ../../nbs/advice/07_measured.ipynb #8f128add
 import time
@@ -22,6 +22,7 @@ from calib_prune.advice.halving import (
     FRESH_DRAWS,
     Halving,
     Plan,
+    check_time,
     halve,
     keep_plan,
     read_plan,
@@ -241,10 +242,10 @@ def _confirm(search: Halving, dense: pd.DataFrame, finalists: Sequence[str], rul
     return confirm(search.need, dense, fresh, search.scatter(), rule)
 
 # %% ../../nbs/advice/07_measured.ipynb #4afb618a
-def pruning_seconds(trials: Trials, mixes: Sequence[str]) -> float:
+def pruning_seconds(trials: Trials, sources: Sequence[str]) -> float:
     """About how long pruning takes, from the time of a pass and the passes of the method. Measures
     the sources on the way."""
-    how, per_window = trials.settings, measure_sources(trials, mixes)
+    how, per_window = trials.settings, measure_sources(trials, sources)
     passes = MethodSteps(how.method, how.refine, how.reconstruct, how.allocation).passes
     return passes * how.windows * per_window
 
@@ -254,6 +255,23 @@ def scoring_seconds(trials: Trials) -> dict[str, float]:  # slice → seconds
     tuning = longest_seconds(trials, TUNING.name, lambda: dense_items(trials, TUNING))
     confirming = longest_seconds(trials, CONFIRMING.name, lambda: dense_items(trials, CONFIRMING))
     return {TUNING.name: tuning, CONFIRMING.name: confirming}
+
+# %% ../../nbs/advice/07_measured.ipynb #5c3a0530
+def sources_of(mixes: Sequence[str]) -> list[str]:
+    "Every source of some mixes, once."
+    return [*dict.fromkeys(source for mix in mixes for source in parse_mix(mix))]
+
+def check_early(search: Halving) -> None:
+    """Refuse too few minutes after one source and one pass over the items: all sources and all
+    items of a larger model take minutes themselves."""
+    trials, sources, began = search.trials, sources_of(search.mixes), time.monotonic()
+    search.expected = pruning_seconds(trials, sources[:1])
+    each = time.monotonic() - began
+    scored = longest_seconds(trials, CONFIRMING.name, lambda: dense_items(trials, CONFIRMING))
+    search.scoring = {CONFIRMING.name: scored}
+    search.ahead = scored + each * (len(sources) - 1)  # the floor, and the other sources
+    check_time(search)
+    search.ahead = 0.0
 
 # %% ../../nbs/advice/07_measured.ipynb #5c3a052f
 def advise(model: str | Path,                  # the dense model
@@ -281,15 +299,16 @@ def advise(model: str | Path,                  # the dense model
         raise CalibPruneError(f"Fewer than {FINALISTS} candidates have text enough for "
                               f"{how.windows} windows of {how.length} tokens: take fewer.")
     with hold_folder(trials):
-        scoring, dense = scoring_seconds(trials), dense_items(trials, CONFIRMING)
         mine = {*sources, *map(mixed_half, sources)}
-        search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began, scoring=scoring,
+        search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began,
                          rule=quick.calibration, own=[mix for mix in mixes if mix in mine])
         read_plan(search)
+        if search.plan is None: check_early(search)
+        search.scoring, dense = scoring_seconds(trials), dense_items(trials, CONFIRMING)
         after_next = dense_items(trials, CONFIRMING, floor=True)
         floor = floor_retention(dense, after_next, wanted.task)
-        check_need(wanted, floor)  # before the sources are measured
-        if search.plan is None: search.expected = pruning_seconds(trials, mixes)
+        check_need(wanted, floor)  # before all sources are measured
+        if search.plan is None: search.expected = pruning_seconds(trials, sources_of(mixes))
         confirmed = _confirm(search, dense, halve(search), quick.calibration)
         shared = shared_items(wanted, trials, confirmed.names, sources)
         keep_plan(search)

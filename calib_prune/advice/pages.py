@@ -18,7 +18,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from .halving import SCREENING
+from .halving import COUNTED, SCREENING
 from .measured import Advice
 from .nearest import QuickAdvice
 from .needs import OWN_NEED
@@ -142,6 +142,13 @@ def _used_items(advice: Advice) -> str:
     return (f" *{OWN_NEED}*: {advice.need.asked}. Its first {used} items were used for the choice; "
             "`evaluate` on all items includes these.")
 
+def _draw_note(advice: Advice) -> str:
+    "How much another draw of the windows changes what the need counts."
+    variance, freedom = advice.confirmed.variances[COUNTED]
+    if not freedom: return ""
+    return (f" Between draws of the windows (`--seed`), the retention that the need counts "
+            f"has a standard deviation of {100 * variance ** 0.5:.1f} points.")
+
 # %% ../../nbs/advice/08_pages.ipynb #47a8995e
 def advice_page(advice: Advice) -> str:  # Markdown
     "The advice in words, tables and a figure."
@@ -156,8 +163,9 @@ def advice_page(advice: Advice) -> str:  # Markdown
         f"```sh\n{commands}\n```",
         f"![Retention of the finalists]({FIGURE_STEM}.svg)",
         "## Expected retention, %", markdown_table(retention_cells(advice)),
-        f"{method}; answer bits; fresh items and fresh draws; simultaneous 95 % intervals. The "
-        f"floor is the dense model after another item's prompt.{_used_items(advice)}",
+        f"{method}; answer bits; fresh items and fresh draws; simultaneous 95 % intervals. Total: "
+        "the mean of the four abilities. The floor is the dense model after another item's prompt."
+        f"{_used_items(advice)}{_draw_note(advice)}",
         "## Difference between the finalists", markdown_table(lead_lines(advice)),
         "Points, with 95 % intervals. An interval that includes 0 does not distinguish the two.",
         advice.more,

@@ -31,11 +31,12 @@ from calib_prune.core import (
     write_atomic,
 )
 from ..evaluation.flips import flips
+from ..evaluation.retention import without_repeat
 from ..evaluation.tasks import choose, fill_prompt, get_tasks, task_items
 from ..model.divergence import Divergence, divergence
 from ..model.loading import AUTO, REPORT_RECORD, load_model, own_record
 from ..model.perplexity import Perplexity, perplexity
-from ..pipeline.evaluate import Evaluation, evaluate_model
+from ..pipeline.evaluate import Evaluation, check_request, evaluate_model
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
 from ..pruning.grids import Quantisation
@@ -122,6 +123,18 @@ class NoRetention(CalibPruneError):
         self.evaluation = evaluation
 
 # %% ../../nbs/advice/09_report.ipynb #3ed16713
+def _distances(pruned: str | Path, dense: str | Path, dtype: str, device: str,
+               progress: ProgressFn | None) -> dict[str, Any]:
+    "The fields of `Report` that need both models at once."
+    whole, tokenizer = load_model(str(dense), dtype, device)
+    part, _ = load_model(str(pruned), dtype, device)
+    texts = HELDOUT[HELDOUT_NAME].documents()[:HELDOUT_DOCUMENTS]
+    surprises = {name: perplexity(net, tokenizer, texts, progress=progress)
+                 for name, net in (("dense", whole), ("pruned", part))}
+    windows = build_calibration(HELDOUT[HELDOUT_NAME], tokenizer, DIVERGENCE_WINDOWS, 512).tokens
+    return dict(perplexities=surprises, divergence=divergence(whole, part, windows, progress),
+                answers=example_answers(whole, part, tokenizer))
+
 def report_on(pruned: str | Path,      # a folder that `prune` made
               dense: str | Path, tasks: str = "default", limit: int | None = 100,
               measure: str | None = None, dtype: str = AUTO, device: str = AUTO,
@@ -134,21 +147,14 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
                               "record of how it was pruned. `calib-prune compare` takes any model.")
     check_method(record["method"])
     check_report_files(pruned)
+    check_request(tasks, measure, [pruned], dense)
+    distances = _distances(pruned, dense, dtype, device, progress)  # first: scores take longest
     evaluation = evaluate_model(pruned, dense, tasks, limit, measure, dtype, device,
                                 progress=progress)
-    try: evaluation.record()  # now, as the rest takes long
+    try: evaluation.record()
     except CalibPruneError as e: raise NoRetention(str(e), evaluation) from e
-    models = {name: load_model(str(place), dtype, device) for name, place in
-              (("dense", dense), ("pruned", pruned))}
-    (whole, tokenizer), (part, _) = models.values()
-    texts = HELDOUT[HELDOUT_NAME].documents()[:HELDOUT_DOCUMENTS]
-    surprises = {name: perplexity(net, tokenizer, texts, progress=progress)
-                 for name, (net, _) in models.items()}
-    windows = build_calibration(HELDOUT[HELDOUT_NAME], tokenizer, DIVERGENCE_WINDOWS, 512).tokens
     return Report(record, str(dense), evaluation,
-                  flips(evaluation.dense_items, evaluation.items), surprises,
-                  divergence(whole, part, windows, progress),
-                  example_answers(whole, part, tokenizer))
+                  flips(evaluation.dense_items, evaluation.items), **distances)
 
 # %% ../../nbs/advice/09_report.ipynb #3ee96ed4
 def recipe_of(record: dict[str, Any]) -> MethodSteps:
@@ -202,17 +208,19 @@ def retention_lines_of(evaluation: Evaluation) -> list[dict[str, str]]:
     "Retention and floor by dimension and in total, in percent."
     table, floor = evaluation.retention, evaluation.floor
     if table is None: return []
+    rows = without_repeat(table)
     low = {} if floor is None else floor.set_index(["level", "name"])["floor"].to_dict()
     return [{"ability": row.name, "retention, %": percent_text(row.retention),
              "95 % interval": f"{percent_text(row.ci_low)} to {percent_text(row.ci_high)}",
              "floor, %": percent_text(low.get((row.level, row.name), float("nan"))),
              "items": str(row.n)}
-            for row in table[table["level"] != "task"].itertuples(index=False)]
+            for row in rows[rows["level"] != "task"].itertuples(index=False)]
 
 def flip_lines(table: pd.DataFrame) -> list[dict[str, str]]:
     "Answers that turned, by dimension and in total."
+    rows = without_repeat(table)
     return [{"ability": row.name} | flip_texts(row)
-            for row in table[table["level"] != "task"].itertuples(index=False)]
+            for row in rows[rows["level"] != "task"].itertuples(index=False)]
 
 # %% ../../nbs/advice/09_report.ipynb #cb15bece
 def _quoted(text: str) -> str:

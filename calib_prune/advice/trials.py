@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -216,18 +216,17 @@ def source_squares(trials: Trials, source: str, net: Any, tokenizer: Any) -> dic
     write_atomic(path, save(squares))
     return squares
 
-def measure_sources(trials: Trials, mixes: Sequence[str]) -> float:  # seconds per window
-    "Measure the inputs of all sources of some mixes that are not yet in the folder."
-    sources = [*dict.fromkeys(source for mix in mixes for source in parse_mix(mix))]
+def measure_sources(trials: Trials, sources: Sequence[str]) -> float:  # seconds per window
+    "Measure the inputs of the sources that are not yet in the folder."
     net, tokenizer = trials.load()
-    def measure() -> None:
-        for i, source in enumerate(sources):
-            if trials.progress: trials.progress("measuring sources", i, len(sources))
-            source_squares(trials, source, net, tokenizer)
-        if trials.progress: trials.progress("measuring sources", len(sources), len(sources))
-
+    seconds = 0.0
+    for i, source in enumerate(sources):
+        if trials.progress: trials.progress("measuring sources", i, len(sources))
+        measure = partial(source_squares, trials, source, net, tokenizer)
+        seconds += longest_seconds(trials, f"source {source}", measure)
+    if trials.progress: trials.progress("measuring sources", len(sources), len(sources))
     windows = max(1, round(SCREEN_SHARE * trials.settings.windows))
-    return longest_seconds(trials, "sources", measure) / (len(sources) * windows)
+    return seconds / (len(sources) * windows)
 
 # %% ../../nbs/advice/04_trials.ipynb #deca1159
 SCREEN_SPARSITY = 0.5  # of the screening of a method that quantises

@@ -37,7 +37,9 @@ def retention_table(comparison: Any  # from `compare_models`
                    ) -> list[dict[str, Any]]:
     "Retention of each model, in percent, by dimension and in total."
     from calib_prune.advice.compare import percent_text
-    overall = comparison.retention[comparison.retention["level"] != "task"]
+    from calib_prune.evaluation.retention import without_repeat
+    rows = without_repeat(comparison.retention)
+    overall = rows[rows["level"] != "task"]
     rows = [{"model": name} | dict(zip(mine["name"], map(percent_text, mine["retention"])))
             for name, mine in overall.groupby("model", sort=False)]
     if comparison.floor is not None:
@@ -52,7 +54,8 @@ def _ends_text(low: float, high: float) -> str:
 
 def difference_table(comparison: Any) -> list[dict[str, Any]]:
     "Differences of retention, in points, with simultaneous intervals as numbers and as bars."
-    table = comparison.differences
+    from calib_prune.evaluation.retention import without_repeat
+    table = without_repeat(comparison.differences)
     drawn = forest_column([*zip(table["difference"], table["ci_low"], table["ci_high"])])
     return [{"models": f"{row.first} − {row.second}", "in": row.name,
              "points": f"{100 * row.difference:+.1f}",
@@ -71,11 +74,13 @@ def flip_table(comparison: Any) -> list[dict[str, Any]]:
 # %% ../../nbs/cli/10_compare.ipynb #7fd18ec9
 def comparison_figure(comparison: Any) -> Any:  # a matplotlib figure
     "Retention of each model as a forest plot; the floor is a dashed line."
+    from calib_prune.evaluation.retention import without_repeat
     from calib_prune.statistics.plots import forest_figure
     from calib_prune.style import paper_style
     paper_style()
-    table = comparison.retention[comparison.retention["level"] != "task"]
-    rows = table.rename(columns={"model": "label", "name": "outcome", "retention": "value"})
+    table = without_repeat(comparison.retention)
+    names = {"model": "label", "name": "outcome", "retention": "value"}
+    rows = table[table["level"] != "task"].rename(columns=names)
     known = None if comparison.floor is None else comparison.floor.dropna(subset="floor")
     floor = None if known is None else dict(zip(known["name"], known["floor"]))
     note = (f"Retention by {comparison.measure.name}, single 95 % intervals over the items; "

@@ -69,12 +69,13 @@ def retention_lines(table: Any,               # from `retention`
                     others: dict[str, Any] | None = None  # measure → its table from `retention`
                    ) -> list[dict[str, Any]]:
     "Retention in percent as rows of text; a dash for a missing value."
+    from calib_prune.evaluation.retention import without_repeat
     # a task may have the name of its dimension
     by_row = lambda frame, column: frame.set_index(["level", "name"])[column].to_dict()
     more = {} if floor is None else {"floor %": by_row(floor, "floor")}
     more |= {f"{name} %": by_row(frame, "retention") for name, frame in (others or {}).items()}
     lines = []
-    for row in table.itertuples(index=False):
+    for row in without_repeat(table).itertuples(index=False):
         line = {"level": row.level, "name": row.name,
                 "retention %": _percent_or_dash(row.retention),
                 "95 % CI": _percent_or_dash(row.ci_low, row.ci_high)}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'paired_values', 'left_aside', 'counted_dimensions', 'left_out_reasons', 'retention_draws', 'not_judged',
-           'retention_verdict', 'retention', 'difference', 'counted_tasks', 'floor_comparison', 'has_floor',
-           'missing_floors', 'floor_notes', 'discrimination', 'discriminating_measure', 'commonsense_accuracy']
+           'retention_verdict', 'retention', 'without_repeat', 'difference', 'counted_tasks', 'floor_comparison',
+           'has_floor', 'missing_floors', 'floor_notes', 'discrimination', 'discriminating_measure',
+           'commonsense_accuracy']
 
 # %% ../../nbs/evaluation/07_retention.ipynb #d33c6e99
 from typing import Any, Iterable, Sequence
@@ -280,6 +281,15 @@ def retention(dense: pd.DataFrame, pruned: pd.DataFrame,  # from `evaluate`, sam
                        verdict=retention_verdict(values, sizes, reasons))
     return table
 
+# %% ../../nbs/evaluation/07_retention.ipynb #32a6a2f0
+def without_repeat(table: pd.DataFrame  # with the columns level and name
+                  ) -> pd.DataFrame:
+    "The rows without the total, where the total repeats the only dimension."
+    dimensions = table.loc[table["level"] == "dimension", "name"].nunique()
+    total = table["level"] == "total"
+    unknown = "retention" in table and table.loc[total, "retention"].isna().any()
+    return table if dimensions != 1 or unknown else table[~total]
+
 # %% ../../nbs/evaluation/07_retention.ipynb #466ba857
 def _difference_row(level: str, name: str, values: np.ndarray) -> dict[str, Any]:  # [1 + n_boot]
     low, high = interval(values[1:])
@@ -354,7 +364,7 @@ def floor_notes(table: pd.DataFrame,  # from `retention`
                ) -> list[str]:
     """A warning for each dimension, and the total, that is not significantly above the floor, and
     a note on those without a floor."""
-    rows = table.merge(floor[floor["level"] != "task"])
+    rows = without_repeat(table).merge(floor[floor["level"] != "task"])
     near = rows[rows["retention"].notna() & rows["floor"].notna() & ~rows["above"].astype(bool)]
     return [f"{row.name}: retention {100 * row.retention:.1f} % is not significantly above the "
             f"floor of {100 * row.floor:.1f} %, the dense model's after another item's prompt."

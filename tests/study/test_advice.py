@@ -2,6 +2,7 @@
 import json
 import time
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -262,9 +263,14 @@ def test_a_search_that_used_its_minutes_goes_on_with_what_is_stored(made_up, mon
             made_up(need="code", minutes=1)
 
 
-def test_too_few_minutes_name_the_minutes_it_takes(made_up):
+def test_too_few_minutes_name_the_minutes_it_takes(made_up, monkeypatch):
+    "After one source, not after all: on a larger model the others take minutes."
+    asked = []
+    monkeypatch.setattr(measured, "pruning_seconds",
+                        lambda _, sources: asked.append(len(sources)) or 2 * SECONDS)
     with pytest.raises(CalibPruneError, match="Give --minutes 7 or more"):
         made_up(need="code", minutes=1)
+    assert asked == [1]
 
 
 def test_methods_that_work_by_dimension_are_refused_at_the_start(made_up, tmp_path):
@@ -308,7 +314,8 @@ def test_a_need_at_the_floor_cannot_be_measured(made_up, monkeypatch):
     same = lambda self, part, floor=False: items_of({}, item_limits(self.tasks, part),
                                                     seed=int(floor))
     monkeypatch.setattr(measured, "dense_items", same)
-    monkeypatch.setattr(measured, "pruning_seconds", lambda *_: pytest.fail("measures sources"))
+    monkeypatch.setattr(measured, "pruning_seconds", lambda _, sources: (
+        pytest.fail("measures sources") if len(sources) > 1 else 0.0))
     with pytest.raises(CalibPruneError, match="Code cannot be measured on this model"):
         made_up(need="code", minutes=10)
 
@@ -364,11 +371,10 @@ def test_scores_are_shown_although_retention_has_no_answer(monkeypatch, capsys, 
     items, measure = guessed("piqa"), get_measure("above-chance")
     found = Comparison(items, dict(a=items, b=items), None, measure, 50)
     monkeypatch.setattr(compare, "compare_models", lambda *args: found)
-    for name in ("own_record", "check_method", "check_report_files", "check_tokenizers"):
-        monkeypatch.setattr(report, name, lambda *_: dict(method="admm"), raising=False)
+    for name in ("own_record", "check_method", "check_report_files", "check_request", "_distances"):
+        monkeypatch.setattr(report, name, lambda *_: dict(method="admm"))
     monkeypatch.setattr(report, "evaluate_model",
                         lambda *_, **how: Evaluation(items, items, None, measure))
-    monkeypatch.setattr(report, "load_model", lambda *_: pytest.fail("too late"))
     for command, given, shown in ((compare_command, ["a", "b"], ["dense", "a", "b"]),
                                   (report_command, "a", ["dense", "pruned"])):
         with pytest.raises((CalibPruneError, SystemExit)) as said:
@@ -379,6 +385,16 @@ def test_scores_are_shown_although_retention_has_no_answer(monkeypatch, capsys, 
             scores = record["scores"]["b"] if command is compare_command else record["scores"]
             assert scores[0]["n"] == 32 and "chance" in record["error"] and said.value.code == 1
         else: assert "scores: accuracies" in out and all(name in out for name in shown)
+
+
+def test_a_report_scores_last(monkeypatch):
+    "What fails after the scores would lose hours."
+    for name in ("own_record", "check_method", "check_report_files", "check_request"):
+        monkeypatch.setattr(report, name, lambda *_: dict(method="admm"))
+    monkeypatch.setattr(report, "load_model", mock.Mock(side_effect=MemoryError))
+    monkeypatch.setattr(report, "evaluate_model", lambda *_, **how: pytest.fail("too early"))
+    with pytest.raises(MemoryError):
+        report.report_on("pruned", "dense")
 
 
 @pytest.mark.parametrize("few", [1, 5])
