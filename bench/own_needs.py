@@ -5,7 +5,7 @@ python -m bench.own_needs items FOLDER      # writes the needs, and fresh items 
 python -m bench.own_needs study FOLDER      # SmolLM2-135M, two draws per set, about an hour
 python -m bench.own_needs regret FOLDER     # regrets, from the study's rows and records of `advise`
 
-A record is FOLDER/advice-NEED/advice.json, of
+A record is results/advice/own-needs/MODEL/NEED.json, the advice.json of
 calib-prune advise --model smollm2-135m --need FOLDER/NEED.jsonl --method sparsegpt --minutes 15 \\
     --output FOLDER/advice-NEED
 
@@ -127,7 +127,7 @@ def regrets(model: str, folder: Path) -> pd.DataFrame:
         names, values = kept(rows, need)
         truths = possible_truths(100 * values)
         named = {NEAREST: advise_quickly(str(folder / f"{need}.jsonl"), model).calibration}
-        if (file := folder / f"advice-{need}/advice.json").is_file():
+        if (file := RESULTS / model / f"{need}.json").is_file():
             named[SEARCHED] = load_json(file)["calibration"]
         for policy, mix in {**named, **{name: name for name in FIXED}}.items():
             known = [i for i, name in enumerate(names) if same_shares(name, mix)]

@@ -57,16 +57,16 @@ def _counted_first(advice: Advice) -> list[str]:
     return sorted(names, key=lambda name: name not in wanted)  # sorting keeps the order of equals
 
 def retention_cells(advice: Advice) -> list[dict[str, Any]]:
-    "Retention of the finalists in percent, one line per mix, and the floor."
-    rows, outcomes = [], _counted_first(advice)
-    for name in advice.finalists:
-        mine = advice.retention[advice.retention["strategy"] == name].set_index("dimension")
-        rows.append({"calibration": name} | {
-            outcome: _points(mine.loc[outcome, "value"], mine.loc[outcome, "all_low"],
-                             mine.loc[outcome, "all_high"]) for outcome in outcomes})
+    "Retention of the finalists in percent, one line per ability, and the floor."
+    known = advice.retention.set_index(["dimension", "strategy"])
     floor = advice.floor.set_index("name")["retention"].rename({"total": "Total"})
-    ends = [f"{100 * floor[name]:.1f}" for name in outcomes]
-    return [*rows, dict(zip(rows[0], ["floor", *ends]))]
+    rows = []
+    for ability in _counted_first(advice):
+        mine = known.loc[ability]
+        texts = {mix: _points(mine.loc[mix, "value"], mine.loc[mix, "all_low"],
+                              mine.loc[mix, "all_high"]) for mix in advice.finalists}
+        rows.append({"ability": ability} | texts | {"floor": f"{100 * floor[ability]:.1f}"})
+    return rows
 
 # %% ../../nbs/advice/08_pages.ipynb #5bc9def1
 def lead_lines(advice: Advice) -> list[dict[str, Any]]:
