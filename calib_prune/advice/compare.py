@@ -28,6 +28,7 @@ from calib_prune.evaluation.retention import (
     not_judged,
     retention,
     retention_draws,
+    without_repeat,
 )
 from ..evaluation.scoring import scores
 from ..model.loading import AUTO, locate_model
@@ -139,7 +140,8 @@ class Comparison:
         if self.floor_items is None: return []
         missing = missing_floors(self.retention, self.floor)
         if self.floor is None: return missing
-        low = self.floor[self.floor["floor"].notna() & ~self.floor["above"].astype(bool)]
+        low = without_repeat(self.floor)
+        low = low[low["floor"].notna() & ~low["above"].astype(bool)]
         groups: Any = low.groupby("model", sort=False)["name"]
         return [f"{model}: not significantly above the floor in {listed(names)}."
                 for model, names in groups] + missing
@@ -163,7 +165,7 @@ class Comparison:
     @property
     def verdict(self) -> list[str]:
         "One sentence per pair of models, and per dimension that cannot be judged."
-        groups: Any = self.differences.groupby(["first", "second"], sort=False)
+        groups: Any = without_repeat(self.differences).groupby(["first", "second"], sort=False)
         pairs = [pair_verdict(first, second, rows) for (first, second), rows in groups]
         return pairs + [f"{name} cannot be judged: {why}." for name, why in self.unjudged.items()]
 

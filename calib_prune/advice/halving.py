@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP', 'FINALISTS', 'FRESH_DRAWS', 'FRESH_TRIALS', 'COUNTED', 'SCORES', 'SCREENING', 'PLAN_FILE', 'Plan',
            'rounds_from', 'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'timed_items', 'run_trial',
-           'check_time', 'screen', 'with_own', 'entrants', 'halve']
+           'least_plan', 'too_few', 'check_time', 'screen', 'with_own', 'entrants', 'halve']
 
 # %% ../../nbs/advice/05_halving.ipynb #a3974f5f
 import json
@@ -98,7 +98,6 @@ class Halving:
     durations: dict[str, list[float]] = field(default_factory=dict)
     scoring: dict[str, float] = field(default_factory=dict)  # slice → seconds to score a model
     expected: float = 0.0         # seconds of pruning, before the first trial
-    ahead: float = 0.0            # seconds of other work before the first trial
     spent: float = 0.0            # of earlier runs
     began: float = field(default_factory=time.monotonic)
 
@@ -123,7 +122,7 @@ class Halving:
 
     def fits(self, plan: Plan) -> bool:
         "Whether the time allows a plan, in addition to what was done."
-        return self.used + self.ahead + self.seconds_of(plan) <= self.seconds
+        return self.used + self.seconds_of(plan) <= self.seconds
 
     @property
     def used(self) -> float: return self.spent + time.monotonic() - self.began
@@ -220,21 +219,30 @@ def run_trial(search: Halving, mix: str, stage: int) -> None:
 def _is_screened(search: Halving, mix: str) -> bool:
     return is_kept(search.trials, mix, SCREEN_SEED, SCREEN)
 
-def check_time(search: Halving) -> None:
-    "Refuse too few minutes before anything is pruned; a search that has pruned goes on."
-    least = Plan(sum(not _is_screened(search, mix) for mix in search.mixes[:FINALISTS]))
-    if search.plan: return
-    if search.own and not search.fits(least): search.own = ()  # no time for a third finalist
-    if search.fits(least): return
-    pruned = is_kept(search.trials, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
-    if search.spent and pruned: return  # it was let through, and a restart takes time as well
-    minutes = math.ceil((search.used + search.ahead + search.seconds_of(least)) / 60)
-    raise CalibPruneError(
+def least_plan(search: Halving) -> Plan:
+    "The shortest search: the finalists are the only candidates."
+    return Plan(sum(not _is_screened(search, mix) for mix in search.mixes[:FINALISTS]))
+
+def too_few(search: Halving, seconds: float  # of the shortest search
+           ) -> CalibPruneError:
+    "The error that says how many minutes it takes."
+    minutes = math.ceil(seconds / 60)
+    return CalibPruneError(
         f"{search.seconds / 60:g} minutes are too few: to prune and score a model takes about "
         f"{search.pace(CONFIRMING):.0f} seconds here, and {FINALISTS} finalists with "
         f"{len(FRESH_DRAWS)} draws take {FRESH_TRIALS} models. Give --minutes {minutes} or more; "
         "what was measured is stored. Without pruning, the rule names "
         f"{search.rule}.")
+
+def check_time(search: Halving) -> None:
+    "Refuse too few minutes before anything is pruned; a search that has pruned goes on."
+    if search.plan: return
+    least = least_plan(search)
+    if search.own and not search.fits(least): search.own = ()  # no time for a third finalist
+    if search.fits(least): return
+    pruned = is_kept(search.trials, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
+    if search.spent and pruned: return  # it was let through, and a restart takes time as well
+    raise too_few(search, search.used + search.seconds_of(least))
 
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1
 def screen(search: Halving) -> Plan:

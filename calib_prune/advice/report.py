@@ -32,6 +32,7 @@ from calib_prune.core import (
 )
 from ..evaluation.flips import flips
 from ..evaluation.retention import without_repeat
+from ..evaluation.scoring import loaded_tasks
 from ..evaluation.tasks import choose, fill_prompt, get_tasks, task_items
 from ..model.divergence import Divergence, divergence
 from ..model.loading import AUTO, REPORT_RECORD, load_model, own_record
@@ -148,6 +149,7 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
     check_method(record["method"])
     check_report_files(pruned)
     check_request(tasks, measure, [pruned], dense)
+    with loaded_tasks(get_tasks(tasks), limit): pass  # errors in these come now
     distances = _distances(pruned, dense, dtype, device, progress)  # first: scores take longest
     evaluation = evaluate_model(pruned, dense, tasks, limit, measure, dtype, device,
                                 progress=progress)

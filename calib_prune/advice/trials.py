@@ -6,7 +6,8 @@
 __all__ = ['SCREEN', 'TUNING', 'CONFIRMING', 'SLICE_ITEMS', 'ENOUGH', 'FEWEST_OF_TASK', 'STATE_FILE', 'STATE_VERSION',
            'FOLDER_LOCK', 'TIMES_FILE', 'SCREEN_SHARE', 'SCREEN_SEED', 'SCREEN_SPARSITY', 'Slice', 'is_own',
            'most_items', 'own_skip', 'item_limits', 'Trials', 'hold_folder', 'dense_items', 'longest_seconds',
-           'trial_items', 'is_kept', 'source_squares', 'measure_sources', 'screen_items', 'usable_mixes']
+           'trial_items', 'is_kept', 'screen_windows', 'squares_path', 'source_squares', 'measure_sources',
+           'screen_items', 'usable_mixes']
 
 # %% ../../nbs/advice/04_trials.ipynb #0e1d731d
 import io
@@ -205,19 +206,27 @@ def is_kept(trials: Trials, mix: str, seed: int, part: Slice) -> bool:
 SCREEN_SHARE = 0.25  # of the windows, for each source (ours)
 SCREEN_SEED = 100    # of their draw
 
+def screen_windows(trials: Trials) -> int:
+    "Windows of a source's draw."
+    return max(1, round(SCREEN_SHARE * trials.settings.windows))
+
+def squares_path(trials: Trials, source: str) -> Path:
+    "The file of a source's mean squares."
+    return trials.folder / "squares" / f"{_file_name(source)}.safetensors"
+
 def source_squares(trials: Trials, source: str, net: Any, tokenizer: Any) -> dict[str, Any]:
     "The mean squares of the dense model's inputs on a source, from the folder if they are there."
-    path = trials.folder / "squares" / f"{_file_name(source)}.safetensors"
+    path = squares_path(trials, source)
     if path.is_file(): return load_file(path)
-    windows = max(1, round(SCREEN_SHARE * trials.settings.windows))
-    drawn = build_calibration({source: 1.0}, tokenizer, windows, trials.settings.length,
-                              SCREEN_SEED)
+    drawn = build_calibration({source: 1.0}, tokenizer, screen_windows(trials),
+                              trials.settings.length, SCREEN_SEED)
     squares = input_squares(net, drawn.tokens, trials.settings.batch_tokens)
     write_atomic(path, save(squares))
     return squares
 
 def measure_sources(trials: Trials, sources: Sequence[str]) -> float:  # seconds per window
-    "Measure the inputs of the sources that are not yet in the folder."
+    """Measure the inputs of the sources that are not yet in the folder. The seconds do not include
+    the loading of the model, which is done once."""
     net, tokenizer = trials.load()
     seconds = 0.0
     for i, source in enumerate(sources):
@@ -225,8 +234,7 @@ def measure_sources(trials: Trials, sources: Sequence[str]) -> float:  # seconds
         measure = partial(source_squares, trials, source, net, tokenizer)
         seconds += longest_seconds(trials, f"source {source}", measure)
     if trials.progress: trials.progress("measuring sources", len(sources), len(sources))
-    windows = max(1, round(SCREEN_SHARE * trials.settings.windows))
-    return seconds / (len(sources) * windows)
+    return seconds / (len(sources) * screen_windows(trials))
 
 # %% ../../nbs/advice/04_trials.ipynb #deca1159
 SCREEN_SPARSITY = 0.5  # of the screening of a method that quantises

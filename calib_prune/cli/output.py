@@ -67,7 +67,8 @@ def show_table(rows: list[dict[str, Any]], title: str = "") -> None:
     table = Table(box=None, pad_edge=False)
     for key in rows[0]:
         table.add_column(
-            key, justify="left" if isinstance(rows[0][key], str) else "right", overflow="fold"
+            escape(key), justify="left" if isinstance(rows[0][key], str) else "right",
+            overflow="fold"
         )
     for row in rows: table.add_row(*map(as_text, row.values()))
     Console().print(table)

@@ -353,7 +353,8 @@ def missing_floors(table: pd.DataFrame,        # from `retention`, of one model 
                   ) -> list[str]:
     "A note on dimensions, and the total, that have a retention and no floor."
     if floor is None: return ["No floor: no task that has one counts in the retention."]
-    rows = table[(table["level"] != "task") & table["retention"].notna()].merge(floor, how="left")
+    known = without_repeat(table[(table["level"] != "task") & table["retention"].notna()])
+    rows = known.merge(floor, how="left")
     names = rows.loc[rows["floor"].isna(), "name"].unique()
     if not len(names): return []
     return [f"No floor for {', '.join(names)}: tasks that have none count in the retention, too."]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORING_VERSION', 'GREEDY', 'ENDINGS', 'ends_with', 'answer_job', 'written_answers', 'language_model',
            'likelihood_rows', 'last_number', 'generated_rows', 'swapped_rows', 'left_out_items', 'written_tasks',
-           'load_tasks', 'evaluate', 'scores', 'ending_notes']
+           'load_tasks', 'loaded_tasks', 'evaluate', 'scores', 'ending_notes']
 
 # %% ../../nbs/evaluation/06_scoring.ipynb #2844d8cd
 import math
@@ -297,6 +297,15 @@ def _rows_of(task: Task, samples: list[dict], cut: Container[str] | None) -> lis
     if task.kind == "generate": return generated_rows(task, samples, cut=cut)
     return [row for sample in samples for row in likelihood_rows(task, sample)]
 
+# %% ../../nbs/evaluation/06_scoring.ipynb #10aded7a
+@contextmanager
+def loaded_tasks(tasks: list[Task], limit: Limit, skip: int = 0, next_prompt: bool = False
+                ) -> Iterator[dict[str, Any]]:
+    "Tasks of lm-eval, by name, from `written_tasks`. Tests the sandbox if programs will run in it."
+    if any(task.program for task in tasks): run_sandboxed("pass")
+    with quiet(), written_tasks(tasks, limit, skip, next_prompt) as folders:
+        yield load_tasks(folders, [task.name for task in tasks])
+
 # %% ../../nbs/evaluation/06_scoring.ipynb #9105a13b
 @reused_memory()
 def evaluate(model, tokenizer,
@@ -320,14 +329,11 @@ def evaluate(model, tokenizer,
     and how many items did not fit (`left_out`)."""
     from lm_eval.evaluator import evaluate as run
     chosen = get_tasks(tasks)
-    # fails now, not after hours of generating
-    if any(task.program for task in chosen): run_sandboxed("pass")
     reason = "asked for" if stock else unpackable(model)
-    with quiet(), written_tasks(chosen, limit, skip, next_prompt) as folders:
+    with loaded_tasks(chosen, limit, skip, next_prompt) as loaded:
         lm = language_model(
             model, tokenizer, batch_tokens, batch_size, progress, stock=bool(reason)
         )
-        loaded = load_tasks(folders, [task.name for task in chosen])
         samples = run(lm=lm, task_dict=loaded, bootstrap_iters=0)["samples"]
         parts = [swapped_rows(lm, task, samples[task.name], swapped) for task in chosen]
 

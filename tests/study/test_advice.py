@@ -1,5 +1,6 @@
 "Advice on models whose retention is known: made-up answers in place of pruned models."
 import json
+import re
 import time
 from dataclasses import replace
 from unittest import mock
@@ -37,7 +38,11 @@ BEST = {"codeio": 0.9, "uniform-dimensions": 0.8}  # Code retention; others 0.6
 
 class MadeUp:
     "Searches in a folder, on a clock that only made-up work moves."
-    def __init__(self, folder): self.folder, self.now, self.models = folder, 0.0, 0
+    scoring = source = first = loading = 0.0  # seconds; `first`: more for the first source
+
+    def __init__(self, folder):
+        self.folder, self.now, self.models, self.scored, self.measured = folder, 0.0, 0, set(), []
+
     def monotonic(self): return self.now
     def __call__(self, **how): return advise("smollm2-135m", output=self.folder, **how)
 
@@ -76,12 +81,27 @@ def made_up(monkeypatch, tmp_path):
         return items_of(dict(Code=code, own=code), item_limits(self.tasks, part), seed=seed)
 
     def dense(self, part, floor=False):
+        if (self.folder, part, floor) not in clock.scored: clock.now += clock.scoring
+        clock.scored.add((self.folder, part, floor))
         kept = dict.fromkeys((*DIMENSIONS, "own"), 0.5 if floor else 1.0)
         return items_of(kept, item_limits(self.tasks, part), seed=9)
 
     def screened(self, mix):
         return trial(self, mix, trials.SCREEN_SEED, trials.SCREEN, SCREENED)
 
+    def squares(self, source, *_):
+        if (path := trials.squares_path(self, source)).exists(): return
+        clock.now += clock.source + clock.first * (not clock.measured)
+        clock.measured.append(source)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    def loaded(self):
+        clock.now += clock.loading
+        return None, None
+
+    monkeypatch.setattr(Trials, "load", loaded)
+    monkeypatch.setattr(trials, "source_squares", squares)
     monkeypatch.setattr(halving, "screen_items", screened)
     monkeypatch.setattr(measured, "pruning_seconds", lambda *_: 2 * SECONDS)  # estimate
     for module in (halving, trials, measured):
@@ -263,14 +283,57 @@ def test_a_search_that_used_its_minutes_goes_on_with_what_is_stored(made_up, mon
             made_up(need="code", minutes=1)
 
 
-def test_too_few_minutes_name_the_minutes_it_takes(made_up, monkeypatch):
-    "After one source, not after all: on a larger model the others take minutes."
-    asked = []
-    monkeypatch.setattr(measured, "pruning_seconds",
-                        lambda _, sources: asked.append(len(sources)) or 2 * SECONDS)
-    with pytest.raises(CalibPruneError, match="Give --minutes 7 or more"):
-        made_up(need="code", minutes=1)
-    assert asked == [1]
+def minutes_named(made_up, minutes=1, **how):
+    "The minutes that a refusal asks for."
+    with pytest.raises(CalibPruneError, match="are too few") as refused:
+        made_up(need="code", minutes=minutes, **how)
+    return int(re.search(r"Give --minutes (\d+) or more", str(refused.value))[1])
+
+
+def test_too_few_minutes_name_the_minutes_it_takes(made_up):
+    assert minutes_named(made_up) == 7
+
+
+@pytest.fixture
+def slow(made_up):
+    "All that comes before the first model takes minutes, too."
+    made_up.scoring, made_up.source, made_up.first, made_up.loading = 30.0, 20.0, 10.0, 100.0
+    return made_up
+
+
+def test_far_too_few_minutes_are_refused_after_one_source(slow):
+    named = minutes_named(slow)
+    assert slow.measured == ["codeio"]
+    slow.now += 1000  # the same command later, with what is stored
+    advice = slow(need="code", minutes=named)
+    assert len(slow.measured) > 10 and advice.seconds <= 60 * named
+
+
+def test_minutes_that_suffice_are_not_refused_early(slow, monkeypatch, tmp_path):
+    "The model is loaded once, not once per source, and the first source takes longer."
+    with monkeypatch.context() as patch:
+        patch.setattr(measured, "EARLY_MARGIN", np.inf)
+        named = minutes_named(slow)
+    assert len(slow.measured) > 10, "refused when all is measured"
+    slow.folder, slow.measured = tmp_path / "again", []
+    assert slow(need="code", minutes=named).seconds <= 60 * named
+
+
+def test_a_search_that_was_interrupted_is_not_refused_later(slow, monkeypatch):
+    whole, named = halving.screen, minutes_named(slow)
+    monkeypatch.setattr(halving, "screen", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): slow(need="code", minutes=named)
+    monkeypatch.setattr(halving, "screen", whole)
+    slow.now += 1000
+    assert slow(need="code", minutes=named).calibration == "codeio"
+
+
+def test_own_text_is_no_finalist_only_if_all_that_is_measured_says_so(slow, tmp_path):
+    "By the time of the first source alone, the minutes are too few for a third finalist."
+    (text := tmp_path / "notes.txt").write_text("something else " * 9000)
+    slow.first = 60.0
+    advice = slow(need="code", minutes=26, sources=[str(text)])
+    assert len(advice.finalists) == 3
 
 
 def test_methods_that_work_by_dimension_are_refused_at_the_start(made_up, tmp_path):
@@ -314,8 +377,7 @@ def test_a_need_at_the_floor_cannot_be_measured(made_up, monkeypatch):
     same = lambda self, part, floor=False: items_of({}, item_limits(self.tasks, part),
                                                     seed=int(floor))
     monkeypatch.setattr(measured, "dense_items", same)
-    monkeypatch.setattr(measured, "pruning_seconds", lambda _, sources: (
-        pytest.fail("measures sources") if len(sources) > 1 else 0.0))
+    monkeypatch.setattr(measured, "measure_sources", lambda *_: pytest.fail("measures sources"))
     with pytest.raises(CalibPruneError, match="Code cannot be measured on this model"):
         made_up(need="code", minutes=10)
 
