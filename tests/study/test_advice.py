@@ -321,10 +321,15 @@ def test_minutes_that_suffice_are_not_refused_early(slow, monkeypatch, tmp_path)
 
 def test_a_search_that_was_interrupted_is_not_refused_later(slow, monkeypatch):
     whole, named = halving.screen, minutes_named(slow)
+    monkeypatch.setattr(measured, "EARLY_MARGIN", 1.0)
     monkeypatch.setattr(halving, "screen", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): slow(need="code", minutes=named)
     monkeypatch.setattr(halving, "screen", whole)
-    slow.now += 1000
+
+    def usable(_, mixes, sources):
+        slow.now += 400
+        return mixes
+    monkeypatch.setattr(measured, "usable_mixes", usable)
     assert slow(need="code", minutes=named).calibration == "codeio"
 
 
@@ -457,6 +462,8 @@ def test_a_report_scores_last(monkeypatch):
     monkeypatch.setattr(report, "evaluate_model", lambda *_, **how: pytest.fail("too early"))
     with pytest.raises(MemoryError):
         report.report_on("pruned", "dense")
+    with pytest.raises(CalibPruneError, match="-1"):  # what makes scoring impossible is found first
+        report.report_on("pruned", "dense", "piqa", limit=-1)
 
 
 @pytest.mark.parametrize("few", [1, 5])
@@ -470,6 +477,23 @@ def test_too_few_items_are_not_judged_and_take_no_other_interval(few):
     assert "a has higher retention in Commonsense" in found.verdict[0]
     assert found.verdict[1] == f"Code cannot be judged: fewer than 10 items: mbpp has {few}."
     assert [row["95 % CI"] for row in difference_table(found)][1] == "no interval"
+
+
+@pytest.mark.parametrize("floor", [0.6, None])
+def test_no_sentence_repeats_the_only_dimension_as_total(monkeypatch, floor):
+    monkeypatch.setitem(TASKS, "law", replace(TASKS["mbpp"], name="law", dimension="Law"))
+    made = [items_of({"Law": kept}, ["law"], 200, seed)
+            for seed, kept in enumerate((1.0, 0.9, 0.6, floor or 1.0))]
+    written = made[0].assign(task="law_written", metric="pass@1", value=1.0)
+    monkeypatch.setitem(TASKS, "law_written", replace(
+        TASKS["mbpp_generate"], name="law_written", dimension="Law"))
+    dense, a, b = (pd.concat([items, written]) if floor is None else items for items in made[:3])
+    measure = get_measure("plain" if floor is None else "answer-bits")
+    found = Comparison(dense, dict(a=a, b=b), made[3], measure, 200)
+    alone = Evaluation(b, dense, made[3], measure)
+    said = [*found.verdict, *found.floor_notes, *alone.floor_notes]
+    assert len(alone.floor_notes) == 1 and len(found.floor_notes) == 1
+    assert "Law" in " ".join(said) and "total" not in " ".join(said)
 
 
 def test_a_measure_without_likelihoods_has_no_floor():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from calib_prune.calibration.sources import SOURCES
-from calib_prune.cli.output import as_text
+from calib_prune.cli.output import as_text, show_table
 from calib_prune.cli.reproduce import preset_names
 from calib_prune.core import CalibPruneError
 from calib_prune.data.files import read_jsonl
@@ -419,6 +419,13 @@ def test_what_a_model_wrote_calibrates_it(model, text, tmp_path, protocol):
     assert pruned["calibration"]["counts"] == {str(own): 4} and pruned["sparsity"] == pytest.approx(
         0.5, abs=0.01
     )
+
+
+def test_column_names_are_printed_as_they_are(capsys):
+    "A mix of a user's files is a column of the table of advice."
+    show_table([{"data/[old]/notes.txt": "1", "[/x].txt": 2}])
+    shown = capsys.readouterr().out
+    assert "data/[old]/notes.txt" in shown and "[/x].txt" in shown
 
 
 def test_people_see_how_fast_a_model_writes(model, tmp_path):
