@@ -128,7 +128,7 @@ def new_bars(console: Console | None = None) -> Progress:
     if not console.is_terminal and not console.is_jupyter: return PlainLines(console)
     whole = Column(no_wrap=True)  # on a narrow terminal the bar shrinks, not a number
     return Progress(
-        TextColumn("{task.description:<26}"),
+        TextColumn("{task.description:<26}", markup=False),  # it may name a user's file
         BarColumn(24),
         MofNCompleteColumn(table_column=whole),
         TimeElapsedColumn(whole),

@@ -85,6 +85,11 @@ class Comparison:
                           .assign(model=name) for name, mine in self.items.items()],
                          ignore_index=True)
 
+    @property
+    def dimensions(self) -> list[str]:
+        "Dimensions of the items; the total repeats a single one."
+        return [*self.dense_items["dimension"].unique()]
+
     @cached_property
     def unjudged(self) -> dict[str, str]:  # a dimension or the total → reason
         "What has no interval, or no reliable one, for some of the models."
@@ -155,19 +160,22 @@ class Comparison:
         first = overall.loc[overall["retention"].idxmax(), "model"]
         rows = self.differences[self.differences["level"] == "total"]
         mine = rows[(rows["first"] == first) | (rows["second"] == first)]
-        if mine["ci_low"].isna().any(): return f"Highest total retention: {first}, no interval"
+        only = self.dimensions[0] if len(self.dimensions) == 1 else "total"
+        if mine["ci_low"].isna().any(): return f"Highest {only} retention: {first}, no interval"
         near = mine[significant_sign(mine["ci_low"], mine["ci_high"]) == 0]
         others = [row.second if row.first == first else row.first
                   for row in near.itertuples(index=False)]
-        if not others: return f"{first} has significantly higher total retention than all others"
-        return f"Highest total retention: {first}, not significantly above {listed(others)}"
+        if not others: return f"{first} has significantly higher {only} retention than all others"
+        return f"Highest {only} retention: {first}, not significantly above {listed(others)}"
 
     @property
     def verdict(self) -> list[str]:
         "One sentence per pair of models, and per dimension that cannot be judged."
         groups: Any = without_repeat(self.differences).groupby(["first", "second"], sort=False)
         pairs = [pair_verdict(first, second, rows) for (first, second), rows in groups]
-        return pairs + [f"{name} cannot be judged: {why}." for name, why in self.unjudged.items()]
+        reasons = self.unjudged
+        if len(self.dimensions) == 1: reasons = {k: v for k, v in reasons.items() if k != "total"}
+        return pairs + [f"{name} cannot be judged: {why}." for name, why in reasons.items()]
 
     @property
     def scores(self) -> dict[str, pd.DataFrame]:

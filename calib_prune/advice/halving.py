@@ -240,8 +240,7 @@ def check_time(search: Halving) -> None:
     least = least_plan(search)
     if search.own and not search.fits(least): search.own = ()  # no time for a third finalist
     if search.fits(least): return
-    pruned = is_kept(search.trials, search.mixes[0], FRESH_DRAWS[0], CONFIRMING)
-    if search.spent and pruned: return  # it was let through, and a restart takes time as well
+    if search.spent: return  # it was let through, and a restart takes time as well
     raise too_few(search, search.used + search.seconds_of(least))
 
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1

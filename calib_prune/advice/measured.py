@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -39,6 +40,7 @@ from calib_prune.advice.trials import (
     Trials,
     dense_items,
     hold_folder,
+    is_answered,
     is_kept,
     item_limits,
     longest_seconds,
@@ -264,21 +266,22 @@ def sources_of(mixes: Sequence[str]) -> list[str]:
     "Every source of some mixes, once."
     return [*dict.fromkeys(source for mix in mixes for source in parse_mix(mix))]
 
-EARLY_MARGIN = 1.5  # the first source also fills caches, so its time is too long (ours)
+EARLY_MARGIN = 1.5  # two sources are a short measurement, and other work may slow them (ours)
 
 def check_early(search: Halving, scored: float  # seconds to score the confirming items
                ) -> None:
-    """Refuse far too few minutes after one source: all sources of a larger model take minutes.
+    """Refuse far too few minutes after two sources: all sources of a larger model take minutes.
     `halve` checks the time again when all are measured."""
     alone = replace(search, own=())  # whether the user's text is confirmed is decided later
     trials, sources = search.trials, sources_of(search.mixes)
-    per_window = measure_sources(trials, sources[:1])
+    per_window = min(measure_sources(trials, sources[:2]))
     alone.expected = pruning_seconds(trials, per_window)
     left = sum(not squares_path(trials, source).is_file() for source in sources)
     tuned, confirmed = (sum(item_limits(trials.tasks, part).values())
                         for part in (TUNING, CONFIRMING))
     alone.scoring = {CONFIRMING.name: scored}
-    ahead = left * screen_windows(trials) * per_window + scored * tuned / confirmed
+    ahead = left * screen_windows(trials) * per_window
+    if not is_answered(trials, TUNING): ahead += scored * tuned / confirmed
     seconds = search.used + ahead + alone.seconds_of(least_plan(alone))
     if seconds > EARLY_MARGIN * search.seconds: raise too_few(alone, seconds)
 
@@ -319,7 +322,7 @@ def advise(model: str | Path,                  # the dense model
         if not (search.plan or search.spent): check_early(search, scored)
         search.scoring = {CONFIRMING.name: scored, TUNING.name: scoring_seconds(trials, TUNING)}
         if search.plan is None:
-            per_window = measure_sources(trials, sources_of(mixes))
+            per_window = fmean(measure_sources(trials, sources_of(mixes)))
             search.expected = pruning_seconds(trials, per_window)
         confirmed = _confirm(search, dense, halve(search), quick.calibration)
         shared = shared_items(wanted, trials, confirmed.names, sources)

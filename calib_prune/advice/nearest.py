@@ -145,7 +145,8 @@ FIXED_RULES = {  # method of the regrets, need → policy, reason
     ("sparsegpt", WORST_OF_ALL): (
         "tuned", "Code loses most where calibration text has little of it; two thirds of this"
         " mix are code. It has the lowest mean regret over SmolLM2-135M and Qwen2.5-Coder-0.5B with"
-        " SparseGPT (table T18). On Qwen, `half-code` has a lower regret."),
+        " SparseGPT (table T18). On Qwen, `half-code` has a lower regret;"
+        " the difference is not significant."),
     ("admm", ALL_ALIKE): (
         "half-code", "This mix, half code, has the lowest regret on SmolLM2-135M with L-ADMM"
         " (table T18). Its lead over `tuned` is not significant."),

@@ -149,7 +149,7 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
     check_method(record["method"])
     check_report_files(pruned)
     check_request(tasks, measure, [pruned], dense)
-    with loaded_tasks(get_tasks(tasks), limit): pass  # errors in these come now
+    with loaded_tasks(get_tasks(tasks), limit or None): pass  # errors in these come now
     distances = _distances(pruned, dense, dtype, device, progress)  # first: scores take longest
     evaluation = evaluate_model(pruned, dense, tasks, limit, measure, dtype, device,
                                 progress=progress)

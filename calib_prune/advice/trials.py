@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCREEN', 'TUNING', 'CONFIRMING', 'SLICE_ITEMS', 'ENOUGH', 'FEWEST_OF_TASK', 'STATE_FILE', 'STATE_VERSION',
            'FOLDER_LOCK', 'TIMES_FILE', 'SCREEN_SHARE', 'SCREEN_SEED', 'SCREEN_SPARSITY', 'Slice', 'is_own',
-           'most_items', 'own_skip', 'item_limits', 'Trials', 'hold_folder', 'dense_items', 'longest_seconds',
-           'trial_items', 'is_kept', 'screen_windows', 'squares_path', 'source_squares', 'measure_sources',
-           'screen_items', 'usable_mixes']
+           'most_items', 'own_skip', 'item_limits', 'Trials', 'hold_folder', 'dense_items', 'is_answered',
+           'longest_seconds', 'trial_items', 'is_kept', 'screen_windows', 'squares_path', 'source_squares',
+           'measure_sources', 'screen_items', 'usable_mixes']
 
 # %% ../../nbs/advice/04_trials.ipynb #0e1d731d
 import io
@@ -174,6 +174,10 @@ def dense_items(trials: Trials, part: Slice, floor: bool = False) -> pd.DataFram
         return _score(trials, *trials.load(), part, floor)
     return _kept(trials._path("floor" if floor else "dense", part), make)
 
+def is_answered(trials: Trials, part: Slice) -> bool:
+    "Whether the dense model's answers are stored."
+    return trials._path("dense", part).is_file()
+
 # %% ../../nbs/advice/04_trials.ipynb #742f55bb
 TIMES_FILE = "times.json"
 
@@ -224,17 +228,17 @@ def source_squares(trials: Trials, source: str, net: Any, tokenizer: Any) -> dic
     write_atomic(path, save(squares))
     return squares
 
-def measure_sources(trials: Trials, sources: Sequence[str]) -> float:  # seconds per window
-    """Measure the inputs of the sources that are not yet in the folder. The seconds do not include
-    the loading of the model, which is done once."""
+def measure_sources(trials: Trials, sources: Sequence[str]) -> list[float]:
+    """Measure the inputs of the sources that are not yet in the folder: the seconds per window of
+    each source, without the seconds to load the model."""
     net, tokenizer = trials.load()
-    seconds = 0.0
+    seconds = []
     for i, source in enumerate(sources):
         if trials.progress: trials.progress("measuring sources", i, len(sources))
         measure = partial(source_squares, trials, source, net, tokenizer)
-        seconds += longest_seconds(trials, f"source {source}", measure)
+        seconds.append(longest_seconds(trials, f"source {source}", measure))
     if trials.progress: trials.progress("measuring sources", len(sources), len(sources))
-    return seconds / (len(sources) * screen_windows(trials))
+    return [taken / screen_windows(trials) for taken in seconds]
 
 # %% ../../nbs/advice/04_trials.ipynb #deca1159
 SCREEN_SPARSITY = 0.5  # of the screening of a method that quantises

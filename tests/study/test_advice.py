@@ -38,7 +38,7 @@ BEST = {"codeio": 0.9, "uniform-dimensions": 0.8}  # Code retention; others 0.6
 
 class MadeUp:
     "Searches in a folder, on a clock that only made-up work moves."
-    scoring = source = first = loading = 0.0  # seconds; `first`: more for the first source
+    scoring = source = first = loading = 0.0  # seconds; `first`: more for the first two sources
 
     def __init__(self, folder):
         self.folder, self.now, self.models, self.scored, self.measured = folder, 0.0, 0, set(), []
@@ -91,7 +91,7 @@ def made_up(monkeypatch, tmp_path):
 
     def squares(self, source, *_):
         if (path := trials.squares_path(self, source)).exists(): return
-        clock.now += clock.source + clock.first * (not clock.measured)
+        clock.now += clock.source + clock.first * (len(clock.measured) < 2)
         clock.measured.append(source)
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -301,16 +301,16 @@ def slow(made_up):
     return made_up
 
 
-def test_far_too_few_minutes_are_refused_after_one_source(slow):
+def test_far_too_few_minutes_are_refused_after_two_sources(slow):
     named = minutes_named(slow)
-    assert slow.measured == ["codeio"]
+    assert len(slow.measured) == 2
     slow.now += 1000  # the same command later, with what is stored
     advice = slow(need="code", minutes=named)
     assert len(slow.measured) > 10 and advice.seconds <= 60 * named
 
 
 def test_minutes_that_suffice_are_not_refused_early(slow, monkeypatch, tmp_path):
-    "The model is loaded once, not once per source, and the first source takes longer."
+    "The model is not loaded once per source, and the first sources take longer."
     with monkeypatch.context() as patch:
         patch.setattr(measured, "EARLY_MARGIN", np.inf)
         named = minutes_named(slow)
@@ -334,11 +334,30 @@ def test_a_search_that_was_interrupted_is_not_refused_later(slow, monkeypatch):
 
 
 def test_own_text_is_no_finalist_only_if_all_that_is_measured_says_so(slow, tmp_path):
-    "By the time of the first source alone, the minutes are too few for a third finalist."
+    "By the time of the first two sources, the minutes are too few for a third finalist."
     (text := tmp_path / "notes.txt").write_text("something else " * 9000)
-    slow.first = 60.0
+    slow.first = 68.0
     advice = slow(need="code", minutes=26, sources=[str(text)])
     assert len(advice.finalists) == 3
+
+
+def test_a_search_that_was_killed_in_its_first_model_goes_on(slow, monkeypatch):
+    whole, named = halving.timed_items, 20
+    monkeypatch.setattr(halving, "timed_items", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): slow(need="code", minutes=named)
+    monkeypatch.setattr(halving, "timed_items", whole)
+
+    def usable(_, mixes, sources):
+        slow.now += 300
+        return mixes
+    monkeypatch.setattr(measured, "usable_mixes", usable)
+    assert slow(need="code", minutes=named).calibration == "codeio"
+
+
+def test_the_time_of_a_source_is_without_loading(slow):
+    search = Trials("smollm2-135m", slow.folder, {})
+    slow.folder.mkdir()
+    assert trials.measure_sources(search, ["c4", "news", "math"]) == [30 / 8, 30 / 8, 20 / 8]
 
 
 def test_methods_that_work_by_dimension_are_refused_at_the_start(made_up, tmp_path):
@@ -477,6 +496,14 @@ def test_too_few_items_are_not_judged_and_take_no_other_interval(few):
     assert "a has higher retention in Commonsense" in found.verdict[0]
     assert found.verdict[1] == f"Code cannot be judged: fewer than 10 items: mbpp has {few}."
     assert [row["95 % CI"] for row in difference_table(found)][1] == "no interval"
+
+
+def test_too_few_items_of_the_only_dimension_are_said_once(monkeypatch):
+    monkeypatch.setitem(TASKS, "law", replace(TASKS["mbpp"], name="law", dimension="Law"))
+    made = [items_of({"Law": kept}, ["law"], 5) for kept in (1.0, 0.9, 0.6)]
+    found = Comparison(made[0], dict(a=made[1], b=made[2]), None, get_measure("answer-bits"), 50)
+    assert found.verdict[1:] == ["Law cannot be judged: fewer than 10 items: law has 5."]
+    assert found.best == "Highest Law retention: a, no interval"
 
 
 @pytest.mark.parametrize("floor", [0.6, None])
