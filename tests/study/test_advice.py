@@ -262,6 +262,14 @@ def test_a_search_goes_on_where_it_was(made_up, monkeypatch, tmp_path, cut):
     assert made_up.models == 33 and advice.search.plan.rounds == (5, 2)
 
 
+def restarts_take(seconds, clock, monkeypatch):
+    "What comes before the folder is read takes time in every run."
+    def usable(_, mixes, sources):
+        clock.now += seconds
+        return mixes
+    monkeypatch.setattr(measured, "usable_mixes", usable)
+
+
 @pytest.mark.parametrize("restart", [0, 30])  # seconds
 def test_a_search_that_used_its_minutes_goes_on_with_what_is_stored(made_up, monkeypatch, restart):
     whole, minutes = halving.screen, 400 / 60  # as few as are let through
@@ -271,11 +279,7 @@ def test_a_search_that_used_its_minutes_goes_on_with_what_is_stored(made_up, mon
         raise KeyboardInterrupt
     monkeypatch.setattr(halving, "screen", cut_off)
     with pytest.raises(KeyboardInterrupt): made_up(need="code", minutes=minutes)
-
-    def usable(_, mixes, sources):
-        made_up.now += restart
-        return mixes
-    monkeypatch.setattr(measured, "usable_mixes", usable)
+    restarts_take(restart, made_up, monkeypatch)
     monkeypatch.setattr(halving, "screen", whole)
     assert made_up(need="code", minutes=minutes).search.plan.screened == 20
     for _ in range(2):  # a refused search is none that goes on
@@ -325,11 +329,7 @@ def test_a_search_that_was_interrupted_is_not_refused_later(slow, monkeypatch):
     monkeypatch.setattr(halving, "screen", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): slow(need="code", minutes=named)
     monkeypatch.setattr(halving, "screen", whole)
-
-    def usable(_, mixes, sources):
-        slow.now += 400
-        return mixes
-    monkeypatch.setattr(measured, "usable_mixes", usable)
+    restarts_take(400, slow, monkeypatch)
     assert slow(need="code", minutes=named).calibration == "codeio"
 
 
@@ -346,11 +346,7 @@ def test_a_search_that_was_killed_in_its_first_model_goes_on(slow, monkeypatch):
     monkeypatch.setattr(halving, "timed_items", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): slow(need="code", minutes=named)
     monkeypatch.setattr(halving, "timed_items", whole)
-
-    def usable(_, mixes, sources):
-        slow.now += 300
-        return mixes
-    monkeypatch.setattr(measured, "usable_mixes", usable)
+    restarts_take(300, slow, monkeypatch)
     assert slow(need="code", minutes=named).calibration == "codeio"
 
 
