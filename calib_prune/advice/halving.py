@@ -99,6 +99,7 @@ class Halving:
     scoring: dict[str, float] = field(default_factory=dict)  # slice → seconds to score a model
     expected: float = 0.0         # seconds of pruning, before the first trial
     spent: float = 0.0            # of earlier runs
+    finished: bool = False        # all finalists are confirmed
     began: float = field(default_factory=time.monotonic)
 
     def pace(self, part: Slice) -> float:
@@ -161,12 +162,13 @@ def keep_plan(search: Halving) -> None:
     about = dict(plan=asdict(search.plan) if search.plan else None, mixes=[*search.mixes],
                  need=_need_of(search), own=[*search.own],
                  pace={kind: sum(times) / len(times) for kind, times in search.durations.items()},
-                 spent=search.used, seconds=search.seconds)
+                 spent=search.used, seconds=search.seconds, finished=search.finished)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
 
 # %% ../../nbs/advice/05_halving.ipynb #80385380
 def read_plan(search: Halving) -> None:
-    "Read the plan of an earlier run with the same need; the time of that run counts."
+    """Read the plan of an earlier run with the same need; the time of that run counts. A finished
+    search of more minutes answers with what is stored."""
     path = search.trials.folder / PLAN_FILE
     if not path.is_file(): return
     known = load_json(path, mixes=list, pace=dict, spent=float)
@@ -177,8 +179,11 @@ def read_plan(search: Halving) -> None:
         raise CalibPruneError(f"{search.trials.folder} holds advice on other candidates: choose "
                               "another folder.")
     search.durations = {kind: [seconds] for kind, seconds in known["pace"].items()}
-    if known["seconds"] == search.seconds: search.spent = known["spent"]
-    if known["plan"] and known["seconds"] == search.seconds:
+    search.finished = known.get("finished", False) and search.seconds <= known["seconds"]
+    if search.finished: search.seconds = known["seconds"]
+    if known["seconds"] != search.seconds: return
+    search.spent = known["spent"]
+    if known["plan"]:
         search.plan = Plan(known["plan"]["screened"], tuple(known["plan"]["rounds"]))
         search.own = known.get("own", [])  # what the plan has time for; older plans have none
 
@@ -223,25 +228,27 @@ def least_plan(search: Halving) -> Plan:
     "The shortest search: the finalists are the only candidates."
     return Plan(sum(not _is_screened(search, mix) for mix in search.mixes[:FINALISTS]))
 
-def too_few(search: Halving, seconds: float  # of the shortest search
+def too_few(search: Halving, seconds: float,  # of the shortest search
+            own: bool = False                 # whether there is text of the user
            ) -> CalibPruneError:
     "The error that says how many minutes it takes."
     minutes = math.ceil(seconds / 60)
+    third = math.ceil((seconds + len(FRESH_DRAWS) * search.pace(CONFIRMING)) / 60)
+    yours = f" (--minutes {third} to confirm your own text, too)" if own else ""
     return CalibPruneError(
         f"{search.seconds / 60:g} minutes are too few: to prune and score a model takes about "
         f"{search.pace(CONFIRMING):.0f} seconds here, and {FINALISTS} finalists with "
-        f"{len(FRESH_DRAWS)} draws take {FRESH_TRIALS} models. Give --minutes {minutes} or more; "
-        "what was measured is stored. Without pruning, the rule names "
-        f"{search.rule}.")
+        f"{len(FRESH_DRAWS)} draws take {FRESH_TRIALS} models. Give --minutes {minutes} or more"
+        f"{yours}; what was measured is stored. Without pruning, the rule names {search.rule}.")
 
 def check_time(search: Halving) -> None:
     "Refuse too few minutes before anything is pruned; a search that has pruned goes on."
     if search.plan: return
-    least = least_plan(search)
-    if search.own and not search.fits(least): search.own = ()  # no time for a third finalist
+    least, own = least_plan(search), bool(search.own)
+    if own and not search.fits(least): search.own = ()  # no time for a third finalist
     if search.fits(least): return
     if search.spent: return  # it was let through, and a restart takes time as well
-    raise too_few(search, search.used + search.seconds_of(least))
+    raise too_few(search, search.used + search.seconds_of(least), own)
 
 # %% ../../nbs/advice/05_halving.ipynb #0ed707c1
 def screen(search: Halving) -> Plan:

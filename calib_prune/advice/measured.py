@@ -277,13 +277,15 @@ def check_early(search: Halving, scored: float  # seconds to score the confirmin
     per_window = min(measure_sources(trials, sources[:2]))
     alone.expected = pruning_seconds(trials, per_window)
     left = sum(not squares_path(trials, source).is_file() for source in sources)
-    tuned, confirmed = (sum(item_limits(trials.tasks, part).values())
-                        for part in (TUNING, CONFIRMING))
     alone.scoring = {CONFIRMING.name: scored}
     ahead = left * screen_windows(trials) * per_window
-    if not is_answered(trials, TUNING): ahead += scored * tuned / confirmed
+    if not is_answered(trials, TUNING):
+        tuned, confirmed = (sum(item_limits(trials.tasks, part).values())
+                            for part in (TUNING, CONFIRMING))
+        ahead += scored * tuned / confirmed
     seconds = search.used + ahead + alone.seconds_of(least_plan(alone))
-    if seconds > EARLY_MARGIN * search.seconds: raise too_few(alone, seconds)
+    if seconds <= EARLY_MARGIN * search.seconds: return
+    raise too_few(alone, seconds, bool(search.own))
 
 # %% ../../nbs/advice/07_measured.ipynb #5c3a052f
 def advise(model: str | Path,                  # the dense model
@@ -326,5 +328,6 @@ def advise(model: str | Path,                  # the dense model
             search.expected = pruning_seconds(trials, per_window)
         confirmed = _confirm(search, dense, halve(search), quick.calibration)
         shared = shared_items(wanted, trials, confirmed.names, sources)
+        search.finished = True
         keep_plan(search)
     return Advice(quick, search, confirmed, floor, shared, search.used)

@@ -189,12 +189,18 @@ def advise_quickly(need: str,                     # see `needs.parse_need`
                   ) -> QuickAdvice:
     "A calibration mix for a need; no model is pruned. What `calib-prune advise --minutes 0` does."
     wanted = parse_need(need)
-    for source in sources: get_source(source)
+    for source in sources:
+        get_source(source)
+        if "," in source:
+            raise CalibPruneError(f"--source {source}: in a mix, a comma separates two sources. "
+                                  "Rename the file or the folder.")
     names = [*SUITE, *(source for source in sources if source not in SUITE)]
     distances = source_distances(wanted, load_tokenizer(str(model)), names, progress=progress)
     mix, policy, reason = quick_reason(wanted, distances, method)
     known = policy_regrets(method)
-    shown = known["policy"].isin([policy, mix, "c4", "uniform", "uniform-dimensions"])
+    # the studies know the nearest of the packaged sources, not of the user's text
+    rule = [] if mix in names and mix not in SUITE else [policy]
+    shown = known["policy"].isin([*rule, mix, "c4", "uniform", "uniform-dimensions"])
     regrets = known[shown & (known["need"] == wanted.policy_need)].reset_index(drop=True)
     return QuickAdvice(wanted, mix, policy, reason, distances, regrets,
                        regrets_label(judged_with(method)))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SHOWN_TASKS', 'UNUSED', 'ANSWER_TOKENS', 'LAYERS_STEM', 'REPORT_FILES', 'REPORT_VERSION', 'HELDOUT_NAME',
            'HELDOUT_DOCUMENTS', 'DIVERGENCE_WINDOWS', 'CARD_MARK', 'written_answer', 'example_answers',
-           'check_report_files', 'Report', 'NoRetention', 'report_on', 'recipe_of', 'report_title', 'training_lines',
-           'made_how', 'settings_lines', 'retention_lines_of', 'flip_lines', 'report_page', 'model_card', 'save_report']
+           'check_report_files', 'Report', 'NoRetention', 'report_on', 'recipe_of', 'scope_lines', 'report_title',
+           'training_lines', 'made_how', 'settings_lines', 'retention_lines_of', 'flip_lines', 'report_page',
+           'model_card', 'save_report']
 
 # %% ../../nbs/advice/09_report.ipynb #f20ef76f
 import json
@@ -160,9 +161,16 @@ def report_on(pruned: str | Path,      # a folder that `prune` made
 
 # %% ../../nbs/advice/09_report.ipynb #3ee96ed4
 def recipe_of(record: dict[str, Any]) -> MethodSteps:
-    "The method of a record, with its quantisation."
-    how = record.get("quantise")
-    return MethodSteps(record["method"], quantise=Quantisation(**how) if how else None)
+    "The method of a record, with its steps and its quantisation."
+    how, names = record.get("quantise"), ("refine", "reconstruct", "allocation")
+    steps = {name: record[name] for name in names if name in record}
+    return MethodSteps(record["method"], **steps, quantise=Quantisation(**how) if how else None)
+
+def scope_lines(record: dict[str, Any]) -> dict[str, str]:
+    "Which layers and maps are changed; empty if all are."
+    if not (scope := record.get("scope")): return {}
+    return {"layers asked for": scope["layers"] or "all", "left dense": scope["exclude"] or "–",
+            "zeros in the maps asked for": f"{100 * record['sparsity_in_scope']:.2f} %"}
 
 def report_title(record: dict[str, Any]) -> str:
     "The dense model, and what was done to it."
@@ -193,6 +201,7 @@ def settings_lines(record: dict[str, Any]) -> list[dict[str, str]]:
              "method": recipe_of(record).label,
              "sparsity asked for": record["sparsity"],
              "zeros in the decoder layers": f"{100 * record['achieved_sparsity']:.2f} %",
+             **scope_lines(record),
              "calibration": mix["mix"], "seed": mix.get("seed", "–"),
              "calibration windows": f"{mix['windows']} of {mix['length']} tokens",
              f"mean error of the layers, as {made_how(record)}": f"{record['mean_error']:.4f}",
@@ -291,7 +300,7 @@ def model_card(report: Report) -> str:
 def _layers_drawn(report: Report) -> str:  # SVG
     "The figure of the layers."
     paper_style()
-    drawing: Figure = error_by_layer(report.layers, "Reconstruction error by layer")
+    drawing: Figure = error_by_layer(report.layers, "Reconstruction error and zeros by layer")
     with temporary_folder() as folder:
         [file] = save_figure(drawing, Path(folder, LAYERS_STEM), (".svg",))
         return file.read_text(encoding="utf-8")

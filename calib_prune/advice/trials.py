@@ -132,6 +132,9 @@ def _check_folder(trials: Trials) -> None:
         known = load_json(path, version=int)
         differ = sorted(name for name in mine if known.get(name) != mine[name])
         if not differ: return
+        if {*differ} & {"version", "stages"}:
+            raise CalibPruneError(f"{trials.folder} holds advice of another version of "
+                                  "calib-prune: choose another folder.")
         raise CalibPruneError(f"{trials.folder} holds advice with other settings ({differ[0]}): "
                               "choose another folder.")
     if others := [file.name for file in trials.folder.iterdir() if file.name != FOLDER_LOCK]:
@@ -231,7 +234,8 @@ def source_squares(trials: Trials, source: str, net: Any, tokenizer: Any) -> dic
 def measure_sources(trials: Trials, sources: Sequence[str]) -> list[float]:
     """Measure the inputs of the sources that are not yet in the folder: the seconds per window of
     each source, without the seconds to load the model."""
-    net, tokenizer = trials.load()
+    missing = any(not squares_path(trials, source).is_file() for source in sources)
+    net, tokenizer = trials.load() if missing else (None, None)
     seconds = []
     for i, source in enumerate(sources):
         if trials.progress: trials.progress("measuring sources", i, len(sources))

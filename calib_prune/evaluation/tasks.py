@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -320,7 +320,8 @@ def own_task(text: str  # FILE.jsonl, FILE.yaml or lm-eval:NAME, also after DIME
     task = Task(name, dimension or name, "choice" if choice else "bpb", f"{OWN_FILE}{file}",
                 "{prompt}", f"items of {file.name}", answer="" if choice else "{answer}",
                 metric="acc" if choice else "bits", delimiter="" if other else " ")
-    if TASKS.get(name, task) != task or name in TASK_SETS:
+    known = TASKS.get(name, task)  # perhaps the same file, with another dimension
+    if replace(known, dimension=task.dimension) != task or name in TASK_SETS:
         raise CalibPruneError(f"{text}: there is another task {name!r}. Rename the "
                               f"{'field `task`' if other else 'file'}.")
     TASKS[name] = task
@@ -345,13 +346,16 @@ def get_tasks(names: str | list[str]
     "Look up tasks and sets of tasks."
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     flat = [task for name in names for task in TASK_SETS.get(name, (name,))]
-    known = [own_task(name).name if is_own_name(name) else name for name in flat]
-    for task in known:
-        if task not in TASKS:
-            raise unknown_name("task", task, [*TASKS, *TASK_SETS],
+    for name in flat:
+        if name not in TASKS and not is_own_name(name):
+            raise unknown_name("task", name, [*TASKS, *TASK_SETS],
                                f"A {OWN_ENDING} file of prompts and answers is a task as well, "
                                f"and so is {HARNESS}NAME or a {YAML_ENDINGS[0]} file of lm-eval.")
-    return [TASKS[task] for task in dict.fromkeys(known)]
+    tasks = [*dict.fromkeys(own_task(n) if is_own_name(n) else TASKS[n] for n in flat)]
+    known = [task.name for task in tasks]
+    if twice := [name for name in known if known.count(name) > 1]:
+        raise CalibPruneError(f"Task {twice[0]!r} is asked for with two dimensions: give one.")
+    return tasks
 
 # %% ../../nbs/evaluation/01_tasks.ipynb #457e6835
 Limit = int | None | dict[str, int | None]

@@ -446,7 +446,9 @@ def usual_group(model: str,  # as `load_model` takes it
 def has_pruned_zeros(model: str) -> bool:
     "Whether a model is a folder whose record says that it was pruned, here or by another tool."
     record = (own_record(model) if Path(model).expanduser().is_dir() else None) or {}
-    return "recovery" in record or parse_sparsity(record.get("sparsity", "0"))[0] > 0
+    quantised = record.get("quantise") or {}  # perhaps after it was pruned
+    return ("recovery" in record or parse_sparsity(record.get("sparsity", "0"))[0] > 0
+            or quantised.get("keep_zeros", False))
 
 def suited(settings: PruneSettings, model: str,
            group: int | None,              # inputs with one scale; None: the usual number

@@ -116,7 +116,9 @@ def check_not_quantised(pruned: str) -> None:
         raise CalibPruneError(f"{pruned} is quantised, and training would move its weights off the"
                               " grid: recover the pruned model first, then quantise.")
 
-LEAST_ZEROS = 0.01  # share, in the linear maps that have zeros; with fewer a model is dense
+# share of zeros that the dense model lacks, in the linear maps with zeros; with fewer a model is
+# dense: a model from a file of 4 bits has zeros, too
+LEAST_ZEROS = 0.01
 
 def check_pair(pruned: PreTrainedModel, dense: PreTrainedModel) -> None:
     "Refuse a pruned model without a mask, and models of different shapes."
@@ -129,10 +131,12 @@ def check_pair(pruned: PreTrainedModel, dense: PreTrainedModel) -> None:
                               f" {shapes[1].get(odd)} in the dense one. Give the model that was "
                               "pruned as --dense.")
     masks = masks_of(pruned)
-    kept, all_ = (sum(int(f(m)) for m in masks.values()) for f in (torch.sum, torch.numel))
-    if not masks or 1 - kept / all_ < LEAST_ZEROS:
-        raise CalibPruneError("The model has no zeros that could be a mask: it is dense. Prune it "
-                              "first (`calib-prune prune`).")
+    weights = dict(dense.named_parameters())
+    new = sum(int((weights[name][~kept] != 0).sum()) for name, kept in masks.items())
+    if not masks or new / sum(kept.numel() for kept in masks.values()) < LEAST_ZEROS:
+        raise CalibPruneError("The model has no zeros that could be a mask, or only zeros that "
+                              "its dense model has, too. Prune it first (`calib-prune prune`), and "
+                              "give the model that was pruned as --dense.")
 
 def check_same_tokenizer(pruned: str, dense: str) -> None:
     "Refuse models with different tokenizers: their distributions are over different tokens."

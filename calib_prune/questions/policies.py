@@ -91,7 +91,7 @@ def searched_sets(folder: Path,                   # of records of `advise`, name
                   at: float                       # sparsity
                  ) -> dict[str, list[str]]:       # need → strategies, the recommended one first
     """The strategies that runs of `advise` with SparseGPT recommended, and those that they called
-    not distinguishable."""
+    not distinguishable: the latter by their mix where the study lacks them."""
     found = {}
     mixes = {name: mix for name, mix in strategies.items() if not protocol_of(mix)}
     for need in POLICY_NEEDS:
@@ -100,9 +100,10 @@ def searched_sets(folder: Path,                   # of records of `advise`, name
         if record["settings"]["method"] != "sparsegpt": continue
         if float(record["settings"]["sparsity"]) != at: continue
         near = [row["over"] for row in record["lead"] if row["ci_low"] <= 0]
-        names = [[name for name, mix in mixes.items() if same_shares(mix, other)]
-                 for other in (record["calibration"], *near)]
-        if names[0]: found[need] = [same[0] for same in names if same]
+        answer = [record["calibration"], *near]
+        names = [next((name for name, mix in mixes.items() if same_shares(mix, other)), None)
+                 for other in answer]
+        if names[0]: found[need] = [name or other for name, other in zip(names, answer)]
     return found
 
 # %% ../../nbs/questions/19_policies.ipynb #2fe265e7
@@ -143,13 +144,21 @@ def policy_rows(replicates: Replicates,
     return pd.DataFrame(rows, columns=POLICY_ROWS)
 
 # %% ../../nbs/questions/19_policies.ipynb #7c1c9eee
-def among_note(rows: pd.DataFrame) -> str:  # from `policy_rows`
+def among_note(rows: pd.DataFrame,                  # from `policy_rows`
+               searched: Mapping[str, list[str]],   # see `searched_sets`
+               known: Sequence[str]                 # sets of the study with two draws or more
+              ) -> str:
     "How often the best set is among those that `advise` calls not distinguishable."
     mine = rows[rows["policy"] == SEARCHED]
     if mine.empty: return ""
-    each = ", ".join(f"{row.need} {100 * row.best:.0f} %" for row in mine.itertuples())
+    each, absent = [], []
+    for row in mine.itertuples():
+        lacking = [name for name in searched[row.need] if name not in known]
+        each.append(f"{row.need} {'at least ' if lacking else ''}{100 * row.best:.0f} %")
+        absent += [f"`{name}` ({row.need})" for name in lacking]
+    left_out = f" Not in the study, so left out: {', '.join(absent)}." if absent else ""
     return ("Probability that the best set is the one that `advise` recommends, or one that it "
-            f"calls not distinguishable: {each}.")
+            f"calls not distinguishable: {', '.join(each)}.{left_out}")
 
 def policy_text(rows: pd.DataFrame  # from `policy_rows`
                ) -> pd.DataFrame:   # one line per method and policy

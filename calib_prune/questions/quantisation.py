@@ -175,8 +175,9 @@ def exploratory_rows(whole: Measured) -> pd.DataFrame:  # columns quantity, valu
     of_equal = [_of_texts("", EQUAL_KINDS, text, GPTQ_3) for text in ("uniform", "math")]
     of_mixes = [_of_texts("", mix, EQUAL_KINDS, GPTQ_3, contrast=contrast)
                 for mix in ("half-code", "tuned") for contrast in (total_lead, code_lead)]
+    of_own = [_of_texts("", "igsp", text, GPTQ_3) for text in (WEB_TEXT, "uniform")]
     named = [replace(one, label=f"GPTQ: {one.label}")
-             for one in (of_code(contrast=code_lead), of_code(), *of_equal, *of_mixes)]
+             for one in (of_code(contrast=code_lead), of_code(), *of_equal, *of_mixes, *of_own)]
     sparse = tuple((text, "sparsegpt", "0.5") for text in (CODE_TEXT, WEB_TEXT))
     pruned = Quantity("", f"SparseGPT 50 %: {CODE_TEXT} − {WEB_TEXT}, Code", "sparsegpt", sparse,
                       code_lead)

@@ -23,19 +23,17 @@ from ..pruning.methods import read_recipe
 # %% ../../nbs/statistics/06_plots.ipynb #74a2547c
 def error_by_layer(report: pd.DataFrame,  # see `pruning.prune`
                    title: str = "") -> Figure:
-    "Relative reconstruction error of every linear against the depth of its layer."
-    figure, ax = plt.subplots(figsize=(6.4, 3.2))
-    frame = report.assign(linear=report["name"].str.split(".").str[-1])
-    sns.lineplot(
-        frame, x="layer", y="error", hue="linear", style="linear", markers=True, dashes=False, ax=ax
-    )
-    ax.set(
-        xlabel="decoder layer",
-        ylabel="relative error  ‖(W−W′)X‖² / ‖WX‖²",
-        yscale="log",
-        title=title,
-    )
-    sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title="")
+    "Relative reconstruction error and zeros of every linear map, by the depth of its layer."
+    figure, (errors, zeros) = plt.subplots(
+        2, 1, figsize=(7.4, 4.6), sharex=True, height_ratios=(2, 1), layout="constrained")
+    frame = report.assign(linear=report["name"].str.split(".").str[-1],
+                          zeros=100 * report["sparsity"])
+    look = dict(x="layer", hue="linear", style="linear", markers=True, dashes=False)
+    sns.lineplot(frame, y="error", ax=errors, **look)
+    sns.lineplot(frame, y="zeros", ax=zeros, legend=False, **look)
+    errors.set(ylabel="relative error\n‖(W−W′)X‖² / ‖WX‖²", yscale="log", title=title)
+    zeros.set(xlabel="decoder layer", ylabel="zeros, %", ylim=(-4, 104))
+    sns.move_legend(errors, "upper left", bbox_to_anchor=(1, 1), title="")
     return figure
 
 # %% ../../nbs/statistics/06_plots.ipynb #7f521ce6

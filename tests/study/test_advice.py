@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calib_prune.advice import compare, halving, measured, report, trials
+from calib_prune.advice import compare, halving, measured, nearest, report, trials
 from calib_prune.advice.compare import Comparison, short_names
 from calib_prune.advice.halving import PLAN_FILE
 from calib_prune.advice.measured import advise
 from calib_prune.advice.nearest import advise_quickly
-from calib_prune.advice.pages import save_advice
+from calib_prune.advice.needs import parse_need
+from calib_prune.advice.pages import command_lines, save_advice
 from calib_prune.advice.report import Report, check_report_files, report_page, save_report
 from calib_prune.advice.trials import Trials, item_limits, own_skip
 from calib_prune.cli.advise import method_settings, show_quick
@@ -30,6 +31,7 @@ from calib_prune.model.perplexity import Perplexity
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
 from calib_prune.pipeline.evaluate import Evaluation
 from calib_prune.pipeline.prune import PruneSettings
+from calib_prune.pruning.grids import Quantisation
 from tests import ROOT
 
 SECONDS, SCREENED = 50.0, 10.0  # of a made-up trial, and of a screening
@@ -233,6 +235,42 @@ def test_own_items_that_cannot_be_scored_are_refused(made_up, tmp_path, file, sa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("need", ["code=2,{}=1", "{},code", "code,{}", "Law={}"])
+def test_a_file_of_prompts_is_a_need_by_itself(tmp_path, need):
+    with pytest.raises(CalibPruneError, match="laws.jsonl is a need by itself. Give it alone"):
+        parse_need(need.format(own_file(tmp_path, "laws")))
+    odd = tmp_path / "a=1,b"
+    odd.mkdir()
+    assert parse_need(own_file(odd, "laws")).single == "own", "no list, but the name of a file"
+
+
+def test_items_of_a_need_are_a_task_of_comparisons_too(made_up, tmp_path):
+    file = own_file(tmp_path, "verdicts", answer="The high court")
+    advice = made_up(need=file, minutes=15)
+    assert get_tasks(file)[0].dimension == "verdicts"
+    assert made_up(need=file, minutes=15).verdict == advice.verdict
+
+
+def test_a_source_whose_name_would_be_two_in_a_mix_is_refused(tmp_path):
+    (text := tmp_path / "my,notes.txt").write_text("word " * 9000)
+    with pytest.raises(CalibPruneError, match="notes.txt: in a mix, a comma separates two"):
+        advise_quickly("code", "smollm2-135m", [str(text)])
+
+
+def test_the_regret_of_the_nearest_source_is_none_of_own_text(tmp_path, capsys):
+    "The studies pruned with the nearest of the packaged sources."
+    (text := tmp_path / "solutions.txt").write_text("words " * 9000)
+    own = [str(text)]
+    with mock.patch.object(nearest, "source_distances", return_value=pd.DataFrame(
+            dict(ability="Code", source=[str(text), "codeio"], bits=[0.1, 0.2]))):
+        quick = advise_quickly("code", "smollm2-135m", own, method="sparsegpt")
+    assert quick.calibration == str(text)
+    assert set(quick.regrets["policy"]) == {"c4", "uniform", "uniform-dimensions"}
+    show_quick(quick, "smollm2-135m", PruneSettings(method="sparsegpt", sparsity="0.5"), own)
+    shown = "".join(capsys.readouterr().out.split())
+    assert "solutions.txtwasnotmeasuredwithSparseGPTat50%." in shown
+
+
 def test_own_items_for_tuning_and_confirming_are_different_ones(tmp_path):
     for n in (20, 41, 300):
         task = own_task(f"own={own_file(tmp_path, f'items{n}', n, answer='x')}").name
@@ -282,6 +320,20 @@ def test_a_search_that_used_its_minutes_goes_on_with_what_is_stored(made_up, mon
     restarts_take(restart, made_up, monkeypatch)
     monkeypatch.setattr(halving, "screen", whole)
     assert made_up(need="code", minutes=minutes).search.plan.screened == 20
+
+
+def test_a_finished_search_answers_fewer_minutes(made_up):
+    advice, models = made_up(need="code", minutes=15), made_up.models
+    for minutes in (1, 15):
+        again = made_up(need="code", minutes=minutes)
+        assert again.verdict == advice.verdict and again.search.plan == advice.search.plan
+    assert made_up.models == models
+    assert made_up(need="code", minutes=20).search.plan.rounds > advice.search.plan.rounds
+
+
+def test_an_unfinished_search_is_none_of_fewer_minutes(made_up, monkeypatch):
+    monkeypatch.setattr(measured, "_confirm", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): made_up(need="code", minutes=15)
     for _ in range(2):  # a refused search is none that goes on
         with pytest.raises(CalibPruneError, match="are too few.* the rule names codeio"):
             made_up(need="code", minutes=1)
@@ -296,6 +348,15 @@ def minutes_named(made_up, minutes=1, **how):
 
 def test_too_few_minutes_name_the_minutes_it_takes(made_up):
     assert minutes_named(made_up) == 7
+
+
+def test_too_few_minutes_name_the_minutes_for_own_text_too(made_up, tmp_path):
+    (text := tmp_path / "notes.txt").write_text("something else " * 9000)
+    with pytest.raises(CalibPruneError, match=r"Give --minutes 7 or more \(--minutes 10 to "):
+        made_up(need="code", minutes=1, sources=[str(text)])
+    assert len(made_up(need="code", minutes=7, sources=[str(text)]).finalists) == 2
+    made_up.folder = tmp_path / "again"
+    assert len(made_up(need="code", minutes=10, sources=[str(text)]).finalists) == 3
 
 
 @pytest.fixture
@@ -356,6 +417,16 @@ def test_the_time_of_a_source_is_without_loading(slow):
     assert trials.measure_sources(search, ["c4", "news", "math"]) == [30 / 8, 30 / 8, 20 / 8]
 
 
+@pytest.mark.parametrize("more, seconds", [
+    ({}, 40), (dict(windows=64), 80), (dict(reconstruct=2), 40 + 2 * 6.4 * 16),
+    (dict(method="wanda"), 32)])
+def test_the_time_of_a_trial_counts_windows_and_passes(tmp_path, more, seconds):
+    "SparseGPT takes 2.5 passes, Wanda 2, a pass of reconstruction 6.4."
+    how = PruneSettings(**(dict(method="sparsegpt", windows=32) | more))
+    guessed = measured.pruning_seconds(Trials("smollm2-135m", tmp_path, {}, how), 0.5)
+    assert guessed == pytest.approx(seconds)
+
+
 def test_methods_that_work_by_dimension_are_refused_at_the_start(made_up, tmp_path):
     with pytest.raises(CalibPruneError, match="minimax needs mixes of several dimensions"):
         made_up(need="code", minutes=15, method="minimax")
@@ -375,6 +446,23 @@ def test_a_folder_holds_one_advice(made_up, change, named):
     made_up(need="code", minutes=10)
     with pytest.raises(CalibPruneError, match=rf"other settings \({named}\)"):
         made_up(**dict(need="code", minutes=10) | change)
+
+
+@pytest.mark.parametrize("name", ["version", "stages"])
+def test_a_folder_of_another_version_is_refused(made_up, name):
+    made_up(need="code", minutes=15)
+    stored = load_json(file := made_up.folder / trials.STATE_FILE)
+    file.write_text(json.dumps(stored | {name: 1, "model": "another"}))
+    with pytest.raises(CalibPruneError, match="holds advice of another version of calib-prune"):
+        made_up(need="code", minutes=15)
+
+
+def test_a_search_quantises(made_up):
+    how = dict(method="gptq", sparsity="0", quantise=Quantisation(3, 64, fitted=True), block=64)
+    advice = made_up(need="code", minutes=15, **how)
+    assert advice.calibration == "codeio" and advice.search.trials.settings.quantise.bits == 3
+    assert "--bits 3" in " ".join(command_lines("smollm2-135m", "codeio",
+                                                advice.search.trials.settings))
 
 
 def test_a_plan_is_of_one_need(made_up, tmp_path):
@@ -530,7 +618,8 @@ def test_a_measure_without_likelihoods_has_no_floor():
 
 def made_report(tasks=("piqa", "mbpp"), **record):
     "A report on a model that was never made."
-    layers = [dict(name=f"layers.{i}.mlp.up_proj", layer=i, error=0.1) for i in range(3)]
+    layers = [dict(name=f"layers.{i}.mlp.up_proj", layer=i, error=0.1, sparsity=0.5)
+              for i in range(3)]
     about = dict(model="smollm2-135m", model_revision="commit:1", method="admm", sparsity="0.5",
                  achieved_sparsity=0.5, calibration=dict(mix="c4", windows=8, length=64),
                  mean_error=0.1, saved_dtype="float32", layers=layers) | record
@@ -547,6 +636,16 @@ def test_a_report_says_what_was_done_to_the_model(quantise, said):
                                    if quantise else {}))
     assert f"| mean error of the layers, as {said} | 0.1000 |" in page
     assert f" {said}. Divergence" in page
+
+
+def test_a_report_names_the_steps_and_the_scope():
+    made = made_report(reconstruct=3, refine=0, allocation="uniform", sparsity_in_scope=0.61,
+                       scope=dict(layers="2-28", exclude="*.down_proj"))
+    page = report_page(made)
+    for line in ("method | L-ADMM + reconstruction (3 passes)", "layers asked for | 2-28",
+                 r"left dense | \*.down\_proj", "zeros in the maps asked for | 61.00 %"):
+        assert f"| {line} |" in page
+    assert "left dense" not in report_page(made_report())
 
 
 @pytest.mark.parametrize("tasks, there", [(("piqa", "mbpp"), True), (("mbpp",), False)])

@@ -24,7 +24,7 @@ from calib_prune.model.loading import load_model, save_model, weight_count
 from calib_prune.model.stored_types import quantised_in_files, quantised_type, stored_types
 from calib_prune.model.tiny import MIXTURES, TINY_FAMILIES, tiny_llama, tiny_model, tiny_tokenizer
 from calib_prune.pipeline.again import prune_again
-from calib_prune.pipeline.prune import PruneSettings, prune_model
+from calib_prune.pipeline.prune import PruneSettings, has_pruned_zeros, prune_model
 from calib_prune.pipeline.recover import check_not_quantised, recover_model
 from calib_prune.pruning import importance
 from calib_prune.pruning.experts import one_by_one
@@ -189,6 +189,7 @@ def test_a_pruned_model_keeps_its_zeros(dense, tmp_path, method):
     record = json.loads((tmp_path / "kept/calib_prune.json").read_text())
     assert record["quantise"]["keep_zeros"] and record["achieved_sparsity"] >= 0.5
     assert prune_again(tmp_path / "kept").same_weights
+    assert [has_pruned_zeros(str(tmp_path / name)) for name in zeros] == [True, False]
     shown = quantize(*given, "--keep-zeros", "--sparsity", 0.5, "--output", tmp_path / "x")
     assert "--keep-zeros and a sparsity contradict" in str(shown.exception) or method != "gptq"
 

@@ -773,8 +773,9 @@ def test_tasks_of_ones_own_make_dimensions_of_their_own(tmp_path):
         by_name = table.set_index(["level", "name"])["retention"]
         assert names == ["Numbers", "parity"]
         assert by_name["total", "total"] == by_name["dimension"].mean()
-        with pytest.raises(CalibPruneError, match="another task 'sums'"):
-            evaluate(models[0], TOKENIZER, str(tmp_path / "sums.jsonl"))
+        with pytest.raises(CalibPruneError, match="Task 'sums' is asked for with two dimensions"):
+            evaluate(models[0], TOKENIZER, [*asked, str(tmp_path / "sums.jsonl")])
+        assert tasks.get_tasks(str(tmp_path / "sums.jsonl"))[0].dimension == "sums", "asked anew"
         mixed = [*asked, "sciq"]
         assert tasks.task_dimensions(tasks.get_tasks(mixed)) == ["General", "Numbers", "parity"]
     finally:

@@ -286,10 +286,27 @@ def test_models_that_do_not_fit_are_refused(models, tmp_path):
     other = tmp_path / "other"
     save_model(tiny_llama(0, num_hidden_layers=3), tiny_tokenizer(), other, {})
     text = dict(text=str(models / "notes.txt"), tokens=64, **QUICK)
-    with pytest.raises(CalibPruneError, match="no zeros that could be a mask"):
-        recover_model(models / "dense", models / "dense", tmp_path / "a", **text)
+    for name in ("dense", "pruned"):  # a model's own zeros are no mask
+        with pytest.raises(CalibPruneError, match="or only zeros that its dense model has, too"):
+            recover_model(models / name, models / name, tmp_path / "a", **text)
     with pytest.raises(CalibPruneError, match="The models differ in"):
         recover_model(models / "pruned", other, tmp_path / "b", **text)
+    (few := tmp_path / "words.txt").write_text("two words")
+    with pytest.raises(CalibPruneError, match="tokens"):
+        recovered(models, tmp_path / "c", text=str(few))
+    assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_models_with_different_tokenizers_are_refused(models, tmp_path):
+    shutil.copytree(models / "dense", other := tmp_path / "other")
+    stored = json.loads((file := other / "tokenizer.json").read_text())
+    words = stored["model"]["vocab"]
+    first, second = [*words][-2:]
+    words[first], words[second] = words[second], words[first]
+    file.write_text(json.dumps(stored))
+    with pytest.raises(CalibPruneError, match="have different tokenizers: give the model that"):
+        recover_model(models / "pruned", other, tmp_path / "out", tokens=64,
+                      text=str(models / "notes.txt"), **QUICK)
 
 
 def test_too_little_memory_is_said_before_training(models, tmp_path, monkeypatch):
