@@ -32,7 +32,7 @@ from calib_prune.evaluation.retention import (
 )
 from ..evaluation.scoring import scores
 from ..model.loading import AUTO, locate_model
-from ..pipeline.evaluate import check_request, score_model
+from ..pipeline.evaluate import SHARED, check_request, score_model
 from ..pipeline.records import json_rows
 from ..progress import ProgressFn
 from ..resampling import N_BOOT
@@ -183,6 +183,11 @@ class Comparison:
         return {name: scores(mine) for name, mine in
                 ({DENSE: self.dense_items} | self.items).items()}
 
+    @property
+    def shared(self) -> list[str]:
+        "Warnings where a calibration text holds the user's items."
+        return [note for mine in self.items.values() for note in mine.attrs.get(SHARED, [])]
+
     def scores_record(self) -> dict[str, Any]:
         "The scores for programs, where retention has no answer."
         return {"scores": {name: json_rows(table) for name, table in self.scores.items()}}
@@ -192,7 +197,8 @@ class Comparison:
         tables = {name: json_rows(getattr(self, name))
                   for name in ("retention", "differences", "flips")}
         floor = {} if self.floor is None else {"floor": json_rows(self.floor)}
-        notes = {"verdict": self.verdict, "floor_notes": self.floor_notes}
+        notes = {"verdict": self.verdict, "floor_notes": self.floor_notes} | (
+            {SHARED: self.shared} if self.shared else {})
         return {"measure": self.measure.name} | tables | floor | notes
 
 # %% ../../nbs/advice/01_compare.ipynb #9393f2ea

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'FINALISTS', 'FRESH_DRAWS', 'FRESH_TRIALS', 'COUNTED', 'SCORES', 'SCREENING', 'PLAN_FILE', 'Plan',
-           'rounds_from', 'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'timed_items', 'run_trial',
-           'least_plan', 'too_few', 'check_time', 'screen', 'with_own', 'entrants', 'halve']
+           'rounds_from', 'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'with_time', 'timed_items',
+           'run_trial', 'least_plan', 'too_few', 'check_time', 'screen', 'with_own', 'entrants', 'halve']
 
 # %% ../../nbs/advice/05_halving.ipynb #a3974f5f
 import json
@@ -188,6 +188,15 @@ def read_plan(search: Halving) -> None:
         search.own = known.get("own", [])  # what the plan has time for; older plans have none
 
 # %% ../../nbs/advice/05_halving.ipynb #b81d2f06
+def with_time(search: Halving) -> ProgressFn | None:
+    "Progress that also says how much of the minutes is used, and how much is left."
+    tell, whole = search.trials.progress, round(search.seconds)
+    if tell is None: return None
+    def show(stage: str, done: int, total: int) -> None:
+        tell(stage, done, total)
+        tell("seconds of the search", min(round(search.used), whole), whole)
+    return show
+
 def _with_mix(progress: ProgressFn | None, mix: str) -> ProgressFn | None:
     "Progress that says which candidate is pruned or scored."
     if progress is None: return None
@@ -216,9 +225,6 @@ def run_trial(search: Halving, mix: str, stage: int) -> None:
     values = {outcome: float(value[0]) for outcome, value in outcomes.items()}
     score = dict(zip(SCORES, (mix, stage, seed, values[COUNTED])))
     search.scores.append(score | {"values": values})
-    show = search.trials.progress
-    if show and search.plan:
-        show("models of the plan", len(search.scores), search.plan.models + search.own_trials)
     keep_plan(search)
 
 def _is_screened(search: Halving, mix: str) -> bool:

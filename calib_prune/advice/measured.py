@@ -30,6 +30,7 @@ from calib_prune.advice.halving import (
     rounds_from,
     timed_items,
     too_few,
+    with_time,
 )
 from .nearest import QuickAdvice, advise_quickly
 from .needs import Need, parse_need, with_answers
@@ -317,6 +318,7 @@ def advise(model: str | Path,                  # the dense model
         search = Halving(trials, wanted, mixes, 60 * minutes, [], began=began,
                          rule=quick.calibration, own=[mix for mix in mixes if mix in mine])
         read_plan(search)
+        search.trials = trials = replace(trials, progress=with_time(search))
         scored, dense = scoring_seconds(trials, CONFIRMING), dense_items(trials, CONFIRMING)
         after_next = dense_items(trials, CONFIRMING, floor=True)
         floor = floor_retention(dense, after_next, wanted.task)

@@ -257,7 +257,7 @@ def report_page(report: Report) -> str:  # Markdown
     evaluation, far = report.evaluation, report.divergence
     surprise = {name: found.per("token") for name, found in report.perplexities.items()}
     parts = [f"# {report_title(report.record)}",
-             evaluation.verdict or "", *evaluation.floor_notes,
+             evaluation.verdict or "", *evaluation.floor_notes, *evaluation.shared,
              "## How it was made", markdown_table(settings_lines(report.record)),
              "## Retention", markdown_table(retention_lines_of(evaluation)),
              f"{evaluation.measure.label}: {evaluation.measure.about}. The floor is the dense "

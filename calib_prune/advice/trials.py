@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCREEN', 'TUNING', 'CONFIRMING', 'SLICE_ITEMS', 'ENOUGH', 'FEWEST_OF_TASK', 'STATE_FILE', 'STATE_VERSION',
-           'FOLDER_LOCK', 'TIMES_FILE', 'SCREEN_SHARE', 'SCREEN_SEED', 'SCREEN_SPARSITY', 'Slice', 'is_own',
-           'most_items', 'own_skip', 'item_limits', 'Trials', 'hold_folder', 'dense_items', 'is_answered',
-           'longest_seconds', 'trial_items', 'is_kept', 'screen_windows', 'squares_path', 'source_squares',
-           'measure_sources', 'screen_items', 'usable_mixes']
+           'FOLDER_LOCK', 'TIMES_FILE', 'SCREEN_SHARE', 'SCREEN_SEED', 'SCREEN_SPARSITY', 'Slice', 'most_items',
+           'own_skip', 'item_limits', 'Trials', 'hold_folder', 'dense_items', 'is_answered', 'longest_seconds',
+           'trial_items', 'is_kept', 'screen_windows', 'squares_path', 'source_squares', 'measure_sources',
+           'screen_items', 'usable_mixes']
 
 # %% ../../nbs/advice/04_trials.ipynb #0e1d731d
 import io
@@ -28,7 +28,7 @@ from ..calibration.sets import build_calibration, parse_mix
 from ..calibration.sources import get_source
 from ..core import CalibPruneError, content_hash, load_json, only_run, write_atomic
 from ..evaluation.scoring import evaluate
-from ..evaluation.tasks import OWN_FILE, TASKS, Limit, task_items
+from ..evaluation.tasks import TASKS, Limit, is_own, task_items
 from ..model.loading import load_model, load_tokenizer, model_revision
 from ..pipeline.prune import PruneSettings, draw_calibration, prune_loaded
 from ..pipeline.records import versions_of
@@ -53,10 +53,6 @@ CONFIRMING = Slice("confirming", 132)
 SLICE_ITEMS = 32     # most items of a task in a slice
 ENOUGH = 128         # items of all tasks of a need (ours): draws matter more than items
 FEWEST_OF_TASK = 12  # items of a task at least; tasks outside the need have this number
-
-def is_own(task: str) -> bool:
-    "Whether a task is a user's file."
-    return TASKS[task].benchmark.startswith(OWN_FILE)
 
 def most_items(task: str) -> int:
     "The most items of a task in a slice: of a user's file half, so that the slices differ."

@@ -147,4 +147,4 @@ def show_comparison(comparison: Any) -> None:
     show_table(difference_table(comparison), "differences of retention in points, simultaneous "
                "95 % intervals; · marks no difference")
     if len(comparison.flips): show_table(flip_table(comparison), "answers that turned")
-    print_lines([*comparison.verdict, *comparison.floor_notes, DRAW_NOTE])
+    print_lines([*comparison.verdict, *comparison.floor_notes, *comparison.shared, DRAW_NOTE])

@@ -114,7 +114,7 @@ def show_scores(evaluation: Any) -> None:  # from `evaluate_model`
     print_lines(
         [f"{task}: {n} {long}." for task, n in evaluation.items.attrs.get("left_out", {}).items()]
     )
-    print_lines(evaluation.endings)
+    print_lines([*evaluation.endings, *evaluation.shared])
 
 # %% ../../nbs/cli/05_evaluate.ipynb #6d2f0b09
 def _show_retention(evaluation: Any) -> None:  # from `evaluate_model`

@@ -65,5 +65,5 @@ def report_command(
     turned = flip_lines(report.flips)
     if turned: show_table(turned, "answers that turned")
     print_lines([f"Divergence: {report.divergence.bits:.3f} bits per token.",
-                 evaluation.verdict or "", *evaluation.floor_notes,
+                 evaluation.verdict or "", *evaluation.floor_notes, *evaluation.shared,
                  f"Page: {files[0]}"])

@@ -29,8 +29,8 @@ from calib_prune.model.divergence import Divergence
 from calib_prune.model.loading import save_model
 from calib_prune.model.perplexity import Perplexity
 from calib_prune.model.tiny import tiny_llama, tiny_tokenizer
-from calib_prune.pipeline.evaluate import Evaluation
-from calib_prune.pipeline.prune import PruneSettings
+from calib_prune.pipeline.evaluate import Evaluation, evaluate_model
+from calib_prune.pipeline.prune import PruneSettings, prune_model
 from calib_prune.pruning.grids import Quantisation
 from tests import ROOT
 
@@ -211,7 +211,9 @@ def test_own_text_is_not_confirmed_where_the_minutes_are_too_few(made_up, tmp_pa
     assert made_up(need="code", minutes=440 / 60, sources=[str(text)]).finalists == advice.finalists
 
 
-def test_text_that_holds_the_need_is_named(made_up, tmp_path):
+@pytest.fixture
+def given_away(tmp_path):
+    "Items of one's own, and a text that holds six of them."
     rng = np.random.default_rng(0)
     letters = np.array([*"abcdefghij"])
     words = ["".join(letters[rng.integers(0, 10, 6)]) for _ in range(1200)]
@@ -219,6 +221,30 @@ def test_text_that_holds_the_need_is_named(made_up, tmp_path):
     need, text = tmp_path / "law.jsonl", tmp_path / "notes.txt"
     need.write_text("".join(json.dumps(dict(prompt=p, answer="guilty")) + "\n" for p in prompts))
     text.write_text("\n\n".join([*prompts[:6], "something else " * 40]))
+    yield need, text
+    TASKS.pop("law", None)  # the next file of this name is another one
+
+
+def test_text_of_a_model_that_holds_the_items_is_named(given_away, tmp_path):
+    need, text = given_away
+    save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), tmp_path / "dense", {})
+    made = {name: tmp_path / name for name in ("half", "less")}
+    for sparsity, folder in zip((0.5, 0.3), made.values()):
+        prune_model(tmp_path / "dense", folder, method="magnitude", sparsity=sparsity,
+                    calibration=str(text), windows=2, length=16)
+    asked = dict(dense=tmp_path / "dense", tasks=str(need), limit=8, floor=False)
+    evaluation = evaluate_model(made["half"], **asked)
+    [warning] = evaluation.shared
+    assert warning == (f"Warning: {text}, text of {made['half']}, shares word sequences with 6 of "
+                       "40 items of law. Its score may be too high.")
+    assert evaluation.record()["shared"] == [warning]
+    assert len(compare.compare_models([*made.values()], **asked).shared) == 2
+    text.unlink()
+    assert not evaluate_model(made["half"], tasks=str(need), limit=4).shared, "nothing to search"
+
+
+def test_text_that_holds_the_need_is_named(made_up, given_away, tmp_path):
+    need, text = given_away
     advice = made_up(need=str(need), minutes=15, sources=[str(text)])
     [warning] = advice.warnings
     assert "notes.txt shares word sequences with 6 of 40 items of law" in warning
@@ -455,6 +481,15 @@ def test_a_folder_of_another_version_is_refused(made_up, name):
     file.write_text(json.dumps(stored | {name: 1, "model": "another"}))
     with pytest.raises(CalibPruneError, match="holds advice of another version of calib-prune"):
         made_up(need="code", minutes=15)
+
+
+def test_the_progress_says_how_many_seconds_are_used(slow):
+    told = []
+    slow(need="code", minutes=60, progress=lambda *state: told.append(state))
+    told = [state[1:] for state in told if state[0] == "seconds of the search"]
+    used = [done for done, _ in told]
+    assert used == sorted(used) and used[0] == 60 + 100, "scored with and without prompts, loaded"
+    assert used[-1] > 400 and {whole for _, whole in told} == {3600}
 
 
 def test_a_search_quantises(made_up):

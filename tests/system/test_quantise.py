@@ -1,6 +1,7 @@
 """Quantised models from the walk to the files: any family, resumed to the same bits, packed so that
 plain transformers loads the same weights."""
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,12 @@ from calib_prune.pipeline.recover import check_not_quantised, recover_model
 from calib_prune.pruning import importance
 from calib_prune.pruning.experts import one_by_one
 from calib_prune.pruning.grids import Quantisation
-from calib_prune.pruning.importance import check_merged, importance_of, read_imatrix
+from calib_prune.pruning.importance import (
+    check_merged,
+    importance_of,
+    read_imatrix,
+    write_imatrix,
+)
 from calib_prune.pruning.layers import (
     decoder_layers,
     detach_scales,
@@ -319,6 +325,37 @@ def test_a_foreign_matrix_of_another_shape_is_refused_before_the_pass(dense):
     matrix = importance_of(other, windows(2, 8), "own")
     check_merged(importance_of(model, windows(2, 8), "own"), model, "")
     with pytest.raises(CalibPruneError, match="cannot be merged"): check_merged(matrix, model, "")
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda row, count: (row.fill_(math.nan), count), "are not sums of squares"),
+    (lambda row, count: (row.sub_(1e9), count), "are not sums of squares"),
+    (lambda row, count: (row, 0.0), "are not sums of squares")])
+def test_statistics_that_are_no_sums_of_squares_are_refused(dense, tmp_path, change, says):
+    matrix = importance_of(load_model(str(dense[0]))[0], windows(2, 8), "own")
+    name = [*matrix.sums][1]
+    row, matrix.counts[name] = change(matrix.sums[name].clone(), matrix.counts[name])
+    file = write_imatrix(replace(matrix, sums=matrix.sums | {name: row}), tmp_path / "x.gguf")
+    run = quantize("--model", dense[0], "--output", tmp_path / "q", "--method", "imatrix",
+                   "--group", 16, "--statistics", file)
+    assert f"{name} {says}" in str(run.exception) and not (tmp_path / "q").exists()
+
+
+def test_statistics_of_another_kind_of_file_are_refused(dense, tmp_path):
+    (words := tmp_path / "words.gguf").write_text("no GGUF file at all")
+    for file in (words, tmp_path / "missing.gguf"):
+        run = quantize("--model", dense[0], "--output", tmp_path / "q", "--method", "imatrix",
+                       "--group", 16, "--statistics", file)
+        assert run.exit_code and isinstance(run.exception, CalibPruneError)
+        assert file.name in str(run.exception) and not (tmp_path / "q").exists()
+
+
+def test_an_architecture_without_gguf_names_is_named(tmp_path):
+    save_model(tiny_model("opt"), tiny_tokenizer(), tmp_path / "opt", {})
+    (tmp_path / "notes.txt").write_text(" ".join(f"word {i}" for i in range(900)))
+    run = imatrix("--model", tmp_path / "opt", "--calibration", tmp_path / "notes.txt",
+                  "--windows", 2, "--length", 16, "--output", tmp_path / "x.gguf")
+    assert "GGUF names of the architecture opt are not known" in str(run.exception)
 
 
 @pytest.mark.parametrize("more, says", [
