@@ -169,7 +169,8 @@ def recipe_of(record: dict[str, Any]) -> MethodSteps:
 def scope_lines(record: dict[str, Any]) -> dict[str, str]:
     "Which layers and maps are changed; empty if all are."
     if not (scope := record.get("scope")): return {}
-    return {"layers asked for": scope["layers"] or "all", "left dense": scope["exclude"] or "–",
+    excluded = f"`{scope['exclude']}`" if scope["exclude"] else "–"
+    return {"layers asked for": scope["layers"] or "all", "left dense": excluded,
             "zeros in the maps asked for": f"{100 * record['sparsity_in_scope']:.2f} %"}
 
 def report_title(record: dict[str, Any]) -> str:
@@ -274,7 +275,7 @@ def report_page(report: Report) -> str:  # Markdown
               f"Divergence of the next-token distribution (KL): {far.bits:.3f} ± "
               f"{far.standard_error:.3f} bits per token; the likeliest next token is the same at "
               f"{100 * far.same_choice:.1f} % of {far.tokens:,} tokens.",
-              "## Layers", f"![Reconstruction error of each layer]({LAYERS_STEM}.svg)",
+              "## Layers", f"![Reconstruction error and zeros of each layer]({LAYERS_STEM}.svg)",
               "The errors are those before the training." if "recovery" in report.record else "",
               "## Answers", f"The likeliest tokens, at most {ANSWER_TOKENS}.",
               *_answer_parts(report.answers, made_how(report.record))]

@@ -27,6 +27,7 @@ def error_by_layer(report: pd.DataFrame,  # see `pruning.prune`
     figure, (errors, zeros) = plt.subplots(
         2, 1, figsize=(7.4, 4.6), sharex=True, height_ratios=(2, 1), layout="constrained")
     frame = report.assign(linear=report["name"].str.split(".").str[-1],
+                          error=report["error"].where(report["error"] > 0),  # dense: no logarithm
                           zeros=100 * report["sparsity"])
     look = dict(x="layer", hue="linear", style="linear", markers=True, dashes=False)
     sns.lineplot(frame, y="error", ax=errors, **look)
