@@ -190,7 +190,8 @@ class Comparison:
 
     def scores_record(self) -> dict[str, Any]:
         "The scores for programs, where retention has no answer."
-        return {"scores": {name: json_rows(table) for name, table in self.scores.items()}}
+        shared = {SHARED: self.shared} if self.shared else {}
+        return {"scores": {name: json_rows(table) for name, table in self.scores.items()}} | shared
 
     def record(self) -> dict[str, Any]:
         "Everything for programs."

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'FINALISTS', 'FRESH_DRAWS', 'FRESH_TRIALS', 'COUNTED', 'SCORES', 'SCREENING', 'PLAN_FILE', 'Plan',
-           'rounds_from', 'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'with_time', 'timed_items',
-           'run_trial', 'least_plan', 'too_few', 'check_time', 'screen', 'with_own', 'entrants', 'halve']
+           'rounds_from', 'outcome_values', 'of_items', 'Halving', 'keep_plan', 'read_plan', 'keep_answer', 'with_time',
+           'timed_items', 'run_trial', 'least_plan', 'asks_for_own', 'too_few', 'check_time', 'screen', 'with_own',
+           'entrants', 'halve']
 
 # %% ../../nbs/advice/05_halving.ipynb #a3974f5f
 import json
@@ -99,7 +100,8 @@ class Halving:
     scoring: dict[str, float] = field(default_factory=dict)  # slice → seconds to score a model
     expected: float = 0.0         # seconds of pruning, before the first trial
     spent: float = 0.0            # of earlier runs
-    finished: bool = False        # all finalists are confirmed
+    answered: dict[str, Any] = field(default_factory=dict)  # of the folder: see `keep_answer`
+    draws: int = 0                # of each finalist in a stored answer; 0: as many as time allows
     began: float = field(default_factory=time.monotonic)
 
     def pace(self, part: Slice) -> float:
@@ -158,17 +160,18 @@ def _need_of(search: Halving) -> dict[str, Any]:
     return dict(weights=dict(search.need.weights), worst=search.need.worst)
 
 def keep_plan(search: Halving) -> None:
-    "Store the plan and the time used; called after every trial."
+    "Store the plan and the time used; called after every trial. A stored answer changes nothing."
+    if search.draws: return
     about = dict(plan=asdict(search.plan) if search.plan else None, mixes=[*search.mixes],
                  need=_need_of(search), own=[*search.own],
                  pace={kind: sum(times) / len(times) for kind, times in search.durations.items()},
-                 spent=search.used, seconds=search.seconds, finished=search.finished)
+                 spent=search.used, seconds=search.seconds, answered=search.answered)
     write_atomic(search.trials.folder / PLAN_FILE, json.dumps(about, indent=1) + "\n")
 
 # %% ../../nbs/advice/05_halving.ipynb #80385380
 def read_plan(search: Halving) -> None:
     """Read the plan of an earlier run with the same need; the time of that run counts. A finished
-    search of more minutes answers with what is stored."""
+    search of as many minutes or more is the answer, even if a longer one was begun since."""
     path = search.trials.folder / PLAN_FILE
     if not path.is_file(): return
     known = load_json(path, mixes=list, pace=dict, spent=float)
@@ -179,13 +182,23 @@ def read_plan(search: Halving) -> None:
         raise CalibPruneError(f"{search.trials.folder} holds advice on other candidates: choose "
                               "another folder.")
     search.durations = {kind: [seconds] for kind, seconds in known["pace"].items()}
-    search.finished = known.get("finished", False) and search.seconds <= known["seconds"]
-    if search.finished: search.seconds = known["seconds"]
+    search.answered = known.get("answered", {})
+    if search.seconds <= search.answered.get("seconds", 0.0):
+        known, search.draws = search.answered, search.answered["draws"]
+        search.seconds = known["seconds"]
     if known["seconds"] != search.seconds: return
     search.spent = known["spent"]
     if known["plan"]:
         search.plan = Plan(known["plan"]["screened"], tuple(known["plan"]["rounds"]))
         search.own = known.get("own", [])  # what the plan has time for; older plans have none
+
+def keep_answer(search: Halving, draws: int  # of each finalist
+               ) -> None:
+    "Store that a search is finished, and what its answer consists of."
+    if search.plan and not search.draws:
+        search.answered = dict(plan=asdict(search.plan), own=[*search.own], draws=draws,
+                               spent=search.used, seconds=search.seconds)
+    keep_plan(search)
 
 # %% ../../nbs/advice/05_halving.ipynb #b81d2f06
 def with_time(search: Halving) -> ProgressFn | None:
@@ -234,6 +247,10 @@ def least_plan(search: Halving) -> Plan:
     "The shortest search: the finalists are the only candidates."
     return Plan(sum(not _is_screened(search, mix) for mix in search.mixes[:FINALISTS]))
 
+def asks_for_own(search: Halving) -> bool:
+    "Whether the user's text is to be confirmed in addition to the rule's mix."
+    return bool(search.own) and search.mixes[0] not in search.own
+
 def too_few(search: Halving, seconds: float,  # of the shortest search
             own: bool = False                 # whether there is text of the user
            ) -> CalibPruneError:
@@ -250,7 +267,7 @@ def too_few(search: Halving, seconds: float,  # of the shortest search
 def check_time(search: Halving) -> None:
     "Refuse too few minutes before anything is pruned; a search that has pruned goes on."
     if search.plan: return
-    least, own = least_plan(search), bool(search.own)
+    least, own = least_plan(search), asks_for_own(search)
     if own and not search.fits(least): search.own = ()  # no time for a third finalist
     if search.fits(least): return
     if search.spent: return  # it was let through, and a restart takes time as well

@@ -23,8 +23,9 @@ from calib_prune.advice.halving import (
     FRESH_DRAWS,
     Halving,
     Plan,
+    asks_for_own,
     halve,
-    keep_plan,
+    keep_answer,
     least_plan,
     read_plan,
     rounds_from,
@@ -240,7 +241,7 @@ def _confirm(search: Halving, dense: pd.DataFrame, finalists: Sequence[str], rul
             ) -> Confirmed:
     "Two fresh draws of each finalist, and more as long as the time allows."
     fresh: dict[str, list[pd.DataFrame]] = {mix: [] for mix in finalists}
-    for seed in range(FRESH_DRAWS[0], FRESH_DRAWS[0] + MOST_DRAWS):
+    for seed in range(FRESH_DRAWS[0], FRESH_DRAWS[0] + (search.draws or MOST_DRAWS)):
         known = all(is_kept(search.trials, mix, seed, CONFIRMING) for mix in finalists)
         more = len(finalists) * search.pace(CONFIRMING)
         late = search.used + more > search.seconds
@@ -286,7 +287,7 @@ def check_early(search: Halving, scored: float  # seconds to score the confirmin
         ahead += scored * tuned / confirmed
     seconds = search.used + ahead + alone.seconds_of(least_plan(alone))
     if seconds <= EARLY_MARGIN * search.seconds: return
-    raise too_few(alone, seconds, bool(search.own))
+    raise too_few(alone, seconds, asks_for_own(search))
 
 # %% ../../nbs/advice/07_measured.ipynb #5c3a052f
 def advise(model: str | Path,                  # the dense model
@@ -330,6 +331,5 @@ def advise(model: str | Path,                  # the dense model
             search.expected = pruning_seconds(trials, per_window)
         confirmed = _confirm(search, dense, halve(search), quick.calibration)
         shared = shared_items(wanted, trials, confirmed.names, sources)
-        search.finished = True
-        keep_plan(search)
+        keep_answer(search, confirmed.draws)
     return Advice(quick, search, confirmed, floor, shared, search.used)

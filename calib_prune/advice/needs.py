@@ -117,8 +117,9 @@ def _dimension(name: str) -> str:
 
 def check_alone(text: str) -> None:
     "Refuse a file of prompts next to other needs, or with a dimension or a weight."
-    parts = [part for part in re.split("[,=]", text) if is_own_name(part)]
-    if parts in ([], [text]) or Path(text).expanduser().is_file(): return
+    parts = [part for part in re.split("[,=]", text) if is_own_name(part) and part != text
+             and (is_harness(part) or Path(part).expanduser().is_file())]
+    if not parts or Path(text).expanduser().is_file(): return
     raise CalibPruneError(f"--need {text}: {parts[0]} is a need by itself. Give it alone, without "
                           "a dimension, a weight or another need.")
 

@@ -177,7 +177,9 @@ def advice_page(advice: Advice) -> str:  # Markdown
         "## Without pruning",
         f"The rule without pruning names `{advice.quick.calibration}`: {advice.quick.reason}"]
     if len(advice.quick.regrets):
-        parts += ["Its regret on the studied models, in points:",
+        known = {*advice.quick.regrets["policy"]} & {advice.quick.policy, advice.quick.calibration}
+        whose = "Its regret" if known else "Its regret was not measured. The regret of other mixes"
+        parts += [f"{whose} on the studied models, in points:",
                   markdown_table(regret_lines(advice.quick))]
     else: parts += ["The regret of this rule for this need was not measured."]
     return "\n\n".join(parts) + "\n"

@@ -15,8 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..calibration.sets import parse_mix, tokenizer_identity
-from ..calibration.sources import SUITE
+from ..calibration.sets import tokenizer_identity
+from ..calibration.sources import HUB, STANDARD_INPUT, get_source
 from ..core import CalibPruneError
 from ..evaluation.contamination import audit_sources, contamination_table
 from ..evaluation.measures import MEASURES, PLAIN, Measure, get_measure
@@ -33,27 +33,43 @@ from ..evaluation.tasks import get_tasks, is_own, tasks_with_floor
 from ..model.loading import AUTO, load_model, load_tokenizer, own_record
 from .records import json_rows
 from ..progress import ProgressFn
+from ..pruning.methods import METHODS
 
 # %% ../../nbs/pipeline/03_evaluate.ipynb #5e1f0a9c
 SHARED = "shared"  # in the attributes of a model's items
 
+def _read_by(record: dict[str, Any]) -> dict[str, str]:  # source → its revision
+    "The text that the making of a model used; what an importance matrix read is not recorded."
+    method = METHODS.get(record.get("method", ""))
+    reads = (method is None or method.reads_text or record.get("reconstruct")
+             or record.get("allocation", "uniform") != "uniform")
+    calibrated = record.get("calibration", {}) if reads else {}
+    trained = record.get("recovery", {}).get("text", {})
+    return {**calibrated.get("sources", {}), **trained.get("sources", {})}
+
+def _is_there(source: str, revision: str) -> bool:
+    "Whether a packaged source or a file has the same text as it had; others are not looked at."
+    if source[0] == STANDARD_INPUT or HUB.fullmatch(source): return False
+    try: return get_source(source).revision == revision
+    except CalibPruneError: return False
+
 def texts_of(model: str) -> list[str]:
-    "The packaged sources and the files that a pruned model was calibrated and trained on."
-    if not Path(model).expanduser().is_dir(): return []
-    record = own_record(model) or {}
-    found: dict[str, float] = {}
-    for about in (record.get("calibration"), record.get("recovery", {}).get("text")):
-        try: found |= parse_mix(about["mix"]) if about else {}
-        except CalibPruneError: continue  # text that was counted in an importance matrix
-    return [name for name in found if name in SUITE or Path(name).expanduser().exists()]
+    "The text, if it is still there, that a model and the models before it were made with."
+    found: dict[str, str] = {}
+    seen: list[str] = []
+    while model not in seen and Path(model).expanduser().is_dir():
+        seen.append(model)
+        record = own_record(model) or {}
+        found |= _read_by(record)
+        model = record.get("model", model)
+    return [source for source, revision in found.items() if _is_there(source, revision)]
 
 def shared_words(model: str, tasks: Sequence[str]) -> list[str]:
-    """Warnings where text of a model holds items of the user's tasks. Text that is no longer there
-    is not searched; packaged sources and packaged tasks have a table of their own (T6)."""
+    """Warnings where text of a model holds items of the user's tasks. Packaged tasks have a table
+    of their own (T6)."""
     mine, warned = [task for task in tasks if is_own(task)], []
     for source in texts_of(model) if mine else []:
-        try: table = contamination_table(audit_sources([source], mine))
-        except CalibPruneError: continue  # the file has changed, and is no text now
+        table = contamination_table(audit_sources([source], mine))
         warned += [f"Warning: {source}, text of {model}, shares word sequences with "
                    f"{row.overlapping} of {row.checked} items of {row.task}. Its score may be too "
                    "high." for row in table[table["overlapping"] > 0].itertuples()]

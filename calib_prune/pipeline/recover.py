@@ -116,8 +116,8 @@ def check_not_quantised(pruned: str) -> None:
         raise CalibPruneError(f"{pruned} is quantised, and training would move its weights off the"
                               " grid: recover the pruned model first, then quantise.")
 
-# share of zeros that the dense model lacks, in the linear maps with zeros; with fewer a model is
-# dense: a model from a file of 4 bits has zeros, too
+# share of zeros that the dense model lacks, in the linear maps that have any; with fewer a model
+# is dense: a model from a file of 4 bits has zeros, too
 LEAST_ZEROS = 0.01
 
 def check_pair(pruned: PreTrainedModel, dense: PreTrainedModel) -> None:
@@ -132,8 +132,9 @@ def check_pair(pruned: PreTrainedModel, dense: PreTrainedModel) -> None:
                               "pruned as --dense.")
     masks = masks_of(pruned)
     weights = dict(dense.named_parameters())
-    new = sum(int((weights[name][~kept] != 0).sum()) for name, kept in masks.items())
-    if not masks or new / sum(kept.numel() for kept in masks.values()) < LEAST_ZEROS:
+    new = {name: int((weights[name][~kept] != 0).sum()) for name, kept in masks.items()}
+    size = sum(masks[name].numel() for name, zeros in new.items() if zeros)
+    if not size or sum(new.values()) / size < LEAST_ZEROS:
         raise CalibPruneError("The model has no zeros that could be a mask, or only zeros that "
                               "its dense model has, too. Prune it first (`calib-prune prune`), and "
                               "give the model that was pruned as --dense.")

@@ -11,7 +11,7 @@ import pytest
 
 from calib_prune.advice import compare, halving, measured, nearest, report, trials
 from calib_prune.advice.compare import Comparison, short_names
-from calib_prune.advice.halving import PLAN_FILE
+from calib_prune.advice.halving import PLAN_FILE, Halving
 from calib_prune.advice.measured import advise
 from calib_prune.advice.nearest import advise_quickly
 from calib_prune.advice.needs import parse_need
@@ -228,19 +228,22 @@ def given_away(tmp_path):
 def test_text_of_a_model_that_holds_the_items_is_named(given_away, tmp_path):
     need, text = given_away
     save_model(tiny_llama(max_position_embeddings=2048), tiny_tokenizer(), tmp_path / "dense", {})
-    made = {name: tmp_path / name for name in ("half", "less")}
-    for sparsity, folder in zip((0.5, 0.3), made.values()):
-        prune_model(tmp_path / "dense", folder, method="magnitude", sparsity=sparsity,
-                    calibration=str(text), windows=2, length=16)
+    made = {name: tmp_path / name for name in ("half", "again", "unread")}
+    how = dict(calibration=f"{text.parent}/*.txt", windows=2, length=16)
+    prune_model(tmp_path / "dense", made["half"], method="wanda", sparsity=0.5, **how)
+    prune_model(made["half"], made["again"], method="magnitude", sparsity=0.6, **how)
+    prune_model(tmp_path / "dense", made["unread"], method="magnitude", sparsity=0.5, **how)
     asked = dict(dense=tmp_path / "dense", tasks=str(need), limit=8, floor=False)
     evaluation = evaluate_model(made["half"], **asked)
     [warning] = evaluation.shared
-    assert warning == (f"Warning: {text}, text of {made['half']}, shares word sequences with 6 of "
-                       "40 items of law. Its score may be too high.")
+    assert warning == (f"Warning: {text.parent}/*.txt, text of {made['half']}, shares word "
+                       "sequences with 6 of 40 items of law. Its score may be too high.")
     assert evaluation.record()["shared"] == [warning]
-    assert len(compare.compare_models([*made.values()], **asked).shared) == 2
-    text.unlink()
-    assert not evaluate_model(made["half"], tasks=str(need), limit=4).shared, "nothing to search"
+    both = compare.compare_models([*made.values()], **asked).shared
+    assert [f"text of {made[name]}," in note for name, note in zip(("half", "again"), both)] == [
+        True, True], "the second was made from the first; the third reads no text"
+    text.write_text("other words " * 99)
+    assert not evaluate_model(made["half"], tasks=str(need), limit=4).shared, "another text"
 
 
 def test_text_that_holds_the_need_is_named(made_up, given_away, tmp_path):
@@ -268,6 +271,8 @@ def test_a_file_of_prompts_is_a_need_by_itself(tmp_path, need):
     odd = tmp_path / "a=1,b"
     odd.mkdir()
     assert parse_need(own_file(odd, "laws")).single == "own", "no list, but the name of a file"
+    with pytest.raises(CalibPruneError, match="There is no file a=1/2.jsonl of prompts"):
+        parse_need("a=1/2.jsonl")
 
 
 def test_items_of_a_need_are_a_task_of_comparisons_too(made_up, tmp_path):
@@ -355,6 +360,18 @@ def test_a_finished_search_answers_fewer_minutes(made_up):
         assert again.verdict == advice.verdict and again.search.plan == advice.search.plan
     assert made_up.models == models
     assert made_up(need="code", minutes=20).search.plan.rounds > advice.search.plan.rounds
+
+
+def test_a_longer_search_that_is_interrupted_leaves_the_answer(made_up, monkeypatch):
+    advice, whole = made_up(need="code", minutes=8), halving.run_trial
+    monkeypatch.setattr(halving, "run_trial", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): made_up(need="code", minutes=30)
+    monkeypatch.setattr(halving, "run_trial", whole)
+    monkeypatch.setattr(Halving, "pace", lambda search, part: 0.0)  # time for more draws
+    for minutes in (1, 8):
+        again = made_up(need="code", minutes=minutes)
+        assert again.verdict == advice.verdict and again.confirmed.draws == advice.confirmed.draws
+    assert made_up(need="code", minutes=30).search.plan.rounds > advice.search.plan.rounds
 
 
 def test_an_unfinished_search_is_none_of_fewer_minutes(made_up, monkeypatch):
